@@ -1,0 +1,148 @@
+"""Every error that a user can meet: one tree, one line each, one exit code per kind."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+def escape_control(text: str) -> str:
+    """Return ``text`` with every control character shown as an escape, so that it stays on one line.
+
+    Names come out of files that nobody vouches for: a newline would forge a second line of output
+    and an escape sequence would drive the terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+class Dsv4Error(Exception):
+    """Base of all errors of dsv4convert.
+
+    ``what`` says what is wrong, ``where`` the file, tensor or key; ``expected``/``got`` are the two
+    sides of a comparison, and ``hint`` is the next step for the user. ``str()`` joins them in one line.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        super().__init__(self._one_line())
+
+    def _one_line(self) -> str:
+        line = self.what if self.where is None else f"{self.where}: {self.what}"
+        if self.expected is not None:
+            line += f": expected {self.expected}"
+            if self.got is not None:
+                line += f", got {self.got}"
+        elif self.got is not None:
+            line += f": got {self.got}"
+        if self.hint is not None:
+            line += f"; {self.hint}"
+        return escape_control(line)
+
+
+class UsageError(Dsv4Error):
+    """An option or an argument that cannot be used as given."""
+
+    exit_code = 2
+
+
+class InputMissingError(Dsv4Error):
+    """A folder or a file that is not there or cannot be read."""
+
+    exit_code = 3
+
+
+class ConfigError(Dsv4Error):
+    """A ``config.json`` that is absent, malformed or inconsistent; the key is named."""
+
+    exit_code = 4
+
+
+class UnsupportedError(Dsv4Error):
+    """A model or a format that is recognised and not supported."""
+
+    exit_code = 5
+
+
+class FileFormatError(Dsv4Error):
+    """A file whose bytes do not make a valid safetensors, GGUF, index, journal or manifest."""
+
+    exit_code = 6
+
+
+class InventoryError(Dsv4Error):
+    """Tensors that are missing, unknown, duplicate, or of the wrong shape or dtype."""
+
+    exit_code = 7
+
+
+class TokenizerError(Dsv4Error):
+    """A tokenizer that is missing, of an unknown kind, or does not fit the vocabulary."""
+
+    exit_code = 8
+
+
+class OutputExistsError(Dsv4Error):
+    """The output is already there and ``--overwrite`` was not given."""
+
+    exit_code = 9
+
+
+class SpaceError(Dsv4Error):
+    """Not enough room on the disk or in memory."""
+
+    exit_code = 10
+
+
+class LossyError(Dsv4Error):
+    """A conversion that was required to be exact and is not."""
+
+    exit_code = 11
+
+
+class VerifyError(Dsv4Error):
+    """An output that does not hold what its source says."""
+
+    exit_code = 12
+
+
+class ResumeError(Dsv4Error):
+    """An interrupted conversion that cannot be continued as asked."""
+
+    exit_code = 13
+
+
+class LockedError(Dsv4Error):
+    """Another run holds the output."""
+
+    exit_code = 14
+
+
+class DeviceError(Dsv4Error):
+    """An accelerator or an optional dependency that was asked for and is not there."""
+
+    exit_code = 15
+
+
+class InputOutputError(Dsv4Error):
+    """The operating system refused a read or a write in the middle of a run."""
+
+    exit_code = 16
+
+
+class ConversionInterrupted(Dsv4Error):
+    """The user stopped the run; the finished work is kept."""
+
+    exit_code = 130

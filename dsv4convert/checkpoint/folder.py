@@ -1,0 +1,250 @@
+"""Opens a Hugging Face checkpoint folder: config, index, headers; every tensor accounted for.
+
+Nothing of the weights is read. Whatever is missing, unknown, duplicate or misshapen ends here, with
+one line that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import CONFIG_NAME, ModelConfig, load_config, parse_json_object
+from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
+from ..layouts.names import MODEL_PREFIX, UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name
+from .safetensors_header import Stored, read_header
+from .weights import Weight, pair
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# 145,116 names of V4-Pro make 13 MB.
+MAX_INDEX_BYTES = 256 * 2**20
+
+DRAFT_NAME = re.compile(r"mtp\.(\d+)\.")
+DSPARK_MARKS = (".main_proj.weight", ".markov_head.markov_w1.weight")
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Source tensors that no output needs, and why."""
+
+    names: tuple[str, ...]
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, read from headers alone and checked against the name tables.
+
+    ``weights`` holds every weight under its official name in the published order; scales are inside
+    their weights. ``unused`` lists what the folder holds and no conversion reads.
+    """
+
+    folder: Path
+    config: ModelConfig
+    weights: Mapping[str, Weight]
+    draft: Draft
+    n_draft: int
+    files: tuple[Path, ...]
+    n_tensors: int
+    unused: tuple[Unused, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Return the payload bytes of all weights and scales."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Open the checkpoint in ``folder``.
+
+    Raises:
+        InputMissingError: the folder or a file of it is not there.
+        ConfigError, UnsupportedError: see ``load_config``.
+        FileFormatError: a malformed index or safetensors file.
+        InventoryError: missing, unknown, duplicate or misshapen tensors.
+    """
+    config = load_config(folder)
+    stored, files, notes = read_folder_headers(folder)
+    return resolve(folder, config, stored, files, notes)
+
+
+def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
+    """Return (tensors by name as stored, files, notes) of a folder with or without an index.
+
+    Raises:
+        InputMissingError, FileFormatError, InventoryError: as for ``open_folder``.
+    """
+    index_path = folder / INDEX_NAME
+    if index_path.is_file():
+        weight_map = _read_index(index_path)
+        names = sorted(set(weight_map.values()))
+        headers = {name: read_header(folder / name) for name in names}
+        return _merge_indexed(weight_map, headers, index_path), tuple(folder / n for n in names), _strays(folder, names)
+    single = folder / SINGLE_NAME
+    if single.is_file():
+        return read_header(single), (single,), _strays(folder, [SINGLE_NAME])
+    if any(folder.glob("*.safetensors")):
+        raise InputMissingError(f"no {INDEX_NAME}", where=folder, hint="download the index file as well")
+    raise InputMissingError(
+        "no safetensors files", where=folder, expected=f"{INDEX_NAME} or {SINGLE_NAME}", hint="is the download complete?"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_INDEX_BYTES + 1)
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    if len(text) > MAX_INDEX_BYTES:
+        raise FileFormatError("too large", where=path, expected=f"at most {MAX_INDEX_BYTES} bytes")
+    try:
+        index = parse_json_object(text, path)
+    except ConfigError as error:
+        raise FileFormatError(error.what, where=path, hint="download the index again") from None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError("key weight_map: missing, empty or not an object", where=path)
+    for name, file_name in weight_map.items():
+        if (
+            not isinstance(file_name, str)
+            or file_name in ("", ".", "..")
+            or "/" in file_name
+            or os.sep in file_name
+            or "\0" in file_name
+        ):
+            raise FileFormatError(
+                f"tensor {name!r}: its file is not a plain name in this folder", where=path, got=repr(file_name)[:100]
+            )
+    return weight_map
+
+
+def _merge_indexed(
+    weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, Stored]], index_path: Path
+) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    for file_name, header in headers.items():
+        for name, tensor in header.items():
+            if name in stored:
+                raise InventoryError(
+                    f"tensor {name}: there twice", where=tensor.file, got=f"also in {stored[name].file.name}"
+                )
+            listed = weight_map.get(name)
+            if listed != file_name:
+                raise InventoryError(
+                    f"tensor {name}: the index and the file disagree",
+                    where=index_path,
+                    expected=f"in {file_name}",
+                    got="not listed" if listed is None else f"in {listed}",
+                    hint="download the index and the files from one revision",
+                )
+            stored[name] = tensor
+    if len(stored) != len(weight_map):
+        name = next(name for name in weight_map if name not in stored)
+        raise InventoryError(
+            f"tensor {name}: listed in the index, not in its file",
+            where=index_path,
+            expected=f"in {weight_map[name]}",
+            hint="download the index and the files from one revision",
+        )
+    return stored
+
+
+def _strays(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
+    """Return notes on safetensors files that the index does not name."""
+    strays = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in set(used))
+    return tuple(f"{name}: not named by the index, not read" for name in strays)
+
+
+def resolve(
+    folder: Path,
+    config: ModelConfig,
+    stored: Mapping[str, Stored],
+    files: tuple[Path, ...],
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    """Check tensors against the tables and pair them: every one is claimed exactly once, or listed as unused.
+
+    Raises:
+        InventoryError: missing, unknown, duplicate or misshapen tensors.
+    """
+    tensors = _official_names(stored)
+    draft, n_draft = _draft_kind(tensors, config, folder)
+    weights: dict[str, Weight] = {}
+    missing: list[str] = []
+    left = dict(tensors)
+    for expected in expected_tensors(config, draft, n_draft, has_vision=config.has_vision):
+        weight = left.pop(expected.name, None)
+        if weight is None:
+            missing.append(expected.name)
+            continue
+        scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
+        weights[expected.name] = pair(expected, weight, scale)
+    unused, unknown = _sort_leftovers(left)
+    if missing:
+        raise InventoryError(
+            f"tensor {missing[0]}: missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+            where=folder,
+            expected=f"{len(weights) + len(missing)} weights",
+            got=len(weights),
+            hint="is the download complete, and does config.json belong to it?",
+        )
+    if unknown:
+        name = unknown[0]
+        orphan = name.endswith(".scale") and name.removesuffix(".scale") + ".weight" not in tensors
+        raise InventoryError(
+            f"tensor {name}: " + ("a scale without its weight" if orphan else "unknown")
+            + (f" (and {len(unknown) - 1} more)" if unknown[1:] else ""),
+            where=left[name].file,
+            hint="nothing is dropped in silence; is this a DeepSeek-V4 text checkpoint?",
+        )
+    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
+
+
+def _official_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        official = name.removeprefix(MODEL_PREFIX)
+        if official in tensors:
+            raise InventoryError(f"tensor {official}: there twice, with and without {MODEL_PREFIX!r}", where=tensor.file)
+        tensors[official] = tensor
+    return tensors
+
+
+def _draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
+    """Tell MTP from DSpark by the tensors, and count the draft layers."""
+    numbers = {int(found[1]) for name in tensors if (found := DRAFT_NAME.match(name)) is not None}
+    if not numbers:
+        return Draft.NONE, 0
+    n_draft = max(numbers) + 1
+    if len(numbers) != n_draft:
+        absent = next(number for number in range(n_draft) if number not in numbers)
+        raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
+    if n_draft > config.n_draft_ratios:
+        raise ConfigError(
+            "key compress_ratios: list too short for the draft layers",
+            where=folder / CONFIG_NAME,
+            expected=f"{config.num_hidden_layers + n_draft} entries",
+            got=len(config.compress_ratios),
+        )
+    is_dspark = any(name.startswith("mtp.") and name.endswith(DSPARK_MARKS) for name in tensors)
+    return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
+
+
+def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], list[str]]:
+    """Split what no row claimed into (known and never read, unknown)."""
+    copies = [
+        name for name in left if (found := DRAFT_NAME.match(name)) is not None and name[found.end() :] in UNUSED_DRAFT_SUFFIXES
+    ]
+    unknown = [name for name in left if name not in set(copies)]
+    if not copies:
+        return (), unknown
+    nbytes = sum(left[name].nbytes for name in copies)
+    return (Unused(tuple(copies), nbytes, "the draft shares the trunk's embedding and head"),), unknown

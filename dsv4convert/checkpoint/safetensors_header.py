@@ -1,0 +1,161 @@
+"""Reads the header of a safetensors file: names, dtypes, shapes and byte ranges, and no weights.
+
+A file is an 8-byte little-endian header length, the header (one JSON object) and the payload. The
+safetensors package checks the same rules but maps the whole file and tells only that something is
+wrong; here every broken rule names the file, the tensor and both sides of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FileFormatError, InputMissingError
+
+HEADER_LENGTH_BYTES = 8
+
+# The limit of the safetensors package itself.
+MAX_HEADER_BYTES = 100_000_000
+
+# Bits per element; F4 packs two elements a byte, and its shape counts elements.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
+METADATA_KEY = "__metadata__"
+
+
+class Stored(NamedTuple):
+    """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a safetensors file by name, in the header's order.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        FileFormatError: truncated, malformed, unknown dtypes, overlapping or out-of-range offsets.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(HEADER_LENGTH_BYTES)
+            if len(prefix) < HEADER_LENGTH_BYTES:
+                raise FileFormatError(
+                    "truncated", where=path, expected=f"at least {HEADER_LENGTH_BYTES} bytes", got=size,
+                    hint="download the file again",
+                )
+            length = int.from_bytes(prefix, "little")
+            if length > min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES):
+                raise FileFormatError(
+                    "header longer than the file" if length > size - HEADER_LENGTH_BYTES else "header too long",
+                    where=path,
+                    expected=f"at most {min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES)} bytes",
+                    got=length,
+                    hint="is this a safetensors file, completely downloaded?",
+                )
+            text = file.read(length)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    if len(text) < length:
+        raise FileFormatError("header truncated", where=path, expected=length, got=len(text))
+    return _tensors(_parse(text, path), path, HEADER_LENGTH_BYTES + length, size)
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            raise FileFormatError(f"tensor or key {twice!r} is there twice", where=path)
+        return result
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except RecursionError:
+        raise FileFormatError("header nested too deeply", where=path) from None
+    except ValueError as error:  # JSON and UTF-8 errors, and integers of thousands of digits
+        raise FileFormatError(f"header is not valid JSON ({error})", where=path) from None
+    if not isinstance(header, dict):
+        raise FileFormatError("header is not a JSON object", where=path, got=type(header).__name__)
+    return header
+
+
+def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> dict[str, Stored]:
+    header.pop(METADATA_KEY, None)
+    payload = size - data_start
+    tensors: dict[str, Stored] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            count = math.prod(shape)
+        except (KeyError, TypeError, ValueError):
+            raise FileFormatError(
+                f"tensor {name!r}: malformed entry", where=path, expected="dtype, shape, data_offsets"
+            ) from None
+        # bool is an int to Python, and JSON's true no dimension.
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise FileFormatError(f"tensor {name!r}: shape and offsets must be integers of 0 or more", where=path)
+        bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+        if bits is None:
+            raise FileFormatError(f"tensor {name!r}: unknown dtype", where=path, got=repr(dtype)[:40])
+        nbytes = (count * bits + 7) // 8
+        if end - begin != nbytes:
+            raise FileFormatError(
+                f"tensor {name!r}: bytes do not match dtype {dtype} and shape {list(shape)}"[:300],
+                where=path,
+                expected=nbytes,
+                got=end - begin,
+            )
+        if end > payload:
+            raise FileFormatError(
+                f"tensor {name!r}: truncated, its bytes end after the file",
+                where=path,
+                expected=f"{data_start + end} bytes",
+                got=f"{size}",
+                hint="download the file again",
+            )
+        tensors[name] = Stored(path, dtype, shape, data_start + begin, nbytes)
+        spans.append((begin, end, name))
+    spans.sort()
+    position = 0
+    for begin, end, name in spans:
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise FileFormatError(
+                f"tensor {name!r}: {kind}", where=path, expected=f"offset {position}", got=begin
+            )
+        position = end
+    if position != payload:
+        raise FileFormatError(
+            "bytes after the last tensor", where=path, expected=f"{data_start + position} bytes", got=size
+        )
+    return tensors

@@ -1,0 +1,165 @@
+"""Pairs weights with their scales and reads the encoding off dtypes and shapes, tensor by tensor."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+from ..errors import InventoryError
+from ..layouts.names import Expected, Row, Store, scale_name
+from .safetensors_header import Stored
+
+# Elements of a row that share one scale in packed FP4.
+FP4_BLOCK = 32
+
+
+class Encoding(str, Enum):
+    """How the bytes of a weight stand for numbers."""
+
+    FP4 = "fp4"  # packed float4_e2m1fn with float8_e8m0fnu scales
+    FP8 = "fp8"  # float8_e4m3fn with float8_e8m0fnu or F32 scales
+    BF16 = "bf16"
+    F16 = "f16"
+    F32 = "f32"
+    I64 = "i64"
+    I32 = "i32"
+
+
+PLAIN_ENCODINGS = {
+    "BF16": Encoding.BF16,
+    "F16": Encoding.F16,
+    "F32": Encoding.F32,
+    "I64": Encoding.I64,
+    "I32": Encoding.I32,
+}
+FLOAT_ENCODINGS = frozenset({Encoding.BF16, Encoding.F16, Encoding.F32})
+ALLOWED = {
+    Store.DENSE: FLOAT_ENCODINGS | {Encoding.FP8},
+    Store.EXPERT: FLOAT_ENCODINGS | {Encoding.FP4, Encoding.FP8},
+    Store.BF16: FLOAT_ENCODINGS,
+    Store.F32: FLOAT_ENCODINGS,
+    Store.TABLE: frozenset({Encoding.I64, Encoding.I32}),
+}
+
+
+class Weight(NamedTuple):
+    """One weight of the model under its official name, with the bytes and the scales that make it.
+
+    ``shape`` is the logical one ([out, in]; FP4 counts elements, not bytes); ``block`` is how many
+    rows and columns share one scale, None without scales.
+    """
+
+    name: str
+    row: Row
+    shape: tuple[int, ...]
+    encoding: Encoding
+    stored: Stored
+    scale: Stored | None
+    block: tuple[int, int] | None
+    prefix: str
+    layer: int | None
+    expert: int | None
+
+    @property
+    def is_draft(self) -> bool:
+        """Return whether the weight belongs to a draft layer."""
+        return self.prefix.startswith("mtp.")
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the weight and its scales take in the source."""
+        return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+
+def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
+    """Combine what the tables expect with what the files hold.
+
+    Raises:
+        InventoryError: a shape, a dtype or a scale that does not fit.
+    """
+    encoding, shape, block = _classify(expected.name, stored, scale)
+    if encoding not in ALLOWED[expected.row.store]:
+        raise InventoryError(
+            f"tensor {expected.name}: a dtype that this tensor cannot have",
+            where=stored.file,
+            expected=" or ".join(sorted(e.value for e in ALLOWED[expected.row.store])),
+            got=stored.dtype,
+        )
+    if shape != expected.shape:
+        raise InventoryError(
+            f"tensor {expected.name}: wrong shape",
+            where=stored.file,
+            expected=list(expected.shape),
+            got=list(shape),
+            hint="do config.json and the weights belong together?",
+        )
+    return Weight(
+        expected.name, expected.row, shape, encoding, stored, scale, block,
+        expected.prefix, expected.layer, expected.expert,
+    )
+
+
+def _classify(
+    name: str, stored: Stored, scale: Stored | None
+) -> tuple[Encoding, tuple[int, ...], tuple[int, int] | None]:
+    """Return (encoding, logical shape, block) of a weight and its scale."""
+    plain = PLAIN_ENCODINGS.get(stored.dtype)
+    if plain is not None:
+        if scale is not None:
+            raise InventoryError(
+                f"tensor {scale_name(name)}: a scale beside a weight that needs none",
+                where=scale.file,
+                got=f"a {stored.dtype} weight",
+            )
+        return plain, stored.shape, None
+    if stored.dtype not in ("I8", "U8", "F4", "F8_E4M3") or len(stored.shape) != 2:
+        raise InventoryError(
+            f"tensor {name}: no known encoding", where=stored.file, got=f"{stored.dtype} {list(stored.shape)}"
+        )
+    if scale is None:
+        raise InventoryError(
+            f"tensor {scale_name(name)}: missing, the scale of a {stored.dtype} weight",
+            where=stored.file,
+            hint="is the download complete?",
+        )
+    rows, columns = stored.shape
+    if stored.dtype == "F8_E4M3":
+        if scale.dtype not in ("F8_E8M0", "F32") or len(scale.shape) != 2:
+            raise InventoryError(
+                f"tensor {scale_name(name)}: not a scale of FP8",
+                where=scale.file,
+                expected="F8_E8M0 or F32 of two dimensions",
+                got=f"{scale.dtype} {list(scale.shape)}",
+            )
+        block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
+        return Encoding.FP8, stored.shape, block
+    if stored.dtype != "F4":
+        columns *= 2
+    if scale.dtype != "F8_E8M0" or scale.shape != (rows, columns // FP4_BLOCK) or columns % FP4_BLOCK:
+        raise InventoryError(
+            f"tensor {scale_name(name)}: not the scale of packed FP4",
+            where=scale.file,
+            expected=f"F8_E8M0 {[rows, columns // FP4_BLOCK]} ({FP4_BLOCK} elements a scale)",
+            got=f"{scale.dtype} {list(scale.shape)}",
+        )
+    return Encoding.FP4, (rows, columns), (1, FP4_BLOCK)
+
+
+def _block(length: int, scales: int, name: str, scale: Stored) -> int:
+    """Return how many of ``length`` rows (or columns) share one of ``scales`` scales.
+
+    The last block may be ragged, so the quotient alone does not tell: the block is the power of two
+    that fits, of which there is at most one when there are two scales or more, else the exact quotient.
+    """
+    if scales > 0:
+        least = -(-length // scales)
+        power = 1 << (least - 1).bit_length()
+        for candidate in (power, least):
+            if -(-length // candidate) == scales and (candidate == power or length % scales == 0):
+                return candidate
+    raise InventoryError(
+        f"tensor {scale_name(name)}: its shape fits no block size",
+        where=scale.file,
+        expected=f"scales that divide {length} evenly",
+        got=scales,
+    )

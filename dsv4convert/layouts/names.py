@@ -14,6 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..config import ModelConfig
+from ..errors import ConfigError
 
 
 class Store(str, Enum):
@@ -283,3 +284,85 @@ def expected_tensors(config: ModelConfig, draft: Draft, n_draft: int, has_vision
             first=number == 0,
             last=number == n_draft - 1,
         )
+
+
+# The vision tower of Vision-Exp: all BF16, official names at the top level. GGUF names are those of the
+# ``mmproj-`` file (architecture ``clip``). Symbols beside ModelConfig.dims come from ``vision_dims``.
+# fmt: off
+VISION_ROWS: tuple[Row, ...] = (
+    # [vd, 3 * patch * patch], channel first; the GGUF holds it as a convolution [vd, 3, patch, patch].
+    Row("vision.patch_embed.proj.weight", ("vd", "3pp"), _BF16, _COPY, "v.patch_embd.weight", None, None),
+    Row("vision.patch_embed.proj.bias",   ("vd",),       _BF16, _COPY, "v.patch_embd.bias", None, None),
+    Row("vision.norm.weight", ("vd",),       _BF16, _COPY, "v.post_ln.weight", None, None),
+    Row("aligner.w1.weight",  ("D", "vd*rr"), _BF16, _COPY, "mm.1.weight", None, None),
+    Row("aligner.w1.bias",    ("D",),        _BF16, _COPY, "mm.1.bias", None, None),
+    Row("aligner.w2.weight",  ("D", "D"),    _BF16, _COPY, "mm.2.weight", None, None),
+    Row("aligner.w2.bias",    ("D",),        _BF16, _COPY, "mm.2.bias", None, None),
+    Row("image_start",        ("D",),        _BF16, _COPY, "v.token_embd.img_start", None, None),
+    Row("image_end",          ("D",),        _BF16, _COPY, "v.token_embd.img_end", None, None),
+    Row("image_newline",      ("D",),        _BF16, _COPY, "v.image_newline", None, None),
+    Row("image_pad",          ("D",),        _BF16, _COPY, "v.token_embd.img_pad", None, None),
+)
+
+# One block, official names under ``vision.blocks.{n}.``, GGUF names under ``v.blk.{n}.``. Where two GGUF
+# names stand, a space between them, the rows of the tensor are halved among them in that order.
+VISION_BLOCK_ROWS: tuple[Row, ...] = (
+    Row("norm1.weight",     ("vd",),        _BF16, _COPY, "ln1.weight", None, None),
+    Row("attn.wqkv.weight", ("3vd", "vd"),  _BF16, _COPY, "attn_qkv.weight", None, None),
+    Row("attn.wqkv.bias",   ("3vd",),       _BF16, _COPY, "attn_qkv.bias", None, None),
+    Row("attn.wo.weight",   ("vd", "vd"),   _BF16, _COPY, "attn_out.weight", None, None),
+    Row("attn.wo.bias",     ("vd",),        _BF16, _COPY, "attn_out.bias", None, None),
+    Row("norm2.weight",     ("vd",),        _BF16, _COPY, "ln2.weight", None, None),
+    Row("mlp.w1.weight",    ("2vi", "vd"),  _BF16, _COPY, "ffn_gate.weight ffn_up.weight", None, None),
+    Row("mlp.w2.weight",    ("vd", "vi"),   _BF16, _COPY, "ffn_down.weight", None, None),
+)
+# fmt: on
+
+# The config keys that the shapes of the vision tower depend on.
+VISION_SHAPE_KEYS = (
+    "vision_n_layers",
+    "vision_dim",
+    "vision_inter_dim",
+    "vision_patch_size",
+    "vision_downsample_ratio",
+)
+
+
+def vision_dims(config: ModelConfig) -> dict[str, int]:
+    """Return the symbolic dimensions of the vision tables: width vd, inner width vi, patch p, merge ratio r.
+
+    Raises:
+        ConfigError: a ``vision_*`` key is missing or is not a positive integer.
+    """
+    values: dict[str, int] = {}
+    for key in VISION_SHAPE_KEYS:
+        value = config.raw.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"key {key}: not a size of the vision tower", expected="a positive integer", got=value)
+        values[key] = value
+    width, inner = values["vision_dim"], values["vision_inter_dim"]
+    return {
+        "D": config.hidden_size,
+        "vd": width,
+        "3vd": 3 * width,
+        "vi": inner,
+        "2vi": 2 * inner,
+        "3pp": 3 * values["vision_patch_size"] ** 2,
+        "vd*rr": width * values["vision_downsample_ratio"] ** 2,
+    }
+
+
+def vision_tensors(config: ModelConfig) -> Iterator[Expected]:
+    """Yield every tensor of the vision tower and its aligner; ``layer`` is the vision block.
+
+    Raises:
+        ConfigError: a ``vision_*`` key is missing or is not a positive integer.
+    """
+    dims = vision_dims(config)
+    for row in VISION_ROWS:
+        yield Expected(row.name, row, tuple(dims[symbol] for symbol in row.shape), "", None, None)
+    for block in range(config.raw["vision_n_layers"]):
+        prefix = f"vision.blocks.{block}."
+        for row in VISION_BLOCK_ROWS:
+            shape = tuple(dims[symbol] for symbol in row.shape)
+            yield Expected(prefix + row.name, row, shape, prefix, block, None)

@@ -1,0 +1,1 @@
+"""The engine: carries out a plan, whatever its target, in bounded memory."""

@@ -1,0 +1,95 @@
+"""The engine's codec table: how each codec of a plan is called on one tile.
+
+An entry takes the codec backend, the operands' tiles, the output tile as bytes [rows, row_bytes], and
+the segment's args. What it means is in ``formats/``; here is only which array goes where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.backend import Codecs
+from ..formats.base import Scratch, Tally
+
+Bytes = NDArray[np.uint8]
+Inputs = Sequence[NDArray[Any]]
+TileCodec = Callable[[Codecs, Inputs, Bytes, tuple[Any, ...], Scratch, Tally], None]
+
+# args of the codecs with scales: (rows, columns) that share one scale.
+
+
+def _scaled(function: str, dtype: Any) -> TileCodec:
+    """Return the entry of a codec (weight, scale, block) -> elements of ``dtype``."""
+
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
+        getattr(codecs, function)(inputs[0], inputs[1], args, out.view(dtype), scratch, tally)
+
+    return run
+
+
+def _unscaled(function: str, dtype: Any) -> TileCodec:
+    """Return the entry of a codec (elements) -> elements of ``dtype``."""
+
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
+        getattr(codecs, function)(inputs[0], out.view(dtype), scratch, tally)
+
+    return run
+
+
+def _fp4_to_mxfp4(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    codecs.fp4_to_mxfp4(inputs[0], inputs[1], out, scratch, tally)
+
+
+def _beside(left: str, right: str) -> TileCodec:
+    """Return the entry that puts the results of two codecs side by side: two operands and a block each."""
+
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
+        left_bytes, left_args, right_args = args
+        half = len(inputs) // 2
+        for name, part, part_args, columns in (
+            (left, inputs[:half], left_args, slice(None, left_bytes)),
+            (right, inputs[half:], right_args, slice(left_bytes, None)),
+        ):
+            width = out[:, columns].shape[1]
+            made = scratch.array(f"beside {columns.start}", (out.shape[0], width), np.uint8)
+            TILE_CODECS[name](codecs, part, made, part_args, scratch, tally)
+            out[:, columns] = made
+
+    return run
+
+
+F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
+
+TILE_CODECS: dict[str, TileCodec] = {
+    "fp4_to_mxfp4": _fp4_to_mxfp4,
+    "fp4_to_f32": _scaled("fp4_to_f32", F32),
+    "fp4_to_bf16": _scaled("fp4_to_bf16", BF16),
+    "fp4_to_f16": _scaled("fp4_to_f16", F16),
+    "fp4_to_q8_0": _scaled("fp4_to_q8_0", U8),
+    "fp8_to_f32": _scaled("fp8_to_f32", F32),
+    "fp8_to_bf16": _scaled("fp8_to_bf16", BF16),
+    "fp8_to_f16": _scaled("fp8_to_f16", F16),
+    "fp8_to_q8_0": _scaled("fp8_to_q8_0", U8),
+    "fp8_to_mxfp4": _scaled("fp8_to_mxfp4", U8),
+    "bf16_to_f32": _unscaled("bf16_to_f32", F32),
+    "bf16_to_f16": _unscaled("bf16_to_f16", F16),
+    "bf16_to_q8_0": _unscaled("bf16_to_q8_0", U8),
+    "bf16_to_mxfp4": _unscaled("bf16_to_mxfp4", U8),
+    "f16_to_f32": _unscaled("f16_to_f32", F32),
+    "f16_to_bf16": _unscaled("f16_to_bf16", BF16),
+    "f16_to_q8_0": _unscaled("f16_to_q8_0", U8),
+    "f16_to_mxfp4": _unscaled("f16_to_mxfp4", U8),
+    "f32_to_bf16": _unscaled("f32_to_bf16", BF16),
+    "f32_to_f16": _unscaled("f32_to_f16", F16),
+    "f32_to_q8_0": _unscaled("f32_to_q8_0", U8),
+    "f32_to_mxfp4": _unscaled("f32_to_mxfp4", U8),
+    "i64_to_i32": _unscaled("i64_to_i32", I32),
+}
+for _name in ("fp8_to_q8_0", "fp8_to_bf16", "fp8_to_f16", "fp8_to_f32"):
+    TILE_CODECS[f"{_name} beside {_name}"] = _beside(_name, _name)

@@ -1,0 +1,266 @@
+"""Carries out a plan: segments to worker threads, progress and records to the caller, files to their names."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+from ..errors import ConversionInterrupted, Dsv4Error
+from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
+from ..formats.base import Tally
+from ..plan import Plan, Segment
+from .files import DescriptorCache, Outputs
+from .tiles import TILE_BYTES, Worker
+
+# Loading the compiler costs more than a small conversion takes.
+COMPILED_FROM_BYTES = 256 * 2**20
+
+# How often the main thread looks at progress, and how often finished work is made durable and recorded.
+POLL_SECONDS = 0.05
+RECORD_SECONDS = 5.0
+
+
+class Task(NamedTuple):
+    """A segment with its place in the plan: file, tensor and segment number, and the offset in the file."""
+
+    file: int
+    tensor: int
+    segment: int
+    offset: int
+
+
+class Finished(NamedTuple):
+    """A segment that has been written, with its xxh3-128 digest and what its codec counted."""
+
+    task: Task
+    digest: bytes
+    tally: Tally
+
+
+class Recorder(Protocol):
+    """Keeps what is finished, so that an interrupted run can go on (see ``journal``)."""
+
+    def finished(self) -> Mapping[tuple[int, int, int], Finished]:
+        """Return the segments that an earlier run finished, by (file, tensor, segment)."""
+        ...
+
+    def record(self, batch: list[Finished]) -> None:
+        """Keep ``batch``; the caller has made its bytes durable."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one output tensor.
+
+    ``digest`` is the hex xxh3-128 of its segments' digests, or of its bytes when it has one segment.
+    """
+
+    file: str
+    name: str
+    digest: str
+    tally: Tally
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did: bytes, seconds, and per tensor its checksum and counts."""
+
+    tensors: tuple[TensorReport, ...]
+    tally: Tally
+    written_bytes: int
+    seconds: float
+    threads: int
+    backend: str
+    resumed_bytes: int = 0
+
+    def flagged(self) -> Iterator[TensorReport]:
+        """Yield the tensors in which anything was counted."""
+        return (tensor for tensor in self.tensors if tensor.tally != Tally())
+
+
+@dataclass
+class _Shared:
+    """What the workers of one run share, under ``lock``."""
+
+    tasks: Iterator[Task]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    batch: list[Finished] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+def run_plan(
+    plan: Plan,
+    outputs: Outputs,
+    *,
+    threads: int,
+    codecs: Codecs | None = None,
+    tile_bytes: int = TILE_BYTES,
+    progress: Callable[[int], None] | None = None,
+    recorder: Recorder | None = None,
+    before_finish: Callable[[RunReport], None] | None = None,
+) -> RunReport:
+    """Make all files of ``plan`` and give them their names.
+
+    ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``progress``
+    is told the bytes done, several times a second. ``before_finish`` sees the report while the files
+    still have their temporary names; an error from it keeps them from getting their own.
+
+    Raises:
+        InputOutputError, SpaceError: the system refused a read or a write; names the file.
+        ConversionInterrupted: Ctrl-C.
+        Dsv4Error: whatever a codec or ``before_finish`` raises.
+    """
+    started = time.monotonic()
+    backend = codecs if codecs is not None else choose_backend(plan.nbytes)
+    done = dict(recorder.finished()) if recorder is not None else {}
+    resumed = sum(_segment(plan, entry.task).nbytes for entry in done.values())
+    shared = _Shared(tasks=_tasks(plan, done))
+    workers: list[Worker] = []
+    lives = [
+        threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
+        for _ in range(threads)
+    ]
+    for life in lives:
+        life.start()
+
+    def flush() -> None:
+        with shared.lock:
+            batch, shared.batch = shared.batch, []
+        if recorder is not None and batch:
+            outputs.sync({entry.task.file for entry in batch})
+            recorder.record(batch)
+        done.update({entry.task[:3]: entry for entry in batch})
+
+    try:
+        recorded = time.monotonic()
+        while any(life.is_alive() for life in lives):
+            for life in lives:
+                life.join(POLL_SECONDS / threads)
+            if progress is not None:
+                progress(resumed + sum(worker.done_bytes for worker in workers))
+            if recorder is not None and time.monotonic() - recorded >= RECORD_SECONDS:
+                flush()
+                recorded = time.monotonic()
+        if shared.error is not None:
+            raise shared.error
+    except BaseException as error:
+        for worker in workers:
+            worker.stopped = True
+        with shared.lock:
+            shared.tasks = iter(())
+        for life in lives:
+            life.join()
+        if isinstance(error, KeyboardInterrupt):
+            if recorder is not None:
+                flush()
+            raise ConversionInterrupted("interrupted", where=plan.destination) from None
+        raise
+    flush()
+    report = _report(plan, done, time.monotonic() - started, threads, backend.name, resumed)
+    if before_finish is not None:
+        before_finish(report)
+    outputs.finish()
+    return report
+
+
+def choose_backend(output_bytes: int) -> Codecs:
+    """Return the compiled codecs where they are installed and the work is worth loading them, else numpy's."""
+    if output_bytes >= COMPILED_FROM_BYTES and compiled_available():
+        return compiled_codecs()
+    return numpy_codecs()
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _work(
+    shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[Worker]
+) -> None:
+    with DescriptorCache() as descriptors:
+        worker = Worker(codecs, descriptors, tile_bytes)
+        with shared.lock:
+            workers.append(worker)
+        while not worker.stopped:
+            with shared.lock:
+                task = next(shared.tasks, None)
+            if task is None:
+                return
+            try:
+                digest, tally = worker.run(_segment(plan, task), outputs.paths[task.file], task.offset)
+            except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+                _fail(shared, workers, _with_tensor(error, plan, task))
+                return
+            if not worker.stopped:
+                with shared.lock:
+                    shared.batch.append(Finished(task, digest, tally))
+
+
+def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
+    with shared.lock:
+        if shared.error is None:
+            shared.error = error
+        shared.tasks = iter(())
+        for worker in workers:
+            worker.stopped = True
+
+
+def _with_tensor(error: BaseException, plan: Plan, task: Task) -> BaseException:
+    """Add the tensor's name to an error that does not say it."""
+    if not isinstance(error, Dsv4Error):
+        return error
+    name = plan.files[task.file].tensors[task.tensor].name
+    return type(error)(
+        f"{error.what} (while making tensor {name})",
+        where=error.where,
+        expected=error.expected,
+        got=error.got,
+        hint=error.hint,
+    )
+
+
+def _tasks(plan: Plan, done: Mapping[tuple[int, int, int], Finished]) -> Iterator[Task]:
+    for file_number, file in enumerate(plan.files):
+        for tensor_number, tensor in enumerate(file.tensors):
+            offset = tensor.offset
+            for number, segment in enumerate(tensor.segments):
+                if (file_number, tensor_number, number) not in done:
+                    yield Task(file_number, tensor_number, number, offset)
+                offset += segment.nbytes
+
+
+def _segment(plan: Plan, task: Task) -> Segment:
+    return plan.files[task.file].tensors[task.tensor].segments[task.segment]
+
+
+def _report(
+    plan: Plan, done: Mapping[tuple[int, int, int], Finished], seconds: float, threads: int, backend: str, resumed: int
+) -> RunReport:
+    total = Tally()
+    reports: list[TensorReport] = []
+    for file_number, file in enumerate(plan.files):
+        for number, tensor in enumerate(file.tensors):
+            entries = [done[file_number, number, index] for index in range(len(tensor.segments))]
+            tally = Tally()
+            for entry in entries:
+                tally.add(entry.tally)
+            total.add(tally)
+            reports.append(TensorReport(file.name, tensor.name, combine_digests([e.digest for e in entries]), tally))
+    return RunReport(tuple(reports), total, plan.nbytes, seconds, threads, backend, resumed)
+
+
+def combine_digests(digests: list[bytes]) -> str:
+    """Return a tensor's checksum from its segments': the only one, or the xxh3-128 of all in order."""
+    if len(digests) == 1:
+        return digests[0].hex()
+    return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))
+
+

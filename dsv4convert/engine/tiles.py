@@ -1,0 +1,136 @@
+"""One worker: makes a segment tile by tile, in buffers that stay in the processor's cache."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import InputOutputError
+from ..formats.backend import Codecs
+from ..formats.base import Scratch, Tally
+from ..plan import COPY, Operand, Segment
+from .codecs import TILE_CODECS
+from .files import DescriptorCache, os_errors, write_all
+
+# Source plus output bytes of a tile: several arrays of this size fit a core's second-level cache.
+TILE_BYTES = 512 * 2**10
+COPY_TILE_BYTES = 2**20
+
+# copy_file_range is refused across some file systems and on old kernels.
+REFUSED = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+
+
+class Worker:
+    """Reads, converts and writes segments; owns its buffers and descriptors and shares nothing."""
+
+    def __init__(self, codecs: Codecs, descriptors: DescriptorCache, tile_bytes: int = TILE_BYTES) -> None:
+        self._codecs = codecs
+        self._descriptors = descriptors
+        self._tile_bytes = tile_bytes
+        self._scratch = Scratch()
+        self._can_copy_in_kernel = hasattr(os, "copy_file_range")
+        self.done_bytes = 0
+        self.stopped = False
+
+    def run(self, segment: Segment, path: Path, offset: int) -> tuple[bytes, Tally]:
+        """Make ``segment`` at ``offset`` of ``path``; return its xxh3-128 digest and what was counted.
+
+        Raises:
+            InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
+        """
+        tally = Tally()
+        digest = xxhash.xxh3_128()
+        output = self._descriptors.get(path, os.O_RDWR)
+        if segment.codec == COPY:
+            self._copy(segment, path, output, offset, digest)
+        else:
+            self._convert(segment, path, output, offset, digest, tally)
+        return digest.digest(), tally
+
+    def _convert(
+        self, segment: Segment, path: Path, output: int, offset: int, digest: xxhash.xxh3_128, tally: Tally
+    ) -> None:
+        codec = TILE_CODECS[segment.codec]
+        step = rows_per_tile(segment, self._tile_bytes)
+        for first in range(0, segment.rows, step):
+            if self.stopped:
+                return
+            rows = min(step, segment.rows - first)
+            inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+            out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
+            codec(self._codecs, inputs, out, segment.args, self._scratch, tally)
+            digest.update(out.data)
+            with os_errors(path, "written"):
+                write_all(output, out.data, offset + first * segment.row_bytes)
+            self.done_bytes += out.nbytes
+
+    def _read(self, index: int, operand: Operand, first: int, rows: int) -> NDArray[Any]:
+        """Return the rows of an operand that serve output rows first..first+rows."""
+        begin = first // operand.rows_per
+        count = -(-(first + rows) // operand.rows_per) - begin
+        tile = self._scratch.array(f"input {index}", (count, operand.row_bytes), np.uint8)
+        self._read_into(operand.file, operand.offset + begin * operand.row_bytes, tile)
+        return tile.view(operand.dtype)
+
+    def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
+        view = buffer.data.cast("B")
+        with os_errors(file, "read"):
+            descriptor = self._descriptors.get(file, os.O_RDONLY)
+            while view.nbytes:
+                count = os.preadv(descriptor, [view], offset)
+                if count == 0:
+                    raise InputOutputError(
+                        "the file became shorter while it was read", where=file, hint="was it replaced during the run?"
+                    )
+                view = view[count:]
+                offset += count
+
+    def _copy(self, segment: Segment, path: Path, output: int, offset: int, digest: xxhash.xxh3_128) -> None:
+        """Copy bytes; inside the kernel where it can, with a look at each chunk for the checksum while it is hot."""
+        operand = segment.operands[0]
+        for begin in range(0, segment.rows, COPY_TILE_BYTES):
+            if self.stopped:
+                return
+            size = min(COPY_TILE_BYTES, segment.rows - begin)
+            chunk = self._scratch.array("copy", (size,), np.uint8)
+            self._read_into(operand.file, operand.offset + begin, chunk)
+            with os_errors(path, "written"):
+                if not self._copy_in_kernel(operand, begin, output, offset + begin, size):
+                    write_all(output, chunk.data, offset + begin)
+            digest.update(chunk.data)
+            self.done_bytes += size
+
+    def _copy_in_kernel(self, operand: Operand, begin: int, output: int, offset: int, size: int) -> bool:
+        """Return whether ``copy_file_range`` moved the chunk."""
+        if not self._can_copy_in_kernel:
+            return False
+        source = self._descriptors.get(operand.file, os.O_RDONLY)
+        done = 0
+        while done < size:
+            try:
+                moved = os.copy_file_range(
+                    source, output, size - done, operand.offset + begin + done, offset + done
+                )
+            except OSError as error:
+                if error.errno in REFUSED:
+                    self._can_copy_in_kernel = False
+                    return False
+                raise
+            if moved == 0:
+                return False
+            done += moved
+        return True
+
+
+def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
+    """Return how many output rows a tile takes: a multiple of every scale block's height."""
+    alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
+    row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
+    return max(alignment, int(tile_bytes / row_cost) // alignment * alignment)

@@ -1,0 +1,184 @@
+"""The plan: every output file with every byte range of it, and where its bytes come from.
+
+A layout makes it from headers alone; the engine carries it out without knowing a tensor's name or a
+file's format. Everything that can fail on the input has failed before a plan exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoint.folder import Checkpoint
+from .checkpoint.weights import Weight
+from .errors import InventoryError
+
+# Verbatim ranges are cut into segments of this many bytes, so that threads can share a large tensor.
+COPY_SEGMENT_BYTES = 64 * 2**20
+
+COPY = "copy"
+
+
+class Operand(NamedTuple):
+    """A row-major matrix in a source file: one input of a codec.
+
+    ``row_bytes`` bytes a row, each of numpy dtype ``dtype``; one row of it serves ``rows_per`` rows of
+    the output (1 for weights, the block's height for scales).
+    """
+
+    file: Path
+    offset: int
+    row_bytes: int
+    rows_per: int
+    dtype: str
+
+
+class Segment(NamedTuple):
+    """A contiguous run of output rows that one codec makes: the unit of work, of checksums and of resume.
+
+    ``codec`` names an entry of the engine's codec table, ``args`` are its parameters (a scale block, a
+    column range). A ``copy`` segment has one operand and rows of one byte.
+    """
+
+    codec: str
+    operands: tuple[Operand, ...]
+    rows: int
+    row_bytes: int
+    args: tuple[Any, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many output bytes the segment makes."""
+        return self.rows * self.row_bytes
+
+
+class OutputTensor(NamedTuple):
+    """A tensor of an output file: ``nbytes`` at ``offset`` from the file's start, made by ``segments`` in order.
+
+    All segments have the same size save the last, which may be shorter.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of the output: ``header`` at its start, tensors behind it, zeros between them."""
+
+    name: str
+    header: bytes = field(repr=False)
+    tensors: tuple[OutputTensor, ...] = field(repr=False)
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Source tensors that the output leaves out on purpose."""
+
+    what: str
+    reason: str
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion will do.
+
+    ``is_folder``: the files make one folder ``destination``, which appears whole; otherwise each file
+    appears in the folder ``destination``. ``options`` are the choices that decide the output's bytes.
+    """
+
+    target: str
+    source: Path
+    destination: Path
+    is_folder: bool
+    files: tuple[OutputFile, ...]
+    dropped: tuple[Dropped, ...]
+    options: Mapping[str, Any]
+    source_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all output files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def n_tensors(self) -> int:
+        """Return the number of output tensors."""
+        return sum(len(file.tensors) for file in self.files)
+
+    def final_paths(self) -> list[Path]:
+        """Return the paths of the finished output files."""
+        return [self.destination / file.name for file in self.files]
+
+
+class Claims:
+    """Keeps the rule that every source weight is converted or dropped with a reason, and none forgotten."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._open = dict(checkpoint.weights)
+        self._weights = checkpoint.weights
+        self._dropped: list[Dropped] = [
+            Dropped(unused.names[0] + ("" if len(unused.names) == 1 else ", …"), unused.reason, len(unused.names), unused.nbytes)
+            for unused in checkpoint.unused
+        ]
+
+    def take(self, weight: Weight) -> Weight:
+        """Claim a weight for an output tensor.
+
+        Raises:
+            InventoryError: it was claimed before.
+        """
+        if self._open.pop(weight.name, None) is None:
+            raise InventoryError(f"tensor {weight.name}: claimed twice by the layout")
+        return weight
+
+    def drop(self, what: str, reason: str, weights: Iterable[Weight]) -> None:
+        """Leave weights out of the output, with a reason that the summary shows."""
+        dropped = [self.take(weight) for weight in weights]
+        if dropped:
+            count = sum(1 + (weight.scale is not None) for weight in dropped)
+            self._dropped.append(Dropped(what, reason, count, sum(weight.nbytes for weight in dropped)))
+
+    def close(self) -> tuple[Dropped, ...]:
+        """Return what was dropped.
+
+        Raises:
+            InventoryError: a weight is neither converted nor dropped.
+        """
+        if self._open:
+            raise InventoryError(
+                f"tensor {next(iter(self._open))}: no output tensor takes it", got=f"{len(self._open)} such weights"
+            )
+        return tuple(self._dropped)
+
+
+def copy_segments(file: Path, offset: int, nbytes: int) -> tuple[Segment, ...]:
+    """Return the segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
+    return tuple(
+        Segment(COPY, (Operand(file, offset + begin, 1, 1, "u1"),), min(COPY_SEGMENT_BYTES, nbytes - begin), 1)
+        for begin in range(0, nbytes, COPY_SEGMENT_BYTES)
+    )
+
+
+def align_up(value: int, alignment: int) -> int:
+    """Return the smallest multiple of ``alignment`` that is at least ``value``."""
+    return -(-value // alignment) * alignment
+
+
+def place(specs: Sequence[OutputTensor], start: int, alignment: int) -> Iterator[OutputTensor]:
+    """Yield the tensors with offsets from ``start`` on, each aligned to ``alignment`` bytes."""
+    position = start
+    for tensor in specs:
+        position = align_up(position, alignment)
+        yield tensor._replace(offset=position)
+        position += tensor.nbytes

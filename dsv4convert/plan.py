@@ -18,7 +18,10 @@ from .errors import InventoryError
 # Verbatim ranges are cut into segments of this many bytes, so that threads can share a large tensor.
 COPY_SEGMENT_BYTES = 64 * 2**20
 
+# Codecs of the engine that only move bytes: a run of bytes; rows as they are; two codecs' rows side by side.
 COPY = "copy"
+IDENTITY = "identity"
+BESIDE = "beside"
 
 
 class Operand(NamedTuple):

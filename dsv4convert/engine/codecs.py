@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
+from ..plan import BESIDE, IDENTITY
 
 Bytes = NDArray[np.uint8]
 Inputs = Sequence[NDArray[Any]]
@@ -46,27 +47,32 @@ def _fp4_to_mxfp4(
     codecs.fp4_to_mxfp4(inputs[0], inputs[1], out, scratch, tally)
 
 
-def _beside(left: str, right: str) -> TileCodec:
-    """Return the entry that puts the results of two codecs side by side: two operands and a block each."""
+def _identity(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    out[...] = inputs[0].view(np.uint8)
 
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-        left_bytes, left_args, right_args = args
-        half = len(inputs) // 2
-        for name, part, part_args, columns in (
-            (left, inputs[:half], left_args, slice(None, left_bytes)),
-            (right, inputs[half:], right_args, slice(left_bytes, None)),
-        ):
-            width = out[:, columns].shape[1]
-            made = scratch.array(f"beside {columns.start}", (out.shape[0], width), np.uint8)
-            TILE_CODECS[name](codecs, part, made, part_args, scratch, tally)
-            out[:, columns] = made
 
-    return run
+def _beside(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Put the rows of two codecs side by side; args: left bytes a row, then codec and args of each."""
+    left_bytes, left, left_args, right, right_args = args
+    half = len(inputs) // 2
+    for codec, codec_args, part, columns in (
+        (left, left_args, inputs[:half], slice(None, left_bytes)),
+        (right, right_args, inputs[half:], slice(left_bytes, None)),
+    ):
+        made = scratch.array(f"beside {columns.start}", out[:, columns].shape, np.uint8)
+        TILE_CODECS[codec](codecs, part, made, codec_args, scratch, tally)
+        out[:, columns] = made
 
 
 F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
 
 TILE_CODECS: dict[str, TileCodec] = {
+    IDENTITY: _identity,
+    BESIDE: _beside,
     "fp4_to_mxfp4": _fp4_to_mxfp4,
     "fp4_to_f32": _scaled("fp4_to_f32", F32),
     "fp4_to_bf16": _scaled("fp4_to_bf16", BF16),
@@ -91,5 +97,3 @@ TILE_CODECS: dict[str, TileCodec] = {
     "f32_to_mxfp4": _unscaled("f32_to_mxfp4", U8),
     "i64_to_i32": _unscaled("i64_to_i32", I32),
 }
-for _name in ("fp8_to_q8_0", "fp8_to_bf16", "fp8_to_f16", "fp8_to_f32"):
-    TILE_CODECS[f"{_name} beside {_name}"] = _beside(_name, _name)

@@ -1,0 +1,106 @@
+"""From a weight to the segments that make it in a given element type; shared by all layouts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..checkpoint.weights import Encoding, Weight
+from ..errors import InventoryError
+from ..plan import IDENTITY, Operand, Segment, copy_segments
+
+NUMPY_DTYPE = {
+    Encoding.FP4: "u1",
+    Encoding.FP8: "u1",
+    Encoding.BF16: "<u2",
+    Encoding.F16: "<f2",
+    Encoding.F32: "<f4",
+    Encoding.I64: "<i8",
+    Encoding.I32: "<i4",
+}
+SCALE_DTYPE = {"F8_E8M0": "u1", "F32": "<f4"}
+
+
+class ElementType(NamedTuple):
+    """An element type of an output: ``nbytes`` for every ``elements`` elements of a row."""
+
+    name: str
+    elements: int
+    nbytes: int
+
+    def row_bytes(self, columns: int) -> int:
+        """Return the bytes of a row of ``columns`` elements."""
+        return columns // self.elements * self.nbytes
+
+
+F32 = ElementType("f32", 1, 4)
+F16 = ElementType("f16", 1, 2)
+BF16 = ElementType("bf16", 1, 2)
+I32 = ElementType("i32", 1, 4)
+I64 = ElementType("i64", 1, 8)
+# 32 elements: an f16 scale and 32 int8; an e8m0 byte and 32 e2m1 codes.
+Q8_0 = ElementType("q8_0", 32, 2 + 32)
+MXFP4 = ElementType("mxfp4", 32, 1 + 32 // 2)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return ``shape`` as (rows, columns): a vector is one row."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, shape[0] if shape else 1)
+
+
+def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
+    """Return the operands of a weight from row ``first`` on (a multiple of its scale block's height)."""
+    rows, _ = matrix_shape(weight.shape)
+    row_bytes = weight.stored.nbytes // rows
+    stored = weight.stored
+    weights = Operand(stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding])
+    scale, block = weight.scale, weight.block
+    if scale is None or block is None:
+        return (weights,)
+    if first % block[0]:
+        raise InventoryError(
+            f"tensor {weight.name}: row {first} does not begin a scale block", expected=f"a multiple of {block[0]}"
+        )
+    scale_row_bytes = scale.nbytes // scale.shape[0]
+    scales = Operand(
+        scale.file, scale.offset + first // block[0] * scale_row_bytes, scale_row_bytes, block[0], SCALE_DTYPE[scale.dtype]
+    )
+    return weights, scales
+
+
+def is_verbatim(weight: Weight, to: ElementType) -> bool:
+    """Return whether the weight's own bytes are already what ``to`` wants."""
+    return weight.encoding.value == to.name
+
+
+def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> Segment:
+    """Return the one segment that makes rows ``first``.. of a weight in element type ``to`` through a codec.
+
+    Raises:
+        InventoryError: the row length is no multiple of the type's block.
+    """
+    all_rows, columns = matrix_shape(weight.shape)
+    rows = all_rows - first if rows is None else rows
+    if columns % to.elements:
+        raise InventoryError(
+            f"tensor {weight.name}: rows cannot be cut into blocks of {to.name}",
+            where=weight.stored.file,
+            expected=f"a multiple of {to.elements} columns",
+            got=columns,
+            hint="choose another output type for it",
+        )
+    codec = IDENTITY if is_verbatim(weight, to) else f"{weight.encoding.value}_to_{to.name}"
+    return Segment(codec, operands(weight, first), rows, to.row_bytes(columns), weight.block or ())
+
+
+def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> tuple[Segment, ...]:
+    """Return the segments that make rows ``first``.. of a weight in element type ``to``; verbatim bytes are copied.
+
+    Raises:
+        InventoryError: the row length is no multiple of the type's block.
+    """
+    segment = codec_segment(weight, to, first, rows)
+    if segment.codec == IDENTITY:
+        source = segment.operands[0]
+        return copy_segments(source.file, source.offset, segment.nbytes)
+    return (segment,)

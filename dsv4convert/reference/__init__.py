@@ -1,0 +1,9 @@
+"""The forward pass in numpy: what a conversion must not change."""
+
+from __future__ import annotations
+
+from .model import Model, State
+from .sampling import greedy, gumbel_max
+from .source import CachedSource, DictSource, WeightSource
+
+__all__ = ["CachedSource", "DictSource", "Model", "State", "WeightSource", "greedy", "gumbel_max"]

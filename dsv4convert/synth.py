@@ -1,0 +1,522 @@
+"""Seeded synthetic checkpoints in the published on-disk layout: tiny, nano, and slices of flash and pro."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .config import CONFIG_NAME, ModelConfig, parse_config
+from .errors import InputOutputError, OutputExistsError, SpaceError, UsageError
+from .layouts.names import (
+    TOP_ROWS,
+    Draft,
+    Expected,
+    Store,
+    expected_tensors,
+    scale_name,
+    vision_tensors,
+)
+from .synth_tokenizer import write_synth_tokenizer
+from .synth_values import E2M1_CODE_STD, E4M3_CODE_STD, Kind, Recipe, scale_exponent, tensor_stream
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE_NAME = "model.safetensors"
+PARTIAL_SUFFIX = ".partial"
+
+PRESETS = ("tiny", "nano", "flash", "pro")
+VARIANTS = ("base", "dspark", "vision")
+
+# Published configs, as package data; a preset with a variant that is not here gets that variant's keys.
+PUBLISHED_CONFIGS = {
+    ("flash", None): "v4-flash.json",
+    ("flash", "base"): "v4-flash-base.json",
+    ("flash", "dspark"): "v4-flash-0731.json",
+    ("pro", None): "v4-pro.json",
+}
+
+# How many files the published checkpoints have; any other folder gets about the bytes per file of Flash, and
+# two files at least.
+PUBLISHED_FILES = {("pro", None): 64, ("flash", "dspark"): 48, ("flash", "vision"): 48}
+PUBLISHED_FILES_DEFAULT = 46
+BYTES_PER_FILE = 3_500_000_000
+
+# Every kind of layer in four, and dimensions that are no multiples of 128: width 160 and experts of 96
+# leave ragged scale blocks. What cannot be odd: 32 divides the input of every linear (GGML blocks), a
+# power of two is the indexer's width (Hadamard rotation), four streams (llama.cpp), and ranks of 1, 2 and
+# 4 can share the heads, groups and experts.
+TINY = {
+    "hidden_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 96,
+    "o_groups": 4,
+    "o_lora_rank": 128,
+    "moe_intermediate_size": 96,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "num_hash_layers": 2,
+    "index_n_heads": 8,
+    "index_head_dim": 64,
+    "index_topk": 16,
+    "sliding_window": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "compress_ratios": [0, 4, 128, 4, 0],
+}
+# YaRN's stretch starts within reach of a test's prompt.
+TINY_ORIGINAL_POSITIONS = 256
+
+NANO = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 16,
+    "head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 512,
+    "o_groups": 4,
+    "o_lora_rank": 256,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hash_layers": 3,
+    "index_n_heads": 16,
+    "index_head_dim": 128,
+    "index_topk": 64,
+    "vocab_size": 32768,
+    "compress_ratios": [0, 0, 4, 128, 4, 128, 4, 0],
+}
+
+DSPARK_STAGES = 3  # their input is the output of as many trunk layers
+DSPARK = {"dspark_block_size": 5, "dspark_noise_token_id": 128799, "dspark_markov_rank": 256}
+VISION = {
+    "vision_n_layers": 32,
+    "vision_dim": 1024,
+    "vision_n_heads": 16,
+    "vision_inter_dim": 2816,
+    "vision_patch_size": 14,
+    "vision_rope_theta": 10000.0,
+    "vision_downsample_ratio": 3,
+    "vision_max_n_token": 384,
+    "vision_min_pixels": 147456,
+    "vision_max_wh_ratio": 8,
+}
+VISION_RMS_NORM_EPS = 1e-20
+SMALL_DSPARK = {"dspark_markov_rank": 32}
+SMALL_VISION = {
+    "vision_n_layers": 2,
+    "vision_dim": 64,
+    "vision_n_heads": 4,
+    "vision_inter_dim": 96,
+    "vision_min_pixels": 7056,
+}
+
+FP8_BLOCK = 128
+FP4_BLOCK = 32
+FP4_PER_BYTE = 2
+
+DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
+# The order in which the safetensors library lays tensors out in a file: by dtype, widest first, then by name.
+DTYPE_ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
+
+SAFETENSORS_ALIGNMENT = 8
+
+EMBEDDING_STD = 1.0
+SMALL_STD = 0.1
+MEDIUM_STD = 0.5
+
+
+class SynthTensor(NamedTuple):
+    """One tensor to write: name, safetensors dtype and shape, and how its bytes come about."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SynthSummary:
+    """What was written: the folder, how many files and tensors, payload bytes, and tensors by dtype."""
+
+    folder: Path
+    files: int
+    tensors: int
+    payload_bytes: int
+    tensors_by_dtype: Mapping[str, int] = field(default_factory=dict)
+    headers_only: bool = False
+
+
+def synth_config(
+    preset: str,
+    *,
+    variant: str | None = None,
+    layers: int | None = None,
+    ratios: Sequence[int] | None = None,
+    experts: int | None = None,
+    vocab: int | None = None,
+    mtp: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the config.json of a synthetic checkpoint.
+
+    ``layers`` keeps the leading layers, ``ratios`` gives one compress ratio per trunk layer instead,
+    ``overrides`` replaces config keys last of all.
+
+    Raises:
+        UsageError: an unknown preset or variant, or a cut that leaves no model.
+    """
+    _one_of("preset", preset, PRESETS)
+    if variant is not None:
+        _one_of("variant", variant, VARIANTS)
+    raw = _preset_config(preset, variant)
+    n_draft = len(raw["compress_ratios"]) - raw["num_hidden_layers"]
+    trunk = list(ratios) if ratios is not None else raw["compress_ratios"][: raw["num_hidden_layers"]]
+    if layers is not None:
+        if not 1 <= layers <= len(trunk):
+            raise UsageError(
+                "--layers outside the model",
+                expected=f"1 to {len(trunk)}",
+                got=layers,
+                hint="--ratios makes any other stack of layers",
+            )
+        if ratios is not None and layers != len(trunk):
+            raise UsageError("--layers and --ratios disagree", expected=len(trunk), got=layers)
+        trunk = trunk[:layers]
+    if not trunk:
+        raise UsageError("--ratios is empty", expected="one of 0, 4, 128 per layer")
+    if not mtp:
+        n_draft = 0
+        raw["num_nextn_predict_layers"] = 0
+        for key in [key for key in raw if key.startswith("dspark_")]:
+            del raw[key]
+    raw["num_hidden_layers"] = len(trunk)
+    raw["compress_ratios"] = trunk + [0] * n_draft
+    raw["num_hash_layers"] = min(raw["num_hash_layers"], len(trunk))
+    for key, value in (("n_routed_experts", experts), ("vocab_size", vocab)):
+        if value is not None:
+            raw[key] = value
+    raw.update(overrides or {})
+    if experts is not None:
+        raw["num_experts_per_tok"] = min(raw["num_experts_per_tok"], experts)
+    if "dspark_block_size" in raw:
+        n_layers = raw["num_hidden_layers"]
+        if n_layers < DSPARK_STAGES:
+            raise UsageError(
+                "too few layers for a DSpark draft", expected=f"at least {DSPARK_STAGES}", got=n_layers
+            )
+        raw["dspark_target_layer_ids"] = list(range(n_layers - DSPARK_STAGES, n_layers))
+        raw["dspark_noise_token_id"] = min(raw["dspark_noise_token_id"], raw["vocab_size"] - 1)
+    return raw
+
+
+def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> Iterator[SynthTensor]:
+    """Yield every tensor of a synthetic checkpoint in the published order, each scale after its weight.
+
+    ``expert_dtype`` "fp8" in the config makes a Base checkpoint: FP8 experts, float32 scales, which are
+    powers of two unless ``power_of_two_scales`` is false.
+
+    Raises:
+        UsageError: a dimension that packed FP4 cannot hold.
+    """
+    base = config.raw.get("expert_dtype") == "fp8"
+    if not base:
+        for key in ("hidden_size", "moe_intermediate_size"):
+            if config.raw[key] % FP4_BLOCK:
+                raise UsageError(
+                    f"{key} cannot hold FP4 blocks",
+                    expected=f"a multiple of {FP4_BLOCK}",
+                    got=config.raw[key],
+                )
+    n_draft = config.n_draft_ratios
+    draft = (Draft.DSPARK if config.is_dspark else Draft.MTP) if n_draft else Draft.NONE
+    for expected in expected_tensors(config, draft, n_draft, config.has_vision):
+        if expected.row.store in (Store.DENSE, Store.EXPERT):
+            yield from _quantised(expected, base, power_of_two_scales)
+        else:
+            yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
+    if config.has_vision:
+        for expected in vision_tensors(config):
+            yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
+
+
+def write_synth(
+    out: Path,
+    preset: str,
+    *,
+    variant: str | None = None,
+    layers: int | None = None,
+    ratios: Sequence[int] | None = None,
+    experts: int | None = None,
+    vocab: int | None = None,
+    files: int | None = None,
+    seed: int = 0,
+    headers_only: bool = False,
+    mtp: bool = True,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    power_of_two_scales: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> SynthSummary:
+    """Write a synthetic checkpoint folder ``out``; it appears under its name when it is complete.
+
+    One file is named model.safetensors and has no index, several are numbered and have one.
+    ``headers_only`` leaves the files sparse: true headers and sizes, zeros for payload. ``progress`` is
+    called with the number of payload bytes after each piece.
+
+    Raises:
+        UsageError: a cut that leaves no model, or more files than tensors.
+        ConfigError: the overridden config does not hold together.
+        OutputExistsError: ``out`` exists and ``overwrite`` is not set, or it is no checkpoint folder.
+        SpaceError: no room on the disk.
+    """
+    raw = synth_config(
+        preset,
+        variant=variant,
+        layers=layers,
+        ratios=ratios,
+        experts=experts,
+        vocab=vocab,
+        mtp=mtp,
+        overrides=overrides,
+    )
+    config = parse_config(raw, f"synthetic {CONFIG_NAME}")
+    tensors = list(synth_tensors(config, power_of_two_scales=power_of_two_scales))
+    total = sum(tensor.nbytes for tensor in tensors)
+    if files is None:
+        whole = not any((layers, ratios, experts, vocab, overrides))
+        files = _default_files(preset, variant, total, whole=whole)
+    groups = _into_files(tensors, files)
+
+    _check_replaceable(out, overwrite)
+    partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not headers_only and shutil.disk_usage(out.parent).free < total:
+            raise SpaceError("not enough room", where=out.parent, expected=f"{total} bytes free")
+        _remove_checkpoint(partial)
+        partial.mkdir()
+        try:
+            _write_json(partial / CONFIG_NAME, raw)
+            write_synth_tokenizer(partial, config.vocab_size, seed)
+            _write_files(partial, groups, seed, headers_only, progress)
+            _remove_checkpoint(out)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputOutputError(f"cannot write ({error.strerror})", where=error.filename or out) from error
+    by_dtype = {dtype: sum(t.dtype == dtype for t in tensors) for dtype in DTYPE_BYTES}
+    return SynthSummary(
+        out, files, len(tensors), total, {d: n for d, n in by_dtype.items() if n}, headers_only=headers_only
+    )
+
+
+def _one_of(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {what}", expected=" or ".join(known), got=value)
+
+
+def _preset_config(preset: str, variant: str | None) -> dict[str, Any]:
+    published = PUBLISHED_CONFIGS.get((preset, variant))
+    if published is not None:
+        return _published_config(published)
+    raw = _published_config(PUBLISHED_CONFIGS[("pro" if preset == "pro" else "flash", None)])
+    if preset in ("tiny", "nano"):
+        raw.update(json.loads(json.dumps(TINY if preset == "tiny" else NANO)))
+        if preset == "tiny":
+            raw["rope_scaling"]["original_max_position_embeddings"] = TINY_ORIGINAL_POSITIONS
+    if variant == "base":
+        raw["expert_dtype"] = "fp8"
+    if variant in ("dspark", "vision"):
+        raw["compress_ratios"] = raw["compress_ratios"][: raw["num_hidden_layers"]] + [0] * DSPARK_STAGES
+        raw.update(DSPARK)
+        if preset == "tiny":
+            raw.update(SMALL_DSPARK)
+    if variant == "vision":
+        raw.update(VISION)
+        if preset == "tiny":
+            raw.update(SMALL_VISION)
+        raw["rms_norm_eps"] = VISION_RMS_NORM_EPS
+    return raw
+
+
+def _published_config(name: str) -> dict[str, Any]:
+    text = (resources.files(__package__) / "configs" / name).read_text(encoding="utf-8")
+    raw: dict[str, Any] = json.loads(text)
+    return raw
+
+
+def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
+    rows, columns = expected.shape
+    if expected.row.store is Store.EXPERT and not base:
+        exponent = scale_exponent(columns, E2M1_CODE_STD)
+        yield SynthTensor(expected.name, "I8", (rows, columns // FP4_PER_BYTE), Recipe(Kind.E2M1))
+        yield SynthTensor(
+            scale_name(expected.name), "F8_E8M0", (rows, columns // FP4_BLOCK), Recipe(Kind.E8M0, exponent)
+        )
+        return
+    exponent = scale_exponent(columns, E4M3_CODE_STD)
+    blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    yield SynthTensor(expected.name, "F8_E4M3", expected.shape, Recipe(Kind.E4M3))
+    if base:
+        kind = Kind.F32_POWER if power_of_two else Kind.F32_ANY
+        yield SynthTensor(scale_name(expected.name), "F32", blocks, Recipe(kind, exponent))
+    else:
+        yield SynthTensor(scale_name(expected.name), "F8_E8M0", blocks, Recipe(Kind.E8M0, exponent))
+
+
+def _plain(expected: Expected, taken: int, experts: int) -> SynthTensor:
+    """Return an unquantised tensor; what it plays in the model shows in its row's name and shape."""
+    name, row, shape = expected.name, expected.row, expected.shape
+    gate = GATE_KINDS.get(row.name)
+    if gate is not None:
+        # The hash table needs the number of experts, which its shape does not tell.
+        size = experts if gate is Kind.HASH_TABLE else taken
+        return SynthTensor(name, STORE_DTYPES[row.store], shape, Recipe(gate, size))
+    wide = Kind.BF16 if row.store is Store.BF16 else Kind.F32
+    if row.name.endswith("_scale"):
+        recipe = Recipe(Kind.F32_UNIFORM)
+    elif "norm" in row.name:
+        recipe = Recipe(Kind.BF16_NORM)
+    elif row is TOP_ROWS[0] or row.name.startswith("image_"):
+        recipe = Recipe(wide, EMBEDDING_STD)
+    elif row.name.endswith(".ape"):
+        recipe = Recipe(wide, MEDIUM_STD)
+    elif len(shape) == 1:
+        recipe = Recipe(wide, SMALL_STD if row.name.endswith(".bias") else MEDIUM_STD)
+    else:
+        recipe = Recipe(wide, shape[1] ** -0.5)
+    return SynthTensor(name, STORE_DTYPES[row.store], shape, recipe)
+
+
+STORE_DTYPES = {Store.BF16: "BF16", Store.F32: "F32", Store.TABLE: "I64"}
+GATE_KINDS = {
+    "ffn.gate.weight": Kind.ROUTER,
+    "ffn.gate.bias": Kind.ROUTER_BIAS,
+    "ffn.gate.bias_vl": Kind.ROUTER_BIAS_IMAGE,
+    "ffn.gate.tid2eid": Kind.HASH_TABLE,
+}
+
+
+def _default_files(preset: str, variant: str | None, total: int, *, whole: bool) -> int:
+    published = PUBLISHED_FILES.get((preset, variant), PUBLISHED_FILES_DEFAULT)
+    if whole and preset in ("flash", "pro"):
+        return published
+    return max(2, -(-total // BYTES_PER_FILE))
+
+
+def _into_files(tensors: list[SynthTensor], files: int) -> list[list[SynthTensor]]:
+    """Cut the list into ``files`` runs of about equal bytes; every other cut parts a weight from its scale.
+
+    Raises:
+        UsageError: fewer tensors than files, or no file at all.
+    """
+    if not 1 <= files <= len(tensors):
+        raise UsageError("--files out of range", expected=f"1 to {len(tensors)} (one tensor each)", got=files)
+    total = sum(tensor.nbytes for tensor in tensors)
+    cuts: list[int] = []
+    position, reached = 0, 0
+    for number in range(1, files):
+        while position < len(tensors) and reached * files < total * number:
+            reached += tensors[position].nbytes
+            position += 1
+        cut = max(position, cuts[-1] + 1 if cuts else 1)
+        if number % 2:
+            scales = (i for i in range(cut, len(tensors)) if tensors[i].name.endswith(".scale"))
+            cut = next(scales, cut)
+        cuts.append(min(cut, len(tensors) - (files - number)))
+    return [tensors[start:end] for start, end in zip([0, *cuts], [*cuts, len(tensors)], strict=True)]
+
+
+def _write_files(
+    folder: Path,
+    groups: list[list[SynthTensor]],
+    seed: int,
+    headers_only: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        single = len(groups) == 1
+        name = SINGLE_FILE_NAME if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        ordered = sorted(group, key=lambda tensor: (DTYPE_ORDER[tensor.dtype], tensor.name))
+        weight_map.update((tensor.name, name) for tensor in group)
+        with (folder / name).open("wb", buffering=0) as file:
+            header = safetensors_header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered])
+            file.write(header)
+            if headers_only:
+                file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))
+                continue
+            for tensor in ordered:
+                for piece in tensor_stream(tensor.recipe, tensor.name, tensor.shape, seed):
+                    _write_all(file.write, piece)
+                    if progress is not None:
+                        progress(len(piece))
+    if len(groups) > 1:
+        total = sum(tensor.nbytes for group in groups for tensor in group)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX_NAME, index)
+
+
+def _write_all(write: Callable[[memoryview], int | None], piece: memoryview) -> None:
+    while piece:
+        piece = piece[write(piece) or 0 :]
+
+
+def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Return the head of a safetensors file: 8 bytes of length, then JSON padded to a multiple of 8.
+
+    ``tensors`` are (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % SAFETENSORS_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse an existing output, and whatever is no plain checkpoint folder even with ``overwrite``."""
+    if not out.name:
+        raise UsageError("not a folder name", where=out)
+    for path in (out, out.with_name(out.name + PARTIAL_SUFFIX)):
+        if not path.exists() and not path.is_symlink():
+            continue
+        if path == out and not overwrite:
+            raise OutputExistsError("already there", where=out, hint="--overwrite replaces it")
+        if path.is_symlink() or not path.is_dir() or not all(map(_is_ours, path.iterdir())):
+            raise OutputExistsError(
+                "not a folder that holds only a checkpoint, so it is not replaced",
+                where=path,
+                hint="remove it yourself",
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors")
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -174,7 +174,7 @@ def random_tensors(config: ModelConfig, seed: int, *, steady_indexer: bool = Tru
         linear(f"{at}.ffn.gate", c.n_routed_experts, D, gain=2.0)
         if hashed:
             shuffled = [rng.permutation(c.n_routed_experts) for _ in range(c.vocab_size)]
-            tensors[f"{at}.ffn.gate.tid2eid"] = np.array(shuffled)[:, : c.num_experts_per_tok]
+            tensors[f"{at}.ffn.gate.tid2eid"] = np.array([row[: c.num_experts_per_tok] for row in shuffled])
         else:
             normal(f"{at}.ffn.gate.bias", c.n_routed_experts, std=0.3)
         for expert in [*(f"experts.{e}" for e in range(c.n_routed_experts)), "shared_experts"]:

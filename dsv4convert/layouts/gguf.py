@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ from ..checkpoint.weights import Encoding, Weight
 from ..config import ModelConfig
 from ..errors import UnsupportedError, UsageError
 from ..plan import BESIDE, Claims, Dropped, OutputFile, OutputTensor, Segment, align_up, place
-from .gguf_metadata import KeyValue, encode_key_values
+from .gguf_metadata import I32 as GGUF_I32
+from .gguf_metadata import U16 as GGUF_U16
+from .gguf_metadata import KeyValue, ParameterCounts, count_parameters, encode_key_values
 from .names import Draft, Row, Store
 from .segments import BF16, F16, F32, I32, MXFP4, Q8_0, ElementType, codec_segment, convert_segments, matrix_shape
 
@@ -32,11 +33,10 @@ EXPERT_TYPES = ("mxfp4", "q8_0", "bf16", "f16", "f32")
 WO_A_SHAPE = ("G*o_lora", "Hd/G")
 
 SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
-GGUF_UINT16, GGUF_INT32 = 2, 5
 
 
 @dataclass(frozen=True)
-class Dialect:
+class TensorDialect:
     """How one family of readers wants the file: names, architecture, types and what becomes of MTP.
 
     ``default_dense`` and ``default_experts`` give the output type by the source's encoding.
@@ -53,7 +53,7 @@ class Dialect:
 
 _PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
 DIALECTS = {
-    "llama.cpp": Dialect(
+    "llama.cpp": TensorDialect(
         name="llama.cpp",
         architecture="deepseek4",
         name_of=lambda row: row.gguf,
@@ -62,7 +62,7 @@ DIALECTS = {
         mtp_inline=False,
         grouped_wo_a=False,
     ),
-    "deepseek-v4": Dialect(
+    "deepseek-v4": TensorDialect(
         name="deepseek-v4",
         architecture="deepseek-v4",
         name_of=lambda row: row.port,
@@ -111,19 +111,9 @@ class GgufModel:
     experts_type: str
     dense_type: str
 
-    def parameter_counts(self) -> tuple[int, int, int, int]:
-        """Return (total, shared, per-expert, expert count), counted the way size labels are made."""
-        total = shared = per_expert = expert_sum = n_expert_tensors = 0
-        for tensor in self.tensors:
-            size = math.prod(tensor.shape)
-            total += size
-            if "_exps." in tensor.name:
-                per_expert += size // tensor.shape[0]
-                expert_sum += tensor.shape[0]
-                n_expert_tensors += 1
-            else:
-                shared += size
-        return total, shared, per_expert, expert_sum // n_expert_tensors if n_expert_tensors else 0
+    def parameters(self) -> ParameterCounts:
+        """Return the parameter counts that size labels are made of."""
+        return count_parameters((tensor.name, tensor.shape) for tensor in self.tensors)
 
 
 def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[GgufModel], tuple[Dropped, ...]]:
@@ -176,7 +166,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
     return models, claims.close()
 
 
-def _mtp_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: Dialect) -> str:
+def _mtp_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
     mtp = options.mtp or ("keep" if dialect.mtp_inline else "drop")
     allowed = ("keep", "drop") if dialect.mtp_inline else ("drop", "only", "split")
     if mtp not in allowed:
@@ -198,7 +188,7 @@ def _mtp_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: Dialect) ->
 class _Types:
     """Which element type a weight gets: the precision rules."""
 
-    def __init__(self, dialect: Dialect, options: GgufOptions, o_groups: int) -> None:
+    def __init__(self, dialect: TensorDialect, options: GgufOptions, o_groups: int) -> None:
         self.dialect = dialect
         self._o_groups = o_groups
         self._dense = ELEMENT_TYPES[options.dense] if options.dense else None
@@ -305,9 +295,9 @@ def gguf_files(
     files = []
     for number, group in enumerate(groups):
         split = [
-            KeyValue("split.no", GGUF_UINT16, number),
-            KeyValue("split.count", GGUF_UINT16, len(groups)),
-            KeyValue("split.tensors.count", GGUF_INT32, len(tensors)),
+            KeyValue("split.no", GGUF_U16, number),
+            KeyValue("split.count", GGUF_U16, len(groups)),
+            KeyValue("split.tensors.count", GGUF_I32, len(tensors)),
         ]
         name = SPLIT_NAME.format(stem=stem, number=number + 1, count=len(groups))
         files.append(_gguf_file(name, group, [*metadata, *split] if number == 0 else split))

@@ -1,0 +1,81 @@
+"""The command line: parses, calls the library, prints; no tensor work happens here.
+
+Each module of this package holds the commands of one subject and registers them on the app.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import Dsv4Error, escape_control
+
+app = typer.Typer(
+    name="dsv4convert",
+    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INTERNAL_ERROR_CODE = 70
+INTERRUPTED_CODE = 130
+
+_debug = False
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dsv4convert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def _register() -> None:
+    """Add the commands of every module, in the order in which ``--help`` lists them."""
+    from . import convert, demo, inspect, synth
+
+    for module in (convert, inspect, synth, demo):
+        module.register(app)
+
+
+def main() -> None:
+    """Run the program: every error becomes one line on stderr and its own exit code."""
+    _register()
+    try:
+        app()
+    except Dsv4Error as error:
+        if _debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED_CODE)
+    except BrokenPipeError:
+        # Whoever read our output has enough; keep Python from flushing into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug of ours, still no traceback for the user
+        if _debug:
+            raise
+        sys.stderr.write(
+            f"internal error: {type(error).__name__}: {escape_control(str(error))}; "
+            "this is a bug: please report it with the output of --debug\n"
+        )
+        sys.exit(INTERNAL_ERROR_CODE)

@@ -1,0 +1,192 @@
+"""What converting commands print: the plan, the progress and the summary."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import escape_control
+
+if TYPE_CHECKING:
+    from ..convert import Summary
+    from ..plan import Plan
+
+# Seconds between progress lines where there is no terminal.
+PLAIN_PROGRESS_SECONDS = 10.0
+
+MAX_COUNTED_LINES = 20
+
+
+def human_bytes(size: float) -> str:
+    """Return a size in decimal units, three significant digits.
+
+    >>> human_bytes(159609485896)
+    '160 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+        size /= 1000
+    return ""
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration as people read it.
+
+    >>> human_seconds(3725)
+    '1 h 02 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds) // 60
+    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def print_json(document: Any) -> None:
+    """Print a JSON document on stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress_display(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """Yield a function that is told the bytes done: a bar on a terminal, plain lines elsewhere, on stderr."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(total) as update:
+            yield update
+    else:
+        yield _plain_lines(total)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("converting", total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _plain_lines(total: int) -> Callable[[int], None]:
+    started = time.monotonic()
+    last = started
+
+    def update(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_PROGRESS_SECONDS or not done:
+            return
+        last = now
+        rate = done / (now - started)
+        typer.echo(
+            f"{done / total:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {human_bytes(rate)}/s  "
+            f"{human_seconds((total - done) / rate)} left",
+            err=True,
+        )
+
+    return update
+
+
+def print_summary(summary: Summary) -> None:
+    """Print what a conversion wrote, what it left out and why, and what it took."""
+    for path, size in summary.files:
+        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
+    typer.echo(f"{summary.tensors} tensors")
+    for entry in summary.dropped:
+        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
+    for note in summary.notes:
+        typer.echo(f"note: {escape_control(note)}")
+    for counted in summary.counted[:MAX_COUNTED_LINES]:
+        kinds = ", ".join(f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key])
+        typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
+    if len(summary.counted) > MAX_COUNTED_LINES:
+        typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
+    typer.echo(
+        f"{human_seconds(summary.seconds)}, {human_bytes(summary.bytes_per_second)}/s, "
+        f"peak memory {human_bytes(summary.peak_memory_bytes)}"
+    )
+
+
+def plan_as_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """Return a plan as JSON: files with sizes, what is left out, and what disk and memory it needs and finds."""
+    from dataclasses import asdict
+
+    from ..convert import memory_available, memory_needed
+    from ..engine.files import free_bytes
+
+    return {
+        "target": plan.target,
+        "source": str(plan.source),
+        "files": [
+            {"path": str(path), "bytes": file.nbytes, "tensors": len(file.tensors)}
+            for path, file in zip(plan.final_paths(), plan.files, strict=True)
+        ],
+        "dropped": [asdict(entry) for entry in plan.dropped],
+        "notes": list(plan.notes),
+        "read_bytes": plan.source_bytes,
+        "disk_needed": plan.nbytes,
+        "disk_free": free_bytes(plan.destination),
+        "memory_needed": memory_needed(threads),
+        "memory_available": memory_available(),
+    }
+
+
+def print_plan(document: dict[str, Any]) -> None:
+    """Print a plan made by ``plan_as_json``."""
+    for file in document["files"]:
+        typer.echo(f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors")
+    for entry in document["dropped"]:
+        typer.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {human_bytes(entry['nbytes'])} ({entry['reason']})")
+    for note in document["notes"]:
+        typer.echo(f"note: {escape_control(note)}")
+    for what, needed, there in (
+        ("disk", document["disk_needed"], document["disk_free"]),
+        ("memory", document["memory_needed"], document["memory_available"]),
+    ):
+        verdict = "enough" if needed <= there else "NOT ENOUGH"
+        typer.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
+
+
+def run_conversion(
+    plan: Plan,
+    *,
+    threads: int | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    dry_run: bool,
+    **execute_options: Any,
+) -> Summary | None:
+    """Carry out a plan with progress and print its summary; with ``dry_run`` only print the plan."""
+    from ..convert import default_threads, execute
+
+    threads = default_threads() if threads is None else threads
+    if dry_run:
+        document = plan_as_json(plan, threads)
+        if as_json:
+            print_json(document)
+        else:
+            print_plan(document)
+        return None
+    with progress_display(plan.nbytes, quiet or as_json) as progress:
+        summary = execute(plan, threads=threads, overwrite=overwrite, progress=progress, **execute_options)
+    if as_json:
+        print_json(summary.as_json())
+    elif not quiet:
+        print_summary(summary)
+    return summary

@@ -1,0 +1,225 @@
+"""The conversions, end to end: a source folder and options become a plan, and a plan becomes files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.folder import Checkpoint, open_folder
+from .engine.files import Outputs, free_bytes
+from .engine.run import RunReport, peak_memory_bytes, run_plan
+from .engine.tiles import COPY_TILE_BYTES, TILE_BYTES
+from .errors import SpaceError, UsageError
+from .layouts.gguf import GgufModel, GgufOptions, gguf_files, gguf_models
+from .layouts.gguf_metadata import default_output_name, file_type, model_metadata
+from .layouts.names import Draft
+from .model_card import read_model_card
+from .plan import Dropped, OutputFile, Plan
+from .tokenizer import load_tokenizer
+
+MTP_PREFIX = "mtp-"
+
+# Memory of the interpreter and its libraries, and of one worker: tiles, scratch and output, measured
+# (benchmarks/hf_to_gguf.py) and rounded up.
+BASE_MEMORY_BYTES = 160 * 2**20
+WORKER_MEMORY_BYTES = 16 * TILE_BYTES + 2 * COPY_TILE_BYTES
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote and left out, and what it took.
+
+    ``counted`` lists the tensors in which elements were NaN, out of range or rounded.
+    """
+
+    target: str
+    source: str
+    files: tuple[tuple[str, int], ...]
+    tensors: int
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+    counted: tuple[dict[str, Any], ...]
+    read_bytes: int
+    written_bytes: int
+    resumed_bytes: int
+    seconds: float
+    bytes_per_second: float
+    peak_memory_bytes: int
+    threads: int
+    backend: str
+    report: RunReport = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as plain JSON values."""
+        values = {key: value for key, value in self.__dict__.items() if key != "report"}
+        values["files"] = [{"path": path, "bytes": size} for path, size in self.files]
+        values["dropped"] = [asdict(entry) for entry in self.dropped]
+        return values
+
+
+def plan_gguf(
+    source: Path,
+    out: Path | None,
+    options: GgufOptions,
+    *,
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
+) -> Plan:
+    """Plan ``hf-to-gguf``: every output file of the GGUF of ``source``.
+
+    ``out`` is a file name, a folder to put conventionally named files in, or None for the current folder.
+
+    Raises:
+        Dsv4Error: whatever is wrong with the source, the options or the names.
+    """
+    checkpoint = open_folder(source)
+    models, dropped = gguf_models(checkpoint, options)
+    card = read_model_card(source)
+    tokenizer = load_tokenizer(source, checkpoint.config.vocab_size, tokenizer_pre)
+    template = resources.files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    files: list[OutputFile] = []
+    folder = _output_folder(out)
+    for model in models:
+        counts = model.parameters()
+        metadata = model_metadata(
+            model.config,
+            tokenizer,
+            card,
+            counts=counts,
+            file_type=file_type(model.experts_type),
+            block_count=model.block_count,
+            chat_template=template,
+            mtp=model.is_mtp,
+            name=name,
+            dialect=options.dialect,
+        )
+        default = default_output_name(model.config, card, counts, experts=model.experts_type, mtp=model.is_mtp, name=name)
+        stem = _stem(out, default, model, len(models))
+        files += gguf_files(model.tensors, metadata, stem, options.split_max_bytes)
+    return Plan(
+        target="gguf",
+        source=source,
+        destination=folder,
+        is_folder=False,
+        files=tuple(files),
+        dropped=dropped,
+        options={**asdict(options), "tokenizer_pre": tokenizer_pre, "name": name},
+        source_bytes=checkpoint.nbytes,
+        notes=(*checkpoint.notes, *_draft_note(checkpoint)),
+    )
+
+
+def _output_folder(out: Path | None) -> Path:
+    if out is None:
+        return Path()
+    return out if out.is_dir() else out.parent
+
+
+def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> str:
+    """Return the file name without ``.gguf``: the one asked for, or the conventional one."""
+    if out is None or out.is_dir():
+        return default.removesuffix(".gguf")
+    if out.suffix != ".gguf":
+        raise UsageError("the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf")
+    return (MTP_PREFIX if model.is_mtp and n_models > 1 else "") + out.stem
+
+
+def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.draft is Draft.DSPARK:
+        return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
+    return ()
+
+
+def default_threads() -> int:
+    """Return the number of worker threads: the processors that this process may use, at most 16.
+
+    More threads than that only wait for the disk.
+    """
+    return max(1, min(16, len(os.sched_getaffinity(0))))
+
+
+def memory_needed(threads: int) -> int:
+    """Return the bytes of memory that a conversion with ``threads`` workers takes at most."""
+    return BASE_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES
+
+
+def memory_available() -> int:
+    """Return the bytes of memory that the system says can be had."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 2**63
+
+
+def check_space(plan: Plan, already: int = 0) -> None:
+    """Check that the disk holds the output, ``already`` bytes of which are there.
+
+    Raises:
+        SpaceError: it does not.
+    """
+    free = free_bytes(plan.destination)
+    if free < plan.nbytes - already:
+        raise SpaceError(
+            "no room on the disk for the output",
+            where=plan.destination,
+            expected=f"{plan.nbytes - already} bytes free",
+            got=free,
+            hint="free some space or give another folder",
+        )
+
+
+def execute(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+    before_finish: Callable[[RunReport], None] | None = None,
+) -> Summary:
+    """Carry out a plan; nothing appears under an output's name unless all of it is right.
+
+    Raises:
+        OutputExistsError: an output is there and ``overwrite`` is false.
+        SpaceError: no room.
+        Dsv4Error: see ``run_plan``.
+    """
+    threads = default_threads() if threads is None else threads
+    outputs = Outputs(plan)
+    outputs.check_absent(overwrite)
+    check_space(plan)
+    try:
+        outputs.create()
+        report = run_plan(plan, outputs, threads=threads, progress=progress, before_finish=before_finish)
+    except BaseException:
+        outputs.discard()
+        raise
+    return summarize(plan, report)
+
+
+def summarize(plan: Plan, report: RunReport) -> Summary:
+    """Return the summary of a finished run."""
+    return Summary(
+        target=plan.target,
+        source=str(plan.source),
+        files=tuple((str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)),
+        tensors=plan.n_tensors,
+        dropped=plan.dropped,
+        notes=plan.notes,
+        counted=tuple(
+            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)} for tensor in report.flagged()
+        ),
+        read_bytes=plan.source_bytes,
+        written_bytes=plan.nbytes,
+        resumed_bytes=report.resumed_bytes,
+        seconds=report.seconds,
+        bytes_per_second=(plan.nbytes - report.resumed_bytes) / report.seconds if report.seconds else 0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+        threads=report.threads,
+        backend=report.backend,
+        report=report,
+    )

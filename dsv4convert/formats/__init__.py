@@ -1,0 +1,1 @@
+"""Number formats: bits to numbers and back, on tiles of rows; see docs/formats.md."""

@@ -1,0 +1,68 @@
+"""The sets of codecs to choose from: numpy, which always works, and its compiled twins."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+from functools import cache
+
+from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
+from dsv4convert.formats.base import TileFunction
+
+# Set to 0 to stay with numpy although numba is installed.
+COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """One function per conversion of a tile; their arguments are those of the numpy functions they name."""
+
+    name: str
+    fp8_to_f32: TileFunction = e4m3.fp8_to_f32
+    fp8_to_bf16: TileFunction = e4m3.fp8_to_bf16
+    fp8_to_f16: TileFunction = e4m3.fp8_to_f16
+    fp8_to_q8_0: TileFunction = q8_0.fp8_to_q8_0
+    fp4_to_f32: TileFunction = e2m1.fp4_to_f32
+    fp4_to_bf16: TileFunction = e2m1.fp4_to_bf16
+    fp4_to_f16: TileFunction = e2m1.fp4_to_f16
+    fp4_to_fp8: TileFunction = e2m1.fp4_to_fp8
+    fp4_to_mxfp4: TileFunction = mxfp4.fp4_to_mxfp4
+    fp4_to_q8_0: TileFunction = q8_0.fp4_to_q8_0
+    f32_to_bf16: TileFunction = bf16.f32_to_bf16
+    f32_to_f16: TileFunction = bf16.f32_to_f16
+    f32_to_q8_0: TileFunction = q8_0.f32_to_q8_0
+    f32_to_mxfp4: TileFunction = mxfp4.f32_to_mxfp4
+    bf16_to_f32: TileFunction = bf16.bf16_to_f32
+    bf16_to_f16: TileFunction = bf16.bf16_to_f16
+    bf16_to_q8_0: TileFunction = q8_0.bf16_to_q8_0
+    bf16_to_mxfp4: TileFunction = mxfp4.bf16_to_mxfp4
+    f16_to_f32: TileFunction = bf16.f16_to_f32
+    f16_to_bf16: TileFunction = bf16.f16_to_bf16
+    mxfp4_to_f32: TileFunction = mxfp4.mxfp4_to_f32
+    q8_0_to_f32: TileFunction = q8_0.q8_0_to_f32
+    i64_to_i32: TileFunction = bf16.i64_to_i32
+
+
+CODEC_NAMES = tuple(field.name for field in fields(Codecs) if field.name != "name")
+
+
+@cache
+def numpy_codecs() -> Codecs:
+    """Return the numpy codecs."""
+    return Codecs("numpy")
+
+
+def compiled_available() -> bool:
+    """True when numba is installed and DSV4CONVERT_COMPILED is not 0; imports nothing."""
+    if os.environ.get(COMPILED_VARIABLE, "1") == "0":
+        return False
+    return importlib.util.find_spec("numba") is not None
+
+
+@cache
+def compiled_codecs() -> Codecs:
+    """Return the compiled twins; a conversion without one stays with numpy. Imports numba."""
+    from dsv4convert.formats import compiled
+
+    return Codecs("compiled", **compiled.TWINS)

@@ -1,0 +1,195 @@
+"""GGML's MXFP4 blocks: packed FP4 rearranged bit for bit, the rounding quantiser, and the reader.
+
+::
+
+    17 bytes hold 32 elements:   e | q0 q1 ... q15
+    e      the e8m0 scale byte
+    q[j]   element j in the low nibble, element j + 16 in the high one; e2m1 codes
+
+Packed FP4 in safetensors has elements 2i and 2i+1 in byte i, so going to MXFP4 moves bits and nothing
+else: same codes, same scale byte, 0xFF included. llama.cpp gives 0xFF no meaning of its own (it reads
+2^128); here it reads as NaN.
+
+Quantising floats, the scale is the smallest power of two with amax/scale <= 6. One kind of block has two
+exact encodings: largest magnitude 6 at scale s with every code among 0, 1, 2, 3, 4, 6, and the same
+values, largest magnitude 3, at scale 2s. Blocks whose largest value rounded to 3 are a fifth of all that
+the published quantiser makes, and blocks with a 6 and no 0.5 or 1.5 are rare, so 2s is chosen. Every
+other block with a value in it has one encoding that the published quantiser can have made, and comes
+back to its codes and scale. A block of zeros does not tell its scale: 2^-126 is written, the smallest
+that the published quantiser uses. 2^-127 is used only for values that need it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4convert.formats.base import (
+    F32_NAN_BITS,
+    GROUP,
+    Array,
+    ArrayF32,
+    ArrayU8,
+    ArrayU16,
+    Scratch,
+    Tally,
+    check_tile,
+)
+from dsv4convert.formats.bf16 import bf16_to_f32
+from dsv4convert.formats.e2m1 import MAX as E2M1_MAX
+from dsv4convert.formats.e2m1 import VALUES, f32_to_e2m1
+from dsv4convert.formats.e8m0 import BIAS, F32_MANTISSA_BITS, F32_OF_BYTE, NAN_BYTE
+
+BLOCK_BYTES = 1 + GROUP // 2  # 17
+_CODES_BYTES = GROUP // 2
+_BLOCK = np.dtype([("e", np.uint8), ("q", np.dtype(f"V{_CODES_BYTES}"))])
+
+_LOW_NIBBLES = np.uint64(0x0F0F_0F0F_0F0F_0F0F)
+_FOUR = np.uint64(4)
+_EIGHT = np.uint16(8)
+
+
+def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Rearrange packed FP4 [R, C/2], e8m0 scales [R, C/32], to MXFP4 blocks [R, C/32*17].
+
+    Lossless: moves bits only. Elements under a NaN scale are counted and keep it. Raises ValueError on
+    shapes that do not fit.
+    """
+    rows, half = packed.shape
+    columns = 2 * half
+    if columns % GROUP:
+        raise ValueError(f"MXFP4 rows come in groups of {GROUP}, got {columns} columns")
+    check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns // GROUP * BLOCK_BYTES))
+    blocks = rows * columns // GROUP
+    # Two uint64 per block: A holds elements 0 to 15, B elements 16 to 31.
+    lanes = packed.reshape(blocks, _CODES_BYTES).view(np.uint64)
+    first, second = lanes[:, 0], lanes[:, 1]
+    swap = scratch.array("mxfp4.swap", (blocks,), np.uint64)
+    even = scratch.array("mxfp4.even", (blocks,), np.uint64)
+    odd = scratch.array("mxfp4.odd", (blocks,), np.uint64)
+    # Swapping A's high nibbles with B's low ones leaves elements 2i and 2i+16 together in byte i of A,
+    # elements 2i+1 and 2i+17 together in byte i of B.
+    np.right_shift(first, _FOUR, out=swap)
+    np.bitwise_xor(swap, second, out=swap)
+    np.bitwise_and(swap, _LOW_NIBBLES, out=swap)
+    np.bitwise_xor(swap, second, out=odd)
+    np.left_shift(swap, _FOUR, out=swap)
+    np.bitwise_xor(swap, first, out=even)
+    # The bytes of the two then alternate: widened to 16 bits, one shifted, joined.
+    joined = scratch.array("mxfp4.joined", (blocks, _CODES_BYTES // 2), np.uint16)
+    upper = scratch.array("mxfp4.upper", (blocks, _CODES_BYTES // 2), np.uint16)
+    np.copyto(joined, even.view(np.uint8).reshape(joined.shape))
+    np.copyto(upper, odd.view(np.uint8).reshape(upper.shape))
+    np.left_shift(upper, _EIGHT, out=upper)
+    np.bitwise_or(joined, upper, out=joined)
+    target = out.reshape(-1).view(_BLOCK)
+    np.copyto(target["q"], joined.reshape(-1).view(_BLOCK["q"]))
+    np.copyto(target["e"], scale.reshape(-1))
+    if scale.size and scale.max() == NAN_BYTE:
+        tally.nan += GROUP * int(np.count_nonzero(scale == NAN_BYTE))
+
+
+def join_blocks(codes: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:
+    """Write codes [blocks, 32] and scale bytes [blocks] as MXFP4 blocks, plainly."""
+    target = out.reshape(-1, BLOCK_BYTES)
+    target[:, 0] = scale
+    target[:, 1:] = codes[:, : GROUP // 2] | (codes[:, GROUP // 2 :] << np.uint8(4))
+
+
+def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise float32 [R, C] to MXFP4 blocks [R, C/32*17]; the scale is chosen as the module says.
+
+    Counts: ``changed`` the finite elements that were rounded, ``overflow`` the infinities, which become
+    6, ``nan`` the NaNs. A NaN makes its whole block NaN, for that is all the format can say, and the
+    numbers lost with it are counted as changed. Raises ValueError on shapes that do not fit.
+    """
+    rows, columns = values.shape
+    if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
+        raise ValueError(f"a {rows}x{columns} tile does not fill MXFP4 blocks of shape {out.shape}")
+    groups = values.reshape(-1, GROUP)
+    nan: npt.NDArray[np.bool_] = np.isnan(groups)
+    nan_blocks: npt.NDArray[np.bool_] = np.any(nan, axis=1)
+    x = np.where(nan_blocks[:, None], np.float32(0), groups) if nan_blocks.any() else groups
+    magnitude = np.abs(x)
+    scale = _smallest_scale(magnitude.max(axis=1))
+    codes, exact = _encode(x, scale)
+    # Values below 2^-128 of a small block need the last scale of all.
+    finer = (scale == 1) & ~exact.all(axis=1) & (magnitude.max(axis=1) <= E2M1_MAX * 2.0**-BIAS)
+    if finer.any():
+        scale[finer] = 0
+        codes[finer], exact[finer] = _encode(x[finer], scale[finer])
+    coarse, allowed = _coarser_codes()
+    twice = (codes & np.uint8(7)).max(axis=1) == _CODE_OF_6
+    twice &= exact.all(axis=1) & allowed[codes].all(axis=1)
+    codes = np.where(twice[:, None], coarse[codes], codes)
+    scale += twice
+    infinite = np.isinf(x)
+    lost = ~exact & ~infinite
+    tally.nan += int(np.count_nonzero(nan))
+    tally.overflow += int(np.count_nonzero(infinite))
+    tally.changed += int(np.count_nonzero(lost))
+    if nan_blocks.any():
+        scale[nan_blocks] = NAN_BYTE
+        codes[nan_blocks] = 0
+        tally.changed += int(np.count_nonzero(~nan[nan_blocks]))
+    join_blocks(codes, scale, out)
+
+
+def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise bfloat16 bits [R, C] to MXFP4 blocks [R, C/32*17]; see `f32_to_mxfp4`."""
+    wide = scratch.array("mxfp4.wide", values.shape, np.float32)
+    bf16_to_f32(values, wide, scratch, Tally())  # the second step counts the NaNs
+    f32_to_mxfp4(wide, out, scratch, tally)
+
+
+def mxfp4_to_f32(blocks: ArrayU8, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
+    """Decode MXFP4 blocks [R, C/32*17] to float32 [R, C]; exact up to 2^125, infinite above the range."""
+    if (
+        out.shape != (blocks.shape[0], blocks.shape[1] // BLOCK_BYTES * GROUP)
+        or blocks.shape[1] % BLOCK_BYTES
+    ):
+        raise ValueError(f"MXFP4 blocks of shape {blocks.shape} do not fill an output of {out.shape}")
+    flat = blocks.reshape(-1, BLOCK_BYTES)
+    scale, pairs = flat[:, 0], flat[:, 1:]
+    target = out.reshape(-1, GROUP)
+    np.take(VALUES, pairs & np.uint8(0xF), out=target[:, : GROUP // 2], mode="clip")
+    np.take(VALUES, pairs >> np.uint8(4), out=target[:, GROUP // 2 :], mode="clip")
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.multiply(target, F32_OF_BYTE[scale][:, None], out=target)
+    nan = scale == NAN_BYTE
+    if nan.any():
+        tally.nan += GROUP * int(np.count_nonzero(nan))
+        target.view(np.uint32)[nan] = F32_NAN_BITS
+    tally.overflow += int(np.count_nonzero(np.isinf(target)))
+
+
+_CODE_OF_6 = 7
+
+
+def _smallest_scale(amax: ArrayF32) -> ArrayU8:
+    """Byte of the smallest power of two with amax/scale <= 6, between 2^-126 and 2^127."""
+    bits = amax.view(np.uint32)
+    exponent = (bits >> np.uint32(F32_MANTISSA_BITS)).astype(np.int32)
+    # 6 = 1.5 * 2^2: amax = 1.m * 2^k needs 2^(k-2), or 2^(k-1) once 1.m passes 1.5.
+    over = (bits & np.uint32(0x7F_FFFF)) > np.uint32(0x40_0000)
+    byte: ArrayU8 = np.clip(exponent - 2 + over, 1, NAN_BYTE - 1).astype(np.uint8)
+    return byte
+
+
+def _encode(x: Array, scale: ArrayU8) -> tuple[ArrayU8, npt.NDArray[np.bool_]]:
+    """Codes of x [blocks, 32] at the given scales, and where they hold x exactly."""
+    power: Array = F32_OF_BYTE[scale][:, None]
+    # Dividing by a power of two is exact, or far too small to reach the first midpoint.
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        quotient: Array = x / power
+        codes = f32_to_e2m1(quotient)
+        return codes, VALUES[codes] * power == x
+
+
+@cache
+def _coarser_codes() -> tuple[ArrayU8, npt.NDArray[np.bool_]]:
+    """Each code's code at twice the scale, and whether it has one."""
+    half = f32_to_e2m1((VALUES / 2).astype(np.float32))
+    return half, VALUES[half] * 2 == VALUES

@@ -23,7 +23,7 @@ from .layouts.names import (
     vision_tensors,
 )
 from .synth_tokenizer import write_synth_tokenizer
-from .synth_values import E2M1_CODE_STD, E4M3_CODE_STD, Kind, Recipe, scale_exponent, tensor_stream
+from .synth_values import Kind, Recipe, block_exponent, group_exponent, tensor_stream
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
@@ -363,20 +363,23 @@ def _published_config(name: str) -> dict[str, Any]:
 def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
     rows, columns = expected.shape
     if expected.row.store is Store.EXPERT and not base:
-        exponent = scale_exponent(columns, E2M1_CODE_STD)
+        exponent = group_exponent(columns)
         yield SynthTensor(expected.name, "I8", (rows, columns // FP4_PER_BYTE), Recipe(Kind.E2M1))
         yield SynthTensor(
-            scale_name(expected.name), "F8_E8M0", (rows, columns // FP4_BLOCK), Recipe(Kind.E8M0, exponent)
+            scale_name(expected.name),
+            "F8_E8M0",
+            (rows, columns // FP4_BLOCK),
+            Recipe(Kind.E8M0_GROUP, exponent),
         )
         return
-    exponent = scale_exponent(columns, E4M3_CODE_STD)
+    exponent = block_exponent(columns)
     blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     yield SynthTensor(expected.name, "F8_E4M3", expected.shape, Recipe(Kind.E4M3))
     if base:
         kind = Kind.F32_POWER if power_of_two else Kind.F32_ANY
         yield SynthTensor(scale_name(expected.name), "F32", blocks, Recipe(kind, exponent))
     else:
-        yield SynthTensor(scale_name(expected.name), "F8_E8M0", blocks, Recipe(Kind.E8M0, exponent))
+        yield SynthTensor(scale_name(expected.name), "F8_E8M0", blocks, Recipe(Kind.E8M0_BLOCK, exponent))
 
 
 def _plain(expected: Expected, taken: int, experts: int) -> SynthTensor:

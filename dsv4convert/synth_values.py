@@ -14,12 +14,17 @@ from enum import Enum
 from functools import cache, lru_cache
 from hashlib import blake2b
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from .formats import e2m1, e4m3, e8m0
+from .formats.e2m1 import f32_to_e2m1, pack_e2m1
+from .formats.e4m3 import f32_to_e4m3
+
 Draws = np.random.SFC64
+Number = TypeVar("Number", bound=np.generic)
 
 # Tables are indexed by 16 random bits, four of which come out of one 64-bit draw.
 TABLE_ENTRIES = 2**16
@@ -30,15 +35,13 @@ PIECE_ENTRIES = 2**18
 
 # A block's largest code should lie in the upper half of the format's range, as quantisation leaves it:
 # 128 x 128 gaussians reach about 4 sigma, 32 of them about 2.
-E4M3_MAX = 448.0
-E4M3_CODE_STD = E4M3_MAX / 5.6  # 80
-E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1_CODE_STD = float(E2M1_MAGNITUDES[-1]) / 3  # 2
+E4M3_CODE_STD = e4m3.MAX / 5.6  # 80
+E2M1_CODE_STD = e2m1.MAX / 3  # 2
 
-E8M0_BIAS = 127
-
-# How far scale exponents lie from the one that gives weights of the wanted size, with their frequency in 16.
-SCALE_EXPONENT_STEPS = (-2,) * 1 + (-1,) * 4 + (0,) * 6 + (1,) * 4 + (2,) * 1
+# How far scale exponents lie from the middle one, each as often as it stands here. A small tensor has
+# few 128 x 128 blocks, whose spread must not make the whole of it weak or strong; 1 x 32 groups are many.
+GROUP_SCALE_STEPS = (-2,) * 1 + (-1,) * 4 + (0,) * 6 + (1,) * 4 + (2,) * 1
+BLOCK_SCALE_STEPS = (-1,) * 4 + (0,) * 8 + (1,) * 4
 
 NORM_SPREAD = 0.1
 
@@ -60,9 +63,10 @@ class Kind(str, Enum):
 
     E4M3 = "gaussian float8_e4m3fn codes"
     E2M1 = "gaussian float4_e2m1fn codes, two a byte"
-    E8M0 = "float8_e8m0fnu scales around a power of two"
-    F32_POWER = "float32 scales, powers of two"
-    F32_ANY = "float32 scales, any value"
+    E8M0_GROUP = "float8_e8m0fnu scales of 1 x 32 groups"
+    E8M0_BLOCK = "float8_e8m0fnu scales of 128 x 128 blocks"
+    F32_POWER = "float32 scales of 128 x 128 blocks, powers of two"
+    F32_ANY = "float32 scales of 128 x 128 blocks, no powers of two"
     BF16 = "bfloat16 gaussians"
     BF16_NORM = "bfloat16 around one"
     F32 = "float32 gaussians"
@@ -76,7 +80,7 @@ class Kind(str, Enum):
 class Recipe(NamedTuple):
     """A kind with its one parameter.
 
-    ``size`` is the standard deviation of BF16 and F32, the base exponent of the scales, and the number
+    ``size`` is the standard deviation of BF16 and F32, the middle exponent of the scales, and the number
     of experts a token takes for the router kinds and the hash table.
     """
 
@@ -84,9 +88,19 @@ class Recipe(NamedTuple):
     size: float = 0.0
 
 
-def scale_exponent(fan_in: int, code_std: float) -> int:
-    """Return the power of two that brings codes of ``code_std`` to weights of about 1/sqrt(fan_in)."""
-    return round(-math.log2(math.sqrt(fan_in) * code_std))
+def group_exponent(fan_in: int) -> int:
+    """Return the middle exponent of 1 x 32 scales that gives FP4 weights a size of about fan_in^-1/2."""
+    return _middle_exponent(fan_in, E2M1_CODE_STD, GROUP_SCALE_STEPS)
+
+
+def block_exponent(fan_in: int) -> int:
+    """Return the middle exponent of 128 x 128 scales that gives FP8 weights a size of about fan_in^-1/2."""
+    return _middle_exponent(fan_in, E4M3_CODE_STD, BLOCK_SCALE_STEPS)
+
+
+def _middle_exponent(fan_in: int, code_std: float, steps: tuple[int, ...]) -> int:
+    spread = math.sqrt(sum(4.0**step for step in steps) / len(steps))
+    return round(-math.log2(math.sqrt(fan_in) * code_std * spread))
 
 
 def tensor_stream(recipe: Recipe, name: str, shape: tuple[int, ...], seed: int) -> Iterator[memoryview]:
@@ -151,41 +165,27 @@ def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     return (values.view(np.uint32) >> 16).astype("<u2")
 
 
-def _e4m3_magnitudes() -> npt.NDArray[np.float32]:
-    """Return the values of the codes 0x00..0x7E, which ascend; 0x7F is NaN."""
-    codes = np.arange(0x7F)
-    exponent, mantissa = codes >> 3, codes & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal).astype(np.float32)
-
-
-def _nearest_codes(
-    values: npt.NDArray[np.float32], magnitudes: npt.NDArray[np.float32], sign_bit: int
-) -> npt.NDArray[np.uint8]:
-    """Return the code of the nearest magnitude, saturating, with the sign (of zeros too)."""
-    midpoints = (magnitudes[1:] + magnitudes[:-1]) / 2
-    codes = np.searchsorted(midpoints, np.abs(values)).astype(np.uint8)
-    return codes | np.where(np.signbit(values), np.uint8(1 << sign_bit), np.uint8(0))
-
-
 @lru_cache(maxsize=64)
 def _table(kind: Kind, size: float) -> tuple[npt.NDArray[np.generic], int]:
     """Return a table whose entries are runs of elements, and how many bytes an element takes."""
     normal = _normal_table()
     draws = _draws(0, "table", kind.value)
 
-    def run(values: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.generic]:
+    def run(values: npt.NDArray[Number], length: int) -> npt.NDArray[Number]:
         return values[_draw16(draws, TABLE_ENTRIES * length)].reshape(TABLE_ENTRIES, length)
 
     if kind is Kind.E4M3:
-        codes = _nearest_codes(normal * E4M3_CODE_STD, _e4m3_magnitudes(), sign_bit=7)
+        codes = f32_to_e4m3(normal * np.float32(E4M3_CODE_STD))
         return run(codes, 4).view("<u4").reshape(-1), 1
     if kind is Kind.E2M1:
-        codes = _nearest_codes(normal * E2M1_CODE_STD, E2M1_MAGNITUDES, sign_bit=3)
-        nibbles = run(codes, 8).astype(np.uint8)
-        return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view("<u4").reshape(-1), 1
-    if kind is Kind.E8M0:
-        exponents = np.array(SCALE_EXPONENT_STEPS) + int(size) + E8M0_BIAS
+        codes = f32_to_e2m1(normal * np.float32(E2M1_CODE_STD))
+        return pack_e2m1(run(codes, 8)).view("<u4").reshape(-1), 1
+    if kind in (Kind.E8M0_GROUP, Kind.E8M0_BLOCK):
+        exponents = (
+            np.array(GROUP_SCALE_STEPS if kind is Kind.E8M0_GROUP else BLOCK_SCALE_STEPS)
+            + int(size)
+            + e8m0.BIAS
+        )
         return run(np.resize(exponents.astype(np.uint8), TABLE_ENTRIES), 4).view("<u4").reshape(-1), 1
     if kind is Kind.F32_POWER:
         return _scale_table(int(size)), 4
@@ -201,7 +201,7 @@ def _table(kind: Kind, size: float) -> tuple[npt.NDArray[np.generic], int]:
 
 
 def _scale_table(exponent: int) -> npt.NDArray[np.float32]:
-    steps = np.resize(np.array(SCALE_EXPONENT_STEPS), TABLE_ENTRIES)
+    steps = np.resize(np.array(BLOCK_SCALE_STEPS), TABLE_ENTRIES)
     scales: npt.NDArray[np.float32] = np.ldexp(np.float32(1), steps + exponent).astype("<f4")
     return scales
 

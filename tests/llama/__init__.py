@@ -1,0 +1,1 @@
+"""Tests against llama.cpp: its converter for the bytes, its runtime for what the bytes mean."""

@@ -1,0 +1,71 @@
+"""Runs llama.cpp's own converter, as the reference for the bytes of a GGUF.
+
+It lies in the source archive of llama-cpp-python, which is fetched once into a cache folder. The
+converter knows tokenizers by a fingerprint of their output; for synthetic ones that question is
+answered here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+LLAMA_CPP_PYTHON = "0.3.36"
+FOLDER_VARIABLE = "DSV4CONVERT_LLAMA_CPP"
+
+# Run with llama.cpp's folder as first argument, the rest goes to its converter.
+DRIVER = """
+import sys
+from pathlib import Path
+root = Path(sys.argv.pop(1))
+sys.path.insert(0, str(root))
+sys.path.insert(0, str(root / "gguf-py"))
+sys.argv[0] = "convert_hf_to_gguf.py"
+import convert_hf_to_gguf
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "joyai-llm"
+convert_hf_to_gguf.main()
+"""
+
+
+def llama_cpp_folder() -> Path:
+    """Return the folder of llama.cpp's sources, fetching them if they are not there."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsv4convert"
+    root = cache / f"llama_cpp_python-{LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp"
+    if not (root / "convert_hf_to_gguf.py").is_file():
+        _fetch(cache)
+    return root
+
+
+def _fetch(cache: Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python",
+             "--dest", folder, f"llama-cpp-python=={LLAMA_CPP_PYTHON}"],
+            check=True,
+        )  # fmt: skip
+        (archive,) = Path(folder).glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        name = f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
+        (Path(folder) / name).rename(cache / name)
+
+
+def convert(source: Path, out: Path, *options: str) -> Path:
+    """Convert ``source`` with llama.cpp's converter and return the file that it wrote."""
+    subprocess.run(
+        [sys.executable, "-c", DRIVER, str(llama_cpp_folder()), str(source), "--outfile", str(out), *options],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    return out

@@ -110,8 +110,9 @@ VISION = {
 }
 VISION_RMS_NORM_EPS = 1e-20
 SMALL_DSPARK = {"dspark_markov_rank": 32}
+# llama.cpp's converter takes the number in aligner.w2 for a block's: there must be more than two blocks.
 SMALL_VISION = {
-    "vision_n_layers": 2,
+    "vision_n_layers": 3,
     "vision_dim": 64,
     "vision_n_heads": 4,
     "vision_inter_dim": 96,

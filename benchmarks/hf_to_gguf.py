@@ -1,0 +1,67 @@
+"""hf-to-gguf on a Flash slice of about 4.5 GB, in alternation with cp -r and with llama.cpp's converter.
+
+    python benchmarks/hf_to_gguf.py --rounds 7 --llama-rounds 3 --save benchmarks/results/hf_to_gguf.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from side_by_side import Contender, alternate, print_table, record, save
+
+from dsv4convert.synth import write_synth
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--llama-rounds", type=int, default=3, help="0 leaves llama.cpp out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+
+    source = arguments.folder / "flash-slice"
+    if not source.is_dir():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768, mtp=False)
+    source_bytes = sum(path.stat().st_size for path in source.iterdir())
+    ours = [sys.executable, "-m", "dsv4convert", "hf-to-gguf", str(source), "{}", "--quiet", "--threads", str(arguments.threads)]
+    contenders = [
+        Contender("cp -r", ["cp", "-r", str(source), str(arguments.folder / "copy")], arguments.folder / "copy"),
+        _ours("dsv4convert", ours, arguments.folder / "ours.gguf"),
+    ]
+    if arguments.numpy:
+        contenders.append(_ours("dsv4convert, numpy only", ours, arguments.folder / "numpy.gguf", DSV4CONVERT_COMPILED="0"))
+    if arguments.llama_rounds:
+        from tests.llama.converter import DRIVER, llama_cpp_folder
+
+        out = arguments.folder / "llama.gguf"
+        command = [sys.executable, "-c", DRIVER, str(llama_cpp_folder()), str(source), "--outfile", str(out)]
+        contenders.append(Contender("llama.cpp converter", command, out, {"HF_HUB_OFFLINE": "1"}, arguments.llama_rounds))
+    alternate(contenders, arguments.warmup, arguments.rounds)
+    result = record(
+        contenders, "cp -r", source_bytes, what="hf-to-gguf", source_bytes=source_bytes, threads=arguments.threads,
+        storage="tmpfs" if str(arguments.folder).startswith("/dev/shm") else str(os.stat(arguments.folder).st_dev),
+    )
+    for row in result["results"]:
+        if row["name"] == "llama.cpp converter":
+            row["command"] = "convert_hf_to_gguf.py flash-slice --outfile llama.gguf"
+    print_table(result)
+    if arguments.save is not None:
+        save(result, arguments.save)
+
+
+def _ours(name: str, command: list[str], out: Path, **environment: str) -> Contender:
+    return Contender(name, [part.format(out) for part in command], out, environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Runs commands in alternation and reports wall time, memory and medians: the frame of the command benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import dsv4convert
+
+
+@dataclass
+class Contender:
+    """A command to time: ``command`` writes to ``output``, which is removed before every round."""
+
+    name: str
+    command: Sequence[str]
+    output: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    rounds: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+
+
+def run_once(contender: Contender) -> tuple[float, int]:
+    """Run a command; return wall seconds and peak resident bytes of its largest process."""
+    remove(contender.output)
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        list(contender.command),
+        env={**os.environ, **contender.environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - started
+    if status:
+        message = process.stderr.read().decode() if process.stderr is not None else ""
+        raise SystemExit(f"{contender.name} failed:\n{message[-4000:]}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def alternate(contenders: Sequence[Contender], warmup: int, rounds: int, say: Callable[[str], None] = print) -> None:
+    """Run all contenders in turn, ``warmup`` rounds uncounted (a fresh machine pays for its first touch of a page)."""
+    for number in range(-warmup, rounds):
+        for contender in contenders:
+            if number >= 0 and contender.rounds is not None and number >= contender.rounds:
+                continue
+            if number < 0 and contender.rounds is not None and number < -1:
+                continue
+            seconds, peak = run_once(contender)
+            remove(contender.output)
+            say(f"{'warm-up' if number < 0 else f'round {number + 1}'}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB")
+            if number >= 0:
+                contender.seconds.append(seconds)
+                contender.peak_bytes.append(peak)
+
+
+def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **facts: Any) -> dict[str, Any]:
+    """Return the result as JSON values, medians relative to the contender called ``baseline``."""
+    base = statistics.median(next(c for c in contenders if c.name == baseline).seconds)
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "version": dsv4convert.__version__,
+        "commit": commit(),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "baseline": baseline,
+        **facts,
+        "results": [
+            {
+                "name": c.name,
+                "command": " ".join(Path(part).name if part.startswith("/") else part for part in c.command),
+                "rounds": len(c.seconds),
+                "median_seconds": round(statistics.median(c.seconds), 3),
+                "seconds": [round(s, 3) for s in c.seconds],
+                "relative": round(statistics.median(c.seconds) / base, 3),
+                "gigabytes_per_second": round(moved_bytes / statistics.median(c.seconds) / 1e9, 2),
+                "peak_mebibytes": round(max(c.peak_bytes) / 2**20),
+            }
+            for c in contenders
+        ],
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the medians of a result."""
+    print(f"\n{result['hardware']}; {result['date']}; commit {result['commit']}")
+    for row in result["results"]:
+        print(
+            f"{row['name']:<28} median {row['median_seconds']:7.2f} s  {row['relative']:6.2f} of {result['baseline']}  "
+            f"{row['gigabytes_per_second']:6.2f} GB/s  peak {row['peak_mebibytes']} MiB  ({row['rounds']} rounds)"
+        )
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write a result beside the others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a mark if the tree differs from it."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() or "unknown"
+
+
+def hardware() -> str:
+    """Return processor, processor count and memory."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{model}, {len(os.sched_getaffinity(0))} processors, {pages / 2**30:.0f} GiB"

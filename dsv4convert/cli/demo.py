@@ -1,0 +1,47 @@
+"""The demo command: a tiny checkpoint, converted and read back, on any machine."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0) -> None:
+    """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
+    from ..checkpoint.gguf_file import open_gguf
+    from ..convert import execute, plan_gguf
+    from ..layouts.gguf import GgufOptions
+    from ..synth import write_synth
+    from ..verify import verify
+    from .report import human_bytes, print_summary
+
+    with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:
+        folder = Path(name)
+        made = write_synth(folder / "checkpoint", "tiny", seed=seed)
+        typer.echo(
+            f"1. made a DeepSeek-V4 checkpoint of {made.tensors} tensors, {human_bytes(made.payload_bytes)}, "
+            f"in {made.files} safetensors files"
+        )
+        typer.echo("2. converted it:")
+        out = folder / "model.gguf"
+        print_summary(execute(plan_gguf(folder / "checkpoint", out, GgufOptions()), threads=2))
+        model = open_gguf(out)
+        kinds: dict[str, int] = {}
+        for tensor in model.tensors.values():
+            kinds[tensor.type] = kinds.get(tensor.type, 0) + 1
+        typer.echo(
+            f"3. read it back: {model.metadata['general.architecture']}, {len(model.metadata)} keys, "
+            + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        )
+        report = verify(folder / "checkpoint", out)
+        typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
+        if not report.ok:
+            raise typer.Exit(code=12)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("demo")(demo)

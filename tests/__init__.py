@@ -1,0 +1,1 @@
+"""Tests of dsv4convert; the folders mirror the package."""

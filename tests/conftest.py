@@ -1,0 +1,34 @@
+"""Fixtures that many tests share: small synthetic checkpoints, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4convert.synth import write_synth
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Return a function that makes a synthetic checkpoint, once for the same arguments. Treat it as read-only."""
+    made: dict[str, Path] = {}
+
+    def make(preset: str = "tiny", **options: Any) -> Path:
+        key = repr((preset, sorted(options.items())))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("checkpoint") / preset
+            write_synth(made[key], preset, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_checkpoint: MakeCheckpoint) -> Path:
+    """Return the tiny checkpoint of seed 0. Treat it as read-only."""
+    return make_checkpoint("tiny")

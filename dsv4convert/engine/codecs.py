@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.backend import Codecs
-from ..formats.base import Scratch, Tally
+from ..formats.base import GROUP, Scratch, Tally
+from ..formats.e2m1 import FP8_TILE, fp4_to_fp8_scales
 from ..plan import BESIDE, IDENTITY
 
 Bytes = NDArray[np.uint8]
@@ -68,6 +69,23 @@ def _beside(
         out[:, columns] = made
 
 
+def _fp4_to_fp8(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """An operand row holds the FP4 scales of all rows of a tile; the FP8 scales are another output."""
+    rows, columns = out.shape
+    scale = inputs[1].reshape(-1, columns // GROUP)
+    unused = scratch.array("fp8 scales", (-(-rows // FP8_TILE), -(-columns // FP8_TILE)), np.uint8)
+    codecs.fp4_to_fp8(inputs[0], scale, out, unused, scratch, tally)
+
+
+def _fp4_to_fp8_scales(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """An operand row holds the FP4 scales of all rows of a tile; args: scales of a row of the weight."""
+    fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out)
+
+
 F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
 
 TILE_CODECS: dict[str, TileCodec] = {
@@ -78,6 +96,8 @@ TILE_CODECS: dict[str, TileCodec] = {
     "fp4_to_bf16": _scaled("fp4_to_bf16", BF16),
     "fp4_to_f16": _scaled("fp4_to_f16", F16),
     "fp4_to_q8_0": _scaled("fp4_to_q8_0", U8),
+    "fp4_to_fp8": _fp4_to_fp8,
+    "fp4_to_fp8_scales": _fp4_to_fp8_scales,
     "fp8_to_f32": _scaled("fp8_to_f32", F32),
     "fp8_to_bf16": _scaled("fp8_to_bf16", BF16),
     "fp8_to_f16": _scaled("fp8_to_f16", F16),

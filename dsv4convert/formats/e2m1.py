@@ -194,6 +194,11 @@ def fp4_to_fp8(
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
 
+def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> None:
+    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32]."""
+    _tile_scales(scale, out_scale)
+
+
 # The lift is an element's scale relative to its tile's, as a table row: 2^(lift - 127). Lifts below
 # this lose low bits of the smallest values: 0.5 * 2^-8 = 2^-9.
 _FP8_LOSSLESS_LIFT = E8M0_BIAS + E4M3_MIN_EXPONENT - MIN_EXPONENT

@@ -1,4 +1,4 @@
-"""Lays out safetensors files: the header's bytes from names, dtypes and shapes, tensors behind it without gaps."""
+"""Lays out safetensors files: a header of names, dtypes and shapes, and the tensors behind it without gaps."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def safetensors_header(
     starts: list[int] = []
     position = 0
     for name, dtype, shape, nbytes in tensors:
+        end = position + nbytes
         dimensions = ",".join(map(str, shape))
         parts.append(
-            f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{position + nbytes}]}}'
+            f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}'
         )
         starts.append(position)
-        position += nbytes
+        position = end
     text = ("{" + ",".join(parts) + "}").encode()
     text = text.ljust(align_up(len(text), HEADER_ALIGNMENT))
     if len(text) > MAX_HEADER_BYTES:
@@ -75,7 +76,7 @@ def whole_file(name: str, content: bytes) -> OutputFile:
 
 
 def safetensors_index(files: Iterable[OutputFile]) -> bytes:
-    """Return ``model.safetensors.index.json`` of ``files``: total payload and which file holds which tensor."""
+    """Return ``model.safetensors.index.json`` of ``files``: their payload and which of them holds what."""
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:

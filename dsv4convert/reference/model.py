@@ -137,6 +137,15 @@ class Model:
         X = _streams_of(state)
         return self._head(X[-1:] if last_only else X, "", record or _ignore)
 
+    def prefill(self, tokens: Sequence[int] | Array, state: State) -> None:
+        """Advance ``state`` over ``tokens`` without computing logits.
+
+        Raises:
+            UsageError, InventoryError: as for ``forward``.
+        """
+        for _ in self._trunk(tokens, state, _ignore):
+            pass
+
     def activations(
         self, tokens: Sequence[int] | Array, state: State | None = None
     ) -> Iterator[tuple[str, Array]]:

@@ -1,0 +1,181 @@
+"""Goldens: a folder with one .npy for every activation of a run, and an index in the order of computation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FileFormatError, InputMissingError, InputOutputError, OutputExistsError, UsageError
+from .model import Model
+from .source import Array
+
+INDEX_NAME = "goldens.json"
+FORMAT = 1
+
+# An index of V4-Pro's 61 layers with 145 tokens takes 200 KiB.
+MAX_INDEX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Goldens:
+    """Recorded activations: those of positions ``recorded_from`` on, of a run over ``tokens``."""
+
+    folder: Path
+    tokens: tuple[int, ...]
+    recorded_from: int
+    layers: int
+    activation_rounding: bool
+    entries: tuple[tuple[str, str], ...]  # (name, file)
+
+    def activations(self) -> Iterator[tuple[str, Array]]:
+        """Yield (name, value) in the order of computation.
+
+        Raises:
+            InputMissingError, FileFormatError: a file is not there or is no .npy.
+        """
+        for name, file in self.entries:
+            yield name, _load(self.folder / file)
+
+
+def is_goldens(path: Path) -> bool:
+    """Return whether ``path`` is a folder of goldens."""
+    return (path / INDEX_NAME).is_file()
+
+
+def recorded_activations(
+    model: Model, tokens: Sequence[int], recorded_from: int = 0
+) -> Iterator[tuple[str, Array]]:
+    """Yield the activations of positions ``recorded_from`` on; those before only fill the caches.
+
+    Raises:
+        UsageError: there is no position ``recorded_from``, or the tokens are no prompt of the model.
+    """
+    if recorded_from and not 0 < recorded_from < len(tokens):
+        raise UsageError("first recorded position", expected=f"0 to {len(tokens) - 1}", got=recorded_from)
+    state = model.new_state()
+    if recorded_from:
+        model.prefill(tokens[:recorded_from], state)
+    yield from model.activations(tokens[recorded_from:], state)
+
+
+def write_goldens(
+    folder: Path, model: Model, tokens: Sequence[int], recorded_from: int = 0, *, overwrite: bool = False
+) -> int:
+    """Run ``model`` over ``tokens`` and write every activation; return how many.
+
+    Raises:
+        OutputExistsError: the folder holds something and ``overwrite`` is false, or it is no goldens folder.
+        UsageError: as for ``recorded_activations``.
+        InputOutputError: the folder cannot be written.
+    """
+    _make_room(folder, overwrite)
+    entries = []
+    try:
+        for number, (name, value) in enumerate(recorded_activations(model, tokens, recorded_from)):
+            file = f"{number:04d}.{name}.npy"
+            np.save(folder / file, value)
+            shape, dtype = list(value.shape), str(value.dtype)
+            entries.append({"name": name, "file": file, "shape": shape, "dtype": dtype})
+        index = {
+            "format": FORMAT,
+            "tokens": [int(token) for token in tokens],
+            "recorded_from": recorded_from,
+            "layers": model.n_layers,
+            "activation_rounding": model.activation_rounding,
+            "activations": entries,
+        }
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputOutputError(f"cannot be written ({error.strerror})", where=folder) from None
+    return len(entries)
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = list(folder.iterdir())
+        if not present:
+            return
+        if not is_goldens(folder):
+            raise OutputExistsError("holds other files", where=folder, hint="name a new or empty folder")
+        if not overwrite:
+            raise OutputExistsError("holds goldens already", where=folder, hint="--overwrite replaces them")
+        for path in present:
+            if path.suffix == ".npy" or path.name == INDEX_NAME:
+                path.unlink()
+    except OSError as error:
+        raise InputOutputError(f"cannot be written ({error.strerror})", where=folder) from None
+
+
+def open_goldens(folder: Path) -> Goldens:
+    """Read the index of a goldens folder.
+
+    Raises:
+        InputMissingError: there is none.
+        FileFormatError: it is malformed.
+    """
+    path = folder / INDEX_NAME
+    try:
+        text = path.read_bytes()[:MAX_INDEX_BYTES]
+        index = json.loads(text.decode("utf-8"))
+    except FileNotFoundError:
+        raise InputMissingError(f"no {INDEX_NAME}", where=folder) from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    except (ValueError, RecursionError):
+        raise FileFormatError("not valid JSON", where=path, hint="record the goldens again") from None
+    if not _is_index(index):
+        raise FileFormatError(
+            "not an index of goldens",
+            where=path,
+            expected=f"format {FORMAT}",
+            hint="record the goldens again",
+        )
+    return Goldens(
+        folder=folder,
+        tokens=tuple(index["tokens"]),
+        recorded_from=index["recorded_from"],
+        layers=index["layers"],
+        activation_rounding=index["activation_rounding"],
+        entries=tuple((entry["name"], entry["file"]) for entry in index["activations"]),
+    )
+
+
+def _is_index(index: Any) -> bool:
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        return False
+    tokens, entries = index.get("tokens"), index.get("activations")
+    return (
+        isinstance(tokens, list)
+        and all(type(token) is int for token in tokens)
+        and type(index.get("recorded_from")) is int
+        and type(index.get("layers")) is int
+        and type(index.get("activation_rounding")) is bool
+        and isinstance(entries, list)
+        and all(map(_is_entry, entries))
+    )
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and _is_file_name(entry.get("file"))
+    )
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".npy") and Path(name).name == name
+
+
+def _load(path: Path) -> Array:
+    try:
+        value: Array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="record the goldens again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise FileFormatError(f"not a readable .npy ({error})", where=path) from None
+    return value

@@ -15,6 +15,7 @@ from .errors import ConfigError, DeviceError, TokenizerError
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+CHAT_TEMPLATE_JSON_NAME = "chat_template.json"
 
 # The published tokenizer.json is 6 MiB; ten times that is no tokenizer of this model.
 MAX_TOKENIZER_BYTES = 64 * 2**20
@@ -496,12 +497,13 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         }
     path = folder / CHAT_TEMPLATE_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        return {"default": path.read_text(encoding="utf-8")}
     except FileNotFoundError:
-        return {}
+        pass
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"cannot be read ({error})", where=path) from None
-    return {"default": text}
+    template = _read_json(folder / CHAT_TEMPLATE_JSON_NAME, required=False).get("chat_template")
+    return {"default": template} if isinstance(template, str) else {}
 
 
 @lru_cache(maxsize=1)

@@ -170,11 +170,16 @@ def run_conversion(
     quiet: bool,
     as_json: bool,
     dry_run: bool,
+    run: Callable[..., Summary] | None = None,
     **execute_options: Any,
 ) -> Summary | None:
-    """Carry out a plan with progress and print its summary; with ``dry_run`` only print the plan."""
+    """Carry out a plan with progress and print its summary; with ``dry_run`` only print the plan.
+
+    ``run`` takes the place of ``execute`` for targets whose summary says more.
+    """
     from ..convert import default_threads, execute
 
+    run = execute if run is None else run
     threads = default_threads() if threads is None else threads
     if dry_run:
         document = plan_as_json(plan, threads)
@@ -184,7 +189,7 @@ def run_conversion(
             print_plan(document)
         return None
     with progress_display(plan.nbytes, quiet or as_json) as progress:
-        summary = execute(plan, threads=threads, overwrite=overwrite, progress=progress, **execute_options)
+        summary = run(plan, threads=threads, overwrite=overwrite, progress=progress, **execute_options)
     if as_json:
         print_json(summary.as_json())
     elif not quiet:

@@ -1,0 +1,109 @@
+"""Commands that write checkpoint folders: dequantize and repack."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DryRun, Json, Overwrite, Quiet, Source, Threads, parse_size
+
+OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
+MaxFileSize = Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")]
+
+
+class DtypeName(str, Enum):
+    bf16 = "bf16"
+    f16 = "f16"
+    f32 = "f32"
+
+
+class NameStyle(str, Enum):
+    official = "official"
+    transformers = "transformers"
+
+
+class RepackedExperts(str, Enum):
+    fp8 = "fp8"
+
+
+def dequantize(
+    source: Source,
+    out: OutFolder,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Type of the weights; F32 and integer tensors stay as they are.")
+    ] = DtypeName.bf16,
+    names: Annotated[
+        NameStyle, typer.Option(help="The published names, or transformers' with the experts stacked.")
+    ] = NameStyle.official,
+    max_file_size: MaxFileSize = "5GB",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where a value leaves the type's range or is rounded.")
+    ] = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint folder without scales, in BF16, F16 or F32."""
+    from ..convert_hf import plan_dequantize, refuse_loss
+    from .report import run_conversion
+
+    plan = plan_dequantize(
+        source,
+        out,
+        dtype=dtype.value,
+        names=names.value,
+        max_file_bytes=parse_size(max_file_size, "--max-file-size"),
+    )
+    run_conversion(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        quiet=quiet,
+        as_json=as_json,
+        dry_run=dry_run,
+        before_finish=refuse_loss("--strict") if strict else None,
+    )
+
+
+def repack(
+    source: Source,
+    out: OutFolder,
+    experts: Annotated[RepackedExperts, typer.Option(help="What becomes of the FP4 experts.", show_default=False)],
+    max_file_size: MaxFileSize = "5GB",
+    require_lossless: Annotated[
+        bool, typer.Option("--require-lossless", help="Fail where any element changes.")
+    ] = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint folder with FP8 experts, for processors without FP4."""
+    from ..convert_hf import execute_repack, plan_repack, refuse_loss
+    from .report import run_conversion
+
+    plan = plan_repack(
+        source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size")
+    )
+    run_conversion(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        quiet=quiet,
+        as_json=as_json,
+        dry_run=dry_run,
+        run=execute_repack,
+        before_finish=refuse_loss("--require-lossless") if require_lossless else None,
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("dequantize")(dequantize)
+    app.command("repack")(repack)

@@ -20,13 +20,14 @@ import dsv4convert
 
 @dataclass
 class Contender:
-    """A command to time: ``command`` writes to ``output``, which is removed before every round."""
+    """A command to time: it writes to ``output``, which is removed before every round (and made, if it wants that)."""
 
     name: str
     command: Sequence[str]
     output: Path
     environment: dict[str, str] = field(default_factory=dict)
     rounds: int | None = None
+    makes_folder_first: bool = False
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
 
@@ -34,6 +35,8 @@ class Contender:
 def run_once(contender: Contender) -> tuple[float, int]:
     """Run a command; return wall seconds and peak resident bytes of its largest process."""
     remove(contender.output)
+    if contender.makes_folder_first:
+        contender.output.mkdir(parents=True)
     started = time.perf_counter()
     process = subprocess.Popen(
         list(contender.command),
@@ -57,7 +60,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def alternate(contenders: Sequence[Contender], warmup: int, rounds: int, say: Callable[[str], None] = print) -> None:
+def alternate(
+    contenders: Sequence[Contender], warmup: int, rounds: int, say: Callable[[str], None] = print
+) -> None:
     """Run all contenders in turn, ``warmup`` rounds uncounted (a fresh machine pays for its first touch of a page)."""
     for number in range(-warmup, rounds):
         for contender in contenders:
@@ -67,7 +72,9 @@ def alternate(contenders: Sequence[Contender], warmup: int, rounds: int, say: Ca
                 continue
             seconds, peak = run_once(contender)
             remove(contender.output)
-            say(f"{'warm-up' if number < 0 else f'round {number + 1}'}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB")
+            say(
+                f"{'warm-up' if number < 0 else f'round {number + 1}'}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB"
+            )
             if number >= 0:
                 contender.seconds.append(seconds)
                 contender.peak_bytes.append(peak)
@@ -118,14 +125,20 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 def commit() -> str:
     """Return the commit that is measured, with a mark if the tree differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() or "unknown"
 
 
 def hardware() -> str:
     """Return processor, processor count and memory."""
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
         platform.machine(),
     )
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -193,7 +193,9 @@ def schema_path(name: str) -> Path:
     return installed if installed.is_file() else package.parent / "schemas" / name
 
 
-def validate_schema(document: object, schema: str, where: object, error: type[ConfigError] = ConfigError) -> None:
+def validate_schema(
+    document: object, schema: str, where: object, error: type[ConfigError] = ConfigError
+) -> None:
     """Check ``document`` against the JSON Schema file ``schema``; the first broken rule is raised.
 
     Raises:
@@ -203,7 +205,9 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
 
     with schema_path(schema).open(encoding="utf-8") as file:
         validator = Draft202012Validator(json.load(file))
-    found = min(validator.iter_errors(document), key=lambda e: (len(e.absolute_path), e.json_path), default=None)
+    found = min(
+        validator.iter_errors(document), key=lambda e: (len(e.absolute_path), e.json_path), default=None
+    )
     if found is not None:
         key = found.json_path.removeprefix("$.") or "$"
         message = found.message if len(found.message) < 200 else found.message[:200] + "…"
@@ -269,7 +273,9 @@ def load_config(folder: Path) -> ModelConfig:
         raise InputMissingError("no such folder", where=folder, hint="give the folder that holds config.json")
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise InputMissingError("no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?")
+        raise InputMissingError(
+            "no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?"
+        )
     return parse_config(read_json_object(path), path)
 
 
@@ -365,7 +371,9 @@ def _compress_ratios(raw: Mapping[str, Any], where: object) -> tuple[int, ...]:
             got=len(ratios),
         )
     if any(ratios[layers:]):
-        raise ConfigError(f"key {key}: draft layers have no compressor", where=where, expected=0, got=max(ratios[layers:]))
+        raise ConfigError(
+            f"key {key}: draft layers have no compressor", where=where, expected=0, got=max(ratios[layers:])
+        )
     return ratios
 
 
@@ -374,15 +382,25 @@ def _num_hash_layers(raw: Mapping[str, Any], where: object) -> int:
     if "num_hash_layers" in raw:
         count: int = raw["num_hash_layers"]
         if count > layers:
-            raise ConfigError("key num_hash_layers: more than num_hidden_layers", where=where, expected=f"at most {layers}", got=count)
+            raise ConfigError(
+                "key num_hash_layers: more than num_hidden_layers",
+                where=where,
+                expected=f"at most {layers}",
+                got=count,
+            )
         return count
     kinds = raw.get("mlp_layer_types")
     if kinds is None:
-        raise ConfigError("key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well")
+        raise ConfigError(
+            "key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well"
+        )
     count = kinds.count("hash_moe")
     if len(kinds) != layers or kinds[:count] != ["hash_moe"] * count:
         raise ConfigError(
-            "key mlp_layer_types: hash layers come first, one entry per layer", where=where, expected=layers, got=len(kinds)
+            "key mlp_layer_types: hash layers come first, one entry per layer",
+            where=where,
+            expected=layers,
+            got=len(kinds),
         )
     return count
 
@@ -392,7 +410,9 @@ def _rope_head_dim(raw: Mapping[str, Any], where: object) -> int:
         return int(raw["qk_rope_head_dim"])
     factor = raw.get("partial_rotary_factor")
     if factor is None:
-        raise ConfigError("key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well")
+        raise ConfigError(
+            "key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well"
+        )
     return int(raw["head_dim"] * factor)
 
 
@@ -431,7 +451,9 @@ def _rope(raw: Mapping[str, Any], where: object) -> tuple[float, float, YarnScal
 def _check_divisions(config: ModelConfig, where: object) -> None:
     def must(condition: bool, key: str, expected: str, got: object) -> None:
         if not condition:
-            raise ConfigError(f"key {key}: does not fit the other keys", where=where, expected=expected, got=got)
+            raise ConfigError(
+                f"key {key}: does not fit the other keys", where=where, expected=expected, got=got
+            )
 
     must(
         config.num_attention_heads % config.o_groups == 0,
@@ -440,7 +462,8 @@ def _check_divisions(config: ModelConfig, where: object) -> None:
         config.o_groups,
     )
     must(
-        config.qk_rope_head_dim % 2 == 0 and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
+        config.qk_rope_head_dim % 2 == 0
+        and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
         "qk_rope_head_dim",
         f"even, at most head_dim {config.head_dim} and index_head_dim {config.index_head_dim}",
         config.qk_rope_head_dim,

@@ -97,7 +97,9 @@ def plan_gguf(
             name=name,
             dialect=options.dialect,
         )
-        default = default_output_name(model.config, card, counts, experts=model.experts_type, mtp=model.is_mtp, name=name)
+        default = default_output_name(
+            model.config, card, counts, experts=model.experts_type, mtp=model.is_mtp, name=name
+        )
         stem = _stem(out, default, model, len(models))
         files += gguf_files(model.tensors, metadata, stem, options.split_max_bytes)
     return Plan(
@@ -124,13 +126,17 @@ def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> st
     if out is None or out.is_dir():
         return default.removesuffix(".gguf")
     if out.suffix != ".gguf":
-        raise UsageError("the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf")
+        raise UsageError(
+            "the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf"
+        )
     return (MTP_PREFIX if model.is_mtp and n_models > 1 else "") + out.stem
 
 
 def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.draft is Draft.DSPARK:
-        return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
+        return (
+            f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",
+        )
     return ()
 
 
@@ -206,12 +212,15 @@ def summarize(plan: Plan, report: RunReport) -> Summary:
     return Summary(
         target=plan.target,
         source=str(plan.source),
-        files=tuple((str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)),
+        files=tuple(
+            (str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)
+        ),
         tensors=plan.n_tensors,
         dropped=plan.dropped,
         notes=plan.notes,
         counted=tuple(
-            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)} for tensor in report.flagged()
+            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)}
+            for tensor in report.flagged()
         ),
         read_bytes=plan.source_bytes,
         written_bytes=plan.nbytes,

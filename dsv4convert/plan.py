@@ -131,7 +131,12 @@ class Claims:
         self._open = dict(checkpoint.weights)
         self._weights = checkpoint.weights
         self._dropped: list[Dropped] = [
-            Dropped(unused.names[0] + ("" if len(unused.names) == 1 else ", …"), unused.reason, len(unused.names), unused.nbytes)
+            Dropped(
+                unused.names[0] + ("" if len(unused.names) == 1 else ", …"),
+                unused.reason,
+                len(unused.names),
+                unused.nbytes,
+            )
             for unused in checkpoint.unused
         ]
 
@@ -160,7 +165,8 @@ class Claims:
         """
         if self._open:
             raise InventoryError(
-                f"tensor {next(iter(self._open))}: no output tensor takes it", got=f"{len(self._open)} such weights"
+                f"tensor {next(iter(self._open))}: no output tensor takes it",
+                got=f"{len(self._open)} such weights",
             )
         return tuple(self._dropped)
 
@@ -168,7 +174,9 @@ class Claims:
 def copy_segments(file: Path, offset: int, nbytes: int) -> tuple[Segment, ...]:
     """Return the segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
     return tuple(
-        Segment(COPY, (Operand(file, offset + begin, 1, 1, "u1"),), min(COPY_SEGMENT_BYTES, nbytes - begin), 1)
+        Segment(
+            COPY, (Operand(file, offset + begin, 1, 1, "u1"),), min(COPY_SEGMENT_BYTES, nbytes - begin), 1
+        )
         for begin in range(0, nbytes, COPY_SEGMENT_BYTES)
     )
 

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from ..config import CONFIG_NAME, ModelConfig, load_config, parse_json_object
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
-from ..layouts.names import MODEL_PREFIX, UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name
+from ..layouts.names import (
+    MODEL_PREFIX,
+    UNUSED_DRAFT_SUFFIXES,
+    V3_COMPONENT_ALIASES,
+    Draft,
+    expected_tensors,
+    scale_name,
+)
 from .safetensors_header import Stored, read_header
 from .weights import Weight, pair
 
@@ -25,6 +32,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
 
 DRAFT_NAME = re.compile(r"mtp\.(\d+)\.")
+V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
 DSPARK_MARKS = (".main_proj.weight", ".markov_head.markov_w1.weight")
 
 
@@ -86,14 +94,21 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
         weight_map = _read_index(index_path)
         names = sorted(set(weight_map.values()))
         headers = {name: read_header(folder / name) for name in names}
-        return _merge_indexed(weight_map, headers, index_path), tuple(folder / n for n in names), _strays(folder, names)
+        return (
+            _merge_indexed(weight_map, headers, index_path),
+            tuple(folder / n for n in names),
+            _strays(folder, names),
+        )
     single = folder / SINGLE_NAME
     if single.is_file():
         return read_header(single), (single,), _strays(folder, [SINGLE_NAME])
     if any(folder.glob("*.safetensors")):
         raise InputMissingError(f"no {INDEX_NAME}", where=folder, hint="download the index file as well")
     raise InputMissingError(
-        "no safetensors files", where=folder, expected=f"{INDEX_NAME} or {SINGLE_NAME}", hint="is the download complete?"
+        "no safetensors files",
+        where=folder,
+        expected=f"{INDEX_NAME} or {SINGLE_NAME}",
+        hint="is the download complete?",
     )
 
 
@@ -121,7 +136,9 @@ def _read_index(path: Path) -> dict[str, str]:
             or "\0" in file_name
         ):
             raise FileFormatError(
-                f"tensor {name!r}: its file is not a plain name in this folder", where=path, got=repr(file_name)[:100]
+                f"tensor {name!r}: its file is not a plain name in this folder",
+                where=path,
+                got=repr(file_name)[:100],
             )
     return weight_map
 
@@ -176,7 +193,7 @@ def resolve(
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
     tensors = _official_names(stored)
-    draft, n_draft = _draft_kind(tensors, config, folder)
+    draft, n_draft = draft_kind(tensors, config, folder)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
     left = dict(tensors)
@@ -200,7 +217,8 @@ def resolve(
         name = unknown[0]
         orphan = name.endswith(".scale") and name.removesuffix(".scale") + ".weight" not in tensors
         raise InventoryError(
-            f"tensor {name}: " + ("a scale without its weight" if orphan else "unknown")
+            f"tensor {name}: "
+            + ("a scale without its weight" if orphan else "unknown")
             + (f" (and {len(unknown) - 1} more)" if unknown[1:] else ""),
             where=left[name].file,
             hint="nothing is dropped in silence; is this a DeepSeek-V4 text checkpoint?",
@@ -213,12 +231,14 @@ def _official_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     for name, tensor in stored.items():
         official = name.removeprefix(MODEL_PREFIX)
         if official in tensors:
-            raise InventoryError(f"tensor {official}: there twice, with and without {MODEL_PREFIX!r}", where=tensor.file)
+            raise InventoryError(
+                f"tensor {official}: there twice, with and without {MODEL_PREFIX!r}", where=tensor.file
+            )
         tensors[official] = tensor
     return tensors
 
 
-def _draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
+def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
     """Tell MTP from DSpark by the tensors, and count the draft layers."""
     numbers = {int(found[1]) for name in tensors if (found := DRAFT_NAME.match(name)) is not None}
     if not numbers:
@@ -226,7 +246,9 @@ def _draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path
     n_draft = max(numbers) + 1
     if len(numbers) != n_draft:
         absent = next(number for number in range(n_draft) if number not in numbers)
-        raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
+        raise InventoryError(
+            f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there"
+        )
     if n_draft > config.n_draft_ratios:
         raise ConfigError(
             "key compress_ratios: list too short for the draft layers",
@@ -241,7 +263,9 @@ def _draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path
 def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], list[str]]:
     """Split what no row claimed into (known and never read, unknown)."""
     copies = [
-        name for name in left if (found := DRAFT_NAME.match(name)) is not None and name[found.end() :] in UNUSED_DRAFT_SUFFIXES
+        name
+        for name in left
+        if (found := DRAFT_NAME.match(name)) is not None and name[found.end() :] in UNUSED_DRAFT_SUFFIXES
     ]
     unknown = [name for name in left if name not in set(copies)]
     if not copies:

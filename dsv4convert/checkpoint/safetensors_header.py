@@ -66,13 +66,18 @@ def read_header(path: Path) -> dict[str, Stored]:
             prefix = file.read(HEADER_LENGTH_BYTES)
             if len(prefix) < HEADER_LENGTH_BYTES:
                 raise FileFormatError(
-                    "truncated", where=path, expected=f"at least {HEADER_LENGTH_BYTES} bytes", got=size,
+                    "truncated",
+                    where=path,
+                    expected=f"at least {HEADER_LENGTH_BYTES} bytes",
+                    got=size,
                     hint="download the file again",
                 )
             length = int.from_bytes(prefix, "little")
             if length > min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES):
                 raise FileFormatError(
-                    "header longer than the file" if length > size - HEADER_LENGTH_BYTES else "header too long",
+                    "header longer than the file"
+                    if length > size - HEADER_LENGTH_BYTES
+                    else "header too long",
                     where=path,
                     expected=f"at most {min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES)} bytes",
                     got=length,
@@ -123,7 +128,9 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
             ) from None
         # bool is an int to Python, and JSON's true no dimension.
         if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise FileFormatError(f"tensor {name!r}: shape and offsets must be integers of 0 or more", where=path)
+            raise FileFormatError(
+                f"tensor {name!r}: shape and offsets must be integers of 0 or more", where=path
+            )
         bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
             raise FileFormatError(f"tensor {name!r}: unknown dtype", where=path, got=repr(dtype)[:40])

@@ -94,8 +94,16 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
             hint="do config.json and the weights belong together?",
         )
     return Weight(
-        expected.name, expected.row, shape, encoding, stored, scale, block,
-        expected.prefix, expected.layer, expected.expert,
+        expected.name,
+        expected.row,
+        shape,
+        encoding,
+        stored,
+        scale,
+        block,
+        expected.prefix,
+        expected.layer,
+        expected.expert,
     )
 
 

@@ -29,7 +29,7 @@ class ExpertType(str, Enum):
 class MtpMode(str, Enum):
     drop = "drop"
     only = "only"
-    split = "split"
+    split_off = "split"
     keep = "keep"
 
 
@@ -42,7 +42,10 @@ def hf_to_gguf(
     source: Source,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Argument(help="The .gguf to write, or a folder for it; named after the model when left out.", show_default=False),
+        typer.Argument(
+            help="The .gguf to write, or a folder for it; named after the model when left out.",
+            show_default=False,
+        ),
     ] = None,
     dense: Annotated[
         Optional[DenseType],  # noqa: UP045
@@ -50,12 +53,17 @@ def hf_to_gguf(
     ] = None,
     experts: Annotated[
         Optional[ExpertType],  # noqa: UP045
-        typer.Option(help="Type of the routed experts; mxfp4 for FP4, q8_0 for FP8 when left out.", show_default=False),
+        typer.Option(
+            help="Type of the routed experts; mxfp4 for FP4, q8_0 for FP8 when left out.", show_default=False
+        ),
     ] = None,
     mtp: Annotated[
         Optional[MtpMode],  # noqa: UP045
-        typer.Option(help="The MTP layer: drop it (default), write only it, or split it off into its own file; "
-                     "keep is for --dialect deepseek-v4.", show_default=False),
+        typer.Option(
+            help="The MTP layer: drop it (default), write only it, or split it off into its own file; "
+            "keep is for --dialect deepseek-v4.",
+            show_default=False,
+        ),
     ] = None,
     split_max_size: Annotated[
         Optional[str],  # noqa: UP045
@@ -65,14 +73,18 @@ def hf_to_gguf(
         Optional[str],  # noqa: UP045
         typer.Option(help="Only these layers, such as 0-3: a slice to try things on.", show_default=False),
     ] = None,
-    dialect: Annotated[DialectName, typer.Option(help="Whose tensor and key names to write.")] = DialectName.llama_cpp,
+    dialect: Annotated[
+        DialectName, typer.Option(help="Whose tensor and key names to write.")
+    ] = DialectName.llama_cpp,
     tokenizer_pre: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="tokenizer.ggml.pre, for a tokenizer that is not recognised.", show_default=False),
     ] = None,
     name: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="general.name; from the model card or the folder when left out.", show_default=False),
+        typer.Option(
+            help="general.name; from the model card or the folder when left out.", show_default=False
+        ),
     ] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -91,7 +103,9 @@ def hf_to_gguf(
         mtp=mtp.value if mtp else None,
         layers=parse_layers(layers) if layers is not None else None,
         dialect=dialect.value,
-        split_max_bytes=parse_size(split_max_size, "--split-max-size") if split_max_size is not None else None,
+        split_max_bytes=parse_size(split_max_size, "--split-max-size")
+        if split_max_size is not None
+        else None,
     )
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
     run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=dry_run)

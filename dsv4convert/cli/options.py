@@ -10,15 +10,21 @@ import typer
 
 from ..errors import UsageError
 
-Source = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)]
+Source = Annotated[
+    Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)
+]
 Threads = Annotated[
     Optional[int],  # noqa: UP007, UP045 - typer evaluates it on Python 3.10
-    typer.Option("--threads", min=1, max=256, help="Worker threads; all processors, at most 16, when left out."),
+    typer.Option(
+        "--threads", min=1, max=256, help="Worker threads; all processors, at most 16, when left out."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, with the disk and memory it needs, and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan, with the disk and memory it needs, and stop.")
+]
 
 # Decimal units, as llama.cpp's converter and file managers count.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -35,7 +41,9 @@ def parse_size(text: str, option: str) -> int:
     """
     found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if found is None or int(found[1]) == 0:
-        raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(text))
+        raise UsageError(
+            f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(text)
+        )
     return int(found[1]) * UNITS[found[2].upper()]
 
 

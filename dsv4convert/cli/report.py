@@ -45,7 +45,11 @@ def human_seconds(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
-    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {int(seconds) % 60:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def print_json(document: Any) -> None:
@@ -68,7 +72,14 @@ def progress_display(total: int, quiet: bool) -> Iterator[Callable[[int], None] 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -108,11 +119,15 @@ def print_summary(summary: Summary) -> None:
         typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
     typer.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
-        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
+        typer.echo(
+            f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})"
+        )
     for note in summary.notes:
         typer.echo(f"note: {escape_control(note)}")
     for counted in summary.counted[:MAX_COUNTED_LINES]:
-        kinds = ", ".join(f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key])
+        kinds = ", ".join(
+            f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key]
+        )
         typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
     if len(summary.counted) > MAX_COUNTED_LINES:
         typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
@@ -149,9 +164,13 @@ def plan_as_json(plan: Plan, threads: int) -> dict[str, Any]:
 def print_plan(document: dict[str, Any]) -> None:
     """Print a plan made by ``plan_as_json``."""
     for file in document["files"]:
-        typer.echo(f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors")
+        typer.echo(
+            f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors"
+        )
     for entry in document["dropped"]:
-        typer.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {human_bytes(entry['nbytes'])} ({entry['reason']})")
+        typer.echo(
+            f"would leave out {entry['what']}: {entry['count']} tensors, {human_bytes(entry['nbytes'])} ({entry['reason']})"
+        )
     for note in document["notes"]:
         typer.echo(f"note: {escape_control(note)}")
     for what, needed, there in (

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InventoryError
 from ..formats.backend import Codecs
 from ..formats.base import GROUP, Scratch, Tally
 from ..formats.e2m1 import FP8_TILE, fp4_to_fp8_scales
+from ..formats.e8m0 import e8m0_to_f32
+from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..plan import BESIDE, IDENTITY
 
 Bytes = NDArray[np.uint8]
@@ -27,7 +30,9 @@ TileCodec = Callable[[Codecs, Inputs, Bytes, tuple[Any, ...], Scratch, Tally], N
 def _scaled(function: str, dtype: Any) -> TileCodec:
     """Return the entry of a codec (weight, scale, block) -> elements of ``dtype``."""
 
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
+    def run(
+        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+    ) -> None:
         getattr(codecs, function)(inputs[0], inputs[1], args, out.view(dtype), scratch, tally)
 
     return run
@@ -36,7 +41,9 @@ def _scaled(function: str, dtype: Any) -> TileCodec:
 def _unscaled(function: str, dtype: Any) -> TileCodec:
     """Return the entry of a codec (elements) -> elements of ``dtype``."""
 
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
+    def run(
+        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+    ) -> None:
         getattr(codecs, function)(inputs[0], out.view(dtype), scratch, tally)
 
     return run
@@ -86,11 +93,69 @@ def _fp4_to_fp8_scales(
     fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out)
 
 
+def _columns(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Take a range of bytes out of every row; args: its first byte and the one behind its last."""
+    out[...] = inputs[0][:, args[0] : args[1]]
+
+
+def _side_by_side(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Put the rows of all operands next to each other."""
+    np.concatenate(inputs, axis=1, out=out)
+
+
+def _alike(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Take the rows of the first operand, which all others must hold as well.
+
+    Raises:
+        InventoryError: one of them holds other bytes.
+    """
+    for number, other in enumerate(inputs[1:], start=1):
+        if not np.array_equal(inputs[0], other):
+            raise InventoryError(
+                f"ranks 0 and {number} hold different bytes of a tensor that every rank has whole",
+                hint="are shards of two conversions mixed?",
+            )
+    out[...] = inputs[0]
+
+
+def _bf16_to_fp8(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Make FP8 codes; an operand row holds all rows of a block. args: the block.
+
+    Raises:
+        LossyError: no codes and scales make these values.
+    """
+    out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), args)[0]
+
+
+def _bf16_to_fp8_scales(
+    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+) -> None:
+    """Make the scales of ``_bf16_to_fp8``; args: columns of the weight, whether as float32, the block.
+
+    Raises:
+        LossyError: no codes and scales make these values.
+    """
+    columns, as_f32, block = args
+    scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
+    out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
+
+
 F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
 
 TILE_CODECS: dict[str, TileCodec] = {
     IDENTITY: _identity,
     BESIDE: _beside,
+    "columns": _columns,
+    "side_by_side": _side_by_side,
+    "alike": _alike,
     "fp4_to_mxfp4": _fp4_to_mxfp4,
     "fp4_to_f32": _scaled("fp4_to_f32", F32),
     "fp4_to_bf16": _scaled("fp4_to_bf16", BF16),
@@ -98,6 +163,8 @@ TILE_CODECS: dict[str, TileCodec] = {
     "fp4_to_q8_0": _scaled("fp4_to_q8_0", U8),
     "fp4_to_fp8": _fp4_to_fp8,
     "fp4_to_fp8_scales": _fp4_to_fp8_scales,
+    "bf16_to_fp8": _bf16_to_fp8,
+    "bf16_to_fp8_scales": _bf16_to_fp8_scales,
     "fp8_to_f32": _scaled("fp8_to_f32", F32),
     "fp8_to_bf16": _scaled("fp8_to_bf16", BF16),
     "fp8_to_f16": _scaled("fp8_to_f16", F16),

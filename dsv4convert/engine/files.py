@@ -81,7 +81,8 @@ class Outputs:
         self._plan = plan
         self._root = partial_path(plan.destination) if plan.is_folder else plan.destination
         self.paths = [
-            self._root / file.name if plan.is_folder else partial_path(self._root / file.name) for file in plan.files
+            self._root / file.name if plan.is_folder else partial_path(self._root / file.name)
+            for file in plan.files
         ]
 
     def check_absent(self, overwrite: bool) -> None:
@@ -96,7 +97,9 @@ class Outputs:
                 if path.is_dir() != plan.is_folder or (plan.is_folder and path.is_symlink()):
                     raise OutputExistsError("is there, and cannot be replaced by this output", where=path)
                 if plan.is_folder and any(path.iterdir()) and not overwrite:
-                    raise OutputExistsError("is there and not empty", where=path, hint="give --overwrite to replace it")
+                    raise OutputExistsError(
+                        "is there and not empty", where=path, hint="give --overwrite to replace it"
+                    )
                 if not plan.is_folder and not overwrite:
                     raise OutputExistsError("is there", where=path, hint="give --overwrite to replace it")
         parent = plan.destination.parent if plan.is_folder else plan.destination

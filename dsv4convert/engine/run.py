@@ -124,7 +124,9 @@ def run_plan(
     shared = _Shared(tasks=_tasks(plan, done))
     workers: list[Worker] = []
     lives = [
-        threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
+        threading.Thread(
+            target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True
+        )
         for _ in range(threads)
     ]
     for life in lives:
@@ -242,7 +244,12 @@ def _segment(plan: Plan, task: Task) -> Segment:
 
 
 def _report(
-    plan: Plan, done: Mapping[tuple[int, int, int], Finished], seconds: float, threads: int, backend: str, resumed: int
+    plan: Plan,
+    done: Mapping[tuple[int, int, int], Finished],
+    seconds: float,
+    threads: int,
+    backend: str,
+    resumed: int,
 ) -> RunReport:
     total = Tally()
     reports: list[TensorReport] = []
@@ -253,7 +260,9 @@ def _report(
             for entry in entries:
                 tally.add(entry.tally)
             total.add(tally)
-            reports.append(TensorReport(file.name, tensor.name, combine_digests([e.digest for e in entries]), tally))
+            reports.append(
+                TensorReport(file.name, tensor.name, combine_digests([e.digest for e in entries]), tally)
+            )
     return RunReport(tuple(reports), total, plan.nbytes, seconds, threads, backend, resumed)
 
 
@@ -262,5 +271,3 @@ def combine_digests(digests: list[bytes]) -> str:
     if len(digests) == 1:
         return digests[0].hex()
     return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))
-
-

@@ -63,7 +63,9 @@ class Worker:
             if self.stopped:
                 return
             rows = min(step, segment.rows - first)
-            inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+            inputs = [
+                self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)
+            ]
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             codec(self._codecs, inputs, out, segment.args, self._scratch, tally)
             digest.update(out.data)
@@ -87,7 +89,9 @@ class Worker:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:
                     raise InputOutputError(
-                        "the file became shorter while it was read", where=file, hint="was it replaced during the run?"
+                        "the file became shorter while it was read",
+                        where=file,
+                        hint="was it replaced during the run?",
                     )
                 view = view[count:]
                 offset += count

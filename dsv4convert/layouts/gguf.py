@@ -16,7 +16,18 @@ from .gguf_metadata import I32 as GGUF_I32
 from .gguf_metadata import U16 as GGUF_U16
 from .gguf_metadata import KeyValue, ParameterCounts, count_parameters, encode_key_values
 from .names import Draft, Row, Store
-from .segments import BF16, F16, F32, I32, MXFP4, Q8_0, ElementType, codec_segment, convert_segments, matrix_shape
+from .segments import (
+    BF16,
+    F16,
+    F32,
+    I32,
+    MXFP4,
+    Q8_0,
+    ElementType,
+    codec_segment,
+    convert_segments,
+    matrix_shape,
+)
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -142,7 +153,16 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         if mtp == "keep":
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
-        models.append(GgufModel(config, block_count, False, tuple(tensors), types.experts_name(weights), types.dense_name(weights)))
+        models.append(
+            GgufModel(
+                config,
+                block_count,
+                False,
+                tuple(tensors),
+                types.experts_name(weights),
+                types.dense_name(weights),
+            )
+        )
     if mtp in ("only", "split"):
         top = [w for w in trunk if w.name in ("embed.weight", "norm.weight", "head.weight")]
         if mtp == "only":
@@ -153,14 +173,21 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         tensors = _block_tensors(top, types, shared_claims, shift=0)
         tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
         models.append(
-            GgufModel(config, config.num_hidden_layers + checkpoint.n_draft, True, tuple(tensors),
-                      types.experts_name(drafts), types.dense_name(drafts))
+            GgufModel(
+                config,
+                config.num_hidden_layers + checkpoint.n_draft,
+                True,
+                tuple(tensors),
+                types.experts_name(drafts),
+                types.dense_name(drafts),
+            )
         )
     if mtp == "drop":
         claims.drop(
             f"mtp.* ({checkpoint.n_draft} draft layer{'s' if checkpoint.n_draft > 1 else ''})",
-            "--mtp drop (the default); --mtp split writes it beside the model" if checkpoint.draft is Draft.MTP else
-            "--mtp drop (the default)",
+            "--mtp drop (the default); --mtp split writes it beside the model"
+            if checkpoint.draft is Draft.MTP
+            else "--mtp drop (the default)",
             drafts,
         )
     return models, claims.close()
@@ -179,7 +206,9 @@ def _mtp_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDiale
         if checkpoint.draft is Draft.NONE:
             raise UsageError(f"--mtp {mtp}: the checkpoint has no MTP layer", where=checkpoint.folder)
         if checkpoint.draft is Draft.DSPARK:
-            raise UnsupportedError("a DSpark draft is not an MTP layer and has no mtp- file", where=checkpoint.folder)
+            raise UnsupportedError(
+                "a DSpark draft is not an MTP layer and has no mtp- file", where=checkpoint.folder
+            )
     if mtp == "keep" and checkpoint.draft is not Draft.MTP:
         return "drop"
     return mtp
@@ -245,7 +274,11 @@ def _block_tensors(
             name = f"blk.{weight.layer + shift}.{name}"
         groups.setdefault(name, []).append(weight if claims is None else claims.take(weight))
     if claims is not None:
-        claims.drop(", ".join(sorted({w.row.name for w in unnamed})), f"not part of the {types.dialect.name} layout", unnamed)
+        claims.drop(
+            ", ".join(sorted({w.row.name for w in unnamed})),
+            f"not part of the {types.dialect.name} layout",
+            unnamed,
+        )
     for name, group in groups.items():
         to = types.of(group[0])
         if group[0].expert is not None:
@@ -306,7 +339,11 @@ def gguf_files(
 
 def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue]) -> OutputFile:
     placed = list(
-        place([OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors], 0, ALIGNMENT)
+        place(
+            [OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors],
+            0,
+            ALIGNMENT,
+        )
     )
     infos = b"".join(_tensor_info(tensor) for tensor in placed)
     keys = encode_key_values(list(metadata))
@@ -322,6 +359,7 @@ def _tensor_info(tensor: OutputTensor) -> bytes:
     name = tensor.name.encode()
     dims = tuple(reversed(tensor.shape)) or (1,)
     return (
-        struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPE[tensor.dtype], tensor.offset)
+        struct.pack("<Q", len(name))
+        + name
+        + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPE[tensor.dtype], tensor.offset)
     )
-

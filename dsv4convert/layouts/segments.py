@@ -53,17 +53,24 @@ def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
     rows, _ = matrix_shape(weight.shape)
     row_bytes = weight.stored.nbytes // rows
     stored = weight.stored
-    weights = Operand(stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding])
+    weights = Operand(
+        stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding]
+    )
     scale, block = weight.scale, weight.block
     if scale is None or block is None:
         return (weights,)
     if first % block[0]:
         raise InventoryError(
-            f"tensor {weight.name}: row {first} does not begin a scale block", expected=f"a multiple of {block[0]}"
+            f"tensor {weight.name}: row {first} does not begin a scale block",
+            expected=f"a multiple of {block[0]}",
         )
     scale_row_bytes = scale.nbytes // scale.shape[0]
     scales = Operand(
-        scale.file, scale.offset + first // block[0] * scale_row_bytes, scale_row_bytes, block[0], SCALE_DTYPE[scale.dtype]
+        scale.file,
+        scale.offset + first // block[0] * scale_row_bytes,
+        scale_row_bytes,
+        block[0],
+        SCALE_DTYPE[scale.dtype],
     )
     return weights, scales
 
@@ -93,7 +100,9 @@ def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | N
     return Segment(codec, operands(weight, first), rows, to.row_bytes(columns), weight.block or ())
 
 
-def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> tuple[Segment, ...]:
+def convert_segments(
+    weight: Weight, to: ElementType, first: int = 0, rows: int | None = None
+) -> tuple[Segment, ...]:
     """Return the segments that make rows ``first``.. of a weight in element type ``to``; verbatim bytes are copied.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,7 +24,7 @@ from .layouts.names import (
     vision_tensors,
 )
 from .synth_tokenizer import write_synth_tokenizer
-from .synth_values import Kind, Recipe, block_exponent, group_exponent, tensor_stream
+from .synth_values import Kind, Recipe, fp4_recipes, fp8_recipes, tensor_stream
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
@@ -177,7 +178,7 @@ def synth_config(
     ``overrides`` replaces config keys last of all.
 
     Raises:
-        UsageError: an unknown preset or variant, or a cut that leaves no model.
+        UsageError: an unknown preset, variant or config key, or a cut that leaves no model.
     """
     _one_of("preset", preset, PRESETS)
     if variant is not None:
@@ -209,7 +210,10 @@ def synth_config(
     for key, value in (("n_routed_experts", experts), ("vocab_size", vocab)):
         if value is not None:
             raw[key] = value
-    raw.update(overrides or {})
+    for key, value in (overrides or {}).items():
+        if key not in raw:
+            raise UsageError(f"no config key {key} to set", hint="see config.json of the preset")
+        raw[key] = value
     if experts is not None:
         raw["num_experts_per_tok"] = min(raw["num_experts_per_tok"], experts)
     if "dspark_block_size" in raw:
@@ -253,8 +257,16 @@ def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> I
             yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
 
 
-def write_synth(
-    out: Path,
+@dataclass(frozen=True)
+class SynthPlan:
+    """What a synthetic checkpoint will hold: its config.json, and its tensors file by file."""
+
+    raw: Mapping[str, Any]
+    files: Sequence[Sequence[SynthTensor]]
+    payload_bytes: int
+
+
+def plan_synth(
     preset: str,
     *,
     variant: str | None = None,
@@ -263,25 +275,15 @@ def write_synth(
     experts: int | None = None,
     vocab: int | None = None,
     files: int | None = None,
-    seed: int = 0,
-    headers_only: bool = False,
     mtp: bool = True,
-    overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
     power_of_two_scales: bool = True,
-    progress: Callable[[int], None] | None = None,
-) -> SynthSummary:
-    """Write a synthetic checkpoint folder ``out``; it appears under its name when it is complete.
-
-    One file is named model.safetensors and has no index, several are numbered and have one.
-    ``headers_only`` leaves the files sparse: true headers and sizes, zeros for payload. ``progress`` is
-    called with the number of payload bytes after each piece.
+) -> SynthPlan:
+    """Decide every tensor of a synthetic checkpoint and the file that it lies in.
 
     Raises:
-        UsageError: a cut that leaves no model, or more files than tensors.
-        ConfigError: the overridden config does not hold together.
-        OutputExistsError: ``out`` exists and ``overwrite`` is not set, or it is no checkpoint folder.
-        SpaceError: no room on the disk.
+        UsageError: a cut that leaves no model, a shape that FP4 cannot hold, or more files than tensors.
+        ConfigError: the config with its cuts and overrides does not hold together.
     """
     raw = synth_config(
         preset,
@@ -299,20 +301,82 @@ def write_synth(
     if files is None:
         whole = not any((layers, ratios, experts, vocab, overrides))
         files = _default_files(preset, variant, total, whole=whole)
-    groups = _into_files(tensors, files)
+    return SynthPlan(raw, _into_files(tensors, files), total)
 
+
+def write_synth(
+    out: Path,
+    preset: str,
+    *,
+    variant: str | None = None,
+    layers: int | None = None,
+    ratios: Sequence[int] | None = None,
+    experts: int | None = None,
+    vocab: int | None = None,
+    files: int | None = None,
+    seed: int = 0,
+    headers_only: bool = False,
+    mtp: bool = True,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    power_of_two_scales: bool = True,
+) -> SynthSummary:
+    """Write a synthetic checkpoint folder: ``plan_synth`` and ``write_plan`` in one.
+
+    Raises:
+        Dsv4Error: what either of them raises.
+    """
+    plan = plan_synth(
+        preset,
+        variant=variant,
+        layers=layers,
+        ratios=ratios,
+        experts=experts,
+        vocab=vocab,
+        files=files,
+        mtp=mtp,
+        overrides=overrides,
+        power_of_two_scales=power_of_two_scales,
+    )
+    return write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite)
+
+
+def write_plan(
+    plan: SynthPlan,
+    out: Path,
+    *,
+    seed: int = 0,
+    headers_only: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> SynthSummary:
+    """Write the checkpoint folder ``out``; it appears under its name when it is complete.
+
+    One file is named model.safetensors and has no index, several are numbered and have one.
+    ``headers_only`` leaves the files sparse: true headers and sizes, zeros for payload. ``progress`` is
+    told the payload bytes written so far.
+
+    Raises:
+        UsageError: a vocabulary too small for a tokenizer.
+        OutputExistsError: ``out`` exists and ``overwrite`` is not set, or it is no checkpoint folder.
+        SpaceError: no room on the disk.
+        InputOutputError: a write failed.
+    """
     _check_replaceable(out, overwrite)
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if not headers_only and shutil.disk_usage(out.parent).free < total:
-            raise SpaceError("not enough room", where=out.parent, expected=f"{total} bytes free")
+        free = shutil.disk_usage(out.parent).free
+        if not headers_only and free < plan.payload_bytes:
+            raise SpaceError(
+                "not enough room", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
+            )
         _remove_checkpoint(partial)
         partial.mkdir()
         try:
-            _write_json(partial / CONFIG_NAME, raw)
-            write_synth_tokenizer(partial, config.vocab_size, seed)
-            _write_files(partial, groups, seed, headers_only, progress)
+            _write_json(partial / CONFIG_NAME, plan.raw)
+            write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
+            _write_files(partial, plan, seed, headers_only, progress)
             _remove_checkpoint(out)
             partial.rename(out)
         except BaseException:
@@ -320,9 +384,14 @@ def write_synth(
             raise
     except OSError as error:
         raise InputOutputError(f"cannot write ({error.strerror})", where=error.filename or out) from error
-    by_dtype = {dtype: sum(t.dtype == dtype for t in tensors) for dtype in DTYPE_BYTES}
+    by_dtype = Counter(tensor.dtype for group in plan.files for tensor in group)
     return SynthSummary(
-        out, files, len(tensors), total, {d: n for d, n in by_dtype.items() if n}, headers_only=headers_only
+        out,
+        len(plan.files),
+        by_dtype.total(),
+        plan.payload_bytes,
+        dict(sorted(by_dtype.items())),
+        headers_only,
     )
 
 
@@ -364,23 +433,15 @@ def _published_config(name: str) -> dict[str, Any]:
 def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
     rows, columns = expected.shape
     if expected.row.store is Store.EXPERT and not base:
-        exponent = group_exponent(columns)
-        yield SynthTensor(expected.name, "I8", (rows, columns // FP4_PER_BYTE), Recipe(Kind.E2M1))
-        yield SynthTensor(
-            scale_name(expected.name),
-            "F8_E8M0",
-            (rows, columns // FP4_BLOCK),
-            Recipe(Kind.E8M0_GROUP, exponent),
-        )
+        codes, scales = fp4_recipes(columns)
+        yield SynthTensor(expected.name, "I8", (rows, columns // FP4_PER_BYTE), codes)
+        yield SynthTensor(scale_name(expected.name), "F8_E8M0", (rows, columns // FP4_BLOCK), scales)
         return
-    exponent = block_exponent(columns)
+    kind = (Kind.F32_POWER if power_of_two else Kind.F32_ANY) if base else Kind.E8M0_BLOCK
+    codes, scales = fp8_recipes(columns, kind)
     blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-    yield SynthTensor(expected.name, "F8_E4M3", expected.shape, Recipe(Kind.E4M3))
-    if base:
-        kind = Kind.F32_POWER if power_of_two else Kind.F32_ANY
-        yield SynthTensor(scale_name(expected.name), "F32", blocks, Recipe(kind, exponent))
-    else:
-        yield SynthTensor(scale_name(expected.name), "F8_E8M0", blocks, Recipe(Kind.E8M0_BLOCK, exponent))
+    yield SynthTensor(expected.name, "F8_E4M3", expected.shape, codes)
+    yield SynthTensor(scale_name(expected.name), "F32" if base else "F8_E8M0", blocks, scales)
 
 
 def _plain(expected: Expected, taken: int, experts: int) -> SynthTensor:
@@ -448,31 +509,35 @@ def _into_files(tensors: list[SynthTensor], files: int) -> list[list[SynthTensor
 
 def _write_files(
     folder: Path,
-    groups: list[list[SynthTensor]],
+    plan: SynthPlan,
     seed: int,
     headers_only: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
     weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        single = len(groups) == 1
-        name = SINGLE_FILE_NAME if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+    done = 0
+    count = len(plan.files)
+    for number, group in enumerate(plan.files, start=1):
+        name = SINGLE_FILE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         ordered = sorted(group, key=lambda tensor: (DTYPE_ORDER[tensor.dtype], tensor.name))
         weight_map.update((tensor.name, name) for tensor in group)
         with (folder / name).open("wb", buffering=0) as file:
             header = safetensors_header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered])
-            file.write(header)
+            _write_all(file.write, memoryview(header))
             if headers_only:
                 file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))
                 continue
             for tensor in ordered:
                 for piece in tensor_stream(tensor.recipe, tensor.name, tensor.shape, seed):
                     _write_all(file.write, piece)
+                    done += len(piece)
                     if progress is not None:
-                        progress(len(piece))
-    if len(groups) > 1:
-        total = sum(tensor.nbytes for group in groups for tensor in group)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                        progress(done)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": plan.payload_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         _write_json(folder / INDEX_NAME, index)
 
 
@@ -485,6 +550,9 @@ def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]])
     """Return the head of a safetensors file: 8 bytes of length, then JSON padded to a multiple of 8.
 
     ``tensors`` are (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
+
+    >>> safetensors_header([("x", "BF16", (2, 3), 12)])[:8]
+    b'`\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -509,7 +577,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
             continue
         if path == out and not overwrite:
             raise OutputExistsError("already there", where=out, hint="--overwrite replaces it")
-        if path.is_symlink() or not path.is_dir() or not all(map(_is_ours, path.iterdir())):
+        if path.is_symlink() or not path.is_dir() or not _holds_only_a_checkpoint(path):
             raise OutputExistsError(
                 "not a folder that holds only a checkpoint, so it is not replaced",
                 where=path,
@@ -517,8 +585,13 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
             )
 
 
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors")
+def _holds_only_a_checkpoint(folder: Path) -> bool:
+    entries = list(folder.iterdir())
+    plain = all(
+        path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors")
+        for path in entries
+    )
+    return plain and (not entries or folder / CONFIG_NAME in entries)
 
 
 def _remove_checkpoint(folder: Path) -> None:

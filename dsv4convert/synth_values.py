@@ -80,27 +80,32 @@ class Kind(str, Enum):
 class Recipe(NamedTuple):
     """A kind with its one parameter.
 
-    ``size`` is the standard deviation of BF16 and F32, the middle exponent of the scales, and the number
-    of experts a token takes for the router kinds and the hash table.
+    ``size`` is the standard deviation of gaussians and of the codes, the middle exponent of scales, the
+    number of experts that a token takes for routers, and the number there are for hash tables.
     """
 
     kind: Kind
     size: float = 0.0
 
 
-def group_exponent(fan_in: int) -> int:
-    """Return the middle exponent of 1 x 32 scales that gives FP4 weights a size of about fan_in^-1/2."""
-    return _middle_exponent(fan_in, E2M1_CODE_STD, GROUP_SCALE_STEPS)
+def fp4_recipes(fan_in: int) -> tuple[Recipe, Recipe]:
+    """Return the recipes of an FP4 weight, whose deviation will be about fan_in^-1/2, and of its scales."""
+    code_std, exponent = _codes_and_exponent(fan_in, E2M1_CODE_STD, GROUP_SCALE_STEPS)
+    return Recipe(Kind.E2M1, code_std), Recipe(Kind.E8M0_GROUP, exponent)
 
 
-def block_exponent(fan_in: int) -> int:
-    """Return the middle exponent of 128 x 128 scales that gives FP8 weights a size of about fan_in^-1/2."""
-    return _middle_exponent(fan_in, E4M3_CODE_STD, BLOCK_SCALE_STEPS)
+def fp8_recipes(fan_in: int, scales: Kind) -> tuple[Recipe, Recipe]:
+    """Return the recipes of an FP8 weight, whose deviation will be about fan_in^-1/2, and of its scales."""
+    code_std, exponent = _codes_and_exponent(fan_in, E4M3_CODE_STD, BLOCK_SCALE_STEPS)
+    return Recipe(Kind.E4M3, code_std), Recipe(scales, exponent)
 
 
-def _middle_exponent(fan_in: int, code_std: float, steps: tuple[int, ...]) -> int:
+def _codes_and_exponent(fan_in: int, usual_std: float, steps: tuple[int, ...]) -> tuple[float, int]:
+    """Return the deviation of the codes, within sqrt(2) of the usual one, and the middle exponent."""
     spread = math.sqrt(sum(4.0**step for step in steps) / len(steps))
-    return round(-math.log2(math.sqrt(fan_in) * code_std * spread))
+    ratio = 1 / (math.sqrt(fan_in) * spread)
+    exponent = round(math.log2(ratio / usual_std))
+    return ratio / 2.0**exponent, exponent
 
 
 def tensor_stream(recipe: Recipe, name: str, shape: tuple[int, ...], seed: int) -> Iterator[memoryview]:
@@ -175,10 +180,10 @@ def _table(kind: Kind, size: float) -> tuple[npt.NDArray[np.generic], int]:
         return values[_draw16(draws, TABLE_ENTRIES * length)].reshape(TABLE_ENTRIES, length)
 
     if kind is Kind.E4M3:
-        codes = f32_to_e4m3(normal * np.float32(E4M3_CODE_STD))
+        codes = f32_to_e4m3(normal * np.float32(size))
         return run(codes, 4).view("<u4").reshape(-1), 1
     if kind is Kind.E2M1:
-        codes = f32_to_e2m1(normal * np.float32(E2M1_CODE_STD))
+        codes = f32_to_e2m1(normal * np.float32(size))
         return pack_e2m1(run(codes, 8)).view("<u4").reshape(-1), 1
     if kind in (Kind.E8M0_GROUP, Kind.E8M0_BLOCK):
         exponents = (

@@ -229,10 +229,11 @@ def resolve(
 def _official_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for name, tensor in stored.items():
-        official = name.removeprefix(MODEL_PREFIX)
+        official = V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], name.removeprefix(MODEL_PREFIX))
         if official in tensors:
             raise InventoryError(
-                f"tensor {official}: there twice, with and without {MODEL_PREFIX!r}", where=tensor.file
+                f"tensor {official}: there twice, with and without {MODEL_PREFIX!r} or a V3-style alias",
+                where=tensor.file,
             )
         tensors[official] = tensor
     return tensors

@@ -34,9 +34,7 @@ def safetensors_header(
     for name, dtype, shape, nbytes in tensors:
         end = position + nbytes
         dimensions = ",".join(map(str, shape))
-        parts.append(
-            f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}'
-        )
+        parts.append(f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}')
         starts.append(position)
         position = end
     text = ("{" + ",".join(parts) + "}").encode()

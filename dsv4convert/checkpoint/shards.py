@@ -1,0 +1,229 @@
+"""Opens a folder of model-parallel shards: every weight under its official name, with its part on each rank.
+
+Nothing of the weights is read. A set that is incomplete or mixed, and tensors that are missing, unknown
+or misshapen on any rank, end here with one line that names rank and tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import CONFIG_NAME, ModelConfig, load_config
+from ..errors import InputMissingError, InventoryError
+from ..layouts.names import Draft, Expected, Row, Split, expected_tensors, scale_name
+from ..layouts.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
+from .folder import draft_kind
+from .safetensors_header import Stored, read_header
+from .weights import Encoding, Weight, pair
+
+
+class ShardedWeight(NamedTuple):
+    """A weight of the whole model with its parts: one per rank where it is split, else one.
+
+    ``parts`` joined along ``axis`` are the weight; each is a weight of its own with shape, place and
+    scales. ``copies`` are the same tensor on the other ranks, where every rank has it whole.
+    """
+
+    name: str
+    row: Row
+    shape: tuple[int, ...]
+    parts: tuple[Weight, ...]
+    copies: tuple[Weight, ...]
+
+    @property
+    def axis(self) -> int | None:
+        """Return the dimension along which the parts are joined, None for a single part."""
+        return SPLIT_AXIS[self.row.split]
+
+    @property
+    def encoding(self) -> Encoding:
+        """Return how the bytes stand for numbers, the same in all parts."""
+        return self.parts[0].encoding
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Return the rows and columns that share a scale, None without scales."""
+        return self.parts[0].block
+
+    @property
+    def layer(self) -> int | None:
+        """Return the trunk layer or draft stage."""
+        return self.parts[0].layer
+
+    @property
+    def expert(self) -> int | None:
+        """Return the routed expert."""
+        return self.parts[0].expert
+
+    @property
+    def is_draft(self) -> bool:
+        """Return whether the weight belongs to a draft layer."""
+        return self.parts[0].is_draft
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the weight and its scales, counted once."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class ShardCheckpoint:
+    """A folder of shards, read from headers alone and checked against the name tables.
+
+    ``weights`` holds every weight under its official name in the published order. ``n_tensors`` counts
+    stored tensors of all ranks.
+    """
+
+    folder: Path
+    config: ModelConfig
+    mp: int
+    weights: Mapping[str, ShardedWeight]
+    draft: Draft
+    n_draft: int
+    files: tuple[Path, ...]
+    n_tensors: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the payload bytes of all weights and scales, each counted once."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+
+def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
+    """Return (number of ranks, file of each rank that is there) of a folder; (0, {}) where there is no shard.
+
+    Raises:
+        InputMissingError: the folder is not there.
+        InventoryError: shards of several sets, or of ranks that the set does not have.
+    """
+    if not folder.is_dir():
+        raise InputMissingError("no such folder", where=folder, hint="give the folder that holds the shards")
+    found = {
+        (int(match[2]), int(match[1])): path
+        for path in sorted(folder.iterdir())
+        if (match := SHARD_NAME.fullmatch(path.name)) is not None
+    }
+    sizes = sorted({mp for mp, _ in found})
+    if len(sizes) > 1:
+        raise InventoryError(
+            "shards of several conversions in one folder",
+            where=folder,
+            expected="one set, such as " + shard_name(0, sizes[0]) + " and its like",
+            got=", ".join(f"mp{mp}" for mp in sizes),
+            hint="give each set its own folder",
+        )
+    for (mp, rank), path in found.items():
+        if rank >= mp:
+            raise InventoryError(
+                f"rank {rank} of {mp}: out of range", where=path, expected=f"ranks 0 to {mp - 1}", got=rank
+            )
+    return (sizes[0] if sizes else 0), {rank: path for (_, rank), path in sorted(found.items())}
+
+
+def is_shard_folder(folder: Path) -> bool:
+    """Return whether ``folder`` holds model-parallel shards."""
+    return folder.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
+
+
+def open_shards(folder: Path) -> ShardCheckpoint:
+    """Open the complete set of shards in ``folder``.
+
+    Raises:
+        InputMissingError: the folder, ``config.json`` or a rank is not there.
+        ConfigError, UnsupportedError: see ``load_config``.
+        UsageError: the config cannot be divided among so many ranks.
+        FileFormatError: a malformed safetensors file.
+        InventoryError: a mixed set; missing, unknown or misshapen tensors.
+    """
+    mp, files = shard_files(folder)
+    if not files:
+        raise InputMissingError(
+            "no model-parallel shards", where=folder, expected="model0-mpN.safetensors and its like"
+        )
+    absent = [rank for rank in range(mp) if rank not in files]
+    if absent:
+        raise InputMissingError(
+            f"rank {absent[0]} of {mp}: no shard" + (f" (and {len(absent) - 1} more)" if absent[1:] else ""),
+            where=folder,
+            expected=shard_name(absent[0], mp),
+            got=f"{len(files)} of {mp} ranks",
+            hint="copy the shards of all ranks into one folder",
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputMissingError(
+            f"no {CONFIG_NAME}", where=folder, hint="copy it there from the checkpoint that the shards were made of"
+        )
+    config = load_config(folder)
+    check_divides(config, mp, folder / CONFIG_NAME)
+    ranks = [read_header(files[rank]) for rank in range(mp)]
+    return _resolve(folder, config, mp, [files[rank] for rank in range(mp)], ranks)
+
+
+def _resolve(
+    folder: Path, config: ModelConfig, mp: int, files: list[Path], ranks: list[dict[str, Stored]]
+) -> ShardCheckpoint:
+    """Check every rank against the tables and join what belongs together."""
+    names = {name: stored for tensors in ranks for name, stored in tensors.items()}
+    n_tensors = sum(map(len, ranks))
+    draft, n_draft = draft_kind(names, config, folder)
+    weights: dict[str, ShardedWeight] = {}
+    for expected in expected_tensors(config, draft, n_draft, has_vision=config.has_vision):
+        split = expected.row.split
+        holders = range(mp)
+        if split is Split.EXPERT and expected.expert is not None:
+            rank = expert_rank(expected.expert, config.n_routed_experts, mp)
+            holders = range(rank, rank + 1)
+        local = expected._replace(shape=local_shape(expected.shape, split, mp))
+        parts = tuple(_take(local, rank, ranks, files) for rank in holders)
+        _check_alike(expected.name, holders, parts)
+        copied = split is Split.COPY
+        weights[expected.name] = ShardedWeight(
+            expected.name, expected.row, expected.shape, parts[:1] if copied else parts, parts[1:] if copied else ()
+        )
+    for rank, left in enumerate(ranks):
+        if left:
+            name = next(iter(left))
+            known = name in weights or name.removesuffix(".scale") + ".weight" in weights
+            raise InventoryError(
+                f"rank {rank}: tensor {name}: "
+                + ("belongs to another rank" if known else "unknown")
+                + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""),
+                where=files[rank],
+                hint="are shards of two conversions mixed, or was a file renamed?",
+            )
+    return ShardCheckpoint(folder, config, mp, weights, draft, n_draft, tuple(files), n_tensors)
+
+
+def _take(expected: Expected, rank: int, ranks: list[dict[str, Stored]], files: list[Path]) -> Weight:
+    """Remove a rank's part of a weight, and its scale, from what is left of that rank's tensors."""
+    tensors = ranks[rank]
+    stored = tensors.pop(expected.name, None)
+    if stored is None:
+        elsewhere = next((number for number, others in enumerate(ranks) if expected.name in others), None)
+        raise InventoryError(
+            f"rank {rank}: tensor {expected.name}: missing",
+            where=files[rank],
+            got=None if elsewhere is None else f"it is in {files[elsewhere].name}",
+            hint="are shards of two conversions mixed, or does config.json not belong to them?",
+        )
+    scale = tensors.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
+    return pair(expected, stored, scale)
+
+
+def _check_alike(name: str, holders: range, parts: tuple[Weight, ...]) -> None:
+    first = parts[0]
+    for rank, part in zip(holders, parts, strict=True):
+        if (part.stored.dtype, part.block) != (first.stored.dtype, first.block) or (
+            part.scale is not None and first.scale is not None and part.scale.dtype != first.scale.dtype
+        ):
+            raise InventoryError(
+                f"tensor {name}: stored differently on rank {rank} than on rank {holders[0]}",
+                where=part.stored.file,
+                expected=first.stored.dtype,
+                got=part.stored.dtype,
+                hint="are shards of two conversions mixed?",
+            )

@@ -49,7 +49,7 @@ def main() -> None:
             "cp -r", ["cp", "-r", str(source), str(arguments.folder / "copy")], arguments.folder / "copy"
         ),
         _ours("dsv4convert", ours, arguments.folder / "ours"),
-        # The default leaves the MTP layer out, as llama.cpp's converter does; this one converts every byte of the source.
+        # The default leaves the MTP layer out, as llama.cpp's converter does; this one converts every byte.
         _ours("dsv4convert --mtp split", [*ours, "--mtp", "split"], arguments.folder / "split"),
     ]
     if arguments.numpy:

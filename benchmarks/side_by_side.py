@@ -72,9 +72,8 @@ def alternate(
                 continue
             seconds, peak = run_once(contender)
             remove(contender.output)
-            say(
-                f"{'warm-up' if number < 0 else f'round {number + 1}'}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB"
-            )
+            label = "warm-up" if number < 0 else f"round {number + 1}"
+            say(f"{label}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB")
             if number >= 0:
                 contender.seconds.append(seconds)
                 contender.peak_bytes.append(peak)

@@ -144,7 +144,7 @@ class InputOutputError(Dsv4Error):
     exit_code = 16
 
 
-class ConversionInterrupted(Dsv4Error):
+class RunInterruptedError(Dsv4Error):
     """The user stopped the run; the finished work is kept."""
 
     exit_code = 130

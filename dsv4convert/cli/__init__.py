@@ -71,7 +71,7 @@ def main() -> None:
         # Whoever read our output has enough; keep Python from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:  # noqa: BLE001 - the last resort: a bug of ours, still no traceback for the user
+    except Exception as error:  # the last resort: a bug of ours, and still no traceback for the user
         if _debug:
             raise
         sys.stderr.write(

@@ -14,7 +14,7 @@ Source = Annotated[
     Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)
 ]
 Threads = Annotated[
-    Optional[int],  # noqa: UP007, UP045 - typer evaluates it on Python 3.10
+    Optional[int],  # noqa: UP045 - typer evaluates it on Python 3.10
     typer.Option(
         "--threads", min=1, max=256, help="Worker threads; all processors, at most 16, when left out."
     ),

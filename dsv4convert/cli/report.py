@@ -168,9 +168,8 @@ def print_plan(document: dict[str, Any]) -> None:
             f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors"
         )
     for entry in document["dropped"]:
-        typer.echo(
-            f"would leave out {entry['what']}: {entry['count']} tensors, {human_bytes(entry['nbytes'])} ({entry['reason']})"
-        )
+        size = human_bytes(entry["nbytes"])
+        typer.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {size} ({entry['reason']})")
     for note in document["notes"]:
         typer.echo(f"note: {escape_control(note)}")
     for what, needed, there in (

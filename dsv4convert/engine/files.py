@@ -44,7 +44,7 @@ def os_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 class DescriptorCache:
-    """The file descriptors of one worker, at most ``OPEN_FILES_PER_WORKER`` of them, least recently used closed first."""
+    """The descriptors of one worker: at most ``OPEN_FILES_PER_WORKER``, the least recently used closed first."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[tuple[Path, int], int] = OrderedDict()

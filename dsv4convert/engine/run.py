@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
-from ..errors import ConversionInterrupted, Dsv4Error
+from ..errors import RunInterruptedError, Dsv4Error
 from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
@@ -114,7 +114,7 @@ def run_plan(
 
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
-        ConversionInterrupted: Ctrl-C.
+        RunInterruptedError: Ctrl-C.
         Dsv4Error: whatever a codec or ``before_finish`` raises.
     """
     started = time.monotonic()
@@ -162,7 +162,7 @@ def run_plan(
         if isinstance(error, KeyboardInterrupt):
             if recorder is not None:
                 flush()
-            raise ConversionInterrupted("interrupted", where=plan.destination) from None
+            raise RunInterruptedError("interrupted", where=plan.destination) from None
         raise
     flush()
     report = _report(plan, done, time.monotonic() - started, threads, backend.name, resumed)

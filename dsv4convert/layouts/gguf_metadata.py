@@ -257,9 +257,7 @@ def file_type(experts: str) -> int:
 
 def _file_type(experts: str) -> tuple[int, str]:
     if experts not in FILE_TYPES:
-        raise UnsupportedError(
-            "no GGUF file type for these experts", expected="/".join(FILE_TYPES), got=experts
-        )
+        raise UnsupportedError("no GGUF file type for these experts", expected="/".join(FILE_TYPES), got=experts)
     return FILE_TYPES[experts]
 
 
@@ -351,7 +349,7 @@ def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, nam
     """Return a gguf.Metadata with what card, config and folder name tell about the model's identity."""
     from gguf import Metadata, size_label
 
-    front_matter = {key: _text_or_same(value) for key, value in card.front_matter.items()}
+    front_matter = {key: _as_texts(value) for key, value in card.front_matter.items()}
     about = Metadata.apply_metadata_heuristic(
         Metadata(), front_matter, dict(config.raw), PurePath(card.folder_name), counts.total
     )
@@ -364,9 +362,16 @@ def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, nam
     return about
 
 
-def _text_or_same(value: object) -> object:
-    """Return YAML's numbers and dates as the texts that the keys want: ``version: 4`` means "4"."""
-    return value if value is None or isinstance(value, (str, list, dict)) else str(value)
+def _as_texts(value: object) -> object:
+    """Return YAML's scalars as the texts that the keys want: ``version: 4`` means "4".
+
+    YAML 1.1 reads the language code of Norwegian as False.
+    """
+    if isinstance(value, list):
+        return [_as_texts(item) for item in value]
+    if value is False:
+        return "no"
+    return value if value is None or isinstance(value, (str, dict)) else str(value)
 
 
 def _sampling(generation: Mapping[str, Any]) -> list[KeyValue]:
@@ -422,9 +427,7 @@ def _model(config: ModelConfig, dialect: Dialect, block_count: int, mtp: bool) -
 def _field_values(config: ModelConfig, block_count: int, mtp: bool) -> dict[str, Any]:
     gating = GATING_FUNCTIONS.get(config.scoring_func)
     if gating is None:
-        raise ConfigError(
-            "key scoring_func: unknown", expected=" or ".join(GATING_FUNCTIONS), got=config.scoring_func
-        )
+        raise ConfigError("key scoring_func: unknown", expected=" or ".join(GATING_FUNCTIONS), got=config.scoring_func)
     clamps = [config.swiglu_limit] * block_count
     values: dict[str, Any] = {
         "block_count": block_count,

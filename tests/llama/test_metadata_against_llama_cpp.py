@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +67,7 @@ tags: [moe, long]
 author: Someone
 ---
 """
+GENERATION = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
 CASES: list[tuple[str, str, str, int, bool]] = [
     # config, folder name, card, vocabulary, MTP file
     ("v4-flash", "DeepSeek-V4-Flash", "", 777, False),
@@ -93,8 +93,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str, di
         write_synth_tokenizer(folder, vocab_size, seed=i)
         if card:
             (folder / "README.md").write_text(card)
-        else:
-            shutil.copy(CONFIGS / "generation_config.json", folder)
+            (folder / "generation_config.json").write_text(json.dumps(GENERATION))
         folders.append(folder)
     request = json.dumps([(str(folder), case[-1]) for folder, case in zip(folders, CASES, strict=True)])
     done = subprocess.run(

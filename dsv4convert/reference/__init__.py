@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .model import Model, State
-from .sampling import greedy, gumbel_max
+from .sampling import generate, greedy, gumbel_max
 from .source import CachedSource, DictSource, WeightSource
 
-__all__ = ["CachedSource", "DictSource", "Model", "State", "WeightSource", "greedy", "gumbel_max"]
+__all__ = ["CachedSource", "DictSource", "Model", "State", "WeightSource", "generate", "greedy", "gumbel_max"]

@@ -280,7 +280,7 @@ class Model:
     ) -> Array:
         """Return attention's output [T, D] for tokens at positions t0 … t0+T−1, and advance ``state``."""
         c = self.config
-        T, H, d, r, G = len(x_TD), c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.o_groups
+        T, H, d, G = len(x_TD), c.num_attention_heads, c.head_dim, c.o_groups
         record(f"{at}input", x_TD)
         f = frequencies(c, ratio)
         turn_Tr = turns(np.arange(t0, t0 + T), f)
@@ -291,7 +291,7 @@ class Model:
         record(f"{at}q", q_THd)
 
         kv_Td = self._rms_norm(self._linear(x_TD, f"{at}wkv.weight"), f"{at}kv_norm.weight")
-        kv_Td = self._rounded_kv(rotate(kv_Td, turn_Tr), r)
+        kv_Td = self._rounded_kv(rotate(kv_Td, turn_Tr))
         record(f"{at}kv", kv_Td)
 
         entries_Sd, chosen_TS = None, None
@@ -375,10 +375,7 @@ class Model:
         entries = self._rms_norm(entries, f"{at}norm.weight")
         position = (len(state.entries) + np.arange(n)) * ratio  # of the block's first token
         entries = rotate(entries, turns(position, f))
-        if rotated:
-            entries = self._rounded_index(entries)
-        else:
-            entries = self._rounded_kv(entries, self.config.qk_rope_head_dim)
+        entries = self._rounded_index(entries) if rotated else self._rounded_kv(entries)
         state.entries = np.concatenate([state.entries, entries])
         return state.entries
 
@@ -496,9 +493,11 @@ class Model:
             x = round_to_e4m3(x, LINEAR_BLOCK)
         return x @ self._weight(name).T
 
-    def _rounded_kv(self, kv: Array, r: int) -> Array:
+    def _rounded_kv(self, kv: Array) -> Array:
+        """Round all but the rotary part."""
         if not self.activation_rounding:
             return kv
+        r = self.config.qk_rope_head_dim
         return np.concatenate([round_to_e4m3(kv[..., :-r], KV_BLOCK), kv[..., -r:]], axis=-1)
 
     def _rounded_index(self, x: Array) -> Array:

@@ -1,0 +1,413 @@
+"""Commands that run the model in numpy: forward and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyError, escape_control
+from .options import Json, Overwrite
+
+if TYPE_CHECKING:
+    from ..reference import Model
+    from ..reference.compare import Comparison, Difference
+    from ..reference.goldens import Goldens
+    from ..reference.source import Array
+    from ..tokenizer import Tokenizer
+
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint folder, a .gguf or a folder of shards.", show_default=False
+    ),
+]
+RunPath = Annotated[
+    Path, typer.Argument(help="A model in any layout, or a folder of goldens.", show_default=False)
+]
+Tokens = Annotated[
+    Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
+    typer.Option(help="Token ids, such as 0,17,5.", show_default=False),
+]
+Text = Annotated[Optional[str], typer.Option(help="A text for the tokenizer.", show_default=False)]  # noqa: UP045
+Chat = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A JSON file with messages, for the chat template.", show_default=False),
+]
+TokenizerFolder = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--tokenizer", help="Folder with a tokenizer.json; the model's own when left out.", show_default=False
+    ),
+]
+Layers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Run only so many layers, then the head.", show_default=False),
+]
+Rounding = Annotated[
+    bool,
+    typer.Option("--activation-rounding", help="Round activations as the published FP8 and FP4 kernels do."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
+
+DEFAULT_TOLERANCE = 1e-5
+
+
+def forward(
+    path: ModelPath,
+    tokens: Tokens = None,
+    text: Text = None,
+    chat: Chat = None,
+    tokenizer: TokenizerFolder = None,
+    top: Annotated[int, typer.Option(min=1, max=100, help="Print so many of the likeliest next tokens.")] = 5,
+    logits: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the logits of every position to this .npy.", show_default=False),
+    ] = None,
+    goldens: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write every activation to this folder, an .npy each.", show_default=False),
+    ] = None,
+    record_last: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --goldens: only those of so many last positions.", show_default=False),
+    ] = None,
+    layers: Layers = None,
+    generate: Annotated[int, typer.Option(min=0, help="Continue the prompt by so many tokens.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    activation_rounding: Rounding = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Run a model in numpy, float32, and print the likeliest next tokens of every position."""
+    from ..reference import Model
+    from ..reference import generate as generate_tokens
+    from ..reference.goldens import write_goldens
+    from ..reference.prompt import find_tokenizer
+    from ..reference.source import CachedSource
+    from ..reference.sources import open_source
+    from .report import print_json
+
+    if record_last is not None and goldens is None:
+        raise UsageError("--record-last goes with --goldens")
+    _check_new(logits, overwrite)
+    source = open_source(path)
+    vocabulary = find_tokenizer(path, source.config.vocab_size, tokenizer)
+    prompt = _prompt(tokens, text, chat, vocabulary)
+    if prompt is None:
+        raise UsageError("no prompt", hint="give --tokens, --text or --chat")
+    # Weights are wanted once per run, but again for every generated token.
+    cached = CachedSource(source) if generate else source
+    model = Model(cached, activation_rounding=activation_rounding, layers=layers)
+    if goldens is not None:
+        recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
+        count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
+        typer.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
+        if logits is None and not generate:
+            return
+    state = model.new_state()
+    of_prompt = model.forward(prompt, state)
+    if logits is not None:
+        _save(logits, of_prompt)
+    continuation = list(
+        generate_tokens(model, of_prompt[-1], state, generate, temperature=temperature, seed=seed)
+    )
+    positions = _likeliest(prompt, of_prompt, top, vocabulary)
+    if as_json:
+        document: dict[str, Any] = {"tokens": prompt, "positions": positions}
+        if generate:
+            document["generated"] = {"tokens": continuation, "text": _text_of(continuation, vocabulary)}
+        print_json(document)
+        return
+    for position in positions:
+        typer.echo(_position_line(position))
+    if generate:
+        typer.echo("generated: " + ",".join(map(str, continuation)))
+        if vocabulary is not None:
+            typer.echo(escape_control(_text_of(continuation, vocabulary) or ""))
+
+
+def compare(
+    a: RunPath,
+    b: RunPath,
+    tokens: Tokens = None,
+    text: Text = None,
+    chat: Chat = None,
+    random: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="So many random tokens (see --seed).", show_default=False),
+    ] = None,
+    seed: Seed = 0,
+    tokenizer: TokenizerFolder = None,
+    layers: Layers = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest relative RMSE that any sub-block may have.")
+    ] = DEFAULT_TOLERANCE,
+    median: Annotated[
+        bool,
+        typer.Option("--median", help="Hold the median position against the tolerance, not all of them."),
+    ] = False,
+    activation_rounding: Rounding = False,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw the error by layer to this .png.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
+    from ..reference.compare import compare as compare_runs
+    from .report import print_json
+
+    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, layers, activation_rounding)
+    comparison = compare_runs(*runs)
+    if plot is not None:
+        from ..reference.plot import plot_errors
+
+        plot_errors(comparison, tolerance, plot)
+    beyond = comparison.first_beyond(tolerance, median)
+    if as_json:
+        print_json(
+            {
+                "a": str(a),
+                "b": str(b),
+                "tolerance": tolerance,
+                "by": "median position" if median else "all positions",
+                "within": beyond is None,
+                "first_beyond": None if beyond is None else beyond.name,
+                "worst": comparison.worst(median).name,
+                **comparison.as_json(),
+            }
+        )
+    else:
+        _print_comparison(comparison)
+    _verdict(comparison, beyond, tolerance, median, quiet=as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("forward")(forward)
+    app.command("compare")(compare)
+
+
+# ---- prompts ------------------------------------------------------------------------------------------
+
+
+def _prompt(
+    tokens: str | None, text: str | None, chat: Path | None, tokenizer: Tokenizer | None
+) -> list[int] | None:
+    """Return the token ids that the options ask for; None without any of them."""
+    from ..reference.prompt import encode_chat, encode_text, parse_tokens
+
+    given = [
+        name for name, value in (("--tokens", tokens), ("--text", text), ("--chat", chat)) if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} do not go together", hint="give one of them")
+    if tokens is not None:
+        return parse_tokens(tokens)
+    if text is not None:
+        return encode_text(text, tokenizer)
+    return encode_chat(chat, tokenizer) if chat is not None else None
+
+
+def _check_new(path: Path | None, overwrite: bool) -> None:
+    if path is not None and path.exists() and not overwrite:
+        raise OutputExistsError("already there", where=path, hint="--overwrite replaces it")
+
+
+def _save(path: Path, logits: Array) -> None:
+    import numpy as np
+
+    try:
+        with path.open("wb") as file:
+            np.save(file, logits)
+    except OSError as error:
+        raise InputOutputError(f"cannot be written ({error.strerror})", where=path) from None
+
+
+# ---- what forward prints ------------------------------------------------------------------------------
+
+
+def _likeliest(
+    tokens: Sequence[int], logits: Array, top: int, tokenizer: Tokenizer | None
+) -> list[dict[str, Any]]:
+    """Return, per position, its token and the ``top`` likeliest next ones with their probabilities."""
+    import numpy as np
+
+    log_p = logits.astype(np.float64)
+    log_p -= log_p.max(axis=1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+    best = np.argsort(-log_p, axis=1, kind="stable")[:, :top]
+
+    def entry(token: int) -> dict[str, Any]:
+        text = _text_of([token], tokenizer)
+        return {"token": token} if text is None else {"token": token, "text": text}
+
+    return [
+        {
+            "position": position,
+            **entry(int(tokens[position])),
+            "next": [{**entry(int(i)), "probability": float(np.exp(log_p[position, i]))} for i in row],
+        }
+        for position, row in enumerate(best)
+    ]
+
+
+def _position_line(position: dict[str, Any]) -> str:
+    candidates = "  ".join(f"{_shown(c)} {c['probability']:.1%}" for c in position["next"])
+    return f"{position['position']:>5}  {_shown(position):<24}  {candidates}"
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    return f"{entry['token']} {entry['text']!r}" if "text" in entry else str(entry["token"])
+
+
+def _text_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> str | None:
+    """Return the text of ids; None without a vocabulary that holds them."""
+    if tokenizer is None or any(i >= tokenizer.vocab_size for i in ids):
+        return None
+    return tokenizer.decode(ids)
+
+
+# ---- what compare runs and prints ---------------------------------------------------------------------
+
+
+def _runs(
+    a: Path,
+    b: Path,
+    tokens: str | None,
+    text: str | None,
+    chat: Path | None,
+    random: int | None,
+    seed: int,
+    tokenizer: Path | None,
+    layers: int | None,
+    activation_rounding: bool,
+) -> tuple[Any, Any]:
+    """Return the activations of both sides, on the same tokens."""
+    from ..reference.goldens import is_goldens, open_goldens, recorded_activations
+
+    recorded = [open_goldens(path) for path in (a, b) if is_goldens(path)]
+    if recorded:
+        if any(option is not None for option in (tokens, text, chat, random, layers)) or activation_rounding:
+            raise UsageError(
+                "goldens bring their own tokens, layers and rounding",
+                hint="leave out --tokens, --text, --chat, --random, --layers and --activation-rounding",
+            )
+        _check_same_run(recorded, a, b)
+        golden = recorded[0]
+
+        def run(path: Path) -> Any:
+            if is_goldens(path):
+                return open_goldens(path).activations()
+            model = _model(path, golden.layers, golden.activation_rounding)
+            return recorded_activations(model, golden.tokens, golden.recorded_from)
+
+        return run(a), run(b)
+
+    models = [_model(path, layers, activation_rounding) for path in (a, b)]
+    _check_same_shapes(*models)
+    prompt = _comparison_prompt(models[0], a, tokens, text, chat, random, seed, tokenizer)
+    return models[0].activations(prompt), models[1].activations(prompt)
+
+
+def _model(path: Path, layers: int | None, activation_rounding: bool) -> Model:
+    from ..reference import Model
+    from ..reference.sources import open_source
+
+    return Model(open_source(path), activation_rounding=activation_rounding, layers=layers)
+
+
+def _comparison_prompt(
+    model: Model,
+    path: Path,
+    tokens: str | None,
+    text: str | None,
+    chat: Path | None,
+    random: int | None,
+    seed: int,
+    tokenizer: Path | None,
+) -> list[int]:
+    from ..reference.prompt import find_tokenizer
+
+    vocab_size = model.config.vocab_size
+    needs_text = text is not None or chat is not None
+    prompt = _prompt(tokens, text, chat, find_tokenizer(path, vocab_size, tokenizer) if needs_text else None)
+    if random is None:
+        if prompt is None:
+            raise UsageError("no prompt", hint="give --tokens, --text, --chat or --random")
+        return prompt
+    if prompt is not None:
+        raise UsageError("--random does not go together with another prompt", hint="give one of them")
+    import numpy as np
+
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, random)]
+
+
+def _check_same_run(recorded: list[Goldens], a: Path, b: Path) -> None:
+    if len(recorded) < 2:
+        return
+    for what in ("tokens", "recorded_from", "layers", "activation_rounding"):
+        of_a, of_b = (getattr(goldens, what) for goldens in recorded)
+        if of_a != of_b:
+            raise UsageError(f"{a} and {b} recorded different runs: {what}", expected=of_a, got=of_b)
+
+
+def _check_same_shapes(a: Model, b: Model) -> None:
+    """Refuse two models that cannot be compared, by the config key in which they differ."""
+    keys = (
+        "vocab_size", "hidden_size", "hc_mult", "num_attention_heads", "head_dim", "n_routed_experts",
+        "num_experts_per_tok", "index_n_heads", "index_head_dim",
+    )  # fmt: skip
+    for key in keys:
+        if getattr(a.config, key) != getattr(b.config, key):
+            raise UsageError(
+                f"the models differ in {key}", expected=getattr(a.config, key), got=getattr(b.config, key)
+            )
+    if a.n_layers != b.n_layers:
+        raise UsageError(
+            "the models differ in num_hidden_layers",
+            expected=a.n_layers,
+            got=b.n_layers,
+            hint="--layers runs the first ones only",
+        )
+    ratios = [model.config.compress_ratios[: model.n_layers] for model in (a, b)]
+    if ratios[0] != ratios[1]:
+        raise UsageError("the models differ in compress_ratios", expected=ratios[0], got=ratios[1])
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    typer.echo(f"{'sub-block':<44} {'RMSE':>9} {'relative':>9} {'median':>9} {'1 - cosine':>10} {'largest':>9}")
+    for d in comparison.differences:
+        if d.agreement is not None:
+            typer.echo(f"{d.name:<44} {d.agreement:.4%} of the choices agree")
+        else:
+            typer.echo(
+                f"{d.name:<44} {d.rmse:9.2e} {d.relative_rmse:9.2e} {d.median_relative_rmse:9.2e} "
+                f"{1 - (d.cosine or 0):10.2e} {d.largest:9.2e}"
+            )
+    logits = comparison.logits
+    typer.echo(
+        f"next token of {logits.positions} positions: argmax agrees in {logits.argmax_agreement:.2%}; "
+        f"KL(A||B) mean {logits.kl_mean:.3g}, largest {logits.kl_max:.3g} nats; "
+        f"cosine median {logits.cosine_median:.7f}, smallest {logits.cosine_min:.7f}"
+    )
+
+
+def _verdict(
+    comparison: Comparison, beyond: Difference | None, tolerance: float, median: bool, *, quiet: bool
+) -> None:
+    worst = comparison.worst(median)
+    if beyond is not None:
+        raise VerifyError(
+            f"the runs differ, first in {beyond.name}, most in {worst.name} ({worst.error(median):.3g})",
+            expected=f"a relative RMSE of at most {tolerance:g}",
+            got=f"{beyond.error(median):.3g}",
+        )
+    if not quiet:
+        typer.echo(
+            f"the same within {tolerance:g}: the largest relative RMSE is {worst.error(median):.3g} ({worst.name})"
+        )

@@ -1,0 +1,45 @@
+"""Draws the error by layer of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import DeviceError, InputOutputError
+from .compare import Comparison
+
+# What is worth a line each: the input, what either sublayer adds, and the streams after the layer.
+LINES = ("attn.q", "attn.output", "ffn.routed", "ffn.shared", "ffn.streams")
+
+
+def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
+    """Write a picture of the relative RMSE by layer, one line per sub-block, to ``path``.
+
+    Raises:
+        DeviceError: matplotlib is not installed.
+        InputOutputError: the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise DeviceError("--plot needs the package matplotlib", hint="install dsv4convert[plot]") from None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for block in LINES:
+        points = [
+            (d.layer, d.relative_rmse)
+            for d in comparison.differences
+            if d.layer is not None and d.relative_rmse and d.name.endswith(f".{block}")
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=block)
+    axes.axhline(tolerance, color="black", linewidth=0.8, linestyle="--", label="tolerance")
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative RMSE")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
+        raise InputOutputError(f"cannot be written ({error})", where=path) from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.folder import Checkpoint, open_folder
+from .checkpoint.folder import open_folder
 from .convert import Summary, execute
 from .engine.files import partial_path
 from .engine.run import RunReport
@@ -78,19 +78,25 @@ def plan_dequantize(
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--names", names, NAMES)
     checkpoint = open_folder(source)
-    out = _check_apart(checkpoint, out)
+    out = check_apart(checkpoint.folder, checkpoint.files, out)
+    config, source_bytes = checkpoint.config.raw, checkpoint.nbytes
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
-    files = hf_files(tensors, max_file_bytes)
+    notes = (*checkpoint.notes, *notes)
+    del checkpoint  # the inventory takes as much memory as the plan
     return Plan(
         target=DEQUANTIZE,
         source=source,
         destination=out,
         is_folder=True,
-        files=(*files, dequantized_config(checkpoint.config.raw, dtype), *_auxiliary_files(source)),
+        files=(
+            *hf_files(tensors, max_file_bytes),
+            dequantized_config(config, dtype),
+            *auxiliary_files(source),
+        ),
         dropped=dropped,
         options={"dtype": dtype, "names": names, "max_file_bytes": max_file_bytes},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *notes),
+        source_bytes=source_bytes,
+        notes=notes,
     )
 
 
@@ -106,7 +112,7 @@ def plan_repack(
     """
     _one_of("--experts", experts, EXPERT_DTYPES)
     checkpoint = open_folder(source)
-    out = _check_apart(checkpoint, out)
+    out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
         raise UnsupportedError(
@@ -116,7 +122,9 @@ def plan_repack(
             got=", ".join(sorted(held)),
             hint="dequantize makes BF16 of any checkpoint",
         )
+    config, source_bytes, notes = checkpoint.config.raw, checkpoint.nbytes, checkpoint.notes
     tensors, dropped = repacked_tensors(checkpoint)
+    del checkpoint  # the inventory takes as much memory as the plan
     return Plan(
         target=REPACK,
         source=source,
@@ -124,13 +132,13 @@ def plan_repack(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            repacked_config(checkpoint.config.raw),
-            *_auxiliary_files(source),
+            repacked_config(config),
+            *auxiliary_files(source),
         ),
         dropped=dropped,
         options={"experts": experts, "max_file_bytes": max_file_bytes},
-        source_bytes=checkpoint.nbytes,
-        notes=checkpoint.notes,
+        source_bytes=source_bytes,
+        notes=notes,
     )
 
 
@@ -181,7 +189,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
 
 
-def _check_apart(checkpoint: Checkpoint, out: Path) -> Path:
+def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
     """Return ``out`` as an absolute path, having made sure that replacing it leaves the source alone.
 
     Raises:
@@ -190,11 +198,11 @@ def _check_apart(checkpoint: Checkpoint, out: Path) -> Path:
     out = Path(os.path.abspath(out))
     if not out.name:
         raise UsageError("the output is no folder name", where=out)
-    source = checkpoint.folder.resolve()
+    source = folder.resolve()
     # The output's own name, and the one under which it is made and renamed.
     for name in (out, partial_path(out)):
         target = name.resolve()
-        for path in (source, *(file.resolve() for file in checkpoint.files)):
+        for path in (source, *(file.resolve() for file in files)):
             if target == path or target in path.parents:
                 raise UsageError(
                     "the source lies inside the output", where=out, got=path, hint="give another folder"
@@ -206,7 +214,7 @@ def _check_apart(checkpoint: Checkpoint, out: Path) -> Path:
     return out
 
 
-def _auxiliary_files(source: Path) -> list[OutputFile]:
+def auxiliary_files(source: Path) -> list[OutputFile]:
     """Return the tokenizer, generation and licence files of ``source``, byte for byte.
 
     Raises:

@@ -41,10 +41,9 @@ PUBLISHED_CONFIGS = {
     ("pro", None): "v4-pro.json",
 }
 
-# How many files the published checkpoints have; any other folder gets about the bytes per file of Flash, and
-# two files at least.
-PUBLISHED_FILES = {("pro", None): 64, ("flash", "dspark"): 48, ("flash", "vision"): 48}
-PUBLISHED_FILES_DEFAULT = 46
+# How many files the published checkpoints have. Any other
+# folder gets about the bytes per file of Flash, and two files at least.
+PUBLISHED_FILES = {("flash", None): 46, ("flash", "dspark"): 48, ("flash", "vision"): 48, ("pro", None): 64}
 BYTES_PER_FILE = 3_500_000_000
 
 # Every kind of layer in four, and dimensions that are no multiples of 128: width 160 and experts of 96
@@ -65,7 +64,7 @@ TINY = {
     "num_experts_per_tok": 3,
     "num_hash_layers": 2,
     "index_n_heads": 8,
-    "index_head_dim": 64,
+    "index_head_dim": 128,
     "index_topk": 16,
     "sliding_window": 32,
     "vocab_size": 512,
@@ -219,9 +218,7 @@ def synth_config(
     if "dspark_block_size" in raw:
         n_layers = raw["num_hidden_layers"]
         if n_layers < DSPARK_STAGES:
-            raise UsageError(
-                "too few layers for a DSpark draft", expected=f"at least {DSPARK_STAGES}", got=n_layers
-            )
+            raise UsageError("too few layers for a DSpark draft", expected=f"at least {DSPARK_STAGES}", got=n_layers)
         raw["dspark_target_layer_ids"] = list(range(n_layers - DSPARK_STAGES, n_layers))
         raw["dspark_noise_token_id"] = min(raw["dspark_noise_token_id"], raw["vocab_size"] - 1)
     return raw
@@ -368,9 +365,7 @@ def write_plan(
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if not headers_only and free < plan.payload_bytes:
-            raise SpaceError(
-                "not enough room", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
-            )
+            raise SpaceError("not enough room", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free)
         _remove_checkpoint(partial)
         partial.mkdir()
         try:
@@ -478,8 +473,8 @@ GATE_KINDS = {
 
 
 def _default_files(preset: str, variant: str | None, total: int, *, whole: bool) -> int:
-    published = PUBLISHED_FILES.get((preset, variant), PUBLISHED_FILES_DEFAULT)
-    if whole and preset in ("flash", "pro"):
+    published = PUBLISHED_FILES.get((preset, variant), PUBLISHED_FILES.get((preset, None)))
+    if whole and published is not None:
         return published
     return max(2, -(-total // BYTES_PER_FILE))
 
@@ -588,8 +583,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 def _holds_only_a_checkpoint(folder: Path) -> bool:
     entries = list(folder.iterdir())
     plain = all(
-        path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors")
-        for path in entries
+        path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors") for path in entries
     )
     return plain and (not entries or folder / CONFIG_NAME in entries)
 

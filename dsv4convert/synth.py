@@ -41,8 +41,8 @@ PUBLISHED_CONFIGS = {
     ("pro", None): "v4-pro.json",
 }
 
-# How many files the published checkpoints have. Any other
-# folder gets about the bytes per file of Flash, and two files at least.
+# How many files the published checkpoints have. Any other folder gets about the bytes per file of Flash, and
+# two files at least.
 PUBLISHED_FILES = {("flash", None): 46, ("flash", "dspark"): 48, ("flash", "vision"): 48, ("pro", None): 64}
 BYTES_PER_FILE = 3_500_000_000
 

@@ -141,9 +141,7 @@ def quantise_fp4(values: ArrayF32) -> tuple[ArrayU8, ArrayU8]:
     return pack_e2m1(f32_to_e2m1(scaled)).reshape(rows, columns // 2), scale
 
 
-def fp4_to_f32(
-    packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally
-) -> None:
+def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
     """Decode packed FP4 [R, C/2] times its block scales to float32 [R, C].
 
     ``scale`` [ceil(R/block[0]), ceil(C/block[1])] is e8m0 bytes or float32; row 0 of the tile starts a
@@ -152,16 +150,12 @@ def fp4_to_f32(
     _decode(packed, scale, block, out, "f32", scratch, tally)
 
 
-def fp4_to_bf16(
-    packed: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally
-) -> None:
+def fp4_to_bf16(packed: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
     """Decode packed FP4 [R, C/2] times its block scales to bfloat16 bits [R, C]; see `fp4_to_f32`."""
     _decode(packed, scale, block, out, "bf16", scratch, tally)
 
 
-def fp4_to_f16(
-    packed: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally
-) -> None:
+def fp4_to_f16(packed: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
     """Decode packed FP4 [R, C/2] times its block scales to float16 [R, C]; see `fp4_to_f32`."""
     _decode(packed, scale, block, out, "f16", scratch, tally)
 
@@ -185,12 +179,12 @@ def fp4_to_fp8(
         return
     lifted = _tile_scales(scale, out_scale)
     index = _byte_index(packed, lifted, (1, GROUP), scratch)
-    pairs, loss = _fp8_pair_tables()
+    pairs, loss = fp8_pair_tables()
     np.take(pairs, index, out=out.view(np.uint16), mode="clip")
     nan_groups = int(np.count_nonzero(scale == NAN_BYTE))
     if nan_groups:
         tally.nan += int(np.count_nonzero(_spread_groups(scale == NAN_BYTE, columns)))
-    if lifted.min() < _FP8_LOSSLESS_LIFT:
+    if lifted.min() < E8M0_BIAS + FP8_FIRST_LOSSLESS_LIFT:
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
 
@@ -199,9 +193,9 @@ def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> None:
     _tile_scales(scale, out_scale)
 
 
-# The lift is an element's scale relative to its tile's, as a table row: 2^(lift - 127). Lifts below
-# this lose low bits of the smallest values: 0.5 * 2^-8 = 2^-9.
-_FP8_LOSSLESS_LIFT = E8M0_BIAS + E4M3_MIN_EXPONENT - MIN_EXPONENT
+# The lift is an element's scale relative to its tile's, a power of two, in tables as an e8m0 byte. Below
+# this one the smallest values lose bits: 0.5 * 2^-8 = 2^-9.
+FP8_FIRST_LOSSLESS_LIFT = E4M3_MIN_EXPONENT - MIN_EXPONENT
 
 
 def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
@@ -220,7 +214,7 @@ def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
 
 
 @cache
-def _fp8_pair_tables() -> tuple[ArrayU16, ArrayU8]:
+def fp8_pair_tables() -> tuple[ArrayU16, ArrayU8]:
     """For (lift byte, packed byte): two e4m3 codes as one uint16, and how many of the two changed."""
     with np.errstate(over="ignore"):
         value = F32_OF_BYTE[:, None] * VALUES[None, :]
@@ -284,9 +278,7 @@ _SAFE_BYTES = {
 }
 
 
-def _decode(
-    packed: ArrayU8, scale: Array, block: Block, out: Array, kind: str, scratch: Scratch, tally: Tally
-) -> None:
+def _decode(packed: ArrayU8, scale: Array, block: Block, out: Array, kind: str, scratch: Scratch, tally: Tally) -> None:
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check_tile(rows, columns, scale, block, out, (rows, columns))
     if packed.size == 0:

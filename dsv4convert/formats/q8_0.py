@@ -73,9 +73,7 @@ TABLE_FIRST_BYTE = E8M0_BIAS - 126 - (MIN_SUBNORMAL_EXPONENT - 7)
 TABLE_LAST_BYTE = E8M0_BIAS + 127 - 9
 
 
-def quantise_blocks(
-    x: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally, nan_counted: bool = False
-) -> None:
+def quantise_blocks(x: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally, nan_counted: bool = False) -> None:
     """Quantise float32 [blocks, 32] to Q8_0 [blocks, 34] by the plain formula.
 
     ``nan_counted`` says that the caller has counted the NaN elements already.
@@ -115,24 +113,22 @@ def quantise_blocks(
 
 def f32_to_q8_0(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Quantise float32 [R, C] to Q8_0 blocks [R, C/32*34]. Raises ValueError on shapes that do not fit."""
-    _check(values.shape, out)
+    check_blocks(values.shape, out)
     quantise_blocks(values.reshape(-1, GROUP), out, scratch, tally)
 
 
 def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Quantise bfloat16 bits [R, C] to Q8_0 blocks [R, C/32*34]; see `f32_to_q8_0`."""
-    _check(values.shape, out)
+    check_blocks(values.shape, out)
     wide = scratch.array("q8_0.wide", values.shape, np.float32)
     bf16_to_f32(values, wide, scratch, Tally())  # the second step counts the NaNs
     quantise_blocks(wide.reshape(-1, GROUP), out, scratch, tally)
 
 
-def fp4_to_q8_0(
-    packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally
-) -> None:
+def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Quantise packed FP4 [R, C/2] times its block scales to Q8_0 blocks [R, C/32*34]; see `fp8_to_q8_0`."""
     rows, columns = packed.shape[0], packed.shape[1] * 2
-    _check((rows, columns), out)
+    check_blocks((rows, columns), out)
     wide = scratch.array("q8_0.wide", (rows, columns), np.float32)
     first = Tally()
     fp4_to_f32(packed, scale, block, wide, scratch, first)
@@ -140,16 +136,14 @@ def fp4_to_q8_0(
     quantise_blocks(wide.reshape(-1, GROUP), out, scratch, tally, nan_counted=True)
 
 
-def fp8_to_q8_0(
-    weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally
-) -> None:
+def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Quantise e4m3 codes [R, C] times their block scales to Q8_0 blocks [R, C/32*34].
 
     ``scale`` is e8m0 bytes or float32 per block. Equal to decoding to float32 and quantising that.
     Raises ValueError on shapes that do not fit, C not a multiple of 32 among them.
     """
     rows, columns = weight.shape
-    _check(weight.shape, out)
+    check_blocks(weight.shape, out)
     check_tile(rows, columns, scale, block, out, out.shape)
     if weight.size == 0:
         return
@@ -296,9 +290,7 @@ def _group_max(values: Array, spare: Array) -> Array:
     return largest
 
 
-def _count_range(
-    d16: ArrayU16, nonzero: npt.NDArray[np.bool_], count: Callable[[Array], Array], tally: Tally
-) -> None:
+def _count_range(d16: ArrayU16, nonzero: npt.NDArray[np.bool_], count: Callable[[Array], Array], tally: Tally) -> None:
     infinite = (d16 & _MAGNITUDE_16) == _F16_INF
     if infinite.any():
         tally.overflow += int(count(infinite).sum())
@@ -308,7 +300,7 @@ def _count_range(
         tally.underflow += int(count(vanished).sum())
 
 
-def _check(shape: tuple[int, ...], out: ArrayU8) -> None:
+def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:
     rows, columns = shape
     if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
         raise ValueError(f"a {rows}x{columns} tile does not fill Q8_0 blocks of shape {out.shape}")

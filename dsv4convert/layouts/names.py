@@ -163,6 +163,9 @@ DSPARK_ROWS: tuple[Row, ...] = (
 # Copies of the trunk's embedding and head that some folders carry in the draft: never read.
 UNUSED_DRAFT_SUFFIXES = ("emb.tok_emb.weight", "head.weight", "head.scale", "embed.weight")
 
+# FP8 weights that model-parallel shards hold in BF16, because the published code does not scale them.
+BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
+
 # Optional prefix of re-saved folders.
 MODEL_PREFIX = "model."
 

@@ -1,0 +1,125 @@
+"""Commands for model-parallel shards: shard and unshard."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .options import DryRun, Json, Overwrite, Quiet, Source, Threads, parse_size
+
+if TYPE_CHECKING:
+    from ..layouts.shards import ShardCosts
+
+# Kinds of replicated tensors that the text lists by name; the rest is summed up.
+LISTED_KINDS = 6
+
+OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
+
+
+class ExpertDtype(str, Enum):
+    fp4 = "fp4"
+    fp8 = "fp8"
+
+
+class MtpMode(str, Enum):
+    keep = "keep"
+    drop = "drop"
+
+
+class WoADtype(str, Enum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+def shard(
+    source: Source,
+    out: OutFolder,
+    mp: Annotated[int, typer.Option("--mp", help="Number of ranks that share the model.", show_default=False)],
+    rank: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Write only this rank; may be given several times. All when left out.", show_default=False),
+    ] = None,
+    expert_dtype: Annotated[
+        Optional[ExpertDtype],  # noqa: UP045
+        typer.Option(help="fp8 makes e4m3 of FP4 experts; as they are when left out.", show_default=False),
+    ] = None,
+    mtp: Annotated[MtpMode, typer.Option(help="The draft layers.")] = MtpMode.keep,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Divide a checkpoint among ranks, as the published inference code loads it."""
+    from ..convert import default_threads
+    from ..convert_shards import costs_as_json, plan_shards
+    from ..layouts.shards import ShardOptions
+    from .report import plan_as_json, print_json, print_plan, run_conversion
+
+    options = ShardOptions(
+        mp=mp,
+        ranks=tuple(rank) if rank else None,
+        expert_dtype=expert_dtype.value if expert_dtype else None,
+        mtp=mtp.value,
+    )
+    plan, costs = plan_shards(source, out, options)
+    if dry_run:
+        document = {**plan_as_json(plan, threads or default_threads()), "costs": costs_as_json(costs)}
+        if as_json:
+            print_json(document)
+            return
+        print_plan(document)
+        _print_costs(costs)
+        return
+    run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=False)
+
+
+def unshard(
+    source: Annotated[
+        Path, typer.Argument(help="Folder with the shards of all ranks and config.json.", show_default=False)
+    ],
+    out: OutFolder,
+    wo_a: Annotated[
+        WoADtype, typer.Option(help="wo_a as the shards hold it, or FP8 with scales, an error where that is inexact.")
+    ] = WoADtype.bf16,
+    max_file_size: Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")] = "5GB",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Put model-parallel shards together again: a checkpoint folder."""
+    from ..convert_shards import plan_unshard
+    from .report import run_conversion
+
+    plan = plan_unshard(source, out, wo_a=wo_a.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
+    run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=dry_run)
+
+
+def _print_costs(costs: ShardCosts) -> None:
+    """Print what each rank takes, what every rank holds whole, and what that costs."""
+    from .report import human_bytes
+
+    for rank, size in costs.rank_bytes.items():
+        typer.echo(f"rank {rank} of {costs.mp}: {human_bytes(size)} ({size} bytes)")
+    kinds = list(costs.replicated.items())
+    rest = sum(size for _, size in kinds[LISTED_KINDS:])
+    listed = kinds[:LISTED_KINDS] + ([("others", rest)] if rest else [])
+    typer.echo(
+        f"on every rank whole: {human_bytes(costs.replicated_bytes)} "
+        f"({', '.join(f'{kind} {human_bytes(size)}' for kind, size in listed)})"
+    )
+    typer.echo(
+        f"which costs {human_bytes(costs.extra_bytes)} beside the first copy, "
+        f"{costs.extra_bytes / costs.source_bytes:.1%} of the checkpoint"
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command("shard")(shard)
+    app.command("unshard")(unshard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -11,12 +12,23 @@ from typing import Any
 
 from .checkpoint.folder import Checkpoint, open_folder
 from .engine.files import Outputs, free_bytes
-from .engine.run import RunReport, peak_memory_bytes, run_plan
+from .engine.journal import Journal, check_same, fingerprint, journal_path
+from .engine.run import RECORD_SECONDS, RunReport, choose_backend, peak_memory_bytes, run_plan
 from .engine.tiles import COPY_TILE_BYTES, TILE_BYTES
-from .errors import SpaceError, UsageError
+from .errors import (
+    Dsv4Error,
+    InputOutputError,
+    LockedError,
+    ResumeError,
+    RunInterruptedError,
+    SpaceError,
+    UsageError,
+)
+from .formats.backend import Codecs
 from .layouts.gguf import GgufModel, GgufOptions, gguf_files, gguf_models
 from .layouts.gguf_metadata import default_output_name, file_type, model_metadata
 from .layouts.names import Draft
+from .manifest import manifest_path, write_manifest
 from .model_card import read_model_card
 from .plan import Dropped, OutputFile, Plan
 from .tokenizer import load_tokenizer
@@ -126,17 +138,13 @@ def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> st
     if out is None or out.is_dir():
         return default.removesuffix(".gguf")
     if out.suffix != ".gguf":
-        raise UsageError(
-            "the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf"
-        )
+        raise UsageError("the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf")
     return (MTP_PREFIX if model.is_mtp and n_models > 1 else "") + out.stem
 
 
 def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.draft is Draft.DSPARK:
-        return (
-            f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",
-        )
+        return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
     return ()
 
 
@@ -184,27 +192,109 @@ def execute(
     *,
     threads: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
+    record_seconds: float = RECORD_SECONDS,
 ) -> Summary:
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
+    The finished output comes with a manifest of checksums. A run that ends early, however it ends,
+    leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
+
     Raises:
         OutputExistsError: an output is there and ``overwrite`` is false.
+        LockedError: another run is writing this output.
+        ResumeError: an interrupted run is there and neither ``resume`` nor ``fresh`` was given, or it
+            cannot go on.
         SpaceError: no room.
         Dsv4Error: see ``run_plan``.
     """
     threads = default_threads() if threads is None else threads
+    codecs, tile_bytes = device_codecs(device, plan.nbytes)
     outputs = Outputs(plan)
-    outputs.check_absent(overwrite)
-    check_space(plan)
+    path = journal_path(plan)
+    if not path.exists():
+        outputs.check_absent(overwrite)
+    mark = fingerprint(plan)
+    with contextlib.closing(outputs), Journal(path) as journal:
+        if journal.is_new or fresh:
+            _start(plan, outputs, journal, mark, overwrite)
+        elif resume:
+            check_same(journal.fingerprint or {}, mark, path)
+            journal.check_plan(plan)
+            outputs.reopen(journal.complete_files(plan))
+            check_space(plan, outputs.allocated_bytes())
+            journal.go_on()
+        else:
+            raise ResumeError(
+                "an interrupted run left work here",
+                where=path,
+                hint="give --resume to go on with it, or --fresh to start over",
+            )
+        manifest = manifest_path(plan)
+        try:
+            report = run_plan(
+                plan,
+                outputs,
+                threads=threads,
+                codecs=codecs,
+                tile_bytes=tile_bytes,
+                progress=progress,
+                recorder=journal,
+                record_seconds=record_seconds,
+                before_finish=before_finish,
+            )
+            write_manifest(manifest, plan, report, mark)
+        except (RunInterruptedError, SpaceError, InputOutputError) as error:
+            raise type(error)(
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                got=error.got,
+                hint=(f"{error.hint}; " if error.hint else "") + "the finished work is kept: run again with --resume",
+            ) from None
+        except Dsv4Error:
+            outputs.discard()
+            journal.remove()
+            raise
+        journal.remove()
+    return summarize(plan, report)
+
+
+def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool) -> None:
+    """Begin a run from nothing; what cannot even begin leaves nothing behind."""
     try:
+        outputs.check_absent(overwrite)
+        check_space(plan)
+        journal.begin(mark)
         outputs.create()
-        report = run_plan(plan, outputs, threads=threads, progress=progress, before_finish=before_finish)
+    except LockedError:
+        journal.remove()
+        raise
     except BaseException:
         outputs.discard()
+        journal.remove()
         raise
-    return summarize(plan, report)
+
+
+def device_codecs(device: str, output_bytes: int) -> tuple[Codecs, int]:
+    """Return the codecs of ``device`` ("cpu" or "cuda") and the tile size in bytes that suits them.
+
+    Raises:
+        UsageError: another device.
+        DeviceError: no GPU, or no torch and triton.
+    """
+    if device == "cpu":
+        return choose_backend(output_bytes), TILE_BYTES
+    if device != "cuda":
+        raise UsageError("--device: unknown", expected="cpu or cuda", got=device)
+    from .engine.cuda import cuda_codecs, preferred_tile_bytes, require_cuda
+
+    require_cuda()
+    return cuda_codecs(), preferred_tile_bytes()
 
 
 def summarize(plan: Plan, report: RunReport) -> Summary:
@@ -212,15 +302,12 @@ def summarize(plan: Plan, report: RunReport) -> Summary:
     return Summary(
         target=plan.target,
         source=str(plan.source),
-        files=tuple(
-            (str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)
-        ),
+        files=tuple((str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)),
         tensors=plan.n_tensors,
         dropped=plan.dropped,
         notes=plan.notes,
         counted=tuple(
-            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)}
-            for tensor in report.flagged()
+            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)} for tensor in report.flagged()
         ),
         read_bytes=plan.source_bytes,
         written_bytes=plan.nbytes,

@@ -119,6 +119,10 @@ class Plan:
         """Return the number of output tensors."""
         return sum(len(file.tensors) for file in self.files)
 
+    def output_path(self) -> Path:
+        """Return the path that stands for the whole output: the folder, or the first file."""
+        return self.destination if self.is_folder else self.destination / self.files[0].name
+
     def final_paths(self) -> list[Path]:
         """Return the paths of the finished output files."""
         return [self.destination / file.name for file in self.files]

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import DryRun, Json, Overwrite, Quiet, Source, Threads, parse_layers, parse_size
+from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_layers, parse_size
 
 
 class DenseType(str, Enum):
@@ -88,6 +88,8 @@ def hf_to_gguf(
     ] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -108,7 +110,16 @@ def hf_to_gguf(
         else None,
     )
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
-    run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=dry_run)
+    run_conversion(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
+        quiet=quiet,
+        as_json=as_json,
+        dry_run=dry_run,
+    )
 
 
 def register(app: typer.Typer) -> None:

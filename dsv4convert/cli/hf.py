@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DryRun, Json, Overwrite, Quiet, Source, Threads, parse_size
+from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
 
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
 MaxFileSize = Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")]
@@ -44,6 +44,8 @@ def dequantize(
     ] = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -63,6 +65,8 @@ def dequantize(
         plan,
         threads=threads,
         overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
         quiet=quiet,
         as_json=as_json,
         dry_run=dry_run,
@@ -80,6 +84,8 @@ def repack(
     ] = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -95,6 +101,8 @@ def repack(
         plan,
         threads=threads,
         overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
         quiet=quiet,
         as_json=as_json,
         dry_run=dry_run,

@@ -22,6 +22,8 @@ Threads = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same conversion.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard the work of an interrupted run and start over.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan, with the disk and memory it needs, and stop.")
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
-from ..errors import RunInterruptedError, Dsv4Error
+from ..errors import Dsv4Error, RunInterruptedError
 from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
@@ -24,6 +25,9 @@ COMPILED_FROM_BYTES = 256 * 2**20
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 5.0
+
+# Shared by all segments and tensors in which nothing was counted: nearly all of a hundred thousand.
+NOTHING_COUNTED = Tally()
 
 
 class Task(NamedTuple):
@@ -55,7 +59,7 @@ class Recorder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorReport:
     """What became of one output tensor.
 
@@ -104,6 +108,7 @@ def run_plan(
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
     recorder: Recorder | None = None,
+    record_seconds: float = RECORD_SECONDS,
     before_finish: Callable[[RunReport], None] | None = None,
 ) -> RunReport:
     """Make all files of ``plan`` and give them their names.
@@ -147,7 +152,7 @@ def run_plan(
                 life.join(POLL_SECONDS / threads)
             if progress is not None:
                 progress(resumed + sum(worker.done_bytes for worker in workers))
-            if recorder is not None and time.monotonic() - recorded >= RECORD_SECONDS:
+            if recorder is not None and time.monotonic() - recorded >= record_seconds:
                 flush()
                 recorded = time.monotonic()
         if shared.error is not None:
@@ -159,10 +164,11 @@ def run_plan(
             shared.tasks = iter(())
         for life in lives:
             life.join()
-        if isinstance(error, KeyboardInterrupt):
-            if recorder is not None:
+        if recorder is not None:
+            with contextlib.suppress(Dsv4Error):  # the first error is the one to tell
                 flush()
-            raise RunInterruptedError("interrupted", where=plan.destination) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise RunInterruptedError("interrupted", where=plan.output_path()) from None
         raise
     flush()
     report = _report(plan, done, time.monotonic() - started, threads, backend.name, resumed)
@@ -203,7 +209,7 @@ def _work(
                 return
             if not worker.stopped:
                 with shared.lock:
-                    shared.batch.append(Finished(task, digest, tally))
+                    shared.batch.append(Finished(task, digest, _shared_if_empty(tally)))
 
 
 def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
@@ -245,7 +251,7 @@ def _segment(plan: Plan, task: Task) -> Segment:
 
 def _report(
     plan: Plan,
-    done: Mapping[tuple[int, int, int], Finished],
+    done: dict[tuple[int, int, int], Finished],
     seconds: float,
     threads: int,
     backend: str,
@@ -255,15 +261,19 @@ def _report(
     reports: list[TensorReport] = []
     for file_number, file in enumerate(plan.files):
         for number, tensor in enumerate(file.tensors):
-            entries = [done[file_number, number, index] for index in range(len(tensor.segments))]
+            # Taken out: a report as large as its input would double what a large model needs.
+            entries = [done.pop((file_number, number, index)) for index in range(len(tensor.segments))]
             tally = Tally()
             for entry in entries:
                 tally.add(entry.tally)
             total.add(tally)
-            reports.append(
-                TensorReport(file.name, tensor.name, combine_digests([e.digest for e in entries]), tally)
-            )
+            digest = combine_digests([entry.digest for entry in entries])
+            reports.append(TensorReport(file.name, tensor.name, digest, _shared_if_empty(tally)))
     return RunReport(tuple(reports), total, plan.nbytes, seconds, threads, backend, resumed)
+
+
+def _shared_if_empty(tally: Tally) -> Tally:
+    return NOTHING_COUNTED if tally == NOTHING_COUNTED else tally
 
 
 def combine_digests(digests: list[bytes]) -> str:

@@ -1,0 +1,294 @@
+"""The journal: what a run has finished, durable before it says so, so that a killed run can go on.
+
+It lies beside the output as ``OUT.journal`` and holds one line per fact, each behind a checksum of its
+own, so that a line torn by a power loss is told from one that is whole. The first line is the
+fingerprint of the plan; the others are finished segments. The file is locked while a run uses it, by
+the kernel, which drops the lock when the process dies however it dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+from .. import __version__
+from ..errors import LockedError, ResumeError
+from ..formats.base import Tally
+from ..plan import Plan
+from .files import os_errors, sync_folder, write_all
+from .run import Finished, Task
+
+JOURNAL_SUFFIX = ".journal"
+FORMAT = 1
+
+# A journal of V4-Pro has some 75,000 lines of about 120 bytes.
+MAX_JOURNAL_BYTES = 2**30
+
+Key = tuple[int, int, int]
+
+
+def journal_path(plan: Plan) -> Path:
+    """Return where the journal of a plan lies."""
+    output = plan.output_path()
+    return output.with_name(output.name + JOURNAL_SUFFIX)
+
+
+class Journal:
+    """An open, locked journal; use it as a context manager.
+
+    Raises:
+        LockedError: another run holds it; says which.
+        ResumeError: it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fingerprint: dict[str, Any] | None = None
+        self._finished: dict[Key, Finished] = {}
+        self._descriptor = self._lock()
+        try:
+            self._end = self._read()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def is_new(self) -> bool:
+        """Return whether no earlier run left anything in it."""
+        return self.fingerprint is None
+
+    def finished(self) -> Mapping[Key, Finished]:
+        """Return the segments that earlier runs finished."""
+        return self._finished
+
+    def check_plan(self, plan: Plan) -> None:
+        """Check that every finished segment is one of the plan's.
+
+        Raises:
+            ResumeError: it is not.
+        """
+        for file, tensor, segment in self._finished:
+            if not (
+                0 <= file < len(plan.files)
+                and 0 <= tensor < len(plan.files[file].tensors)
+                and 0 <= segment < len(plan.files[file].tensors[tensor].segments)
+            ):
+                raise ResumeError("names a segment that the plan does not have", where=self.path, hint=_FRESH)
+
+    def complete_files(self, plan: Plan) -> set[int]:
+        """Return the files of which every segment is finished."""
+        counts = [sum(len(tensor.segments) for tensor in file.tensors) for file in plan.files]
+        for file, _, _ in self._finished:
+            counts[file] -= 1
+        return {index for index, count in enumerate(counts) if not count}
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Start over with a plan's fingerprint, forgetting whatever was there."""
+        with os_errors(self.path, "written"):
+            os.ftruncate(self._descriptor, 0)
+            self._end = 0
+            self._finished = {}
+            self.fingerprint = dict(fingerprint)
+            self._append([{"journal": FORMAT, "fingerprint": self.fingerprint}, _holder()])
+            sync_folder(self.path.parent)
+
+    def go_on(self) -> None:
+        """Note that this process has taken over."""
+        self._append([_holder()])
+
+    def record(self, batch: list[Finished]) -> None:
+        """Keep finished segments, whose bytes are durable already; durable itself on return."""
+        self._append([{"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)} for entry in batch])
+        self._finished.update({entry.task[:3]: entry for entry in batch})
+
+    def remove(self) -> None:
+        """Remove the file; the lock goes with the process or the context."""
+        with os_errors(self.path, "removed"):
+            self.path.unlink(missing_ok=True)
+
+    def _lock(self) -> int:
+        while True:
+            with os_errors(self.path, "opened"):
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = _last_holder(descriptor)
+                os.close(descriptor)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise LockedError(f"cannot be locked ({error.strerror})", where=self.path) from None
+                raise LockedError(
+                    "another run is writing this output", where=self.path, got=holder, hint="wait for it or stop it"
+                ) from None
+            # The holder before us may have removed the file between our open and our lock.
+            try:
+                same = os.stat(self.path).st_ino == os.fstat(descriptor).st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                return descriptor
+            os.close(descriptor)
+
+    def _read(self) -> int:
+        """Read all lines; return where the next one goes. A torn last line is cut off, any other damage refused."""
+        with os_errors(self.path, "read"):
+            size = os.fstat(self._descriptor).st_size
+            if size > MAX_JOURNAL_BYTES:
+                raise ResumeError("not a journal: too large", where=self.path, got=f"{size} bytes", hint=_FRESH)
+            text = os.pread(self._descriptor, size, 0)
+            while len(text) < size:
+                more = os.pread(self._descriptor, size - len(text), len(text))
+                if not more:
+                    break
+                text += more
+        end = 0
+        lines = text.split(b"\n")
+        for number, line in enumerate(lines):
+            fact = _checked(line)
+            if fact is None:
+                if number < len(lines) - 1 and any(lines[number + 1 :]):
+                    raise ResumeError(f"line {number + 1}: damaged", where=self.path, hint=_FRESH)
+                break
+            self._take(fact, number)
+            end += len(line) + 1
+        return min(end, size)
+
+    def _take(self, fact: Any, number: int) -> None:
+        try:
+            if number == 0:
+                if fact["journal"] != FORMAT:
+                    raise ResumeError(
+                        "another version of the journal",
+                        where=self.path,
+                        expected=FORMAT,
+                        got=fact["journal"],
+                        hint=_FRESH,
+                    )
+                self.fingerprint = dict(fact["fingerprint"])
+            elif "s" in fact:
+                task = Task(*map(int, fact["s"]))
+                self._finished[task[:3]] = Finished(task, bytes.fromhex(fact["d"]), Tally(*map(int, fact["n"])))
+        except (KeyError, TypeError, ValueError):
+            raise ResumeError(f"line {number + 1}: not a line of a journal", where=self.path, hint=_FRESH) from None
+
+    def _append(self, facts: Sequence[Mapping[str, Any]]) -> None:
+        text = b"".join(_line(fact) for fact in facts)
+        with os_errors(self.path, "written"):
+            write_all(self._descriptor, memoryview(text), self._end)
+            os.fdatasync(self._descriptor)
+        self._end += len(text)
+
+
+_FRESH = "give --fresh to start over"
+
+
+def _line(fact: Mapping[str, Any]) -> bytes:
+    text = json.dumps(fact, separators=(",", ":")).encode()
+    return str(xxhash.xxh3_64_hexdigest(text)).encode() + b" " + text + b"\n"
+
+
+def _checked(line: bytes) -> Any:
+    """Return the fact in a line, or None where its checksum does not fit."""
+    checksum, _, text = line.partition(b" ")
+    if xxhash.xxh3_64_hexdigest(text).encode() != checksum:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _holder() -> dict[str, Any]:
+    return {
+        "holder": f"process {os.getpid()} on {socket.gethostname()}",
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _last_holder(descriptor: int) -> str:
+    """Return who wrote to the journal last, as far as it says."""
+    text = os.pread(descriptor, MAX_JOURNAL_BYTES, 0)
+    for line in reversed(text.split(b"\n")):
+        fact = _checked(line)
+        if isinstance(fact, dict) and "holder" in fact:
+            return f"{fact['holder']} since {fact.get('since')}"
+    return "a process that has not said its name yet"
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """Return what decides a plan's output: program, options, source files, and every range of the plan.
+
+    Source files count by name, size and modification time; their headers are part of the plan.
+    """
+    sources: dict[str, list[int]] = {}
+    digest = xxhash.xxh3_128()
+    for file in plan.files:
+        digest.update(f"{file.name} {file.nbytes}\n".encode())
+        digest.update(file.header)
+        for tensor in file.tensors:
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+            for segment in tensor.segments:
+                digest.update(f"{segment.codec} {segment.rows} {segment.row_bytes} {segment.args}\n".encode())
+                for operand in segment.operands:
+                    name = operand.file.name
+                    if name not in sources:
+                        with os_errors(operand.file, "read"):
+                            status = operand.file.stat()
+                        sources[name] = [status.st_size, status.st_mtime_ns]
+                    digest.update(f"{name} {operand[1:]}\n".encode())
+    return {
+        "program": f"dsv4convert {__version__}",
+        "target": plan.target,
+        "options": json.loads(json.dumps(plan.options)),
+        "source": sources,
+        "plan": digest.hexdigest(),
+    }
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
+    """Check that an interrupted run can go on under the plan of this one.
+
+    Raises:
+        ResumeError: the program, the options or the source changed; says what.
+    """
+    changes = []
+    for part in ("program", "target"):
+        if old.get(part) != new[part]:
+            changes.append(f"{part} was {old.get(part)}, is {new[part]}")
+    for part, what in (("options", "option"), ("source", "source file")):
+        before = old.get(part)
+        before = before if isinstance(before, dict) else {}
+        for key in sorted(before.keys() | new[part].keys()):
+            if before.get(key) != new[part].get(key):
+                known = key in before and key in new[part]
+                if part == "options":
+                    changes.append(f"{what} {key} was {before.get(key)}, is {new[part].get(key)}")
+                else:
+                    changes.append(
+                        f"{what} {key} " + ("changed" if known else "is new" if key in new[part] else "is gone")
+                    )
+    if not changes and old.get("plan") != new["plan"]:
+        changes.append("the source's config, tokenizer or tensors changed")
+    if changes:
+        raise ResumeError(
+            "the interrupted run cannot go on: " + "; ".join(changes[:5]), where=where, hint=f"undo that, or {_FRESH}"
+        )

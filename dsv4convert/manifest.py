@@ -1,0 +1,247 @@
+"""The manifest: what a finished output is made of, with a checksum for every tensor and every file.
+
+It lies beside the output as ``OUT.manifest.json`` and lets anybody re-check the bytes at disk speed,
+without the source. A segment's checksum is the xxh3-128 of its bytes; a tensor's is that of its only
+segment, or the xxh3-128 of its segments' checksums in order; a file's is the xxh3-128 of its header's
+checksum and its tensors' checksums in order. Bytes between tensors are zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .config import parse_json_object, validate_schema
+from .engine.files import os_errors, partial_path, sync_folder, write_all
+from .engine.run import RunReport, combine_digests
+from .errors import ConfigError, FileFormatError, InputMissingError
+from .plan import OutputFile, Plan
+
+MANIFEST_SUFFIX = ".manifest.json"
+FORMAT = 1
+CHECKSUM = "xxh3_128"
+
+# V4-Pro's shards list some 150,000 tensors a rank: 30 MB each.
+MAX_MANIFEST_BYTES = 2**30
+READ_BYTES = 2**22
+
+
+def manifest_path(plan: Plan) -> Path:
+    """Return where the manifest of a plan's output lies."""
+    return manifest_of(plan.output_path())
+
+
+def manifest_of(output: Path) -> Path:
+    """Return where the manifest of an output lies."""
+    return output.with_name(output.name + MANIFEST_SUFFIX)
+
+
+def make_manifest(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a finished run; it holds no time and no path, so equal outputs have equal ones."""
+    digests = iter(report.tensors)
+    return {
+        "manifest": FORMAT,
+        "program": fingerprint["program"],
+        "target": plan.target,
+        "options": fingerprint["options"],
+        "source": {name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()},
+        "checksum": CHECKSUM,
+        "is_folder": plan.is_folder,
+        "files": [_file_entry(file, [next(digests).digest for _ in file.tensors]) for file in plan.files],
+    }
+
+
+def _file_entry(file: OutputFile, digests: list[str]) -> dict[str, Any]:
+    header = xxhash.xxh3_128_hexdigest(file.header)
+    return {
+        "name": file.name,
+        "bytes": file.nbytes,
+        "header_bytes": len(file.header),
+        "header": header,
+        "checksum": file_checksum(header, digests),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "offset": tensor.offset,
+                "bytes": tensor.nbytes,
+                # Runs of [count, bytes]: segments have few sizes.
+                "segments": [
+                    [len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)
+                ],
+                "checksum": digest,
+            }
+            for tensor, digest in zip(file.tensors, digests, strict=True)
+        ],
+    }
+
+
+def file_checksum(header: str, tensors: list[str]) -> str:
+    """Return a file's checksum from those of its header and its tensors."""
+    return str(xxhash.xxh3_128_hexdigest(bytes.fromhex(header + "".join(tensors))))
+
+
+def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished run; it appears under its name whole."""
+    text = json.dumps(make_manifest(plan, report, fingerprint), indent=1, ensure_ascii=False).encode() + b"\n"
+    partial = partial_path(path)
+    with os_errors(path, "written"):
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            write_all(descriptor, memoryview(text), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and validate a manifest.
+
+    Raises:
+        InputMissingError: it is not there.
+        FileFormatError: it is not a manifest.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one") from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    try:
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ConfigError("too large")
+        manifest = parse_json_object(text, path)
+        validate_schema(manifest, "manifest.schema.json", path)
+    except ConfigError as error:
+        raise FileFormatError(f"not a manifest: {error.what}", where=path) from None
+    for file in manifest["files"]:
+        if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
+            raise FileFormatError("not a manifest: a file name that is no plain name", where=path, got=file["name"])
+    return manifest
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Something in an output that is not as its manifest says; ``tensor`` is None for the file itself."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+
+@dataclass(frozen=True)
+class ManifestReport:
+    """The outcome of re-checking an output against its manifest."""
+
+    files: int
+    tensors: int
+    nbytes: int
+    mismatches: tuple[Mismatch, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Return whether every byte is as the manifest says."""
+        return not self.mismatches
+
+
+def check_manifest(output: Path, progress: Callable[[int], None] | None = None) -> ManifestReport:
+    """Read every byte of ``output`` and compare it with the manifest beside it.
+
+    Raises:
+        InputMissingError, FileFormatError: no manifest, or not one.
+    """
+    manifest = read_manifest(manifest_of(output))
+    folder = output if manifest["is_folder"] else output.parent
+    mismatches: list[Mismatch] = []
+    done = 0
+    for entry in manifest["files"]:
+        for mismatch in _check_file(folder / entry["name"], entry):
+            mismatches.append(mismatch)
+        done += entry["bytes"]
+        if progress is not None:
+            progress(done)
+    if manifest["is_folder"] and folder.is_dir():
+        known = {entry["name"] for entry in manifest["files"]}
+        mismatches += [
+            Mismatch(path.name, None, "is not in the manifest")
+            for path in sorted(folder.iterdir())
+            if path.name not in known
+        ]
+    return ManifestReport(
+        len(manifest["files"]), sum(len(entry["tensors"]) for entry in manifest["files"]), done, tuple(mismatches)
+    )
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
+    name = entry["name"]
+    digests = [tensor["checksum"] for tensor in entry["tensors"]]
+    try:
+        if file_checksum(entry["header"], digests) != entry["checksum"]:
+            yield Mismatch(name, None, "the manifest itself is damaged: file and tensor checksums disagree")
+    except ValueError:
+        yield Mismatch(name, None, "the manifest itself is damaged: not a checksum")
+        return
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                yield Mismatch(name, None, f"has {size} bytes, not {entry['bytes']}")
+                return
+            if _digest(file, 0, entry["header_bytes"]).hex() != entry["header"]:
+                yield Mismatch(name, None, "the header differs")
+            position = entry["header_bytes"]
+            for tensor in entry["tensors"]:
+                if tensor["offset"] < position or tensor["offset"] + tensor["bytes"] > size:
+                    yield Mismatch(name, tensor["name"], "the manifest itself is damaged: an impossible offset")
+                    return
+                if not _all_zero(file, position, tensor["offset"]):
+                    yield Mismatch(name, tensor["name"], "the bytes before it are not zero")
+                if not _same_tensor(file, tensor):
+                    yield Mismatch(name, tensor["name"], "the bytes differ")
+                position = tensor["offset"] + tensor["bytes"]
+            if not _all_zero(file, position, size):
+                yield Mismatch(name, None, "the bytes after the last tensor are not zero")
+    except OSError as error:
+        yield Mismatch(name, None, f"cannot be read ({error.strerror})")
+
+
+def _same_tensor(file: Any, tensor: Mapping[str, Any]) -> bool:
+    digests = []
+    position = tensor["offset"]
+    if sum(count * size for count, size in tensor["segments"]) != tensor["bytes"]:
+        return False
+    for count, size in tensor["segments"]:
+        for _ in range(count):
+            digests.append(_digest(file, position, size))
+            position += size
+    return bool(combine_digests(digests) == tensor["checksum"])
+
+
+def _chunks(file: Any, begin: int, end: int) -> Iterator[bytes]:
+    file.seek(begin)
+    while begin < end:
+        chunk = file.read(min(READ_BYTES, end - begin))
+        if not chunk:
+            return
+        begin += len(chunk)
+        yield chunk
+
+
+def _digest(file: Any, begin: int, size: int) -> bytes:
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(file, begin, begin + size):
+        digest.update(chunk)
+    return bytes(digest.digest())
+
+
+def _all_zero(file: Any, begin: int, end: int) -> bool:
+    return all(not any(chunk) for chunk in _chunks(file, begin, end))

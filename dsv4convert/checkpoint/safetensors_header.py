@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,9 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
     header.pop(METADATA_KEY, None)
     payload = size - data_start
     tensors: dict[str, Stored] = {}
+    # One object for all equal shapes and sizes: a hundred thousand tensors have a few dozen of them.
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    sizes: dict[int, int] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         try:
@@ -150,7 +154,8 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
                 got=f"{size}",
                 hint="download the file again",
             )
-        tensors[name] = Stored(path, dtype, shape, data_start + begin, nbytes)
+        shape = shapes.setdefault(shape, shape)
+        tensors[name] = Stored(path, sys.intern(dtype), shape, data_start + begin, sizes.setdefault(nbytes, nbytes))
         spans.append((begin, end, name))
     spans.sort()
     position = 0

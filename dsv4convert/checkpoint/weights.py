@@ -11,6 +11,7 @@ from .safetensors_header import Stored
 
 # Elements of a row that share one scale in packed FP4.
 FP4_BLOCK = 32
+FP4_SCALE_BLOCK = (1, FP4_BLOCK)
 
 
 class Encoding(str, Enum):
@@ -96,7 +97,7 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
     return Weight(
         expected.name,
         expected.row,
-        shape,
+        expected.shape,
         encoding,
         stored,
         scale,
@@ -150,7 +151,7 @@ def _classify(
             expected=f"F8_E8M0 {[rows, columns // FP4_BLOCK]} ({FP4_BLOCK} elements a scale)",
             got=f"{scale.dtype} {list(scale.shape)}",
         )
-    return Encoding.FP4, (rows, columns), (1, FP4_BLOCK)
+    return Encoding.FP4, (rows, columns), FP4_SCALE_BLOCK
 
 
 def _block(length: int, scales: int, name: str, scale: Stored) -> int:

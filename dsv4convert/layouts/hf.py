@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from ..checkpoint.safetensors_header import Stored
@@ -40,23 +40,9 @@ EXPERT_DTYPE_KEY = "expert_dtype"
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what transformers called it up to 4.55, and since
 
 
-class HfTensor(NamedTuple):
-    """A tensor of a folder before it has a file: its name, safetensors dtype and shape, and what makes it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    segments: tuple[Segment, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the tensor's bytes."""
-        return sum(segment.nbytes for segment in self.segments)
-
-
 def dequantized_tensors(
     checkpoint: Checkpoint, dtype: str, names: str
-) -> tuple[list[HfTensor], tuple[Dropped, ...], tuple[str, ...]]:
+) -> tuple[list[OutputTensor], tuple[Dropped, ...], tuple[str, ...]]:
     """Return the tensors of ``checkpoint`` without scales, what they leave out, and notes.
 
     ``dtype`` (bf16, f16, f32) is that of all weights but F32 and integer ones, which stay as they are.
@@ -101,7 +87,7 @@ def _transformers_name(weight: Weight) -> str | None:
     return MODEL_PREFIX + weight.prefix + name
 
 
-def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> HfTensor:
+def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputTensor:
     """Return one weight, or the experts of a layer stacked: [E, out, in], each w1 above its w3."""
     first = group[0]
     element = UNTOUCHED.get(first.encoding, to)
@@ -119,13 +105,13 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> HfTenso
     if name != first.name and first.expert is not None:
         experts = len({weight.expert for weight in group})
         shape = (experts, len(group) // experts * shape[0], shape[1])
-    return HfTensor(name, SAFETENSORS_DTYPE[element.name], shape, segments)
+    return _tensor(name, SAFETENSORS_DTYPE[element.name], shape, segments)
 
 
-def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[HfTensor], tuple[Dropped, ...]]:
+def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
     """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in 128x128 blocks, all else as it is."""
     claims = Claims(checkpoint)
-    tensors: list[HfTensor] = []
+    tensors: list[OutputTensor] = []
     for weight in checkpoint.weights.values():
         claims.take(weight)
         if is_fp4_expert(weight):
@@ -142,26 +128,26 @@ def is_fp4_expert(weight: Weight) -> bool:
     return weight.row.store is Store.EXPERT and weight.encoding is Encoding.FP4
 
 
-def _verbatim(name: str, stored: Stored) -> HfTensor:
+def _verbatim(name: str, stored: Stored) -> OutputTensor:
     segments = copy_segments(stored.file, stored.offset, stored.nbytes)
-    return HfTensor(name, stored.dtype, stored.shape, segments)
+    return _tensor(name, stored.dtype, stored.shape, segments)
 
 
-def _fp8_pair(weight: Weight) -> tuple[HfTensor, HfTensor]:
+def _fp8_pair(weight: Weight) -> tuple[OutputTensor, OutputTensor]:
     """Return the e4m3 codes and the e8m0 scales of a packed FP4 weight."""
     codes, scales = fp4_to_fp8_segments(weight)
     return (
-        HfTensor(weight.name, "F8_E4M3", weight.shape, codes),
-        HfTensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape), scales),
+        _tensor(weight.name, "F8_E4M3", weight.shape, codes),
+        _tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape), scales),
     )
 
 
-def hf_files(tensors: Sequence[HfTensor], max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> list[OutputFile]:
+def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> list[OutputFile]:
     """Return the safetensors files of a folder, numbered and with an index where there is more than one.
 
     A file has at most ``max_file_bytes``, header included; a tensor larger than that gets its own file.
     """
-    groups: list[list[HfTensor]] = [[]]
+    groups: list[list[OutputTensor]] = [[]]
     size = HEADER_BYTES
     for tensor in tensors:
         cost = tensor.nbytes + len(tensor.name) + HEADER_ENTRY_BYTES
@@ -171,16 +157,15 @@ def hf_files(tensors: Sequence[HfTensor], max_file_bytes: int = DEFAULT_MAX_FILE
         groups[-1].append(tensor)
         size += cost
     if len(groups) == 1:
-        return [_file(SINGLE_NAME, groups[0])]
+        return [safetensors_file(SINGLE_NAME, groups[0])]
     names = [NUMBERED_NAME.format(number=number, count=len(groups)) for number in range(1, len(groups) + 1)]
-    files = [_file(name, group) for name, group in zip(names, groups, strict=True)]
+    files = [safetensors_file(name, group) for name, group in zip(names, groups, strict=True)]
     return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
 
 
-def _file(name: str, tensors: Iterable[HfTensor]) -> OutputFile:
-    return safetensors_file(
-        name, [OutputTensor(t.name, t.dtype, t.shape, 0, t.nbytes, t.segments) for t in tensors]
-    )
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: tuple[Segment, ...]) -> OutputTensor:
+    """Return a tensor that has no place in a file yet."""
+    return OutputTensor(name, dtype, shape, 0, sum(segment.nbytes for segment in segments), segments)
 
 
 def _json_bytes(document: Mapping[str, Any]) -> bytes:

@@ -75,9 +75,9 @@ class Comparison:
         return next((d for d in self.differences if not d.error(by_median) <= tolerance), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the numbers as JSON types; what does not apply to a sub-block is left out."""
-        blocks = [{k: v for k, v in asdict(d).items() if v is not None} for d in self.differences]
-        return {"blocks": blocks, "logits": asdict(self.logits)}
+        """Return the numbers as JSON types: what does not apply is left out, infinity and NaN are null."""
+        blocks = [{k: _json(v) for k, v in asdict(d).items() if v is not None} for d in self.differences]
+        return {"blocks": blocks, "logits": {k: _json(v) for k, v in asdict(self.logits).items()}}
 
 
 def compare(a: Iterable[tuple[str, Array]], b: Iterable[tuple[str, Array]]) -> Comparison:
@@ -156,6 +156,10 @@ def logits_difference(a: Array, b: Array) -> LogitsDifference:
     )
 
 
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _rms(x: Array, axis: int | None = None) -> Any:
     return np.sqrt(np.mean(np.square(x), axis=axis))
 
@@ -164,14 +168,15 @@ def _relative(error: Any, scale: Any) -> float:
     """Return error / scale; no error is none, whatever the scale."""
     if error == 0:
         return 0.0
-    return float(error / scale) if scale > 0 else float("inf")
+    return float(error / scale) if 0 < scale < np.inf else float("inf")
 
 
 def _cosine(a: Array, b: Array) -> Any:
     """Return the cosine of each row of ``a`` with that of ``b``; 1 between two zeros."""
     norms = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
     same = (a == b).all(axis=1)
-    return np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf))
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms > 0, norms, np.inf))
 
 
 def _share(part: Array, whole: Array) -> float:

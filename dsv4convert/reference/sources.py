@@ -8,6 +8,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, Stored, Weight, open_folder
 from ..checkpoint.gguf_file import is_gguf, open_gguf
+from ..checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ..config import ModelConfig
 from ..errors import InputMissingError
 from .gguf_source import GgufSource
@@ -54,6 +55,58 @@ class HfSource:
             raise missing_weight(name, self._checkpoint.folder) from None
 
 
+class ShardSource:
+    """Weights of a folder of model-parallel shards, joined from all ranks when they are asked for."""
+
+    def __init__(self, checkpoint: ShardCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        return self._checkpoint.config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return name in self._checkpoint.weights
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32, or int64 for a table.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        weight = self._weight(name)
+        parts = [read_rows(weight_matrix(part)).reshape(part.shape) for part in weight.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=weight.axis)
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        weight = self._weight(name)
+        parts = [weight_matrix(part) for part in weight.parts]
+        if len(parts) == 1:
+            return gather_rows(parts[0], indices)
+        if weight.axis == 1:
+            return np.concatenate([gather_rows(part, indices) for part in parts], axis=1)
+        pieces = np.empty((len(indices), weight.shape[1]), np.float32)
+        first = 0
+        for part in parts:
+            here = (indices >= first) & (indices < first + part.rows)
+            pieces[here] = gather_rows(part, indices[here] - first)
+            first += part.rows
+        return pieces
+
+    def _weight(self, name: str) -> ShardedWeight:
+        try:
+            return self._checkpoint.weights[name]
+        except KeyError:
+            raise missing_weight(name, self._checkpoint.folder) from None
+
+
 def weight_matrix(weight: Weight) -> Matrix:
     """Return where and how a weight lies; a vector is a matrix of one row."""
     rows, columns = weight.shape if len(weight.shape) == 2 else (1, int(np.prod(weight.shape)))
@@ -80,4 +133,6 @@ def open_source(path: Path) -> WeightSource:
         raise InputMissingError("no such file or folder", where=path)
     if is_gguf(path):
         return GgufSource(open_gguf(path))
+    if is_shard_folder(path):
+        return ShardSource(open_shards(path))
     return HfSource(open_folder(path))

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_model import random_source, random_tokens
 
 from dsv4convert.reference import DictSource, Model
+
+from .random_model import random_source, random_tokens
 
 pytestmark = pytest.mark.oracle
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from random_model import random_source, random_tokens
 
 from dsv4convert.errors import UnsupportedError
 from dsv4convert.reference import Model
 from dsv4convert.reference.rounding import hadamard, round_to_e2m1, round_to_e4m3
+
+from .random_model import random_source, random_tokens
 
 
 def test_e4m3_at_scale_one_equals_ml_dtypes_on_every_bfloat16_in_range() -> None:

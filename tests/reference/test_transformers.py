@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from random_model import random_config, random_tensors, random_tokens, save_for_transformers
 
 from dsv4convert.config import ModelConfig, parse_config
 from dsv4convert.reference import DictSource, Model
+
+from .random_model import random_config, random_tensors, random_tokens, save_for_transformers
 
 pytestmark = pytest.mark.oracle
 

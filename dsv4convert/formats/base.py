@@ -120,11 +120,27 @@ def check_tile(rows: int, columns: int, scale: Array, block: Block, out: Array, 
     """
     want = (-(-rows // block[0]), -(-columns // block[1]))
     if scale.shape != want:
-        raise ValueError(
-            f"scale of a {rows}x{columns} tile, block {block}: expected {want}, got {scale.shape}"
-        )
+        raise ValueError(f"scale of a {rows}x{columns} tile, block {block}: expected {want}, got {scale.shape}")
     if out.shape != out_shape:
         raise ValueError(f"output of a {rows}x{columns} tile: expected {out_shape}, got {out.shape}")
+
+
+def group_max(values: Array, spare: Array) -> Array:
+    """Maximum of each row of [groups, 2^n] as a fresh [groups]; uses up both arrays.
+
+    Maxima of the flat array against itself moved by half a row, a quarter, ... one element leave each
+    row's at its start: whole-array vector operations, where a reduction along rows starts anew per row.
+    """
+    width = values.shape[1]
+    source, target = values.reshape(-1), spare.reshape(-1)
+    length, step = source.size, width // 2
+    while step:
+        length -= step
+        np.maximum(source[:length], source[step : step + length], out=target[:length])
+        source, target = target, source
+        step //= 2
+    largest: Array = source[::width].copy()
+    return largest
 
 
 _SMALLEST_NORMAL = np.array([F32_MIN_NORMAL], np.float32)

@@ -64,6 +64,7 @@ _F16_SUBNORMAL_STEPS = _f32(2.0**24)
 _LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
 _BYTE_HIGHS = 0x8080_8080_8080_8080
 _BYTE_LOWS = 0x7F7F_7F7F_7F7F_7F7F
+_BYTE_SEVENS = 0x0707_0707_0707_0707
 _F32_INF_BITS = 0x7F80_0000
 _F32_MAGNITUDE_BITS = 0x7FFF_FFFF
 _BF16_OVERFLOW_BITS = 0x7F7F_8000  # rounds to infinity
@@ -228,9 +229,9 @@ def fp8_to_f16(weight: ArrayU8, scale: Array, block: Block, out: ArrayF16, scrat
 
 
 @_kernel
-def _fp4_f32(packed: Array, factor: Array, out: Array) -> None:
+def _fp4_f32(packed: Array, codes: Array, table: Array, out: Array) -> None:
     for g in range(packed.shape[0]):
-        scale = factor[g]
+        scale = table[codes[g]]
         for j in range(GROUP // 2):
             byte = _u32(packed[g, j])
             low = _f32(_e2m1_value(_u32(byte & _u32(7))) * scale).view(_u32)
@@ -241,9 +242,9 @@ def _fp4_f32(packed: Array, factor: Array, out: Array) -> None:
 
 
 @_kernel
-def _fp4_bf16(packed: Array, factor: Array, out: Array) -> None:
+def _fp4_bf16(packed: Array, codes: Array, table: Array, out: Array) -> None:
     for g in range(packed.shape[0]):
-        scale = factor[g]
+        scale = table[codes[g]]
         for j in range(GROUP // 2):
             byte = _u32(packed[g, j])
             low = _f32(_e2m1_value(_u32(byte & _u32(7))) * scale).view(_u32)
@@ -254,9 +255,9 @@ def _fp4_bf16(packed: Array, factor: Array, out: Array) -> None:
 
 
 @_kernel
-def _fp4_f16(packed: Array, factor: Array, out: Array) -> None:
+def _fp4_f16(packed: Array, codes: Array, table: Array, out: Array) -> None:
     for g in range(packed.shape[0]):
-        scale = factor[g]
+        scale = table[codes[g]]
         for j in range(GROUP // 2):
             byte = _u32(packed[g, j])
             low = _u32(_exact_f16(_f32(_e2m1_value(_u32(byte & _u32(7))) * scale)))
@@ -283,9 +284,7 @@ def _fp4_ordinary(
     first, last, nan = byte_range(codes)
     if nan or first < first_byte or last > last_byte:
         return False
-    factor = scratch.array("compiled.factor", codes.shape, np.float32)
-    np.take(F32_OF_BYTE, codes, out=factor, mode="clip")
-    kernel(packed.reshape(-1, GROUP // 2), factor.reshape(-1), pairs.reshape(-1, GROUP // 2))
+    kernel(packed.reshape(-1, GROUP // 2), codes.reshape(-1), F32_OF_BYTE, pairs.reshape(-1, GROUP // 2))
     return True
 
 
@@ -369,6 +368,14 @@ def _strided(out: ArrayU8, dtype: Any, offset: int, stride: int, blocks: int) ->
     return field
 
 
+def _mxfp4_fields(out: ArrayU8) -> list[Array]:
+    blocks = out.size // mxfp4.BLOCK_BYTES
+    return [
+        _strided(out, kind, offset, mxfp4.BLOCK_BYTES, blocks)
+        for kind, offset in ((np.uint8, 0), (np.uint64, 1), (np.uint64, 9))
+    ]
+
+
 def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `mxfp4.fp4_to_mxfp4`."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
@@ -376,15 +383,11 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
         mxfp4.fp4_to_mxfp4(packed, scale, out, scratch, tally)
         return
     check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns // GROUP * mxfp4.BLOCK_BYTES))
-    blocks = scale.size
     even = scratch.array("compiled.even", (_CHUNK,), np.uint64)
     odd = scratch.array("compiled.odd", (_CHUNK,), np.uint64)
     joined = scratch.array("compiled.joined", (_CHUNK * 8,), np.uint16)
-    fields = [
-        _strided(out, kind, offset, mxfp4.BLOCK_BYTES, blocks)
-        for kind, offset in ((np.uint8, 0), (np.uint64, 1), (np.uint64, 9))
-    ]
-    largest = _fp4_mxfp4(packed.reshape(-1).view(np.uint64), scale.reshape(-1), even, odd, joined, *fields)
+    lanes = packed.reshape(-1).view(np.uint64)
+    largest = _fp4_mxfp4(lanes, scale.reshape(-1), even, odd, joined, *_mxfp4_fields(out))
     if largest == NAN_BYTE:
         tally.nan += GROUP * int(np.count_nonzero(scale == NAN_BYTE))
 
@@ -595,6 +598,75 @@ def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
     q8_0.fp8_to_q8_0(weight, scale, block, out, scratch, tally)
 
 
+@_kernel
+def _fp4_group_max(lanes: Array, largest: Array) -> None:
+    for g in range(largest.size):
+        first, second = lanes[2 * g], lanes[2 * g + 1]
+        a = _larger_bytes(first & _u64(_BYTE_SEVENS), (first >> _u64(4)) & _u64(_BYTE_SEVENS))
+        b = _larger_bytes(second & _u64(_BYTE_SEVENS), (second >> _u64(4)) & _u64(_BYTE_SEVENS))
+        largest[g] = _largest_byte(_larger_bytes(a, b))
+
+
+@_kernel
+def _fp4_levels(packed: Array, largest: Array, pairs: Array, q: Array) -> None:
+    for g in range(largest.size):
+        row = _i32(largest[g]) << 8
+        for j in range(GROUP // 2):
+            q[g, j] = pairs[row + packed[g, j]]
+
+
+@_kernel
+def _fp4_q8_0(
+    packed: Array,
+    lanes: Array,
+    scale: Array,
+    pairs: Array,
+    table: Array,
+    largest: Array,
+    q: Array,
+    out: Array,
+    first: Array,
+    second: Array,
+    third: Array,
+    fourth: Array,
+) -> Any:
+    blocks, chunk, strange = scale.size, largest.size, 0
+    q64 = q.reshape(-1).view(np.uint64)
+    for start in range(0, blocks, chunk):
+        stop = min(start + chunk, blocks)
+        n = stop - start
+        _fp4_group_max(lanes[2 * start : 2 * stop], largest[:n])
+        _fp4_levels(packed[start:stop], largest[:n], pairs, q[:n])
+        strange |= _store_d(largest[:n], scale[start:stop], table, out[start:stop])
+        _store_levels(q64[: 4 * n], first[start:stop], second[start:stop], third[start:stop], fourth[start:stop])
+    return strange
+
+
+def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `q8_0.fp4_to_q8_0`."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    if columns % GROUP == 0 and block == (1, GROUP) and packed.size:
+        check_tile(rows, columns, scale, block, out, (rows, columns // GROUP * q8_0.BLOCK_BYTES))
+        codes = power_of_two_bytes(scale, scratch)
+        if codes is not None:
+            first, last, nan = byte_range(codes)
+            if first >= q8_0.FP4_TABLE_FIRST_BYTE and last <= q8_0.FP4_TABLE_LAST_BYTE and not nan:
+                pairs, d = q8_0.fp4_tables()
+                strange = _fp4_q8_0(
+                    packed.reshape(-1, GROUP // 2),
+                    packed.reshape(-1).view(np.uint64),
+                    codes.reshape(-1),
+                    pairs,
+                    d.reshape(-1, 256),
+                    scratch.array("compiled.largest", (_CHUNK,), np.uint8),
+                    scratch.array("compiled.pairs", (_CHUNK, GROUP // 2), np.uint16),
+                    *_q8_0_fields(out),
+                )
+                if not strange:
+                    return
+    q8_0.fp4_to_q8_0(packed, scale, block, out, scratch, tally)
+
+
 @_inline
 def _round_f16(value: Any) -> Any:
     """Bits of a positive float32 below 65520 rounded to float16, nearest even."""
@@ -711,6 +783,119 @@ def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally)
         q8_0.bf16_to_q8_0(values, out, scratch, tally)
 
 
+# --- to MXFP4 by rounding -------------------------------------------------------------------------------
+
+_F32_MANTISSA = 0x7F_FFFF
+_MANTISSA_OF_6 = 0x40_0000
+_ONE_BITS = 127 << 23
+_MAGIC_LIFT = 22 << 23
+_TWICE_E_BASE = 2 * (127 + 22)
+
+
+@_kernel
+def _mxfp4_scales(largest: Array, scale: Array) -> Any:
+    """Write every scale byte; return whether a block needs the general treatment."""
+    strange = 0
+    for g in range(largest.size):
+        bits = _i32(largest[g])
+        byte = (bits >> 23) - 2 + ((bits & _F32_MANTISSA) > _MANTISSA_OF_6)
+        strange |= (bits >= _F32_INF_BITS) | (byte > 127) | ((byte < 2) & (bits > 0))
+        scale[g] = max(byte, 1)
+    return strange
+
+
+@_kernel
+def _mxfp4_codes(bits: Array, largest: Array, scale: Array, table: Array, codes: Array) -> Any:
+    """Write the codes, moving blocks to twice the scale as the numpy codec does; return how many rounded."""
+    changed = 0
+    for g in range(largest.size):
+        inverse = table[254 - scale[g]]
+        inexact = _i32(0)
+        fine = _i32(0)
+        for j in range(GROUP):
+            value = _u32(bits[g, j])
+            y = _f32(_u32(value & _u32(_F32_MAGNITUDE_BITS)).view(_f32) * inverse)
+            magic = _u32(max(_u32(y.view(_u32) & _u32(_F32_INF_BITS)), _u32(_ONE_BITS)) + _u32(_MAGIC_LIFT))
+            lifted = _f32(y + magic.view(_f32))
+            inexact = _i32(inexact + _i32(_f32(lifted - magic.view(_f32)) != y))
+            steps = _u32(_u32(_u32(lifted.view(_u32) & _u32(7)) + _u32(magic >> _u32(22))) - _u32(_TWICE_E_BASE))
+            # Codes 1 and 3 have no counterpart at twice the scale.
+            fine = _i32(fine | _i32(_u32(steps & _u32(1)) & _u32(steps < _u32(4))))
+            codes[g, j] = _u8(_u32(steps | _u32(_u32(value >> _u32(28)) & _u32(8))))
+        changed += inexact
+        if inexact == 0 and fine == 0 and (_i32(largest[g]) & _F32_MANTISSA) == _MANTISSA_OF_6:
+            scale[g] += 1
+            for j in range(GROUP):
+                code = codes[g, j]
+                magnitude = _u8(code & _u8(7))
+                half = _u8(magnitude - _u8(2)) if magnitude >= _u8(4) else _u8(magnitude >> _u8(1))
+                codes[g, j] = _u8(half | _u8(code & _u8(8)))
+    return changed
+
+
+@_kernel
+def _store_codes(lanes: Array, scale: Array, out_scale: Array, first: Array, second: Array) -> None:
+    for g in range(scale.size):
+        out_scale[g] = scale[g]
+        first[g] = lanes[4 * g] | (lanes[4 * g + 2] << _u64(4))
+        second[g] = lanes[4 * g + 1] | (lanes[4 * g + 3] << _u64(4))
+
+
+@_kernel
+def _f32_mxfp4(
+    bits: Array,
+    table: Array,
+    largest: Array,
+    scale: Array,
+    codes: Array,
+    out_scale: Array,
+    first: Array,
+    second: Array,
+) -> Any:
+    blocks, chunk, changed = bits.shape[0], largest.size, 0
+    lanes = codes.reshape(-1).view(np.uint64)
+    for start in range(0, blocks, chunk):
+        stop = min(start + chunk, blocks)
+        n = stop - start
+        _f32_group_max(bits[start:stop], largest[:n])
+        if _mxfp4_scales(largest[:n], scale[:n]):
+            return -1
+        changed += _mxfp4_codes(bits[start:stop], largest[:n], scale[:n], table, codes[:n])
+        _store_codes(lanes[: 4 * n], scale[:n], out_scale[start:stop], first[start:stop], second[start:stop])
+    return changed
+
+
+def _to_mxfp4(bits: Array, out: ArrayU8, scratch: Scratch, tally: Tally) -> bool:
+    changed = _f32_mxfp4(
+        bits.reshape(-1, GROUP),
+        F32_OF_BYTE,
+        scratch.array("compiled.top", (_CHUNK,), np.uint32),
+        scratch.array("compiled.scale", (_CHUNK,), np.uint8),
+        scratch.array("compiled.codes", (_CHUNK, GROUP), np.uint8),
+        *_mxfp4_fields(out),
+    )
+    if changed < 0:
+        return False
+    tally.changed += int(changed)
+    return True
+
+
+def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.f32_to_mxfp4`."""
+    mxfp4.check_blocks(values.shape, out)
+    if not (values.size and _to_mxfp4(values.view(np.uint32), out, scratch, tally)):
+        mxfp4.f32_to_mxfp4(values, out, scratch, tally)
+
+
+def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.bf16_to_mxfp4`."""
+    mxfp4.check_blocks(values.shape, out)
+    wide = scratch.array("compiled.wide", values.shape, np.uint32)
+    _widen(values.reshape(-1), wide.reshape(-1))
+    if not (values.size and _to_mxfp4(wide, out, scratch, tally)):
+        mxfp4.bf16_to_mxfp4(values, out, scratch, tally)
+
+
 # --- floats ---------------------------------------------------------------------------------------------
 
 
@@ -769,8 +954,11 @@ TWINS: dict[str, TileFunction] = {
     "fp4_to_f16": fp4_to_f16,
     "fp4_to_fp8": fp4_to_fp8,
     "fp4_to_mxfp4": fp4_to_mxfp4,
+    "fp4_to_q8_0": fp4_to_q8_0,
     "f32_to_bf16": f32_to_bf16,
+    "f32_to_mxfp4": f32_to_mxfp4,
     "f32_to_q8_0": f32_to_q8_0,
     "bf16_to_f32": bf16_to_f32,
+    "bf16_to_mxfp4": bf16_to_mxfp4,
     "bf16_to_q8_0": bf16_to_q8_0,
 }

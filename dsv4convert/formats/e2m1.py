@@ -308,7 +308,7 @@ def _spread_groups(groups: Array, columns: int) -> Array:
 
 
 @cache
-def _index_rows() -> ArrayI64:
+def index_rows() -> ArrayI64:
     """For each scale byte, its table row's offset, once for each byte of a group."""
     rows = np.repeat(np.arange(_BYTE_VALUES, dtype=np.int64)[:, None] * _BYTE_VALUES, GROUP // 2, axis=1)
     rows.flags.writeable = False
@@ -323,7 +323,7 @@ def _byte_index(packed: ArrayU8, codes: ArrayU8, block: Block, scratch: Scratch)
     if block == (1, GROUP) and width % pair_columns == 0:
         # Copying a row of 16 ready offsets per group beats broadcasting one over 16 elements.
         offset = scratch.array("e2m1.offset", (rows, width // pair_columns, pair_columns), np.int64)
-        np.take(_index_rows(), codes, axis=0, out=offset, mode="clip")
+        np.take(index_rows(), codes, axis=0, out=offset, mode="clip")
         np.add(packed, offset.reshape(packed.shape), out=index)
         return index
     high = np.take(codes.astype(np.int64) * _BYTE_VALUES, column_blocks(width, pair_columns), axis=1)

@@ -36,6 +36,8 @@ from dsv4convert.formats.base import (
     Scratch,
     Tally,
     check_tile,
+    group_max,
+    require_subnormals,
 )
 from dsv4convert.formats.bf16 import bf16_to_f32
 from dsv4convert.formats.e2m1 import MAX as E2M1_MAX
@@ -91,11 +93,20 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
         tally.nan += GROUP * int(np.count_nonzero(scale == NAN_BYTE))
 
 
+def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:
+    """Raise ValueError unless a tile of ``shape`` fills the MXFP4 blocks of ``out``."""
+    rows, columns = shape
+    if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
+        raise ValueError(f"a {rows}x{columns} tile does not fill MXFP4 blocks of shape {out.shape}")
+
+
 def join_blocks(codes: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:
-    """Write codes [blocks, 32] and scale bytes [blocks] as MXFP4 blocks, plainly."""
-    target = out.reshape(-1, BLOCK_BYTES)
-    target[:, 0] = scale
-    target[:, 1:] = codes[:, : GROUP // 2] | (codes[:, GROUP // 2 :] << np.uint8(4))
+    """Write codes [blocks, 32] and scale bytes [blocks] as MXFP4 blocks."""
+    pairs = codes[:, GROUP // 2 :] << np.uint8(4)
+    pairs |= codes[:, : GROUP // 2]
+    target = out.reshape(-1).view(_BLOCK)
+    np.copyto(target["q"], pairs.reshape(-1).view(_BLOCK["q"]))
+    np.copyto(target["e"], scale)
 
 
 def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -105,31 +116,96 @@ def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally)
     6, ``nan`` the NaNs. A NaN makes its whole block NaN, for that is all the format can say, and the
     numbers lost with it are counted as changed. Raises ValueError on shapes that do not fit.
     """
-    rows, columns = values.shape
-    if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
-        raise ValueError(f"a {rows}x{columns} tile does not fill MXFP4 blocks of shape {out.shape}")
+    check_blocks(values.shape, out)
+    if values.size == 0:
+        return
+    require_subnormals()
     groups = values.reshape(-1, GROUP)
+    work = scratch.array("mxfp4.work", groups.shape, np.float32)
+    spare = scratch.array("mxfp4.spare", groups.shape, np.float32)
+    np.abs(groups, out=work)
+    amax = group_max(work, spare)
+    scale = smallest_scale(amax)
+    # Dividing by a scale of at most 1 loses nothing, and above 2^-126 nothing special happens.
+    if not np.isfinite(amax).all() or scale.max() > BIAS or (amax[scale == 1] > 0).any():
+        _quantise_plainly(groups, out, tally)
+        return
+    np.abs(groups, out=work)
+    np.multiply(work, F32_OF_BYTE[_INVERSE_BYTE - scale][:, None], out=work)
+    # A code is k + 2e for a magnitude in [2^e, 2^(e+1)), e = 0 below 1, where k counts steps of
+    # 2^(e-1). Adding 2^(22+e), whose last place is such a step, makes the processor round to nearest even
+    # and leaves k in the lowest bits.
+    magic = scratch.array("mxfp4.magic", groups.shape, np.uint32)
+    np.bitwise_and(work.view(np.uint32), _EXPONENT_MASK, out=magic)
+    np.maximum(magic, _ONE_BITS, out=magic)
+    np.add(magic, _MAGIC_LIFT, out=magic)
+    np.add(work, magic.view(np.float32), out=spare)
+    codes = scratch.array("mxfp4.codes", groups.shape, np.uint8)
+    twice_e = scratch.array("mxfp4.twice_e", groups.shape, np.uint8)
+    np.copyto(codes, spare.view(np.uint32), casting="unsafe")
+    np.bitwise_and(codes, 7, out=codes)
+    np.subtract(spare, magic.view(np.float32), out=spare)
+    inexact = scratch.array("mxfp4.inexact", groups.shape, np.bool_)
+    np.not_equal(spare, work, out=inexact)
+    np.right_shift(magic, _TWICE_E_SHIFT, out=twice_e, casting="unsafe")
+    np.bitwise_and(twice_e, _TWICE_E_MASK, out=twice_e)
+    np.subtract(twice_e, _TWICE_E_BASE, out=twice_e)
+    np.add(codes, twice_e, out=codes)
+    _prefer_coarser(codes, scale, inexact, amax)
+    np.right_shift(groups.view(np.uint32), _SIGN_TO_CODE, out=twice_e, casting="unsafe")
+    np.bitwise_and(twice_e, _CODE_SIGN, out=twice_e)
+    np.bitwise_or(codes, twice_e, out=codes)
+    tally.changed += int(np.count_nonzero(inexact))
+    join_blocks(codes, scale, out)
+
+
+# 2^(127 - e) as an e8m0 byte is 254 - e.
+_INVERSE_BYTE = np.uint8(2 * BIAS)
+_EXPONENT_MASK = np.uint32(0x7F80_0000)
+_ONE_BITS = np.uint32(BIAS << F32_MANTISSA_BITS)
+_MAGIC_LIFT = np.uint32((F32_MANTISSA_BITS - 1) << F32_MANTISSA_BITS)
+_TWICE_E_SHIFT = np.uint32(F32_MANTISSA_BITS - 1)
+_TWICE_E_MASK = np.uint8(0xFE)
+_TWICE_E_BASE = np.uint8(2 * (BIAS + F32_MANTISSA_BITS - 1) & 0xFF)
+_SIGN_TO_CODE = np.uint32(28)
+_CODE_SIGN = np.uint8(8)
+
+
+def _prefer_coarser(codes: ArrayU8, scale: ArrayU8, inexact: npt.NDArray[np.bool_], amax: ArrayF32) -> None:
+    """Move the exact blocks with a 6, and no code that twice the scale lacks, to twice the scale."""
+    # Only amax = 1.5 * 2^k is a 6.
+    candidates = np.flatnonzero((amax.view(np.uint32) & _MANTISSA_MASK) == _MANTISSA_OF_6)
+    coarse, allowed = _coarser_codes()
+    chosen = codes[candidates]
+    keep = allowed[chosen].all(axis=1)
+    keep &= ~inexact[candidates].any(axis=1)
+    moved = candidates[keep]
+    codes[moved] = coarse[chosen[keep]]
+    scale[moved] += 1
+
+
+def _quantise_plainly(groups: ArrayF32, out: ArrayU8, tally: Tally) -> None:
+    """Quantise float32 [blocks, 32] of any kind: NaN, infinities, the smallest and the largest scales."""
     nan: npt.NDArray[np.bool_] = np.isnan(groups)
     nan_blocks: npt.NDArray[np.bool_] = np.any(nan, axis=1)
-    x = np.where(nan_blocks[:, None], np.float32(0), groups) if nan_blocks.any() else groups
-    magnitude = np.abs(x)
-    scale = _smallest_scale(magnitude.max(axis=1))
+    x = np.where(nan_blocks[:, None], np.float32(0), groups)
+    amax = np.abs(x).max(axis=1)
+    scale = smallest_scale(amax)
     codes, exact = _encode(x, scale)
-    # Values below 2^-128 of a small block need the last scale of all.
-    finer = (scale == 1) & ~exact.all(axis=1) & (magnitude.max(axis=1) <= E2M1_MAX * 2.0**-BIAS)
+    # Values below 2^-127 of a small block need the last scale of all.
+    finer = (scale == 1) & ~exact.all(axis=1) & (amax <= E2M1_MAX * 2.0**-BIAS)
     if finer.any():
         scale[finer] = 0
         codes[finer], exact[finer] = _encode(x[finer], scale[finer])
-    coarse, allowed = _coarser_codes()
-    twice = (codes & np.uint8(7)).max(axis=1) == _CODE_OF_6
-    twice &= exact.all(axis=1) & allowed[codes].all(axis=1)
-    codes = np.where(twice[:, None], coarse[codes], codes)
-    scale += twice
+    signs = codes & _CODE_SIGN
+    codes &= np.uint8(7)
+    settled = np.where(scale == 0, np.float32(0), amax)  # 2^-127 was needed: no other scale holds the block
+    _prefer_coarser(codes, scale, ~exact, settled)
+    codes |= signs
     infinite = np.isinf(x)
-    lost = ~exact & ~infinite
     tally.nan += int(np.count_nonzero(nan))
     tally.overflow += int(np.count_nonzero(infinite))
-    tally.changed += int(np.count_nonzero(lost))
+    tally.changed += int(np.count_nonzero(~exact & ~infinite))
     if nan_blocks.any():
         scale[nan_blocks] = NAN_BYTE
         codes[nan_blocks] = 0
@@ -146,10 +222,7 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
 
 def mxfp4_to_f32(blocks: ArrayU8, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
     """Decode MXFP4 blocks [R, C/32*17] to float32 [R, C]; exact up to 2^125, infinite above the range."""
-    if (
-        out.shape != (blocks.shape[0], blocks.shape[1] // BLOCK_BYTES * GROUP)
-        or blocks.shape[1] % BLOCK_BYTES
-    ):
+    if out.shape != (blocks.shape[0], blocks.shape[1] // BLOCK_BYTES * GROUP) or blocks.shape[1] % BLOCK_BYTES:
         raise ValueError(f"MXFP4 blocks of shape {blocks.shape} do not fill an output of {out.shape}")
     flat = blocks.reshape(-1, BLOCK_BYTES)
     scale, pairs = flat[:, 0], flat[:, 1:]
@@ -165,15 +238,16 @@ def mxfp4_to_f32(blocks: ArrayU8, out: ArrayF32, scratch: Scratch, tally: Tally)
     tally.overflow += int(np.count_nonzero(np.isinf(target)))
 
 
-_CODE_OF_6 = 7
+_MANTISSA_MASK = np.uint32(0x7F_FFFF)
+_MANTISSA_OF_6 = np.uint32(0x40_0000)  # 1.5 * 2^2
 
 
-def _smallest_scale(amax: ArrayF32) -> ArrayU8:
+def smallest_scale(amax: ArrayF32) -> ArrayU8:
     """Byte of the smallest power of two with amax/scale <= 6, between 2^-126 and 2^127."""
     bits = amax.view(np.uint32)
     exponent = (bits >> np.uint32(F32_MANTISSA_BITS)).astype(np.int32)
     # 6 = 1.5 * 2^2: amax = 1.m * 2^k needs 2^(k-2), or 2^(k-1) once 1.m passes 1.5.
-    over = (bits & np.uint32(0x7F_FFFF)) > np.uint32(0x40_0000)
+    over = (bits & _MANTISSA_MASK) > _MANTISSA_OF_6
     byte: ArrayU8 = np.clip(exponent - 2 + over, 1, NAN_BYTE - 1).astype(np.uint8)
     return byte
 

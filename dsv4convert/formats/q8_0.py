@@ -44,10 +44,11 @@ from dsv4convert.formats.base import (
     Tally,
     check_tile,
     column_blocks,
+    group_max,
     require_subnormals,
 )
 from dsv4convert.formats.bf16 import bf16_to_f32
-from dsv4convert.formats.e2m1 import fp4_to_f32
+from dsv4convert.formats.e2m1 import MIN_EXPONENT, VALUES, fp4_to_f32, index_rows, unpack_e2m1
 from dsv4convert.formats.e4m3 import (
     MIN_SUBNORMAL_EXPONENT,
     NAN_CODE,
@@ -71,6 +72,9 @@ _MAGNITUDE_16 = np.uint16(0x7FFF)
 # cancels: 2^-9 / 127 > 2^-16, and 448 < 2^9.
 TABLE_FIRST_BYTE = E8M0_BIAS - 126 - (MIN_SUBNORMAL_EXPONENT - 7)
 TABLE_LAST_BYTE = E8M0_BIAS + 127 - 9
+# The same for FP4: 2^-1 / 127 > 2^-8, and 6 < 2^3.
+FP4_TABLE_FIRST_BYTE = E8M0_BIAS - 126 - (MIN_EXPONENT - 7)
+FP4_TABLE_LAST_BYTE = E8M0_BIAS + 127 - 3
 
 
 def quantise_blocks(x: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally, nan_counted: bool = False) -> None:
@@ -86,7 +90,7 @@ def quantise_blocks(x: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally, n
     whole = scratch.array("q8_0.whole", x.shape, np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
         np.abs(x, out=work)
-        amax = _group_max(work, whole)
+        amax = group_max(work, whole)
         d = amax / np.float32(LEVELS)
         inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
         np.multiply(x, inverse[:, None], out=work)
@@ -129,10 +133,19 @@ def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
     """Quantise packed FP4 [R, C/2] times its block scales to Q8_0 blocks [R, C/32*34]; see `fp8_to_q8_0`."""
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check_blocks((rows, columns), out)
+    check_tile(rows, columns, scale, block, out, out.shape)
+    if packed.size == 0:
+        return
+    codes = power_of_two_bytes(scale, scratch)
+    if codes is not None and block[1] % GROUP == 0:
+        first, last, nan_scale = byte_range(codes)
+        if first >= FP4_TABLE_FIRST_BYTE and last <= FP4_TABLE_LAST_BYTE and not nan_scale:
+            _quantise_pairs(packed, codes, block, out, scratch, tally)
+            return
     wide = scratch.array("q8_0.wide", (rows, columns), np.float32)
-    first = Tally()
-    fp4_to_f32(packed, scale, block, wide, scratch, first)
-    tally.nan += first.nan
+    decoded = Tally()
+    fp4_to_f32(packed, scale, block, wide, scratch, decoded)
+    tally.nan += decoded.nan
     quantise_blocks(wide.reshape(-1, GROUP), out, scratch, tally, nan_counted=True)
 
 
@@ -184,13 +197,18 @@ def q8_0_table() -> npt.NDArray[np.int8]:
 
     Row 127 is a block with a NaN: all 0. Entries whose magnitude exceeds the row's are 0.
     """
-    value = decode_table()
-    table = np.zeros((_MAGNITUDES, 256), np.int8)
-    magnitude = np.arange(256) & NAN_CODE
-    for largest in range(1, NAN_CODE):
+    return _levels(decode_table(), NAN_CODE)
+
+
+def _levels(value: ArrayF32, magnitudes: int) -> npt.NDArray[np.int8]:
+    """Return q for every (largest magnitude, code) of a format whose codes are sign and magnitude."""
+    table = np.zeros((value.size // 2, value.size), np.int8)
+    magnitude = np.arange(value.size) % (value.size // 2)
+    for largest in range(1, magnitudes):
         inverse = np.float32(1) / (value[largest] / np.float32(LEVELS))
         inside = magnitude <= largest
         q = value[inside] * inverse
+        # Adding a half is exact enough: no pair comes close below one.
         table[largest, inside] = np.trunc(q + np.copysign(np.float32(0.5), q)).astype(np.int8)
     return table
 
@@ -217,9 +235,24 @@ def multipliers() -> ArrayF32:
 
 @cache
 def d_table() -> ArrayU16:
-    """Return the bits of d for every (largest magnitude code, scale byte), [128 * 256]."""
+    """Return the bits of d for every (largest e4m3 magnitude code, scale byte), [128 * 256]."""
+    return _d_bits(decode_table()[:_MAGNITUDES])
+
+
+@cache
+def fp4_tables() -> tuple[ArrayU16, ArrayU16]:
+    """Return for FP4 the pairs of q for every (largest magnitude code, packed byte), and the bits of d.
+
+    Both flat, [8 * 256]; element 2i is the low half of a pair; d is by (largest magnitude code, scale byte).
+    """
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    pairs = _levels(VALUES, VALUES.size // 2)[:, unpack_e2m1(byte)]
+    return np.ascontiguousarray(pairs).view(np.uint16).reshape(-1), _d_bits(VALUES[: VALUES.size // 2])
+
+
+def _d_bits(magnitudes: ArrayF32) -> ArrayU16:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        amax = decode_table()[:_MAGNITUDES, None] * F32_OF_BYTE[None, :]
+        amax = magnitudes[:, None] * F32_OF_BYTE[None, :]
         d = (amax / np.float32(LEVELS)).astype(np.float16).view(np.uint16).copy()
     d[np.isnan(amax)] = F16_NAN_BITS
     flat: ArrayU16 = d.reshape(-1)
@@ -248,7 +281,7 @@ def _quantise_codes(
     magnitude = scratch.array("q8_0.magnitude", weight.shape, np.uint8)
     spare = scratch.array("q8_0.spare", weight.shape, np.uint8)
     np.bitwise_and(weight, NAN_CODE, out=magnitude)
-    largest = _group_max(magnitude.reshape(-1, GROUP), spare.reshape(-1, GROUP))
+    largest = group_max(magnitude.reshape(-1, GROUP), spare.reshape(-1, GROUP))
     x = scratch.array("q8_0.work", weight.shape, np.float32)
     place(weight, x)
     np.multiply(x, _HALF_PLACED, out=x)
@@ -259,35 +292,57 @@ def _quantise_codes(
     np.rint(work, out=work)
     target = out.reshape(-1, BLOCK_BYTES)
     np.copyto(target[:, 2:].view(np.int8), work, casting="unsafe")
-    # The scale byte of each block of 32: rows repeat by the block's height, columns by its width / 32.
-    byte = codes if block[1] == GROUP else np.take(codes, column_blocks(groups, block[1] // GROUP), axis=1)
-    if block[0] != 1:
-        byte = np.repeat(byte, block[0], axis=0)[:rows]
-    index = largest.astype(np.intp) << 8
-    index |= byte.reshape(-1)
-    d16 = np.take(d_table(), index, mode="clip")
-    np.copyto(out.reshape(-1).view(_BLOCK)["d"], d16)
+    d16 = _store_d(d_table(), largest, codes, block, rows, out)
     if has_nan_code(weight):
         tally.nan += int(np.count_nonzero(magnitude == NAN_CODE))
     by_block = magnitude.reshape(-1, GROUP)
     _count_range(d16, largest > 0, lambda chosen: np.count_nonzero(by_block[chosen], axis=1), tally)
 
 
-def _group_max(values: Array, spare: Array) -> Array:
-    """Maximum of each row of [blocks, 32] as a fresh [blocks]; both arrays are used up.
+def _store_d(table: ArrayU16, largest: ArrayU8, codes: ArrayU8, block: Block, rows: int, out: ArrayU8) -> ArrayU16:
+    """Look up and write every block's d, and return them."""
+    groups = largest.size // rows
+    # The scale byte of each block of 32: rows repeat by the block's height, columns by its width / 32.
+    byte = codes if block[1] == GROUP else np.take(codes, column_blocks(groups, block[1] // GROUP), axis=1)
+    if block[0] != 1:
+        byte = np.repeat(byte, block[0], axis=0)[:rows]
+    index = largest.astype(np.intp) << 8
+    index |= byte.reshape(-1)
+    d16 = np.take(table, index, mode="clip")
+    np.copyto(out.reshape(-1).view(_BLOCK)["d"], d16)
+    return d16
 
-    Five maxima of the flat array against itself moved by 16, 8, 4, 2 and 1 elements leave each group's
-    at its start: whole-array vector operations, where a reduction over 32 would start anew per group.
-    """
-    source, target = values.reshape(-1), spare.reshape(-1)
-    length, step = source.size, GROUP // 2
-    while step:
-        length -= step
-        np.maximum(source[:length], source[step : step + length], out=target[:length])
-        source, target = target, source
-        step //= 2
-    largest: Array = source[::GROUP].copy()
-    return largest
+
+def _quantise_pairs(
+    packed: ArrayU8, codes: ArrayU8, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally
+) -> None:
+    rows, half = packed.shape
+    groups = (rows * half // (GROUP // 2), GROUP // 2)
+    magnitude = scratch.array("q8_0.magnitude", packed.shape, np.uint8)
+    spare = scratch.array("q8_0.spare", packed.shape, np.uint8)
+    np.right_shift(packed, 4, out=spare)
+    np.bitwise_and(spare, _FP4_MAGNITUDE, out=spare)
+    np.bitwise_and(packed, _FP4_MAGNITUDE, out=magnitude)
+    np.maximum(magnitude, spare, out=magnitude)
+    largest = group_max(magnitude.reshape(groups), spare.reshape(groups))
+    pairs, d = fp4_tables()
+    index = scratch.array("q8_0.index", packed.shape, np.int64)
+    offset = scratch.array("q8_0.offset", groups, np.int64)
+    np.take(index_rows(), largest, axis=0, out=offset, mode="clip")
+    np.add(packed, offset.reshape(packed.shape), out=index)
+    q = scratch.array("q8_0.pairs", packed.shape, np.uint16)
+    np.take(pairs, index, out=q, mode="clip")
+    np.copyto(out.reshape(-1).view(_BLOCK)["q"], q.reshape(-1).view(_BLOCK["q"]))
+    d16 = _store_d(d, largest, codes, block, rows, out)
+
+    def nonzero(chosen: Array) -> Array:
+        count: Array = np.count_nonzero(unpack_e2m1(packed.reshape(groups)[chosen]) & _FP4_MAGNITUDE, axis=1)
+        return count
+
+    _count_range(d16, largest > 0, nonzero, tally)
+
+
+_FP4_MAGNITUDE = np.uint8(0x7)
 
 
 def _count_range(d16: ArrayU16, nonzero: npt.NDArray[np.bool_], count: Callable[[Array], Array], tally: Tally) -> None:
@@ -301,6 +356,7 @@ def _count_range(d16: ArrayU16, nonzero: npt.NDArray[np.bool_], count: Callable[
 
 
 def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:
+    """Raise ValueError unless a tile of ``shape`` fills the Q8_0 blocks of ``out``."""
     rows, columns = shape
     if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
         raise ValueError(f"a {rows}x{columns} tile does not fill Q8_0 blocks of shape {out.shape}")

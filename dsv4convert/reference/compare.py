@@ -142,9 +142,10 @@ def difference(name: str, a: Array, b: Array) -> Difference:
 def logits_difference(a: Array, b: Array) -> LogitsDifference:
     """Return what the difference between logits [T, V] means for the next token."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    log_p, log_q = _log_softmax(a), _log_softmax(b)
-    # A divergence is not negative; rounding may make it so.
-    kl_T = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0)
+    with np.errstate(invalid="ignore"):  # a NaN shows in the result, which is warning enough
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        # A divergence is not negative; rounding may make it so.
+        kl_T = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=1), 0)
     cosine_T = _cosine(a, b)
     return LogitsDifference(
         positions=len(a),

@@ -56,7 +56,9 @@ def test_entries_that_neither_query_sees_are_no_error() -> None:
     assert difference("score", a, a.copy()).relative_rmse == 0
     b = values([5, 1], [2, 1])
     assert np.isinf(difference("score", a, b).relative_rmse or 0)
-    assert "relative_rmse" in compare([("logits", a)], [("logits", b)]).as_json()["blocks"][0]
+    logits = ("logits", values([1, 2]))
+    block = compare([("score", a), logits], [("score", b), logits]).as_json()["blocks"][0]
+    assert block["relative_rmse"] is None
 
 
 def test_choices_agree_as_sets() -> None:

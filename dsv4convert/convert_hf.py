@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoint.folder import open_folder
 from .convert import Summary, execute
-from .engine.files import partial_path
+from .engine.files import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from .engine.run import RunReport
 from .errors import FileFormatError, InputMissingError, LossyError, UnsupportedError, UsageError
 from .layouts.fp8 import FP4_TO_FP8
@@ -199,9 +199,9 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
     if not out.name:
         raise UsageError("the output is no folder name", where=out)
     source = folder.resolve()
-    # The output's own name, and the one under which it is made and renamed.
-    for name in (out, partial_path(out)):
-        target = name.resolve()
+    # The output's own name, those under which it is made and an older one leaves.
+    for suffix in ("", PARTIAL_SUFFIX, REPLACED_SUFFIX):
+        target = out.with_name(out.name + suffix).resolve()
         for path in (source, *(file.resolve() for file in files)):
             if target == path or target in path.parents:
                 raise UsageError(

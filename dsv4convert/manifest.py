@@ -22,7 +22,7 @@ from .config import parse_json_object, validate_schema
 from .engine.files import os_errors, partial_path, sync_folder, write_all
 from .engine.run import RunReport, combine_digests
 from .errors import ConfigError, FileFormatError, InputMissingError
-from .plan import OutputFile, Plan
+from .plan import OutputFile, OutputTensor, Plan
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
@@ -31,6 +31,7 @@ CHECKSUM = "xxh3_128"
 # V4-Pro's shards list some 150,000 tensors a rank: 30 MB each.
 MAX_MANIFEST_BYTES = 2**30
 READ_BYTES = 2**22
+WRITE_BYTES = 2**18
 
 
 def manifest_path(plan: Plan) -> Path:
@@ -43,43 +44,65 @@ def manifest_of(output: Path) -> Path:
     return output.with_name(output.name + MANIFEST_SUFFIX)
 
 
-def make_manifest(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a finished run; it holds no time and no path, so equal outputs have equal ones."""
-    digests = iter(report.tensors)
-    return {
+def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the manifest of a finished run, a tensor to a line.
+
+    It holds no time and no path, so equal outputs have equal ones. It is never in memory whole: with a
+    hundred thousand tensors that would be the largest thing that a conversion keeps.
+    """
+    head = {
         "manifest": FORMAT,
         "program": fingerprint["program"],
         "target": plan.target,
         "options": fingerprint["options"],
-        "source": {name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()},
+        "source": {
+            name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()
+        },
         "checksum": CHECKSUM,
         "is_folder": plan.is_folder,
-        "files": [_file_entry(file, [next(digests).digest for _ in file.tensors]) for file in plan.files],
     }
+    yield _json(head)[:-1] + ', "files": ['
+    reports = iter(report.tensors)
+    for number, file in enumerate(plan.files):
+        yield (",\n" if number else "\n") + _file_head(file)[:-1] + ', "tensors": ['
+        digests: list[str] = []
+        for tensor in file.tensors:
+            yield (",\n " if digests else "\n ") + _json(_tensor_entry(tensor, digest := next(reports).digest))
+            digests.append(digest)
+        yield f'], "checksum": "{file_checksum(_header_checksum(file), digests)}"}}'
+    yield "]}\n"
 
 
-def _file_entry(file: OutputFile, digests: list[str]) -> dict[str, Any]:
-    header = xxhash.xxh3_128_hexdigest(file.header)
+def _file_head(file: OutputFile) -> str:
+    return _json(
+        {
+            "name": file.name,
+            "bytes": file.nbytes,
+            "header_bytes": len(file.header),
+            "header": _header_checksum(file),
+        }
+    )
+
+
+def _header_checksum(file: OutputFile) -> str:
+    return str(xxhash.xxh3_128_hexdigest(file.header))
+
+
+def _tensor_entry(tensor: OutputTensor, digest: str) -> dict[str, Any]:
     return {
-        "name": file.name,
-        "bytes": file.nbytes,
-        "header_bytes": len(file.header),
-        "header": header,
-        "checksum": file_checksum(header, digests),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "offset": tensor.offset,
-                "bytes": tensor.nbytes,
-                # Runs of [count, bytes]: segments have few sizes.
-                "segments": [
-                    [len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)
-                ],
-                "checksum": digest,
-            }
-            for tensor, digest in zip(file.tensors, digests, strict=True)
+        "name": tensor.name,
+        "offset": tensor.offset,
+        "bytes": tensor.nbytes,
+        # Runs of [count, bytes]: segments have few sizes.
+        "segments": [
+            [len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)
         ],
+        "checksum": digest,
     }
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def file_checksum(header: str, tensors: list[str]) -> str:
@@ -89,17 +112,30 @@ def file_checksum(header: str, tensors: list[str]) -> str:
 
 def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:
     """Write the manifest of a finished run; it appears under its name whole."""
-    text = json.dumps(make_manifest(plan, report, fingerprint), indent=1, ensure_ascii=False).encode() + b"\n"
     partial = partial_path(path)
     with os_errors(path, "written"):
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            write_all(descriptor, memoryview(text), 0)
+            position = 0
+            for lines in _batches(manifest_text(plan, report, fingerprint)):
+                write_all(descriptor, memoryview(lines), position)
+                position += len(lines)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(partial, path)
     sync_folder(path.parent)
+
+
+def _batches(pieces: Iterator[str]) -> Iterator[bytes]:
+    """Yield the pieces joined to writes of about ``WRITE_BYTES``."""
+    batch = bytearray()
+    for piece in pieces:
+        batch += piece.encode()
+        if len(batch) >= WRITE_BYTES:
+            yield bytes(batch)
+            batch.clear()
+    yield bytes(batch)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

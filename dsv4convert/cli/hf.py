@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
+from .options import Device, DeviceName, DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
 
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
 MaxFileSize = Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")]
@@ -42,6 +42,7 @@ def dequantize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a value leaves the type's range or is rounded.")
     ] = False,
+    device: Device = DeviceName.cpu,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -70,6 +71,7 @@ def dequantize(
         quiet=quiet,
         as_json=as_json,
         dry_run=dry_run,
+        device=device.value,
         before_finish=refuse_loss("--strict") if strict else None,
     )
 
@@ -82,6 +84,7 @@ def repack(
     require_lossless: Annotated[
         bool, typer.Option("--require-lossless", help="Fail where any element changes.")
     ] = False,
+    device: Device = DeviceName.cpu,
     threads: Threads = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -106,6 +109,7 @@ def repack(
         quiet=quiet,
         as_json=as_json,
         dry_run=dry_run,
+        device=device.value,
         run=execute_repack,
         before_finish=refuse_loss("--require-lossless") if require_lossless else None,
     )

@@ -118,7 +118,6 @@ class Journal:
     def record(self, batch: list[Finished]) -> None:
         """Keep finished segments, whose bytes are durable already; durable itself on return."""
         self._append([{"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)} for entry in batch])
-        self._finished.update({entry.task[:3]: entry for entry in batch})
 
     def remove(self) -> None:
         """Remove the file; the lock goes with the process or the context."""

@@ -186,7 +186,10 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
 
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: tuple[Segment, ...]) -> OutputTensor:
-    return OutputTensor(name, dtype, shape, 0, sum(segment.nbytes for segment in segments), segments)
+    # Rows of one byte have the segment's size in them already, an object that many tensors share.
+    lone_copy = len(segments) == 1 and segments[0].row_bytes == 1
+    nbytes = segments[0].rows if lone_copy else sum(segment.nbytes for segment in segments)
+    return OutputTensor(name, dtype, shape, 0, nbytes, segments)
 
 
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> tuple[Segment, ...]:

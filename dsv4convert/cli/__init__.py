@@ -48,9 +48,9 @@ def _global_options(
 
 def _register() -> None:
     """Add the commands of every module, in the order in which ``--help`` lists them."""
-    from . import convert, demo, forward, hf, inspect, shard, synth
+    from . import convert, demo, forward, hf, inspect, shard, synth, verify
 
-    for module in (convert, shard, hf, inspect, forward, synth, demo):
+    for module in (convert, shard, hf, verify, inspect, forward, synth, demo):
         module.register(app)
 
 

@@ -58,19 +58,21 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def progress_display(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+def progress_display(
+    total: int, quiet: bool, what: str = "converting"
+) -> Iterator[Callable[[int], None] | None]:
     """Yield a function that is told the bytes done: a bar on a terminal, plain lines elsewhere, on stderr."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(total) as update:
+        with _bar(total, what) as update:
             yield update
     else:
         yield _plain_lines(total)
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
+def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -89,7 +91,7 @@ def _bar(total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("converting", total=total)
+        task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 

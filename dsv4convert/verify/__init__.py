@@ -1,0 +1,130 @@
+"""A second opinion on a finished conversion: reads source and output anew, and compares every element.
+
+It shares no codec and no tile with the engine: numbers.py has its own formulas, and what a file must hold
+is worked out again from the source. What it takes from the rest of the package are readers of headers and
+the name tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import Checkpoint, open_folder
+from ..checkpoint.gguf_file import is_gguf, open_gguf
+from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
+from .compare import Comparison, Piece, check_fits, compare_pieces, piece_bytes
+from .folder_output import folder_pieces, is_shard_folder, shard_pieces
+from .gguf_keys import check_keys
+from .gguf_output import check_padding, check_split_keys, gguf_content
+from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
+
+__all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
+
+GGUF, SHARDS, FOLDER = "GGUF", "shards", "checkpoint folder"
+
+
+@dataclass
+class Verification:
+    """A verification that has read all headers, and has the elements still to compare."""
+
+    report: Report
+    pieces: list[Piece]
+    how: Comparison
+    started: float
+
+    @property
+    def nbytes(self) -> int:
+        """Return about how many bytes of source and output are to be read."""
+        return round(sum(map(piece_bytes, self.pieces)) * (self.how.sample or 1))
+
+    def run(self, threads: int = 1, progress: Callable[[int], None] | None = None) -> Report:
+        """Compare the elements; ``progress`` is told how many bytes have been read.
+
+        Raises:
+            InputOutputError: a file cannot be read.
+        """
+        report = self.report
+        for result, nbytes in compare_pieces(self.pieces, self.how, threads):
+            report.bytes_read += nbytes
+            known = report.results.setdefault(result.name, result)
+            if known is not result:
+                known.add(result)
+            if progress is not None:
+                progress(report.bytes_read)
+        for result in report.results.values():
+            if result.wrong:
+                report.problem(TENSOR, f"tensor {result.name}", _describe_wrong(result))
+        report.seconds = time.monotonic() - self.started
+        return report
+
+
+def verify(source: Path, output: Path, *, threads: int = 1, **options: Any) -> Report:
+    """Compare the finished conversion ``output`` with its ``source``; see ``prepare`` for the options."""
+    return prepare(source, output, **options).run(threads)
+
+
+def prepare(
+    source: Path,
+    output: Path,
+    *,
+    sample: float | None = None,
+    seed: int = 0,
+    foreign: bool = False,
+    ignore_keys: Iterable[str] = (),
+) -> Verification:
+    """Hold the headers of ``output`` against those of the checkpoint folder ``source``.
+
+    ``sample`` is the fraction of each tensor to look at, None for everything. ``foreign`` accepts what
+    another tool may do otherwise: any rounding within the format's half step, and other names and
+    wordings of metadata.
+
+    Raises:
+        InputMissingError: source or output is not there.
+        Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
+    """
+    started = time.monotonic()
+    checkpoint = open_folder(source)
+    if not output.exists():
+        raise InputMissingError("no such file or folder", where=output)
+    if source.resolve() == output.resolve():
+        raise UsageError("source and output are the same", where=output)
+    layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
+    report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
+    try:
+        pieces = _pieces(layout, output, checkpoint, report)
+    except (FileFormatError, InventoryError) as error:
+        report.problem(FILE, output, f"cannot be read: {error}")
+        pieces = []
+    fitting: list[Piece] = []
+    for piece in pieces:
+        try:
+            check_fits(piece)
+            fitting.append(piece)
+        except InventoryError as error:
+            report.problem(LAYOUT, f"tensor {piece.output.name}", str(error))
+    return Verification(report, fitting, Comparison(sample, seed, foreign), started)
+
+
+def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+    if layout == GGUF:
+        model = open_gguf(output)
+        content = gguf_content(model, checkpoint, report)
+        check_keys(model, content, checkpoint.folder, report)
+        check_split_keys(model, report)
+        check_padding(model, report)
+        return content.pieces
+    if layout == SHARDS:
+        return shard_pieces(output, checkpoint, report)
+    return folder_pieces(output, checkpoint, report)
+
+
+def _describe_wrong(result: TensorResult) -> str:
+    index = "" if result.first_index is None else f", the first at {list(result.first_index)}"
+    return (
+        f"{result.wrong:,} of {result.compared:,} elements are wrong ({result.source} to {result.output}), "
+        f"largest error {result.largest_error:.3g}{index}"
+    )

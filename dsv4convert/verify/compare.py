@@ -1,0 +1,207 @@
+"""Compares pieces of an output with the source weights that they stand for, a block of elements at a time."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import InventoryError
+from .matrix import Matrix, read_bits
+from .numbers import (
+    BLOCK,
+    FP8_TILE,
+    INTEGERS,
+    SCALED,
+    Bits,
+    Mask,
+    bits_of,
+    fp4_as_fp8_bits,
+    values_of,
+    within_half_step,
+)
+from .report import TensorResult
+
+# A block of float64 values takes 2 MiB, and a comparison a few times that.
+BLOCK_ELEMENTS = 2**18
+# A sample is cut finer, so that it comes from many places.
+SAMPLE_BLOCK_ELEMENTS = 2**13
+
+# Pieces that are handed out at a time: results wait for the slowest of them, not for all.
+BATCH = 256
+
+
+class Piece(NamedTuple):
+    """A rectangle of an output tensor that holds a rectangle of a source weight.
+
+    ``shape`` is the output tensor's own, in which indices are reported.
+    """
+
+    output: Matrix
+    shape: tuple[int, ...]
+    at: tuple[int, int]
+    source: Matrix
+    source_at: tuple[int, int]
+    size: tuple[int, int]
+
+
+class Comparison(NamedTuple):
+    """How to compare: a seeded fraction or everything, and whether another tool's rounding is allowed."""
+
+    sample: float | None = None
+    seed: int = 0
+    foreign: bool = False
+
+
+def compare_pieces(pieces: Iterable[Piece], how: Comparison, threads: int) -> Iterator[tuple[TensorResult, int]]:
+    """Yield (result, bytes read) of every piece, in order.
+
+    Raises:
+        InputOutputError: a read failed.
+    """
+    remaining = iter(pieces)
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(remaining, BATCH)):
+            yield from pool.map(lambda piece: compare_piece(piece, how), batch)
+
+
+def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
+    """Return the result of one piece and the bytes that were read for it."""
+    output, source = piece.output, piece.source
+    result = TensorResult(output.name, source.encoding, output.encoding, math.prod(piece.size))
+    tiled = output.encoding.startswith("fp8") and source.encoding == "fp4"
+    blocks = _blocks(piece.size, tiled, SAMPLE_BLOCK_ELEMENTS if how.sample is not None else BLOCK_ELEMENTS)
+    if how.sample is not None:
+        chosen = random.Random(f"{how.seed} {output.name} {source.name}")
+        count = max(1, math.ceil(how.sample * len(blocks)))
+        blocks = sorted(chosen.sample(blocks, count))
+    for top, bottom, left, right in blocks:
+        rows = piece.at[0] + top, piece.at[0] + bottom
+        columns = piece.at[1] + left, piece.at[1] + right
+        source_rows = piece.source_at[0] + top, piece.source_at[0] + bottom
+        source_columns = piece.source_at[1] + left, piece.source_at[1] + right
+        found = read_bits(output, rows, columns)
+        original = read_bits(source, source_rows, source_columns)
+        _compare(result, piece, (rows[0], columns[0]), original, found, how.foreign)
+    share = result.compared / max(1, math.prod(piece.size))
+    return result, round(share * piece_bytes(piece))
+
+
+def piece_bytes(piece: Piece) -> int:
+    """Return the bytes of a piece on both sides, scales among them."""
+    return sum(_nbytes(matrix, piece.size) for matrix in (piece.output, piece.source))
+
+
+def _nbytes(matrix: Matrix, size: tuple[int, int]) -> int:
+    nbytes = matrix.row_bytes * size[0] * size[1] // max(1, matrix.columns)
+    scale = matrix.scale
+    return nbytes + (0 if scale is None else size[0] * size[1] // (scale.block[0] * scale.block[1]))
+
+
+def _blocks(size: tuple[int, int], tiled: bool, elements: int) -> list[tuple[int, int, int, int]]:
+    """Cut a rectangle into blocks (top, bottom, left, right): whole rows, or whole tiles where scales ask for it."""
+    rows, columns = size
+    wide, step = columns, 1
+    if tiled:
+        step = FP8_TILE
+        wide = max(FP8_TILE, elements // FP8_TILE // FP8_TILE * FP8_TILE)
+    elif columns > elements:
+        wide = elements // BLOCK * BLOCK
+    tall = max(step, elements // max(1, min(wide, columns)) // step * step)
+    return [
+        (top, min(top + tall, rows), left, min(left + wide, columns))
+        for top in range(0, rows, tall)
+        for left in range(0, columns, wide)
+    ]
+
+
+def _compare(
+    result: TensorResult, piece: Piece, corner: tuple[int, int], original: Bits, found: Bits, foreign: bool
+) -> None:
+    source, output = piece.source.encoding, piece.output.encoding
+    result.compared += found.size
+    same, exact = _same(source, output, original, found, foreign)
+    if same.all() and exact:
+        return
+    before, after = values_of(source, original), values_of(output, found)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(after - before)
+    differs = ~((before == after) | (np.isnan(before) & np.isnan(after)))
+    wrong = ~same
+    result.wrong += int(np.count_nonzero(wrong))
+    result.rounded += int(np.count_nonzero(differs & same))
+    if result.wrong and not wrong.any():
+        return  # what rounds is of no interest beside what is wrong
+    shown = wrong if wrong.any() else differs
+    if not shown.any():
+        return
+    if wrong.any() and result.wrong == np.count_nonzero(wrong):
+        result.largest_error, result.first_index = 0.0, None  # forget what only rounded
+    largest = float(np.max(np.where(np.isnan(error), np.inf, error)[shown]))
+    result.largest_error = max(result.largest_error, largest)
+    if result.first_index is None:
+        row, column = np.unravel_index(int(np.argmax(shown)), shown.shape)
+        flat = (corner[0] + int(row)) * piece.output.columns + corner[1] + int(column)
+        result.first_index = tuple(int(i) for i in np.unravel_index(flat, piece.shape or (1,)))
+
+
+def _same(source: str, output: str, original: Bits, found: Bits, foreign: bool) -> tuple[Mask, bool]:
+    """Return where an output is what it must be, and whether what must be is the source's very value."""
+    if source == output or {source, output} <= {"fp4", "mxfp4"}:
+        same = np.equal(original, found)
+        if foreign and not same.all() and source in SCALED:
+            same |= values_of(source, original) == values_of(output, found)
+        return same, True
+    if source in INTEGERS or output in INTEGERS:
+        if source in INTEGERS and output in INTEGERS:
+            return np.equal(original, found), True
+        return np.zeros(found.shape, np.bool_), False
+    before = values_of(source, original)
+    if output.startswith("fp8"):
+        expected = _as_fp8(source, output, original, found)
+    elif output in ("fp4", "mxfp4"):
+        expected = bits_of("mxfp4", before)
+    else:
+        expected = bits_of(output, before)
+    same = np.equal(expected, found)
+    if not same.all():
+        # Which NaN stands for a NaN is not the source's to say.
+        same |= np.isnan(before) & np.isnan(values_of(output, found))
+        if foreign and not same.all():
+            same |= within_half_step(output, before, found)
+    return same, False
+
+
+def _as_fp8(source: str, output: str, original: Bits, found: Bits) -> Bits:
+    """Return the bits that FP8 must have: of FP4 by the tile rule, of others the source's exact values.
+
+    No rule says how to choose the scales of BF16 weights: where a stored element has the source's value,
+    it is what it must be.
+    """
+    if source == "fp4" and output == "fp8":
+        return fp4_as_fp8_bits(original)
+    equal = values_of(source, original) == values_of(output, found)
+    return np.where(equal, found, found + found.dtype.type(1))
+
+
+def check_fits(piece: Piece) -> None:
+    """Check that a piece lies inside both matrices, where blocks of both begin.
+
+    Raises:
+        InventoryError: it does not, so that the two cannot be compared.
+    """
+    for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
+        inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
+        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4")
+        if not inside or (blocked and (at[1] % BLOCK or piece.size[1] % BLOCK)):
+            raise InventoryError(
+                f"tensor {matrix.name}: cannot be compared in parts",
+                where=matrix.file,
+                expected=f"{list(piece.size)} at {list(at)}",
+                got=[matrix.rows, matrix.columns],
+            )

@@ -1,0 +1,391 @@
+"""A finished folder of safetensors, a checkpoint or shards: which tensor holds which part of which weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers
+from ..checkpoint.safetensors_header import HEADER_LENGTH_BYTES, METADATA_KEY, Stored, read_header
+from ..checkpoint.weights import Weight
+from ..config import CONFIG_NAME, parse_config, parse_json_object, read_json_object
+from ..errors import ConfigError, InputMissingError, UnsupportedError
+from ..layouts.names import Split, Store
+from .compare import Piece
+from .matrix import Matrix, stored_matrix, weight_matrix
+from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, LeftOut, Report
+
+SHARD_FILE = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
+
+PREFIX = "model."
+SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
+
+# The weight that shards hold in BF16, whatever the source has, and the one that concatenates over ranks
+# along its columns.
+DEQUANTISED_IN_SHARDS = "attn.wo_a.weight"
+
+FLOATS = ("bf16", "f16", "f32")
+QUANTISED = ("fp8", "fp8/f32", "fp4")
+
+# Files that make a folder of use, compared byte for byte; the first ones have to be there if the source
+# has them.
+NEEDED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+OTHER_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+)
+
+DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+PYTORCH_METADATA = {"format": "pt"}
+COPY_BYTES = 2**20
+
+
+class Tensors:
+    """The tensors of a file or folder by name without a prefix, each taken once; what is left is extra."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._left = dict(stored)
+
+    def take(self, name: str) -> tuple[Stored, Stored | None] | None:
+        """Return a weight and its scale, None where there is no such weight."""
+        found = self._pop(name)
+        if found is None:
+            return None
+        stem = name.removesuffix(".weight")
+        scales = (self._pop(stem + suffix) for suffix in SCALE_SUFFIXES) if stem != name else iter(())
+        return found, next((scale for scale in scales if scale is not None), None)
+
+    def _pop(self, name: str) -> Stored | None:
+        return self._left.pop(name, None) or self._left.pop(PREFIX + name, None)
+
+    def names(self) -> list[str]:
+        """Return the names that nobody has taken."""
+        return list(self._left)
+
+
+def is_shard_folder(folder: Path) -> bool:
+    """Return whether a folder holds model-parallel shards."""
+    return folder.is_dir() and any(SHARD_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+    """Return the pieces of a checkpoint folder, and report everything that does not belong or is missing.
+
+    Raises:
+        Dsv4Error: the folder cannot be read at all.
+    """
+    stored, files, strays = read_folder_headers(folder)
+    for stray in strays:
+        report.problem(FILE, folder, stray)
+    _check_file_metadata(files, report)
+    if (folder / INDEX_NAME).is_file():
+        _check_index(folder / INDEX_NAME, stored, report)
+    transformers = any(".self_attn." in name or ".mlp." in name for name in stored)
+    tensors = Tensors(stored)
+    present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
+    nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
+    _leave_out(nameless, "transformers has no such module", report)
+    present = _without_absent_drafts(present, stored, report)
+    pieces: list[Piece] = []
+    groups: dict[str, list[Weight]] = {}
+    for weight in present:
+        groups.setdefault((_transformers_name(weight) or "") if transformers else weight.name, []).append(weight)
+    for name, weights in groups.items():
+        pieces += _folder_tensor(name, weights, tensors, report)
+    for name in tensors.names():
+        report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+    _check_config(folder, checkpoint, pieces, report)
+    _check_files(folder, checkpoint.folder, report)
+    return pieces
+
+
+def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, report: Report) -> Iterator[Piece]:
+    """Yield the pieces of a tensor that holds a weight, or the experts of a layer one above the other."""
+    found = tensors.take(name)
+    if found is None:
+        report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+        return
+    first = weights[0]
+    stacked = first.expert is not None and name != first.name
+    shape = first.shape
+    if stacked:
+        weights = sorted(weights, key=lambda weight: (weight.expert or 0, weight.row.name))
+        experts = len({weight.expert for weight in weights})
+        shape = (experts, len(weights) // experts * first.shape[0], first.shape[1])
+    matrix = _checked(name, found, shape, weights, report)
+    if matrix is None:
+        return
+    for number, weight in enumerate(weights):
+        source = weight_matrix(weight)
+        at = (number * source.rows, 0)
+        yield Piece(matrix, shape, at, source, (0, 0), (source.rows, source.columns))
+
+
+def _checked(
+    name: str, found: tuple[Stored, Stored | None], shape: tuple[int, ...], weights: list[Weight], report: Report
+) -> Matrix | None:
+    """Return the stored matrix if its shape and type are what they may be, and report them if not."""
+    stored, scale = found
+    where = f"tensor {name}"
+    matrix = stored_matrix(name, stored, scale)
+    if isinstance(matrix, str):
+        report.problem(LAYOUT, where, matrix)
+        return None
+    logical = stored.shape
+    if stored.dtype in ("I8", "U8"):
+        logical = (*logical[:-1], logical[-1] * 2)
+    if logical != shape:
+        report.problem(LAYOUT, where, f"expected shape {list(shape)}, got {list(logical)}")
+        return None
+    allowed = _allowed_encodings(weights[0])
+    if matrix.encoding not in allowed:
+        report.problem(LAYOUT, where, f"expected {' or '.join(allowed)}, got {matrix.encoding}")
+    elif matrix.encoding in QUANTISED and matrix.scale is not None and weights[0].block is not None:
+        block = weights[0].block if matrix.encoding == weight_matrix(weights[0]).encoding else (128, 128)
+        if matrix.scale.block != block and not report.foreign:
+            report.problem(LAYOUT, where, f"expected blocks {list(block)}, got {list(matrix.scale.block)}")
+    return matrix
+
+
+def _allowed_encodings(weight: Weight) -> tuple[str, ...]:
+    """Return how a folder may store a weight: F32 and integers as they are, others in any float format.
+
+    FP4 experts may become FP8, and wo_a goes to BF16 and back.
+    """
+    own = weight_matrix(weight).encoding
+    if own in ("i32", "i64", "f32"):
+        return (own,)
+    if weight.row.store is Store.EXPERT or weight.row.name == DEQUANTISED_IN_SHARDS:
+        return tuple(dict.fromkeys((own, "fp8", *FLOATS)))
+    return tuple(dict.fromkeys((own, *FLOATS)))
+
+
+def _transformers_name(weight: Weight) -> str | None:
+    """Return what transformers calls a weight; it has no draft layers, which keep their names in its folders."""
+    if weight.is_draft:
+        return weight.name
+    name = weight.row.transformers
+    return name if name is None or weight.layer is None else f"{PREFIX}layers.{weight.layer}.{name}"
+
+
+def _leave_out(weights: Iterable[Weight], reason: str, report: Report) -> None:
+    groups: dict[str, int] = {}
+    for weight in weights:
+        groups[weight.row.name] = groups.get(weight.row.name, 0) + 1 + (weight.scale is not None)
+    report.left_out += [LeftOut(what, reason, count) for what, count in groups.items()]
+
+
+def _without_absent_drafts(weights: list[Weight], names: Iterable[str], report: Report) -> list[Weight]:
+    """Return the weights without those of draft layers, if the output has none of them."""
+    if any(name.removeprefix(PREFIX).startswith("mtp.") for name in names):
+        return weights
+    absent = [weight for weight in weights if weight.is_draft]
+    if absent:
+        tensors = sum(1 + (weight.scale is not None) for weight in absent)
+        report.left_out.append(LeftOut("the draft layers", "the output holds none", tensors))
+    return [weight for weight in weights if not weight.is_draft]
+
+
+# Shards
+
+
+def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+    """Return the pieces of the shards in ``folder``, and report all that does not belong or is missing.
+
+    Ranks that are not there are noted: ``shard --rank`` writes some only.
+
+    Raises:
+        Dsv4Error: a shard cannot be read at all.
+    """
+    files = {
+        (int(found[2]), int(found[1])): path
+        for path in sorted(folder.iterdir())
+        if (found := SHARD_FILE.fullmatch(path.name)) is not None
+    }
+    sizes = sorted({size for size, _ in files})
+    if len(sizes) > 1:
+        report.problem(FILE, folder, f"shards of several divisions: mp {', '.join(map(str, sizes))}")
+    mp = sizes[0]
+    for path in sorted(folder.glob("*.safetensors")):
+        if path not in files.values():
+            report.problem(FILE, path, "no shard, and not expected beside shards")
+    ranks = {rank: path for (size, rank), path in files.items() if size == mp}
+    absent = [rank for rank in range(mp) if rank not in ranks]
+    if absent:
+        report.notes.append(f"not there and not verified: ranks {', '.join(map(str, absent[:20]))} of {mp}")
+    _check_file_metadata(ranks.values(), report)
+    pieces: list[Piece] = []
+    for rank, path in ranks.items():
+        if rank >= mp:
+            report.problem(FILE, path, f"rank {rank} of {mp}")
+            continue
+        pieces += _rank_pieces(rank, mp, path, checkpoint, report)
+    if len(ranks) > 1:
+        report.left_out = list(dict.fromkeys(report.left_out))
+    _check_config(folder, checkpoint, pieces, report)
+    _check_files(folder, checkpoint.folder, report)
+    return pieces
+
+
+def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report: Report) -> Iterator[Piece]:
+    stored = read_header(path)
+    tensors = Tensors(stored)
+    experts = checkpoint.config.n_routed_experts // mp
+    for weight in _without_absent_drafts(list(checkpoint.weights.values()), stored, report):
+        if weight.expert is not None and weight.row.split is Split.EXPERT and weight.expert // max(1, experts) != rank:
+            continue
+        source = weight_matrix(weight)
+        found = tensors.take(weight.name)
+        if found is None:
+            report.problem(MISSING, f"rank {rank}: tensor {weight.name}", "not in the shard")
+            continue
+        axis = {Split.ROWS: 0, Split.COLUMNS: 1}.get(weight.row.split)
+        shape = weight.shape
+        if axis is not None:
+            shape = (*shape[:axis], shape[axis] // mp, *shape[axis + 1 :])
+        matrix = _checked(f"rank{rank}:{weight.name}", found, shape, [weight], report)
+        if matrix is None:
+            continue
+        dequantised = weight.row.name == DEQUANTISED_IN_SHARDS and source.encoding in QUANTISED
+        if dequantised and matrix.encoding != "bf16":
+            what = f"expected bf16, got {matrix.encoding}"
+            report.problem(LAYOUT, f"rank {rank}: tensor {weight.name}", what)
+        at = (0, 0)
+        if axis is not None:
+            vector = len(weight.shape) == 1
+            at = (0, rank * matrix.columns) if vector or axis == 1 else (rank * matrix.rows, 0)
+        yield Piece(matrix, shape, (0, 0), source, at, (matrix.rows, matrix.columns))
+    for name in tensors.names():
+        report.problem(EXTRA, f"rank {rank}: tensor {name}", "the source has nothing that belongs here")
+
+
+# Beside tensors
+
+
+def _check_file_metadata(files: Iterable[Path], report: Report) -> None:
+    """Report ``__metadata__`` of safetensors headers that is not what PyTorch's loaders ask for."""
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+        report.keys += 1
+        found = header.get(METADATA_KEY)
+        if found != PYTORCH_METADATA and not (report.foreign or found is None):
+            report.problem(KEY, path, f"{METADATA_KEY}: expected {PYTORCH_METADATA}, got {found!r:.80}")
+
+
+def _check_index(path: Path, stored: Mapping[str, Stored], report: Report) -> None:
+    index = parse_json_object(path.read_bytes(), path)
+    report.keys += 1
+    metadata = index.get("metadata")
+    total = sum(tensor.nbytes for tensor in stored.values())
+    found = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if found != total:
+        report.problem(KEY, path, f"total_size: expected {total}, got {found!r:.40}")
+    if report.foreign:
+        return
+    for key in sorted(set(index) - {"metadata", "weight_map"}):
+        report.problem(KEY, path, f"unknown key {key}")
+    for key in sorted(set(metadata) - {"total_size"}) if isinstance(metadata, dict) else ():
+        report.problem(KEY, path, f"unknown key metadata.{key}")
+
+
+def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
+    """Report the keys of config.json that are not the source's, but for what the conversion has to change."""
+    path = folder / CONFIG_NAME
+    try:
+        found = read_json_object(path)
+    except (ConfigError, InputMissingError) as error:
+        report.problem(FILE, path, str(error))
+        return
+    expected = _expected_config(checkpoint, list(pieces), report)
+    if report.foreign:
+        try:
+            same = parse_config(found, path) == parse_config(expected, path)
+        except (ConfigError, UnsupportedError) as error:
+            report.problem(KEY, path, str(error))
+            return
+        report.keys += 1
+        if not same:
+            report.problem(KEY, path, "describes another model than the source's config.json")
+        return
+    for key in sorted(set(expected) | set(found)):
+        if key in report.ignored_keys:
+            continue
+        report.keys += 1
+        left, right = _json(expected, key), _json(found, key)
+        if left != right:
+            report.problem(KEY, path, f"key {key}: expected {left}, got {right}")
+
+
+def _json(document: Mapping[str, Any], key: str) -> str:
+    if key not in document:
+        return "no such key"
+    text = json.dumps(document[key], sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report) -> dict[str, Any]:
+    """Return the source's config as the tensors of the output say that it must have changed."""
+    config = dict(checkpoint.config.raw)
+    quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
+    was_quantised = any(piece.source.encoding in QUANTISED for piece in pieces)
+    if was_quantised and not quantised:
+        for key in ("quantization_config", "expert_dtype"):
+            config.pop(key, None)
+        floats = [p.output.encoding for p in pieces if p.source.encoding in QUANTISED]
+        for key in ("torch_dtype", "dtype"):
+            config[key] = DTYPE_NAMES[floats[0]]
+    elif any(p.source.encoding == "fp4" and p.output.encoding == "fp8" for p in pieces):
+        config["expert_dtype"] = "fp8"
+        quantization = config.get("quantization_config")
+        if isinstance(quantization, dict) and "expert_dtype" in quantization:
+            config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
+    if checkpoint.n_draft and any(entry.what == "the draft layers" for entry in report.left_out):
+        config = {key: value for key, value in config.items() if not key.startswith("dspark_")}
+        config["num_nextn_predict_layers"] = 0
+        if "compress_ratios" in config:
+            config["compress_ratios"] = config["compress_ratios"][: config["num_hidden_layers"]]
+    return config
+
+
+def _check_files(folder: Path, source: Path, report: Report) -> None:
+    """Report files beside the weights that are not the source's."""
+    for name in NEEDED_FILES + OTHER_FILES:
+        original, copy = source / name, folder / name
+        if not original.is_file():
+            continue
+        if not copy.is_file():
+            if name in NEEDED_FILES and not report.foreign:
+                report.problem(FILE, copy, "missing; the source has it")
+            continue
+        if report.foreign:
+            continue
+        report.keys += 1
+        position = _first_difference(original, copy)
+        if position is not None:
+            report.problem(FILE, copy, f"differs from the source's from byte {position} on")
+
+
+def _first_difference(left: Path, right: Path) -> int | None:
+    """Return the first byte in which two files differ, None where they are the same."""
+    position = 0
+    with left.open("rb") as a, right.open("rb") as b:
+        while True:
+            first, second = a.read(COPY_BYTES), b.read(COPY_BYTES)
+            if first != second:
+                pairs = enumerate(zip(first, second, strict=False))
+                return position + next((i for i, (x, y) in pairs if x != y), min(len(first), len(second)))
+            if not first:
+                return None
+            position += len(first)

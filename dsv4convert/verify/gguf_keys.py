@@ -1,0 +1,331 @@
+"""The key-values that a GGUF must have, worked out from the source anew, and held against those it has.
+
+Names and special tokens come from gguf's own readers of model cards and vocabularies, which llama.cpp's
+converter uses as well; what follows from config.json is a table.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checkpoint.gguf_file import GgufModelFile
+from ..config import ModelConfig
+from ..errors import TokenizerError
+from ..model_card import read_model_card
+from ..tokenizer import load_tokenizer, recognise_pre
+from .gguf_output import LLAMA_CPP, PORT, GgufContent
+from .report import KEY, Report
+
+
+class Expected(NamedTuple):
+    """The type and value that a key must have, and whether it may be absent."""
+
+    type: str
+    value: Any
+    optional: bool = False
+
+
+# Key below the architecture's name, its type, its value; what another dialect calls it is in PORT_NAMES.
+CONFIG_KEYS: tuple[tuple[str, str, Callable[[ModelConfig], Any]], ...] = (
+    ("context_length", "u32", lambda c: c.max_position_embeddings),
+    ("embedding_length", "u32", lambda c: c.hidden_size),
+    ("embedding_length_out", "u32", lambda c: c.hidden_size * c.hc_mult),
+    ("vocab_size", "u32", lambda c: c.vocab_size),
+    ("attention.head_count", "u32", lambda c: c.num_attention_heads),
+    ("attention.head_count_kv", "u32", lambda c: 1),
+    ("attention.key_length", "u32", lambda c: c.head_dim),
+    ("attention.value_length", "u32", lambda c: c.head_dim),
+    ("attention.q_lora_rank", "u32", lambda c: c.q_lora_rank),
+    ("attention.output_lora_rank", "u32", lambda c: c.o_lora_rank),
+    ("attention.output_group_count", "u32", lambda c: c.o_groups),
+    ("attention.sliding_window", "u32", lambda c: c.sliding_window),
+    ("attention.layer_norm_rms_epsilon", "f32", lambda c: c.rms_norm_eps),
+    ("attention.compress_ratios", "[i32]", lambda c: list(c.compress_ratios)),
+    ("attention.compress_rope_freq_base", "f32", lambda c: c.compress_rope_theta),
+    ("attention.indexer.head_count", "u32", lambda c: c.index_n_heads),
+    ("attention.indexer.key_length", "u32", lambda c: c.index_head_dim),
+    ("attention.indexer.top_k", "u32", lambda c: c.index_topk),
+    ("rope.dimension_count", "u32", lambda c: c.qk_rope_head_dim),
+    ("rope.freq_base", "f32", lambda c: c.rope_theta),
+    ("expert_count", "u32", lambda c: c.n_routed_experts),
+    ("expert_used_count", "u32", lambda c: c.num_experts_per_tok),
+    ("expert_shared_count", "u32", lambda c: c.n_shared_experts),
+    ("expert_feed_forward_length", "u32", lambda c: c.moe_intermediate_size),
+    ("expert_gating_func", "u32", lambda c: {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}[c.scoring_func]),
+    ("expert_weights_scale", "f32", lambda c: c.routed_scaling_factor),
+    ("expert_weights_norm", "bool", lambda c: c.norm_topk_prob),
+    ("hash_layer_count", "u32", lambda c: c.num_hash_layers),
+    ("hyper_connection.count", "u32", lambda c: c.hc_mult),
+    ("hyper_connection.sinkhorn_iterations", "u32", lambda c: c.hc_sinkhorn_iters),
+    ("hyper_connection.epsilon", "f32", lambda c: c.hc_eps),
+)
+YARN_KEYS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("rope.scaling.type", "str", lambda y: "yarn"),
+    ("rope.scaling.factor", "f32", lambda y: y.factor),
+    ("rope.scaling.original_context_length", "u32", lambda y: y.original_max_position_embeddings),
+    ("rope.scaling.yarn_beta_fast", "f32", lambda y: y.beta_fast),
+    ("rope.scaling.yarn_beta_slow", "f32", lambda y: y.beta_slow),
+)
+PORT_NAMES = {
+    "attention.output_lora_rank": "o_lora_rank",
+    "attention.output_group_count": "o_groups",
+    "attention.compress_ratios": "compress_ratios",
+    "attention.compress_rope_freq_base": "compress_rope_freq_base",
+    "hyper_connection.count": "hyperconnections.count",
+    "hyper_connection.sinkhorn_iterations": "hyperconnections.sinkhorn_iterations",
+    "hyper_connection.epsilon": "hyperconnections.epsilon",
+    "hash_layer_count": "n_hash_layers",
+}
+
+# general.file_type by the type of the routed experts.
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "mxfp4": 38}
+QUANTIZATION_VERSION = 2
+
+SAMPLING = {
+    "general.sampling.sequence": ("str", ("sequence",)),
+    "general.sampling.top_k": ("i32", ("top_k",)),
+    "general.sampling.top_p": ("f32", ("top_p",)),
+    "general.sampling.min_p": ("f32", ("min_p",)),
+    "general.sampling.xtc_probability": ("f32", ("xtc_probability",)),
+    "general.sampling.xtc_threshold": ("f32", ("xtc_threshold",)),
+    "general.sampling.temp": ("f32", ("temperature",)),
+    "general.sampling.penalty_last_n": ("i32", ("penalty_last_n",)),
+    "general.sampling.penalty_repeat": ("f32", ("penalty_repeat", "repetition_penalty")),
+    "general.sampling.mirostat": ("i32", ("mirostat",)),
+    "general.sampling.mirostat_tau": ("f32", ("mirostat_tau",)),
+    "general.sampling.mirostat_eta": ("f32", ("mirostat_eta",)),
+}
+
+CHAT_TEMPLATE = "tokenizer.chat_template"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+# Keys that name the model and do not describe it: another tool may call it what it likes.
+IDENTITY_PREFIX = "general."
+DESCRIBING = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
+
+
+def check_keys(model: GgufModelFile, content: GgufContent, source: Path, report: Report) -> None:
+    """Report every key of ``model`` that is missing, unknown, or has another type or value than it must.
+
+    Raises:
+        TokenizerError, FileFormatError: the source's own tokenizer or model card is malformed.
+    """
+    expected = dict(_expected(model, content, source, report))
+    ignored = report.ignored_keys
+    for key, want in expected.items():
+        if key in ignored or (report.foreign and key.startswith(IDENTITY_PREFIX) and key not in DESCRIBING):
+            continue
+        report.keys += 1
+        if key not in model.metadata:
+            if not want.optional:
+                report.problem(KEY, key, f"missing, expected {_short(want.value)}")
+            continue
+        kind, value = model.types[key], model.metadata[key]
+        if kind != want.type:
+            report.problem(KEY, key, f"expected type {want.type}, got {kind}")
+        elif not _equal(kind, want.value, value):
+            report.problem(KEY, key, _difference(want.value, value))
+    for key in model.metadata:
+        known = key in expected or key in ignored or key.startswith("split.")
+        if not known and not (report.foreign and _is_harmless(key)):
+            report.problem(KEY, key, f"unknown, with the value {_short(model.metadata[key])}")
+
+
+def _is_harmless(key: str) -> bool:
+    return key.startswith(("general.", "tokenizer.chat_template", "quantize.")) and key not in DESCRIBING
+
+
+def _expected(
+    model: GgufModelFile, content: GgufContent, source: Path, report: Report
+) -> Iterator[tuple[str, Expected]]:
+    architecture = model.architecture or LLAMA_CPP
+    yield "general.architecture", Expected("str", architecture)
+    yield "general.type", Expected("str", "model")
+    yield "general.quantization_version", Expected("u32", QUANTIZATION_VERSION)
+    experts = next((t.type for name, t in model.tensors.items() if "_exps." in name), "")
+    if experts in FILE_TYPES:
+        yield "general.file_type", Expected("u32", FILE_TYPES[experts])
+    yield from _sampling(source)
+    yield from _identity(model, source)
+    yield from _from_config(content, architecture)
+    yield from _vocabulary(source, content.config.vocab_size, report)
+
+
+def _from_config(content: GgufContent, architecture: str) -> Iterator[tuple[str, Expected]]:
+    def named(key: str) -> str:
+        return f"{architecture}.{PORT_NAMES.get(key, key) if architecture == PORT else key}"
+
+    config = content.config
+    yield named("block_count"), Expected("u32", content.block_count)
+    for key, kind, value in CONFIG_KEYS:
+        yield named(key), Expected(kind, value(config))
+    if config.yarn is not None:
+        for key, kind, value in YARN_KEYS:
+            yield named(key), Expected(kind, value(config.yarn))
+    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        yield named(key), Expected("[f32]", [config.swiglu_limit] * content.block_count)
+    if content.is_mtp_file:
+        yield named("nextn_predict_layers"), Expected("u32", config.num_nextn_predict_layers)
+
+
+def _sampling(source: Path) -> Iterator[tuple[str, Expected]]:
+    generation = read_model_card(source).generation
+    for key, (kind, names) in SAMPLING.items():
+        values = [generation[name] for name in names if name in generation]
+        usable = [v for v in values if isinstance(v, str if kind == "str" else (int, float))]
+        usable = [v for v in usable if not isinstance(v, bool)]
+        if usable:
+            yield key, Expected(kind, int(usable[0]) if kind == "i32" else usable[0])
+
+
+@contextmanager
+def _quiet_gguf() -> Iterator[None]:
+    """Keep gguf's readers from logging what is no concern of the user."""
+    logger = logging.getLogger("gguf")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+GGUF_TYPES = {4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "str", 9: "[]", 10: "u64"}
+
+
+def _recorded(writer: Any) -> Iterator[tuple[str, Expected]]:
+    """Yield what was given to a gguf.GGUFWriter that writes nothing."""
+    for key, entry in writer.kv_data[0].items():
+        if key == "general.architecture":
+            continue
+        kind = GGUF_TYPES[int(entry.type)]
+        value = entry.value
+        if kind == "[]":
+            value = list(value)
+            kind = "[str]" if all(isinstance(item, str) for item in value) else "[i32]"
+        yield key, Expected(kind, str(value) if kind == "str" else value)
+
+
+def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expected]]:
+    """Yield the keys that say what the model is called, by and from whom: from model card and folder name."""
+    import gguf
+
+    total = shared = expert = 0
+    stacks: list[int] = []
+    for name, tensor in model.tensors.items():
+        elements = math.prod(tensor.shape)
+        total += elements
+        if "_exps." in name and len(tensor.shape) > 2:
+            expert += elements // tensor.shape[0]
+            stacks.append(tensor.shape[0])
+        else:
+            shared += elements
+    folder = source.resolve()
+    with _quiet_gguf():
+        about = gguf.Metadata.load(None, folder, None, total)
+        if about.name is None:
+            about.name = folder.name
+        if about.size_label is None and total:
+            about.size_label = gguf.size_label(total, shared, expert, sum(stacks) // len(stacks) if stacks else 0)
+        writer = gguf.GGUFWriter(None, LLAMA_CPP)
+        about.set_gguf_meta_model(writer)
+    yield from _recorded(writer)
+
+
+def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple[str, Expected]]:
+    """Yield the tokenizer's keys: tokens from the file itself, merges and special tokens as gguf reads them."""
+    import gguf
+
+    path = source / "tokenizer.json"
+    load_tokenizer(source, vocab_size, "given")  # malformed files end here, with their own error
+    document = json.loads(path.read_bytes())
+    yield "tokenizer.ggml.model", Expected("str", "gpt2")
+    try:
+        yield "tokenizer.ggml.pre", Expected("str", recognise_pre(document, path))
+    except TokenizerError:
+        report.notes.append("tokenizer.ggml.pre: the source's pre-tokenizer is not a known one, not compared")
+        report.ignored_keys.append("tokenizer.ggml.pre")
+    tokens, types = _tokens(document, source, vocab_size)
+    yield "tokenizer.ggml.tokens", Expected("[str]", tokens)
+    yield "tokenizer.ggml.token_type", Expected("[i32]", types)
+    with _quiet_gguf():
+        special = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
+        writer = gguf.GGUFWriter(None, LLAMA_CPP)
+        special.add_to_gguf(writer, quiet=True)
+    yield from _recorded(writer)
+    if special.chat_template is None:
+        ours = resources.files("dsv4convert") / "chat_template.jinja"
+        yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True)
+
+
+def _tokens(document: Mapping[str, Any], source: Path, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Return tokens and types by id: vocabulary, then added tokens, then padding where there is nothing."""
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for text, number in document["model"]["vocab"].items():
+        tokens[number], types[number] = text, NORMAL
+    special = _texts_called_special(source)
+    for added in document.get("added_tokens", []):
+        text, number = added["content"], added["id"]
+        tokens[number] = text
+        if added.get("special") or text in special or _looks_like_control(text):
+            types[number] = CONTROL
+        else:
+            tokens[number], types[number] = text.replace("\u2581", " "), USER_DEFINED
+    return tokens, types
+
+
+def _looks_like_control(text: str) -> bool:
+    """llama.cpp's rule for added tokens that should have been marked as special and are not."""
+    if text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    bracketed = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
+    return bracketed or (text.startswith("<unused") and text.endswith(">"))
+
+
+def _texts_called_special(source: Path) -> set[str]:
+    path = source / "tokenizer_config.json"
+    if not path.is_file():
+        return set()
+    settings = json.loads(path.read_bytes())
+    values = [settings.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    more = settings.get("additional_special_tokens", settings.get("extra_special_tokens"))
+    values += more if isinstance(more, list) else []
+    texts = (value.get("content") if isinstance(value, dict) else value for value in values)
+    return {text for text in texts if isinstance(text, str)}
+
+
+def _equal(kind: str, expected: Any, found: Any) -> bool:
+    if kind in ("f32", "[f32]"):
+        # By bits: a flipped sign of zero is a difference.
+        return np.array(expected, np.float32).tobytes() == np.array(found, np.float32).tobytes()
+    return bool(expected == found)
+
+
+def _difference(expected: Any, found: Any) -> str:
+    """Say how two values of one type differ: of arrays and long texts, where."""
+    if isinstance(expected, (list, str)) and isinstance(found, (list, str)):
+        if len(expected) != len(found):
+            return f"expected {len(expected)} {_unit(expected)}, got {len(found)}"
+        if isinstance(expected, list) or len(expected) > 60:
+            where = next((i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b), 0)
+            return f"[{where}]: expected {_short(expected[where])}, got {_short(found[where])}"
+    return f"expected {_short(expected)}, got {_short(found)}"
+
+
+def _unit(value: Any) -> str:
+    return "elements" if isinstance(value, list) else "characters"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

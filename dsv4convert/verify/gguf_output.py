@@ -1,0 +1,267 @@
+"""A finished GGUF: which rectangle of which tensor holds which source weight, and all that is beside tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.gguf_file import GgufModelFile, GgufTensor
+from ..checkpoint.weights import Weight
+from ..config import ModelConfig
+from ..errors import InputOutputError, UnsupportedError
+from .compare import Piece
+from .matrix import STORAGE, Matrix, as_matrix, read_bits, weight_matrix
+from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
+
+LLAMA_CPP, PORT = "deepseek4", "deepseek-v4"
+
+# What an MTP file of llama.cpp takes from the trunk.
+SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
+
+# Tensor types that each kind of weight may have. Norms, biases, sinks and hyper-connections are never
+# stored with less than the source's precision, and tables of integers only as such.
+FLOAT_TYPES = ("bf16", "f16", "f32")
+MATRIX_TYPES = {
+    "dense": ("q8_0", *FLOAT_TYPES),
+    "expert": ("mxfp4", "q8_0", *FLOAT_TYPES),
+    "bf16": FLOAT_TYPES,
+    "f32": ("f32",),
+    "table": ("i32",),
+}
+VECTOR_TYPES = ("f32",)
+
+CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class GgufContent:
+    """What a GGUF is found to be: the config of the layers it holds, and which kind of file it is."""
+
+    config: ModelConfig
+    is_mtp_file: bool
+    block_count: int
+    pieces: list[Piece]
+
+
+def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -> GgufContent:
+    """Return the pieces of ``model`` and report every tensor that is missing, unknown or of a wrong layout.
+
+    Raises:
+        UnsupportedError: an architecture that is not verified.
+    """
+    architecture = model.architecture
+    if architecture not in (LLAMA_CPP, PORT):
+        raise UnsupportedError(
+            "cannot verify this architecture",
+            where=model.files[0],
+            expected=f"{LLAMA_CPP} or {PORT}",
+            got=repr(architecture)[:100],
+        )
+    blocks = model.metadata.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int):
+        report.problem(KEY, f"{architecture}.block_count", f"missing or no number, got {blocks!r:.40}")
+        blocks = checkpoint.config.num_hidden_layers
+    is_mtp = architecture == LLAMA_CPP and _is_mtp_file(model)
+    config, first = checkpoint.config, 0
+    if is_mtp:
+        wanted = _mtp_file_weights(checkpoint)
+        block_count = config.num_hidden_layers + checkpoint.n_draft
+    else:
+        block_count = config.num_hidden_layers
+        inline = architecture == PORT and any(".mtp." in name for name in model.tensors)
+        if inline:
+            block_count += checkpoint.n_draft
+        elif blocks < config.num_hidden_layers:
+            first = _first_layer(model, checkpoint, blocks)
+            config = config.sliced(first, first + max(blocks, 1) - 1)
+            block_count = config.num_hidden_layers
+            report.notes.append(f"a slice: layers {first} to {first + blocks - 1} of the source")
+        wanted = _trunk_weights(checkpoint, config, first, architecture, inline)
+    _note_left_out(checkpoint, wanted, is_mtp, report)
+    pieces = list(_pieces(model, wanted, config, architecture, report))
+    return GgufContent(config, is_mtp, block_count, pieces)
+
+
+def _is_mtp_file(model: GgufModelFile) -> bool:
+    return f"{LLAMA_CPP}.nextn_predict_layers" in model.metadata or any(".nextn." in n for n in model.tensors)
+
+
+def _mtp_file_weights(checkpoint: Checkpoint) -> dict[str, list[Weight]]:
+    """Return the weights of each tensor of llama.cpp's separate MTP file."""
+    wanted: dict[str, list[Weight]] = {}
+    for weight in checkpoint.weights.values():
+        if weight.is_draft:
+            _want(wanted, weight, weight.row.gguf, checkpoint.config.num_hidden_layers)
+        elif weight.name in SHARED_WITH_MTP:
+            _want(wanted, weight, weight.row.gguf, 0)
+    return wanted
+
+
+def _trunk_weights(
+    checkpoint: Checkpoint, config: ModelConfig, first: int, architecture: str, inline: bool
+) -> dict[str, list[Weight]]:
+    """Return the weights of each tensor of a text model whose block 0 is layer ``first``."""
+    wanted: dict[str, list[Weight]] = {}
+    for weight in checkpoint.weights.values():
+        name = weight.row.gguf if architecture == LLAMA_CPP else weight.row.port
+        if weight.is_draft:
+            if inline:
+                _want(wanted, weight, name, checkpoint.config.num_hidden_layers)
+        elif weight.layer is None:
+            _want(wanted, weight, name, 0)
+        elif first <= weight.layer < first + config.num_hidden_layers:
+            _want(wanted, weight, name, -first)
+    return wanted
+
+
+def _want(wanted: dict[str, list[Weight]], weight: Weight, name: str | None, shift: int) -> None:
+    if name is None or weight.name.startswith(("vision.", "aligner.", "image_")):
+        return
+    if weight.layer is not None and not (weight.is_draft and name.startswith("output")):
+        name = f"blk.{weight.layer + shift}.{name}"
+    wanted.setdefault(name, []).append(weight)
+
+
+def _first_layer(model: GgufModelFile, checkpoint: Checkpoint, blocks: int) -> int:
+    """Return which layer of the source block 0 is: the first whose hyper-connections have the same bytes.
+
+    A slice numbers its blocks anew and does not say where it was cut; these tensors are always stored
+    as they are. Where none is the same, the slice is taken to begin at layer 0.
+    """
+    for name in ("blk.0.hc_attn_fn.weight", "blk.0.hc_attn.fn"):
+        found = model.tensors.get(name)
+        for first in range(checkpoint.config.num_hidden_layers - blocks + 1):
+            weight = checkpoint.weights.get(f"layers.{first}.hc_attn_fn")
+            if found is None or weight is None or found.type != "f32" or found.shape != weight.shape:
+                break
+            sides = (_gguf_matrix(found), weight_matrix(weight))
+            rows = [read_bits(side, (0, 1), (0, side.columns)) for side in sides]
+            if np.array_equal(rows[0], rows[1]):
+                return first
+    return 0
+
+
+def _note_left_out(
+    checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Weight]], is_mtp: bool, report: Report
+) -> None:
+    """Report what of the source is in no tensor of this file, by reason."""
+    held = {weight.name for weights in wanted.values() for weight in weights}
+    groups: dict[tuple[str, str], int] = {}
+    for weight in checkpoint.weights.values():
+        if weight.name in held:
+            continue
+        if weight.is_draft:
+            what = "the draft layers", "this file is the text model's own"
+        elif is_mtp:
+            what = "the trunk", "this is the MTP layer's own file"
+        elif weight.layer is not None and weight.row.gguf is not None:
+            what = "layers outside the slice", "the file holds some layers only"
+        else:
+            what = weight.row.name, "not part of this layout"
+        groups[what] = groups.get(what, 0) + 1 + (weight.scale is not None)
+    report.left_out += [LeftOut(what, reason, count) for (what, reason), count in groups.items()]
+
+
+def _pieces(
+    model: GgufModelFile,
+    wanted: Mapping[str, list[Weight]],
+    config: ModelConfig,
+    architecture: str,
+    report: Report,
+) -> Iterator[Piece]:
+    for name, weights in wanted.items():
+        tensor = model.tensors.get(name)
+        if tensor is None:
+            report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+            continue
+        weights = _in_order(weights)
+        shape = _expected_shape(weights, config, architecture)
+        if tensor.shape != shape:
+            report.problem(LAYOUT, f"tensor {name}", f"expected shape {list(shape)}, got {list(tensor.shape)}")
+            continue
+        allowed = VECTOR_TYPES if len(weights[0].shape) == 1 else MATRIX_TYPES[weights[0].row.store.value]
+        if tensor.type not in allowed:
+            what = f"expected type {' or '.join(allowed)}, got {tensor.type}"
+            report.problem(LAYOUT, f"tensor {name}", what)
+            if tensor.type not in STORAGE:
+                continue
+        matrix = _gguf_matrix(tensor)
+        for number, weight in enumerate(weights):
+            source = weight_matrix(weight)
+            size = source.rows, source.columns
+            stacked = weight.expert is not None
+            at = (number * size[0], 0) if stacked else (0, number * size[1])
+            yield Piece(matrix, tensor.shape, at, source, (0, 0), size)
+    for name in model.tensors:
+        if name not in wanted:
+            report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+
+
+def _in_order(weights: list[Weight]) -> list[Weight]:
+    """Return experts by number, and e_proj before h_proj."""
+    return sorted(weights, key=lambda weight: (weight.expert or 0, weight.row.name))
+
+
+def _expected_shape(weights: Sequence[Weight], config: ModelConfig, architecture: str) -> tuple[int, ...]:
+    first = weights[0]
+    if first.expert is not None:
+        return (len(weights), *first.shape)
+    if len(weights) > 1:
+        return (first.shape[0], sum(weight.shape[1] for weight in weights))
+    if architecture == PORT and first.row.name == "attn.wo_a.weight":
+        return (config.o_groups, first.shape[0] // config.o_groups, first.shape[1])
+    return first.shape
+
+
+def _gguf_matrix(tensor: GgufTensor) -> Matrix:
+    rows, columns = as_matrix(tensor.shape)
+    return Matrix(tensor.name, tensor.file, tensor.offset, tensor.type, rows, columns)
+
+
+# Beside tensors
+
+
+def check_padding(model: GgufModelFile, report: Report) -> None:
+    """Report bytes outside header and tensors that are not zero, and files that do not end where they should."""
+    for part in model.parts:
+        end = -(-part.data_end // part.alignment) * part.alignment
+        if part.nbytes != end:
+            report.problem(FILE, part.path, f"expected {end} bytes, padding included, got {part.nbytes}")
+        for start, stop in part.gaps():
+            for position in _nonzero(part.path, start, stop):
+                report.problem(PADDING, part.path, f"byte {position} belongs to nothing and is not zero")
+                break
+
+
+def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
+    """Yield the first position from ``start`` to ``stop`` that is not zero, if there is one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                chunk = file.read(min(CHUNK_BYTES, stop - start))
+                if not chunk:
+                    raise InputOutputError("became shorter while it was read", where=path)
+                if chunk.strip(b"\0"):
+                    yield start + len(chunk) - len(chunk.lstrip(b"\0"))
+                    return
+                start += len(chunk)
+    except OSError as error:
+        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def check_split_keys(model: GgufModelFile, report: Report) -> None:
+    """Report keys of splits that have a wrong type or are not about splits."""
+    expected = {"split.no": "u16", "split.count": "u16", "split.tensors.count": "i32"}
+    for number, part in enumerate(model.parts):
+        for key, kind in part.types.items():
+            if key in expected:
+                report.keys += 1
+                if kind != expected[key]:
+                    report.problem(KEY, key, f"expected type {expected[key]}, got {kind} ({part.path.name})")
+            elif number > 0:
+                report.problem(KEY, key, f"only the first of the files has such keys ({part.path.name})")

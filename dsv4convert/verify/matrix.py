@@ -1,0 +1,216 @@
+"""Stored matrices, on either side of a comparison: where they lie, and reading a part of one as bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.safetensors_header import Stored
+from ..checkpoint.weights import Weight
+from ..errors import InputMissingError, InputOutputError, InventoryError
+from .numbers import BLOCK, Bits
+
+Bytes = npt.NDArray[np.uint8]
+
+# Bytes of a row by encoding: so many bytes for so many elements.
+STORAGE = {
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "i32": (4, 1),
+    "i64": (8, 1),
+    "fp8": (1, 1),
+    "fp8/f32": (1, 1),
+    "fp4": (1, 2),
+    "mxfp4": (17, BLOCK),
+    "q8_0": (34, BLOCK),
+}
+SCALE_DTYPE = {"F8_E8M0": "<u1", "F32": "<u4"}
+
+
+class Scale(NamedTuple):
+    """The scales of a matrix, [rows, columns]; each serves a ``block`` of (rows, columns) elements."""
+
+    file: Path
+    offset: int
+    dtype: str
+    rows: int
+    columns: int
+    block: tuple[int, int]
+
+
+class Matrix(NamedTuple):
+    """A row-major matrix in a file; a vector is one row, a stack of matrices is one above the other."""
+
+    name: str
+    file: Path
+    offset: int
+    encoding: str
+    rows: int
+    columns: int
+    scale: Scale | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row, scales aside."""
+        nbytes, elements = STORAGE[self.encoding]
+        return self.columns // elements * nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the matrix, scales aside."""
+        return self.rows * self.row_bytes
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return a shape as (rows, columns): leading dimensions are rows, a vector is one row."""
+    rows = 1
+    for length in shape[:-1]:
+        rows *= length
+    return rows, (shape[-1] if shape else 1)
+
+
+def block_of(length: int, scales: int) -> int | None:
+    """Return how many of ``length`` elements share one of ``scales`` scales: the power of two that fits.
+
+    A length that the scales divide evenly and that no power of two fits gives the quotient.
+    """
+    power = 1
+    while scales and -(-length // power) > scales:
+        power *= 2
+    if scales and -(-length // power) == scales:
+        return power
+    return length // scales if scales and length % scales == 0 else None
+
+
+def stored_matrix(name: str, stored: Stored, scale: Stored | None) -> Matrix | str:
+    """Return the matrix that a safetensors tensor and its scale make, or what is wrong with them."""
+    plain = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I32": "i32", "I64": "i64"}.get(stored.dtype)
+    rows, columns = as_matrix(stored.shape)
+    if plain is not None:
+        if scale is not None:
+            return f"a scale beside {stored.dtype}"
+        return Matrix(name, stored.file, stored.offset, plain, rows, columns)
+    if stored.dtype not in ("F8_E4M3", "I8", "U8", "F4"):
+        return f"{stored.dtype} is not decoded here"
+    if scale is None:
+        return f"a {stored.dtype} weight without a scale"
+    if stored.dtype in ("I8", "U8"):
+        columns *= 2
+    grid = as_matrix(scale.shape)
+    block = block_of(rows, grid[0]), block_of(columns, grid[1])
+    if block[0] is None or block[1] is None or scale.dtype not in SCALE_DTYPE:
+        return f"a scale {scale.dtype} {list(scale.shape)} that fits no blocks of {[rows, columns]}"
+    encoding = "fp4"
+    if stored.dtype == "F8_E4M3":
+        encoding = "fp8" if scale.dtype == "F8_E8M0" else "fp8/f32"
+    elif block != (1, BLOCK) or scale.dtype != "F8_E8M0":
+        return f"packed FP4 with a scale {scale.dtype} {list(scale.shape)}"
+    place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]))
+    return Matrix(name, stored.file, stored.offset, encoding, rows, columns, place)
+
+
+def weight_matrix(weight: Weight) -> Matrix:
+    """Return a source weight as a matrix, its encoding and block worked out anew.
+
+    Raises:
+        InventoryError: they are not what the reader of checkpoints found.
+    """
+    made = stored_matrix(weight.name, weight.stored, weight.scale)
+    if isinstance(made, str) or (made.rows, made.columns) != as_matrix(weight.shape):
+        got = made if isinstance(made, str) else [made.rows, made.columns]
+        raise InventoryError(
+            f"tensor {weight.name}: cannot be read", where=weight.stored.file, expected=list(weight.shape), got=got
+        )
+    return made
+
+
+def read_bits(matrix: Matrix, rows: tuple[int, int], columns: tuple[int, int]) -> Bits:
+    """Return the bits of elements [rows[0]:rows[1], columns[0]:columns[1]] (see numbers.py).
+
+    ``columns`` begin and end where bytes or blocks do.
+
+    Raises:
+        InputMissingError, InputOutputError: the file cannot be read, or ended early.
+    """
+    nbytes, elements = STORAGE[matrix.encoding]
+    first, last = (column // elements * nbytes for column in columns)
+    raw = _read(matrix.file, matrix.offset, matrix.row_bytes, rows, (first, last))
+    bits: Bits = _as_bits(matrix, raw, rows, columns)
+    return bits
+
+
+def _as_bits(matrix: Matrix, raw: Bytes, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+    count, nbytes = rows[1] - rows[0], STORAGE[matrix.encoding][0]
+    if matrix.encoding in ("f32", "i32"):
+        return raw.view("<u4" if matrix.encoding == "f32" else "<i4")
+    if matrix.encoding in ("f16", "bf16"):
+        return raw.view("<u2")
+    if matrix.encoding == "i64":
+        return raw.view("<i8")
+    if matrix.encoding == "q8_0":
+        blocks = raw.reshape(count, -1, nbytes)
+        d = np.ascontiguousarray(blocks[:, :, :2]).view("<u2").astype(np.uint32)
+        return ((d << np.uint32(8)) | blocks[:, :, 2:]).reshape(count, -1)
+    if matrix.encoding == "mxfp4":
+        blocks = raw.reshape(count, -1, nbytes)
+        codes = np.concatenate([blocks[:, :, 1:] & 0xF, blocks[:, :, 1:] >> 4], axis=2)
+        return ((blocks[:, :, :1].astype(np.uint16) << np.uint16(4)) | codes).reshape(count, -1)
+    codes = raw
+    if matrix.encoding == "fp4":
+        codes = np.stack([raw & 0xF, raw >> 4], axis=2).reshape(count, -1)
+    return _with_scale(matrix, codes, rows, columns)
+
+
+def _with_scale(matrix: Matrix, codes: Bytes, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+    scale = matrix.scale
+    if scale is None:
+        raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
+    tall, wide = scale.block
+    row = np.arange(*rows) // tall
+    column = np.arange(*columns) // wide
+    item = np.dtype(SCALE_DTYPE[scale.dtype])
+    span = (int(row[0]), int(row[-1]) + 1)
+    row_bytes = scale.columns * item.itemsize
+    grid = _read(scale.file, scale.offset, row_bytes, span, (0, row_bytes)).view(item)
+    spread = grid[row - span[0]][:, column]
+    if matrix.encoding == "fp4":
+        return (spread.astype(np.uint16) << np.uint16(4)) | codes
+    if matrix.encoding == "fp8":
+        return (spread.astype(np.uint16) << np.uint16(8)) | codes
+    return (spread.astype(np.uint64) << np.uint64(8)) | codes
+
+
+def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes:
+    """Return bytes [rows, columns] of a matrix of ``row_bytes`` a row at ``offset``."""
+    count, width = rows[1] - rows[0], columns[1] - columns[0]
+    out = np.empty((count, width), np.uint8)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if width == row_bytes:
+                _fill(descriptor, memoryview(out.data).cast("B"), offset + rows[0] * row_bytes, file)
+            else:
+                for number in range(count):
+                    start = offset + (rows[0] + number) * row_bytes + columns[0]
+                    _fill(descriptor, memoryview(out[number].data).cast("B"), start, file)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=file) from None
+    except OSError as error:
+        raise InputOutputError(f"cannot be read ({error.strerror})", where=file) from None
+    return out
+
+
+def _fill(descriptor: int, view: memoryview, position: int, file: Path) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], position + done)
+        if got == 0:
+            raise InputOutputError("became shorter while it was read", where=file)
+        done += got

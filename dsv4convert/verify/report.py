@@ -1,0 +1,199 @@
+"""What a verification found: the verdict, every problem, and what was compared how."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..errors import escape_control
+
+MAX_LISTED = 20
+
+# Kinds of problems.
+TENSOR = "tensor"  # elements that are not what the source says
+MISSING = "missing"
+EXTRA = "extra"
+LAYOUT = "layout"  # shape or type
+KEY = "key"  # metadata or config
+PADDING = "padding"  # bytes that belong to nothing and are not zero
+FILE = "file"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: its kind, where it is, and what it is."""
+
+    kind: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return escape_control(f"{self.where}: {self.what}")
+
+
+@dataclass
+class TensorResult:
+    """An output tensor held against its source.
+
+    ``wrong`` elements are not what the conversion must give. ``rounded`` ones differ from the source
+    because the output's format rounds. ``largest_error`` is of the wrong ones where there are any, else of
+    the rounded ones, with the index of the first of them.
+    """
+
+    name: str
+    source: str
+    output: str
+    elements: int = 0
+    compared: int = 0
+    wrong: int = 0
+    rounded: int = 0
+    largest_error: float = 0.0
+    first_index: tuple[int, ...] | None = None
+
+    def add(self, other: TensorResult) -> None:
+        """Add the result of another piece of the same tensor; pieces come in order."""
+        if self.source != other.source and other.source not in self.source.split("+"):
+            self.source += "+" + other.source
+        if bool(self.wrong) == bool(other.wrong):
+            self.largest_error = max(self.largest_error, other.largest_error)
+            self.first_index = other.first_index if self.first_index is None else self.first_index
+        elif other.wrong:
+            self.largest_error, self.first_index = other.largest_error, other.first_index
+        self.elements += other.elements
+        self.compared += other.compared
+        self.wrong += other.wrong
+        self.rounded += other.rounded
+
+    @property
+    def verdict(self) -> str:
+        """Return "wrong", "rounded" (as the format must) or "exact"."""
+        return "wrong" if self.wrong else "rounded" if self.rounded else "exact"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON values; an infinite error is a text."""
+        error: float | str = self.largest_error
+        if not math.isfinite(self.largest_error):
+            error = str(self.largest_error)
+        return {
+            "name": self.name,
+            "source": self.source,
+            "output": self.output,
+            "verdict": self.verdict,
+            "elements": self.elements,
+            "compared": self.compared,
+            "wrong": self.wrong,
+            "rounded": self.rounded,
+            "largest_error": error,
+            "first_index": None if self.first_index is None else list(self.first_index),
+        }
+
+
+class LeftOut(NamedTuple):
+    """Source tensors that the output does not hold by design, and why."""
+
+    what: str
+    reason: str
+    tensors: int
+
+
+@dataclass
+class Report:
+    """The result of a verification."""
+
+    source: str
+    output: str
+    layout: str
+    sample: float | None
+    seed: int
+    foreign: bool
+    problems: list[Problem] = field(default_factory=list)
+    results: dict[str, TensorResult] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ignored_keys: list[str] = field(default_factory=list)
+    keys: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Return whether nothing is wrong."""
+        return not self.problems
+
+    def problem(self, kind: str, where: object, what: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(kind, str(where), what))
+
+    def verdicts(self) -> Counter[str]:
+        """Return how many tensors are exact, rounded and wrong."""
+        return Counter(result.verdict for result in self.results.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report as plain JSON values (schemas/verify.schema.json)."""
+        verdicts = self.verdicts()
+        return {
+            "verdict": "ok" if self.ok else "differs",
+            "source": self.source,
+            "output": self.output,
+            "layout": self.layout,
+            "sample": self.sample,
+            "seed": self.seed,
+            "foreign": self.foreign,
+            "tensors": {
+                "compared": len(self.results),
+                **{kind: verdicts[kind] for kind in ("exact", "rounded", "wrong")},
+            },
+            "elements": sum(result.elements for result in self.results.values()),
+            "elements_compared": sum(result.compared for result in self.results.values()),
+            "keys": self.keys,
+            "ignored_keys": self.ignored_keys,
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "problems": [problem._asdict() for problem in self.problems],
+            "inexact": [r.as_json() for r in self.results.values() if r.verdict != "exact"],
+            "left_out": [entry._asdict() for entry in self.left_out],
+            "notes": self.notes,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield the report as lines of text, control characters escaped."""
+        return map(escape_control, self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        verdicts = self.verdicts()
+        elements = sum(result.elements for result in self.results.values())
+        compared = sum(result.compared for result in self.results.values())
+        yield (
+            f"{self.layout}: {len(self.results):,} tensors compared, {verdicts['exact']:,} exact, "
+            f"{verdicts['rounded']:,} rounded as the format does, {verdicts['wrong']:,} wrong"
+        )
+        if self.sample is not None:
+            yield f"a sample of {self.sample:.3g}: {compared:,} of {elements:,} elements, seed {self.seed}"
+        for (source, output), worst in self._rounding().items():
+            yield (
+                f"rounded {source} to {output}: {worst.rounded:,} elements of {worst.compared:,}, "
+                f"largest error {worst.largest_error:.3g}"
+            )
+        yield f"{self.keys:,} keys compared" + (
+            f", ignored: {', '.join(self.ignored_keys)}" if self.ignored_keys else ""
+        )
+        for entry in self.left_out:
+            yield f"left out {entry.what}: {entry.tensors:,} tensors ({entry.reason})"
+        for note in self.notes:
+            yield f"note: {note}"
+        for problem in self.problems[:MAX_LISTED]:
+            yield f"{problem.kind}: {problem}"
+        if len(self.problems) > MAX_LISTED:
+            yield f"{len(self.problems) - MAX_LISTED:,} more problems (see --json)"
+        rate = self.bytes_read / self.seconds / 1e6 if self.seconds else 0.0
+        yield f"{self.seconds:.1f} s, {rate:,.0f} MB/s read"
+
+    def _rounding(self) -> dict[tuple[str, str], TensorResult]:
+        sums: dict[tuple[str, str], TensorResult] = {}
+        for result in self.results.values():
+            if result.verdict == "rounded":
+                key = (result.source, result.output)
+                sums.setdefault(key, TensorResult("", *key)).add(result)
+        return sums

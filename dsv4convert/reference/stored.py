@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,9 +23,13 @@ from ..formats.q8_0 import BLOCK_BYTES as Q8_0_BLOCK_BYTES
 from ..formats.q8_0 import q8_0_to_f32
 from .source import Array
 
-# Decoded bytes of a tile: the codecs' scratch space is a few times this, however large the matrix.
-TILE_BYTES = 4 * 2**20
+# Decoded bytes of a tile: it and the codecs' scratch space, a few times as large, stay in the cache.
+TILE_BYTES = 2**20
 F32_BYTES = 4
+
+# A matrix of more decoded bytes than this is divided among threads; numpy's loops run side by side.
+THREADED_BYTES = 8 * 2**20
+MAX_THREADS = 8
 
 # Bytes per group of 32 elements in a row, by kind of storage.
 GROUP_BYTES = {
@@ -83,25 +90,44 @@ def read_rows(matrix: Matrix, first: int = 0, last: int | None = None) -> Array:
     """
     last = matrix.rows if last is None else last
     out = np.empty((last - first, matrix.columns), np.int64 if matrix.is_table else np.float32)
-    scratch, scale = Scratch(), matrix.scale
-    tall = 1 if scale is None else scale.block[0]
-    step = max(tall, TILE_BYTES // (matrix.columns * F32_BYTES) // tall * tall)
-    with _opened(matrix.file) as file:
-        # Tiles start where blocks do; a first one that starts inside a block is cut short.
-        a = first
-        while a < last:
-            b = min((a // tall) * tall + step, last)
-            raw = _read(file, matrix, matrix.offset + a * matrix.row_bytes, (b - a) * matrix.row_bytes)
-            scales = None
-            block = (1, 1)
-            if scale is not None:
-                scales = _read_scales(scale, a // tall, -(-b // tall))
-                block = scale.block
-                if a % tall:
-                    scales, block = scales[(np.arange(a, b) // tall) - a // tall], (1, block[1])
-            _decode(matrix, raw.reshape(b - a, -1), scales, block, out[a - first : b - first], scratch)
-            a = b
+    tiles = _tiles(matrix, first, last)
+    if out.nbytes <= THREADED_BYTES:
+        _read_tiles(matrix, tiles, first, out)
+    else:
+        pool, workers = _pool()
+        runs = [tiles[len(tiles) * n // workers : len(tiles) * (n + 1) // workers] for n in range(workers)]
+        for _ in pool.map(lambda run: _read_tiles(matrix, run, first, out), runs):
+            pass
     return out
+
+
+def _tiles(matrix: Matrix, first: int, last: int) -> list[tuple[int, int]]:
+    """Cut rows into tiles that begin where scale blocks do; a first one inside a block is cut short."""
+    tall = 1 if matrix.scale is None else matrix.scale.block[0]
+    step = max(tall, TILE_BYTES // (matrix.columns * F32_BYTES) // tall * tall)
+    begins = [first, *range(first // tall * tall + step, last, step)]
+    return [(a, b) for a, b in zip(begins, [*begins[1:], last], strict=True) if a < b]
+
+
+def _read_tiles(matrix: Matrix, tiles: list[tuple[int, int]], first: int, out: Array) -> None:
+    """Decode ``tiles`` into ``out``, whose row 0 is row ``first`` of the matrix."""
+    scratch, scale = Scratch(), matrix.scale
+    with _opened(matrix.file) as file:
+        for a, b in tiles:
+            raw = _read(file, matrix, matrix.offset + a * matrix.row_bytes, (b - a) * matrix.row_bytes)
+            scales, block = None, (1, 1)
+            if scale is not None:
+                tall, block = scale.block[0], scale.block
+                scales = _read_scales(scale, a // tall, -(-b // tall))
+                if a % tall:
+                    scales, block = scales[np.arange(a, b) // tall - a // tall], (1, block[1])
+            _decode(matrix, raw.reshape(b - a, -1), scales, block, out[a - first : b - first], scratch)
+
+
+@cache
+def _pool() -> tuple[ThreadPoolExecutor, int]:
+    workers = min(os.cpu_count() or 1, MAX_THREADS)
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode"), workers
 
 
 def gather_rows(matrix: Matrix, indices: Array) -> Array:

@@ -110,6 +110,17 @@ def test_chosen_rows_come_in_the_order_asked(
     assert np.array_equal(gather_rows(matrix, rows), expected[rows])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_decode_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, expected = make(kind, tmp_path, monkeypatch)
+    monkeypatch.setattr(stored, "THREADED_BYTES", 1)
+    assert np.array_equal(read_rows(matrix), expected)
+    assert np.array_equal(read_rows(matrix, 130, 291), expected[130:291])
+    matrix.file.unlink()
+    with pytest.raises(InputMissingError, match="no such file"):
+        read_rows(matrix)
+
+
 def test_a_slice_of_rows_is_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, expected = make("mxfp4", tmp_path, monkeypatch)
     assert np.array_equal(read_rows(matrix.row_slice(100, 50)), expected[100:150])

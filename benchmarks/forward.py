@@ -1,0 +1,94 @@
+"""The numpy forward pass on a Flash slice at full width: seconds per layer, and peak memory.
+
+python benchmarks/forward.py --save benchmarks/results/forward.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+from dsv4convert.synth import write_synth
+
+RATIOS = (0, 4, 128, 4)
+KIB = 1024
+
+
+def child(source: Path, length: int) -> None:
+    """Run the model once in this process and print what it took, as JSON."""
+    import numpy as np
+
+    from dsv4convert.reference import Model
+    from dsv4convert.reference.sources import open_source
+
+    started = time.perf_counter()
+    model = Model(open_source(source))
+    marks: list[tuple[str, float]] = [("open", time.perf_counter())]
+
+    def record(name: str, _value: object) -> None:
+        if name.endswith(("attn.streams", "ffn.streams")) or name in ("embed", "logits"):
+            marks.append((name, time.perf_counter()))
+
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, length)
+    model.forward(tokens, record=record)
+    seconds = {}
+    before = started
+    for name, at in marks:
+        seconds[name] = at - before
+        before = at
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    print(json.dumps({"seconds": seconds, "total": before - started, "peak_bytes": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
+    parser.add_argument("--source", type=Path, help="a model that is there already, in any layout")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    source = arguments.source or arguments.folder / f"flash-slice-{arguments.experts}"
+    if arguments.child:
+        child(source, arguments.tokens)
+        return
+    if not source.exists():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=RATIOS, experts=arguments.experts)
+    command = [
+        sys.executable, __file__, "--child", "--source", str(source), "--tokens", str(arguments.tokens),
+    ]  # fmt: skip
+    rounds = []
+    for _ in range(arguments.rounds):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        rounds.append(json.loads(done.stdout))
+    seconds = {name: median(r["seconds"][name] for r in rounds) for name in rounds[0]["seconds"]}
+    result = {
+        "command": f"python benchmarks/forward.py --experts {arguments.experts} --tokens {arguments.tokens}",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "rounds": arguments.rounds,
+        "median_seconds": seconds,
+        "median_total_seconds": median(r["total"] for r in rounds),
+        "peak_bytes": max(r["peak_bytes"] for r in rounds),
+    }
+    for name, value in seconds.items():
+        print(f"{name:<24} {value:8.3f} s")
+    print(f"{'total':<24} {result['median_total_seconds']:8.3f} s")
+    print(f"peak memory {result['peak_bytes'] / 2**20:.0f} MiB")
+    if arguments.save is not None:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        arguments.save.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

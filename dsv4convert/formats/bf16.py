@@ -130,9 +130,7 @@ def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally)
     f32_to_bf16(wide, out, scratch, tally)
 
 
-def i64_to_i32(
-    source: npt.NDArray[np.int64], out: npt.NDArray[np.int32], scratch: Scratch, tally: Tally
-) -> None:
+def i64_to_i32(source: npt.NDArray[np.int64], out: npt.NDArray[np.int32], scratch: Scratch, tally: Tally) -> None:
     """Narrow int64 to int32, any shape; a value out of range is counted and saturates."""
     limits = np.iinfo(np.int32)
     outside = int(np.count_nonzero((source < limits.min) | (source > limits.max)))

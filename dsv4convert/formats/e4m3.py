@@ -202,7 +202,7 @@ def fp8_to_f16(weight: ArrayU8, scale: Array, block: Block, out: ArrayF16, scrat
     table, loss = _f16_table()
     np.take(table, index, out=out.view(np.uint16), mode="clip")
     first, last, nan_scale = byte_range(codes)
-    if nan_scale or has_nan_code(weight):
+    if nan_scale or has_nan_code(weight, scratch):
         tally.nan += int(np.count_nonzero(out.view(np.uint16) == F16_NAN_BITS))
     if first < F16_FIRST_EXACT_BYTE or last > F16_LAST_SAFE_BYTE:
         lost = np.take(loss, index, mode="clip")
@@ -226,14 +226,16 @@ def _f16_table() -> tuple[ArrayU16, ArrayU8]:
     return bits.reshape(-1), loss.reshape(-1)
 
 
-def has_nan_code(weight: ArrayU8) -> bool:
+def has_nan_code(weight: ArrayU8, scratch: Scratch) -> bool:
     """True when a code of a contiguous array is NaN; eight codes at a time."""
     flat = weight.reshape(-1)
     whole = flat.size & ~7
     lanes = flat[:whole].view(np.uint64)
     # 0x7F is the one magnitude that carries into bit 7 when 1 is added.
-    found = ((lanes & _U64_MAGNITUDE) + _U64_ONES) & _U64_HIGH
-    return bool(found.any()) or bool(((flat[whole:] & NAN_CODE) == NAN_CODE).any())
+    found = scratch.array("e4m3.found", lanes.shape, np.uint64)
+    np.bitwise_and(lanes, _U64_MAGNITUDE, out=found)
+    np.add(found, _U64_ONES, out=found)
+    return bool(np.bitwise_or.reduce(found) & _U64_HIGH) or bool(((flat[whole:] & NAN_CODE) == NAN_CODE).any())
 
 
 def place(weight: ArrayU8, out: ArrayF32) -> None:
@@ -264,7 +266,7 @@ def _decode_power_of_two(
         tally.overflow += int(np.count_nonzero(np.isinf(out)))
         # A NaN code has been read as 480 and may count as infinite here; it is not.
         tally.overflow -= int(np.count_nonzero(np.isinf(out) & ((weight & NAN_CODE) == NAN_CODE)))
-    if nan_scale or has_nan_code(weight):
+    if nan_scale or has_nan_code(weight, scratch):
         nan = np.isnan(out)
         nan |= (weight & NAN_CODE) == NAN_CODE
         tally.nan += int(np.count_nonzero(nan))

@@ -37,6 +37,7 @@ from dsv4convert.formats.base import (
     GROUP,
     Array,
     ArrayF32,
+    ArrayI64,
     ArrayU8,
     ArrayU16,
     Block,
@@ -286,31 +287,42 @@ def _quantise_codes(
     place(weight, x)
     np.multiply(x, _HALF_PLACED, out=x)
     factor = scratch.array("q8_0.factor", (rows * groups, GROUP), np.float32)
-    np.take(_multiplier_rows(), largest, axis=0, out=factor, mode="clip")
+    row = _as_index(largest, scratch)
+    np.take(_multiplier_rows(), row, axis=0, out=factor, mode="clip")
     work = x.reshape(-1, GROUP)
     np.multiply(work, factor, out=work)
     np.rint(work, out=work)
     target = out.reshape(-1, BLOCK_BYTES)
     np.copyto(target[:, 2:].view(np.int8), work, casting="unsafe")
-    d16 = _store_d(d_table(), largest, codes, block, rows, out)
-    if has_nan_code(weight):
-        tally.nan += int(np.count_nonzero(magnitude == NAN_CODE))
-    by_block = magnitude.reshape(-1, GROUP)
-    _count_range(d16, largest > 0, lambda chosen: np.count_nonzero(by_block[chosen], axis=1), tally)
+    d16 = _store_d(d_table(), row, codes, block, rows, out, scratch)
+    if has_nan_code(weight, scratch):
+        tally.nan += int(np.count_nonzero((weight & NAN_CODE) == NAN_CODE))
+    by_block = weight.reshape(-1, GROUP)  # the maximum has used `magnitude` up
+    _count_range(d16, largest > 0, lambda chosen: np.count_nonzero(by_block[chosen] & NAN_CODE, axis=1), tally)
 
 
-def _store_d(table: ArrayU16, largest: ArrayU8, codes: ArrayU8, block: Block, rows: int, out: ArrayU8) -> ArrayU16:
-    """Look up and write every block's d, and return them."""
-    groups = largest.size // rows
+def _store_d(
+    table: ArrayU16, row: ArrayI64, codes: ArrayU8, block: Block, rows: int, out: ArrayU8, scratch: Scratch
+) -> ArrayU16:
+    """Look up and write every block's d, and return them; uses up ``row``, the largest codes."""
+    groups = row.size // rows
     # The scale byte of each block of 32: rows repeat by the block's height, columns by its width / 32.
     byte = codes if block[1] == GROUP else np.take(codes, column_blocks(groups, block[1] // GROUP), axis=1)
     if block[0] != 1:
         byte = np.repeat(byte, block[0], axis=0)[:rows]
-    index = largest.astype(np.intp) << 8
-    index |= byte.reshape(-1)
-    d16 = np.take(table, index, mode="clip")
+    np.left_shift(row, 8, out=row)
+    np.bitwise_or(row, byte.reshape(-1), out=row)
+    d16: ArrayU16 = scratch.array("q8_0.d", row.shape, np.uint16)
+    np.take(table, row, out=d16, mode="clip")
     np.copyto(out.reshape(-1).view(_BLOCK)["d"], d16)
     return d16
+
+
+def _as_index(largest: ArrayU8, scratch: Scratch) -> ArrayI64:
+    """The largest codes as table rows, in the type that numpy would convert them to at every use."""
+    row: ArrayI64 = scratch.array("q8_0.row", largest.shape, np.int64)
+    np.copyto(row, largest)
+    return row
 
 
 def _quantise_pairs(
@@ -328,12 +340,13 @@ def _quantise_pairs(
     pairs, d = fp4_tables()
     index = scratch.array("q8_0.index", packed.shape, np.int64)
     offset = scratch.array("q8_0.offset", groups, np.int64)
-    np.take(index_rows(), largest, axis=0, out=offset, mode="clip")
+    row = _as_index(largest, scratch)
+    np.take(index_rows(), row, axis=0, out=offset, mode="clip")
     np.add(packed, offset.reshape(packed.shape), out=index)
     q = scratch.array("q8_0.pairs", packed.shape, np.uint16)
     np.take(pairs, index, out=q, mode="clip")
     np.copyto(out.reshape(-1).view(_BLOCK)["q"], q.reshape(-1).view(_BLOCK["q"]))
-    d16 = _store_d(d, largest, codes, block, rows, out)
+    d16 = _store_d(d, row, codes, block, rows, out, scratch)
 
     def nonzero(chosen: Array) -> Array:
         count: Array = np.count_nonzero(unpack_e2m1(packed.reshape(groups)[chosen]) & _FP4_MAGNITUDE, axis=1)

@@ -10,7 +10,8 @@ scale. Value and scale are powers of two apart, so a single exact multiplication
 its upper half is the bfloat16.
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ import triton.language as tl
 
 from .base import Block, Tally
 from .triton_scalar import (
-    CAREFUL,
     E2M1_LIFT,
     E4M3_LIFT,
     NAN_CARRY,
@@ -28,6 +28,7 @@ from .triton_scalar import (
     Counting,
     DeviceTally,
     blocks_of,
+    careful,
     check,
     count_rounding,
     e2m1_in_f32,
@@ -84,6 +85,7 @@ def _to_bf16(
     BLOCK_COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """Decode ``elements`` codes; ``code_groups`` and ``out_words`` are ``codes`` and ``out`` for the hot loop."""
     span: tl.constexpr = TILE * PER_VECTOR
@@ -123,17 +125,18 @@ def _to_bf16(
             high_bits = high.to(tl.int32, bitcast=True)
             pair = ((low_bits >> 16) & 0xFFFF) | (high_bits & UPPER_HALF)
             tl.store(out_words + base * WORDS + word, pair, mask=live[:, None], cache_modifier=STORE_CACHE)
-        careful = tl.max(unsound, axis=0) != 0
+        go_over = tl.max(unsound, axis=0) != 0
         # The second pass overwrites what other threads of this program wrote.
         tl.debug_barrier()
     else:
-        careful = True
-    if careful:
+        go_over = True
+    if go_over:
         for tile in range(first, tiles, step):
             start = tl.cast(tile, tl.int64) * span
-            for part in range(0, tl.minimum(elements - start, span).to(tl.int32), CAREFUL):
+            stop = tl.minimum(start + span, elements)
+            for part in range(0, (stop - start).to(tl.int32), CAREFUL):
                 element = start + part + tl.arange(0, CAREFUL)
-                live = element < elements
+                live = element < stop
                 held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
                 if FP4:
                     packed = tl.load(codes + element // 2, mask=live, other=0).to(tl.int32)
@@ -162,8 +165,7 @@ def fp8_to_bf16(
     Raises:
         ValueError: tensors that do not belong together.
     """
-    rows, columns = weight.shape
-    _launch(weight, columns, scale, block, out, tally, fp4=False)
+    _launch(weight, weight.shape[1], scale, block, out, tally, fp4=False)
 
 
 def fp4_to_bf16(
@@ -222,6 +224,7 @@ def _launch(
             BLOCK_COLUMNS=block[1],
             TILE=TILE,
             STORE_CACHE=STORE_CACHE,
+            CAREFUL=careful(codes),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

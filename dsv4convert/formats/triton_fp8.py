@@ -15,7 +15,8 @@ two from -5 to 6, every result is a normal e4m3 number, so only exponents are ad
     e4m3              0        (lift + 6) << 3   (eem << 2) + ((lift + 6) << 3)
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -25,7 +26,6 @@ import triton.language as tl
 
 from .base import GROUP, Tally
 from .triton_scalar import (
-    CAREFUL,
     CHANGED,
     E4M3_NAN,
     E4M3_SHIFT_OUT,
@@ -35,6 +35,7 @@ from .triton_scalar import (
     Counting,
     DeviceTally,
     blocks_of,
+    careful,
     check,
     count,
     e2m1_value,
@@ -116,6 +117,7 @@ def _fp4_to_fp8(
     SIDE: tl.constexpr,
     TILE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """Re-encode ``elements`` codes; ``packed_quads`` and ``out_words`` are 16- and 32-bit views for the hot loop."""
     span: tl.constexpr = TILE * PER_VECTOR
@@ -146,17 +148,18 @@ def _fp4_to_fp8(
             made = (magnitude << 2) + nonzero * ((exponent << 3) - 4)[:, None] + (from_one << 2)
             made |= (code & (ONES * 8)) << 4
             tl.store(out_words + base * WORDS + word, made, mask=live[:, None], cache_modifier=STORE_CACHE)
-        careful = tl.max(unsound, axis=0) != 0
+        go_over = tl.max(unsound, axis=0) != 0
         # The second pass overwrites what other threads of this program wrote.
         tl.debug_barrier()
     else:
-        careful = True
-    if careful:
+        go_over = True
+    if go_over:
         for tile in range(first, tiles, step):
             start = tl.cast(tile, tl.int64) * span
-            for part in range(0, tl.minimum(elements - start, span).to(tl.int32), CAREFUL):
+            stop = tl.minimum(start + span, elements)
+            for part in range(0, (stop - start).to(tl.int32), CAREFUL):
                 element = start + part + tl.arange(0, CAREFUL)
-                live = element < elements
+                live = element < stop
                 pair = tl.load(packed + element // 2, mask=live, other=0).to(tl.int32)
                 value = e2m1_value(pair >> ((element & 1) * 4).to(tl.int32))
                 byte = scale_of_elements(scale, element, live, COLUMNS, 1, GROUP).to(tl.int32)
@@ -220,6 +223,7 @@ def fp4_to_fp8(
             SIDE=FP8_TILE,
             TILE=TILE,
             STORE_CACHE=STORE_CACHE,
+            CAREFUL=careful(packed),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

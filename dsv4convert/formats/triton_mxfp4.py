@@ -8,7 +8,8 @@ Both sides lie in the order of their blocks, so rows do not matter. A block of 1
 in a word; four of them fill 17 words, and ``triton_units`` writes those.
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from .triton_scalar import (
     NAN,
     Counting,
     DeviceTally,
+    careful,
     check,
     on_device,
     programs,
@@ -33,9 +35,6 @@ BLOCK_BYTES = tl.constexpr(1 + 16)
 CODES_BYTES = tl.constexpr(16)
 BLOCK_ELEMENTS = tl.constexpr(32)
 UNIT_BLOCKS = tl.constexpr(4)
-# Blocks that the careful part takes at a time.
-PARTS = tl.constexpr(8)
-
 LOW_NIBBLES = tl.constexpr(0x0F0F0F0F)
 HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0)
 
@@ -66,6 +65,7 @@ def _fp4_to_mxfp4(
     UNITS: tl.constexpr,
     EXCHANGE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Rearrange ``blocks`` blocks; ``packed_words`` and ``out_words`` are ``packed`` and ``out`` as 32-bit words."""
     first = tl.program_id(0)
@@ -107,12 +107,13 @@ def _fp4_to_mxfp4(
             inner = tl.join(funnel(left, right, shift), funnel(right, after_right, shift))
             inner = tl.reshape(inner, [UNITS * INNER_WORDS]).to(tl.int32, bitcast=True)
             target = out_words + tl.cast(tile, tl.int64) * (UNITS * UNIT_WORDS)
+            start = start.to(tl.int32, bitcast=True)
             if EXCHANGE:
-                store_units(target, inner, start.to(tl.int32, bitcast=True), here, UNITS, UNIT_BLOCKS, STORE_CACHE)
+                store_units(target, inner, start, here, UNITS, UNIT_BLOCKS, STORE_CACHE)
             else:
-                store_units_scattered(target, inner, start.to(tl.int32, bitcast=True), here, UNITS, UNIT_BLOCKS, STORE_CACHE)
+                store_units_scattered(target, inner, start, here, UNITS, UNIT_BLOCKS, STORE_CACHE)
         count_blocks(counters, tl.sum(nan_blocks, axis=0))
-    # What fills no unit, byte by byte.
+    # What fills no unit, byte by byte, PARTS blocks at a time.
     place = tl.arange(0, BLOCK_ELEMENTS)[None, :]
     for part in range(done // PARTS + first, tl.cdiv(blocks, PARTS), step):
         number = tl.cast(part, tl.int64) * PARTS + tl.arange(0, PARTS)[:, None]
@@ -174,6 +175,7 @@ def fp4_to_mxfp4(
             UNITS=UNITS,
             EXCHANGE=EXCHANGE,
             STORE_CACHE=STORE_CACHE,
+            PARTS=careful(packed) // GROUP,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

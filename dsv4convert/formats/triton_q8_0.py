@@ -10,7 +10,8 @@ times a multiplier that depends on the largest magnitude code only, rounded to n
 part is the plain formula. Two blocks of 34 bytes fill 17 words, and ``triton_units`` writes those.
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from .triton_scalar import (
     Counting,
     DeviceTally,
     blocks_of,
+    careful,
     check,
     e4m3_in_f32,
     e4m3_value,
@@ -67,9 +69,6 @@ HALF_LIFT = tl.constexpr(2.0 ** (PLACED_EXPONENT // 2))
 LOWEST_BYTE = tl.constexpr(TABLE_FIRST_BYTE)
 # Above, 2^(byte - 127 + 120) is no finite float32.
 HIGHEST_BYTE = tl.constexpr(254 - PLACED_EXPONENT)
-
-# Blocks that the careful part takes at a time.
-CAREFUL_BLOCKS = tl.constexpr(16)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
 UNITS = 64
@@ -123,6 +122,7 @@ def _fp8_to_q8_0(
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
     STORE_CACHE: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """Quantise ``blocks`` blocks; ``weight_words`` and ``out_words`` are 32-bit views for the hot loop."""
     first = tl.program_id(0)
@@ -130,7 +130,6 @@ def _fp8_to_q8_0(
     tile_blocks: tl.constexpr = UNITS * 2
     tiles = tl.cdiv(blocks, tile_blocks)
     if VECTORS:
-        units = blocks // UNIT_BLOCKS
         unsound = tl.zeros([tile_blocks], tl.int32)
         block = tl.arange(0, tile_blocks)
         word = block[:, None] * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
@@ -163,18 +162,20 @@ def _fp8_to_q8_0(
             tl.store(target + main, _output_words(q, d, main), mask=main < here, cache_modifier=STORE_CACHE)
             tl.store(target + rest, _output_words(q, d, rest), mask=rest < here, cache_modifier=STORE_CACHE)
             unsound |= (((left % UNIT_BLOCKS) != 0) & (block == 0)).to(tl.int32)
-        careful = tl.max(unsound, axis=0) != 0
+        go_over = tl.max(unsound, axis=0) != 0
         # The second pass overwrites what other threads of this program wrote.
         tl.debug_barrier()
     else:
-        careful = True
-    if careful:
+        go_over = True
+    if go_over:
+        careful_blocks: tl.constexpr = CAREFUL // 32
         inside = tl.arange(0, BLOCK_ELEMENTS)[None, :]
         for tile in range(first, tiles, step):
             start = tl.cast(tile, tl.int64) * tile_blocks
-            for part in range(0, tl.minimum(blocks - start, tile_blocks).to(tl.int32), CAREFUL_BLOCKS):
-                number = start + part + tl.arange(0, CAREFUL_BLOCKS)
-                alive = number < blocks
+            stop = tl.minimum(start + tile_blocks, blocks)
+            for part in range(0, (stop - start).to(tl.int32), careful_blocks):
+                number = start + part + tl.arange(0, careful_blocks)
+                alive = number < stop
                 live = alive[:, None] & (inside >= 0)
                 element = number[:, None] * BLOCK_ELEMENTS + inside
                 held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
@@ -270,6 +271,7 @@ def fp8_to_q8_0(
             GROUP=GROUP,
             UNITS=UNITS,
             STORE_CACHE=STORE_CACHE,
+            CAREFUL=careful(weight),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

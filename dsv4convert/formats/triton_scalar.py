@@ -10,7 +10,8 @@ Floats are made from bits wherever they can be. The multiplications that remain 
 loop, and plain IEEE float32 or float64 (subnormals kept, no fused multiply-add) in the careful part.
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -63,9 +64,11 @@ UNDERFLOW = tl.constexpr(2)
 CHANGED = tl.constexpr(3)
 COUNTERS = 4
 
-# Elements that the careful part takes at a time. Not the hot loop's number of vectors: Triton gives index
+# Elements that the careful part takes at a time: few on a GPU, where each costs registers, many in the
+# interpreter, where each step costs time. Not the hot loop's number of vectors: Triton gives index
 # tensors of one shape one layout, and the hot loop's scales would then travel through shared memory.
-CAREFUL = tl.constexpr(256)
+CAREFUL_ON_GPU = 256
+CAREFUL_IN_INTERPRETER = 16384
 
 
 @triton.jit
@@ -91,7 +94,8 @@ def scale_byte(scale, FLOAT_SCALE: tl.constexpr):
     """Return as int32 the e8m0 byte of a scale; of a float32 that has none, the byte of NaN."""
     if FLOAT_SCALE:
         bits = scale.to(tl.int32, bitcast=True)
-        byte = tl.where((bits & SIGN_AND_MANTISSA) == 0, bits >> F32_MANTISSA_BITS, E8M0_NAN)
+        power = ((bits & SIGN_AND_MANTISSA) == 0) & (bits != 0)
+        byte = tl.where(power, bits >> F32_MANTISSA_BITS, E8M0_NAN)
     else:
         byte = scale.to(tl.int32)
     return byte
@@ -268,8 +272,13 @@ def programs(tensor: torch.Tensor, tiles: int, per_processor: int) -> int:
     """Return how many programs to start: ``per_processor`` on each multiprocessor, or one a tile if that is less."""
     if not tensor.is_cuda:
         return max(1, min(tiles, 2))
-    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    processors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
     return max(1, min(tiles, processors * per_processor))
+
+
+def careful(tensor: torch.Tensor) -> int:
+    """Return how many elements the careful part takes at a time."""
+    return CAREFUL_ON_GPU if tensor.is_cuda else CAREFUL_IN_INTERPRETER
 
 
 class DeviceTally:

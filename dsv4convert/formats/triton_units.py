@@ -6,7 +6,8 @@ into their places; 16 is a power of two and 17 is not, so the words then change 
 memory, and every store is a full-width, aligned part of one contiguous run.
 """
 
-# Kernel bodies are Triton's language, not Python's: their values have no Python types.
+# Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def store_units(out_words, words, starts, units, UNITS: tl.constexpr, BLOCKS: tl
 
 
 @triton.jit
-def store_units_scattered(out_words, words, starts, units, UNITS: tl.constexpr, BLOCKS: tl.constexpr, CACHE: tl.constexpr):
+def store_units_scattered(
+    out_words, words, starts, units, UNITS: tl.constexpr, BLOCKS: tl.constexpr, CACHE: tl.constexpr
+):
     """As ``store_units``, without the exchange."""
     unit = tl.arange(0, UNITS)[:, None]
     word = tl.arange(0, INNER_WORDS)[None, :]

@@ -16,18 +16,16 @@ from ..errors import Dsv4Error, RunInterruptedError
 from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
+from .codecs import MOVING_CODECS
 from .files import DescriptorCache, Outputs
 from .tiles import TILE_BYTES, Worker
 
 # Loading the compiler costs more than a small conversion takes.
-COMPILED_FROM_BYTES = 256 * 2**20
+COMPILED_FROM_BYTES = 512 * 2**20
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 5.0
-
-# Shared by all segments and tensors in which nothing was counted: nearly all of a hundred thousand.
-NOTHING_COUNTED = Tally()
 
 
 class Task(NamedTuple):
@@ -59,24 +57,11 @@ class Recorder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TensorReport:
-    """What became of one output tensor.
-
-    ``digest`` is the hex xxh3-128 of its segments' digests, or of its bytes when it has one segment.
-    """
-
-    file: str
-    name: str
-    digest: str
-    tally: Tally
-
-
 @dataclass(frozen=True)
 class RunReport:
     """What a run did: bytes, seconds, and per tensor its checksum and counts."""
 
-    tensors: tuple[TensorReport, ...]
+    tensors: Sequence[TensorReport]
     tally: Tally
     written_bytes: int
     seconds: float
@@ -123,7 +108,7 @@ def run_plan(
         Dsv4Error: whatever a codec or ``before_finish`` raises.
     """
     started = time.monotonic()
-    backend = codecs if codecs is not None else choose_backend(plan.nbytes)
+    backend = codecs if codecs is not None else choose_backend(converted_bytes(plan))
     done = dict(recorder.finished()) if recorder is not None else {}
     resumed = sum(_segment(plan, entry.task).nbytes for entry in done.values())
     shared = _Shared(tasks=_tasks(plan, done))
@@ -178,11 +163,17 @@ def run_plan(
     return report
 
 
-def choose_backend(output_bytes: int) -> Codecs:
+def choose_backend(converted_bytes: int) -> Codecs:
     """Return the compiled codecs where they are installed and the work is worth loading them, else numpy's."""
-    if output_bytes >= COMPILED_FROM_BYTES and compiled_available():
+    if converted_bytes >= COMPILED_FROM_BYTES and compiled_available():
         return compiled_codecs()
     return numpy_codecs()
+
+
+def converted_bytes(plan: Plan) -> int:
+    """Return how many output bytes a codec makes that does more than move bytes."""
+    segments = (segment for file in plan.files for tensor in file.tensors for segment in tensor.segments)
+    return sum(segment.nbytes for segment in segments if segment.codec not in MOVING_CODECS)
 
 
 def peak_memory_bytes() -> int:
@@ -209,7 +200,7 @@ def _work(
                 return
             if not worker.stopped:
                 with shared.lock:
-                    shared.batch.append(Finished(task, digest, _shared_if_empty(tally)))
+                    shared.batch.append(Finished(task, digest, tally))
 
 
 def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
@@ -270,14 +261,3 @@ def _report(
             digest = combine_digests([entry.digest for entry in entries])
             reports.append(TensorReport(file.name, tensor.name, digest, _shared_if_empty(tally)))
     return RunReport(tuple(reports), total, plan.nbytes, seconds, threads, backend, resumed)
-
-
-def _shared_if_empty(tally: Tally) -> Tally:
-    return NOTHING_COUNTED if tally == NOTHING_COUNTED else tally
-
-
-def combine_digests(digests: list[bytes]) -> str:
-    """Return a tensor's checksum from its segments': the only one, or the xxh3-128 of all in order."""
-    if len(digests) == 1:
-        return digests[0].hex()
-    return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))

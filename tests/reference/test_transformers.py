@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dsv4convert.checkpoint import open_folder
 from dsv4convert.config import ModelConfig, parse_config
 from dsv4convert.reference import DictSource, Model
+from dsv4convert.reference.sources import HfSource
 
+from ..conftest import MakeCheckpoint
 from .random_model import random_config, random_tensors, random_tokens, save_for_transformers
 
 pytestmark = pytest.mark.oracle
@@ -73,6 +76,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module", params=TIED, ids=lambda p: f"shape{p[0]}-seed{p[1]}")
 def tied_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return load(*request.param, tmp_path_factory.mktemp("tied"), steady=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: these shapes are too small to share out."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -221,6 +235,28 @@ def test_different_choices_are_ties_and_nothing_else_differs(tied_pair: Pair, le
         assert relative_rmse(ours.streams[n][kept], theirs.streams[n][kept]) <= TOLERANCE, f"layer {n}"
     assert (~touched).sum() >= 20
     assert relative_rmse(ours.logits[~touched], theirs.logits[~touched]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_quantised_checkpoint_equals_transformers(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int
+) -> None:
+    """The whole way: FP8 and FP4 bytes decoded here, the same numbers in transformers."""
+    import torch
+    from transformers import DeepseekV4ForCausalLM
+
+    source = HfSource(open_folder(make_checkpoint("tiny", seed=seed)))
+    raw = {k: v for k, v in source.config.raw.items() if k not in ("quantization_config", "expert_dtype")}
+    config = parse_config(raw, "test")
+    tensors = {name: source.tensor(name) for name in open_folder(make_checkpoint("tiny", seed=seed)).weights}
+    save_for_transformers(DictSource(config, tensors), tensors, tmp_path)
+    oracle = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = random_tokens(config, 200, seed)
+    with torch.no_grad():
+        theirs = oracle(torch.tensor(tokens)[None], use_cache=False).logits[0].numpy()
+    assert relative_rmse(Model(source).forward(tokens), theirs) <= TOLERANCE
 
 
 def test_decoding_token_by_token_equals_transformers(pair: Pair) -> None:

@@ -1,0 +1,55 @@
+"""llama.cpp on our GGUF against the numpy forward pass of the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.reference import Model
+from dsv4convert.reference.sources import open_source
+
+from ..conftest import MakeCheckpoint
+
+pytestmark = pytest.mark.llama
+
+Array = npt.NDArray[Any]
+
+
+def llama_logits(path: Path, tokens: list[int]) -> Array:
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2
+    )
+    model.eval(tokens)
+    return np.array(model.scores[: len(tokens)], np.float64)
+
+
+def cosines(a: Array, b: Array) -> Array:
+    result: Array = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return result
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("types", "least"),
+    # llama.cpp rounds activations to Q8_0 for quantised weights; with float32 only its F16 cache remains.
+    [({}, 0.999), ({"dense": "f32", "experts": "f32"}, 0.99999)],
+    ids=["default types", "float32"],
+)
+def test_llama_cpp_computes_what_the_reference_does(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int, types: dict[str, str], least: float
+) -> None:
+    """The tiny checkpoints' routers have clear margins, so that rounding moves logits and few choices."""
+    path = tmp_path / "model.gguf"
+    execute(plan_gguf(make_checkpoint("tiny", seed=seed), path, GgufOptions(**types)), threads=2)
+    tokens = [0, *np.random.default_rng(seed).integers(5, 400, 199).tolist()]
+    ours = Model(open_source(path)).forward(tokens)
+    theirs = llama_logits(path, tokens)
+    assert np.median(cosines(ours.astype(np.float64), theirs)) > least

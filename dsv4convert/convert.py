@@ -13,7 +13,14 @@ from typing import Any
 from .checkpoint.folder import Checkpoint, open_folder
 from .engine.files import Outputs, free_bytes
 from .engine.journal import Journal, check_same, fingerprint, journal_path
-from .engine.run import RECORD_SECONDS, RunReport, choose_backend, peak_memory_bytes, run_plan
+from .engine.run import (
+    RECORD_SECONDS,
+    RunReport,
+    choose_backend,
+    converted_bytes,
+    peak_memory_bytes,
+    run_plan,
+)
 from .engine.tiles import COPY_TILE_BYTES, TILE_BYTES
 from .errors import (
     Dsv4Error,
@@ -25,10 +32,11 @@ from .errors import (
     UsageError,
 )
 from .formats.backend import Codecs
+from .formats.base import Tally
 from .layouts.gguf import GgufModel, GgufOptions, gguf_files, gguf_models
 from .layouts.gguf_metadata import default_output_name, file_type, model_metadata
 from .layouts.names import Draft
-from .manifest import manifest_path, write_manifest
+from .manifest import finished_before, manifest_path, write_manifest
 from .model_card import read_model_card
 from .plan import Dropped, OutputFile, Plan
 from .tokenizer import load_tokenizer
@@ -213,12 +221,15 @@ def execute(
         Dsv4Error: see ``run_plan``.
     """
     threads = default_threads() if threads is None else threads
-    codecs, tile_bytes = device_codecs(device, plan.nbytes)
+    codecs, tile_bytes = device_codecs(device, converted_bytes(plan))
     outputs = Outputs(plan)
     path = journal_path(plan)
-    if not path.exists():
-        outputs.check_absent(overwrite)
     mark = fingerprint(plan)
+    if not path.exists():
+        if resume and finished_before(plan, mark):
+            report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
+            return summarize(plan, report)
+        outputs.check_absent(overwrite)
     with contextlib.closing(outputs), Journal(path) as journal:
         if journal.is_new or fresh:
             _start(plan, outputs, journal, mark, overwrite)
@@ -280,7 +291,7 @@ def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any],
         raise
 
 
-def device_codecs(device: str, output_bytes: int) -> tuple[Codecs, int]:
+def device_codecs(device: str, bytes_to_convert: int) -> tuple[Codecs, int]:
     """Return the codecs of ``device`` ("cpu" or "cuda") and the tile size in bytes that suits them.
 
     Raises:
@@ -288,7 +299,7 @@ def device_codecs(device: str, output_bytes: int) -> tuple[Codecs, int]:
         DeviceError: no GPU, or no torch and triton.
     """
     if device == "cpu":
-        return choose_backend(output_bytes), TILE_BYTES
+        return choose_backend(bytes_to_convert), TILE_BYTES
     if device != "cuda":
         raise UsageError("--device: unknown", expected="cpu or cuda", got=device)
     from .engine.cuda import cuda_codecs, preferred_tile_bytes, require_cuda

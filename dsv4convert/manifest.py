@@ -20,7 +20,8 @@ import xxhash
 
 from .config import parse_json_object, validate_schema
 from .engine.files import os_errors, partial_path, sync_folder, write_all
-from .engine.run import RunReport, combine_digests
+from .engine.ledger import combine_digests
+from .engine.run import RunReport
 from .errors import ConfigError, FileFormatError, InputMissingError
 from .plan import OutputFile, OutputTensor, Plan
 
@@ -55,9 +56,7 @@ def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any])
         "program": fingerprint["program"],
         "target": plan.target,
         "options": fingerprint["options"],
-        "source": {
-            name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()
-        },
+        "source": _source_entry(fingerprint),
         "checksum": CHECKSUM,
         "is_folder": plan.is_folder,
     }
@@ -163,6 +162,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
             raise FileFormatError("not a manifest: a file name that is no plain name", where=path, got=file["name"])
     return manifest
+
+
+def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the output is there already, finished by the same program from the same source and options."""
+    path = manifest_path(plan)
+    if not path.is_file():
+        return False
+    try:
+        manifest = read_manifest(path)
+    except (InputMissingError, FileFormatError):
+        return False
+    return (
+        manifest["program"] == fingerprint["program"]
+        and manifest["target"] == plan.target
+        and manifest["options"] == fingerprint["options"]
+        and manifest["source"] == _source_entry(fingerprint)
+        and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
+        == [(file.name, file.nbytes, xxhash.xxh3_128_hexdigest(file.header)) for file in plan.files]
+        and all(
+            final.is_file() and final.stat().st_size == file.nbytes
+            for final, file in zip(plan.final_paths(), plan.files, strict=True)
+        )
+    )
+
+
+def _source_entry(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()}
 
 
 @dataclass(frozen=True)

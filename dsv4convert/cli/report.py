@@ -117,6 +117,8 @@ def _plain_lines(total: int) -> Callable[[int], None]:
 
 def print_summary(summary: Summary) -> None:
     """Print what a conversion wrote, what it left out and why, and what it took."""
+    if summary.resumed_bytes == summary.written_bytes:
+        typer.echo("finished by an earlier run; nothing was left to do")
     for path, size in summary.files:
         typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
     typer.echo(f"{summary.tensors} tensors")

@@ -6,11 +6,9 @@ import contextlib
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
-
-import xxhash
 
 from ..errors import Dsv4Error, RunInterruptedError
 from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
@@ -18,6 +16,7 @@ from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .codecs import MOVING_CODECS
 from .files import DescriptorCache, Outputs
+from .ledger import Ledger, TensorReport
 from .tiles import TILE_BYTES, Worker
 
 # Loading the compiler costs more than a small conversion takes.
@@ -109,8 +108,11 @@ def run_plan(
     """
     started = time.monotonic()
     backend = codecs if codecs is not None else choose_backend(converted_bytes(plan))
-    done = dict(recorder.finished()) if recorder is not None else {}
-    resumed = sum(_segment(plan, entry.task).nbytes for entry in done.values())
+    done = Ledger(plan)
+    resumed = 0
+    for entry in recorder.finished().values() if recorder is not None else ():
+        done.add(*entry.task[:3], entry.digest, entry.tally)
+        resumed += _segment(plan, entry.task).nbytes
     shared = _Shared(tasks=_tasks(plan, done))
     workers: list[Worker] = []
     lives = [
@@ -128,7 +130,8 @@ def run_plan(
         if recorder is not None and batch:
             outputs.sync({entry.task.file for entry in batch})
             recorder.record(batch)
-        done.update({entry.task[:3]: entry for entry in batch})
+        for entry in batch:
+            done.add(*entry.task[:3], entry.digest, entry.tally)
 
     try:
         recorded = time.monotonic()
@@ -156,7 +159,8 @@ def run_plan(
             raise RunInterruptedError("interrupted", where=plan.output_path()) from None
         raise
     flush()
-    report = _report(plan, done, time.monotonic() - started, threads, backend.name, resumed)
+    seconds = time.monotonic() - started
+    report = RunReport(done, done.total(), plan.nbytes, seconds, threads, backend.name, resumed)
     if before_finish is not None:
         before_finish(report)
     outputs.finish()
@@ -226,38 +230,15 @@ def _with_tensor(error: BaseException, plan: Plan, task: Task) -> BaseException:
     )
 
 
-def _tasks(plan: Plan, done: Mapping[tuple[int, int, int], Finished]) -> Iterator[Task]:
+def _tasks(plan: Plan, done: Ledger) -> Iterator[Task]:
     for file_number, file in enumerate(plan.files):
         for tensor_number, tensor in enumerate(file.tensors):
             offset = tensor.offset
             for number, segment in enumerate(tensor.segments):
-                if (file_number, tensor_number, number) not in done:
+                if not done.holds(file_number, tensor_number, number):
                     yield Task(file_number, tensor_number, number, offset)
                 offset += segment.nbytes
 
 
 def _segment(plan: Plan, task: Task) -> Segment:
     return plan.files[task.file].tensors[task.tensor].segments[task.segment]
-
-
-def _report(
-    plan: Plan,
-    done: dict[tuple[int, int, int], Finished],
-    seconds: float,
-    threads: int,
-    backend: str,
-    resumed: int,
-) -> RunReport:
-    total = Tally()
-    reports: list[TensorReport] = []
-    for file_number, file in enumerate(plan.files):
-        for number, tensor in enumerate(file.tensors):
-            # Taken out: a report as large as its input would double what a large model needs.
-            entries = [done.pop((file_number, number, index)) for index in range(len(tensor.segments))]
-            tally = Tally()
-            for entry in entries:
-                tally.add(entry.tally)
-            total.add(tally)
-            digest = combine_digests([entry.digest for entry in entries])
-            reports.append(TensorReport(file.name, tensor.name, digest, _shared_if_empty(tally)))
-    return RunReport(tuple(reports), total, plan.nbytes, seconds, threads, backend, resumed)

@@ -1,0 +1,96 @@
+"""What a run has finished: a digest for every segment, and the counts of the tensors where anything was counted.
+
+A hundred thousand tensors are ordinary, and an object for each of their segments would be the largest
+thing in memory. So the ledger keeps bytes, and makes a tensor's report when it is asked for.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import xxhash
+
+from ..formats.base import Tally
+from ..plan import Plan
+
+DIGEST_BYTES = 16  # xxh3-128
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """What became of one output tensor.
+
+    ``digest`` is the hex xxh3-128 of its segments' digests, or of its bytes when it has one segment.
+    """
+
+    file: str
+    name: str
+    digest: str
+    tally: Tally
+
+
+class Ledger(Sequence[TensorReport]):
+    """The finished segments of a plan; as a sequence, the reports of all its tensors in the plan's order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._first_tensor = [0]  # of each file
+        self._first_segment = array("Q", [0])  # of each tensor
+        for file in plan.files:
+            for tensor in file.tensors:
+                self._first_segment.append(self._first_segment[-1] + len(tensor.segments))
+            self._first_tensor.append(len(self._first_segment) - 1)
+        self._digests = bytearray(DIGEST_BYTES * self._first_segment[-1])
+        self._finished = bytearray(self._first_segment[-1])
+        self._tallies: dict[int, Tally] = {}
+
+    def add(self, file: int, tensor: int, segment: int, digest: bytes, tally: Tally) -> None:
+        """Note a finished segment, once."""
+        number = self._first_tensor[file] + tensor
+        place = self._first_segment[number] + segment
+        self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES] = digest
+        self._finished[place] = 1
+        if tally != Tally():
+            self._tallies.setdefault(number, Tally()).add(tally)
+
+    def holds(self, file: int, tensor: int, segment: int) -> bool:
+        """Return whether a segment is finished."""
+        return bool(self._finished[self._first_segment[self._first_tensor[file] + tensor] + segment])
+
+    def total(self) -> Tally:
+        """Return the counts of all tensors together."""
+        total = Tally()
+        for tally in self._tallies.values():
+            total.add(tally)
+        return total
+
+    def __len__(self) -> int:
+        return len(self._first_segment) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> TensorReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TensorReport]: ...
+    def __getitem__(self, index: int | slice) -> TensorReport | Sequence[TensorReport]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        file_number = bisect_right(self._first_tensor, number) - 1
+        file = self._plan.files[file_number]
+        tensor = file.tensors[number - self._first_tensor[file_number]]
+        begin, end = self._first_segment[number], self._first_segment[number + 1]
+        digests = [
+            bytes(self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]) for place in range(begin, end)
+        ]
+        return TensorReport(file.name, tensor.name, combine_digests(digests), self._tallies.get(number, Tally()))
+
+
+def combine_digests(digests: Sequence[bytes]) -> str:
+    """Return a tensor's checksum from its segments': the only one, or the xxh3-128 of all in order."""
+    if len(digests) == 1:
+        return digests[0].hex()
+    return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))

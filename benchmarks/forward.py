@@ -19,6 +19,8 @@ from statistics import median
 from dsv4convert.synth import write_synth
 
 RATIOS = (0, 4, 128, 4)
+EXPERTS = 48
+VOCAB = 32768
 KIB = 1024
 
 
@@ -53,18 +55,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
     parser.add_argument("--source", type=Path, help="a model that is there already, in any layout")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=EXPERTS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    source = arguments.source or arguments.folder / f"flash-slice-{arguments.experts}"
+    # The slice of 48 experts is the one that the other benchmarks convert.
+    name = "flash-slice" if arguments.experts == EXPERTS else f"flash-slice-{arguments.experts}"
+    source = arguments.source or arguments.folder / name
     if arguments.child:
         child(source, arguments.tokens)
         return
     if not source.exists():
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=RATIOS, experts=arguments.experts)
+        write_synth(source, "flash", ratios=RATIOS, experts=arguments.experts, vocab=VOCAB)
     command = [
         sys.executable, __file__, "--child", "--source", str(source), "--tokens", str(arguments.tokens),
     ]  # fmt: skip

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from dsv4convert.errors import UnsupportedError
-from dsv4convert.reference import Model
+from dsv4convert.layouts.names import Draft, Store, expected_tensors
+from dsv4convert.reference import DictSource, Model
 from dsv4convert.reference.rounding import hadamard, round_to_e2m1, round_to_e4m3
 
 from .random_model import random_source, random_tokens
+
+Array = npt.NDArray[Any]
 
 
 def test_e4m3_at_scale_one_equals_ml_dtypes_on_every_bfloat16_in_range() -> None:
@@ -77,6 +83,43 @@ def test_activation_rounding_moves_the_logits_a_little(shape: int, seed: int) ->
     exact, rounded = Model(source).forward(tokens), Model(source, activation_rounding=True).forward(tokens)
     error = np.sqrt(np.mean((exact - rounded) ** 2, axis=1) / np.mean(exact**2, axis=1))
     assert 0.01 < np.median(error) < 0.5
+
+
+class NotingModel(Model):
+    """Remembers which weights saw rounded inputs and which did not."""
+
+    def __init__(self, source: DictSource) -> None:
+        super().__init__(source, activation_rounding=True)
+        self.linear: set[str] = set()
+        self.project: set[str] = set()
+
+    def _linear(self, x: Array, name: str) -> Array:
+        self.linear.add(name)
+        return super()._linear(x, name)
+
+    def _project(self, x: Array, name: str) -> Array:
+        self.project.add(name)
+        return super()._project(x, name)
+
+
+def test_inputs_are_rounded_before_every_quantised_linear_and_no_other() -> None:
+    source = random_source(0, 36)
+    tokens = random_tokens(source.config, 150, 36)
+    model = NotingModel(source)
+    state = model.new_state()
+    model.forward(tokens, state)
+    assert state.streams is not None
+    model.mtp(state.streams[:-1], tokens[1:])
+    quantised, plain = set(), set()
+    for expected in expected_tensors(source.config, Draft.MTP, 1):
+        if len(expected.shape) != 2 or not source.has(expected.name):
+            continue
+        if expected.expert is not None and expected.name not in model.linear:
+            continue  # no token was routed there
+        (quantised if expected.row.store in (Store.DENSE, Store.EXPERT) else plain).add(expected.name)
+    # The published code multiplies by wo_a in BF16.
+    assert model.linear == {name for name in quantised if not name.endswith("wo_a.weight")}
+    assert model.project <= plain
 
 
 def test_kv_keeps_its_rotary_part_and_rounds_the_rest() -> None:

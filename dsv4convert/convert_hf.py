@@ -82,7 +82,6 @@ def plan_dequantize(
     config, source_bytes = checkpoint.config.raw, checkpoint.nbytes
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
     notes = (*checkpoint.notes, *notes)
-    del checkpoint  # the inventory takes as much memory as the plan
     return Plan(
         target=DEQUANTIZE,
         source=source,
@@ -124,7 +123,6 @@ def plan_repack(
         )
     config, source_bytes, notes = checkpoint.config.raw, checkpoint.nbytes, checkpoint.notes
     tensors, dropped = repacked_tensors(checkpoint)
-    del checkpoint  # the inventory takes as much memory as the plan
     return Plan(
         target=REPACK,
         source=source,

@@ -133,7 +133,6 @@ class Claims:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._open = dict(checkpoint.weights)
-        self._weights = checkpoint.weights
         self._dropped: list[Dropped] = [
             Dropped(
                 unused.names[0] + ("" if len(unused.names) == 1 else ", …"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    weights: Mapping[str, Weight]
+    weights: dict[str, Weight]
     draft: Draft
     n_draft: int
     files: tuple[Path, ...]
@@ -67,6 +67,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Return the payload bytes of all weights and scales."""
         return sum(weight.nbytes for weight in self.weights.values())
+
+    def drain(self) -> Iterator[Weight]:
+        """Yield every weight and forget it, so that inventory and plan are never both in memory whole."""
+        for name in list(self.weights):
+            yield self.weights.pop(name)
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -39,6 +39,9 @@ QUANTIZATION_KEYS = ("quantization_config", "expert_dtype")
 EXPERT_DTYPE_KEY = "expert_dtype"
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what transformers called it up to 4.55, and since
 
+# How many kinds of tensors a summary names of those that were left out.
+MAX_NAMED = 4
+
 
 def dequantized_tensors(
     checkpoint: Checkpoint, dtype: str, names: str
@@ -46,32 +49,30 @@ def dequantized_tensors(
     """Return the tensors of ``checkpoint`` without scales, what they leave out, and notes.
 
     ``dtype`` (bf16, f16, f32) is that of all weights but F32 and integer ones, which stay as they are.
-    ``names`` is official, or transformers with the experts of a layer stacked.
+    ``names`` is official, or transformers with the experts of a layer stacked. Drains ``checkpoint``.
 
     Raises:
         InventoryError: experts of one stack that differ in their dtype.
     """
     to = DTYPES[dtype]
     claims = Claims(checkpoint)
-    weights = checkpoint.weights.values()
-    notes: tuple[str, ...] = ()
-    groups: dict[str, list[Weight]] = {}
     if names == "official":
-        groups = {weight.name: [weight] for weight in weights}
-    else:
-        nameless = [weight for weight in weights if _transformers_name(weight) is None]
-        left_out = ", ".join(dict.fromkeys(weight.row.name for weight in nameless))
-        claims.drop(left_out, "transformers' DeepseekV4 has no such module", nameless)
-        for weight in weights:
-            name = _transformers_name(weight)
-            if name is not None:
-                groups.setdefault(name, []).append(weight)
-        if checkpoint.n_draft:
-            notes = ("mtp.* keeps its official names: transformers has no draft and skips these names",)
-    tensors = [
-        _dequantized(name, [claims.take(weight) for weight in group], to) for name, group in groups.items()
-    ]
-    return tensors, claims.close(), notes
+        tensors = [_dequantized(weight.name, [claims.take(weight)], to) for weight in checkpoint.drain()]
+        return tensors, claims.close(), ()
+    groups: dict[str, list[Weight]] = {}
+    nameless: list[Weight] = []
+    for weight in checkpoint.drain():
+        name = _transformers_name(weight)
+        if name is None:
+            nameless.append(weight)
+        else:
+            groups.setdefault(name, []).append(claims.take(weight))
+    kinds = list(dict.fromkeys(weight.row.name for weight in nameless))
+    left_out = ", ".join(kinds[:MAX_NAMED] + ["…"] * (len(kinds) > MAX_NAMED))
+    claims.drop(left_out, "transformers' DeepseekV4 has no such module", nameless)
+    note = ("mtp.* keeps its official names: transformers has no draft and skips these names",)
+    tensors = [_dequantized(name, groups.pop(name), to) for name in list(groups)]
+    return tensors, claims.close(), note if checkpoint.n_draft else ()
 
 
 def _transformers_name(weight: Weight) -> str | None:
@@ -109,10 +110,13 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputT
 
 
 def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
-    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in 128x128 blocks, all else as it is."""
+    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in 128x128 blocks, all else as it is.
+
+    Drains ``checkpoint``.
+    """
     claims = Claims(checkpoint)
     tensors: list[OutputTensor] = []
-    for weight in checkpoint.weights.values():
+    for weight in checkpoint.drain():
         claims.take(weight)
         if is_fp4_expert(weight):
             tensors += _fp8_pair(weight)

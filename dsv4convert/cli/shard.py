@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import DryRun, Json, Overwrite, Quiet, Source, Threads, parse_size
+from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
 
 if TYPE_CHECKING:
     from ..layouts.shards import ShardCosts
@@ -49,6 +49,8 @@ def shard(
     mtp: Annotated[MtpMode, typer.Option(help="The draft layers.")] = MtpMode.keep,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -74,7 +76,16 @@ def shard(
         print_plan(document)
         _print_costs(costs)
         return
-    run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=False)
+    run_conversion(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
+        quiet=quiet,
+        as_json=as_json,
+        dry_run=False,
+    )
 
 
 def unshard(
@@ -88,6 +99,8 @@ def unshard(
     max_file_size: Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")] = "5GB",
     threads: Threads = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -97,7 +110,16 @@ def unshard(
     from .report import run_conversion
 
     plan = plan_unshard(source, out, wo_a=wo_a.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
-    run_conversion(plan, threads=threads, overwrite=overwrite, quiet=quiet, as_json=as_json, dry_run=dry_run)
+    run_conversion(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
+        quiet=quiet,
+        as_json=as_json,
+        dry_run=dry_run,
+    )
 
 
 def _print_costs(costs: ShardCosts) -> None:

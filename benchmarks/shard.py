@@ -1,0 +1,85 @@
+"""shard on a Flash slice of about 4.5 GB, in alternation with a cp of as many bytes as the shards hold.
+
+python benchmarks/shard.py --rounds 7 --save benchmarks/results/shard.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from side_by_side import Contender, alternate, print_table, record, save
+
+from dsv4convert.convert_shards import plan_shards
+from dsv4convert.layouts.shards import ShardOptions
+from dsv4convert.synth import write_synth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
+    parser.add_argument("--mp", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fp8", action="store_true", help="also time --expert-dtype fp8")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+
+    source: Path = arguments.folder / "flash-slice"
+    if not source.is_dir():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
+    plan = plan_shards(source, arguments.folder / "shards", ShardOptions(arguments.mp)).plan
+    links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
+    copy = arguments.folder / "copy"
+    mp, threads = str(arguments.mp), str(arguments.threads)
+
+    def ours(command: str, what: Path, out: str, *options: str) -> Contender:
+        target = arguments.folder / out
+        line = [sys.executable, "-m", "dsv4convert", command, str(what), str(target), "--quiet"]
+        return Contender(f"dsv4convert {command} {' '.join(options)}", [*line, "--threads", threads, *options], target)
+
+    contenders = [
+        Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
+        ours("shard", source, "shards", "--mp", mp),
+    ]
+    if arguments.fp8:
+        contenders.append(ours("shard", source, "shards", "--mp", mp, "--expert-dtype", "fp8"))
+    alternate(contenders, arguments.warmup, arguments.rounds)
+    result = record(
+        contenders,
+        "cp",
+        plan.nbytes,
+        what="shard",
+        source_bytes=plan.source_bytes,
+        shard_bytes=plan.nbytes,
+        mp=arguments.mp,
+        threads=arguments.threads,
+    )
+    print_table(result)
+    shutil.rmtree(links)
+    if arguments.save is not None:
+        save(result, arguments.save)
+
+
+def as_many_bytes(source: Path, nbytes: int, folder: Path) -> Path:
+    """Return a folder of links to the source's files, repeated, and a last file, ``nbytes`` together."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files = sorted(source.glob("*.safetensors"))
+    number, left = 0, nbytes
+    while left >= (file := files[number % len(files)]).stat().st_size:
+        (folder / f"{number:04d}").symlink_to(file.resolve())
+        left -= file.stat().st_size
+        number += 1
+    with file.open("rb") as whole, (folder / "rest").open("wb") as part:
+        while left:
+            left -= part.write(whole.read(min(left, 2**24)))
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -46,8 +46,10 @@ def _global_options(
     _debug = debug
 
 
-def _register() -> None:
-    """Add the commands of every module, in the order in which ``--help`` lists them."""
+def register_commands() -> None:
+    """Add the commands of every module, in the order in which ``--help`` lists them; once."""
+    if app.registered_commands:
+        return
     from . import convert, demo, forward, hf, inspect, shard, synth, verify
 
     for module in (convert, shard, hf, verify, inspect, forward, synth, demo):
@@ -56,7 +58,7 @@ def _register() -> None:
 
 def main() -> None:
     """Run the program: every error becomes one line on stderr and its own exit code."""
-    _register()
+    register_commands()
     try:
         app()
     except Dsv4Error as error:

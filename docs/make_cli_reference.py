@@ -43,7 +43,9 @@ def _section(name: str, command: Callable[..., Any]) -> str:
             usage.append(metavar)
             arguments.append(f"- `{metavar}`: {_sentence(info.help)}")
         elif isinstance(info, OptionInfo):
-            flags = ", ".join(info.param_decls or [f"--{parameter.name.replace('_', '-')}"])
+            # Typer keeps the first declaration of an annotated option in the place of its default.
+            declared = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
+            flags = ", ".join(declared or [f"--{parameter.name.replace('_', '-')}"])
             if required:
                 usage.append(f"{flags} {_values(kind)}")
             options.append(

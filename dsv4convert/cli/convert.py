@@ -8,7 +8,20 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_layers, parse_size
+from .options import (
+    Device,
+    DeviceName,
+    DryRun,
+    Fresh,
+    Json,
+    Overwrite,
+    Quiet,
+    Resume,
+    Source,
+    Threads,
+    parse_layers,
+    parse_size,
+)
 
 
 class DenseType(str, Enum):
@@ -90,6 +103,7 @@ def hf_to_gguf(
     overwrite: Overwrite = False,
     resume: Resume = False,
     fresh: Fresh = False,
+    device: Device = DeviceName.cpu,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -116,6 +130,7 @@ def hf_to_gguf(
         overwrite=overwrite,
         resume=resume,
         fresh=fresh,
+        device=device.value,
         quiet=quiet,
         as_json=as_json,
         dry_run=dry_run,

@@ -68,7 +68,7 @@ class OutputTensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, cast, overload
 
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
 from ..errors import InventoryError
@@ -16,10 +19,12 @@ FP4_TO_FP8_SCALES = "fp4_to_fp8_scales"
 BF16_TO_FP8 = "bf16_to_fp8"
 BF16_TO_FP8_SCALES = "bf16_to_fp8_scales"
 
+CODES_PER_BYTE = 2
 BF16_BYTES = 2
 SCALE_BYTES = {"F8_E8M0": 1, "F32": 4}
 
 
+@lru_cache(maxsize=64)
 def fp8_scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the shape of the scales of a matrix of ``shape``."""
     rows, columns = shape
@@ -35,7 +40,69 @@ def row_blocks(rows: int, height: int = FP8_BLOCK) -> Iterator[tuple[int, int, i
         yield whole, rows - whole, rows - whole
 
 
-def fp4_to_fp8_segments(weight: Weight) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+class PackedFp4(NamedTuple):
+    """A packed FP4 weight of ``shape`` where it lies: all that its FP8 segments are made from."""
+
+    file: Path
+    offset: int
+    scale_file: Path
+    scale_offset: int
+    shape: tuple[int, int]
+
+
+class _SegmentsOf(Sequence[Segment]):
+    """Segments that are made when they are asked for.
+
+    A large model has a hundred thousand FP4 weights, and the segments of each take several times the
+    room of what they are made from.
+    """
+
+    __slots__ = ("_source",)
+
+    def __init__(self, source: PackedFp4) -> None:
+        self._source = source
+
+    def _make(self, first: int, count: int, tall: int) -> Segment:
+        """Return the segment of ``count`` rows from ``first`` on, in blocks of ``tall`` rows."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
+        return tuple(self)[index]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (self._make(*block) for block in row_blocks(self._source.shape[0]))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in row_blocks(self._source.shape[0]))
+
+
+class _CodeSegments(_SegmentsOf):
+    __slots__ = ()
+
+    def _make(self, first: int, count: int, tall: int) -> Segment:
+        source = self._source
+        columns = source.shape[1]
+        packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
+        weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
+        scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, tall, "u1")
+        return Segment(FP4_TO_FP8, (weights, scales), count, columns)
+
+
+class _ScaleSegments(_SegmentsOf):
+    __slots__ = ()
+
+    def _make(self, first: int, count: int, tall: int) -> Segment:
+        source = self._source
+        groups = source.shape[1] // FP4_BLOCK
+        scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, 1, "u1")
+        return Segment(FP4_TO_FP8_SCALES, (scales,), count // tall, fp8_scale_shape(source.shape)[1], (groups,))
+
+
+def fp4_to_fp8_segments(weight: Weight) -> tuple[Sequence[Segment], Sequence[Segment]]:
     """Return the segments of the e4m3 codes [R, C] and of the e8m0 scales that a packed FP4 weight becomes.
 
     An operand row that holds the scales of a whole block of rows keeps the tiles to whole blocks.
@@ -48,33 +115,9 @@ def fp4_to_fp8_segments(weight: Weight) -> tuple[tuple[Segment, ...], tuple[Segm
         raise InventoryError(
             f"tensor {weight.name}: not packed FP4", where=weight.stored.file, got=weight.encoding.value
         )
-    rows, columns = weight.shape
-    packed, groups = weight.stored.nbytes // rows, columns // FP4_BLOCK
-    codes: list[Segment] = []
-    scales: list[Segment] = []
-    for first, count, tall in row_blocks(rows):
-        start = scale.offset + first * groups
-        codes.append(
-            Segment(
-                FP4_TO_FP8,
-                (
-                    Operand(weight.stored.file, weight.stored.offset + first * packed, packed, 1, "u1"),
-                    Operand(scale.file, start, tall * groups, tall, "u1"),
-                ),
-                count,
-                columns,
-            )
-        )
-        scales.append(
-            Segment(
-                FP4_TO_FP8_SCALES,
-                (Operand(scale.file, start, tall * groups, 1, "u1"),),
-                count // tall,
-                fp8_scale_shape(weight.shape)[1],
-                (groups,),
-            )
-        )
-    return tuple(codes), tuple(scales)
+    shape = cast("tuple[int, int]", weight.shape)
+    source = PackedFp4(weight.stored.file, weight.stored.offset, scale.file, scale.offset, shape)
+    return _CodeSegments(source), _ScaleSegments(source)
 
 
 def bf16_to_fp8_segments(

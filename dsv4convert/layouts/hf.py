@@ -167,7 +167,7 @@ def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_
     return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
 
 
-def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: tuple[Segment, ...]) -> OutputTensor:
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     """Return a tensor that has no place in a file yet."""
     return OutputTensor(name, dtype, shape, 0, sum(segment.nbytes for segment in segments), segments)
 

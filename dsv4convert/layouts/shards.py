@@ -185,7 +185,7 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
         )
 
 
-def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: tuple[Segment, ...]) -> OutputTensor:
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     # Rows of one byte have the segment's size in them already, an object that many tensors share.
     lone_copy = len(segments) == 1 and segments[0].row_bytes == 1
     nbytes = segments[0].rows if lone_copy else sum(segment.nbytes for segment in segments)

@@ -109,7 +109,7 @@ def bits(values: Array, dtype: str) -> Array:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def count(exact: Array, dtype: str) -> Counts:
+def count_losses(exact: Array, dtype: str) -> Counts:
     """Return what rounding to ``dtype`` does to the elements."""
     rounded = round_to(exact, dtype)
     nan = np.isnan(exact)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 import dsv4convert.convert_hf as convert_hf
 from dsv4convert.checkpoint import open_folder
@@ -19,7 +20,7 @@ from dsv4convert.plan import OutputTensor
 
 from ..conftest import MakeCheckpoint
 from .conftest import Editable, dequantize
-from .slow import Counts, Raw, bits, count, exact_values, read_folder, round_to
+from .slow import Counts, Raw, bits, count_losses, exact_values, read_folder, round_to
 
 VARIANTS = {
     "fp4": {},
@@ -41,7 +42,7 @@ def expected(source: dict[str, Raw], name: str, dtype: str) -> tuple[Raw, Counts
     if weight.dtype in ("I64", "F32"):
         return weight, Counts(0, 0, 0, 0)
     exact = exact_values(weight, scale_of(source, name))
-    return Raw(dtype, bits(round_to(exact, dtype), dtype)), count(exact, dtype)
+    return Raw(dtype, bits(round_to(exact, dtype), dtype)), count_losses(exact, dtype)
 
 
 def assert_same(made: Raw, want: Raw) -> None:
@@ -149,11 +150,10 @@ def test_files_keep_to_the_limit_and_the_index_finds_every_tensor(tiny: Path, tm
     dequantize(tiny, tmp_path / "out", max_file_bytes=limit)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [path.name for path in files] == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-    assert len(files) > 10
-    held = {}
-    from safetensors import safe_open
-
+    count = len(files)
+    assert [path.name for path in files] == [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    assert count > 10
+    held: dict[str, str] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}

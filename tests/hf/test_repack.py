@@ -44,8 +44,8 @@ def slow_fp8(packed: Raw, scale: Raw) -> tuple[Raw, Raw, int]:
             real = mine[mine != E8M0_NAN]
             tiles[i, j] = max(real.max() - 6, 0) if real.size else E8M0_NAN
             width = slice(j * TILE, (j + 1) * TILE)
-            relative = np.repeat(2.0 ** (mine - float(tiles[i, j])), GROUP, axis=1)[:, : columns - j * TILE]
-            exact = np.where(np.repeat(mine, GROUP, axis=1)[:, : columns - j * TILE] == E8M0_NAN, np.nan, values[height, width] * relative)
+            relative = np.where(mine == E8M0_NAN, np.nan, 2.0 ** (mine - float(tiles[i, j])))
+            exact = values[height, width] * np.repeat(relative, GROUP, axis=1)
             made = exact.astype(ml_dtypes.float8_e4m3fn)
             codes[height, width] = made.view(np.uint8)
             changed += int(((made.astype(np.float64) != exact) & ~np.isnan(exact)).sum())

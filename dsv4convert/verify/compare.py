@@ -12,14 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InventoryError
-from .matrix import Matrix, read_bits
+from .matrix import Matrix, read_bits, same_bytes
 from .numbers import (
     BLOCK,
+    FLOATS,
     FP8_TILE,
     INTEGERS,
     SCALED,
+    TABLE_BITS,
     Bits,
     Mask,
+    all_conversions,
     bits_of,
     fp4_as_fp8_bits,
     values_of,
@@ -27,8 +30,11 @@ from .numbers import (
 )
 from .report import TensorResult
 
-# A block of float64 values takes 2 MiB, and a comparison a few times that.
-BLOCK_ELEMENTS = 2**18
+# Elements that are compared at a time: bytes against bytes, and where there is arithmetic, whose float64
+# temporaries are then small enough to be reused memory and no fresh pages (a factor of six).
+SAME_BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**15
+TILED_BLOCK_ELEMENTS = 2**17
 # A sample is cut finer, so that it comes from many places.
 SAMPLE_BLOCK_ELEMENTS = 2**13
 
@@ -75,7 +81,7 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     output, source = piece.output, piece.source
     result = TensorResult(output.name, source.encoding, output.encoding, math.prod(piece.size))
     tiled = output.encoding.startswith("fp8") and source.encoding == "fp4"
-    blocks = _blocks(piece.size, tiled, SAMPLE_BLOCK_ELEMENTS if how.sample is not None else BLOCK_ELEMENTS)
+    blocks = _blocks(piece.size, tiled, _block_elements(piece, tiled, how))
     if how.sample is not None:
         chosen = random.Random(f"{how.seed} {output.name} {source.name}")
         count = max(1, math.ceil(how.sample * len(blocks)))
@@ -85,11 +91,23 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
         columns = piece.at[1] + left, piece.at[1] + right
         source_rows = piece.source_at[0] + top, piece.source_at[0] + bottom
         source_columns = piece.source_at[1] + left, piece.source_at[1] + right
+        result.compared += (bottom - top) * (right - left)
+        if same_bytes(output, (rows, columns), source, (source_rows, source_columns)):
+            continue
         found = read_bits(output, rows, columns)
         original = read_bits(source, source_rows, source_columns)
         _compare(result, piece, (rows[0], columns[0]), original, found, how.foreign)
     share = result.compared / max(1, math.prod(piece.size))
     return result, round(share * piece_bytes(piece))
+
+
+def _block_elements(piece: Piece, tiled: bool, how: Comparison) -> int:
+    if how.sample is not None:
+        return SAMPLE_BLOCK_ELEMENTS
+    if tiled:
+        return TILED_BLOCK_ELEMENTS
+    kinds = {piece.output.encoding, piece.source.encoding}
+    return SAME_BLOCK_ELEMENTS if len(kinds) == 1 or kinds == {"fp4", "mxfp4"} else BLOCK_ELEMENTS
 
 
 def piece_bytes(piece: Piece) -> int:
@@ -124,9 +142,8 @@ def _compare(
     result: TensorResult, piece: Piece, corner: tuple[int, int], original: Bits, found: Bits, foreign: bool
 ) -> None:
     source, output = piece.source.encoding, piece.output.encoding
-    result.compared += found.size
     same, exact = _same(source, output, original, found, foreign)
-    if same.all() and exact:
+    if exact and same.all():
         return
     before, after = values_of(source, original), values_of(output, found)
     with np.errstate(invalid="ignore"):
@@ -161,32 +178,32 @@ def _same(source: str, output: str, original: Bits, found: Bits, foreign: bool) 
         if source in INTEGERS and output in INTEGERS:
             return np.equal(original, found), True
         return np.zeros(found.shape, np.bool_), False
-    before = values_of(source, original)
-    if output.startswith("fp8"):
-        expected = _as_fp8(source, output, original, found)
-    elif output in ("fp4", "mxfp4"):
-        expected = bits_of("mxfp4", before)
-    else:
-        expected = bits_of(output, before)
+    expected, exact = _expected(source, output, original, found)
     same = np.equal(expected, found)
     if not same.all():
+        before = values_of(source, original)
         # Which NaN stands for a NaN is not the source's to say.
         same |= np.isnan(before) & np.isnan(values_of(output, found))
         if foreign and not same.all():
             same |= within_half_step(output, before, found)
-    return same, False
+    return same, exact
 
 
-def _as_fp8(source: str, output: str, original: Bits, found: Bits) -> Bits:
-    """Return the bits that FP8 must have: of FP4 by the tile rule, of others the source's exact values.
+def _expected(source: str, output: str, original: Bits, found: Bits) -> tuple[Bits, bool]:
+    """Return the bits that an output must have, and whether they are known to have the source's values.
 
-    No rule says how to choose the scales of BF16 weights: where a stored element has the source's value,
-    it is what it must be.
+    FP8 of FP4 follows the tile rule. No rule says how to choose the scales of BF16 weights: where a
+    stored element has the source's value, it is what it must be.
     """
     if source == "fp4" and output == "fp8":
         return fp4_as_fp8_bits(original)
-    equal = values_of(source, original) == values_of(output, found)
-    return np.where(equal, found, found + found.dtype.type(1))
+    if output in ("fp8", "fp8/f32"):
+        equal = values_of(source, original) == values_of(output, found)
+        return np.where(equal, found, found + found.dtype.type(1)), True
+    if source in TABLE_BITS and output in FLOATS:
+        bits, changed = all_conversions(source, output)
+        return np.take(bits, original), not np.take(changed, original).any()
+    return bits_of("mxfp4" if output == "fp4" else output, values_of(source, original)), False
 
 
 def check_fits(piece: Piece) -> None:

@@ -223,13 +223,13 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     absent = [rank for rank in range(mp) if rank not in ranks]
     if absent:
         report.notes.append(f"not there and not verified: ranks {', '.join(map(str, absent[:20]))} of {mp}")
-    _check_file_metadata(ranks.values(), report)
     pieces: list[Piece] = []
     for rank, path in ranks.items():
         if rank >= mp:
             report.problem(FILE, path, f"rank {rank} of {mp}")
             continue
         pieces += _rank_pieces(rank, mp, path, checkpoint, report)
+        _check_file_metadata([path], report)
     if len(ranks) > 1:
         report.left_out = list(dict.fromkeys(report.left_out))
     _check_config(folder, checkpoint, pieces, report)
@@ -273,7 +273,7 @@ def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report:
 
 
 def _check_file_metadata(files: Iterable[Path], report: Report) -> None:
-    """Report ``__metadata__`` of safetensors headers that is not what PyTorch's loaders ask for."""
+    """Report ``__metadata__`` of safetensors headers, known to be well formed, that PyTorch's loaders do not want."""
     for path in files:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +129,10 @@ def weight_matrix(weight: Weight) -> Matrix:
     return made
 
 
-def read_bits(matrix: Matrix, rows: tuple[int, int], columns: tuple[int, int]) -> Bits:
+Span: TypeAlias = tuple[int, int]
+
+
+def read_bits(matrix: Matrix, rows: Span, columns: Span) -> Bits:
     """Return the bits of elements [rows[0]:rows[1], columns[0]:columns[1]] (see numbers.py).
 
     ``columns`` begin and end where bytes or blocks do.
@@ -137,14 +140,67 @@ def read_bits(matrix: Matrix, rows: tuple[int, int], columns: tuple[int, int]) -
     Raises:
         InputMissingError, InputOutputError: the file cannot be read, or ended early.
     """
-    nbytes, elements = STORAGE[matrix.encoding]
-    first, last = (column // elements * nbytes for column in columns)
-    raw = _read(matrix.file, matrix.offset, matrix.row_bytes, rows, (first, last))
-    bits: Bits = _as_bits(matrix, raw, rows, columns)
+    bits: Bits = _as_bits(matrix, _read_raw(matrix, rows, columns), rows, columns)
     return bits
 
 
-def _as_bits(matrix: Matrix, raw: Bytes, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+def same_bytes(left: Matrix, at: tuple[Span, Span], right: Matrix, right_at: tuple[Span, Span]) -> bool:
+    """Return whether two regions (rows, columns) of one size hold the same codes and scales.
+
+    False says nothing: they may still be the same under another cut of the scales.
+
+    Raises:
+        InputMissingError, InputOutputError: a file cannot be read, or ended early.
+    """
+    if {left.encoding, right.encoding} == {"fp4", "mxfp4"}:
+        codes, scales = _fp4_parts(left, *at)
+        other_codes, other_scales = _fp4_parts(right, *right_at)
+        return np.array_equal(scales, other_scales) and np.array_equal(codes, other_codes)
+    if left.encoding != right.encoding:
+        return False
+    if not np.array_equal(_read_raw(left, *at), _read_raw(right, *right_at)):
+        return False
+    if left.scale is None or right.scale is None:
+        return left.scale is right.scale
+    (tall, wide), like = left.scale.block, left.scale.block == right.scale.block
+    shifted = any((a[0] - b[0]) % step for a, b, step in zip(at, right_at, (tall, wide), strict=True))
+    if not like or shifted or left.scale.dtype != right.scale.dtype:
+        return False
+    return np.array_equal(_read_grid(left.scale, *at), _read_grid(right.scale, *right_at))
+
+
+def _read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
+    nbytes, elements = STORAGE[matrix.encoding]
+    first, last = (column // elements * nbytes for column in columns)
+    return _read(matrix.file, matrix.offset, matrix.row_bytes, rows, (first, last))
+
+
+def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
+    """Return the scales that serve a region of elements, as integers."""
+    tall, wide = scale.block
+    item = np.dtype(SCALE_DTYPE[scale.dtype])
+    down = rows[0] // tall, (rows[1] - 1) // tall + 1
+    right = columns[0] // wide, (columns[1] - 1) // wide + 1
+    row_bytes = scale.columns * item.itemsize
+    return _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
+
+
+def _fp4_parts(matrix: Matrix, rows: Span, columns: Span) -> tuple[Bytes, Bytes]:
+    """Return the codes [rows, columns] and the scale bytes [rows, columns/32] of FP4 in either storage."""
+    raw = _read_raw(matrix, rows, columns)
+    codes = np.empty((len(raw), columns[1] - columns[0]), np.uint8)
+    if matrix.encoding == "fp4" and matrix.scale is not None:
+        codes[:, 0::2] = raw & 0xF
+        codes[:, 1::2] = raw >> 4
+        return codes, _read_grid(matrix.scale, rows, columns)
+    blocks = raw.reshape(len(raw), -1, STORAGE["mxfp4"][0])
+    halves = codes.reshape(len(raw), -1, 2, BLOCK // 2)
+    halves[:, :, 0] = blocks[:, :, 1:] & 0xF
+    halves[:, :, 1] = blocks[:, :, 1:] >> 4
+    return codes, blocks[:, :, 0]
+
+
+def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
     count, nbytes = rows[1] - rows[0], STORAGE[matrix.encoding][0]
     if matrix.encoding in ("f32", "i32"):
         return raw.view("<u4" if matrix.encoding == "f32" else "<i4")
@@ -156,33 +212,23 @@ def _as_bits(matrix: Matrix, raw: Bytes, rows: tuple[int, int], columns: tuple[i
         blocks = raw.reshape(count, -1, nbytes)
         d = np.ascontiguousarray(blocks[:, :, :2]).view("<u2").astype(np.uint32)
         return ((d << np.uint32(8)) | blocks[:, :, 2:]).reshape(count, -1)
-    if matrix.encoding == "mxfp4":
-        blocks = raw.reshape(count, -1, nbytes)
-        codes = np.concatenate([blocks[:, :, 1:] & 0xF, blocks[:, :, 1:] >> 4], axis=2)
-        return ((blocks[:, :, :1].astype(np.uint16) << np.uint16(4)) | codes).reshape(count, -1)
-    codes = raw
-    if matrix.encoding == "fp4":
-        codes = np.stack([raw & 0xF, raw >> 4], axis=2).reshape(count, -1)
-    return _with_scale(matrix, codes, rows, columns)
+    if matrix.encoding in ("fp4", "mxfp4"):
+        codes, scales = _fp4_parts(matrix, rows, columns)
+        return (np.repeat(scales, BLOCK, axis=1).astype(np.uint16) << np.uint16(4)) | codes
+    return _with_scale(matrix, raw, rows, columns)
 
 
-def _with_scale(matrix: Matrix, codes: Bytes, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+def _with_scale(matrix: Matrix, codes: Bytes, rows: Span, columns: Span) -> Any:
+    """Return FP8 codes with the scale of each above it."""
     scale = matrix.scale
     if scale is None:
         raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
     tall, wide = scale.block
-    row = np.arange(*rows) // tall
-    column = np.arange(*columns) // wide
-    item = np.dtype(SCALE_DTYPE[scale.dtype])
-    span = (int(row[0]), int(row[-1]) + 1)
-    row_bytes = scale.columns * item.itemsize
-    grid = _read(scale.file, scale.offset, row_bytes, span, (0, row_bytes)).view(item)
-    spread = grid[row - span[0]][:, column]
-    if matrix.encoding == "fp4":
-        return (spread.astype(np.uint16) << np.uint16(4)) | codes
-    if matrix.encoding == "fp8":
-        return (spread.astype(np.uint16) << np.uint16(8)) | codes
-    return (spread.astype(np.uint64) << np.uint64(8)) | codes
+    row = np.arange(*rows) // tall - rows[0] // tall
+    column = np.arange(*columns) // wide - columns[0] // wide
+    spread = _read_grid(scale, rows, columns)[:, column][row]
+    kind = np.uint16 if matrix.encoding == "fp8" else np.uint64
+    return (spread.astype(kind) << kind(8)) | codes
 
 
 def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes:

@@ -21,6 +21,7 @@ The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32").
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +38,7 @@ E8M0_NAN = 255
 F16_NAN = 0x7E00
 
 INTEGERS = ("i32", "i64")
+FLOATS = ("f32", "f16", "bf16")
 # Elements whose value is not what is stored, but is worked out from code and scale.
 SCALED = ("fp8", "fp8/f32", "fp4", "mxfp4", "q8_0")
 
@@ -79,9 +81,33 @@ def e8m0_values(scale: Bits) -> Values:
     return np.where(scale == E8M0_NAN, np.nan, power)
 
 
+# Encodings of at most 16 bits have all their values worked out once, and looked up from then on.
+TABLE_BITS = {"f16": 16, "bf16": 16, "fp8": 16, "fp4": 12, "mxfp4": 12}
+
+
+@cache
+def all_values(encoding: str) -> Values:
+    """Return the value of every pattern of bits of an encoding of at most 16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values: Values = _values(encoding, np.arange(2 ** TABLE_BITS[encoding], dtype=np.uint16))
+    return values
+
+
+@cache
+def all_conversions(source: str, output: str) -> tuple[Bits, Mask]:
+    """Return what every pattern of bits must become in a float format, and where that is another value."""
+    values = all_values(source)
+    bits = bits_of(output, values)
+    back = values_of(output, bits)
+    changed: Mask = ~((back == values) | (np.isnan(back) & np.isnan(values)))
+    return bits, changed
+
+
 def values_of(encoding: str, bits: Bits) -> Values:
     """Return the exact value of each element."""
-    values: Values = _values(encoding, bits)
+    values: Values
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.take(all_values(encoding), bits) if encoding in TABLE_BITS else _values(encoding, bits)
     return values
 
 
@@ -94,17 +120,16 @@ def _values(encoding: str, bits: Bits) -> Any:
         return bits.astype(np.uint16).view(np.float16).astype(np.float64)
     if encoding == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        if encoding in ("fp4", "mxfp4"):
-            return E2M1[bits & 0xF] * e8m0_values(bits >> 4)
-        if encoding == "fp8":
-            return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
-        if encoding == "fp8/f32":
-            scale = (bits >> np.uint64(8)).astype(np.uint32).view(np.float32).astype(np.float64)
-            return E4M3[(bits & np.uint64(0xFF)).astype(np.intp)] * scale
-        if encoding == "q8_0":
-            d = (bits >> 8).astype(np.uint16).view(np.float16).astype(np.float64)
-            return (bits & 0xFF).astype(np.uint8).view(np.int8).astype(np.float64) * d
+    if encoding in ("fp4", "mxfp4"):
+        return E2M1[bits & 0xF] * e8m0_values(bits >> 4)
+    if encoding == "fp8":
+        return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
+    if encoding == "fp8/f32":
+        scale = (bits >> np.uint64(8)).astype(np.uint32).view(np.float32).astype(np.float64)
+        return E4M3[(bits & np.uint64(0xFF)).astype(np.intp)] * scale
+    if encoding == "q8_0":
+        d = np.take(all_values("f16"), bits >> 8)
+        return (bits & 0xFF).astype(np.uint8).view(np.int8).astype(np.float64) * d
     raise KeyError(encoding)
 
 
@@ -206,23 +231,38 @@ def _mxfp4_bits(values: Values) -> Any:
     return bits.astype(np.uint16).reshape(rows, columns)
 
 
-def fp4_as_fp8_bits(bits: Bits) -> Bits:
-    """Return FP4 [rows, columns] that begin a 128x128 tile as FP8 under the tile's scale.
+def fp4_as_fp8_bits(bits: Bits) -> tuple[Bits, bool]:
+    """Return FP4 [rows, columns] that begin a 128x128 tile as FP8 under the tile's scale, and whether exactly.
 
     The scale is the tile's largest FP4 scale / 2^6 (2^-127 at least); a NaN scale has no part in it.
     """
-    rows, columns = bits.shape
-    scale, value = (bits >> 4).astype(np.int64), E2M1[bits & 0xF]
+    scale, code = (bits >> 4).astype(np.int32), bits & 0xF
     out = np.zeros(bits.shape, np.uint16)
-    for top in range(0, rows, FP8_TILE):
-        for left in range(0, columns, FP8_TILE):
+    smallest = NAN_LIFT
+    for top in range(0, bits.shape[0], FP8_TILE):
+        for left in range(0, bits.shape[1], FP8_TILE):
             tile = (slice(top, top + FP8_TILE), slice(left, left + FP8_TILE))
-            real = scale[tile][scale[tile] != E8M0_NAN]
-            shared = max(int(real.max()) - 6, 0) if real.size else E8M0_NAN
-            lift = scale[tile] - (shared if real.size else 0)
-            scaled = np.where(scale[tile] == E8M0_NAN, np.nan, np.ldexp(value[tile], lift))
-            out[tile] = nearest_e4m3(scaled) | shared << 8
-    return out
+            largest = int(np.max(scale[tile], where=scale[tile] != E8M0_NAN, initial=-1))
+            shared = E8M0_NAN if largest < 0 else max(largest - FP8_HEADROOM, 0)
+            lift = np.where(scale[tile] == E8M0_NAN, NAN_LIFT, np.maximum(scale[tile] - shared, MIN_LIFT))
+            out[tile] = np.take(_e4m3_of_e2m1(), (lift - MIN_LIFT) * 16 + code[tile]) | shared << 8
+            smallest = min(smallest, int(lift.min()))
+    return out, smallest >= EXACT_LIFT
+
+
+FP8_HEADROOM = 6  # 6 * 2^6 = 384 fits under 448
+# How many powers of two a scale is above its tile's: at most the headroom; one beyond stands for NaN.
+EXACT_LIFT = -8  # 0.5 * 2^-8 is e4m3's smallest value
+MIN_LIFT, NAN_LIFT = -E8M0_NAN, FP8_HEADROOM + 1
+
+
+@cache
+def _e4m3_of_e2m1() -> npt.NDArray[np.uint16]:
+    """Return the e4m3 code of every e2m1 code at every lift, lifts in rows from ``MIN_LIFT`` on."""
+    lifts = np.arange(MIN_LIFT, FP8_HEADROOM + 1)[:, None]
+    codes = nearest_e4m3(np.ldexp(E2M1[None, :], lifts))
+    nan = np.full((1, 16), nearest_e4m3(np.array([np.nan]))[0], np.uint16)
+    return np.concatenate([codes, nan]).reshape(-1)
 
 
 E4M3_POSITIVE = E4M3[: 0x7E + 1]  # ascending, 0 to 448

@@ -271,7 +271,7 @@ class Model:
 
     def _mixing_logits(self, X: Array, fn: str) -> Array:
         x = X.reshape(len(X), -1)  # [T, hc·D]
-        return (x @ self._weight(fn).T) / rms(x, self.config.rms_norm_eps)
+        return product(x, self._weight(fn)) / rms(x, self.config.rms_norm_eps)
 
     # ---- attention ------------------------------------------------------------------------------------
 
@@ -471,7 +471,7 @@ class Model:
         logits_TV = np.empty((len(X), V), np.float32)
         for a in range(0, V, HEAD_ROWS):
             rows = np.arange(a, min(a + HEAD_ROWS, V))
-            logits_TV[:, rows] = x_TD @ self.source.rows("head.weight", rows).T
+            logits_TV[:, rows] = product(x_TD, self.source.rows("head.weight", rows))
         record(f"{at}logits", logits_TV)
         return logits_TV
 
@@ -485,13 +485,13 @@ class Model:
 
     def _project(self, x: Array, name: str) -> Array:
         """Return x·wᵀ for a weight that is published in BF16 or float32."""
-        return x @ self._weight(name).T
+        return product(x, self._weight(name))
 
     def _linear(self, x: Array, name: str) -> Array:
         """Return x·wᵀ for a weight that is published in FP8 or FP4: its kernel takes e4m3 inputs."""
         if self.activation_rounding:
             x = round_to_e4m3(x, LINEAR_BLOCK)
-        return x @ self._weight(name).T
+        return product(x, self._weight(name))
 
     def _rounded_kv(self, kv: Array) -> Array:
         """Round all but the rotary part."""
@@ -506,6 +506,16 @@ class Model:
 
 
 # ---- pieces without weights ---------------------------------------------------------------------------
+
+
+def product(x: Array, w: Array) -> Array:
+    """Return x·wᵀ for x [..., in] and w [out, in], as (w·xᵀ)ᵀ.
+
+    BLAS libraries share out the rows of the left factor among threads: w has thousands, and x often
+    has fewer than ten, one for each token that an expert is chosen by.
+    """
+    y = w @ x.reshape(-1, x.shape[-1]).T
+    return np.ascontiguousarray(y.T).reshape(*x.shape[:-1], -1)
 
 
 def rms(x: Array, eps: float) -> Array:

@@ -44,17 +44,18 @@ def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
         raise UsageError("is a folder of shards already", where=source, hint="unshard it first")
     checkpoint = open_folder(source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
+    config, notes, source_bytes = _shard_config(checkpoint, options), checkpoint.notes, checkpoint.nbytes
     files, dropped, costs = shard_files(checkpoint, options)
     plan = Plan(
         target=SHARD,
         source=source,
         destination=out,
         is_folder=True,
-        files=(*files, _shard_config(checkpoint, options), *auxiliary_files(source)),
+        files=(*files, config, *auxiliary_files(source)),
         dropped=dropped,
         options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_missing_tokenizer(source)),
+        source_bytes=source_bytes,
+        notes=(*notes, *_missing_tokenizer(source)),
     )
     return ShardPlan(plan, costs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from .checkpoint.folder import Checkpoint
 from .checkpoint.weights import Weight
@@ -174,17 +174,40 @@ class Claims:
         return tuple(self._dropped)
 
 
-def copy_segments(file: Path, offset: int, nbytes: int) -> tuple[Segment, ...]:
+class CopySegments(Sequence[Segment]):
+    """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are, made when asked for.
+
+    A large model has a hundred thousand such runs of bytes, nearly all of one segment, and a segment
+    takes several times the room of what it is made from.
+    """
+
+    __slots__ = ("file", "nbytes", "offset")
+
+    def __init__(self, file: Path, offset: int, nbytes: int) -> None:
+        self.file = file
+        self.offset = offset
+        self.nbytes = nbytes
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
+        numbers = range(len(self))[index]
+        return tuple(map(self._make, numbers)) if isinstance(numbers, range) else self._make(numbers)
+
+    def __len__(self) -> int:
+        return -(-self.nbytes // COPY_SEGMENT_BYTES)
+
+    def _make(self, number: int) -> Segment:
+        begin = number * COPY_SEGMENT_BYTES
+        operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
+        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self.nbytes - begin), 1)
+
+
+def copy_segments(file: Path, offset: int, nbytes: int) -> CopySegments:
     """Return the segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
-    if nbytes <= COPY_SEGMENT_BYTES:
-        # By far the most frequent case, made of the caller's own objects: a plan has a hundred thousand of them.
-        return (Segment(COPY, (Operand(file, offset, 1, 1, "u1"),), nbytes, 1),)
-    return tuple(
-        Segment(
-            COPY, (Operand(file, offset + begin, 1, 1, "u1"),), min(COPY_SEGMENT_BYTES, nbytes - begin), 1
-        )
-        for begin in range(0, nbytes, COPY_SEGMENT_BYTES)
-    )
+    return CopySegments(file, offset, nbytes)
 
 
 def align_up(value: int, alignment: int) -> int:

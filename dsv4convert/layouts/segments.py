@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
@@ -102,7 +103,7 @@ def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | N
 
 def convert_segments(
     weight: Weight, to: ElementType, first: int = 0, rows: int | None = None
-) -> tuple[Segment, ...]:
+) -> Sequence[Segment]:
     """Return the segments that make rows ``first``.. of a weight in element type ``to``; verbatim bytes are copied.
 
     Raises:

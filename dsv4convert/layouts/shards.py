@@ -13,7 +13,18 @@ from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
 from ..config import CONFIG_NAME
 from ..errors import UsageError
-from ..plan import COPY, COPY_SEGMENT_BYTES, Claims, Dropped, Operand, OutputFile, OutputTensor, Segment, copy_segments
+from ..plan import (
+    COPY,
+    COPY_SEGMENT_BYTES,
+    Claims,
+    CopySegments,
+    Dropped,
+    Operand,
+    OutputFile,
+    OutputTensor,
+    Segment,
+    copy_segments,
+)
 from .fp8 import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .names import BF16_IN_SHARDS, Split, Store, scale_name
 from .parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, shard_name
@@ -73,7 +84,7 @@ class ShardCosts:
 def shard_files(
     checkpoint: Checkpoint, options: ShardOptions
 ) -> tuple[tuple[OutputFile, ...], tuple[Dropped, ...], ShardCosts]:
-    """Return the files of the chosen ranks, what they leave out, and what they cost.
+    """Return the files of the chosen ranks, what they leave out, and what they cost. Drains ``checkpoint``.
 
     Raises:
         UsageError: ranks that cannot share the model or are out of range, or an expert dtype that the
@@ -84,13 +95,13 @@ def shard_files(
     ranks = _chosen_ranks(options)
     _check_options(checkpoint, options)
     claims = Claims(checkpoint)
-    if options.mtp == "drop":
-        draft = [weight for weight in checkpoint.weights.values() if weight.is_draft]
-        claims.drop("mtp.*", "--mtp drop", draft)
+    source_bytes = checkpoint.nbytes
     replicated: Counter[str] = Counter()
     tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
-    for weight in checkpoint.weights.values():
+    draft: list[Weight] = []
+    for weight in checkpoint.drain():
         if weight.is_draft and options.mtp == "drop":
+            draft.append(weight)
             continue
         claims.take(weight)
         _check_split(weight, mp)
@@ -107,13 +118,14 @@ def shard_files(
             holders = [holder] if holder in tensors else []
         for rank in holders:
             tensors[rank] += _rank_tensors(weight, rank, options)
+    claims.drop("mtp.*", "--mtp drop", draft)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
     costs = ShardCosts(
         mp,
         {rank: file.nbytes for rank, file in zip(ranks, files, strict=True)},
         dict(replicated.most_common()),
-        checkpoint.nbytes,
+        source_bytes,
     )
     return files, claims.close(), costs
 
@@ -186,13 +198,16 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
 
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
-    # Rows of one byte have the segment's size in them already, an object that many tensors share.
-    lone_copy = len(segments) == 1 and segments[0].row_bytes == 1
-    nbytes = segments[0].rows if lone_copy else sum(segment.nbytes for segment in segments)
-    return OutputTensor(name, dtype, shape, 0, nbytes, segments)
+    return OutputTensor(name, dtype, shape, 0, _nbytes(segments), segments)
 
 
-def _split(stored: Stored, split: Split, rank: int, mp: int) -> tuple[Segment, ...]:
+def _nbytes(segments: Sequence[Segment]) -> int:
+    if isinstance(segments, CopySegments):
+        return segments.nbytes  # one object for all tensors of the size, where a sum makes another
+    return sum(segment.nbytes for segment in segments)
+
+
+def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
     """Return the segments of a rank's part of stored bytes, whatever they mean."""
     if split is Split.ROWS:
         part = stored.nbytes // mp
@@ -271,7 +286,7 @@ def _whole_shape(stored: Sequence[Stored], weight: ShardedWeight) -> tuple[int, 
     return shape if axis is None else (*shape[:axis], shape[axis] * len(stored), *shape[axis + 1 :])
 
 
-def _join(stored: Sequence[Stored], weight: ShardedWeight) -> tuple[Segment, ...]:
+def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     """Return the segments that put the ranks' bytes together again."""
     first = stored[0]
     if len(stored) == 1:

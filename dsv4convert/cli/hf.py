@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Device, DeviceName, DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
-
-OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
-MaxFileSize = Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")]
+from .options import MaxFileSize, OutFolder, RunOptions, Source, parse_size, with_run_options
 
 
 class DtypeName(str, Enum):
@@ -29,6 +25,7 @@ class RepackedExperts(str, Enum):
     fp8 = "fp8"
 
 
+@with_run_options
 def dequantize(
     source: Source,
     out: OutFolder,
@@ -42,14 +39,8 @@ def dequantize(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where a value leaves the type's range or is rounded.")
     ] = False,
-    device: Device = DeviceName.cpu,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    *,
+    run: RunOptions,
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
     from ..convert_hf import plan_dequantize, refuse_loss
@@ -64,18 +55,12 @@ def dequantize(
     )
     run_conversion(
         plan,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        quiet=quiet,
-        as_json=as_json,
-        dry_run=dry_run,
-        device=device.value,
+        run,
         before_finish=refuse_loss("--strict") if strict else None,
     )
 
 
+@with_run_options
 def repack(
     source: Source,
     out: OutFolder,
@@ -84,14 +69,8 @@ def repack(
     require_lossless: Annotated[
         bool, typer.Option("--require-lossless", help="Fail where any element changes.")
     ] = False,
-    device: Device = DeviceName.cpu,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    *,
+    run: RunOptions,
 ) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
     from ..convert_hf import execute_repack, plan_repack, refuse_loss
@@ -102,15 +81,8 @@ def repack(
     )
     run_conversion(
         plan,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        quiet=quiet,
-        as_json=as_json,
-        dry_run=dry_run,
-        device=device.value,
-        run=execute_repack,
+        run,
+        carry_out=execute_repack,
         before_finish=refuse_loss("--require-lossless") if require_lossless else None,
     )
 

@@ -16,6 +16,7 @@ from ..errors import escape_control
 if TYPE_CHECKING:
     from ..convert import Summary
     from ..plan import Plan
+    from .options import RunOptions
 
 # Seconds between progress lines where there is no terminal.
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -185,35 +186,35 @@ def print_plan(document: dict[str, Any]) -> None:
 
 
 def run_conversion(
-    plan: Plan,
-    *,
-    threads: int | None,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-    dry_run: bool,
-    run: Callable[..., Summary] | None = None,
-    **execute_options: Any,
-) -> Summary | None:
-    """Carry out a plan with progress and print its summary; with ``dry_run`` only print the plan.
+    plan: Plan, run: RunOptions, carry_out: Callable[..., Summary] | None = None, **execute_options: Any
+) -> None:
+    """Carry out a plan with progress and print its summary; with ``--dry-run`` only print the plan.
 
-    ``run`` takes the place of ``execute`` for targets whose summary says more.
+    ``carry_out`` takes the place of ``execute`` for targets whose summary says more.
     """
     from ..convert import default_threads, execute
 
-    run = execute if run is None else run
-    threads = default_threads() if threads is None else threads
-    if dry_run:
+    carry_out = execute if carry_out is None else carry_out
+    threads = default_threads() if run.threads is None else run.threads
+    if run.dry_run:
         document = plan_as_json(plan, threads)
-        if as_json:
+        if run.as_json:
             print_json(document)
         else:
             print_plan(document)
-        return None
-    with progress_display(plan.nbytes, quiet or as_json) as progress:
-        summary = run(plan, threads=threads, overwrite=overwrite, progress=progress, **execute_options)
-    if as_json:
+        return
+    with progress_display(plan.nbytes, run.quiet or run.as_json) as progress:
+        summary = carry_out(
+            plan,
+            threads=threads,
+            overwrite=run.overwrite,
+            resume=run.resume,
+            fresh=run.fresh,
+            device=run.device.value,
+            progress=progress,
+            **execute_options,
+        )
+    if run.as_json:
         print_json(summary.as_json())
-    elif not quiet:
+    elif not run.quiet:
         print_summary(summary)
-    return summary

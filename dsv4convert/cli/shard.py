@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import DryRun, Fresh, Json, Overwrite, Quiet, Resume, Source, Threads, parse_size
+from .options import MaxFileSize, OutFolder, RunOptions, Source, parse_size, with_run_options
 
 if TYPE_CHECKING:
     from ..layouts.shards import ShardCosts
 
 # Kinds of replicated tensors that the text lists by name; the rest is summed up.
 LISTED_KINDS = 6
-
-OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
 
 
 class ExpertDtype(str, Enum):
@@ -34,6 +32,7 @@ class WoADtype(str, Enum):
     fp8 = "fp8"
 
 
+@with_run_options
 def shard(
     source: Source,
     out: OutFolder,
@@ -47,13 +46,8 @@ def shard(
         typer.Option(help="fp8 makes e4m3 of FP4 experts; as they are when left out.", show_default=False),
     ] = None,
     mtp: Annotated[MtpMode, typer.Option(help="The draft layers.")] = MtpMode.keep,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    *,
+    run: RunOptions,
 ) -> None:
     """Divide a checkpoint among ranks, as the published inference code loads it."""
     from ..convert import default_threads
@@ -68,9 +62,9 @@ def shard(
         mtp=mtp.value,
     )
     plan, costs = plan_shards(source, out, options)
-    if dry_run:
-        document = {**plan_as_json(plan, threads or default_threads()), "costs": costs_as_json(costs)}
-        if as_json:
+    if run.dry_run:
+        document = {**plan_as_json(plan, run.threads or default_threads()), "costs": costs_as_json(costs)}
+        if run.as_json:
             print_json(document)
             return
         print_plan(document)
@@ -78,16 +72,11 @@ def shard(
         return
     run_conversion(
         plan,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        quiet=quiet,
-        as_json=as_json,
-        dry_run=False,
+        run,
     )
 
 
+@with_run_options
 def unshard(
     source: Annotated[
         Path, typer.Argument(help="Folder with the shards of all ranks and config.json.", show_default=False)
@@ -96,14 +85,9 @@ def unshard(
     wo_a: Annotated[
         WoADtype, typer.Option(help="wo_a as the shards hold it, or FP8 with scales, an error where that is inexact.")
     ] = WoADtype.bf16,
-    max_file_size: Annotated[str, typer.Option(help="Largest file; a larger tensor gets its own.")] = "5GB",
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    max_file_size: MaxFileSize = "5GB",
+    *,
+    run: RunOptions,
 ) -> None:
     """Put model-parallel shards together again: a checkpoint folder."""
     from ..convert_shards import plan_unshard
@@ -112,13 +96,7 @@ def unshard(
     plan = plan_unshard(source, out, wo_a=wo_a.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
     run_conversion(
         plan,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        quiet=quiet,
-        as_json=as_json,
-        dry_run=dry_run,
+        run,
     )
 
 

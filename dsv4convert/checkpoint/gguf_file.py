@@ -316,6 +316,8 @@ class _Header:
         types: dict[str, str] = {}
         for number in range(n_keys):
             key = self.text(f"key {number}", MAX_KEY_BYTES)
+            if not key:
+                raise self.error(f"key {number}: without a name")
             if key in metadata:
                 raise self.error(f"key {key!r}: there twice")
             types[key], metadata[key] = self.value(f"key {key!r}")

@@ -25,7 +25,6 @@ from .engine.tiles import COPY_TILE_BYTES, TILE_BYTES
 from .errors import (
     Dsv4Error,
     InputOutputError,
-    LockedError,
     ResumeError,
     RunInterruptedError,
     SpaceError,
@@ -40,6 +39,8 @@ from .manifest import finished_before, manifest_path, write_manifest
 from .model_card import read_model_card
 from .plan import Dropped, OutputFile, Plan
 from .tokenizer import load_tokenizer
+
+RESUME_HINT = "the finished work is kept: run again with --resume"
 
 MTP_PREFIX = "mtp-"
 
@@ -230,15 +231,11 @@ def execute(
             report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
             return summarize(plan, report)
         outputs.check_absent(overwrite)
-    with contextlib.closing(outputs), Journal(path) as journal:
-        if journal.is_new or fresh:
-            _start(plan, outputs, journal, mark, overwrite)
+    with contextlib.closing(outputs), Journal(path, forget=fresh) as journal:
+        if journal.is_new:
+            _start(plan, outputs, journal, mark, overwrite, fresh)
         elif resume:
-            check_same(journal.fingerprint or {}, mark, path)
-            journal.check_plan(plan)
-            outputs.reopen(journal.complete_files(plan))
-            check_space(plan, outputs.allocated_bytes())
-            journal.go_on()
+            _go_on(plan, outputs, journal, mark)
         else:
             raise ResumeError(
                 "an interrupted run left work here",
@@ -259,13 +256,15 @@ def execute(
                 before_finish=before_finish,
             )
             write_manifest(manifest, plan, report, mark)
+        except KeyboardInterrupt:
+            raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
         except (RunInterruptedError, SpaceError, InputOutputError) as error:
             raise type(error)(
                 error.what,
                 where=error.where,
                 expected=error.expected,
                 got=error.got,
-                hint=(f"{error.hint}; " if error.hint else "") + "the finished work is kept: run again with --resume",
+                hint=(f"{error.hint}; " if error.hint else "") + RESUME_HINT,
             ) from None
         except Dsv4Error:
             outputs.discard()
@@ -275,20 +274,48 @@ def execute(
     return summarize(plan, report)
 
 
-def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool) -> None:
-    """Begin a run from nothing; what cannot even begin leaves nothing behind."""
+def _start(
+    plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool, fresh: bool
+) -> None:
+    """Begin a run from nothing; what cannot even begin leaves nothing behind, and older work as it was."""
+    had_work = journal.has_content
     try:
         outputs.check_absent(overwrite)
-        check_space(plan)
+        if not fresh:
+            outputs.check_no_work()
+        check_space(plan, outputs.allocated_bytes())
+    except BaseException:
+        if not had_work:
+            journal.remove()
+        raise
+    try:
         journal.begin(mark)
         outputs.create()
-    except LockedError:
-        journal.remove()
-        raise
+        journal.note_inodes(outputs.inodes())
     except BaseException:
         outputs.discard()
         journal.remove()
         raise
+
+
+def _go_on(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any]) -> None:
+    """Take over the work of an interrupted run.
+
+    Files that are not the very ones which that run wrote (a disk was changed, an older output has the
+    name) count only if every finished segment has its checksum.
+    """
+    check_same(journal.fingerprint or {}, mark, journal.path)
+    journal.check_plan(plan)
+    started = journal.started_files()
+    outputs.reopen(started, journal.complete_files(plan))
+    check_space(plan, outputs.allocated_bytes())
+    inodes = outputs.inodes()
+    known = journal.inodes or []
+    for index in sorted(started):
+        if known[index : index + 1] != inodes[index : index + 1]:
+            journal.check_bytes(plan, index, outputs.paths[index])
+    journal.go_on()
+    journal.note_inodes(inodes)
 
 
 def device_codecs(device: str, bytes_to_convert: int) -> tuple[Codecs, int]:

@@ -6,16 +6,30 @@ Each module of this package holds the commands of one subject and registers them
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import Dsv4Error, escape_control
+from ..errors import Dsv4Error, RunInterruptedError, SpaceError, escape_control
+
+
+class _Commands(TyperGroup):
+    """The commands; a Ctrl-C in any of them is an error of ours, which typer would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise RunInterruptedError("interrupted") from None
+
 
 app = typer.Typer(
     name="dsv4convert",
+    cls=_Commands,
     help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
     no_args_is_help=True,
     add_completion=False,
@@ -24,7 +38,9 @@ app = typer.Typer(
 )
 
 INTERNAL_ERROR_CODE = 70
-INTERRUPTED_CODE = 130
+
+# What ends a program politely: an administrator, a batch system, a terminal that was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 _debug = False
 
@@ -58,17 +74,20 @@ def register_commands() -> None:
 
 def main() -> None:
     """Run the program: every error becomes one line on stderr and its own exit code."""
-    register_commands()
+    _heed_stop_signals()
     try:
+        register_commands()
         app()
     except Dsv4Error as error:
         if _debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+        _fail(error)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(INTERRUPTED_CODE)
+        _fail(RunInterruptedError("interrupted"))
+    except MemoryError:
+        if _debug:
+            raise
+        _fail(SpaceError("not enough memory", hint="give fewer --threads, or is a file not what its name says?"))
     except BrokenPipeError:
         # Whoever read our output has enough; keep Python from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,3 +100,19 @@ def main() -> None:
             "this is a bug: please report it with the output of --debug\n"
         )
         sys.exit(INTERNAL_ERROR_CODE)
+
+
+def _fail(error: Dsv4Error) -> NoReturn:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(error.exit_code)
+
+
+def _heed_stop_signals() -> None:
+    """Treat the signals that end a program politely like Ctrl-C, so that the work is kept."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored: it stays so
+            signal.signal(number, stop)

@@ -26,14 +26,17 @@ from .. import __version__
 from ..errors import LockedError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
-from .files import os_errors, sync_folder, write_all
+from .files import FRESH_HINT, os_errors, sync_folder, write_all
+from .ledger import DIGEST_BYTES
 from .run import Finished, Task
 
 JOURNAL_SUFFIX = ".journal"
 FORMAT = 1
 
 # A journal of V4-Pro has some 75,000 lines of about 120 bytes.
-MAX_JOURNAL_BYTES = 2**30
+MAX_JOURNAL_BYTES = 2**28
+MAX_LINE_BYTES = 2**24
+READ_BYTES = 2**22
 
 Key = tuple[int, int, int]
 
@@ -47,18 +50,23 @@ def journal_path(plan: Plan) -> Path:
 class Journal:
     """An open, locked journal; use it as a context manager.
 
+    With ``forget`` it is not read: whatever it says, even damaged, the run starts over.
+
     Raises:
         LockedError: another run holds it; says which.
         ResumeError: it is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, forget: bool = False) -> None:
         self.path = path
         self.fingerprint: dict[str, Any] | None = None
+        self.inodes: list[int] | None = None
         self._finished: dict[Key, Finished] = {}
         self._descriptor = self._lock()
+        self._end = 0
         try:
-            self._end = self._read()
+            if not forget:
+                self._end = self._read()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -76,6 +84,11 @@ class Journal:
         """Return whether no earlier run left anything in it."""
         return self.fingerprint is None
 
+    @property
+    def has_content(self) -> bool:
+        """Return whether there is anything in the file, whether or not it was read."""
+        return os.fstat(self._descriptor).st_size > 0
+
     def finished(self) -> Mapping[Key, Finished]:
         """Return the segments that earlier runs finished."""
         return self._finished
@@ -92,7 +105,33 @@ class Journal:
                 and 0 <= tensor < len(plan.files[file].tensors)
                 and 0 <= segment < len(plan.files[file].tensors[tensor].segments)
             ):
-                raise ResumeError("names a segment that the plan does not have", where=self.path, hint=_FRESH)
+                raise ResumeError("names a segment that the plan does not have", where=self.path, hint=FRESH_HINT)
+
+    def check_bytes(self, plan: Plan, file: int, path: Path) -> None:
+        """Check that ``path`` holds the header of output file ``file`` and its finished segments.
+
+        Raises:
+            ResumeError: it does not; names the tensor.
+            InputOutputError: it cannot be read.
+        """
+        with os_errors(path, "read"), path.open("rb", buffering=0) as stream:
+            header = plan.files[file].header
+            if stream.read(len(header)) != header:
+                raise ResumeError("is not what the interrupted run wrote", where=path, hint=FRESH_HINT)
+            for entry in self._finished.values():
+                if entry.task.file != file:
+                    continue
+                tensor = plan.files[file].tensors[entry.task.tensor]
+                sizes = [segment.nbytes for segment in tensor.segments]
+                offset = tensor.offset + sum(sizes[: entry.task.segment])
+                if _digest(stream.fileno(), offset, sizes[entry.task.segment]) != entry.digest:
+                    raise ResumeError(
+                        f"tensor {tensor.name}: not as the interrupted run wrote it", where=path, hint=FRESH_HINT
+                    )
+
+    def started_files(self) -> set[int]:
+        """Return the files of which any segment is finished."""
+        return {file for file, _, _ in self._finished}
 
     def complete_files(self, plan: Plan) -> set[int]:
         """Return the files of which every segment is finished."""
@@ -107,13 +146,21 @@ class Journal:
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
+            self.inodes = None
             self.fingerprint = dict(fingerprint)
             self._append([{"journal": FORMAT, "fingerprint": self.fingerprint}, _holder()])
             sync_folder(self.path.parent)
 
     def go_on(self) -> None:
-        """Note that this process has taken over."""
+        """Note that this process has taken over; a torn last line goes."""
+        with os_errors(self.path, "written"):
+            os.ftruncate(self._descriptor, self._end)
         self._append([_holder()])
+
+    def note_inodes(self, inodes: list[int]) -> None:
+        """Keep the inode numbers of the output's temporary files, by which they are known again."""
+        self.inodes = inodes
+        self._append([{"inodes": inodes}])
 
     def record(self, batch: list[Finished]) -> None:
         """Keep finished segments, whose bytes are durable already; durable itself on return."""
@@ -152,24 +199,18 @@ class Journal:
         with os_errors(self.path, "read"):
             size = os.fstat(self._descriptor).st_size
             if size > MAX_JOURNAL_BYTES:
-                raise ResumeError("not a journal: too large", where=self.path, got=f"{size} bytes", hint=_FRESH)
-            text = os.pread(self._descriptor, size, 0)
-            while len(text) < size:
-                more = os.pread(self._descriptor, size - len(text), len(text))
-                if not more:
-                    break
-                text += more
-        end = 0
-        lines = text.split(b"\n")
-        for number, line in enumerate(lines):
-            fact = _checked(line)
-            if fact is None:
-                if number < len(lines) - 1 and any(lines[number + 1 :]):
-                    raise ResumeError(f"line {number + 1}: damaged", where=self.path, hint=_FRESH)
-                break
-            self._take(fact, number)
-            end += len(line) + 1
-        return min(end, size)
+                raise ResumeError("not a journal: too large", where=self.path, got=f"{size} bytes", hint=FRESH_HINT)
+            end = 0
+            with open(os.dup(self._descriptor), "rb") as file:
+                for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
+                    fact = _checked(line)
+                    if fact is None:
+                        if file.read(1):
+                            raise ResumeError(f"line {number + 1}: damaged", where=self.path, hint=FRESH_HINT)
+                        break
+                    self._take(fact, number)
+                    end += len(line)
+        return end
 
     def _take(self, fact: Any, number: int) -> None:
         try:
@@ -179,15 +220,20 @@ class Journal:
                         "another version of the journal",
                         where=self.path,
                         expected=FORMAT,
-                        got=fact["journal"],
-                        hint=_FRESH,
+                        got=str(fact["journal"])[:60],
+                        hint=FRESH_HINT,
                     )
                 self.fingerprint = dict(fact["fingerprint"])
             elif "s" in fact:
                 task = Task(*map(int, fact["s"]))
-                self._finished[task[:3]] = Finished(task, bytes.fromhex(fact["d"]), Tally(*map(int, fact["n"])))
-        except (KeyError, TypeError, ValueError):
-            raise ResumeError(f"line {number + 1}: not a line of a journal", where=self.path, hint=_FRESH) from None
+                digest = bytes.fromhex(fact["d"])
+                if len(digest) != DIGEST_BYTES:
+                    raise ValueError
+                self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])))
+            elif "inodes" in fact:
+                self.inodes = list(map(int, fact["inodes"]))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ResumeError(f"line {number + 1}: not a line of a journal", where=self.path, hint=FRESH_HINT) from None
 
     def _append(self, facts: Sequence[Mapping[str, Any]]) -> None:
         text = b"".join(_line(fact) for fact in facts)
@@ -197,23 +243,29 @@ class Journal:
         self._end += len(text)
 
 
-_FRESH = "give --fresh to start over"
-
-
 def _line(fact: Mapping[str, Any]) -> bytes:
     text = json.dumps(fact, separators=(",", ":")).encode()
     return str(xxhash.xxh3_64_hexdigest(text)).encode() + b" " + text + b"\n"
 
 
 def _checked(line: bytes) -> Any:
-    """Return the fact in a line, or None where its checksum does not fit."""
-    checksum, _, text = line.partition(b" ")
-    if xxhash.xxh3_64_hexdigest(text).encode() != checksum:
+    """Return the fact in a line with its end, or None where its checksum does not fit."""
+    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or xxhash.xxh3_64_hexdigest(text).encode() != checksum:
         return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _digest(descriptor: int, offset: int, nbytes: int) -> bytes:
+    digest = xxhash.xxh3_128()
+    while nbytes and (chunk := os.pread(descriptor, min(nbytes, READ_BYTES), offset)):
+        digest.update(chunk)
+        nbytes -= len(chunk)
+        offset += len(chunk)
+    return bytes(digest.digest())
 
 
 def _holder() -> dict[str, Any]:
@@ -225,12 +277,13 @@ def _holder() -> dict[str, Any]:
 
 def _last_holder(descriptor: int) -> str:
     """Return who wrote to the journal last, as far as it says."""
-    text = os.pread(descriptor, MAX_JOURNAL_BYTES, 0)
-    for line in reversed(text.split(b"\n")):
-        fact = _checked(line)
-        if isinstance(fact, dict) and "holder" in fact:
-            return f"{fact['holder']} since {fact.get('since')}"
-    return "a process that has not said its name yet"
+    found = "a process that has not said its name yet"
+    with open(os.dup(descriptor), "rb") as file:
+        for line in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
+            fact = _checked(line) if b'"holder"' in line else None
+            if isinstance(fact, dict) and "holder" in fact:
+                found = f"{fact['holder']} since {fact.get('since')}"[:200]
+    return found
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:
@@ -289,5 +342,7 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
         changes.append("the source's config, tokenizer or tensors changed")
     if changes:
         raise ResumeError(
-            "the interrupted run cannot go on: " + "; ".join(changes[:5]), where=where, hint=f"undo that, or {_FRESH}"
+            "the interrupted run cannot go on: " + "; ".join(changes[:5]),
+            where=where,
+            hint=f"undo that, or {FRESH_HINT}",
         )

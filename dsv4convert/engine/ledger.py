@@ -61,6 +61,11 @@ class Ledger(Sequence[TensorReport]):
         """Return whether a segment is finished."""
         return bool(self._finished[self._first_segment[self._first_tensor[file] + tensor] + segment])
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether every segment is finished."""
+        return all(self._finished)
+
     def total(self) -> Tally:
         """Return the counts of all tensors together."""
         total = Tally()

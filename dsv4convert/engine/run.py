@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import threading
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from ..errors import Dsv4Error, RunInterruptedError
+from ..errors import Dsv4Error, RunInterruptedError, SpaceError
 from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
@@ -25,6 +24,9 @@ COMPILED_FROM_BYTES = 512 * 2**20
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 5.0
+
+# How long an interrupted run waits for the disk to take what is finished and not yet recorded.
+GRACE_SECONDS = 0.5
 
 
 class Task(NamedTuple):
@@ -104,7 +106,8 @@ def run_plan(
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
         RunInterruptedError: Ctrl-C.
-        Dsv4Error: whatever a codec or ``before_finish`` raises.
+        Dsv4Error: whatever a codec or ``before_finish`` raises; says the tensor.
+        RuntimeError: a worker raised anything else; says the tensor.
     """
     started = time.monotonic()
     backend = codecs if codecs is not None else choose_backend(converted_bytes(plan))
@@ -121,50 +124,96 @@ def run_plan(
         )
         for _ in range(threads)
     ]
-    for life in lives:
-        life.start()
-
-    def flush() -> None:
-        with shared.lock:
-            batch, shared.batch = shared.batch, []
-        if recorder is not None and batch:
-            outputs.sync({entry.task.file for entry in batch})
-            recorder.record(batch)
-        for entry in batch:
-            done.add(*entry.task[:3], entry.digest, entry.tally)
-
+    keeper = _Keeper(shared, workers, outputs, done, recorder, record_seconds)
     try:
-        recorded = time.monotonic()
+        for life in (*lives, keeper):
+            life.start()
         while any(life.is_alive() for life in lives):
             for life in lives:
                 life.join(POLL_SECONDS / threads)
             if progress is not None:
                 progress(resumed + sum(worker.done_bytes for worker in workers))
-            if recorder is not None and time.monotonic() - recorded >= record_seconds:
-                flush()
-                recorded = time.monotonic()
+        keeper.finish()
+        while keeper.is_alive():
+            keeper.join(POLL_SECONDS)
         if shared.error is not None:
             raise shared.error
     except BaseException as error:
-        for worker in workers:
-            worker.stopped = True
-        with shared.lock:
-            shared.tasks = iter(())
+        _stop(shared, workers)
         for life in lives:
-            life.join()
-        if recorder is not None:
-            with contextlib.suppress(Dsv4Error):  # the first error is the one to tell
-                flush()
+            if life.ident is not None:
+                life.join()
+        keeper.finish()
+        keeper.give_up_after(GRACE_SECONDS)
         if isinstance(error, KeyboardInterrupt):
             raise RunInterruptedError("interrupted", where=plan.output_path()) from None
         raise
-    flush()
+    if not done.is_complete:
+        raise RuntimeError("the workers ended before their work did")
     seconds = time.monotonic() - started
     report = RunReport(done, done.total(), plan.nbytes, seconds, threads, backend.name, resumed)
     if before_finish is not None:
         before_finish(report)
     outputs.finish()
     return report
+
+
+class _Keeper(threading.Thread):
+    """Makes finished segments durable and records them, now and then and at the end.
+
+    It is a thread of its own because a disk can take its time over a flush, and the main thread must
+    answer to Ctrl-C meanwhile.
+    """
+
+    def __init__(
+        self,
+        shared: _Shared,
+        workers: list[Worker],
+        outputs: Outputs,
+        done: Ledger,
+        recorder: Recorder | None,
+        seconds: float,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._shared, self._workers, self._outputs, self._done = shared, workers, outputs, done
+        self._recorder = recorder
+        self._seconds = seconds
+        self._ending = threading.Event()
+        self._writing = threading.Lock()
+        self._given_up = False
+
+    def run(self) -> None:
+        """Flush every so many seconds until told to finish, then once more."""
+        try:
+            while not self._ending.wait(self._seconds):
+                self._flush()
+            self._flush()
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+            _fail(self._shared, self._workers, error)
+
+    def finish(self) -> None:
+        """Ask for the last flush."""
+        self._ending.set()
+
+    def give_up_after(self, seconds: float) -> None:
+        """Wait for the last flush; if the disk takes longer, leave what it holds unrecorded."""
+        if self.ident is None:
+            return
+        self.join(seconds)
+        with self._writing:
+            self._given_up = True
+
+    def _flush(self) -> None:
+        with self._shared.lock:
+            batch, self._shared.batch = self._shared.batch, []
+        if self._recorder is not None and batch:
+            self._outputs.sync({entry.task.file for entry in batch})
+            with self._writing:
+                if self._given_up:
+                    return
+                self._recorder.record(batch)
+        for entry in batch:
+            self._done.add(*entry.task[:3], entry.digest, entry.tally)
 
 
 def choose_backend(converted_bytes: int) -> Codecs:
@@ -188,39 +237,51 @@ def peak_memory_bytes() -> int:
 def _work(
     shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[Worker]
 ) -> None:
-    with DescriptorCache() as descriptors:
-        worker = Worker(codecs, descriptors, tile_bytes)
-        with shared.lock:
-            workers.append(worker)
-        while not worker.stopped:
+    try:
+        with DescriptorCache() as descriptors:
+            worker = Worker(codecs, descriptors, tile_bytes)
             with shared.lock:
-                task = next(shared.tasks, None)
-            if task is None:
-                return
-            try:
-                digest, tally = worker.run(_segment(plan, task), outputs.paths[task.file], task.offset)
-            except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
-                _fail(shared, workers, _with_tensor(error, plan, task))
-                return
-            if not worker.stopped:
+                workers.append(worker)
+                worker.stopped = shared.error is not None
+            while not worker.stopped:
                 with shared.lock:
-                    shared.batch.append(Finished(task, digest, tally))
+                    task = next(shared.tasks, None)
+                if task is None:
+                    return
+                try:
+                    digest, tally = worker.run(_segment(plan, task), outputs.paths[task.file], task.offset)
+                except Exception as error:
+                    raise _with_tensor(error, plan, task) from error
+                # A worker that was stopped may have left the segment half done.
+                if not worker.stopped:
+                    with shared.lock:
+                        shared.batch.append(Finished(task, digest, tally))
+    except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+        _fail(shared, workers, error)
 
 
 def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
+    """Stop the run with ``error``, unless another was first."""
     with shared.lock:
         if shared.error is None:
             shared.error = error
+    _stop(shared, workers)
+
+
+def _stop(shared: _Shared, workers: list[Worker]) -> None:
+    with shared.lock:
         shared.tasks = iter(())
         for worker in workers:
             worker.stopped = True
 
 
-def _with_tensor(error: BaseException, plan: Plan, task: Task) -> BaseException:
-    """Add the tensor's name to an error that does not say it."""
-    if not isinstance(error, Dsv4Error):
-        return error
+def _with_tensor(error: Exception, plan: Plan, task: Task) -> Exception:
+    """Return the error with the tensor's name in it."""
     name = plan.files[task.file].tensors[task.tensor].name
+    if isinstance(error, MemoryError):
+        return SpaceError(f"not enough memory to make tensor {name}", hint="give fewer --threads")
+    if not isinstance(error, Dsv4Error):
+        return RuntimeError(f"while making tensor {name}: {type(error).__name__}: {error}")
     return type(error)(
         f"{error.what} (while making tensor {name})",
         where=error.where,

@@ -167,7 +167,7 @@ def test_text_without_a_tokenizer_says_how_to_name_one(gguf: Path) -> None:
 
 def test_a_missing_weight_is_named(tiny: Path, gguf: Path, tmp_path: Path) -> None:
     mtp = tmp_path / "mtp.gguf"
-    execute(plan_gguf(tiny, mtp, GgufOptions(mtp="only")), threads=2)
+    execute(plan_gguf(tiny, mtp, GgufOptions(draft="only")), threads=2)
     assert "mtp.gguf: no weight layers.0.hc_attn_base" in str(error("forward", mtp, "--tokens", "1"))
 
 

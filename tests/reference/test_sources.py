@@ -103,7 +103,7 @@ def mtp_logits(source: WeightSource, trunk: WeightSource) -> Array:
 
 
 def test_the_mtp_file_holds_the_mtp_and_no_trunk(tiny: Path, tmp_path: Path) -> None:
-    mtp = to_gguf(tiny, tmp_path / "mtp.gguf", mtp="only", dense="f32")
+    mtp = to_gguf(tiny, tmp_path / "mtp.gguf", draft="only", dense="f32")
     trunk = open_source(tiny)
     assert np.array_equal(mtp_logits(mtp, trunk), mtp_logits(trunk, trunk))
     with pytest.raises(InventoryError, match=r"mtp.gguf: no weight layers\.0\.hc_attn_base"):
@@ -152,7 +152,7 @@ def test_rows_of_shards_come_from_their_rank(make_checkpoint: MakeCheckpoint, tm
     assert np.array_equal(shards.rows(name, rows), whole.rows(name, rows))
 
 
-@pytest.mark.parametrize("variant", ["base", "dspark"])
+@pytest.mark.parametrize("variant", ["base", "dspark", "vision"])
 def test_the_trunk_of_every_variant_runs(make_checkpoint: MakeCheckpoint, variant: str) -> None:
     logits = Model(open_source(make_checkpoint("tiny", variant=variant))).forward(tokens(40))
     assert np.isfinite(logits).all()

@@ -212,8 +212,10 @@ def _mxfp4_bits(values: Values) -> Any:
     x = np.where(nan, 0.0, x)
     amax = np.max(np.abs(x), axis=2, keepdims=True)
     # amax = f * 2^k with f in [0.5, 1) and 6 = 0.75 * 2^3: amax <= 6 * 2^s needs s = k - 3, or one more.
-    fraction, exponent = np.frexp(np.minimum(amax, 6 * 2.0**127))
+    # Infinity counts as 2^128, the first number that float32 does not have.
+    fraction, exponent = np.frexp(np.minimum(amax, 2.0**128))
     power = np.clip(exponent - 3 + (fraction > 0.75), -126, 127)
+    power = np.where(amax == 0, -126, power)
     code = _nearest_e2m1(np.ldexp(x, -power))
     exact = (np.ldexp(E2M1[code], power) == x).all(axis=2, keepdims=True)
     fine = _nearest_e2m1(np.ldexp(x, E8M0_BIAS))

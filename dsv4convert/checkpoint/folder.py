@@ -15,13 +15,13 @@ from pathlib import Path
 from ..config import CONFIG_NAME, ModelConfig, load_config, parse_json_object
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
 from ..layouts.names import (
-    MODEL_PREFIX,
     UNUSED_DRAFT_SUFFIXES,
-    V3_COMPONENT_ALIASES,
     Draft,
-    expected_tensors,
+    checkpoint_tensors,
+    is_vision_name,
     scale_name,
 )
+from .renaming import official_tensors
 from .safetensors_header import Stored, read_header
 from .weights import Weight, pair
 
@@ -32,7 +32,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 256 * 2**20
 
 DRAFT_NAME = re.compile(r"mtp\.(\d+)\.")
-V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
+VISION_BIAS = ".ffn.gate.bias_vl"
 DSPARK_MARKS = (".main_proj.weight", ".markov_head.markov_w1.weight")
 
 
@@ -197,12 +197,13 @@ def resolve(
     Raises:
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
-    tensors = _official_names(stored)
+    tensors = official_tensors(stored, config.n_routed_experts)
     draft, n_draft = draft_kind(tensors, config, folder)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
     left = dict(tensors)
-    for expected in expected_tensors(config, draft, n_draft, has_vision=config.has_vision):
+    has_vision, has_tower = vision_kind(tensors, config)
+    for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
         weight = left.pop(expected.name, None)
         if weight is None:
             missing.append(expected.name)
@@ -231,19 +232,6 @@ def resolve(
     return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
 
 
-def _official_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
-    for name, tensor in stored.items():
-        official = V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], name.removeprefix(MODEL_PREFIX))
-        if official in tensors:
-            raise InventoryError(
-                f"tensor {official}: there twice, with and without {MODEL_PREFIX!r} or a V3-style alias",
-                where=tensor.file,
-            )
-        tensors[official] = tensor
-    return tensors
-
-
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
     """Tell MTP from DSpark by the tensors, and count the draft layers."""
     numbers = {int(found[1]) for name in tensors if (found := DRAFT_NAME.match(name)) is not None}
@@ -264,6 +252,18 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
         )
     is_dspark = any(name.startswith("mtp.") and name.endswith(DSPARK_MARKS) for name in tensors)
     return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
+
+
+def vision_kind(names: Iterable[str], config: ModelConfig) -> tuple[bool, bool]:
+    """Return whether the routers have their bias for images, and whether there is a vision tower.
+
+    Config and tensors must agree: where either speaks of it, all of it has to be there.
+    """
+    has_bias = has_tower = config.has_vision
+    for name in names:
+        has_bias = has_bias or name.endswith(VISION_BIAS)
+        has_tower = has_tower or is_vision_name(name)
+    return has_bias, has_tower
 
 
 def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], list[str]]:

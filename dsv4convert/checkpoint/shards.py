@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from ..config import CONFIG_NAME, ModelConfig, load_config
 from ..errors import InputMissingError, InventoryError
-from ..layouts.names import Draft, Expected, Row, Split, expected_tensors, scale_name
+from ..layouts.names import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
 from ..layouts.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
-from .folder import draft_kind
+from .folder import draft_kind, vision_kind
 from .safetensors_header import Stored, read_header
 from .weights import Encoding, Weight, pair
 
@@ -171,7 +171,8 @@ def _resolve(
     n_tensors = sum(map(len, ranks))
     draft, n_draft = draft_kind(names, config, folder)
     weights: dict[str, ShardedWeight] = {}
-    for expected in expected_tensors(config, draft, n_draft, has_vision=config.has_vision):
+    has_vision, has_tower = vision_kind(names, config)
+    for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
         split = expected.row.split
         holders = range(mp)
         if split is Split.EXPERT and expected.expert is not None:

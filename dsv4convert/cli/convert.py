@@ -8,20 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import (
-    Device,
-    DeviceName,
-    DryRun,
-    Fresh,
-    Json,
-    Overwrite,
-    Quiet,
-    Resume,
-    Source,
-    Threads,
-    parse_layers,
-    parse_size,
-)
+from .options import RunOptions, Source, parse_layers, parse_size, with_run_options
 
 
 class DenseType(str, Enum):
@@ -39,11 +26,17 @@ class ExpertType(str, Enum):
     f32 = "f32"
 
 
-class MtpMode(str, Enum):
+class DraftMode(str, Enum):
     drop = "drop"
     only = "only"
     split_off = "split"
     keep = "keep"
+
+
+class TowerMode(str, Enum):
+    drop = "drop"
+    only = "only"
+    split_off = "split"
 
 
 class DialectName(str, Enum):
@@ -51,6 +44,7 @@ class DialectName(str, Enum):
     deepseek_v4 = "deepseek-v4"
 
 
+@with_run_options
 def hf_to_gguf(
     source: Source,
     out: Annotated[
@@ -70,11 +64,20 @@ def hf_to_gguf(
             help="Type of the routed experts; mxfp4 for FP4, q8_0 for FP8 when left out.", show_default=False
         ),
     ] = None,
-    mtp: Annotated[
-        Optional[MtpMode],  # noqa: UP045
+    draft: Annotated[
+        Optional[DraftMode],  # noqa: UP045
         typer.Option(
-            help="The MTP layer: drop it (default), write only it, or split it off into its own file; "
-            "keep is for --dialect deepseek-v4.",
+            "--draft",
+            "--mtp",
+            help="The MTP layer or the DSpark stages: drop them (default), write only them, or split them off into "
+            "their own file; keep is for --dialect deepseek-v4.",
+            show_default=False,
+        ),
+    ] = None,
+    mmproj: Annotated[
+        Optional[TowerMode],  # noqa: UP045
+        typer.Option(
+            help="The vision tower: drop it (default), write only it, or split it off into its own file.",
             show_default=False,
         ),
     ] = None,
@@ -99,14 +102,8 @@ def hf_to_gguf(
             help="general.name; from the model card or the folder when left out.", show_default=False
         ),
     ] = None,
-    threads: Threads = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    fresh: Fresh = False,
-    device: Device = DeviceName.cpu,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    *,
+    run: RunOptions,
 ) -> None:
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
     from ..convert import plan_gguf
@@ -116,7 +113,8 @@ def hf_to_gguf(
     options = GgufOptions(
         dense=dense.value if dense else None,
         experts=experts.value if experts else None,
-        mtp=mtp.value if mtp else None,
+        draft=draft.value if draft else None,
+        mmproj=mmproj.value if mmproj else None,
         layers=parse_layers(layers) if layers is not None else None,
         dialect=dialect.value,
         split_max_bytes=parse_size(split_max_size, "--split-max-size")
@@ -126,14 +124,7 @@ def hf_to_gguf(
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
     run_conversion(
         plan,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        device=device.value,
-        quiet=quiet,
-        as_json=as_json,
-        dry_run=dry_run,
+        run,
     )
 
 

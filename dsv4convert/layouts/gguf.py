@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
 from ..config import ModelConfig
-from ..errors import UnsupportedError, UsageError
+from ..errors import UsageError
 from ..plan import BESIDE, Claims, Dropped, OutputFile, OutputTensor, Segment, align_up, place
 from .gguf_metadata import I32 as GGUF_I32
 from .gguf_metadata import U16 as GGUF_U16
 from .gguf_metadata import KeyValue, ParameterCounts, count_parameters, encode_key_values
-from .names import Draft, Row, Store
+from .names import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from .segments import (
     BF16,
     F16,
@@ -42,6 +44,14 @@ EXPERT_TYPES = ("mxfp4", "q8_0", "bf16", "f16", "f32")
 
 # The row whose output rows are grouped, [G * o_lora, heads * d / G].
 WO_A_SHAPE = ("G*o_lora", "Hd/G")
+
+# The row that becomes a convolution [width, channels, side, side], always F32.
+PATCH_SHAPE = ("vd", "3pp")
+IMAGE_CHANNELS = 3
+MATRIX_DIMENSIONS = 2
+
+# What an MTP file takes from the trunk.
+SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
 
 SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
 
@@ -85,16 +95,50 @@ DIALECTS = {
 }
 
 
+# DSpark's draft stages in llama.cpp's own architecture for such drafts, whose routers know no images.
+DFLASH = TensorDialect(
+    name="dflash",
+    architecture="dflash",
+    name_of=lambda row: None if row.when is When.VISION else row.gguf,
+    default_dense=DIALECTS["llama.cpp"].default_dense,
+    default_experts=DIALECTS["llama.cpp"].default_experts,
+    mtp_inline=False,
+    grouped_wo_a=False,
+)
+
+# What becomes of a part beside the text model: not written, the only thing written, a file of its own
+# beside the text model, blocks of the text model.
+DROP, ONLY, SPLIT, KEEP = "drop", "only", "split", "keep"
+
+
 @dataclass(frozen=True)
 class GgufOptions:
-    """The choices that decide a GGUF's bytes; None takes the dialect's default."""
+    """The choices that decide a GGUF's bytes; None takes the dialect's default.
+
+    ``draft`` (drop, only, split, keep) is for MTP layers and DSpark stages, ``mmproj`` (drop, only,
+    split) for the vision tower.
+    """
 
     dense: str | None = None
     experts: str | None = None
-    mtp: str | None = None
+    draft: str | None = None
+    mmproj: str | None = None
     layers: tuple[int, int] | None = None
     dialect: str = "llama.cpp"
     split_max_bytes: int | None = None
+
+
+class Kind(str, Enum):
+    """What a GGUF of its own holds."""
+
+    TEXT = "text model"
+    MTP = "MTP layer"
+    DSPARK = "DSpark draft"
+    MMPROJ = "vision tower"
+
+
+# Prefixes of file names by which llama.cpp's programs find what belongs to a model.
+FILE_PREFIX = {Kind.TEXT: "", Kind.MTP: "mtp-", Kind.DSPARK: "dspark-", Kind.MMPROJ: "mmproj-"}
 
 
 class TensorSpec(NamedTuple):
@@ -103,7 +147,7 @@ class TensorSpec(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type: ElementType
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
 
     @property
     def nbytes(self) -> int:
@@ -113,14 +157,16 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufModel:
-    """One GGUF model (which may be split over files): its tensors and the config that its metadata states."""
+    """One GGUF model (which may be split over files): its tensors and the config that its metadata states.
 
+    ``main_type`` is the type of most of its parameters: that of the routed experts, or of the tower's matrices.
+    """
+
+    kind: Kind
     config: ModelConfig
     block_count: int
-    is_mtp: bool
     tensors: tuple[TensorSpec, ...]
-    experts_type: str
-    dense_type: str
+    main_type: str
 
     def parameters(self) -> ParameterCounts:
         """Return the parameter counts that size labels are made of."""
@@ -135,83 +181,98 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         InventoryError: a shape that the asked type cannot hold, or a weight nobody claims.
     """
     dialect = DIALECTS[options.dialect]
-    mtp = _mtp_mode(checkpoint, options, dialect)
+    weights = list(checkpoint.weights.values())
+    drafts = [w for w in weights if w.is_draft]
+    tower = [w for w in weights if is_vision_name(w.name)]
+    trunk = [w for w in weights if not w.is_draft and not is_vision_name(w.name)]
+    draft_mode = _draft_mode(checkpoint, options, dialect)
+    tower_mode = _tower_mode(checkpoint, options, dialect, bool(tower))
+    has_text = ONLY not in (draft_mode, tower_mode)
     first, last = options.layers or (0, checkpoint.config.num_hidden_layers - 1)
     config = checkpoint.config if options.layers is None else checkpoint.config.sliced(first, last)
     claims = Claims(checkpoint)
     types = _Types(dialect, options, config.o_groups)
-    weights = list(checkpoint.weights.values())
-    trunk = [w for w in weights if not w.is_draft and (w.layer is None or first <= w.layer <= last)]
-    outside = [w for w in weights if not w.is_draft and w.layer is not None and not first <= w.layer <= last]
-    drafts = [w for w in weights if w.is_draft]
+    outside = [w for w in trunk if w.layer is not None and not first <= w.layer <= last]
+    trunk = [w for w in trunk if w.layer is None or first <= w.layer <= last]
     claims.drop("layers outside the slice", f"--layers {first}-{last}", outside)
 
     models: list[GgufModel] = []
-    if mtp in ("drop", "split", "keep"):
+    if has_text:
         tensors = _block_tensors(trunk, types, claims, shift=-first)
         block_count = config.num_hidden_layers
-        if mtp == "keep":
+        if draft_mode == KEEP:
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
-        models.append(
-            GgufModel(
-                config,
-                block_count,
-                False,
-                tuple(tensors),
-                types.experts_name(weights),
-                types.dense_name(weights),
-            )
-        )
-    if mtp in ("only", "split"):
-        top = [w for w in trunk if w.name in ("embed.weight", "norm.weight", "head.weight")]
-        if mtp == "only":
-            claims.drop("the trunk", "--mtp only", [w for w in trunk if w not in top])
-            shared_claims: Claims | None = claims
+        models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), types.experts_name(trunk)))
+    if draft_mode in (ONLY, SPLIT):
+        if checkpoint.draft is Draft.DSPARK:
+            models.append(_dspark_model(checkpoint, drafts, options, claims))
         else:
-            shared_claims = None  # the trunk's own file has claimed them
-        tensors = _block_tensors(top, types, shared_claims, shift=0)
-        tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
-        models.append(
-            GgufModel(
-                config,
-                config.num_hidden_layers + checkpoint.n_draft,
-                True,
-                tuple(tensors),
-                types.experts_name(drafts),
-                types.dense_name(drafts),
-            )
-        )
-    if mtp == "drop":
-        claims.drop(
-            f"mtp.* ({checkpoint.n_draft} draft layer{'s' if checkpoint.n_draft > 1 else ''})",
-            "--mtp drop (the default); --mtp split writes it beside the model"
-            if checkpoint.draft is Draft.MTP
-            else "--mtp drop (the default)",
-            drafts,
-        )
+            shared = [w for w in trunk if w.name in SHARED_WITH_MTP]
+            # The trunk's own file has claimed them where there is one.
+            tensors = _block_tensors(shared, types, None if has_text else claims, shift=0)
+            tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
+            block_count = config.num_hidden_layers + checkpoint.n_draft
+            models.append(GgufModel(Kind.MTP, config, block_count, tuple(tensors), types.experts_name(drafts)))
+            trunk = [w for w in trunk if w.name not in SHARED_WITH_MTP]
+    if tower_mode in (ONLY, SPLIT):
+        tensors = _tower_tensors(tower, types, claims)
+        main = next(tensor.type.name for tensor in tensors if len(tensor.shape) == MATRIX_DIMENSIONS)
+        models.append(GgufModel(Kind.MMPROJ, config, config.raw["vision_n_layers"], tuple(tensors), main))
+    if not has_text:
+        claims.drop("the text model", "--draft only" if draft_mode == ONLY else "--mmproj only", trunk)
+    if draft_mode == DROP:
+        layers = f"{checkpoint.n_draft} draft layer{'s' if checkpoint.n_draft > 1 else ''}"
+        claims.drop(f"mtp.* ({layers})", _drop_reason("--draft", options.draft, dialect), drafts)
+    if tower_mode == DROP:
+        claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
     return models, claims.close()
 
 
-def _mtp_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
-    mtp = options.mtp or ("keep" if dialect.mtp_inline else "drop")
-    allowed = ("keep", "drop") if dialect.mtp_inline else ("drop", "only", "split")
-    if mtp not in allowed:
-        raise UsageError(f"--mtp {mtp} is not for dialect {dialect.name}", expected=" or ".join(allowed))
-    if options.layers is not None and mtp != "drop":
-        if options.mtp is None:
-            return "drop"
-        raise UsageError(f"--mtp {mtp} does not go with --layers", hint="a slice has no draft")
-    if mtp in ("only", "split"):
-        if checkpoint.draft is Draft.NONE:
-            raise UsageError(f"--mtp {mtp}: the checkpoint has no MTP layer", where=checkpoint.folder)
-        if checkpoint.draft is Draft.DSPARK:
-            raise UnsupportedError(
-                "a DSpark draft is not an MTP layer and has no mtp- file", where=checkpoint.folder
-            )
-    if mtp == "keep" and checkpoint.draft is not Draft.MTP:
-        return "drop"
-    return mtp
+def _dspark_model(checkpoint: Checkpoint, drafts: list[Weight], options: GgufOptions, claims: Claims) -> GgufModel:
+    """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
+    stages = checkpoint.n_draft
+    config = replace(
+        checkpoint.config, num_hidden_layers=stages, num_hash_layers=0, compress_ratios=(0,) * stages
+    )
+    types = _Types(DFLASH, options, config.o_groups)
+    tensors = _block_tensors(drafts, types, claims, shift=0)
+    return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), types.experts_name(drafts))
+
+
+def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
+    if asked is not None or dialect.mtp_inline:
+        return f"{option} drop"
+    return f"{option} drop (the default); {option} split writes it beside the model"
+
+
+def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
+    mode = options.draft or (KEEP if dialect.mtp_inline else DROP)
+    allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP, ONLY, SPLIT)
+    if mode not in allowed:
+        raise UsageError(f"--draft {mode} is not for dialect {dialect.name}", expected=" or ".join(allowed))
+    if options.layers is not None and mode != DROP:
+        if options.draft is None:
+            return DROP
+        raise UsageError(f"--draft {mode} does not go with --layers", hint="a slice has no draft")
+    if mode in (ONLY, SPLIT) and checkpoint.draft is Draft.NONE:
+        raise UsageError(f"--draft {mode}: the checkpoint has no draft", where=checkpoint.folder)
+    if mode == KEEP and checkpoint.draft is not Draft.MTP:
+        return DROP
+    return mode
+
+
+def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect, has_tower: bool) -> str:
+    mode = options.mmproj or DROP
+    if mode not in (DROP, ONLY, SPLIT):
+        raise UsageError("--mmproj: unknown", expected=f"{DROP}, {ONLY} or {SPLIT}", got=mode)
+    if mode == DROP:
+        return mode
+    if dialect.mtp_inline:
+        raise UsageError(f"--mmproj {mode} is not for dialect {dialect.name}", expected=DROP)
+    if not has_tower:
+        raise UsageError(f"--mmproj {mode}: the checkpoint has no vision tower", where=checkpoint.folder)
+    return mode
 
 
 class _Types:
@@ -234,7 +295,7 @@ class _Types:
             return F32
         if store is Store.DENSE:
             return self._dense or self.dialect.default_dense[weight.encoding]
-        # Embedding, head, router and compressors are stored in BF16: q8_0 and bf16 leave them so.
+        # Embedding, head, router, compressors and the vision tower are stored in BF16: q8_0 and bf16 leave them so.
         if self._dense in (F16, F32):
             return self._dense
         return F32 if weight.encoding is Encoding.F32 else ELEMENT_TYPES[weight.encoding.value]
@@ -253,10 +314,6 @@ class _Types:
         """Return the type of the routed experts among ``weights``."""
         return self._name(weights, Store.EXPERT)
 
-    def dense_name(self, weights: Iterable[Weight]) -> str:
-        """Return the type of the dense linears among ``weights``."""
-        return self._name(weights, Store.DENSE)
-
 
 def _block_tensors(
     weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int
@@ -270,15 +327,12 @@ def _block_tensors(
         if name is None:
             unnamed.append(weight)
             continue
-        if weight.layer is not None and not (weight.is_draft and name.startswith("output")):
-            name = f"blk.{weight.layer + shift}.{name}"
+        name = gguf_name(name, None if weight.layer is None else weight.layer + shift)
         groups.setdefault(name, []).append(weight if claims is None else claims.take(weight))
     if claims is not None:
-        claims.drop(
-            ", ".join(sorted({w.row.name for w in unnamed})),
-            f"not part of the {types.dialect.name} layout",
-            unnamed,
-        )
+        for row in dict.fromkeys(weight.row for weight in unnamed):
+            reason = LEFT_OUT_REASONS.get(row.when, f"not part of the {types.dialect.name} layout")
+            claims.drop(row.name, reason, [weight for weight in unnamed if weight.row == row])
     for name, group in groups.items():
         to = types.of(group[0])
         if group[0].expert is not None:
@@ -290,6 +344,25 @@ def _block_tensors(
             weight = group[0]
             shape = types.shape_of(weight)
             specs.append(TensorSpec(name, shape, to, convert_segments(weight, to)))
+    return specs
+
+
+def _tower_tensors(weights: Sequence[Weight], types: _Types, claims: Claims) -> list[TensorSpec]:
+    """Return the vision tower's tensors: rows with two names are halved among them, patches become a convolution."""
+    specs: list[TensorSpec] = []
+    for weight in weights:
+        claims.take(weight)
+        names = (weight.row.gguf or "").split()
+        rows, columns = matrix_shape(weight.shape)
+        share = rows // len(names)
+        shape: tuple[int, ...] = weight.shape if len(weight.shape) == 1 else (share, columns)
+        to = types.of(weight)
+        if weight.row.shape == PATCH_SHAPE:
+            side = math.isqrt(columns // IMAGE_CHANNELS)
+            shape, to = (rows, IMAGE_CHANNELS, side, side), F32
+        for number, name in enumerate(names):
+            full = name if weight.layer is None else f"v.blk.{weight.layer}.{name}"
+            specs.append(TensorSpec(full, shape, to, convert_segments(weight, to, number * share, share)))
     return specs
 
 

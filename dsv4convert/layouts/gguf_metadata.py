@@ -192,6 +192,25 @@ DIALECTS: dict[str, Dialect] = {
     ),
 }
 
+# llama.cpp's architecture for DSpark drafts: the text model's fields, and the draft's own.
+DRAFT_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
+    *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
+    ("block_size", U32, None),
+    ("target_layers", ARRAY, I32),
+)
+DRAFT_DIALECT = Dialect("dflash", {**_LLAMA_CPP_KEYS, "block_size": "block_size", "target_layers": "target_layers"})
+
+# The architecture of vision towers, what the key values mean there, and what the file states beside config keys:
+# the tower's own epsilon, not the text model's, and how pixels are normalised where no file says otherwise.
+MMPROJ_ARCHITECTURE = "clip"
+MMPROJ_PROJECTOR = "deepseek4v"
+MMPROJ_EPSILON = 1e-6
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+# llama.cpp's program has no key for these and takes them as here.
+MMPROJ_FIXED = {"vision_max_n_token": 384, "vision_max_wh_ratio": 8}
+# image_size is only what a warm-up uses: so many patches wide, merged ones.
+WARM_UP_PATCHES = 16
+
 # generation_config.json key, GGUF key, type. A later row for the same GGUF key is a second spelling.
 SAMPLING_KEYS: tuple[tuple[str, str, GGUFValueType], ...] = (
     ("sequence", "general.sampling.sequence", STRING),
@@ -300,17 +319,124 @@ def model_metadata(
     Raises:
         ConfigError: a value that the key's type cannot hold.
     """
-    architecture = DIALECTS[dialect].architecture
     return [
-        KeyValue("general.architecture", STRING, architecture),
-        KeyValue("general.type", STRING, "model"),
-        *_sampling(card.generation),
-        *_authorship(_describe(config, card, counts, name)),
-        *_model(config, DIALECTS[dialect], block_count, mtp),
+        *_head(DIALECTS[dialect].architecture, "model", config, card, counts, name),
+        *_model(_field_values(config, block_count, mtp), DIALECTS[dialect], MODEL_FIELDS),
         KeyValue("general.file_type", U32, file_type),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
         *_vocabulary(tokenizer),
         *_chat_templates(tokenizer, chat_template),
+    ]
+
+
+def dspark_metadata(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    *,
+    counts: ParameterCounts,
+    file_type: int,
+    chat_template: str | None,
+    name: str | None = None,
+) -> list[KeyValue]:
+    """Return the key-values of a DSpark draft's file; ``config`` has the draft's stages for layers.
+
+    Raises:
+        ConfigError: a ``dspark_*`` key is missing, or a value that the key's type cannot hold.
+    """
+    noise = _dspark_value(config, "dspark_noise_token_id", 0)
+    targets = config.raw.get("dspark_target_layer_ids")
+    if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
+        raise ConfigError("key dspark_target_layer_ids: missing or no list of layers", got=targets)
+    values = _field_values(config, config.num_hidden_layers, False) | {
+        "block_size": _dspark_value(config, "dspark_block_size", 1),
+        # The outputs of these layers, which are the inputs of the ones behind them.
+        "target_layers": [layer + 1 for layer in targets],
+    }
+    return [
+        *_head(DRAFT_DIALECT.architecture, "model", config, card, counts, name),
+        *_model(values, DRAFT_DIALECT, DRAFT_FIELDS),
+        KeyValue("general.file_type", U32, file_type),
+        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
+        *(entry for entry in _vocabulary(tokenizer) if entry.key != MASK_TOKEN_KEY),
+        KeyValue(MASK_TOKEN_KEY, U32, noise),
+        *_chat_templates(tokenizer, chat_template),
+    ]
+
+
+def _dspark_value(config: ModelConfig, key: str, least: int) -> int:
+    value = config.raw.get(key)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"key {key}: missing or no number", expected=f"{least} or more", got=value)
+    return value
+
+
+def mmproj_metadata(
+    config: ModelConfig,
+    card: ModelCard,
+    *,
+    counts: ParameterCounts,
+    file_type: int,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
+    name: str | None = None,
+) -> list[KeyValue]:
+    """Return the key-values of the vision tower's file.
+
+    Raises:
+        ConfigError: a ``vision_*`` key is missing or no number.
+        UnsupportedError: a value that llama.cpp takes for granted is another.
+    """
+    raw = config.raw
+    for key, fixed in MMPROJ_FIXED.items():
+        if raw.get(key) != fixed:
+            raise UnsupportedError(
+                f"key {key}: llama.cpp's vision code knows one value only", expected=fixed, got=raw.get(key)
+            )
+
+    def size(key: str) -> int:
+        value = raw.get(key)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"key {key}: missing or no size", expected="a positive integer", got=value)
+        return value
+
+    patch, merge = size("vision_patch_size"), size("vision_downsample_ratio")
+    own = (
+        ("has_vision_encoder", BOOL, True),
+        ("vision.projection_dim", U32, config.hidden_size),
+        ("vision.image_size", U32, patch * merge * WARM_UP_PATCHES),
+        ("vision.patch_size", U32, patch),
+        ("vision.embedding_length", U32, size("vision_dim")),
+        ("vision.feed_forward_length", U32, size("vision_inter_dim")),
+        ("vision.block_count", U32, size("vision_n_layers")),
+        ("vision.attention.head_count", U32, size("vision_n_heads")),
+        ("vision.image_mean", ARRAY, list(image_mean)),
+        ("vision.image_std", ARRAY, list(image_std)),
+        ("projector_type", STRING, MMPROJ_PROJECTOR),
+        ("vision.attention.layer_norm_epsilon", F32, MMPROJ_EPSILON),
+        ("use_silu", BOOL, True),
+        ("vision.projector.scale_factor", U32, merge),
+        ("vision.image_min_pixels", U32, size("vision_min_pixels")),
+    )
+    return [
+        *_head(MMPROJ_ARCHITECTURE, "mmproj", config, card, counts, name),
+        KeyValue("general.file_type", U32, file_type),
+        *(
+            KeyValue(f"{MMPROJ_ARCHITECTURE}.{key}", kind, value, F32 if kind == ARRAY else None)
+            for key, kind, value in own
+        ),
+        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
+    ]
+
+
+def _head(
+    architecture: str, kind: str, config: ModelConfig, card: ModelCard, counts: ParameterCounts, name: str | None
+) -> list[KeyValue]:
+    return [
+        KeyValue("general.architecture", STRING, architecture),
+        KeyValue("general.type", STRING, kind),
+        *_sampling(card.generation),
+        *_authorship(_describe(config, card, counts, name)),
     ]
 
 
@@ -320,12 +446,13 @@ def default_output_name(
     counts: ParameterCounts,
     *,
     experts: str,
-    mtp: bool = False,
+    prefix: str = "",
     name: str | None = None,
 ) -> str:
     """Return the file name of the GGUF naming convention, as llama.cpp's converter chooses it.
 
-    An MTP file is named after its model, without its own size: ``mtp-NAME-TYPE.gguf``.
+    What belongs to a model is named after it, with a ``prefix`` and without its own size:
+    ``mtp-NAME-TYPE.gguf``. ``experts`` is the type of most parameters.
 
     Raises:
         UnsupportedError: no file type for these experts.
@@ -338,11 +465,11 @@ def default_output_name(
         about.basename,
         about.finetune,
         about.version,
-        None if mtp else about.size_label,
+        None if prefix else about.size_label,
         _file_type(experts)[1],
         None,
     )
-    return f"{'mtp-' if mtp else ''}{stem}.gguf"
+    return f"{prefix}{stem}.gguf"
 
 
 def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, name: str | None) -> Any:
@@ -415,11 +542,12 @@ def _origins(origins: Sequence[Mapping[str, Any]] | None, prefix: str) -> list[K
     return entries
 
 
-def _model(config: ModelConfig, dialect: Dialect, block_count: int, mtp: bool) -> list[KeyValue]:
-    values = _field_values(config, block_count, mtp)
+def _model(
+    values: Mapping[str, Any], dialect: Dialect, fields: Iterable[tuple[str, GGUFValueType, GGUFValueType | None]]
+) -> list[KeyValue]:
     return [
         KeyValue(f"{dialect.architecture}.{dialect.keys[field]}", kind, values[field], sub_type)
-        for field, kind, sub_type in MODEL_FIELDS
+        for field, kind, sub_type in fields
         if field in values
     ]
 
@@ -488,6 +616,7 @@ _ROLE_KEYS = {
     "mask": "mask",
 }
 _ADDED_ROLES = ("bos", "eos", "sep")
+MASK_TOKEN_KEY = "tokenizer.ggml.mask_token_id"
 
 
 def _vocabulary(tokenizer: Tokenizer) -> list[KeyValue]:

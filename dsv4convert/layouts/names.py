@@ -145,20 +145,29 @@ MTP_ROWS: tuple[Row, ...] = (
     Row("hc_head_scale", ("1",),  _F32, _COPY, "output_hc_scale.weight", "mtp.hc_head.scale", None),
 )
 
-# What DSpark's draft stages hold beside LAYER_ROWS. GGUF names are those of the dflash architecture,
-# without a block prefix.
+# What DSpark's draft stages hold beside LAYER_ROWS. GGUF names are those of the dflash architecture, all
+# of them top level.
 DSPARK_ROWS: tuple[Row, ...] = (
     Row("main_proj.weight", ("D", "3D"), _DENSE, _COPY, "fc.weight", None, None, When.FIRST),
     Row("main_norm.weight", ("D",), _BF16, _COPY, "enc.output_norm.weight", None, None, When.FIRST),
     Row("norm.weight",      ("D",), _BF16, _COPY, "output_norm.weight", None, None, When.LAST),
-    Row("markov_head.markov_w1.weight", ("V", "markov"), _BF16, _COPY, "dspark.markov_w1.weight", None, None, When.LAST),
-    Row("markov_head.markov_w2.weight", ("V", "markov"), _BF16, _COPY, "dspark.markov_w2.weight", None, None, When.LAST),
-    Row("confidence_head.proj.weight",  ("1", "D+markov"), _BF16, _COPY, "dspark.conf_proj.weight", None, None, When.LAST),
+    Row("markov_head.markov_w1.weight", ("V", "markov"), _BF16, _COPY, "markov_w1.weight", None, None, When.LAST),
+    Row("markov_head.markov_w2.weight", ("V", "markov"), _BF16, _COPY, "markov_w2.weight", None, None, When.LAST),
+    Row("confidence_head.proj.weight",  ("1", "D+markov"), _BF16, _COPY, "conf_proj.weight", None, None, When.LAST),
     Row("hc_head_fn",    ("hc", "hc*D"), _F32, _COPY, "output_hc_fn.weight", None, None, When.LAST),
     Row("hc_head_base",  ("hc",), _F32, _COPY, "output_hc_base.weight", None, None, When.LAST),
     Row("hc_head_scale", ("1",),  _F32, _COPY, "output_hc_scale.weight", None, None, When.LAST),
 )
 # fmt: on
+
+# GGUF names that stand without a block, in a draft too.
+TOP_LEVEL_GGUF_NAMES = frozenset(row.gguf for row in TOP_ROWS + DSPARK_ROWS)
+
+# Why a layout leaves a kind of tensor out, where there is more to say than that it has no name for it.
+LEFT_OUT_REASONS = {
+    When.VISION_HASH: "unused: hash layers route text by tid2eid and images by bias_vl",
+    When.VISION: "the draft routes text only",
+}
 
 # Copies of the trunk's embedding and head that some folders carry in the draft: never read.
 UNUSED_DRAFT_SUFFIXES = ("emb.tok_emb.weight", "head.weight", "head.scale", "embed.weight")
@@ -168,6 +177,26 @@ BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
 
 # Optional prefix of re-saved folders.
 MODEL_PREFIX = "model."
+
+# What a re-saved folder calls the tensors of a layer: transformers' modules, and what transformers makes of
+# them where it restores the official names, which it does by patterns that fit kv_norm twice.
+RESAVED_LAYER_NAMES = {
+    **{row.transformers: row.name for row in LAYER_ROWS if row.transformers is not None},
+    "attn.norm.weight": "attn.kv_norm.weight",
+}
+RESAVED_TOP_NAMES = {
+    row.transformers.removeprefix(MODEL_PREFIX): row.name for row in TOP_ROWS if row.transformers is not None
+}
+RESAVED_SCALE_SUFFIXES = (".weight_scale_inv", "_scale_inv", ".scale")
+
+# The weights of an expert that a stack of all experts of a layer holds, one above the other, by the stack's
+# name below ``experts.``.
+STACKED_EXPERTS = {
+    "gate_up_proj": ("w1.weight", "w3.weight"),
+    "gate_proj": ("w1.weight",),
+    "up_proj": ("w3.weight",),
+    "down_proj": ("w2.weight",),
+}
 
 # The V3-style names that the published shard script accepts, component by component of a dotted name.
 # Transformers' names are whole-suffix rows of the tables above and are tried first.
@@ -198,6 +227,24 @@ class Draft(str, Enum):
     NONE = "none"
     MTP = "MTP"
     DSPARK = "DSpark"
+
+
+def is_vision_name(name: str) -> bool:
+    """Return whether an official name is that of a tensor of the vision tower or its aligner.
+
+    >>> is_vision_name("image_pad"), is_vision_name("layers.0.ffn.gate.bias_vl")
+    (True, False)
+    """
+    return name.startswith(("vision.", "aligner.", "image_"))
+
+
+def gguf_name(name: str, layer: int | None) -> str:
+    """Return the full GGUF name of a tensor of block ``layer`` from the name in its row.
+
+    >>> gguf_name("attn_kv.weight", 3), gguf_name("output_hc_fn.weight", 3)
+    ('blk.3.attn_kv.weight', 'output_hc_fn.weight')
+    """
+    return name if layer is None or name in TOP_LEVEL_GGUF_NAMES else f"blk.{layer}.{name}"
 
 
 class Expected(NamedTuple):
@@ -369,3 +416,18 @@ def vision_tensors(config: ModelConfig) -> Iterator[Expected]:
         for row in VISION_BLOCK_ROWS:
             shape = tuple(dims[symbol] for symbol in row.shape)
             yield Expected(prefix + row.name, row, shape, prefix, block, None)
+
+
+def checkpoint_tensors(
+    config: ModelConfig, draft: Draft, n_draft: int, *, has_vision: bool, has_tower: bool
+) -> Iterator[Expected]:
+    """Yield every weight of a checkpoint, the vision tower after the text model.
+
+    ``has_vision``: the routers have their bias for images. ``has_tower``: the tower itself is there.
+
+    Raises:
+        ConfigError: there is a tower, and a ``vision_*`` key is missing or is not a positive integer.
+    """
+    yield from expected_tensors(config, draft, n_draft, has_vision)
+    if has_tower:
+        yield from vision_tensors(config)

@@ -346,19 +346,20 @@ def test_unknown_expert_type_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "experts", "mtp", "expected"),
+    ("folder", "experts", "prefix", "expected"),
     [
-        ("DeepSeek-V4-Flash", "mxfp4", False, "DeepSeek-V4-Flash-256x8.4B-MXFP4_MOE.gguf"),
-        ("DeepSeek-V4-Flash", "mxfp4", True, "mtp-DeepSeek-V4-Flash-MXFP4_MOE.gguf"),
-        ("DeepSeek-V4-Flash-0731", "mxfp4", False, "DeepSeek-V4-Flash-256x8.4B-0731-MXFP4_MOE.gguf"),
-        ("DeepSeek-V4-Flash-Base", "q8_0", False, "DeepSeek-V4-Flash-Base-256x8.4B-Q8_0.gguf"),
-        ("tiny", "bf16", False, "Tiny-256x8.4B-BF16.gguf"),
+        ("DeepSeek-V4-Flash", "mxfp4", "", "DeepSeek-V4-Flash-256x8.4B-MXFP4_MOE.gguf"),
+        ("DeepSeek-V4-Flash", "mxfp4", "mtp-", "mtp-DeepSeek-V4-Flash-MXFP4_MOE.gguf"),
+        ("DeepSeek-V4-Flash-0731", "mxfp4", "", "DeepSeek-V4-Flash-256x8.4B-0731-MXFP4_MOE.gguf"),
+        ("DeepSeek-V4-Flash-0731", "mxfp4", "dspark-", "dspark-DeepSeek-V4-Flash-0731-MXFP4_MOE.gguf"),
+        ("DeepSeek-V4-Flash-Base", "q8_0", "", "DeepSeek-V4-Flash-Base-256x8.4B-Q8_0.gguf"),
+        ("tiny", "bf16", "", "Tiny-256x8.4B-BF16.gguf"),
     ],
 )
 def test_output_name_follows_the_convention(
-    flash: ModelConfig, folder: str, experts: str, mtp: bool, expected: str
+    flash: ModelConfig, folder: str, experts: str, prefix: str, expected: str
 ) -> None:
-    assert default_output_name(flash, ModelCard(folder), FLASH_COUNTS, experts=experts, mtp=mtp) == expected
+    assert default_output_name(flash, ModelCard(folder), FLASH_COUNTS, experts=experts, prefix=prefix) == expected
 
 
 # chat templates

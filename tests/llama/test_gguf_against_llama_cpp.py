@@ -51,7 +51,7 @@ def pair(
     """Return (llama.cpp's file, our file) of one checkpoint."""
     source = make_checkpoint("tiny", **CASES[request.param])
     folder = tmp_path_factory.mktemp("pair")
-    execute(plan_gguf(source, folder / "ours.gguf", GgufOptions(mtp="split")), threads=2)
+    execute(plan_gguf(source, folder / "ours.gguf", GgufOptions(draft="split")), threads=2)
     convert(source, folder / "theirs.gguf")
     return folder / "theirs.gguf", folder / "ours.gguf"
 
@@ -63,7 +63,7 @@ def mtp_pair(
     """Return (llama.cpp's MTP file, ours)."""
     source = make_checkpoint("tiny", **CASES[request.param])
     folder = tmp_path_factory.mktemp("mtp")
-    execute(plan_gguf(source, folder / "ours.gguf", GgufOptions(mtp="only")), threads=2)
+    execute(plan_gguf(source, folder / "ours.gguf", GgufOptions(draft="only")), threads=2)
     convert(source, folder / "theirs.gguf", "--mtp")
     return folder / "theirs.gguf", folder / "ours.gguf"
 

@@ -133,4 +133,4 @@ def test_key_values_and_file_name_equal_llama_cpps(theirs: list[tuple[Path, str,
     expected.pop("tokenizer.chat_template")  # ours is another
     assert found.pop("deepseek4.vocab_size") == ["UINT32", config.vocab_size]  # only we write it
     assert found == expected
-    assert default_output_name(config, card, counts, experts="mxfp4", mtp=mtp) == file_name
+    assert default_output_name(config, card, counts, experts="mxfp4", prefix="mtp-" if mtp else "") == file_name

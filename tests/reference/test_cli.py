@@ -131,9 +131,7 @@ def test_generation_ends_with_the_sentence(make_checkpoint: object, tiny: Path, 
 
 def test_layers_runs_the_first_ones_only(tiny: Path) -> None:
     assert ok("forward", tiny, "--tokens", PROMPT, "--layers", 1) != ok("forward", tiny, "--tokens", PROMPT)
-    assert "number of layers: expected 1 to 4, got 5" in str(
-        error("forward", tiny, "--tokens", PROMPT, "--layers", 5)
-    )
+    assert "number of layers: expected 1 to 4, got 5" in str(error("forward", tiny, "--tokens", PROMPT, "--layers", 5))
 
 
 @pytest.mark.parametrize(

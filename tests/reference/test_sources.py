@@ -63,9 +63,7 @@ def test_a_folder_decodes_to_the_weights_in_memory(tiny: Path) -> None:
             assert np.array_equal(source.rows(name, rows), memory.rows(name, rows)), name
 
 
-@pytest.mark.parametrize(
-    ("dense", "experts"), [("f32", "mxfp4"), ("f32", "bf16"), ("f32", "f32"), ("bf16", "f16")]
-)
+@pytest.mark.parametrize(("dense", "experts"), [("f32", "mxfp4"), ("f32", "bf16"), ("f32", "f32"), ("bf16", "f16")])
 def test_a_gguf_with_exact_types_computes_the_same_bits(
     tiny: Path, expected: Array, tmp_path: Path, dense: str, experts: str
 ) -> None:
@@ -78,9 +76,7 @@ def test_the_default_gguf_differs_by_what_q8_0_costs(tiny: Path, expected: Array
     assert 0.001 < np.median(error) < Q8_0_COST
 
 
-def test_the_other_dialect_computes_the_same_bits_mtp_included(
-    tiny: Path, expected: Array, tmp_path: Path
-) -> None:
+def test_the_other_dialect_computes_the_same_bits_mtp_included(tiny: Path, expected: Array, tmp_path: Path) -> None:
     port = to_gguf(tiny, tmp_path / "port.gguf", dialect="deepseek-v4")
     assert np.array_equal(Model(port).forward(tokens()), expected)
     assert np.array_equal(mtp_logits(port, open_source(tiny)), mtp_logits(open_source(tiny), open_source(tiny)))

@@ -1,0 +1,125 @@
+"""Gives the tensors of a re-saved folder their official names, and cuts stacks of experts into experts.
+
+Understood are a ``model.`` prefix, transformers' module names with experts single or stacked, and the
+V3-style names, in any mixture: transformers itself writes mixtures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..errors import InventoryError
+from ..layouts.names import (
+    MODEL_PREFIX,
+    RESAVED_LAYER_NAMES,
+    RESAVED_SCALE_SUFFIXES,
+    RESAVED_TOP_NAMES,
+    STACKED_EXPERTS,
+    V3_COMPONENT_ALIASES,
+    is_vision_name,
+    scale_name,
+)
+from .safetensors_header import Stored
+
+LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
+V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
+STACK_NAME = re.compile(
+    r"((?:layers|mtp)\.\d+\.)(?:mlp|ffn)\.experts\."
+    rf"({'|'.join(STACKED_EXPERTS)})(\.weight|{'|'.join(map(re.escape, RESAVED_SCALE_SUFFIXES))})?"
+)
+STACK_DIMENSIONS = 3
+
+
+def official_name(name: str) -> str:
+    """Return the official name of a tensor; that of a stack of experts, and one nobody knows, stays.
+
+    >>> official_name("model.layers.3.self_attn.q_a_proj.weight_scale_inv")
+    'layers.3.attn.wq_a.scale'
+    """
+    bare = name.removeprefix(MODEL_PREFIX)
+    if is_vision_name(bare) or STACK_NAME.fullmatch(bare) is not None:
+        return bare
+    layer = LAYER_NAME.fullmatch(bare)
+    prefix, rest = ("", bare) if layer is None else (layer[1], layer[2])
+    table = RESAVED_TOP_NAMES if layer is None else RESAVED_LAYER_NAMES
+    if rest in table:
+        return prefix + table[rest]
+    for suffix in RESAVED_SCALE_SUFFIXES:
+        weight = table.get(rest.removesuffix(suffix) + ".weight") if rest.endswith(suffix) else None
+        if weight is not None:
+            return prefix + scale_name(weight)
+    return V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], bare)
+
+
+def official_tensors(stored: Mapping[str, Stored], n_experts: int) -> dict[str, Stored]:
+    """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it.
+
+    Raises:
+        InventoryError: two tensors that mean the same, or a stack that cannot be cut.
+    """
+    tensors: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        stack = STACK_NAME.fullmatch(name.removeprefix(MODEL_PREFIX))
+        if stack is None:
+            found = {official_name(name): tensor}
+        else:
+            found = _cut(name, stack, tensor, _stack_height(stack, stored, name), n_experts)
+        for official in found:
+            if official in tensors:
+                raise InventoryError(
+                    f"tensor {official}: there twice, under its own name and another",
+                    where=tensor.file,
+                    got=name if name != official else None,
+                )
+        tensors.update(found)
+    return tensors
+
+
+def _stack_height(stack: re.Match[str], stored: Mapping[str, Stored], name: str) -> int | None:
+    """Return the rows of the stacked weight that the scales ``name`` belong to, None for a weight."""
+    suffix = stack[3]
+    if suffix is None or suffix == ".weight":
+        return None
+    stem = name.removesuffix(suffix)
+    weight = stored.get(stem) or stored.get(stem + ".weight")
+    if weight is None or len(weight.shape) != STACK_DIMENSIONS:
+        raise InventoryError(f"tensor {name}: a scale without its weight", where=stored[name].file)
+    return weight.shape[1]
+
+
+def _cut(
+    name: str, stack: re.Match[str], tensor: Stored, weight_rows: int | None, n_experts: int
+) -> dict[str, Stored]:
+    """Return the matrices of a stack [experts, rows, columns], whose rows may be those of two weights."""
+    parts = STACKED_EXPERTS[stack[2]]
+    shape = tensor.shape
+    if len(shape) != STACK_DIMENSIONS or shape[0] != n_experts or shape[1] % len(parts) or not shape[1]:
+        raise InventoryError(
+            f"tensor {name}: not a stack of {n_experts} experts",
+            where=tensor.file,
+            expected=f"[{n_experts}, rows of {' and '.join(parts)}, columns]",
+            got=list(shape),
+            hint="do config.json and the weights belong together?",
+        )
+    rows = shape[1] // len(parts)
+    if weight_rows is not None and len(parts) > 1:
+        # Only a scale block that ends where the first weight ends says which weight it belongs to.
+        height = weight_rows // shape[1]
+        if weight_rows % shape[1] or height & (height - 1):
+            raise InventoryError(
+                f"tensor {name}: scale blocks that may lie across {' and '.join(parts)}",
+                where=tensor.file,
+                expected=f"blocks of a power of two that divide {weight_rows // len(parts)} rows",
+                got=f"{shape[1]} rows of scales for {weight_rows}",
+                hint="store the experts one by one",
+            )
+    nbytes = tensor.nbytes // (n_experts * len(parts))
+    found: dict[str, Stored] = {}
+    for expert in range(n_experts):
+        for number, part in enumerate(parts):
+            official = f"{stack[1]}ffn.experts.{expert}.{part}"
+            offset = tensor.offset + (expert * len(parts) + number) * nbytes
+            place = Stored(tensor.file, tensor.dtype, (rows, shape[2]), offset, nbytes)
+            found[official if weight_rows is None else scale_name(official)] = place
+    return found

@@ -394,24 +394,30 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
 
 # --- FP4 to FP8 -----------------------------------------------------------------------------------------
 
-# Relative scales, as powers of two, at which every product is zero or a normal e4m3 number.
-_FP8_FIRST_NORMAL_LIFT = -5  # 0.5 * 2^-5 = 2^-6
-_E4M3_CODE_OF_ONE = 7 << 3
+# The smallest relative scale at which every product is zero or a normal e4m3 number: 0.5 * 2^-5 = 2^-6.
+_FP8_FIRST_NORMAL_LIFT = -5
+# Code 2 is 1.0, whose e4m3 exponent is 7; its own bits, shifted into place, bring 1 of them.
+_FP8_BASE_EXPONENT = 7 - 1
 
 
 @_kernel
-def _tile_scales(scale: Array, tile_rows: int, tile_groups: int, out_scale: Array) -> Any:
-    """Write each tile's scale byte; return the smallest scale relative to its tile's, or a large one for NaN."""
+def _tile_scales(scale: Array, tile_rows: int, tile_groups: int, out_scale: Array, low: Array, high: Array) -> Any:
+    """Write each tile's scale byte; return the smallest scale relative to its tile's, lower still for NaN."""
     rows, groups = scale.shape
     lowest = 0
     for r in range(out_scale.shape[0]):
+        low[:] = NAN_BYTE
+        high[:] = 0
+        for i in range(r * tile_rows, min(r * tile_rows + tile_rows, rows)):
+            row = scale[i]
+            for g in range(groups):
+                low[g] = min(low[g], row[g])
+                high[g] = max(high[g], row[g])
         for c in range(out_scale.shape[1]):
-            smallest, largest = 255, 0
-            for i in range(r * tile_rows, min(r * tile_rows + tile_rows, rows)):
-                for g in range(c * tile_groups, min(c * tile_groups + tile_groups, groups)):
-                    byte = _i32(scale[i, g])
-                    smallest = min(smallest, byte)
-                    largest = max(largest, byte)
+            smallest, largest = NAN_BYTE, 0
+            for g in range(c * tile_groups, min(c * tile_groups + tile_groups, groups)):
+                smallest = min(smallest, _i32(low[g]))
+                largest = max(largest, _i32(high[g]))
             if largest == NAN_BYTE:
                 return -NAN_BYTE
             tile = max(largest - e2m1.FP8_HEADROOM_EXPONENT, 0)
@@ -421,33 +427,30 @@ def _tile_scales(scale: Array, tile_rows: int, tile_groups: int, out_scale: Arra
 
 
 @_kernel
-def _fp4_fp8_row(packed: Array, scale: Array, tiles: Array, tile_groups: int, pairs: Array, out: Array) -> None:
-    for g in range(packed.shape[0]):
-        lift = _i32(scale[g]) - _i32(tiles[g // tile_groups])
-        if lift >= _FP8_FIRST_NORMAL_LIFT:
-            # (m - [m = 1]) places the mantissa bit; code 2 is 1.0, so its exponent goes with code 2's.
-            base = _u16(_E4M3_CODE_OF_ONE - (1 << 3) + (lift << 3))
-            for j in range(GROUP // 2):
-                byte = _u16(packed[g, j])
-                low, high = _u16(byte & _u16(7)), _u16(_u16(byte >> _u16(4)) & _u16(7))
-                one = _u16(_u16(_u16(low - _u16(low == _u16(1))) << _u16(2)) + base)
-                two = _u16(_u16(_u16(high - _u16(high == _u16(1))) << _u16(2)) + base)
-                one = _u16(one if low else _u16(0))
-                two = _u16(two if high else _u16(0))
-                signs = _u16(_u16(_u16(byte & _u16(0x08)) << _u16(4)) | _u16(_u16(byte & _u16(0x80)) << _u16(8)))
-                out[g, j] = _u16(_u16(one | _u16(two << _u16(8))) | signs)
-        else:
-            row = (lift + 127) * 256
-            for j in range(GROUP // 2):
-                out[g, j] = pairs[row + packed[g, j]]
+def _group_bases(scale: Array, out_scale: Array, tile_rows: int, tile_groups: int, base: Array) -> None:
+    """Write for each group what its codes' e4m3 exponents are counted from, in place."""
+    for i in range(scale.shape[0]):
+        row, tiles, out = scale[i], out_scale[i // tile_rows], base[i]
+        for c in range(tiles.size):
+            tile = _i32(tiles[c]) - _FP8_BASE_EXPONENT
+            for g in range(c * tile_groups, min(c * tile_groups + tile_groups, out.size)):
+                out[g] = (_i32(row[g]) - tile) << 3
 
 
 @_kernel
-def _fp4_fp8(
-    packed: Array, scale: Array, out_scale: Array, tile_rows: int, tile_groups: int, pairs: Array, out: Array
-) -> None:
-    for i in range(packed.shape[0]):
-        _fp4_fp8_row(packed[i], scale[i], out_scale[i // tile_rows], tile_groups, pairs, out[i])
+def _fp4_fp8(packed: Array, base: Array, out: Array) -> None:
+    for g in range(base.size):
+        exponent = base[g]
+        for j in range(GROUP // 2):
+            byte = _u16(packed[g, j])
+            low, high = _u16(byte & _u16(7)), _u16(_u16(byte >> _u16(4)) & _u16(7))
+            # Code 1, the only subnormal, is 0.5: the exponent below code 2's, with an empty mantissa.
+            one = _u16(_u16(_u16(low - _u16(low == _u16(1))) << _u16(2)) + exponent)
+            two = _u16(_u16(_u16(high - _u16(high == _u16(1))) << _u16(2)) + exponent)
+            one = _u16(one if low else _u16(0))
+            two = _u16(two if high else _u16(0))
+            signs = _u16(_u16(_u16(byte & _u16(0x08)) << _u16(4)) | _u16(_u16(byte & _u16(0x80)) << _u16(8)))
+            out[g, j] = _u16(_u16(one | _u16(two << _u16(8))) | signs)
 
 
 def fp4_to_fp8(
@@ -459,11 +462,12 @@ def fp4_to_fp8(
     fits = out_scale.shape == (-(-rows // e2m1.FP8_TILE), -(-2 * half // e2m1.FP8_TILE))
     if half % (GROUP // 2) == 0 and packed.size and fits:
         check_tile(rows, 2 * half, scale, (1, GROUP), out, (rows, 2 * half))
-        if _tile_scales(scale, e2m1.FP8_TILE, tile_groups, out_scale) >= e2m1.FP8_FIRST_LOSSLESS_LIFT:
-            groups = (rows, half // (GROUP // 2), GROUP // 2)
-            pairs = e2m1.fp8_pair_tables()[0]
-            target = out.view(np.uint16).reshape(groups)
-            _fp4_fp8(packed.reshape(groups), scale, out_scale, e2m1.FP8_TILE, tile_groups, pairs, target)
+        low, high = scratch.array("compiled.extremes", (2, scale.shape[1]), np.uint8)
+        if _tile_scales(scale, e2m1.FP8_TILE, tile_groups, out_scale, low, high) >= _FP8_FIRST_NORMAL_LIFT:
+            base = scratch.array("compiled.base", scale.shape, np.uint16)
+            _group_bases(scale, out_scale, e2m1.FP8_TILE, tile_groups, base)
+            groups = (scale.size, GROUP // 2)
+            _fp4_fp8(packed.reshape(groups), base.reshape(-1), out.view(np.uint16).reshape(groups))
             return
     e2m1.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
 
@@ -526,17 +530,24 @@ def _store_levels(q: Array, first: Array, second: Array, third: Array, fourth: A
 
 
 @_kernel
+def _group_scales(codes: Array, tall: int, groups_wide: int, identity: Array, scale: Array) -> None:
+    """Write the scale byte of each group of each row."""
+    rows = scale.shape[0]
+    for r in range(codes.shape[0]):
+        start = r * tall
+        _spread_row(codes[r], identity, groups_wide, scale[start])
+        for i in range(start + 1, min(start + tall, rows)):
+            scale[i] = scale[start]
+
+
+@_kernel
 def _fp8_q8_0(
     weight: Array,
     lanes: Array,
-    codes: Array,
-    tall: int,
-    groups_wide: int,
+    scale: Array,
     multipliers: Array,
     table: Array,
-    identity: Array,
     largest: Array,
-    scale: Array,
     q: Array,
     out: Array,
     first: Array,
@@ -544,17 +555,15 @@ def _fp8_q8_0(
     third: Array,
     fourth: Array,
 ) -> Any:
-    rows, groups = weight.shape[0], weight.shape[1]
+    blocks, chunk, strange = scale.size, largest.size, 0
     q64 = q.reshape(-1).view(np.uint64)
-    strange = 0
-    for r in range(codes.shape[0]):
-        _spread_row(codes[r], identity, groups_wide, scale)
-        for i in range(r * tall, min(r * tall + tall, rows)):
-            start, stop = i * groups, i * groups + groups
-            _fp8_group_max(lanes[i], largest)
-            _fp8_levels(weight[i], largest, multipliers, q)
-            strange |= _store_d(largest, scale, table, out[start:stop])
-            _store_levels(q64, first[start:stop], second[start:stop], third[start:stop], fourth[start:stop])
+    for start in range(0, blocks, chunk):
+        stop = min(start + chunk, blocks)
+        n = stop - start
+        _fp8_group_max(lanes[4 * start : 4 * stop], largest[:n])
+        _fp8_levels(weight[start:stop], largest[:n], multipliers, q[:n])
+        strange |= _store_d(largest[:n], scale[start:stop], table, out[start:stop])
+        _store_levels(q64[: 4 * n], first[start:stop], second[start:stop], third[start:stop], fourth[start:stop])
     return strange
 
 
@@ -578,19 +587,16 @@ def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
         if codes is not None:
             first, last, nan = byte_range(codes)
             if first >= q8_0.TABLE_FIRST_BYTE and last <= q8_0.TABLE_LAST_BYTE and not nan:
-                groups = columns // GROUP
+                group_scale = scratch.array("compiled.group_scale", (rows, columns // GROUP), np.uint8)
+                _group_scales(codes, block[0], block[1] // GROUP, _IDENTITY, group_scale)
                 strange = _fp8_q8_0(
-                    weight.reshape(rows, groups, GROUP),
-                    weight.view(np.uint64),
-                    codes,
-                    block[0],
-                    block[1] // GROUP,
+                    weight.reshape(-1, GROUP),
+                    weight.reshape(-1).view(np.uint64),
+                    group_scale.reshape(-1),
                     q8_0.multipliers(),
                     q8_0.d_table().reshape(-1, 256),
-                    _IDENTITY,
-                    scratch.array("compiled.largest", (groups,), np.uint8),
-                    scratch.array("compiled.scale", (groups,), np.uint8),
-                    scratch.array("compiled.q", (groups, GROUP), np.int8),
+                    scratch.array("compiled.largest", (_CHUNK,), np.uint8),
+                    scratch.array("compiled.q", (_CHUNK, GROUP), np.int8),
                     *_q8_0_fields(out),
                 )
                 if not strange:
@@ -679,13 +685,23 @@ def _round_f16(value: Any) -> Any:
 _LARGEST_D = _f32(65520.0)  # rounds to infinity from here
 
 
+@_inline
+def _larger(a: Any, b: Any) -> Any:
+    return b if b > a else a
+
+
 @_kernel
-def _f32_group_max(bits: Array, largest: Array) -> None:
+def _f32_group_max(values: Array, largest: Array) -> None:
+    """Largest magnitude of each group, infinity included; NaN is passed over, and seen by who uses it."""
     for g in range(largest.size):
-        top = _u32(0)
-        for j in range(GROUP):
-            top = max(top, _u32(bits[g, j] & _u32(_F32_MAGNITUDE_BITS)))
-        largest[g] = top
+        # Four chains, since the vectoriser may not reorder the maxima of one.
+        a, b, c, d = abs(values[g, 0]), abs(values[g, 1]), abs(values[g, 2]), abs(values[g, 3])
+        for j in range(4, GROUP, 4):
+            a = _larger(a, abs(values[g, j]))
+            b = _larger(b, abs(values[g, j + 1]))
+            c = _larger(c, abs(values[g, j + 2]))
+            d = _larger(d, abs(values[g, j + 3]))
+        largest[g] = _larger(_larger(a, b), _larger(c, d))
 
 
 @_kernel
@@ -693,18 +709,15 @@ def _float_scales(largest: Array, inverse: Array, out: Array) -> Any:
     """Write every d and 1/d; return whether a block is beyond the plain formula."""
     strange = False
     for g in range(largest.size):
-        amax = _u32(largest[g]).view(_f32)
-        if not largest[g] < _u32(_F32_INF_BITS):
-            return True
-        d = _f32(amax / _f32(127.0))
+        d = _f32(largest[g] / _f32(127.0))
         if d == _f32(0.0):
-            strange = strange or largest[g] != 0
+            strange = strange or largest[g] != _f32(0.0)
             inverse[g] = _f32(0.0)
             out[g] = _u16(0)
             continue
         factor = _f32(_f32(1.0) / d)
         bits = _round_f16(d)
-        if d >= _LARGEST_D or not factor.view(_u32) < _u32(_F32_INF_BITS) or bits == 0:
+        if not d < _LARGEST_D or not factor.view(_u32) < _u32(_F32_INF_BITS) or bits == 0:
             return True
         inverse[g] = factor
         out[g] = bits
@@ -712,15 +725,21 @@ def _float_scales(largest: Array, inverse: Array, out: Array) -> Any:
 
 
 @_kernel
-def _float_levels(values: Array, inverse: Array, q: Array) -> None:
+def _float_levels(values: Array, inverse: Array, q: Array) -> Any:
+    """Write the levels; return how many elements are NaN."""
+    nan = 0
     for g in range(inverse.size):
         factor = inverse[g]
+        found = _i32(0)
         for j in range(GROUP):
             scaled = _f32(values[g, j] * factor)
+            found = _i32(found + _i32(scaled != scaled))
             magnitude = _f32(abs(scaled))
             whole = _i32(magnitude)
             level = _i32(whole + _i32(_f32(magnitude - _f32(whole)) >= _HALF))
             q[g, j] = _i8(_i32(-level) if scaled < _f32(0.0) else level)
+        nan += found
+    return nan
 
 
 @_kernel
@@ -732,7 +751,6 @@ def _widen(source: Array, out: Array) -> None:
 @_kernel
 def _f32_q8_0(
     values: Array,
-    bits: Array,
     largest: Array,
     inverse: Array,
     q: Array,
@@ -747,10 +765,11 @@ def _f32_q8_0(
     for start in range(0, blocks, chunk):
         stop = min(start + chunk, blocks)
         n = stop - start
-        _f32_group_max(bits[start:stop], largest[:n])
+        _f32_group_max(values[start:stop], largest[:n])
         if _float_scales(largest[:n], inverse[:n], out[start:stop]):
             return True
-        _float_levels(values[start:stop], inverse[:n], q[:n])
+        if _float_levels(values[start:stop], inverse[:n], q[:n]):
+            return True
         _store_levels(q64[: 4 * n], first[start:stop], second[start:stop], third[start:stop], fourth[start:stop])
     return False
 
@@ -759,8 +778,7 @@ def _quantise_f32(values: ArrayF32, out: ArrayU8, scratch: Scratch) -> bool:
     groups = values.reshape(-1, GROUP)
     return not _f32_q8_0(
         groups,
-        groups.view(np.uint32),
-        scratch.array("compiled.top", (_CHUNK,), np.uint32),
+        scratch.array("compiled.top", (_CHUNK,), np.float32),
         scratch.array("compiled.inverse", (_CHUNK,), np.float32),
         scratch.array("compiled.levels", (_CHUNK, GROUP), np.int8),
         *_q8_0_fields(out),
@@ -806,15 +824,20 @@ def _mxfp4_scales(largest: Array, scale: Array) -> Any:
 
 @_kernel
 def _mxfp4_codes(bits: Array, largest: Array, scale: Array, table: Array, codes: Array) -> Any:
-    """Write the codes, moving blocks to twice the scale as the numpy codec does; return how many rounded."""
-    changed = 0
+    """Write the codes, moving blocks to twice the scale as the numpy codec does.
+
+    Returns how many elements were rounded, or a negative number if one is NaN.
+    """
+    changed, nan = 0, _u32(0)
     for g in range(largest.size):
         inverse = table[254 - scale[g]]
         inexact = _i32(0)
         fine = _i32(0)
         for j in range(GROUP):
             value = _u32(bits[g, j])
-            y = _f32(_u32(value & _u32(_F32_MAGNITUDE_BITS)).view(_f32) * inverse)
+            magnitude = _u32(value & _u32(_F32_MAGNITUDE_BITS))
+            nan = _u32(nan | _u32(magnitude > _u32(_F32_INF_BITS)))
+            y = _f32(magnitude.view(_f32) * inverse)
             magic = _u32(max(_u32(y.view(_u32) & _u32(_F32_INF_BITS)), _u32(_ONE_BITS)) + _u32(_MAGIC_LIFT))
             lifted = _f32(y + magic.view(_f32))
             inexact = _i32(inexact + _i32(_f32(lifted - magic.view(_f32)) != y))
@@ -827,10 +850,10 @@ def _mxfp4_codes(bits: Array, largest: Array, scale: Array, table: Array, codes:
             scale[g] += 1
             for j in range(GROUP):
                 code = codes[g, j]
-                magnitude = _u8(code & _u8(7))
-                half = _u8(magnitude - _u8(2)) if magnitude >= _u8(4) else _u8(magnitude >> _u8(1))
+                single = _u8(code & _u8(7))
+                half = _u8(single - _u8(2)) if single >= _u8(4) else _u8(single >> _u8(1))
                 codes[g, j] = _u8(half | _u8(code & _u8(8)))
-    return changed
+    return -1 if nan else changed
 
 
 @_kernel
@@ -843,6 +866,7 @@ def _store_codes(lanes: Array, scale: Array, out_scale: Array, first: Array, sec
 
 @_kernel
 def _f32_mxfp4(
+    values: Array,
     bits: Array,
     table: Array,
     largest: Array,
@@ -853,23 +877,28 @@ def _f32_mxfp4(
     second: Array,
 ) -> Any:
     blocks, chunk, changed = bits.shape[0], largest.size, 0
-    lanes = codes.reshape(-1).view(np.uint64)
+    lanes, largest_bits = codes.reshape(-1).view(np.uint64), largest.view(np.uint32)
     for start in range(0, blocks, chunk):
         stop = min(start + chunk, blocks)
         n = stop - start
-        _f32_group_max(bits[start:stop], largest[:n])
-        if _mxfp4_scales(largest[:n], scale[:n]):
+        _f32_group_max(values[start:stop], largest[:n])
+        if _mxfp4_scales(largest_bits[:n], scale[:n]):
             return -1
-        changed += _mxfp4_codes(bits[start:stop], largest[:n], scale[:n], table, codes[:n])
+        rounded = _mxfp4_codes(bits[start:stop], largest_bits[:n], scale[:n], table, codes[:n])
+        if rounded < 0:
+            return -1
+        changed += rounded
         _store_codes(lanes[: 4 * n], scale[:n], out_scale[start:stop], first[start:stop], second[start:stop])
     return changed
 
 
 def _to_mxfp4(bits: Array, out: ArrayU8, scratch: Scratch, tally: Tally) -> bool:
+    groups = bits.reshape(-1, GROUP)
     changed = _f32_mxfp4(
-        bits.reshape(-1, GROUP),
+        groups.view(np.float32),
+        groups,
         F32_OF_BYTE,
-        scratch.array("compiled.top", (_CHUNK,), np.uint32),
+        scratch.array("compiled.top", (_CHUNK,), np.float32),
         scratch.array("compiled.scale", (_CHUNK,), np.uint8),
         scratch.array("compiled.codes", (_CHUNK, GROUP), np.uint8),
         *_mxfp4_fields(out),

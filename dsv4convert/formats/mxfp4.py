@@ -50,7 +50,6 @@ _BLOCK = np.dtype([("e", np.uint8), ("q", np.dtype(f"V{_CODES_BYTES}"))])
 
 _LOW_NIBBLES = np.uint64(0x0F0F_0F0F_0F0F_0F0F)
 _FOUR = np.uint64(4)
-_EIGHT = np.uint16(8)
 
 
 def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -64,33 +63,45 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
     if columns % GROUP:
         raise ValueError(f"MXFP4 rows come in groups of {GROUP}, got {columns} columns")
     check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns // GROUP * BLOCK_BYTES))
-    blocks = rows * columns // GROUP
+    blocks = scale.size
     # Two uint64 per block: A holds elements 0 to 15, B elements 16 to 31.
     lanes = packed.reshape(blocks, _CODES_BYTES).view(np.uint64)
-    first, second = lanes[:, 0], lanes[:, 1]
-    swap = scratch.array("mxfp4.swap", (blocks,), np.uint64)
-    even = scratch.array("mxfp4.even", (blocks,), np.uint64)
-    odd = scratch.array("mxfp4.odd", (blocks,), np.uint64)
-    # Swapping A's high nibbles with B's low ones leaves elements 2i and 2i+16 together in byte i of A,
-    # elements 2i+1 and 2i+17 together in byte i of B.
-    np.right_shift(first, _FOUR, out=swap)
-    np.bitwise_xor(swap, second, out=swap)
-    np.bitwise_and(swap, _LOW_NIBBLES, out=swap)
-    np.bitwise_xor(swap, second, out=odd)
-    np.left_shift(swap, _FOUR, out=swap)
-    np.bitwise_xor(swap, first, out=even)
-    # The bytes of the two then alternate: widened to 16 bits, one shifted, joined.
-    joined = scratch.array("mxfp4.joined", (blocks, _CODES_BYTES // 2), np.uint16)
-    upper = scratch.array("mxfp4.upper", (blocks, _CODES_BYTES // 2), np.uint16)
-    np.copyto(joined, even.view(np.uint8).reshape(joined.shape))
-    np.copyto(upper, odd.view(np.uint8).reshape(upper.shape))
-    np.left_shift(upper, _EIGHT, out=upper)
-    np.bitwise_or(joined, upper, out=joined)
     target = out.reshape(-1).view(_BLOCK)
-    np.copyto(target["q"], joined.reshape(-1).view(_BLOCK["q"]))
+    chunk = min(blocks, _CHUNK)
+    a, b, swap = scratch.array("mxfp4.lanes", (3, chunk), np.uint64)
+    wide_a, wide_b = scratch.array("mxfp4.wide", (2, chunk * _CODES_BYTES // 2), np.uint16)
+    for start in range(0, blocks, _CHUNK):
+        stop = min(start + _CHUNK, blocks)
+        n = stop - start
+        _interleave(lanes[start:stop], a[:n], b[:n], swap[:n], wide_a[: 8 * n], wide_b[: 8 * n])
+        np.copyto(target["q"][start:stop], wide_a[: 8 * n].view(_BLOCK["q"]))
     np.copyto(target["e"], scale.reshape(-1))
     if scale.size and scale.max() == NAN_BYTE:
         tally.nan += GROUP * int(np.count_nonzero(scale == NAN_BYTE))
+
+
+# Blocks a time: enough to make numpy's cost per call small, few enough for the second-level cache.
+_CHUNK = 1 << 14
+
+
+def _interleave(lanes: Array, a: Array, b: Array, swap: Array, wide_a: ArrayU16, wide_b: ArrayU16) -> None:
+    """Leave the code bytes of blocks of two uint64 in ``wide_a``; the other arrays are used up."""
+    np.copyto(a, lanes[:, 0])
+    np.copyto(b, lanes[:, 1])
+    # Swapping A's high nibbles with B's low ones leaves elements 2i and 2i+16 together in byte i of A,
+    # elements 2i+1 and 2i+17 together in byte i of B.
+    np.right_shift(a, _FOUR, out=swap)
+    np.bitwise_xor(swap, b, out=swap)
+    np.bitwise_and(swap, _LOW_NIBBLES, out=swap)
+    np.bitwise_xor(swap, b, out=b)
+    np.left_shift(swap, _FOUR, out=swap)
+    np.bitwise_xor(swap, a, out=a)
+    # The bytes of the two then alternate. Widening leaves an empty byte after each of A's, and after each
+    # of B's, which read one byte late fall into A's gaps.
+    np.copyto(wide_a, a.view(np.uint8))
+    np.copyto(wide_b, b.view(np.uint8))
+    gaps = wide_a.view(np.uint8)[1:]
+    np.bitwise_or(gaps, wide_b.view(np.uint8)[:-1], out=gaps)
 
 
 def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:

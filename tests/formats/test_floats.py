@@ -75,6 +75,17 @@ def test_float32_rounds_as_torch(codecs: Codecs, scratch: Scratch, name: str):
     np.testing.assert_array_equal(bits[nan], 0x7FC0)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_the_edges_of_the_range_one_at_a_time(codecs: Codecs, scratch: Scratch, kind: str):
+    """Alone, so that no neighbour decides which way the whole tile takes."""
+    edges = [0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF]
+    edges += [0x477FE000, 0x477FEFFF, 0x477FF000, 0x00800000, 0x007FFFFF, 0x00010000, 0x00000001, 0x80000000]
+    for bits in edges:
+        value = np.array([[bits]], np.uint32).view(np.float32)
+        with np.errstate(all="ignore"):
+            check(codecs, f"f32_to_{kind}", value, value.astype(np.float64), kind, scratch)
+
+
 def test_integers_out_of_range_saturate_and_are_counted(codecs: Codecs, scratch: Scratch):
     source = np.array([0, -5, 2**31 - 1, -(2**31), 2**31, -(2**31) - 1, 2**40], np.int64)
     out = np.empty(source.shape, np.int32)

@@ -38,7 +38,6 @@ from .triton_scalar import (
     either,
     on_device,
     power_of_two,
-    programs,
     round_to_bf16,
     scale_byte,
     scale_of_elements,
@@ -52,7 +51,7 @@ from .triton_scalar import (
 PER_VECTOR = tl.constexpr(8)
 WORDS = tl.constexpr(4)
 
-# Scale bytes for which the hot loop is exact. Below, the smallest code's product falls under the lowest
+# Scale bytes for which the quick part is exact. Below, the smallest code's product falls under the lowest
 # bfloat16 subnormal, 2^-133; above, the multiplier 2^(byte - 127 + lift) is no finite float32 (that
 # comes first: the largest product would be finite up to byte 246).
 E4M3_LOWEST_BYTE = tl.constexpr(9 - 133 + 127)
@@ -60,12 +59,43 @@ E2M1_LOWEST_BYTE = tl.constexpr(1 - 133 + 127)
 BF16_MIN_NORMAL = tl.constexpr(2.0**-126)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-TILE = 1024
+TILE = 512
 WARPS = 4
-PROGRAMS_PER_PROCESSOR = 16
 STORE_CACHE = ""
 
 BF16_STORAGE = (torch.uint16, torch.int16, torch.bfloat16)
+
+
+@triton.jit
+def _carefully(
+    codes,
+    scale,
+    out,
+    counters,
+    start,
+    stop,
+    FP4: tl.constexpr,
+    FLOAT_SCALE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):
+    """Decode elements ``start`` to ``stop`` one by one, rounding once, and count."""
+    for part in range(0, (stop - start).to(tl.int32), CAREFUL):
+        element = start + part + tl.arange(0, CAREFUL)
+        live = element < stop
+        held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        if FP4:
+            packed = tl.load(codes + element // 2, mask=live, other=0).to(tl.int32)
+            value = e2m1_value(packed >> ((element & 1) * 4).to(tl.int32))
+        else:
+            value = e4m3_value(tl.load(codes + element, mask=live, other=0).to(tl.int32))
+        product = value.to(tl.float64) * scale_value(held, FLOAT_SCALE).to(tl.float64)
+        bits = round_to_bf16(product)
+        tl.store(out + element, bits.to(tl.int16), mask=live)
+        kept = (bits << 16).to(tl.float32, bitcast=True)
+        count_rounding(counters, product, kept, BF16_MIN_NORMAL, live)
 
 
 @triton.jit
@@ -87,67 +117,52 @@ def _to_bf16(
     STORE_CACHE: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """Decode ``elements`` codes; ``code_groups`` and ``out_words`` are ``codes`` and ``out`` for the hot loop."""
-    span: tl.constexpr = TILE * PER_VECTOR
-    tiles = tl.cdiv(elements, span)
-    first = tl.program_id(0)
-    step = tl.num_programs(0)
-    lift: tl.constexpr = E2M1_LIFT if FP4 else E4M3_LIFT
-    lowest: tl.constexpr = E2M1_LOWEST_BYTE if FP4 else E4M3_LOWEST_BYTE
-    highest: tl.constexpr = 254 - lift
+    """Decode a tile of ``elements`` codes; ``code_groups`` and ``out_words`` are views for the quick part."""
+    # Triton passes small integers in 32 bits, which counts of elements near 2^31 would leave.
+    elements = tl.cast(elements, tl.int64)
+    tile = tl.cast(tl.program_id(0), tl.int64)
     if VECTORS:
-        unsound = tl.zeros([TILE], tl.int32)
+        lift: tl.constexpr = E2M1_LIFT if FP4 else E4M3_LIFT
+        lowest: tl.constexpr = E2M1_LOWEST_BYTE if FP4 else E4M3_LOWEST_BYTE
+        highest: tl.constexpr = 254 - lift
         vector = tl.arange(0, TILE)
         word = vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        # Where the two elements of each output word start in an int32 of codes.
-        to_top = 16 - (tl.arange(0, WORDS) % 2)[None, :] * 16
-        for tile in range(first, tiles, step):
-            base = tl.cast(tile, tl.int64) * TILE
-            live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
-            held = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-            byte = scale_byte(held, FLOAT_SCALE)
-            unsound |= ((byte < lowest) | (byte > highest)).to(tl.int32)
-            multiplier = power_of_two(byte - 127 + lift)[:, None]
-            if FP4:
-                group = tl.load(code_groups + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
-                low = e2m1_in_f32(group << 28) * multiplier
-                high = e2m1_in_f32(group << 24) * multiplier
-            else:
-                four = vector[:, None] * 2 + tl.arange(0, 2)[None, :]
-                group = tl.load(code_groups + base * 2 + four, mask=live[:, None], other=0)
-                # Only the magnitude 0x7F carries into the sign's place when 1 is added.
-                carried = (group & 0x7F7F7F7F) + 0x01010101
-                unsound |= tl.reduce(carried, 1, either) & NAN_CARRY
-                group = tl.reshape(tl.join(group, group), [TILE, WORDS])
-                low = e4m3_in_f32(group << (to_top + 8)) * multiplier
-                high = e4m3_in_f32(group << to_top) * multiplier
-            low_bits = low.to(tl.int32, bitcast=True)
-            high_bits = high.to(tl.int32, bitcast=True)
-            pair = ((low_bits >> 16) & 0xFFFF) | (high_bits & UPPER_HALF)
-            tl.store(out_words + base * WORDS + word, pair, mask=live[:, None], cache_modifier=STORE_CACHE)
-        go_over = tl.max(unsound, axis=0) != 0
-        # The second pass overwrites what other threads of this program wrote.
+        base = tile * TILE
+        live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
+        held = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        byte = scale_byte(held, FLOAT_SCALE)
+        strange = (byte < lowest) | (byte > highest)
+        multiplier = power_of_two(byte - 127 + lift)[:, None]
+        if FP4:
+            group = tl.load(code_groups + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
+            low = e2m1_in_f32(group << 28) * multiplier
+            high = e2m1_in_f32(group << 24) * multiplier
+        else:
+            four = vector[:, None] * 2 + tl.arange(0, 2)[None, :]
+            group = tl.load(code_groups + base * 2 + four, mask=live[:, None], other=0)
+            # Only the magnitude 0x7F carries into the sign's place when 1 is added.
+            carried = (group & 0x7F7F7F7F) + 0x01010101
+            strange |= (tl.reduce(carried, 1, either) & NAN_CARRY) != 0
+            # Where the two elements of each output word start in an int32 of codes.
+            to_top = 16 - (tl.arange(0, WORDS) % 2)[None, :] * 16
+            group = tl.reshape(tl.join(group, group), [TILE, WORDS])
+            low = e4m3_in_f32(group << (to_top + 8)) * multiplier
+            high = e4m3_in_f32(group << to_top) * multiplier
+        low_bits = low.to(tl.int32, bitcast=True)
+        high_bits = high.to(tl.int32, bitcast=True)
+        pair = ((low_bits >> 16) & 0xFFFF) | (high_bits & UPPER_HALF)
+        tl.store(out_words + base * WORDS + word, pair, mask=live[:, None], cache_modifier=STORE_CACHE)
+        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
+        # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
     else:
         go_over = True
     if go_over:
-        for tile in range(first, tiles, step):
-            start = tl.cast(tile, tl.int64) * span
-            stop = tl.minimum(start + span, elements)
-            for part in range(0, (stop - start).to(tl.int32), CAREFUL):
-                element = start + part + tl.arange(0, CAREFUL)
-                live = element < stop
-                held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-                if FP4:
-                    packed = tl.load(codes + element // 2, mask=live, other=0).to(tl.int32)
-                    value = e2m1_value(packed >> ((element & 1) * 4).to(tl.int32))
-                else:
-                    value = e4m3_value(tl.load(codes + element, mask=live, other=0).to(tl.int32))
-                product = value.to(tl.float64) * scale_value(held, FLOAT_SCALE).to(tl.float64)
-                bits = round_to_bf16(product)
-                tl.store(out + element, bits.to(tl.int16), mask=live)
-                kept = (bits << 16).to(tl.float32, bitcast=True)
-                count_rounding(counters, product, kept, BF16_MIN_NORMAL, live)
+        start = tile * (TILE * PER_VECTOR)
+        stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+        _carefully(
+            codes, scale, out, counters, start, stop, FP4, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, CAREFUL
+        )
 
 
 def fp8_to_bf16(
@@ -206,7 +221,7 @@ def _launch(
     per_vector = int(PER_VECTOR.value)
     vectors = vector_ready(codes, out) and vectors_keep_to_scales(per_vector, columns, block)
     halves = out.view(torch.int16)
-    grid = (programs(codes, triton.cdiv(elements, TILE * per_vector), PROGRAMS_PER_PROCESSOR),)
+    grid = (triton.cdiv(elements, TILE * per_vector),)
     with on_device(codes), Counting(tally, codes.device) as counters:
         _to_bf16[grid](
             codes,

@@ -5,7 +5,7 @@
     fp4_to_fp8   packed u8 [R, C/2]   scale u8 [R, C/32]
                  ->   out u8 [R, C]   out_scale u8 [ceil(R/128), ceil(C/128)]
 
-Two launches: the tiles' scales, then the codes. The hot loop re-encodes four elements at a time in the
+Two launches: the tiles' scales, then the codes. The quick part re-encodes four elements at a time in the
 bytes of one word. With s eem an e2m1 code and `lift` its scale relative to its tile's, as a power of
 two from -5 to 6, every result is a normal e4m3 number, so only exponents are added:
 
@@ -42,7 +42,6 @@ from .triton_scalar import (
     e4m3_value,
     on_device,
     power_of_two,
-    programs,
     scale_of_elements,
     scale_of_vectors,
     vector_ready,
@@ -73,9 +72,8 @@ E4M3_PLACE = tl.constexpr(2.0 ** (7 - 127))
 NO_LIFT = tl.constexpr(-25)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-TILE = 1024
+TILE = 512
 WARPS = 4
-PROGRAMS_PER_PROCESSOR = 16
 STORE_CACHE = ""
 SCALE_TILES = 8
 
@@ -102,6 +100,40 @@ def _tile_scales(
 
 
 @triton.jit
+def _carefully(
+    packed,
+    scale,
+    out,
+    out_scale,
+    counters,
+    start,
+    stop,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIDE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):
+    """Re-encode elements ``start`` to ``stop`` one by one, rounding to nearest even, and count."""
+    for part in range(0, (stop - start).to(tl.int32), CAREFUL):
+        element = start + part + tl.arange(0, CAREFUL)
+        live = element < stop
+        pair = tl.load(packed + element // 2, mask=live, other=0).to(tl.int32)
+        value = e2m1_value(pair >> ((element & 1) * 4).to(tl.int32))
+        byte = scale_of_elements(scale, element, live, COLUMNS, 1, GROUP).to(tl.int32)
+        tile_byte = scale_of_elements(out_scale, element, live, COLUMNS, SIDE, SIDE).to(tl.int32)
+        lift = tl.minimum(tl.maximum(byte - tile_byte, NO_LIFT), HEADROOM)
+        lifted = value * power_of_two(lift)
+        bits = (lifted * E4M3_PLACE).to(tl.int32, bitcast=True)
+        size = bits & MAGNITUDE
+        size = (size + E4M3_JUST_UNDER_HALF + ((size >> E4M3_SHIFT_OUT) & 1)) >> E4M3_SHIFT_OUT
+        nan = byte == E8M0_NAN
+        made = tl.where(nan, E4M3_NAN, size | ((bits >> 24) & 0x80))
+        tl.store(out + element, made.to(tl.uint8), mask=live)
+        count(counters, NAN, nan & live)
+        count(counters, CHANGED, (e4m3_value(made) != lifted) & (byte != E8M0_NAN) & live)
+
+
+@triton.jit
 def _fp4_to_fp8(
     packed,
     packed_quads,
@@ -119,62 +151,39 @@ def _fp4_to_fp8(
     STORE_CACHE: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """Re-encode ``elements`` codes; ``packed_quads`` and ``out_words`` are 16- and 32-bit views for the hot loop."""
-    span: tl.constexpr = TILE * PER_VECTOR
-    tiles = tl.cdiv(elements, span)
-    first = tl.program_id(0)
-    step = tl.num_programs(0)
+    """Re-encode a tile of ``elements`` codes; ``packed_quads`` and ``out_words`` are views for the quick part."""
+    # Triton passes small integers in 32 bits, which counts of elements near 2^31 would leave.
+    elements = tl.cast(elements, tl.int64)
+    tile = tl.cast(tl.program_id(0), tl.int64)
     if VECTORS:
-        unsound = tl.zeros([TILE], tl.int32)
         vector = tl.arange(0, TILE)
         word = vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        for tile in range(first, tiles, step):
-            base = tl.cast(tile, tl.int64) * TILE
-            live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
-            byte = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, 1, GROUP)
-            tile_byte = scale_of_vectors(out_scale, base, vector, live, PER_VECTOR, COLUMNS, SIDE, SIDE)
-            byte = byte.to(tl.int32)
-            exponent = byte - tile_byte.to(tl.int32) + REBIAS
-            strange = (exponent < LOWEST_EXPONENT) | (exponent > HIGHEST_EXPONENT) | (byte == E8M0_NAN)
-            unsound |= (strange & live).to(tl.int32)
-            quad = tl.load(packed_quads + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
-            code = quad & 0xFFFF
-            code = (code | (code << 8)) & LOW_BYTES
-            code = (code | (code << 4)) & LOW_NIBBLES
-            magnitude = code & (ONES * 7)
-            nonzero = ((magnitude + ONES * 7) >> 3) & ONES
-            from_one = ((magnitude + ONES * 6) >> 3) & ONES
-            # 0.5 is the one subnormal: its lowest bit stands for the 1 that e4m3 does not write.
-            made = (magnitude << 2) + nonzero * ((exponent << 3) - 4)[:, None] + (from_one << 2)
-            made |= (code & (ONES * 8)) << 4
-            tl.store(out_words + base * WORDS + word, made, mask=live[:, None], cache_modifier=STORE_CACHE)
-        go_over = tl.max(unsound, axis=0) != 0
-        # The second pass overwrites what other threads of this program wrote.
+        base = tile * TILE
+        live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
+        byte = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, 1, GROUP).to(tl.int32)
+        tile_byte = scale_of_vectors(out_scale, base, vector, live, PER_VECTOR, COLUMNS, SIDE, SIDE).to(tl.int32)
+        exponent = byte - tile_byte + REBIAS
+        strange = (exponent < LOWEST_EXPONENT) | (exponent > HIGHEST_EXPONENT) | (byte == E8M0_NAN)
+        quad = tl.load(packed_quads + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
+        code = quad & 0xFFFF
+        code = (code | (code << 8)) & LOW_BYTES
+        code = (code | (code << 4)) & LOW_NIBBLES
+        magnitude = code & (ONES * 7)
+        nonzero = ((magnitude + ONES * 7) >> 3) & ONES
+        from_one = ((magnitude + ONES * 6) >> 3) & ONES
+        # 0.5 is the one subnormal: its lowest bit stands for the 1 that e4m3 does not write.
+        made = (magnitude << 2) + nonzero * ((exponent << 3) - 4)[:, None] + (from_one << 2)
+        made |= (code & (ONES * 8)) << 4
+        tl.store(out_words + base * WORDS + word, made, mask=live[:, None], cache_modifier=STORE_CACHE)
+        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
+        # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
     else:
         go_over = True
     if go_over:
-        for tile in range(first, tiles, step):
-            start = tl.cast(tile, tl.int64) * span
-            stop = tl.minimum(start + span, elements)
-            for part in range(0, (stop - start).to(tl.int32), CAREFUL):
-                element = start + part + tl.arange(0, CAREFUL)
-                live = element < stop
-                pair = tl.load(packed + element // 2, mask=live, other=0).to(tl.int32)
-                value = e2m1_value(pair >> ((element & 1) * 4).to(tl.int32))
-                byte = scale_of_elements(scale, element, live, COLUMNS, 1, GROUP).to(tl.int32)
-                tile_byte = scale_of_elements(out_scale, element, live, COLUMNS, SIDE, SIDE).to(tl.int32)
-                lift = tl.minimum(tl.maximum(byte - tile_byte, NO_LIFT), HEADROOM)
-                lifted = value * power_of_two(lift)
-                bits = (lifted * E4M3_PLACE).to(tl.int32, bitcast=True)
-                size = bits & MAGNITUDE
-                size = (size + E4M3_JUST_UNDER_HALF + ((size >> E4M3_SHIFT_OUT) & 1)) >> E4M3_SHIFT_OUT
-                made = size | ((bits >> 24) & 0x80)
-                nan = byte == E8M0_NAN
-                made = tl.where(nan, E4M3_NAN, made)
-                tl.store(out + element, made.to(tl.uint8), mask=live)
-                count(counters, NAN, nan & live)
-                count(counters, CHANGED, (e4m3_value(made) != lifted) & (byte != E8M0_NAN) & live)
+        start = tile * (TILE * PER_VECTOR)
+        stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+        _carefully(packed, scale, out, out_scale, counters, start, stop, COLUMNS, GROUP, SIDE, CAREFUL)
 
 
 def fp4_to_fp8(
@@ -208,7 +217,7 @@ def fp4_to_fp8(
         _tile_scales[(tiles_down, triton.cdiv(tiles_across, SCALE_TILES))](
             scale, out_scale, rows, COLUMNS=columns, GROUP=GROUP, SIDE=FP8_TILE, TILES=SCALE_TILES, num_warps=WARPS
         )
-        _fp4_to_fp8[(programs(packed, triton.cdiv(elements, TILE * per_vector), PROGRAMS_PER_PROCESSOR),)](
+        _fp4_to_fp8[(triton.cdiv(elements, TILE * per_vector),)](
             packed,
             packed.view(-1).view(torch.int16) if vectors else packed,
             scale,

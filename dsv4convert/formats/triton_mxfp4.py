@@ -26,10 +26,9 @@ from .triton_scalar import (
     careful,
     check,
     on_device,
-    programs,
     vector_ready,
 )
-from .triton_units import INNER_WORDS, UNIT_WORDS, funnel, store_units, store_units_scattered
+from .triton_units import INNER_WORDS, UNIT_WORDS, funnel, store_units
 
 BLOCK_BYTES = tl.constexpr(1 + 16)
 CODES_BYTES = tl.constexpr(16)
@@ -39,10 +38,8 @@ LOW_NIBBLES = tl.constexpr(0x0F0F0F0F)
 HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-UNITS = 64
-EXCHANGE = True
+UNITS = 32
 WARPS = 4
-PROGRAMS_PER_PROCESSOR = 16
 STORE_CACHE = ""
 
 
@@ -50,6 +47,25 @@ STORE_CACHE = ""
 def _alternate(low, high):
     """Return the word of bytes low0, high0, low1, high1 of two uint32."""
     return (low & 0xFF) | ((high & 0xFF) << 8) | ((low & 0xFF00) << 8) | ((high & 0xFF00) << 16)
+
+
+@triton.jit
+def _byte_by_byte(packed, scale, out, counters, start, stop, PARTS: tl.constexpr):
+    """Rearrange blocks ``start`` to ``stop``, which fill no unit, ``PARTS`` at a time."""
+    place = tl.arange(0, BLOCK_ELEMENTS)[None, :]
+    for part in range(0, (stop - start).to(tl.int32), PARTS):
+        number = start + part + tl.arange(0, PARTS)[:, None]
+        live = (number < stop) & (place < BLOCK_BYTES)
+        of_codes = tl.maximum(place - 1, 0)
+        source = packed + number * CODES_BYTES + of_codes // 2
+        early = tl.load(source, mask=live, other=0).to(tl.int32)
+        late = tl.load(source + CODES_BYTES // 2, mask=live, other=0).to(tl.int32)
+        nibble = (of_codes % 2) * 4
+        made = ((early >> nibble) & 0xF) | (((late >> nibble) & 0xF) << 4)
+        byte = tl.load(scale + number + place * 0, mask=live, other=0).to(tl.int32)
+        made = tl.where(place == 0, byte, made)
+        tl.store(out + number * BLOCK_BYTES + place, made.to(tl.uint8), mask=live)
+        count_blocks(counters, tl.sum(tl.sum(((byte == E8M0_NAN) & (place == 0)).to(tl.int32), axis=1), axis=0))
 
 
 @triton.jit
@@ -63,71 +79,49 @@ def _fp4_to_mxfp4(
     blocks,
     VECTORS: tl.constexpr,
     UNITS: tl.constexpr,
-    EXCHANGE: tl.constexpr,
     STORE_CACHE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Rearrange ``blocks`` blocks; ``packed_words`` and ``out_words`` are ``packed`` and ``out`` as 32-bit words."""
-    first = tl.program_id(0)
-    step = tl.num_programs(0)
-    done = tl.cast(blocks * 0, tl.int64)
+    """Rearrange a tile of ``blocks`` blocks; ``packed_words`` and ``out_words`` are views for the quick part."""
+    # Triton passes small integers in 32 bits, which counts of blocks might leave.
+    blocks = tl.cast(blocks, tl.int64)
+    tile = tl.cast(tl.program_id(0), tl.int64)
+    start = tile * (UNITS * UNIT_BLOCKS)
+    stop = tl.minimum(start + UNITS * UNIT_BLOCKS, blocks)
     if VECTORS:
-        tile_blocks: tl.constexpr = UNITS * UNIT_BLOCKS
-        units = blocks // UNIT_BLOCKS
-        done = tl.cast(units, tl.int64) * UNIT_BLOCKS
-        nan_blocks = tl.zeros([tile_blocks], tl.int32)
-        block = tl.arange(0, tile_blocks)
+        units = ((stop - start) // UNIT_BLOCKS).to(tl.int32)
+        block = tl.arange(0, UNITS * UNIT_BLOCKS)
+        live = block < units * UNIT_BLOCKS
         half = tl.arange(0, 2)[None, :]
         word = block[:, None] * 4 + half
-        # Of a unit's 17 words, word 4j + k + 1 starts at byte 4k + 3 - j of block j's codes.
+        byte = tl.load(scale + start + block, mask=live, other=0).to(tl.uint32)
+        # Bytes 0-7 of a block hold elements 0-15, two a byte; bytes 8-15 elements 16-31.
+        early = tl.load(packed_words + start * 4 + word, mask=live[:, None], other=0)
+        late = tl.load(packed_words + start * 4 + 2 + word, mask=live[:, None], other=0)
+        a = early.to(tl.uint32, bitcast=True)
+        b = late.to(tl.uint32, bitcast=True)
+        even = (a & LOW_NIBBLES) | ((b & LOW_NIBBLES) << 4)
+        odd = ((a >> 4) & LOW_NIBBLES) | (b & HIGH_NIBBLES)
+        # Words 0 and 2 of the block's codes, and words 1 and 3.
+        left = _alternate(even, odd)
+        right = _alternate(even >> 16, odd >> 16)
+        word_0 = tl.sum(tl.where(half == 0, left, 0), axis=1)
+        word_2 = tl.sum(tl.where(half == 1, left, 0), axis=1)
+        starts = byte | (word_0 << 8)
+        # Of a unit's 17 words, word 4j + k + 1 starts at byte 4k + 3 - j of block j's codes. Behind the
+        # last block's codes nothing follows: its shift is 0.
         shift = (24 - (block % UNIT_BLOCKS) * 8).to(tl.uint32)[:, None]
-        following = tl.minimum(block + 1, tile_blocks - 1)
-        for tile in range(first, tl.cdiv(units, UNITS), step):
-            base = tl.cast(tile, tl.int64) * tile_blocks
-            here = tl.minimum(units - tl.cast(tile, tl.int64) * UNITS, UNITS).to(tl.int32)
-            live = block < here * UNIT_BLOCKS
-            byte = tl.load(scale + base + block, mask=live, other=0).to(tl.uint32)
-            nan_blocks += (byte == E8M0_NAN).to(tl.int32)
-            # Bytes 0-7 of a block hold elements 0-15, two a byte; bytes 8-15 elements 16-31.
-            early = tl.load(packed_words + base * 4 + word, mask=live[:, None], other=0)
-            late = tl.load(packed_words + base * 4 + 2 + word, mask=live[:, None], other=0)
-            a = early.to(tl.uint32, bitcast=True)
-            b = late.to(tl.uint32, bitcast=True)
-            even = (a & LOW_NIBBLES) | ((b & LOW_NIBBLES) << 4)
-            odd = ((a >> 4) & LOW_NIBBLES) | (b & HIGH_NIBBLES)
-            # Words 0 and 2 of the block's codes, and words 1 and 3.
-            left = _alternate(even, odd)
-            right = _alternate(even >> 16, odd >> 16)
-            word_0 = tl.sum(tl.where(half == 0, left, 0), axis=1)
-            word_2 = tl.sum(tl.where(half == 1, left, 0), axis=1)
-            start = byte | (word_0 << 8)
-            # Past the unit's last block the shift is 0 and what follows does not show.
-            next_start = tl.gather(start, following, 0)
-            after_right = tl.where(half == 0, word_2[:, None], next_start[:, None])
-            inner = tl.join(funnel(left, right, shift), funnel(right, after_right, shift))
-            inner = tl.reshape(inner, [UNITS * INNER_WORDS]).to(tl.int32, bitcast=True)
-            target = out_words + tl.cast(tile, tl.int64) * (UNITS * UNIT_WORDS)
-            start = start.to(tl.int32, bitcast=True)
-            if EXCHANGE:
-                store_units(target, inner, start, here, UNITS, UNIT_BLOCKS, STORE_CACHE)
-            else:
-                store_units_scattered(target, inner, start, here, UNITS, UNIT_BLOCKS, STORE_CACHE)
-        count_blocks(counters, tl.sum(nan_blocks, axis=0))
-    # What fills no unit, byte by byte, PARTS blocks at a time.
-    place = tl.arange(0, BLOCK_ELEMENTS)[None, :]
-    for part in range(done // PARTS + first, tl.cdiv(blocks, PARTS), step):
-        number = tl.cast(part, tl.int64) * PARTS + tl.arange(0, PARTS)[:, None]
-        live = (number >= done) & (number < blocks) & (place < BLOCK_BYTES)
-        of_codes = tl.maximum(place - 1, 0)
-        source = packed + number * CODES_BYTES + of_codes // 2
-        early = tl.load(source, mask=live, other=0).to(tl.int32)
-        late = tl.load(source + CODES_BYTES // 2, mask=live, other=0).to(tl.int32)
-        nibble = (of_codes % 2) * 4
-        made = ((early >> nibble) & 0xF) | (((late >> nibble) & 0xF) << 4)
-        byte = tl.load(scale + number + place * 0, mask=live, other=0).to(tl.int32)
-        made = tl.where(place == 0, byte, made)
-        tl.store(out + number * BLOCK_BYTES + place, made.to(tl.uint8), mask=live)
-        count_blocks(counters, tl.sum(tl.sum((byte == E8M0_NAN) & (place == 0), axis=1), axis=0))
+        following = tl.minimum(tl.arange(0, UNIT_BLOCKS) + 1, UNIT_BLOCKS - 1)[None, :] + tl.zeros([UNITS, 1], tl.int32)
+        next_start = tl.gather(tl.reshape(starts, [UNITS, UNIT_BLOCKS]), following, 1)
+        next_start = tl.reshape(next_start, [UNITS * UNIT_BLOCKS])
+        after_right = tl.where(half == 0, word_2[:, None], next_start[:, None])
+        inner = tl.join(funnel(left, right, shift), funnel(right, after_right, shift))
+        inner = tl.reshape(inner, [UNITS, INNER_WORDS]).to(tl.int32, bitcast=True)
+        target = out_words + tile * (UNITS * UNIT_WORDS)
+        store_units(target, inner, starts.to(tl.int32, bitcast=True), units, UNITS, UNIT_BLOCKS, STORE_CACHE)
+        count_blocks(counters, tl.sum((byte == E8M0_NAN).to(tl.int32), axis=0))
+        start += units * UNIT_BLOCKS
+    _byte_by_byte(packed, scale, out, counters, start, stop, PARTS)
 
 
 @triton.jit
@@ -163,7 +157,7 @@ def fp4_to_mxfp4(
     # The words of the output's whole units; the last bytes may make no word.
     out_words = out.view(-1)[: out.numel() // 4 * 4].view(torch.int32) if vectors else out
     with on_device(packed), Counting(tally, packed.device) as counters:
-        _fp4_to_mxfp4[(programs(packed, triton.cdiv(blocks, tile), PROGRAMS_PER_PROCESSOR),)](
+        _fp4_to_mxfp4[(triton.cdiv(blocks, tile),)](
             packed,
             packed.view(-1).view(torch.int32) if vectors else packed,
             scale,
@@ -173,7 +167,6 @@ def fp4_to_mxfp4(
             blocks,
             VECTORS=vectors,
             UNITS=UNITS,
-            EXCHANGE=EXCHANGE,
             STORE_CACHE=STORE_CACHE,
             PARTS=careful(packed) // GROUP,
             num_warps=WARPS,

@@ -4,7 +4,7 @@
 
     fp8_to_q8_0   weight u8 [R, C]   scale u8 or f32 [ceil(R/br), ceil(C/bc)]   ->   out u8 [R, C/32*34]
 
-The hot loop uses what ``formats.q8_0`` proves: with one power-of-two scale in a block, q is the value
+The quick part uses what ``formats.q8_0`` proves: with one power-of-two scale in a block, q is the value
 times a multiplier that depends on the largest magnitude code only, rounded to nearest. Adding
 1.5 * 2^23 rounds in float32 and leaves q in the lowest byte. d is amax/127 by true division. The careful
 part is the plain formula. Two blocks of 34 bytes fill 17 words, and ``triton_units`` writes those.
@@ -42,7 +42,6 @@ from .triton_scalar import (
     e4m3_value,
     on_device,
     power_of_two,
-    programs,
     scale_byte,
     scale_of_elements,
     scale_of_vectors,
@@ -50,7 +49,7 @@ from .triton_scalar import (
     vector_ready,
     vectors_keep_to_scales,
 )
-from .triton_units import INNER_WORDS, UNIT_WORDS
+from .triton_units import INNER_WORDS, UNIT_WORDS, store_units
 
 UNIT_BLOCKS = tl.constexpr(2)
 BLOCK_WORDS = tl.constexpr(8)
@@ -73,7 +72,6 @@ HIGHEST_BYTE = tl.constexpr(254 - PLACED_EXPONENT)
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
 UNITS = 64
 WARPS = 4
-PROGRAMS_PER_PROCESSOR = 16
 STORE_CACHE = ""
 
 
@@ -85,23 +83,77 @@ def _quantised(words, BYTE: tl.constexpr, multiplier):
 
 
 @triton.jit
-def _output_words(words, d, position):
-    """Return the words at ``position`` of a tile's output, from the q words [UNITS*16] and d [UNITS*2].
+def _quantised_words(words, multiplier):
+    """Return int32 words of four q each, from int32 words of four codes."""
+    low = _quantised(words, 0, multiplier) | (_quantised(words, 1, multiplier) << 8)
+    return low | (_quantised(words, 2, multiplier) << 16) | (_quantised(words, 3, multiplier) << 24)
 
-    ::
 
-        word of a unit    0         1 ... 7               8              9 ... 16
-        halves            d0 q      q1 q2 .. q13 q14      q15 d1         words 8 ... 15 as they are
-    """
-    unit = position // UNIT_WORDS
-    inside = position - unit * UNIT_WORDS
-    at = unit * INNER_WORDS
-    before = tl.gather(words, at + tl.maximum(inside - 1, 0), 0)
-    here = tl.gather(words, at + tl.minimum(inside, INNER_WORDS - 1), 0)
-    scale = tl.gather(d, unit * UNIT_BLOCKS + (inside == BLOCK_WORDS).to(tl.int32), 0)
-    low = tl.where(inside == 0, scale, (before >> 16) & 0xFFFF)
-    high = tl.where(inside == BLOCK_WORDS, scale, here)
-    return tl.where(inside > BLOCK_WORDS, before, low | (high << 16))
+@triton.jit
+def _largest(words):
+    """Return per row of int32 words of four codes the largest placed magnitude, as float32 bits."""
+    # Placed magnitudes are ordered as the numbers that they stand for.
+    even = tl.maximum(e4m3_magnitude(words << 24), e4m3_magnitude(words << 8))
+    odd = tl.maximum(e4m3_magnitude(words << 16), e4m3_magnitude(words))
+    return tl.max(tl.maximum(even, odd), axis=1)
+
+
+@triton.jit
+def _four(words, BLOCKS: tl.constexpr):
+    """Return the four columns of [BLOCKS, 4]."""
+    even, odd = tl.split(tl.reshape(words, [BLOCKS, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _by_the_formula(
+    weight,
+    scale,
+    out,
+    counters,
+    start,
+    stop,
+    FLOAT_SCALE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Quantise blocks ``start`` to ``stop``, ``PARTS`` at a time, and count."""
+    inside = tl.arange(0, BLOCK_ELEMENTS)[None, :]
+    for part in range(0, (stop - start).to(tl.int32), PARTS):
+        number = start + part + tl.arange(0, PARTS)
+        alive = number < stop
+        live = alive[:, None] & (inside >= 0)
+        element = number[:, None] * BLOCK_ELEMENTS + inside
+        held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        value = e4m3_value(tl.load(weight + element, mask=live, other=0).to(tl.int32))
+        product = value.to(tl.float64) * scale_value(held, FLOAT_SCALE).to(tl.float64)
+        x = product.to(tl.float32)
+        is_nan = x != x
+        nans = tl.sum((is_nan & live).to(tl.int32), axis=1)
+        nonzero = tl.sum(((x != 0.0) & live).to(tl.int32), axis=1)
+        amax = tl.max(tl.where(is_nan, 0.0, tl.abs(x)), axis=1)
+        d_f32 = tl.div_rn(amax, LEVELS)
+        inverse = tl.where(d_f32 == 0.0, 0.0, tl.div_rn(1.0, d_f32))
+        usable = (tl.abs(inverse) < float("inf")) & (amax < float("inf")) & (nans == 0)
+        exact = tl.where(usable[:, None], x, 0.0) * tl.where(usable, inverse, 0.0)[:, None]
+        # Half away from zero: what the conversion to an integer drops is exact.
+        whole = exact.to(tl.int32)
+        twice = (exact - whole.to(tl.float32)) * 2.0
+        q = whole + twice.to(tl.int32)
+        d = d_f32.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        d = tl.where(nans > 0, F16_NAN, d)
+        target = out + number[:, None] * BYTES_IN_BLOCK + inside
+        tl.store(target + 2, q.to(tl.int8).to(tl.uint8, bitcast=True), mask=live)
+        tl.store(target, (d[:, None] >> (inside * 8)).to(tl.uint8), mask=live & (inside < 2))
+        add(counters + NAN, tl.sum(nans, axis=0))
+        overflow = (d == F16_INFINITY) & alive
+        add(counters + OVERFLOW, tl.sum(tl.where(overflow, nonzero, 0), axis=0))
+        underflow = (d == 0) & (amax > 0.0) & alive
+        add(counters + UNDERFLOW, tl.sum(tl.where(underflow, nonzero, 0), axis=0))
 
 
 @triton.jit
@@ -122,87 +174,60 @@ def _fp8_to_q8_0(
     GROUP: tl.constexpr,
     UNITS: tl.constexpr,
     STORE_CACHE: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Quantise ``blocks`` blocks; ``weight_words`` and ``out_words`` are 32-bit views for the hot loop."""
-    first = tl.program_id(0)
-    step = tl.num_programs(0)
-    tile_blocks: tl.constexpr = UNITS * 2
-    tiles = tl.cdiv(blocks, tile_blocks)
+    """Quantise a tile of ``blocks`` blocks; ``weight_words`` and ``out_words`` are views for the quick part."""
+    # Triton passes small integers in 32 bits, which counts of blocks might leave.
+    blocks = tl.cast(blocks, tl.int64)
+    tile = tl.cast(tl.program_id(0), tl.int64)
+    start = tile * (UNITS * UNIT_BLOCKS)
+    stop = tl.minimum(start + UNITS * UNIT_BLOCKS, blocks)
     if VECTORS:
-        unsound = tl.zeros([tile_blocks], tl.int32)
+        units = ((stop - start) // UNIT_BLOCKS).to(tl.int32)
+        tile_blocks: tl.constexpr = UNITS * 2
         block = tl.arange(0, tile_blocks)
-        word = block[:, None] * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
-        main = tl.arange(0, UNITS * INNER_WORDS)
-        rest = UNITS * INNER_WORDS + tl.arange(0, UNITS)
-        for tile in range(first, tiles, step):
-            base = tl.cast(tile, tl.int64) * tile_blocks
-            left = tl.minimum(blocks - base, tile_blocks).to(tl.int32)
-            live = block < left
-            held = scale_of_vectors(scale, base, block, live, GROUP, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-            byte = scale_byte(held, FLOAT_SCALE)
-            codes = tl.load(weight_words + base * BLOCK_WORDS + word, mask=live[:, None], other=0)
-            # Placed magnitudes are ordered as the numbers that they stand for.
-            even = tl.maximum(e4m3_magnitude(codes << 24), e4m3_magnitude(codes << 8))
-            odd = tl.maximum(e4m3_magnitude(codes << 16), e4m3_magnitude(codes))
-            placed = tl.max(tl.maximum(even, odd), axis=1)
-            largest = placed >> E4M3_SHIFT_OUT
-            amax = placed.to(tl.float32, bitcast=True) * power_of_two(byte - 127 + E4M3_LIFT)
-            d = tl.div_rn(amax, LEVELS).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-            strange = (byte < LOWEST_BYTE) | (byte > HIGHEST_BYTE) | (largest == E4M3_NAN)
-            strange |= ((d == 0) & (largest > 0)) | (d == F16_INFINITY)
-            unsound |= (strange & live).to(tl.int32)
-            multiplier = tl.load(multipliers + largest)[:, None]
-            q = _quantised(codes, 0, multiplier) | (_quantised(codes, 1, multiplier) << 8)
-            q |= (_quantised(codes, 2, multiplier) << 16) | (_quantised(codes, 3, multiplier) << 24)
-            q = tl.reshape(q, [UNITS * INNER_WORDS])
-            target = out_words + tl.cast(tile, tl.int64) * (UNITS * UNIT_WORDS)
-            # An odd block at the very end is left to the careful part.
-            here = (left // UNIT_BLOCKS) * UNIT_WORDS
-            tl.store(target + main, _output_words(q, d, main), mask=main < here, cache_modifier=STORE_CACHE)
-            tl.store(target + rest, _output_words(q, d, rest), mask=rest < here, cache_modifier=STORE_CACHE)
-            unsound |= (((left % UNIT_BLOCKS) != 0) & (block == 0)).to(tl.int32)
-        go_over = tl.max(unsound, axis=0) != 0
-        # The second pass overwrites what other threads of this program wrote.
+        live = block < units * UNIT_BLOCKS
+        held = scale_of_vectors(scale, start, block, live, GROUP, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        byte = scale_byte(held, FLOAT_SCALE)
+        word = block[:, None] * BLOCK_WORDS + tl.arange(0, 4)[None, :]
+        first = tl.load(weight_words + start * BLOCK_WORDS + word, mask=live[:, None], other=0)
+        second = tl.load(weight_words + start * BLOCK_WORDS + 4 + word, mask=live[:, None], other=0)
+        placed = tl.maximum(_largest(first), _largest(second))
+        largest = placed >> E4M3_SHIFT_OUT
+        amax = placed.to(tl.float32, bitcast=True) * power_of_two(byte - 127 + E4M3_LIFT)
+        d = tl.div_rn(amax, LEVELS).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        strange = (byte < LOWEST_BYTE) | (byte > HIGHEST_BYTE) | (largest == E4M3_NAN)
+        strange |= ((d == 0) & (largest > 0)) | (d == F16_INFINITY)
+        multiplier = tl.load(multipliers + largest)[:, None]
+        q0, q1, q2, q3 = _four(_quantised_words(first, multiplier), tile_blocks)
+        q4, q5, q6, q7 = _four(_quantised_words(second, multiplier), tile_blocks)
+        # A unit: d0 q0 | q1 q2 | ... | q15 d1 | q0 q1 | ...; the first block's halves are moved by one.
+        moved = block % UNIT_BLOCKS == 0
+        other = (1 - tl.arange(0, UNIT_BLOCKS))[None, :] + tl.zeros([UNITS, 1], tl.int32)
+        next_d = tl.reshape(tl.gather(tl.reshape(d, [UNITS, UNIT_BLOCKS]), other, 1), [tile_blocks])
+        even = tl.join(
+            tl.join(_halves(q0, q1, moved), _halves(q4, q5, moved)),
+            tl.join(_halves(q2, q3, moved), _halves(q6, q7, moved)),
+        )
+        odd = tl.join(
+            tl.join(_halves(q1, q2, moved), _halves(q5, q6, moved)),
+            tl.join(_halves(q3, q4, moved), _halves(q7, next_d, moved)),
+        )
+        inner = tl.reshape(tl.join(even, odd), [UNITS, INNER_WORDS])
+        target = out_words + tile * (UNITS * UNIT_WORDS)
+        store_units(target, inner, d | (q0 << 16), units, UNITS, UNIT_BLOCKS, STORE_CACHE)
+        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
+        # The careful part overwrites what other threads of this program wrote. It also makes an odd
+        # block at the very end.
         tl.debug_barrier()
-    else:
-        go_over = True
-    if go_over:
-        careful_blocks: tl.constexpr = CAREFUL // 32
-        inside = tl.arange(0, BLOCK_ELEMENTS)[None, :]
-        for tile in range(first, tiles, step):
-            start = tl.cast(tile, tl.int64) * tile_blocks
-            stop = tl.minimum(start + tile_blocks, blocks)
-            for part in range(0, (stop - start).to(tl.int32), careful_blocks):
-                number = start + part + tl.arange(0, careful_blocks)
-                alive = number < stop
-                live = alive[:, None] & (inside >= 0)
-                element = number[:, None] * BLOCK_ELEMENTS + inside
-                held = scale_of_elements(scale, element, live, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-                value = e4m3_value(tl.load(weight + element, mask=live, other=0).to(tl.int32))
-                product = value.to(tl.float64) * scale_value(held, FLOAT_SCALE).to(tl.float64)
-                x = product.to(tl.float32)
-                is_nan = x != x
-                nans = tl.sum((is_nan & live).to(tl.int32), axis=1)
-                nonzero = tl.sum(((x != 0.0) & live).to(tl.int32), axis=1)
-                amax = tl.max(tl.where(is_nan, 0.0, tl.abs(x)), axis=1)
-                scale_f32 = tl.div_rn(amax, LEVELS)
-                inverse = tl.where(scale_f32 == 0.0, 0.0, tl.div_rn(1.0, scale_f32))
-                usable = (tl.abs(inverse) < float("inf")) & (amax < float("inf")) & (nans == 0)
-                exact = tl.where(usable[:, None], x, 0.0) * tl.where(usable, inverse, 0.0)[:, None]
-                whole = exact.to(tl.int32)
-                twice = (exact - whole.to(tl.float32)) * 2.0
-                q = whole + twice.to(tl.int32)
-                d = scale_f32.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-                d = tl.where(nans > 0, F16_NAN, d)
-                target = out + number[:, None] * BYTES_IN_BLOCK + inside
-                tl.store(target + 2, q.to(tl.int8).to(tl.uint8, bitcast=True), mask=live)
-                tl.store(target, (d[:, None] >> (inside * 8)).to(tl.uint8), mask=live & (inside < 2))
-                add(counters + NAN, tl.sum(nans, axis=0))
-                overflow = (d == F16_INFINITY) & alive
-                add(counters + OVERFLOW, tl.sum(tl.where(overflow, nonzero, 0), axis=0))
-                underflow = (d == 0) & (amax > 0.0) & alive
-                add(counters + UNDERFLOW, tl.sum(tl.where(underflow, nonzero, 0), axis=0))
+        start = tl.where(go_over, start, start + units * UNIT_BLOCKS)
+    _by_the_formula(weight, scale, out, counters, start, stop, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, PARTS)
+
+
+@triton.jit
+def _halves(low, high, moved):
+    """Return the upper half of ``low`` and the lower half of ``high``, or ``low`` where not ``moved``."""
+    return tl.where(moved, ((low >> 16) & 0xFFFF) | (high << 16), low)
 
 
 @triton.jit
@@ -254,7 +279,7 @@ def fp8_to_q8_0(
     # The words of the output's whole units; an odd block's last bytes may make no word.
     out_words = out.view(-1)[: out.numel() // 4 * 4].view(torch.int32) if vectors else out
     with on_device(weight), Counting(tally, weight.device) as counters:
-        _fp8_to_q8_0[(programs(weight, triton.cdiv(blocks, tile), PROGRAMS_PER_PROCESSOR),)](
+        _fp8_to_q8_0[(triton.cdiv(blocks, tile),)](
             weight,
             weight.view(-1).view(torch.int32) if vectors else weight,
             scale,
@@ -271,7 +296,7 @@ def fp8_to_q8_0(
             GROUP=GROUP,
             UNITS=UNITS,
             STORE_CACHE=STORE_CACHE,
-            CAREFUL=careful(weight),
+            PARTS=careful(weight) // GROUP,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

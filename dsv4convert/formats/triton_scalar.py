@@ -1,13 +1,14 @@
 """What the Triton kernels share: element arithmetic, flat addressing, exact counting, and the launch.
 
-Every kernel has two parts. The hot loop walks the tensor in flat tiles of 16-byte output vectors and
-assumes what every sound checkpoint fulfils: no NaN, and scales so far from the ends of the exponent
-range that nothing is rounded. It only notes whether that held. Where it did not, the same program goes
-over its tiles a second time, element by element, exactly, and counts. So the counts cost nothing until
-there is something to count.
+Every program converts one flat tile, a few KiB, and every kernel has two parts. The quick part works on
+16-byte vectors and assumes what every sound checkpoint fulfils: no NaN, and scales so far from the ends
+of the exponent range that nothing is rounded. It only notes whether that held. Where it did not, the
+program goes over its tile a second time, element by element, exactly, and counts. So the counts cost
+nothing until there is something to count. (Programs that stay and walk through many tiles were slower
+on every size, and a single NaN then cost one of them its whole walk.)
 
-Floats are made from bits wherever they can be. The multiplications that remain are exact in the hot
-loop, and plain IEEE float32 or float64 (subnormals kept, no fused multiply-add) in the careful part.
+Floats are made from bits wherever they can be. The multiplications that remain are exact in the quick
+part, and plain IEEE float32 or float64 (subnormals kept, no fused multiply-add) in the careful one.
 """
 
 # Kernel bodies are Triton's language, not Python's: no types, and compile-time parameters in capitals.
@@ -65,8 +66,8 @@ CHANGED = tl.constexpr(3)
 COUNTERS = 4
 
 # Elements that the careful part takes at a time: few on a GPU, where each costs registers, many in the
-# interpreter, where each step costs time. Not the hot loop's number of vectors: Triton gives index
-# tensors of one shape one layout, and the hot loop's scales would then travel through shared memory.
+# interpreter, where each step costs time. Not the quick part's number of vectors: Triton gives index
+# tensors of one shape one layout, and the quick part's scales would then travel through shared memory.
 CAREFUL_ON_GPU = 256
 CAREFUL_IN_INTERPRETER = 16384
 
@@ -221,9 +222,7 @@ def scale_of_vectors(
         column = (place - rows_down * vectors_in_row) // vectors_in_block
         first_block_row = first_row // BLOCK_ROWS
         offset = (first_row - first_block_row * BLOCK_ROWS).to(tl.uint32)
-        scales = scale + first_block_row * scale_columns + (
-            (offset + rows_down) // BLOCK_ROWS * scale_columns + column
-        )
+        scales = scale + first_block_row * scale_columns + ((offset + rows_down) // BLOCK_ROWS * scale_columns + column)
     return tl.load(scales, mask=live, other=1)
 
 
@@ -266,14 +265,6 @@ def blocks_of(rows: int, columns: int, block: Block) -> tuple[int, int]:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's GPU the current one; under the interpreter tensors lie in host memory."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def programs(tensor: torch.Tensor, tiles: int, per_processor: int) -> int:
-    """Return how many programs to start: ``per_processor`` on each multiprocessor, or one a tile if that is less."""
-    if not tensor.is_cuda:
-        return max(1, min(tiles, 2))
-    processors: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return max(1, min(tiles, processors * per_processor))
 
 
 def careful(tensor: torch.Tensor) -> int:

@@ -166,15 +166,17 @@ def one_nan_in_a_sound_tensor_is_found(device: Any) -> None:
     from dsv4convert.formats.triton_q8_0 import fp8_to_q8_0
 
     rng = np.random.default_rng(3)
-    fp8 = sound_fp8(rng, (40, 1024))
-    fp8[37, 1001] = 0xFF
-    scale = scales_for(rng, fp8.shape, (128, 128), 120, 130)
-    tally = run_both(device, e4m3.fp8_to_bf16, fp8_to_bf16, [fp8, scale, (128, 128)], with_shape(fp8.shape))
-    assert tally == Tally(nan=1)
-    tally = run_both(
-        device, q8_0.fp8_to_q8_0, fp8_to_q8_0, [fp8, scale, (128, 128)], [((40, 1024 // 32 * 34), np.uint8)]
-    )
-    assert tally == Tally(nan=1)
+    sound = sound_fp8(rng, (40, 1024))
+    scale = scales_for(rng, sound.shape, (128, 128), 120, 130)
+    # Each place in a word, both signs, in the first, a middle and the last tile.
+    for row, column, code in ((0, 0, 0x7F), (17, 513, 0xFF), (17, 514, 0x7F), (39, 1023, 0xFF)):
+        fp8 = sound.copy()
+        fp8[row, column] = code
+        tally = run_both(device, e4m3.fp8_to_bf16, fp8_to_bf16, [fp8, scale, (128, 128)], with_shape(fp8.shape))
+        assert tally == Tally(nan=1)
+        outputs = [((40, 1024 // 32 * 34), np.uint8)]
+        tally = run_both(device, q8_0.fp8_to_q8_0, fp8_to_q8_0, [fp8, scale, (128, 128)], outputs)
+        assert tally == Tally(nan=1)
 
 
 @case

@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 
 ModelPath = Annotated[
     Path,
-    typer.Argument(
-        metavar="MODEL", help="A checkpoint folder, a .gguf or a folder of shards.", show_default=False
-    ),
+    typer.Argument(metavar="MODEL", help="A checkpoint folder, a .gguf or a folder of shards.", show_default=False),
 ]
-RunPath = Annotated[
-    Path, typer.Argument(help="A model in any layout, or a folder of goldens.", show_default=False)
-]
+RunPath = Annotated[Path, typer.Argument(help="A model in any layout, or a folder of goldens.", show_default=False)]
 Tokens = Annotated[
     Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
     typer.Option(help="Token ids, such as 0,17,5.", show_default=False),
@@ -112,9 +108,7 @@ def forward(
     of_prompt = model.forward(prompt, state)
     if logits is not None:
         _save(logits, of_prompt)
-    continuation = list(
-        generate_tokens(model, of_prompt[-1], state, generate, temperature=temperature, seed=seed)
-    )
+    continuation = list(generate_tokens(model, of_prompt[-1], state, generate, temperature=temperature, seed=seed))
     positions = _likeliest(prompt, of_prompt, top, vocabulary)
     if as_json:
         document: dict[str, Any] = {"tokens": prompt, "positions": positions}
@@ -195,15 +189,11 @@ def register(app: typer.Typer) -> None:
 # ---- prompts ------------------------------------------------------------------------------------------
 
 
-def _prompt(
-    tokens: str | None, text: str | None, chat: Path | None, tokenizer: Tokenizer | None
-) -> list[int] | None:
+def _prompt(tokens: str | None, text: str | None, chat: Path | None, tokenizer: Tokenizer | None) -> list[int] | None:
     """Return the token ids that the options ask for; None without any of them."""
     from ..reference.prompt import encode_chat, encode_text, parse_tokens
 
-    given = [
-        name for name, value in (("--tokens", tokens), ("--text", text), ("--chat", chat)) if value is not None
-    ]
+    given = [name for name, value in (("--tokens", tokens), ("--text", text), ("--chat", chat)) if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} do not go together", hint="give one of them")
     if tokens is not None:
@@ -231,9 +221,7 @@ def _save(path: Path, logits: Array) -> None:
 # ---- what forward prints ------------------------------------------------------------------------------
 
 
-def _likeliest(
-    tokens: Sequence[int], logits: Array, top: int, tokenizer: Tokenizer | None
-) -> list[dict[str, Any]]:
+def _likeliest(tokens: Sequence[int], logits: Array, top: int, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     """Return, per position, its token and the ``top`` likeliest next ones with their probabilities."""
     import numpy as np
 
@@ -364,9 +352,7 @@ def _check_same_shapes(a: Model, b: Model) -> None:
     )  # fmt: skip
     for key in keys:
         if getattr(a.config, key) != getattr(b.config, key):
-            raise UsageError(
-                f"the models differ in {key}", expected=getattr(a.config, key), got=getattr(b.config, key)
-            )
+            raise UsageError(f"the models differ in {key}", expected=getattr(a.config, key), got=getattr(b.config, key))
     if a.n_layers != b.n_layers:
         raise UsageError(
             "the models differ in num_hidden_layers",
@@ -397,9 +383,7 @@ def _print_comparison(comparison: Comparison) -> None:
     )
 
 
-def _verdict(
-    comparison: Comparison, beyond: Difference | None, tolerance: float, median: bool, *, quiet: bool
-) -> None:
+def _verdict(comparison: Comparison, beyond: Difference | None, tolerance: float, median: bool, *, quiet: bool) -> None:
     worst = comparison.worst(median)
     if beyond is not None:
         raise VerifyError(

@@ -43,7 +43,6 @@ CONFIG_KEYS = {
     "compress_rope_freq_base": "compress_rope_theta",
     "compress_ratios": "compress_ratios",
     "context_length": "max_position_embeddings",
-    "vocab_size": "vocab_size",
 }
 YARN_KEYS = {
     "rope_scaling_factor": "factor",
@@ -175,6 +174,7 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     raw["architectures"] = [SUPPORTED_ARCHITECTURE]
     raw["num_hidden_layers"] = blocks - n_draft
     raw["num_nextn_predict_layers"] = n_draft
+    raw["vocab_size"] = fields.get("vocab_size") or _rows_of(file, "token_embd.weight")
     raw["swiglu_limit"] = _clamp(fields, path)
     gating = fields["expert_gating_func"]
     raw["scoring_func"] = {number: name for name, number in GATING_FUNCTIONS.items()}.get(gating, gating)
@@ -184,6 +184,13 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     for role in ("bos", "eos"):
         raw[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
     return parse_config(raw, path)
+
+
+def _rows_of(file: GgufModelFile, name: str) -> int:
+    """Return the rows of a tensor; llama.cpp's converter leaves the vocabulary's size to the embedding."""
+    if name not in file.tensors:
+        raise FileFormatError(f"tensor {name}: missing", where=file.files[0])
+    return file.tensors[name].shape[0]
 
 
 def _clamp(fields: _Fields, path: object) -> float:
@@ -197,9 +204,7 @@ def _clamp(fields: _Fields, path: object) -> float:
     return float(limits.pop())
 
 
-def _locations(
-    file: GgufModelFile, dialect: TensorDialect, config: ModelConfig, n_draft: int
-) -> dict[str, Location]:
+def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig, n_draft: int) -> dict[str, Location]:
     """Return where each weight lies, by official name; what the file lacks is left out."""
     is_mtp_file = n_draft > 0 and not dialect.mtp_inline
     locations: dict[str, Location] = {}

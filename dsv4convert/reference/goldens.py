@@ -47,9 +47,7 @@ def is_goldens(path: Path) -> bool:
     return (path / INDEX_NAME).is_file()
 
 
-def recorded_activations(
-    model: Model, tokens: Sequence[int], recorded_from: int = 0
-) -> Iterator[tuple[str, Array]]:
+def recorded_activations(model: Model, tokens: Sequence[int], recorded_from: int = 0) -> Iterator[tuple[str, Array]]:
     """Yield the activations of positions ``recorded_from`` on; those before only fill the caches.
 
     Raises:
@@ -162,9 +160,7 @@ def _is_index(index: Any) -> bool:
 
 
 def _is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) and _is_file_name(entry.get("file"))
-    )
+    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and _is_file_name(entry.get("file"))
 
 
 def _is_file_name(name: object) -> bool:

@@ -104,9 +104,7 @@ class Model:
         layers: run only so many trunk layers, then the head (default: all).
     """
 
-    def __init__(
-        self, source: WeightSource, *, activation_rounding: bool = False, layers: int | None = None
-    ) -> None:
+    def __init__(self, source: WeightSource, *, activation_rounding: bool = False, layers: int | None = None) -> None:
         self.source = source
         self.config = source.config
         self.activation_rounding = activation_rounding
@@ -122,7 +120,11 @@ class Model:
         return State(layers=[LayerState.empty(self.config, ratio) for ratio in ratios])
 
     def forward(
-        self, tokens: Sequence[int] | Array, state: State | None = None, *, record: Record | None = None,
+        self,
+        tokens: Sequence[int] | Array,
+        state: State | None = None,
+        *,
+        record: Record | None = None,
         last_only: bool = False,
     ) -> Array:
         """Return the logits [T, V] of the next ``tokens`` ([1, V] with ``last_only``), and advance ``state``.
@@ -146,9 +148,7 @@ class Model:
         for _ in self._trunk(tokens, state, _ignore):
             pass
 
-    def activations(
-        self, tokens: Sequence[int] | Array, state: State | None = None
-    ) -> Iterator[tuple[str, Array]]:
+    def activations(self, tokens: Sequence[int] | Array, state: State | None = None) -> Iterator[tuple[str, Array]]:
         """Yield every sub-block's activation by name, in the order of computation; the last is ``logits``.
 
         Only one layer's are held at a time, so two models can be compared in step in little memory.
@@ -204,7 +204,11 @@ class Model:
         return State(layers=[LayerState.empty(self.config, 0)])
 
     def mtp(
-        self, streams: Array, next_tokens: Sequence[int] | Array, state: State | None = None, *,
+        self,
+        streams: Array,
+        next_tokens: Sequence[int] | Array,
+        state: State | None = None,
+        *,
         record: Record | None = None,
     ) -> Array:
         """Return the MTP head's logits [T, V] for the token after next.
@@ -275,9 +279,7 @@ class Model:
 
     # ---- attention ------------------------------------------------------------------------------------
 
-    def _attention(
-        self, x_TD: Array, at: str, ratio: int, state: LayerState, t0: int, record: Record
-    ) -> Array:
+    def _attention(self, x_TD: Array, at: str, ratio: int, state: LayerState, t0: int, record: Record) -> Array:
         """Return attention's output [T, D] for tokens at positions t0 … t0+T−1, and advance ``state``."""
         c = self.config
         T, H, d, G = len(x_TD), c.num_attention_heads, c.head_dim, c.o_groups
@@ -317,8 +319,14 @@ class Model:
         return y_TD
 
     def _attend(
-        self, q_THd: Array, kv_Nd: Array, entries_Sd: Array | None, chosen_TS: Array | None, sink_H: Array,
-        ratio: int, t0: int,
+        self,
+        q_THd: Array,
+        kv_Nd: Array,
+        entries_Sd: Array | None,
+        chosen_TS: Array | None,
+        sink_H: Array,
+        ratio: int,
+        t0: int,
     ) -> Array:
         """Return Σ softmax(q·k)·k [T, H, d] over the raw kv in the window and the visible compressed entries.
 
@@ -348,9 +356,7 @@ class Model:
             o_THd[a:b] = (p.reshape((b - a) * H, -1) @ keys).reshape(b - a, H, d)
         return o_THd
 
-    def _compress(
-        self, x_TD: Array, at: str, ratio: int, f: Array, state: CompressorState, *, rotated: bool
-    ) -> Array:
+    def _compress(self, x_TD: Array, at: str, ratio: int, f: Array, state: CompressorState, *, rotated: bool) -> Array:
         """Return all entries [S, d] so far, one per whole block of R tokens.
 
         An entry is a channelwise softmax-weighted sum over its block. At ratio 4 blocks overlap: the
@@ -380,8 +386,16 @@ class Model:
         return state.entries
 
     def _index(
-        self, x_TD: Array, qr: Array, at: str, ratio: int, f: Array, turn_Tr: Array, state: CompressorState,
-        t0: int, record: Record,
+        self,
+        x_TD: Array,
+        qr: Array,
+        at: str,
+        ratio: int,
+        f: Array,
+        turn_Tr: Array,
+        state: CompressorState,
+        t0: int,
+        record: Record,
     ) -> Array:
         """Return which of the entries each query attends to, bool [T, S]: the ``index_topk`` best."""
         c = self.config

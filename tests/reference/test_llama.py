@@ -15,6 +15,7 @@ from dsv4convert.reference import Model
 from dsv4convert.reference.sources import open_source
 
 from ..conftest import MakeCheckpoint
+from ..llama.converter import convert
 
 pytestmark = pytest.mark.llama
 
@@ -24,9 +25,7 @@ Array = npt.NDArray[Any]
 def llama_logits(path: Path, tokens: list[int]) -> Array:
     from llama_cpp import Llama
 
-    model = Llama(
-        str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2
-    )
+    model = Llama(str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2)
     model.eval(tokens)
     return np.array(model.scores[: len(tokens)], np.float64)
 
@@ -53,3 +52,12 @@ def test_llama_cpp_computes_what_the_reference_does(
     ours = Model(open_source(path)).forward(tokens)
     theirs = llama_logits(path, tokens)
     assert np.median(cosines(ours.astype(np.float64), theirs)) > least
+
+
+def test_llama_cpps_own_conversion_is_read_like_ours(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("tiny")
+    convert(source, tmp_path / "theirs.gguf")
+    execute(plan_gguf(source, tmp_path / "ours.gguf", GgufOptions()), threads=2)
+    tokens = np.random.default_rng(0).integers(0, 512, 150)
+    ours, theirs = (Model(open_source(tmp_path / f"{name}.gguf")).forward(tokens) for name in ("ours", "theirs"))
+    assert np.array_equal(ours, theirs)

@@ -84,9 +84,7 @@ def test_caches_hold_a_window_and_whole_blocks(model: Model, tokens: Array) -> N
             assert len(layer.compressor.pending_k) == 150 % ratio
 
 
-def test_queries_in_small_blocks_give_the_same(
-    model: Model, tokens: Array, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queries_in_small_blocks_give_the_same(model: Model, tokens: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.forward(tokens)
     monkeypatch.setattr("dsv4convert.reference.model.QUERY_BLOCK", 7)
     assert worst_position(model.forward(tokens), whole) <= TOLERANCE
@@ -108,8 +106,7 @@ def test_mtp_decoding_equals_mtp_prefill(model: Model, tokens: Array) -> None:
     whole = model.mtp(state.streams, tokens[1:])
     mtp_state = model.new_mtp_state()
     one_by_one = [
-        model.mtp(streams[None], [token], mtp_state)
-        for streams, token in zip(state.streams, tokens[1:], strict=True)
+        model.mtp(streams[None], [token], mtp_state) for streams, token in zip(state.streams, tokens[1:], strict=True)
     ]
     assert worst_position(np.concatenate(one_by_one), whole) <= TOLERANCE
 

@@ -71,9 +71,7 @@ def make(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Matr
         power = 2.0 ** (scales.astype(float) - 127)
         factor = np.repeat(np.repeat(power, BLOCK[0], axis=0), BLOCK[1], axis=1)[:ROWS, :COLUMNS]
         if kind == "fp8-f32":
-            scale = Scale(
-                write(scale_file, power.astype(np.float32).tobytes()), OFFSET, "F32", scales.shape, BLOCK
-            )
+            scale = Scale(write(scale_file, power.astype(np.float32).tobytes()), OFFSET, "F32", scales.shape, BLOCK)
         else:
             scale = Scale(write(scale_file, scales.tobytes()), OFFSET, "F8_E8M0", scales.shape, BLOCK)
     matrix = Matrix(write(where, codes.tobytes()), OFFSET, kind[:3], ROWS, COLUMNS, scale)

@@ -100,9 +100,7 @@ def hooks(oracle: Any, config: ModelConfig, into: Choices) -> Iterator[None]:
         return mask[:, :width]
 
     for n, layer in enumerate(oracle.model.layers):
-        handles.append(
-            layer.register_forward_hook(lambda _m, _i, out: into.streams.append(out[0].numpy()))
-        )
+        handles.append(layer.register_forward_hook(lambda _m, _i, out: into.streams.append(out[0].numpy())))
         if not config.is_hash_routed(n):
 
             def on_route(_m: Any, _i: Any, out: Any, n: int = n) -> None:
@@ -238,9 +236,7 @@ def test_different_choices_are_ties_and_nothing_else_differs(tied_pair: Pair, le
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_quantised_checkpoint_equals_transformers(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int
-) -> None:
+def test_a_quantised_checkpoint_equals_transformers(make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int) -> None:
     """The whole way: FP8 and FP4 bytes decoded here, the same numbers in transformers."""
     import torch
     from transformers import DeepseekV4ForCausalLM
@@ -250,9 +246,7 @@ def test_a_quantised_checkpoint_equals_transformers(
     config = parse_config(raw, "test")
     tensors = {name: source.tensor(name) for name in open_folder(make_checkpoint("tiny", seed=seed)).weights}
     save_for_transformers(DictSource(config, tensors), tensors, tmp_path)
-    oracle = DeepseekV4ForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager"
-    )
+    oracle = DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     tokens = random_tokens(config, 200, seed)
     with torch.no_grad():
         theirs = oracle(torch.tensor(tokens)[None], use_cache=False).logits[0].numpy()

@@ -32,6 +32,8 @@ app = typer.Typer(
     cls=_Commands,
     help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
     no_args_is_help=True,
+    # Plain help: rich would take longer to load than everything else together.
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

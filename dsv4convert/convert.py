@@ -14,7 +14,7 @@ from typing import Any
 from .checkpoint.folder import Checkpoint, open_folder
 from .config import read_json_object
 from .engine.files import Outputs, free_bytes
-from .engine.journal import Journal, check_same, fingerprint, journal_path
+from .engine.journal import Journal, check_same, check_unchanged, fingerprint, journal_path
 from .engine.run import (
     RECORD_SECONDS,
     RunReport,
@@ -317,6 +317,12 @@ def execute(
                 hint="give --resume to go on with it, or --fresh to start over",
             )
         manifest = manifest_path(plan)
+
+        def last_look(report: RunReport) -> None:
+            check_unchanged(plan, mark)
+            if before_finish is not None:
+                before_finish(report)
+
         try:
             report = run_plan(
                 plan,
@@ -327,7 +333,7 @@ def execute(
                 progress=progress,
                 recorder=journal,
                 record_seconds=record_seconds,
-                before_finish=before_finish,
+                before_finish=last_look,
             )
             write_manifest(manifest, plan, report, mark)
         except KeyboardInterrupt:

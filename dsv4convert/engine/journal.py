@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..errors import LockedError, ResumeError
+from ..errors import FileFormatError, LockedError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
 from .files import FRESH_HINT, os_errors, sync_folder, write_all
@@ -346,3 +346,20 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
             where=where,
             hint=f"undo that, or {FRESH_HINT}",
         )
+
+
+def check_unchanged(plan: Plan, mark: Mapping[str, Any]) -> None:
+    """Check that the source files are those of which the fingerprint ``mark`` was taken.
+
+    Raises:
+        FileFormatError: one changed meanwhile; what was read of it may be of both.
+        InputOutputError: one cannot be looked at.
+    """
+    for name, before in mark["source"].items():
+        path = plan.source / name
+        with os_errors(path, "read"):
+            status = path.stat()
+        if [status.st_size, status.st_mtime_ns] != before:
+            raise FileFormatError(
+                "changed while it was converted", where=path, hint="run again when nothing writes to it any more"
+            )

@@ -188,9 +188,18 @@ def fp4_to_fp8(
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
 
-def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> None:
-    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32]."""
-    _tile_scales(scale, out_scale)
+def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> npt.NDArray[np.int16]:
+    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32].
+
+    Returns them as numbers, 0 where all scales of a tile are NaN and the tile's is NaN too.
+    """
+    ranked = scale + np.uint8(1)  # NaN wraps to 0, below all others
+    tall = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], FP8_TILE), axis=0)
+    largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], FP8_TILE // GROUP), axis=1)
+    tile: npt.NDArray[np.int16] = largest.astype(np.int16) - np.int16(1 + FP8_HEADROOM_EXPONENT)
+    np.maximum(tile, 0, out=tile)
+    np.copyto(out_scale, np.where(largest == 0, NAN_BYTE, tile), casting="unsafe")
+    return tile
 
 
 # The lift is an element's scale relative to its tile's, a power of two, in tables as an e8m0 byte. Below
@@ -200,14 +209,7 @@ FP8_FIRST_LOSSLESS_LIFT = E4M3_MIN_EXPONENT - MIN_EXPONENT
 
 def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
     """Fill the tiles' scale bytes and return each group's scale relative to them, as e8m0 bytes."""
-    rows = scale.shape[0]
-    # NaN takes no part in the maximum; real bytes are moved up by one to leave 0 for it.
-    ranked = np.where(scale == NAN_BYTE, 0, scale.astype(np.int16) + 1)
-    starts = np.arange(0, rows, FP8_TILE)
-    tall = np.maximum.reduceat(ranked, starts, axis=0)
-    largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], FP8_TILE // GROUP), axis=1) - 1
-    tile = np.maximum(largest - FP8_HEADROOM_EXPONENT, 0)
-    np.copyto(out_scale, np.where(largest < 0, NAN_BYTE, tile), casting="unsafe")
+    tile = fp4_to_fp8_scales(scale, out_scale)
     spread = spread_blocks(tile, (FP8_TILE, FP8_TILE // GROUP), scale.shape)
     lifted = np.maximum(scale.astype(np.int16) - spread + E8M0_BIAS, 0)
     return np.where(scale == NAN_BYTE, NAN_BYTE, lifted).astype(np.uint8)

@@ -1,0 +1,77 @@
+"""dequantize (or repack) on a Flash slice of about 3 GB, in alternation with a cp of as many bytes as it writes.
+
+python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
+python benchmarks/dequantize.py --command repack --rounds 7 --save benchmarks/results/repack.json
+
+Takes room for the source and one output: 12 GB for dequantize, 8 GB for repack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from shard import as_many_bytes
+from side_by_side import Contender, alternate, print_table, record, save
+
+from dsv4convert.convert_hf import plan_dequantize, plan_repack
+from dsv4convert.synth import write_synth
+
+COMMANDS = {"dequantize": ["dequantize"], "repack": ["repack", "--experts", "fp8"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench-hf"))
+    parser.add_argument("--command", choices=COMMANDS, default="dequantize")
+    parser.add_argument("--experts", type=int, default=24, help="routed experts a layer: the size of the slice")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
+    parser.add_argument("--transformers", action="store_true", help="also time --names transformers")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+
+    folder: Path = arguments.folder
+    source = folder / f"flash-slice-{arguments.experts}"
+    if not source.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=arguments.experts, vocab=32768)
+
+    def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
+        command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]
+        line = [*command, str(folder / out), "--quiet", "--threads", str(arguments.threads), *options]
+        return Contender(name, line, folder / out, environment)
+
+    plan = (plan_dequantize if arguments.command == "dequantize" else plan_repack)(source, folder / "ours")
+    links = as_many_bytes(source, plan.nbytes, folder / "cp-source")
+    copy = folder / "copy"
+    contenders = [
+        Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
+        ours(f"dsv4convert {arguments.command}", "ours"),
+    ]
+    if arguments.transformers and arguments.command == "dequantize":
+        contenders.append(ours("... --names transformers", "stacked", "--names", "transformers"))
+    if arguments.numpy:
+        contenders.append(ours("... numpy only", "numpy", DSV4CONVERT_COMPILED="0"))
+    alternate(contenders, arguments.warmup, arguments.rounds)
+    shutil.rmtree(links)
+    result = record(
+        contenders,
+        "cp",
+        plan.nbytes,
+        what=arguments.command,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.nbytes,
+        threads=arguments.threads,
+    )
+    print_table(result)
+    if arguments.save is not None:
+        save(result, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -123,6 +123,13 @@ def check_tile(rows: int, columns: int, scale: Array, block: Block, out: Array, 
         raise ValueError(f"scale of a {rows}x{columns} tile, block {block}: expected {want}, got {scale.shape}")
     if out.shape != out_shape:
         raise ValueError(f"output of a {rows}x{columns} tile: expected {out_shape}, got {out.shape}")
+    check_contiguous(out)
+
+
+def check_contiguous(out: Array) -> None:
+    """Refuse an output with gaps: flattening it would make a copy, and the results would go there."""
+    if not out.flags.c_contiguous:
+        raise ValueError("the output of a tile must be contiguous")
 
 
 def group_max(values: Array, spare: Array) -> Array:

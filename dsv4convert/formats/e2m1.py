@@ -212,7 +212,8 @@ def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
     tile = fp4_to_fp8_scales(scale, out_scale)
     spread = spread_blocks(tile, (FP8_TILE, FP8_TILE // GROUP), scale.shape)
     lifted = np.maximum(scale.astype(np.int16) - spread + E8M0_BIAS, 0)
-    return np.where(scale == NAN_BYTE, NAN_BYTE, lifted).astype(np.uint8)
+    codes: ArrayU8 = np.where(scale == NAN_BYTE, NAN_BYTE, lifted).astype(np.uint8)
+    return codes
 
 
 @cache

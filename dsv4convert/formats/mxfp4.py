@@ -35,6 +35,7 @@ from dsv4convert.formats.base import (
     ArrayU16,
     Scratch,
     Tally,
+    check_contiguous,
     check_tile,
     group_max,
     require_subnormals,
@@ -109,6 +110,7 @@ def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:
     rows, columns = shape
     if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
         raise ValueError(f"a {rows}x{columns} tile does not fill MXFP4 blocks of shape {out.shape}")
+    check_contiguous(out)
 
 
 def join_blocks(codes: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:

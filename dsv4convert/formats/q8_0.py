@@ -43,6 +43,7 @@ from dsv4convert.formats.base import (
     Block,
     Scratch,
     Tally,
+    check_contiguous,
     check_tile,
     column_blocks,
     group_max,
@@ -222,10 +223,19 @@ def multipliers() -> ArrayF32:
     middle is as far from every rounding boundary as can be, so that to nearest even does as well as half
     away from zero. The tests go through all pairs.
     """
-    value = decode_table().astype(np.float64)
-    table = q8_0_table()
-    result = np.zeros(_MAGNITUDES, np.float32)
-    for largest in range(1, NAN_CODE):
+    return _multipliers(decode_table(), q8_0_table(), NAN_CODE)
+
+
+@cache
+def fp4_multipliers() -> ArrayF32:
+    """The same for FP4, [8]."""
+    return _multipliers(VALUES, _levels(VALUES, VALUES.size // 2), VALUES.size // 2)
+
+
+def _multipliers(values: ArrayF32, table: npt.NDArray[np.int8], magnitudes: int) -> ArrayF32:
+    value = values.astype(np.float64)
+    result = np.zeros(value.size // 2, np.float32)
+    for largest in range(1, magnitudes):
         codes = np.arange(1, largest + 1)
         q = table[largest, codes].astype(np.float64)
         low = ((q - 0.5) / value[codes]).max()
@@ -373,3 +383,4 @@ def check_blocks(shape: tuple[int, ...], out: ArrayU8) -> None:
     rows, columns = shape
     if columns % GROUP or out.shape != (rows, columns // GROUP * BLOCK_BYTES):
         raise ValueError(f"a {rows}x{columns} tile does not fill Q8_0 blocks of shape {out.shape}")
+    check_contiguous(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tracemalloc
@@ -120,6 +121,17 @@ def _rows(argument, part: slice, rows: int):
     if argument.shape[0] == rows:
         return argument[part]
     return argument[part.start // 128 : part.start // 128 + 1]
+
+
+@pytest.mark.parametrize("name", [name for name in TILE_CODECS if name not in ("f32_to_f16", "bf16_to_f16")])
+def test_an_output_with_gaps_is_refused_or_filled(codecs: Codecs, name: str):
+    inputs, outputs = tile(name, 64, 128, seed=6)
+    getattr(codecs, name)(*inputs, *outputs, Scratch(), Tally())
+    gapped = [np.full((out.shape[0], 2 * out.shape[1]), 9, out.dtype)[:, : out.shape[1]] for out in outputs]
+    with contextlib.suppress(ValueError):
+        getattr(codecs, name)(*inputs, *gapped, Scratch(), Tally())
+        for left, right in zip(gapped, outputs, strict=True):
+            np.testing.assert_array_equal(left, right)
 
 
 # Conversions that checkpoints need in bulk, and the bytes of temporary memory that a tile of theirs may

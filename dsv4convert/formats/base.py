@@ -77,10 +77,11 @@ _CACHE_LINE = 64
 class Tally:
     """How many elements did not come through as they were.
 
-    ``nan``: elements whose code or scale means NaN. ``overflow``: elements that are infinite in the
-    output, or too large for an integer output. ``underflow``: nonzero elements that the output cannot
-    hold because they are too small: flushed to zero, or rounded in the subnormal range. ``changed``:
-    elements that were rounded for any other reason. The four never count an element twice.
+    ``nan``: elements whose code or scale means NaN. ``overflow``: elements whose value is beyond the
+    output's range, or infinite because their scale is; an infinite input that stays infinite is none.
+    ``underflow``: nonzero elements that the output cannot hold because they are too small: flushed to
+    zero, or rounded in the subnormal range. ``changed``: elements that were rounded for any other reason.
+    The four never count an element twice. Q8_0 and MXFP4 say in their modules what they count.
     """
 
     nan: int = 0

@@ -35,6 +35,9 @@ _LOW_HALF = np.uint32(0xFFFF)
 _ROUND_BIAS = np.uint32(0x7FFF)
 _ONE = np.uint32(1)
 _BF16_INF = np.uint16(0x7F80)
+_BF16_OVERFLOW = np.uint32(0x7F7F_8000)  # half way from the largest bfloat16 to the next power of two
+_F32_MIN_NORMAL = np.uint32(0x0080_0000)
+_MAGNITUDE_32 = np.uint32(0x7FFF_FFFF)
 _MAGNITUDE_16 = np.uint16(0x7FFF)
 _F16_INF = np.uint16(0x7C00)
 
@@ -67,24 +70,30 @@ def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) 
 
 def f32_to_bf16(source: ArrayF32, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
     """Round float32 [R, C] to bfloat16 bits [R, C]."""
-    bits = source.view(np.uint32)
-    low = scratch.array("bf16.u32", source.shape, np.uint32)
-    if not np.bitwise_and(bits, _LOW_HALF, out=low).any():
-        # Every value is a bfloat16 already (a NaN with an empty lower half included).
-        np.right_shift(bits, _HALF_BITS, out=out, casting="unsafe")
-        nan = _nan_mask_16(out, _BF16_INF, scratch)
-        if nan is not None:
-            tally.nan += int(np.count_nonzero(nan))
-            np.copyto(out, BF16_NAN_BITS, where=nan)
+    if source.size == 0:
         return
-    inexact = low != 0
+    bits = source.view(np.uint32)
+    work = scratch.array("bf16.magnitude", source.shape, np.uint32)
+    np.bitwise_and(bits, _MAGNITUDE_32, out=work)
+    if work.max() < _BF16_OVERFLOW:
+        # No NaN, no infinity, and nothing that rounds to it.
+        tiny = 0
+        if work.min() < _F32_MIN_NORMAL:
+            tiny = int(np.count_nonzero((bits & _LOW_HALF)[work < _F32_MIN_NORMAL]))
+        inexact = int(np.count_nonzero(np.bitwise_and(bits, _LOW_HALF, out=work)))
+        tally.underflow += tiny
+        tally.changed += inexact - tiny
+        if inexact:
+            round_f32_bits_to_bf16(bits, out, scratch)
+        else:
+            np.right_shift(bits, _HALF_BITS, out=out, casting="unsafe")
+        return
     nan = np.isnan(source)
-    inexact &= ~nan
     tally.nan += int(np.count_nonzero(nan))
     round_f32_bits_to_bf16(bits, out, scratch)
     np.copyto(out, BF16_NAN_BITS, where=nan)
-    tiny = np.abs(source) < BF16_MIN_NORMAL
-    _count(tally, inexact, (out & _MAGNITUDE_16) == _BF16_INF, tiny)
+    inexact_mask = ((bits & _LOW_HALF) != 0) & ~nan
+    _count(tally, inexact_mask, (out & _MAGNITUDE_16) == _BF16_INF, work < _F32_MIN_NORMAL)
 
 
 def round_f32_bits_to_bf16(bits: npt.NDArray[np.uint32], out: ArrayU16, scratch: Scratch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dsv4convert.errors import DeviceError
-from dsv4convert.formats import e2m1, e4m3, e8m0
+from dsv4convert.formats import e2m1, e4m3, e8m0, q8_0
 from dsv4convert.formats.base import Scratch, require_subnormals
 from tests.formats.plain import bits_of
 
@@ -211,3 +213,16 @@ def test_scratch_hands_out_the_same_memory_and_grows():
     assert np.shares_memory(large, again)
     assert not np.shares_memory(large, scratch.array("b", (100, 3), np.float64))
     assert scratch.nbytes == 2 * large.nbytes
+
+
+def test_the_documented_exact_ranges_are_the_codecs():
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    for row in (
+        f"| e4m3 → float32 | 0 … {e4m3.F32_LAST_SAFE_BYTE} |",
+        f"| e4m3 → bfloat16 | {e4m3.BF16_FIRST_EXACT_BYTE} … {e4m3.F32_LAST_SAFE_BYTE} |",
+        f"| e4m3 → float16 | {e4m3.F16_FIRST_EXACT_BYTE} … {e4m3.F16_LAST_SAFE_BYTE} |",
+        f"| e2m1 → float32, bfloat16 | 0 … {e2m1.F32_LAST_SAFE_BYTE} |",
+        f"| e2m1 → float16 | {e2m1.F16_FIRST_EXACT_BYTE} … {e2m1.F16_LAST_SAFE_BYTE} |",
+        f"scale with byte {q8_0.TABLE_FIRST_BYTE} … {q8_0.TABLE_LAST_BYTE},",
+    ):
+        assert row in text

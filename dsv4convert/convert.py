@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint.folder import Checkpoint, open_folder
+from .checkpoint.weights import Encoding
 from .config import read_json_object
 from .engine.files import Outputs, free_bytes
 from .engine.journal import Journal, check_same, check_unchanged, fingerprint, journal_path
@@ -46,6 +47,7 @@ from .layouts.gguf_metadata import (
     model_metadata,
 )
 from .layouts.names import Draft
+from .layouts.segments import MXFP4
 from .manifest import finished_before, manifest_path, write_manifest
 from .model_card import read_model_card
 from .plan import Dropped, OutputFile, Plan
@@ -130,7 +132,7 @@ def plan_gguf(
         dropped=dropped,
         options={**asdict(options), "tokenizer_pre": tokenizer_pre, "name": name},
         source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_draft_note(checkpoint)),
+        notes=(*checkpoint.notes, *_draft_note(checkpoint), *_rounding_note(checkpoint, options)),
     )
 
 
@@ -229,6 +231,15 @@ def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.draft is Draft.DSPARK:
         return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
     return ()
+
+
+def _rounding_note(checkpoint: Checkpoint, options: GgufOptions) -> tuple[str, ...]:
+    """Return what MXFP4 means for experts that are not FP4; from an FP4 origin nothing is lost, as counts show."""
+    held = {weight.encoding for weight in checkpoint.weights.values() if weight.expert is not None}
+    if options.experts != MXFP4.name or held <= {Encoding.FP4}:
+        return ()
+    others = ", ".join(sorted(encoding.value for encoding in held - {Encoding.FP4}))
+    return (f"--experts {MXFP4.name} rounds {others} experts: every element that changes is counted",)
 
 
 def default_threads() -> int:

@@ -89,7 +89,7 @@ def plan_dequantize(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            dequantized_config(config, dtype),
+            dequantized_config(config, dtype, names),
             *auxiliary_files(source),
         ),
         dropped=dropped,
@@ -188,18 +188,18 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
-    """Return ``out`` as an absolute path, having made sure that replacing it leaves the source alone.
+    """Return ``out`` as a path with a name, having made sure that replacing it leaves the source alone.
 
     Raises:
         UsageError: the source, or a file that it links to, lies inside the output, or the output inside it.
     """
-    out = Path(os.path.abspath(out))
-    if not out.name:
+    absolute = Path(os.path.abspath(out))
+    if not absolute.name:
         raise UsageError("the output is no folder name", where=out)
     source = folder.resolve()
     # The output's own name, those under which it is made and an older one leaves.
     for suffix in ("", PARTIAL_SUFFIX, REPLACED_SUFFIX):
-        target = out.with_name(out.name + suffix).resolve()
+        target = absolute.with_name(absolute.name + suffix).resolve()
         for path in (source, *(file.resolve() for file in files)):
             if target == path or target in path.parents:
                 raise UsageError(
@@ -209,7 +209,7 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
             raise UsageError(
                 "the output lies inside the source", where=out, got=source, hint="give another folder"
             )
-    return out
+    return out if out.name == absolute.name else absolute
 
 
 def auxiliary_files(source: Path) -> list[OutputFile]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from .checkpoint.folder import INDEX_NAME, read_folder_headers
 from .checkpoint.gguf_file import GgufModelFile, is_gguf, open_gguf
+from .checkpoint.renaming import official_name, official_tensors
 from .checkpoint.safetensors_header import Stored, read_header
 from .checkpoint.weights import Weight, pair
 from .config import ATTENTION_BY_RATIO, ModelConfig, load_config
@@ -319,13 +320,14 @@ def _describe_folder(folder: Path) -> Description:
     stored, files, notes = _lenient_headers(folder, found)
     found.files = len(files)
     found.notes += notes
-    tensors: dict[str, Stored] = {}
     for name, tensor in stored.items():
-        official = name.removeprefix(MODEL_PREFIX)
-        if official in tensors:
-            found.unexpected.append(f"tensor {official}: there twice, with and without {MODEL_PREFIX!r}")
-        tensors[official] = tensor
-        found.count(family_of(official), tensor.dtype, tensor.nbytes)
+        found.count(family_of(official_name(name)), tensor.dtype, tensor.nbytes)
+    tensors: dict[str, Stored] = {}
+    try:
+        tensors = official_tensors(stored, 0 if config is None else config.n_routed_experts)
+    except InventoryError as error:
+        found.unexpected.append(str(error))
+        tensors = {official_name(name): tensor for name, tensor in stored.items()}
     found.draft, found.draft_layers = _draft_of(tensors, found)
     if config is None:
         found.elements = sum(math.prod(tensor.shape) for tensor in tensors.values())

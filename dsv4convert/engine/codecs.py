@@ -49,6 +49,24 @@ def _unscaled(function: str, dtype: Any) -> TileCodec:
     return run
 
 
+def _by_way_of_f32(to_f32: str, from_f32: str) -> TileCodec:
+    """Return the entry of a codec that decodes to float32 and quantises that."""
+
+    def run(
+        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+    ) -> None:
+        weight, *scale = inputs
+        wide = scratch.array("by way of f32", weight.shape, np.float32)
+        decoding, quantising = Tally(), Tally()
+        getattr(codecs, to_f32)(weight, *scale, *((args,) if scale else ()), wide, scratch, decoding)
+        getattr(codecs, from_f32)(wide, out, scratch, quantising)
+        # What is no number or infinite after the first step is counted by the second; what vanished is not.
+        quantising.underflow = max(quantising.underflow, decoding.underflow)
+        tally.add(quantising)
+
+    return run
+
+
 def _fp4_to_mxfp4(
     codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
 ) -> None:
@@ -172,15 +190,15 @@ TILE_CODECS: dict[str, TileCodec] = {
     "fp8_to_bf16": _scaled("fp8_to_bf16", BF16),
     "fp8_to_f16": _scaled("fp8_to_f16", F16),
     "fp8_to_q8_0": _scaled("fp8_to_q8_0", U8),
-    "fp8_to_mxfp4": _scaled("fp8_to_mxfp4", U8),
+    "fp8_to_mxfp4": _by_way_of_f32("fp8_to_f32", "f32_to_mxfp4"),
     "bf16_to_f32": _unscaled("bf16_to_f32", F32),
     "bf16_to_f16": _unscaled("bf16_to_f16", F16),
     "bf16_to_q8_0": _unscaled("bf16_to_q8_0", U8),
     "bf16_to_mxfp4": _unscaled("bf16_to_mxfp4", U8),
     "f16_to_f32": _unscaled("f16_to_f32", F32),
     "f16_to_bf16": _unscaled("f16_to_bf16", BF16),
-    "f16_to_q8_0": _unscaled("f16_to_q8_0", U8),
-    "f16_to_mxfp4": _unscaled("f16_to_mxfp4", U8),
+    "f16_to_q8_0": _by_way_of_f32("f16_to_f32", "f32_to_q8_0"),
+    "f16_to_mxfp4": _by_way_of_f32("f16_to_f32", "f32_to_mxfp4"),
     "f32_to_bf16": _unscaled("f32_to_bf16", BF16),
     "f32_to_f16": _unscaled("f32_to_f16", F16),
     "f32_to_q8_0": _unscaled("f32_to_q8_0", U8),

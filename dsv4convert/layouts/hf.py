@@ -13,7 +13,7 @@ from ..config import CONFIG_NAME
 from ..errors import InventoryError
 from ..plan import Claims, Dropped, OutputFile, OutputTensor, Segment, copy_segments
 from .fp8 import fp4_to_fp8_segments, fp8_scale_shape
-from .names import MODEL_PREFIX, Store, scale_name
+from .names import MODEL_PREFIX, Store, When, scale_name
 from .safetensors import safetensors_file, safetensors_index, whole_file
 from .segments import BF16, F16, F32, I32, I64, ElementType, convert_segments
 
@@ -38,6 +38,9 @@ HEADER_ENTRY_BYTES = 160
 QUANTIZATION_KEYS = ("quantization_config", "expert_dtype")
 EXPERT_DTYPE_KEY = "expert_dtype"
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what transformers called it up to 4.55, and since
+
+# Keys that speak of a vision tower, for which transformers' DeepseekV4 has no modules.
+VISION_KEY_PREFIX = "vision_"
 
 # How many kinds of tensors a summary names of those that were left out.
 MAX_NAMED = 4
@@ -78,10 +81,11 @@ def dequantized_tensors(
 def _transformers_name(weight: Weight) -> str | None:
     """Return the module path of a weight in transformers, None where it has none.
 
-    Draft layers have none either, but transformers skips whatever is called ``mtp.*``, so they can stay.
+    Draft layers have none either, but transformers skips whatever is called ``mtp.*``, so they can stay; what
+    only a vision model has goes from them too.
     """
     if weight.is_draft:
-        return weight.name
+        return None if weight.row.when is When.VISION else weight.name
     name = weight.row.transformers
     if name is None or weight.layer is None:
         return name
@@ -177,9 +181,11 @@ def _json_bytes(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def dequantized_config(raw: Mapping[str, Any], dtype: str) -> OutputFile:
-    """Return config.json of a folder without scales."""
+def dequantized_config(raw: Mapping[str, Any], dtype: str, names: str) -> OutputFile:
+    """Return config.json of a folder without scales; transformers' names leave out what it has no modules for."""
     config = {key: value for key, value in raw.items() if key not in (*QUANTIZATION_KEYS, *DTYPE_KEYS)}
+    if names == "transformers":
+        config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
     return whole_file(CONFIG_NAME, _json_bytes(config | dict.fromkeys(DTYPE_KEYS, CONFIG_DTYPE[dtype])))
 
 

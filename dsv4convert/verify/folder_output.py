@@ -13,7 +13,7 @@ from ..checkpoint.safetensors_header import HEADER_LENGTH_BYTES, METADATA_KEY, S
 from ..checkpoint.weights import Weight
 from ..config import CONFIG_NAME, parse_config, parse_json_object, read_json_object
 from ..errors import ConfigError, InputMissingError, UnsupportedError
-from ..layouts.names import Split, Store
+from ..layouts.names import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, stored_matrix, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, LeftOut, Report
@@ -90,7 +90,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     _check_file_metadata(files, report)
     if (folder / INDEX_NAME).is_file():
         _check_index(folder / INDEX_NAME, stored, report)
-    transformers = any(".self_attn." in name or ".mlp." in name for name in stored)
+    transformers = any(".self_attn." in name for name in stored)
     tensors = Tensors(stored)
     present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
     nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
@@ -173,7 +173,7 @@ def _allowed_encodings(weight: Weight) -> tuple[str, ...]:
 def _transformers_name(weight: Weight) -> str | None:
     """Return what transformers calls a weight; it has no draft layers, which keep their names in its folders."""
     if weight.is_draft:
-        return weight.name
+        return None if weight.row.when is When.VISION else weight.name
     name = weight.row.transformers
     return name if name is None or weight.layer is None else f"{PREFIX}layers.{weight.layer}.{name}"
 
@@ -351,6 +351,10 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
+    if any(is_vision_name(weight.name) for weight in checkpoint.weights.values()) and not any(
+        is_vision_name(piece.source.name) for piece in pieces
+    ):
+        config = {key: value for key, value in config.items() if not key.startswith("vision_")}
     if checkpoint.n_draft and any(entry.what == "the draft layers" for entry in report.left_out):
         config = {key: value for key, value in config.items() if not key.startswith("dspark_")}
         config["num_nextn_predict_layers"] = 0

@@ -22,16 +22,17 @@ from ..config import ModelConfig
 from ..errors import TokenizerError
 from ..model_card import read_model_card
 from ..tokenizer import load_tokenizer, recognise_pre
-from .gguf_output import LLAMA_CPP, PORT, GgufContent
+from .gguf_output import CLIP, DFLASH, LLAMA_CPP, MTP, PORT, GgufContent
 from .report import KEY, Report
 
 
 class Expected(NamedTuple):
-    """The type and value that a key must have, and whether it may be absent."""
+    """The type and value that a key must have, whether it may be absent, and whether its value is our choice."""
 
     type: str
     value: Any
     optional: bool = False
+    ours: bool = False
 
 
 # Key below the architecture's name, its type, its value; what another dialect calls it is in PORT_NAMES.
@@ -86,6 +87,32 @@ PORT_NAMES = {
     "hash_layer_count": "n_hash_layers",
 }
 
+# What a draft's file does not say, and what only it says.
+NOT_IN_DRAFTS = ("embedding_length_out", "vocab_size")
+DRAFT_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
+    ("block_size", "u32", lambda raw: raw.get("dspark_block_size")),
+    ("target_layers", "[i32]", lambda raw: [layer + 1 for layer in raw.get("dspark_target_layer_ids", [])]),
+)
+# The vision tower's keys below "clip.", from config.json.
+TOWER_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
+    ("has_vision_encoder", "bool", lambda raw: True),
+    ("projector_type", "str", lambda raw: "deepseek4v"),
+    ("use_silu", "bool", lambda raw: True),
+    ("vision.projection_dim", "u32", lambda raw: raw["hidden_size"]),
+    ("vision.image_size", "u32", lambda raw: 16 * raw["vision_patch_size"] * raw["vision_downsample_ratio"]),
+    ("vision.patch_size", "u32", lambda raw: raw["vision_patch_size"]),
+    ("vision.embedding_length", "u32", lambda raw: raw["vision_dim"]),
+    ("vision.feed_forward_length", "u32", lambda raw: raw["vision_inter_dim"]),
+    ("vision.block_count", "u32", lambda raw: raw["vision_n_layers"]),
+    ("vision.attention.head_count", "u32", lambda raw: raw["vision_n_heads"]),
+    ("vision.attention.layer_norm_epsilon", "f32", lambda raw: 1e-6),
+    ("vision.projector.scale_factor", "u32", lambda raw: raw["vision_downsample_ratio"]),
+    ("vision.image_min_pixels", "u32", lambda raw: raw["vision_min_pixels"]),
+)
+# How pixels are normalised where no processor's file says otherwise, and those files.
+PIXEL_DEFAULTS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
+
 # general.file_type by the type of the routed experts.
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "mxfp4": 38}
 QUANTIZATION_VERSION = 2
@@ -106,10 +133,11 @@ SAMPLING = {
 }
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+MASK_TOKEN_KEY = "tokenizer.ggml.mask_token_id"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
-# Keys that name the model and do not describe it: another tool may call it what it likes.
-IDENTITY_PREFIX = "general."
+# Keys in which another tool may say what it likes, and those among them that describe the model.
+HARMLESS_PREFIXES = ("general.", "quantize.", "tokenizer.chat_template.", "tokenizer.chat_templates")
 DESCRIBING = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
 
 
@@ -122,7 +150,7 @@ def check_keys(model: GgufModelFile, content: GgufContent, source: Path, report:
     expected = dict(_expected(model, content, source, report))
     ignored = report.ignored_keys
     for key, want in expected.items():
-        if key in ignored or (report.foreign and key.startswith(IDENTITY_PREFIX) and key not in DESCRIBING):
+        if key in ignored or (report.foreign and (want.ours or _is_harmless(key))):
             continue
         report.keys += 1
         if key not in model.metadata:
@@ -141,7 +169,8 @@ def check_keys(model: GgufModelFile, content: GgufContent, source: Path, report:
 
 
 def _is_harmless(key: str) -> bool:
-    return key.startswith(("general.", "tokenizer.chat_template", "quantize.")) and key not in DESCRIBING
+    """Return whether a key names the model, or says how it was made, and does not change what it computes."""
+    return key.startswith(HARMLESS_PREFIXES) and key not in DESCRIBING
 
 
 def _expected(
@@ -149,15 +178,34 @@ def _expected(
 ) -> Iterator[tuple[str, Expected]]:
     architecture = model.architecture or LLAMA_CPP
     yield "general.architecture", Expected("str", architecture)
-    yield "general.type", Expected("str", "model")
+    yield "general.type", Expected("str", "mmproj" if architecture == CLIP else "model")
     yield "general.quantization_version", Expected("u32", QUANTIZATION_VERSION)
-    experts = next((t.type for name, t in model.tensors.items() if "_exps." in name), "")
-    if experts in FILE_TYPES:
-        yield "general.file_type", Expected("u32", FILE_TYPES[experts])
+    main = "ffn_down.weight" if architecture == CLIP else "_exps."
+    kind = next((t.type for name, t in model.tensors.items() if main in name), "")
+    if kind in FILE_TYPES:
+        yield "general.file_type", Expected("u32", FILE_TYPES[kind])
     yield from _sampling(source)
     yield from _identity(model, source)
+    if architecture == CLIP:
+        yield from _tower_keys(content.config.raw, source)
+        return
     yield from _from_config(content, architecture)
     yield from _vocabulary(source, content.config.vocab_size, report)
+    if architecture == DFLASH:
+        yield MASK_TOKEN_KEY, Expected("u32", content.config.raw.get("dspark_noise_token_id"))
+
+
+def _tower_keys(raw: Mapping[str, Any], source: Path) -> Iterator[tuple[str, Expected]]:
+    for key, kind, value in TOWER_KEYS:
+        yield f"{CLIP}.{key}", Expected(kind, value(raw))
+    pixels = dict(PIXEL_DEFAULTS)
+    for name, nested in PROCESSOR_FILES:
+        if (source / name).is_file():
+            settings = json.loads((source / name).read_bytes())
+            settings |= settings.get(nested, {})
+            pixels |= {key: settings[key] for key in pixels if key in settings}
+    for key, numbers in pixels.items():
+        yield f"{CLIP}.vision.{key}", Expected("[f32]", numbers)
 
 
 def _from_config(content: GgufContent, architecture: str) -> Iterator[tuple[str, Expected]]:
@@ -167,13 +215,18 @@ def _from_config(content: GgufContent, architecture: str) -> Iterator[tuple[str,
     config = content.config
     yield named("block_count"), Expected("u32", content.block_count)
     for key, kind, value in CONFIG_KEYS:
-        yield named(key), Expected(kind, value(config))
+        if architecture != DFLASH or key not in NOT_IN_DRAFTS:
+            # The embedding's rows say the vocabulary's size as well, and llama.cpp's converter leaves it at that.
+            yield named(key), Expected(kind, value(config), optional=key == "vocab_size")
+    if architecture == DFLASH:
+        for key, kind, draft_value in DRAFT_KEYS:
+            yield named(key), Expected(kind, draft_value(config.raw))
     if config.yarn is not None:
         for key, kind, value in YARN_KEYS:
             yield named(key), Expected(kind, value(config.yarn))
     for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
         yield named(key), Expected("[f32]", [config.swiglu_limit] * content.block_count)
-    if content.is_mtp_file:
+    if content.kind == MTP:
         yield named("nextn_predict_layers"), Expected("u32", config.num_nextn_predict_layers)
 
 
@@ -264,7 +317,7 @@ def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple
     yield from _recorded(writer)
     if special.chat_template is None:
         ours = resources.files("dsv4convert") / "chat_template.jinja"
-        yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True)
+        yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
 
 
 def _tokens(document: Mapping[str, Any], source: Path, vocab_size: int) -> tuple[list[str], list[int]]:

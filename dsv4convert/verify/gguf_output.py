@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from ..checkpoint.gguf_file import GgufModelFile, GgufTensor
 from ..checkpoint.weights import Weight
 from ..config import ModelConfig
 from ..errors import InputOutputError, UnsupportedError
+from ..layouts.names import When, gguf_name, is_vision_name
 from .compare import Piece
 from .matrix import STORAGE, Matrix, as_matrix, read_bits, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
 
-LLAMA_CPP, PORT = "deepseek4", "deepseek-v4"
+LLAMA_CPP, PORT, DFLASH, CLIP = "deepseek4", "deepseek-v4", "dflash", "clip"
+
+# What a file holds.
+TEXT, MTP, DSPARK, TOWER = "the text model", "the MTP layer", "the DSpark draft", "the vision tower"
 
 # What an MTP file of llama.cpp takes from the trunk.
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
@@ -34,15 +39,18 @@ MATRIX_TYPES = {
 }
 VECTOR_TYPES = ("f32",)
 
+# A patch is a square of this many channels.
+IMAGE_CHANNELS = 3
+
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class GgufContent:
-    """What a GGUF is found to be: the config of the layers it holds, and which kind of file it is."""
+    """What a GGUF is found to be: the config of the layers it holds, and which part of the model that is."""
 
     config: ModelConfig
-    is_mtp_file: bool
+    kind: str
     block_count: int
     pieces: list[Piece]
 
@@ -54,24 +62,28 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
         UnsupportedError: an architecture that is not verified.
     """
     architecture = model.architecture
-    if architecture not in (LLAMA_CPP, PORT):
+    if architecture not in (LLAMA_CPP, PORT, DFLASH, CLIP):
         raise UnsupportedError(
             "cannot verify this architecture",
             where=model.files[0],
-            expected=f"{LLAMA_CPP} or {PORT}",
+            expected=f"{LLAMA_CPP}, {PORT}, {DFLASH} or {CLIP}",
             got=repr(architecture)[:100],
         )
-    blocks = model.metadata.get(f"{architecture}.block_count")
-    if not isinstance(blocks, int):
-        report.problem(KEY, f"{architecture}.block_count", f"missing or no number, got {blocks!r:.40}")
-        blocks = checkpoint.config.num_hidden_layers
-    is_mtp = architecture == LLAMA_CPP and _is_mtp_file(model)
-    config, first = checkpoint.config, 0
-    if is_mtp:
-        wanted = _mtp_file_weights(checkpoint)
-        block_count = config.num_hidden_layers + checkpoint.n_draft
+    config, kind, block_count = checkpoint.config, TEXT, checkpoint.config.num_hidden_layers
+    if architecture == CLIP:
+        kind, block_count, wanted = TOWER, config.raw.get("vision_n_layers", 0), _tower_weights(checkpoint)
+    elif architecture == DFLASH:
+        kind, block_count, wanted = DSPARK, checkpoint.n_draft, _dspark_weights(checkpoint)
+        config = replace(config, num_hidden_layers=block_count, num_hash_layers=0, compress_ratios=(0,) * block_count)
+    elif architecture == LLAMA_CPP and _is_mtp_file(model):
+        kind, wanted = MTP, _mtp_file_weights(checkpoint)
+        block_count += checkpoint.n_draft
     else:
-        block_count = config.num_hidden_layers
+        blocks = model.metadata.get(f"{architecture}.block_count")
+        if not isinstance(blocks, int):
+            report.problem(KEY, f"{architecture}.block_count", f"missing or no number, got {blocks!r:.40}")
+            blocks = checkpoint.config.num_hidden_layers
+        first = 0
         inline = architecture == PORT and any(".mtp." in name for name in model.tensors)
         if inline:
             block_count += checkpoint.n_draft
@@ -81,9 +93,9 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
             block_count = config.num_hidden_layers
             report.notes.append(f"a slice: layers {first} to {first + blocks - 1} of the source")
         wanted = _trunk_weights(checkpoint, config, first, architecture, inline)
-    _note_left_out(checkpoint, wanted, is_mtp, report)
+    _note_left_out(checkpoint, wanted, kind, report)
     pieces = list(_pieces(model, wanted, config, architecture, report))
-    return GgufContent(config, is_mtp, block_count, pieces)
+    return GgufContent(config, kind, block_count, pieces)
 
 
 def _is_mtp_file(model: GgufModelFile) -> bool:
@@ -98,6 +110,26 @@ def _mtp_file_weights(checkpoint: Checkpoint) -> dict[str, list[Weight]]:
             _want(wanted, weight, weight.row.gguf, checkpoint.config.num_hidden_layers)
         elif weight.name in SHARED_WITH_MTP:
             _want(wanted, weight, weight.row.gguf, 0)
+    return wanted
+
+
+def _dspark_weights(checkpoint: Checkpoint) -> dict[str, list[Weight]]:
+    """Return the weights of each tensor of a DSpark draft's file, whose routers know no images."""
+    wanted: dict[str, list[Weight]] = {}
+    for weight in checkpoint.weights.values():
+        if weight.is_draft and weight.row.when is not When.VISION:
+            _want(wanted, weight, weight.row.gguf, 0)
+    return wanted
+
+
+def _tower_weights(checkpoint: Checkpoint) -> dict[str, list[Weight]]:
+    """Return the weight of each tensor of the vision tower's file; gate and up are halves of one weight."""
+    wanted: dict[str, list[Weight]] = {}
+    for weight in checkpoint.weights.values():
+        if is_vision_name(weight.name):
+            for name in (weight.row.gguf or "").split():
+                full = name if weight.layer is None else f"v.blk.{weight.layer}.{name}"
+                wanted[full] = [weight]
     return wanted
 
 
@@ -119,11 +151,10 @@ def _trunk_weights(
 
 
 def _want(wanted: dict[str, list[Weight]], weight: Weight, name: str | None, shift: int) -> None:
-    if name is None or weight.name.startswith(("vision.", "aligner.", "image_")):
+    if name is None or is_vision_name(weight.name):
         return
-    if weight.layer is not None and not (weight.is_draft and name.startswith("output")):
-        name = f"blk.{weight.layer + shift}.{name}"
-    wanted.setdefault(name, []).append(weight)
+    full = gguf_name(name, None if weight.layer is None else weight.layer + shift)
+    wanted.setdefault(full, []).append(weight)
 
 
 def _first_layer(model: GgufModelFile, checkpoint: Checkpoint, blocks: int) -> int:
@@ -146,7 +177,7 @@ def _first_layer(model: GgufModelFile, checkpoint: Checkpoint, blocks: int) -> i
 
 
 def _note_left_out(
-    checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Weight]], is_mtp: bool, report: Report
+    checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Weight]], kind: str, report: Report
 ) -> None:
     """Report what of the source is in no tensor of this file, by reason."""
     held = {weight.name for weights in wanted.values() for weight in weights}
@@ -154,11 +185,14 @@ def _note_left_out(
     for weight in checkpoint.weights.values():
         if weight.name in held:
             continue
-        if weight.is_draft:
-            what = "the draft layers", "this file is the text model's own"
-        elif is_mtp:
-            what = "the trunk", "this is the MTP layer's own file"
-        elif weight.layer is not None and weight.row.gguf is not None:
+        own = f"this is {kind}'s own file"
+        if is_vision_name(weight.name):
+            what = TOWER, own
+        elif weight.is_draft and kind != DSPARK:
+            what = "the draft layers", own
+        elif kind != TEXT and not weight.is_draft:
+            what = "the trunk", own
+        elif kind == TEXT and weight.layer is not None and weight.row.gguf is not None:
             what = "layers outside the slice", "the file holds some layers only"
         else:
             what = weight.row.name, "not part of this layout"
@@ -190,6 +224,9 @@ def _pieces(
             if tensor.type not in STORAGE:
                 continue
         matrix = _gguf_matrix(tensor)
+        if architecture == CLIP:
+            yield _tower_piece(matrix, tensor, weights[0])
+            continue
         for number, weight in enumerate(weights):
             source = weight_matrix(weight)
             size = source.rows, source.columns
@@ -199,6 +236,16 @@ def _pieces(
     for name in model.tensors:
         if name not in wanted:
             report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+
+
+def _tower_piece(matrix: Matrix, tensor: GgufTensor, weight: Weight) -> Piece:
+    """Return the piece of a tower's tensor: all of its weight, or the half of the rows that its name stands for."""
+    source = weight_matrix(weight)
+    names = (weight.row.gguf or "").split()
+    rows = source.rows // len(names)
+    first = next(number for number, name in enumerate(names) if tensor.name.endswith(name)) * rows
+    whole = matrix._replace(rows=rows, columns=source.columns)
+    return Piece(whole, (rows, source.columns), (0, 0), source, (first, 0), (rows, source.columns))
 
 
 def _in_order(weights: list[Weight]) -> list[Weight]:
@@ -212,6 +259,11 @@ def _expected_shape(weights: Sequence[Weight], config: ModelConfig, architecture
         return (len(weights), *first.shape)
     if len(weights) > 1:
         return (first.shape[0], sum(weight.shape[1] for weight in weights))
+    if architecture == CLIP and first.row.name == "vision.patch_embed.proj.weight":
+        side = math.isqrt(first.shape[1] // IMAGE_CHANNELS)
+        return (first.shape[0], IMAGE_CHANNELS, side, side)
+    if architecture == CLIP and len(first.shape) > 1:
+        return (first.shape[0] // len((first.row.gguf or "").split()), first.shape[1])
     if architecture == PORT and first.row.name == "attn.wo_a.weight":
         return (config.o_groups, first.shape[0] // config.o_groups, first.shape[1])
     return first.shape

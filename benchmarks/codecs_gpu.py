@@ -211,6 +211,7 @@ def bench(codec: Codec, size_mib: int, repeats: int) -> dict[str, Any]:
         "of_copy": seconds["copy"] / seconds["codec"],
         "target": TARGETS[codec.name] if size_mib >= TARGET_FROM_MIB else None,
         "sets": sets,
+        "settings": {name: getattr(codec.module, name) for name in variants_of(codec)[0]},
         "repeats": repeats,
     }
 
@@ -277,14 +278,15 @@ def environment(commit: str | None) -> dict[str, Any]:
     }
 
 
-def host_path(size_mib: int, threads: int, repeats: int) -> dict[str, Any]:
+def host_path(size_mib: int, threads: int, repeats: int, chunk_mib: int) -> dict[str, Any]:
     """Time FP8 to BF16 from host memory to host memory through the engine's pipeline, on several threads."""
     import threading
 
     from dsv4convert.engine import cuda
 
-    codecs = cuda.cuda_codecs()
-    result: dict[str, Any] = {"source_mib": size_mib, "threads": threads}
+    cuda.CHUNK_BYTES = chunk_mib * MIB
+    codecs = cuda.codecs_on("cuda")
+    result: dict[str, Any] = {"source_mib": size_mib, "threads": threads, "chunk_mib": chunk_mib}
     for kind in (Scratch, cuda.PinnedScratch):
         rows = size_mib * MIB // COLUMNS // 128 * 128
         scratches = [kind() for _ in range(threads)]
@@ -325,6 +327,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--save", type=Path, help="write the figures here as JSON")
     parser.add_argument("--tune", type=Path, help="try the modules' settings and write the figures here as JSON")
+    parser.add_argument("--tune-codecs", nargs="+", help="tune only these")
+    parser.add_argument("--adopt", action="store_true", help="go on with the best settings that --tune finds")
     parser.add_argument("--tune-sizes", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--commit", help="the commit, where the checkout does not know it")
     parser.add_argument("--no-check", action="store_true")
@@ -340,13 +344,16 @@ def main() -> None:
             print(f"{codec.name}: {rows} rows of a 2 GiB tensor equal to numpy, among them those at 2^31 elements")
     if options.tune:
         tuned = {}
-        for codec in chosen:
+        for codec in (codec for codec in chosen if codec.name in (options.tune_codecs or options.codecs)):
             began = time.time()
             tuned[codec.name] = tune(codec, options.tune_sizes, 7)
             print(f"{codec.name}: {len(tuned[codec.name])} variants in {time.time() - began:.0f} s")
             for result in tuned[codec.name][:8]:
                 print("  ", result)
             options.tune.write_text(json.dumps({"environment": about, "variants": tuned}, indent=1) + "\n")
+            if options.adopt:
+                for name in variants_of(codec)[0]:
+                    setattr(codec.module, name, tuned[codec.name][0][name])
             torch.cuda.empty_cache()
     rows = []
     print("| codec | source MiB | bytes moved | TB/s | copy TB/s | of copy | target |")
@@ -363,8 +370,8 @@ def main() -> None:
             torch.cuda.empty_cache()
     host = []
     if options.host:
-        for threads in (1, 2, 4):
-            host.append(host_path(21, threads, 20))
+        for threads, chunk_mib in ((1, 4), (1, 8), (1, 16), (2, 8), (2, 16), (4, 16)):
+            host.append(host_path(21, threads, 20, chunk_mib))
             print("host to host, fp8_to_bf16:", host[-1])
     if options.save:
         record = {"environment": about, "results": rows, "host": host}

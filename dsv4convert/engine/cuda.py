@@ -250,11 +250,12 @@ class _Slot:
     def __init__(self, device: str) -> None:
         import torch
 
-        from ..formats.triton_scalar import DeviceTally
+        from ..formats.triton_scalar import COUNTERS, DeviceTally
 
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
         self._counts = DeviceTally(self._device)
+        self._host_counts = torch.zeros(COUNTERS, dtype=torch.int64, pin_memory=self._stream is not None)
         self._buffers: dict[tuple[str, int], Any] = {}
         self._pending: list[tuple[Any, Array]] | None = None
         if self._stream is not None:
@@ -285,6 +286,7 @@ class _Slot:
                     target = self._buffer("staged out", number, array)
                     self._pending.append((target, array))
                 target.copy_(source, non_blocking=True)
+            self._host_counts.copy_(self._counts.counters, non_blocking=True)
 
     def finish(self, tally: Tally) -> None:
         """Wait for the chunk, if there is one; its output is complete and its counts are added then."""
@@ -295,21 +297,23 @@ class _Slot:
         for staged, array in self._pending:
             np.copyto(array.reshape(-1).view(np.uint8), staged.numpy())
         self._pending = None
-        counts = self._counts.read()
+        counts = Tally(*self._host_counts.tolist())
         if counts != Tally():
             tally.add(counts)
-            self._counts.counters.zero_()
-            if self._stream is not None:
-                import torch
-
-                torch.cuda.current_stream().synchronize()
+            self._clear_counts()
 
     def abandon(self) -> None:
         """Wait for the chunk and forget it, after an error."""
         if self._stream is not None:
             self._stream.synchronize()
         self._pending = None
-        self._counts.counters.zero_()
+        self._clear_counts()
+
+    def _clear_counts(self) -> None:
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            self._counts.counters.zero_()
 
     def _stage_in(self, number: int, array: Array) -> Any:
         """Return the bytes of an input in page-locked memory, as a tensor."""

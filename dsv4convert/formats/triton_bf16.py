@@ -59,8 +59,8 @@ E2M1_LOWEST_BYTE = tl.constexpr(1 - 133 + 127)
 BF16_MIN_NORMAL = tl.constexpr(2.0**-126)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-TILE = 512
-WARPS = 4
+TILE = 128
+WARPS = 2
 STORE_CACHE = ""
 
 BF16_STORAGE = (torch.uint16, torch.int16, torch.bfloat16)
@@ -121,25 +121,25 @@ def _to_bf16(
     # Triton passes small integers in 32 bits, which counts of elements near 2^31 would leave.
     elements = tl.cast(elements, tl.int64)
     tile = tl.cast(tl.program_id(0), tl.int64)
-    if VECTORS:
+    start = tile * (TILE * PER_VECTOR)
+    stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+    go_over = tl.full((), 1, tl.int32)
+    if VECTORS and stop - start == TILE * PER_VECTOR:
         lift: tl.constexpr = E2M1_LIFT if FP4 else E4M3_LIFT
         lowest: tl.constexpr = E2M1_LOWEST_BYTE if FP4 else E4M3_LOWEST_BYTE
         highest: tl.constexpr = 254 - lift
-        vector = tl.arange(0, TILE)
-        word = vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        base = tile * TILE
-        live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
-        held = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        vector = tl.arange(0, TILE)[:, None]
+        word = vector * WORDS + tl.arange(0, WORDS)[None, :]
+        held = scale_of_vectors(scale, tile, TILE, PER_VECTOR, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
         byte = scale_byte(held, FLOAT_SCALE)
         strange = (byte < lowest) | (byte > highest)
         multiplier = power_of_two(byte - 127 + lift)[:, None]
         if FP4:
-            group = tl.load(code_groups + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
+            group = tl.load(code_groups + tile * (TILE * WORDS) + word).to(tl.int32)
             low = e2m1_in_f32(group << 28) * multiplier
             high = e2m1_in_f32(group << 24) * multiplier
         else:
-            four = vector[:, None] * 2 + tl.arange(0, 2)[None, :]
-            group = tl.load(code_groups + base * 2 + four, mask=live[:, None], other=0)
+            group = tl.load(code_groups + tile * (TILE * 2) + vector * 2 + tl.arange(0, 2)[None, :])
             # Only the magnitude 0x7F carries into the sign's place when 1 is added.
             carried = (group & 0x7F7F7F7F) + 0x01010101
             strange |= (tl.reduce(carried, 1, either) & NAN_CARRY) != 0
@@ -151,15 +151,11 @@ def _to_bf16(
         low_bits = low.to(tl.int32, bitcast=True)
         high_bits = high.to(tl.int32, bitcast=True)
         pair = ((low_bits >> 16) & 0xFFFF) | (high_bits & UPPER_HALF)
-        tl.store(out_words + base * WORDS + word, pair, mask=live[:, None], cache_modifier=STORE_CACHE)
-        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
+        tl.store(out_words + tile * (TILE * WORDS) + word, pair, cache_modifier=STORE_CACHE)
+        go_over = tl.max(strange.to(tl.int32), axis=0)
         # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-    else:
-        go_over = True
-    if go_over:
-        start = tile * (TILE * PER_VECTOR)
-        stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+    if go_over != 0:
         _carefully(
             codes, scale, out, counters, start, stop, FP4, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, CAREFUL
         )
@@ -219,7 +215,7 @@ def _launch(
     if elements == 0:
         return
     per_vector = int(PER_VECTOR.value)
-    vectors = vector_ready(codes, out) and vectors_keep_to_scales(per_vector, columns, block)
+    vectors = vector_ready(codes, out) and vectors_keep_to_scales(per_vector, rows, columns, block)
     halves = out.view(torch.int16)
     grid = (triton.cdiv(elements, TILE * per_vector),)
     with on_device(codes), Counting(tally, codes.device) as counters:

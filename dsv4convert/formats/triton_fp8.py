@@ -72,10 +72,11 @@ E4M3_PLACE = tl.constexpr(2.0 ** (7 - 127))
 NO_LIFT = tl.constexpr(-25)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-TILE = 512
-WARPS = 4
+TILE = 256
+WARPS = 1
 STORE_CACHE = ""
 SCALE_TILES = 8
+SCALE_WARPS = 4
 
 
 @triton.jit
@@ -155,16 +156,16 @@ def _fp4_to_fp8(
     # Triton passes small integers in 32 bits, which counts of elements near 2^31 would leave.
     elements = tl.cast(elements, tl.int64)
     tile = tl.cast(tl.program_id(0), tl.int64)
-    if VECTORS:
-        vector = tl.arange(0, TILE)
-        word = vector[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        base = tile * TILE
-        live = vector < tl.minimum(elements // PER_VECTOR - base, TILE).to(tl.int32)
-        byte = scale_of_vectors(scale, base, vector, live, PER_VECTOR, COLUMNS, 1, GROUP).to(tl.int32)
-        tile_byte = scale_of_vectors(out_scale, base, vector, live, PER_VECTOR, COLUMNS, SIDE, SIDE).to(tl.int32)
+    start = tile * (TILE * PER_VECTOR)
+    stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+    go_over = tl.full((), 1, tl.int32)
+    if VECTORS and stop - start == TILE * PER_VECTOR:
+        word = tl.arange(0, TILE)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        byte = scale_of_vectors(scale, tile, TILE, PER_VECTOR, COLUMNS, 1, GROUP).to(tl.int32)
+        tile_byte = scale_of_vectors(out_scale, tile, TILE, PER_VECTOR, COLUMNS, SIDE, SIDE).to(tl.int32)
         exponent = byte - tile_byte + REBIAS
         strange = (exponent < LOWEST_EXPONENT) | (exponent > HIGHEST_EXPONENT) | (byte == E8M0_NAN)
-        quad = tl.load(packed_quads + base * WORDS + word, mask=live[:, None], other=0).to(tl.int32)
+        quad = tl.load(packed_quads + tile * (TILE * WORDS) + word).to(tl.int32)
         code = quad & 0xFFFF
         code = (code | (code << 8)) & LOW_BYTES
         code = (code | (code << 4)) & LOW_NIBBLES
@@ -174,15 +175,11 @@ def _fp4_to_fp8(
         # 0.5 is the one subnormal: its lowest bit stands for the 1 that e4m3 does not write.
         made = (magnitude << 2) + nonzero * ((exponent << 3) - 4)[:, None] + (from_one << 2)
         made |= (code & (ONES * 8)) << 4
-        tl.store(out_words + base * WORDS + word, made, mask=live[:, None], cache_modifier=STORE_CACHE)
-        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
+        tl.store(out_words + tile * (TILE * WORDS) + word, made, cache_modifier=STORE_CACHE)
+        go_over = tl.max(strange.to(tl.int32), axis=0)
         # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-    else:
-        go_over = True
-    if go_over:
-        start = tile * (TILE * PER_VECTOR)
-        stop = tl.minimum(start + TILE * PER_VECTOR, elements)
+    if go_over != 0:
         _carefully(packed, scale, out, out_scale, counters, start, stop, COLUMNS, GROUP, SIDE, CAREFUL)
 
 
@@ -212,10 +209,17 @@ def fp4_to_fp8(
     if elements == 0:
         return
     per_vector = int(PER_VECTOR.value)
-    vectors = vector_ready(packed, out) and vectors_keep_to_scales(per_vector, columns, (1, GROUP))
+    vectors = vector_ready(packed, out) and vectors_keep_to_scales(per_vector, rows, columns, (1, GROUP))
     with on_device(packed), Counting(tally, packed.device) as counters:
         _tile_scales[(tiles_down, triton.cdiv(tiles_across, SCALE_TILES))](
-            scale, out_scale, rows, COLUMNS=columns, GROUP=GROUP, SIDE=FP8_TILE, TILES=SCALE_TILES, num_warps=WARPS
+            scale,
+            out_scale,
+            rows,
+            COLUMNS=columns,
+            GROUP=GROUP,
+            SIDE=FP8_TILE,
+            TILES=SCALE_TILES,
+            num_warps=SCALE_WARPS,
         )
         _fp4_to_fp8[(triton.cdiv(elements, TILE * per_vector),)](
             packed,

@@ -51,7 +51,7 @@ def _alternate(low, high):
 
 @triton.jit
 def _byte_by_byte(packed, scale, out, counters, start, stop, PARTS: tl.constexpr):
-    """Rearrange blocks ``start`` to ``stop``, which fill no unit, ``PARTS`` at a time."""
+    """Rearrange blocks ``start`` to ``stop``, ``PARTS`` at a time."""
     place = tl.arange(0, BLOCK_ELEMENTS)[None, :]
     for part in range(0, (stop - start).to(tl.int32), PARTS):
         number = start + part + tl.arange(0, PARTS)[:, None]
@@ -88,18 +88,14 @@ def _fp4_to_mxfp4(
     tile = tl.cast(tl.program_id(0), tl.int64)
     start = tile * (UNITS * UNIT_BLOCKS)
     stop = tl.minimum(start + UNITS * UNIT_BLOCKS, blocks)
-    if VECTORS:
-        units = ((stop - start) // UNIT_BLOCKS).to(tl.int32)
+    if VECTORS and stop - start == UNITS * UNIT_BLOCKS:
         block = tl.arange(0, UNITS * UNIT_BLOCKS)
-        live = block < units * UNIT_BLOCKS
         half = tl.arange(0, 2)[None, :]
         word = block[:, None] * 4 + half
-        byte = tl.load(scale + start + block, mask=live, other=0).to(tl.uint32)
+        byte = tl.load(scale + start + block).to(tl.uint32)
         # Bytes 0-7 of a block hold elements 0-15, two a byte; bytes 8-15 elements 16-31.
-        early = tl.load(packed_words + start * 4 + word, mask=live[:, None], other=0)
-        late = tl.load(packed_words + start * 4 + 2 + word, mask=live[:, None], other=0)
-        a = early.to(tl.uint32, bitcast=True)
-        b = late.to(tl.uint32, bitcast=True)
+        a = tl.load(packed_words + start * 4 + word).to(tl.uint32, bitcast=True)
+        b = tl.load(packed_words + start * 4 + 2 + word).to(tl.uint32, bitcast=True)
         even = (a & LOW_NIBBLES) | ((b & LOW_NIBBLES) << 4)
         odd = ((a >> 4) & LOW_NIBBLES) | (b & HIGH_NIBBLES)
         # Words 0 and 2 of the block's codes, and words 1 and 3.
@@ -118,10 +114,10 @@ def _fp4_to_mxfp4(
         inner = tl.join(funnel(left, right, shift), funnel(right, after_right, shift))
         inner = tl.reshape(inner, [UNITS, INNER_WORDS]).to(tl.int32, bitcast=True)
         target = out_words + tile * (UNITS * UNIT_WORDS)
-        store_units(target, inner, starts.to(tl.int32, bitcast=True), units, UNITS, UNIT_BLOCKS, STORE_CACHE)
+        store_units(target, inner, starts.to(tl.int32, bitcast=True), UNITS, UNIT_BLOCKS, STORE_CACHE)
         count_blocks(counters, tl.sum((byte == E8M0_NAN).to(tl.int32), axis=0))
-        start += units * UNIT_BLOCKS
-    _byte_by_byte(packed, scale, out, counters, start, stop, PARTS)
+    else:
+        _byte_by_byte(packed, scale, out, counters, start, stop, PARTS)
 
 
 @triton.jit
@@ -154,7 +150,7 @@ def fp4_to_mxfp4(
         return
     vectors = vector_ready(packed, out)
     tile = UNITS * int(UNIT_BLOCKS.value)
-    # The words of the output's whole units; the last bytes may make no word.
+    # The words of the output's whole tiles; the last bytes may make no word.
     out_words = out.view(-1)[: out.numel() // 4 * 4].view(torch.int32) if vectors else out
     with on_device(packed), Counting(tally, packed.device) as counters:
         _fp4_to_mxfp4[(triton.cdiv(blocks, tile),)](

@@ -5,8 +5,8 @@
     fp8_to_q8_0   weight u8 [R, C]   scale u8 or f32 [ceil(R/br), ceil(C/bc)]   ->   out u8 [R, C/32*34]
 
 The quick part uses what ``formats.q8_0`` proves: with one power-of-two scale in a block, q is the value
-times a multiplier that depends on the largest magnitude code only, rounded to nearest. Adding
-1.5 * 2^23 rounds in float32 and leaves q in the lowest byte. d is amax/127 by true division. The careful
+times a multiplier that depends on the largest magnitude code only, rounded to nearest. Adding a large
+number rounds in float32 and leaves q in the lowest byte. d is amax/127 by true division. The careful
 part is the plain formula. Two blocks of 34 bytes fill 17 words, and ``triton_units`` writes those.
 """
 
@@ -29,7 +29,6 @@ from .triton_scalar import (
     E4M3_LIFT,
     E4M3_NAN,
     E4M3_SHIFT_OUT,
-    MAGNITUDE,
     NAN,
     OVERFLOW,
     UNDERFLOW,
@@ -59,43 +58,46 @@ BYTES_IN_BLOCK = tl.constexpr(BLOCK_BYTES)
 LEVELS = tl.constexpr(127.0)
 F16_NAN = tl.constexpr(0x7E00)
 F16_INFINITY = tl.constexpr(0x7C00)
-# 1.5 * 2^23: float32 has no fraction bits there, so that the addition rounds to nearest.
-ROUNDER = tl.constexpr(1.5 * 2.0**23)
+# Placed codes carry 2^-120. The multipliers, as large as 127 * 2^9, take back 2^111 and stay float32
+# numbers; the products are q times 2^-9.
+LIFT_OF_MULTIPLIERS = PLACED_EXPONENT - 9
+# 1.5 * 2^23 has no fraction bits below 1, so that adding it rounds to nearest; here in units of 2^-9.
+ROUNDER = tl.constexpr(1.5 * 2.0 ** (23 - 9))
 
-# Placed codes carry 2^-120. Half of it goes into the multipliers, as large as 127 * 2^9, and half into
-# the values, and both stay float32 numbers.
-HALF_LIFT = tl.constexpr(2.0 ** (PLACED_EXPONENT // 2))
 LOWEST_BYTE = tl.constexpr(TABLE_FIRST_BYTE)
 # Above, 2^(byte - 127 + 120) is no finite float32.
 HIGHEST_BYTE = tl.constexpr(254 - PLACED_EXPONENT)
 
 # Measured on an H200 (benchmarks/codecs_gpu.py --tune).
-UNITS = 64
-WARPS = 4
+UNITS = 32
+WARPS = 2
 STORE_CACHE = ""
 
 
 @triton.jit
-def _quantised(words, BYTE: tl.constexpr, multiplier):
-    """Return q, in the lowest byte of an int32, of the e4m3 codes in byte ``BYTE`` of int32 ``words``."""
-    scaled = e4m3_in_f32(words << (24 - 8 * BYTE)) * HALF_LIFT * multiplier
-    return (scaled + ROUNDER).to(tl.int32, bitcast=True) & 0xFF
+def _quantised_words(zeroth, first, second, third, multiplier):
+    """Return int32 words of four q each, from the placed values of the four codes in each word."""
+    low = _quantised(zeroth, multiplier) | (_quantised(first, multiplier) << 8)
+    return low | (_quantised(second, multiplier) << 16) | (_quantised(third, multiplier) << 24)
 
 
 @triton.jit
-def _quantised_words(words, multiplier):
-    """Return int32 words of four q each, from int32 words of four codes."""
-    low = _quantised(words, 0, multiplier) | (_quantised(words, 1, multiplier) << 8)
-    return low | (_quantised(words, 2, multiplier) << 16) | (_quantised(words, 3, multiplier) << 24)
+def _quantised(placed, multiplier):
+    """Return q in the lowest byte of an int32."""
+    return tl.fma(placed, multiplier, ROUNDER).to(tl.int32, bitcast=True) & 0xFF
 
 
 @triton.jit
-def _largest(words):
-    """Return per row of int32 words of four codes the largest placed magnitude, as float32 bits."""
-    # Placed magnitudes are ordered as the numbers that they stand for.
-    even = tl.maximum(e4m3_magnitude(words << 24), e4m3_magnitude(words << 8))
-    odd = tl.maximum(e4m3_magnitude(words << 16), e4m3_magnitude(words))
-    return tl.max(tl.maximum(even, odd), axis=1)
+def _placed(words):
+    """Return the placed values of the codes in bytes 0 to 3 of int32 words."""
+    return e4m3_in_f32(words << 24), e4m3_in_f32(words << 16), e4m3_in_f32(words << 8), e4m3_in_f32(words)
+
+
+@triton.jit
+def _largest(zeroth, first, second, third):
+    """Return per row the largest of the magnitudes."""
+    low = tl.maximum(tl.abs(zeroth), tl.abs(first))
+    return tl.max(tl.maximum(low, tl.maximum(tl.abs(second), tl.abs(third))), axis=1)
 
 
 @triton.jit
@@ -182,25 +184,24 @@ def _fp8_to_q8_0(
     tile = tl.cast(tl.program_id(0), tl.int64)
     start = tile * (UNITS * UNIT_BLOCKS)
     stop = tl.minimum(start + UNITS * UNIT_BLOCKS, blocks)
-    if VECTORS:
-        units = ((stop - start) // UNIT_BLOCKS).to(tl.int32)
+    go_over = tl.full((), 1, tl.int32)
+    if VECTORS and stop - start == UNITS * UNIT_BLOCKS:
         tile_blocks: tl.constexpr = UNITS * 2
         block = tl.arange(0, tile_blocks)
-        live = block < units * UNIT_BLOCKS
-        held = scale_of_vectors(scale, start, block, live, GROUP, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+        held = scale_of_vectors(scale, tile, tile_blocks, GROUP, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
         byte = scale_byte(held, FLOAT_SCALE)
         word = block[:, None] * BLOCK_WORDS + tl.arange(0, 4)[None, :]
-        first = tl.load(weight_words + start * BLOCK_WORDS + word, mask=live[:, None], other=0)
-        second = tl.load(weight_words + start * BLOCK_WORDS + 4 + word, mask=live[:, None], other=0)
-        placed = tl.maximum(_largest(first), _largest(second))
-        largest = placed >> E4M3_SHIFT_OUT
-        amax = placed.to(tl.float32, bitcast=True) * power_of_two(byte - 127 + E4M3_LIFT)
+        a0, a1, a2, a3 = _placed(tl.load(weight_words + start * BLOCK_WORDS + word))
+        b0, b1, b2, b3 = _placed(tl.load(weight_words + start * BLOCK_WORDS + 4 + word))
+        placed = tl.maximum(_largest(a0, a1, a2, a3), _largest(b0, b1, b2, b3))
+        largest = placed.to(tl.int32, bitcast=True) >> E4M3_SHIFT_OUT
+        amax = placed * power_of_two(byte - 127 + E4M3_LIFT)
         d = tl.div_rn(amax, LEVELS).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         strange = (byte < LOWEST_BYTE) | (byte > HIGHEST_BYTE) | (largest == E4M3_NAN)
         strange |= ((d == 0) & (largest > 0)) | (d == F16_INFINITY)
         multiplier = tl.load(multipliers + largest)[:, None]
-        q0, q1, q2, q3 = _four(_quantised_words(first, multiplier), tile_blocks)
-        q4, q5, q6, q7 = _four(_quantised_words(second, multiplier), tile_blocks)
+        q0, q1, q2, q3 = _four(_quantised_words(a0, a1, a2, a3, multiplier), tile_blocks)
+        q4, q5, q6, q7 = _four(_quantised_words(b0, b1, b2, b3, multiplier), tile_blocks)
         # A unit: d0 q0 | q1 q2 | ... | q15 d1 | q0 q1 | ...; the first block's halves are moved by one.
         moved = block % UNIT_BLOCKS == 0
         other = (1 - tl.arange(0, UNIT_BLOCKS))[None, :] + tl.zeros([UNITS, 1], tl.int32)
@@ -215,25 +216,20 @@ def _fp8_to_q8_0(
         )
         inner = tl.reshape(tl.join(even, odd), [UNITS, INNER_WORDS])
         target = out_words + tile * (UNITS * UNIT_WORDS)
-        store_units(target, inner, d | (q0 << 16), units, UNITS, UNIT_BLOCKS, STORE_CACHE)
-        go_over = tl.max((strange & live).to(tl.int32), axis=0) != 0
-        # The careful part overwrites what other threads of this program wrote. It also makes an odd
-        # block at the very end.
+        store_units(target, inner, d | (q0 << 16), UNITS, UNIT_BLOCKS, STORE_CACHE)
+        go_over = tl.max(strange.to(tl.int32), axis=0)
+        # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-        start = tl.where(go_over, start, start + units * UNIT_BLOCKS)
-    _by_the_formula(weight, scale, out, counters, start, stop, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, PARTS)
+    if go_over != 0:
+        _by_the_formula(
+            weight, scale, out, counters, start, stop, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, PARTS
+        )
 
 
 @triton.jit
 def _halves(low, high, moved):
     """Return the upper half of ``low`` and the lower half of ``high``, or ``low`` where not ``moved``."""
     return tl.where(moved, ((low >> 16) & 0xFFFF) | (high << 16), low)
-
-
-@triton.jit
-def e4m3_magnitude(top):
-    """Return the int32 bits of the magnitude of ``e4m3_in_f32(top)``."""
-    return e4m3_in_f32(top).to(tl.int32, bitcast=True) & MAGNITUDE
 
 
 @triton.jit
@@ -245,8 +241,8 @@ def add(counter, number):
 
 @cache
 def _multipliers(device: torch.device) -> torch.Tensor:
-    """Return the multipliers with half the lift on the device, one for each largest magnitude code."""
-    return torch.from_numpy(multipliers() * np.float32(2.0 ** (PLACED_EXPONENT // 2))).to(device)
+    """Return the multipliers on the device, one for each largest magnitude code."""
+    return torch.from_numpy(multipliers() * np.float32(2.0**LIFT_OF_MULTIPLIERS)).to(device)
 
 
 def fp8_to_q8_0(
@@ -274,9 +270,9 @@ def fp8_to_q8_0(
     check(out, "out", (torch.uint8,), (rows, columns // GROUP * BLOCK_BYTES))
     if blocks == 0:
         return
-    vectors = vector_ready(weight, out) and vectors_keep_to_scales(GROUP, columns, block)
+    vectors = vector_ready(weight, out) and vectors_keep_to_scales(GROUP, rows, columns, block)
     tile = UNITS * int(UNIT_BLOCKS.value)
-    # The words of the output's whole units; an odd block's last bytes may make no word.
+    # The words of the output; the last bytes may make no word.
     out_words = out.view(-1)[: out.numel() // 4 * 4].view(torch.int32) if vectors else out
     with on_device(weight), Counting(tally, weight.device) as counters:
         _fp8_to_q8_0[(triton.cdiv(blocks, tile),)](

@@ -1,11 +1,11 @@
 """What the Triton kernels share: element arithmetic, flat addressing, exact counting, and the launch.
 
 Every program converts one flat tile, a few KiB, and every kernel has two parts. The quick part works on
-16-byte vectors and assumes what every sound checkpoint fulfils: no NaN, and scales so far from the ends
-of the exponent range that nothing is rounded. It only notes whether that held. Where it did not, the
-program goes over its tile a second time, element by element, exactly, and counts. So the counts cost
-nothing until there is something to count. (Programs that stay and walk through many tiles were slower
-on every size, and a single NaN then cost one of them its whole walk.)
+16-byte vectors of a whole tile and assumes what every sound checkpoint fulfils: no NaN, and scales so
+far from the ends of the exponent range that nothing is rounded. It only notes whether that held. Where
+it did not, and for what is left at the end of the tensor, the program goes over its tile element by
+element, exactly, and counts. So the counts cost nothing until there is something to count. (Programs
+that stay and walk through many tiles were slower at every size, and one NaN cost one of them its walk.)
 
 Floats are made from bits wherever they can be. The multiplications that remain are exact in the quick
 part, and plain IEEE float32 or float64 (subnormals kept, no fused multiply-add) in the careful one.
@@ -194,36 +194,30 @@ def scale_of_elements(
 @triton.jit
 def scale_of_vectors(
     scale,
-    base,
-    vector,
-    live,
+    tile,
+    TILE: tl.constexpr,
     PER_VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Return the scale of each vector of ``PER_VECTOR`` elements: ``vector`` (int32) counts from ``base`` (int64).
+    """Return the scale of each of the ``TILE`` vectors, of ``PER_VECTOR`` elements, of a whole tile.
 
-    Vectors may not straddle rows or scale blocks. Divisions by these constants become multiplications,
-    cheapest when unsigned; only the one for the whole tile is of 64 bits.
+    Vectors may not straddle rows or scale blocks, and are fewer than 2^32. Division by these constants
+    becomes a multiplication, cheapest when unsigned.
     """
     vectors_in_row: tl.constexpr = COLUMNS // PER_VECTOR
     vectors_in_block: tl.constexpr = (BLOCK_COLUMNS + PER_VECTOR - 1) // PER_VECTOR
+    vector = tile.to(tl.uint32) * TILE + tl.arange(0, TILE).to(tl.uint32)
     if BLOCK_ROWS == 1 and COLUMNS % BLOCK_COLUMNS == 0:
         # The scales lie in the order of the elements, so rows do not matter.
-        first_block = base // vectors_in_block
-        place = (base - first_block * vectors_in_block).to(tl.uint32) + vector.to(tl.uint32)
-        scales = scale + first_block + place // vectors_in_block
+        place = vector // vectors_in_block
     else:
         scale_columns: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-        first_row = base // vectors_in_row
-        place = (base - first_row * vectors_in_row).to(tl.uint32) + vector.to(tl.uint32)
-        rows_down = place // vectors_in_row
-        column = (place - rows_down * vectors_in_row) // vectors_in_block
-        first_block_row = first_row // BLOCK_ROWS
-        offset = (first_row - first_block_row * BLOCK_ROWS).to(tl.uint32)
-        scales = scale + first_block_row * scale_columns + ((offset + rows_down) // BLOCK_ROWS * scale_columns + column)
-    return tl.load(scales, mask=live, other=1)
+        row = vector // vectors_in_row
+        column = vector - row * vectors_in_row
+        place = row // BLOCK_ROWS * scale_columns + column // vectors_in_block
+    return tl.load(scale + place)
 
 
 @triton.jit
@@ -240,9 +234,10 @@ def vector_ready(*tensors: torch.Tensor) -> bool:
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
-def vectors_keep_to_scales(per_vector: int, columns: int, block: Block) -> bool:
-    """Return whether runs of ``per_vector`` elements straddle neither a row nor a scale block."""
-    return columns % per_vector == 0 and (block[1] % per_vector == 0 or block[1] >= columns)
+def vectors_keep_to_scales(per_vector: int, rows: int, columns: int, block: Block) -> bool:
+    """Return whether runs of ``per_vector`` elements straddle neither rows nor scale blocks, and number under 2^32."""
+    whole = columns % per_vector == 0 and (block[1] % per_vector == 0 or block[1] >= columns)
+    return whole and rows * columns // per_vector < 1 << 32
 
 
 def check(tensor: torch.Tensor, what: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

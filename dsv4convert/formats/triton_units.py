@@ -21,18 +21,15 @@ UNIT_BYTES = 68
 
 
 @triton.jit
-def store_units(out_words, words, starts, units, UNITS: tl.constexpr, BLOCKS: tl.constexpr, CACHE: tl.constexpr):
-    """Store the first ``units`` of ``UNITS`` units of ``BLOCKS`` blocks.
+def store_units(out_words, words, starts, UNITS: tl.constexpr, BLOCKS: tl.constexpr, CACHE: tl.constexpr):
+    """Store ``UNITS`` units of ``BLOCKS`` blocks.
 
     int32 ``words`` [UNITS, 16]; ``starts`` [UNITS*BLOCKS], the first four bytes of every block.
     """
-    unit = tl.arange(0, UNITS)[:, None]
-    word = tl.arange(0, INNER_WORDS)[None, :]
-    live = (unit < units) & (word < INNER_WORDS)
-    tl.store(out_words + unit * UNIT_WORDS + 1 + word, words, mask=live, cache_modifier=CACHE)
+    place = tl.arange(0, UNITS)[:, None] * UNIT_WORDS + 1 + tl.arange(0, INNER_WORDS)[None, :]
+    tl.store(out_words + place, words, cache_modifier=CACHE)
     block = tl.arange(0, UNITS * BLOCKS)
-    leads = (block % BLOCKS == 0) & (block < units * BLOCKS)
-    tl.store(out_words + block // BLOCKS * UNIT_WORDS, starts, mask=leads, cache_modifier=CACHE)
+    tl.store(out_words + block // BLOCKS * UNIT_WORDS, starts, mask=block % BLOCKS == 0, cache_modifier=CACHE)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import pytest
 from safetensors import safe_open
 
 import dsv4convert.convert_hf as convert_hf
-from dsv4convert.checkpoint import open_folder
+from dsv4convert.checkpoint import Encoding, open_folder
 from dsv4convert.convert_hf import plan_dequantize
-from dsv4convert.errors import FileFormatError, LossyError, OutputExistsError, UsageError
-from dsv4convert.layouts.hf import hf_files
+from dsv4convert.errors import FileFormatError, InventoryError, LossyError, OutputExistsError, UsageError
+from dsv4convert.layouts.hf import dequantized_tensors, hf_files
 from dsv4convert.plan import OutputTensor
 
 from ..conftest import MakeCheckpoint
@@ -244,6 +244,14 @@ def test_transformers_names_hold_the_same_numbers(
             assert_same(stacked.pop(theirs), left.pop(name))
     assert not stacked
     assert not left
+
+
+def test_experts_of_different_types_cannot_be_stacked(tiny: Path) -> None:
+    checkpoint = open_folder(tiny)
+    name = "layers.2.ffn.experts.1.w2.weight"
+    checkpoint.weights[name] = checkpoint.weights[name]._replace(encoding=Encoding.F32)
+    with pytest.raises(InventoryError, match=rf"tensor {name}: cannot be stacked with layers\.2\.ffn\.experts\.0"):
+        dequantized_tensors(checkpoint, "bf16", "transformers")
 
 
 @pytest.mark.parametrize(

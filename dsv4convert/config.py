@@ -11,15 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, InputMissingError, UnsupportedError
+from .reading import read_at_most
 
 CONFIG_NAME = "config.json"
 
+# A wrong list is wrong in every place; the first errors tell as much as all.
+MAX_SCHEMA_ERRORS = 100
+
 # A config is a few KiB; anything near this size is not one, and would only fill memory.
-MAX_CONFIG_BYTES = 16 * 2**20
+MAX_CONFIG_BYTES = 2**20
 
 SUPPORTED_ARCHITECTURE = "DeepseekV4ForCausalLM"
 KNOWN_UNSUPPORTED_ARCHITECTURES = {
@@ -205,13 +210,17 @@ def validate_schema(
 
     with schema_path(schema).open(encoding="utf-8") as file:
         validator = Draft202012Validator(json.load(file))
-    found = min(
-        validator.iter_errors(document), key=lambda e: (len(e.absolute_path), e.json_path), default=None
-    )
-    if found is not None:
+    try:
+        errors = islice(validator.iter_errors(document), MAX_SCHEMA_ERRORS)
+        found = min(errors, key=lambda e: (len(e.absolute_path), e.json_path), default=None)
+        if found is None:
+            return
         key = found.json_path.removeprefix("$.") or "$"
-        message = found.message if len(found.message) < 200 else found.message[:200] + "…"
-        raise error(f"key {key}: {message}", where=where, hint="correct the file or fetch it again")
+        message = found.message
+    except RecursionError:  # the message shows the value, however deep
+        raise error("JSON nested too deeply", where=where) from None
+    message = message if len(message) < 200 else message[:200] + "…"
+    raise error(f"key {key[:200]}: {message}", where=where, hint="correct the file or fetch it again")
 
 
 def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
@@ -226,7 +235,7 @@ def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ConfigError(f"key {twice!r} is there twice", where=where)
+            raise ConfigError(f"key {twice[:200]!r} is there twice", where=where)
         return result
 
     try:
@@ -235,6 +244,8 @@ def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
         raise ConfigError(f"not valid JSON ({error})", where=where, hint="fetch the file again") from None
     except RecursionError:
         raise ConfigError("JSON nested too deeply", where=where) from None
+    except MemoryError:
+        raise ConfigError("not enough memory for it", where=where, got=f"{len(text)} bytes") from None
     except ValueError as error:  # integers of thousands of digits
         raise ConfigError(f"not usable JSON ({error})", where=where) from None
     if not isinstance(document, dict):
@@ -250,8 +261,7 @@ def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str,
         ConfigError: it is too large or not one JSON object.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(max_bytes + 1)
+        text = read_at_most(path, max_bytes)
     except FileNotFoundError:
         raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as error:

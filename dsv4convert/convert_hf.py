@@ -28,6 +28,7 @@ from .layouts.hf import (
 )
 from .layouts.safetensors import whole_file
 from .plan import OutputFile, Plan
+from .reading import read_at_most
 
 # What a folder holds beside config and weights that the weights are of no use without.
 AUXILIARY_FILES = (
@@ -226,8 +227,7 @@ def auxiliary_files(source: Path) -> list[OutputFile]:
         if not path.exists():
             continue
         try:
-            with path.open("rb") as file:
-                content = file.read(left + 1)
+            content = read_at_most(path, left)
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
         left -= len(content)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .checkpoint.folder import Checkpoint, open_folder
 from .checkpoint.shards import is_shard_folder, open_shards
-from .config import CONFIG_NAME
+from .config import CONFIG_NAME, MAX_CONFIG_BYTES
 from .convert_hf import auxiliary_files, check_apart
 from .errors import InputMissingError, UsageError
 from .layouts.hf import DEFAULT_MAX_FILE_BYTES, hf_files, repacked_config
@@ -17,6 +17,7 @@ from .layouts.names import Store
 from .layouts.safetensors import whole_file
 from .layouts.shards import ShardCosts, ShardOptions, config_without_draft, shard_files, unshard_tensors
 from .plan import OutputFile, Plan
+from .reading import read_at_most
 
 SHARD = "shard"
 UNSHARD = "unshard"
@@ -125,6 +126,6 @@ def _missing_tokenizer(source: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_at_most(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,24 @@ from .engine.ledger import combine_digests
 from .engine.run import RunReport
 from .errors import ConfigError, FileFormatError, InputMissingError
 from .plan import OutputFile, OutputTensor, Plan
+from .reading import open_regular, read_at_most
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
 CHECKSUM = "xxh3_128"
 
-# V4-Pro's shards list some 150,000 tensors a rank: 30 MB each.
-MAX_MANIFEST_BYTES = 2**30
+# The shards of V4-Pro for 16 ranks are 180,000 tensors: 41 MB.
+MAX_MANIFEST_BYTES = 2**26
+MAX_FILES = 2**16
+MAX_SEGMENTS = 2**20  # of a tensor
 READ_BYTES = 2**22
 WRITE_BYTES = 2**18
+
+# As in the schema.
+SCHEMA = "manifest.schema.json"
+TENSOR_KEYS = {"name", "offset", "bytes", "segments", "checksum"}
+DIGEST = re.compile(r"[0-9a-f]{32}")
+MAX_SIZE = 2**53
 
 
 def manifest_path(plan: Plan) -> Path:
@@ -145,8 +155,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FileFormatError: it is not a manifest.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_MANIFEST_BYTES + 1)
+        text = read_at_most(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one") from None
     except OSError as error:
@@ -154,14 +163,58 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         if len(text) > MAX_MANIFEST_BYTES:
             raise ConfigError("too large")
+        # Objects take more memory than text: a manifest, of long lines, has few for its length.
+        if text.count(b"[") + text.count(b"{") > len(text) // 16 + 64 or text.count(b",") > len(text) // 8 + 64:
+            raise ConfigError("too many values for its length")
         manifest = parse_json_object(text, path)
-        validate_schema(manifest, "manifest.schema.json", path)
+        _validate(manifest, path)
     except ConfigError as error:
         raise FileFormatError(f"not a manifest: {error.what}", where=path) from None
     for file in manifest["files"]:
         if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
             raise FileFormatError("not a manifest: a file name that is no plain name", where=path, got=file["name"])
     return manifest
+
+
+def _validate(manifest: dict[str, Any], path: Path) -> None:
+    """Check a parsed manifest against its schema; the tensors by hand, for there are many.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    files = manifest.get("files")
+    entries = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if len(entries) > MAX_FILES:
+        raise ConfigError(f"more than {MAX_FILES} files")
+    tensors = [file["tensors"] for file in entries if isinstance(file.get("tensors"), list)]
+    head = [{**file, "tensors": []} if isinstance(file.get("tensors"), list) else file for file in entries]
+    validate_schema({**manifest, "files": head if len(head) == len(files or ()) else files}, SCHEMA, path)
+    for tensor in chain.from_iterable(tensors):
+        if not _is_tensor_entry(tensor):
+            name = tensor.get("name") if isinstance(tensor, dict) else None
+            raise ConfigError(f"tensor {str(name)[:100]!r}: malformed entry")
+
+
+def _is_tensor_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == TENSOR_KEYS
+        and isinstance(entry["name"], str)
+        and _is_size(entry["offset"])
+        and _is_size(entry["bytes"])
+        and isinstance(entry["checksum"], str)
+        and DIGEST.fullmatch(entry["checksum"]) is not None
+        and isinstance(entry["segments"], list)
+        and all(
+            isinstance(run, list) and len(run) == 2 and all(_is_size(number) and number for number in run)
+            for run in entry["segments"]
+        )
+        and sum(count for count, _ in entry["segments"]) <= MAX_SEGMENTS
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
 
 
 def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
@@ -253,7 +306,7 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
         yield Mismatch(name, None, "the manifest itself is damaged: not a checksum")
         return
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry["bytes"]:
                 yield Mismatch(name, None, f"has {size} bytes, not {entry['bytes']}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FileFormatError
+from .reading import open_regular, read_at_most
 
 MODEL_CARD_NAME = "README.md"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 # A model card is some KiB of text.
-MAX_CARD_BYTES = 16 * 2**20
+MAX_CARD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
             return {}
         if path.stat().st_size > MAX_CARD_BYTES:
             raise FileFormatError("too large", where=path, expected=f"at most {MAX_CARD_BYTES} bytes")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.readline().strip() != b"---":
                 return {}  # no front matter: the YAML reader is not even loaded
     except OSError as error:
@@ -70,14 +71,14 @@ def _front_matter(folder: Path) -> dict[str, Any]:
 
 def _generation(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_bytes()
+        text = read_at_most(path, MAX_CARD_BYTES)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise FileFormatError(f"cannot be read ({error.strerror})", where=path) from None
     try:
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise FileFormatError(
             f"not valid JSON ({error})", where=path, hint="correct it or take it out"
         ) from None

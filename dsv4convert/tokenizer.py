@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import CONFIG_NAME, parse_json_object
 from .errors import ConfigError, DeviceError, TokenizerError
+from .reading import read_at_most
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -18,7 +19,7 @@ CHAT_TEMPLATE_NAME = "chat_template.jinja"
 CHAT_TEMPLATE_JSON_NAME = "chat_template.json"
 
 # The published tokenizer.json is 6 MiB; ten times that is no tokenizer of this model.
-MAX_TOKENIZER_BYTES = 64 * 2**20
+MAX_TOKENIZER_BYTES = 32 * 2**20
 
 # llama.cpp's name for "byte-level BPE, as GPT-2 introduced it".
 GGML_MODEL_BPE = "gpt2"
@@ -248,8 +249,7 @@ def _is_plain_byte_level(step: Mapping[str, Any]) -> bool:
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_TOKENIZER_BYTES + 1)
+        text = read_at_most(path, MAX_TOKENIZER_BYTES)
     except FileNotFoundError:
         if not required:
             return {}
@@ -497,7 +497,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
         }
     path = folder / CHAT_TEMPLATE_NAME
     try:
-        return {"default": path.read_text(encoding="utf-8")}
+        return {"default": read_at_most(path, MAX_TOKENIZER_BYTES).decode("utf-8")}
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError) as error:

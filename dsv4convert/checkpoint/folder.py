@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import CONFIG_NAME, ModelConfig, load_config, parse_json_object
@@ -21,6 +21,7 @@ from ..layouts.names import (
     is_vision_name,
     scale_name,
 )
+from ..reading import read_at_most
 from .renaming import official_tensors
 from .safetensors_header import Stored, read_header
 from .weights import Weight, pair
@@ -29,7 +30,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 # 145,116 names of V4-Pro make 13 MB.
-MAX_INDEX_BYTES = 256 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
 
 DRAFT_NAME = re.compile(r"mtp\.(\d+)\.")
 VISION_BIAS = ".ffn.gate.bias_vl"
@@ -119,8 +120,7 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_INDEX_BYTES + 1)
+        text = read_at_most(path, MAX_INDEX_BYTES)
     except OSError as error:
         raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
     if len(text) > MAX_INDEX_BYTES:
@@ -202,7 +202,8 @@ def resolve(
     weights: dict[str, Weight] = {}
     missing: list[str] = []
     left = dict(tensors)
-    has_vision, has_tower = vision_kind(tensors, config)
+    config = with_draft_ratios(config, n_draft)
+    has_vision, has_tower = vision_kind(tensors)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
         weight = left.pop(expected.name, None)
         if weight is None:
@@ -229,7 +230,7 @@ def resolve(
             where=left[name].file,
             hint="nothing is dropped in silence; is this a DeepSeek-V4 text checkpoint?",
         )
-    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
+    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, (*notes, *_vision_note(config, has_tower)))
 
 
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
@@ -243,7 +244,7 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
         raise InventoryError(
             f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there"
         )
-    if n_draft > config.n_draft_ratios:
+    if n_draft > config.n_draft_ratios and "compress_ratios" in config.raw:
         raise ConfigError(
             "key compress_ratios: list too short for the draft layers",
             where=folder / CONFIG_NAME,
@@ -254,16 +255,25 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
     return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
 
 
-def vision_kind(names: Iterable[str], config: ModelConfig) -> tuple[bool, bool]:
-    """Return whether the routers have their bias for images, and whether there is a vision tower.
+def with_draft_ratios(config: ModelConfig, n_draft: int) -> ModelConfig:
+    """Return ``config`` with a ratio for every draft layer, which transformers' form of a config does not list."""
+    lacking = max(0, n_draft - config.n_draft_ratios)
+    return replace(config, compress_ratios=config.compress_ratios + (0,) * lacking) if lacking else config
 
-    Config and tensors must agree: where either speaks of it, all of it has to be there.
-    """
-    has_bias = has_tower = config.has_vision
+
+def vision_kind(names: Iterable[str]) -> tuple[bool, bool]:
+    """Return whether the routers have their bias for images, and whether there is a vision tower."""
+    has_bias = has_tower = False
     for name in names:
         has_bias = has_bias or name.endswith(VISION_BIAS)
         has_tower = has_tower or is_vision_name(name)
     return has_bias, has_tower
+
+
+def _vision_note(config: ModelConfig, has_tower: bool) -> tuple[str, ...]:
+    if has_tower or not config.has_vision:
+        return ()
+    return (f"{CONFIG_NAME} speaks of a vision tower and no tensor is of one: read as a text model",)
 
 
 def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError, UsageError
+from ..reading import open_regular
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -211,7 +212,7 @@ def is_gguf(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -277,7 +278,7 @@ def read_gguf_part(path: Path) -> GgufPart:
         FileFormatError: not a GGUF v3 file, truncated, or malformed.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _Header(path, file).read()
     except FileNotFoundError:
         raise InputMissingError("no such file", where=path, hint="is the download complete?") from None

@@ -1,0 +1,38 @@
+"""Opens files that nobody vouches for: regular files only, and no more of them than expected."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, links followed; a pipe or a device would wait for ever or never end.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_at_most(path: Path, most: int) -> bytes:
+    """Return the content of a regular file, or its first ``most`` + 1 bytes: the caller refuses what is longer.
+
+    Raises:
+        OSError: see ``open_regular``.
+    """
+    with open_regular(path) as file:
+        return file.read(most + 1)

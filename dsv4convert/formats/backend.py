@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass, fields
 from functools import cache
 
+from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.base import TileFunction
 
@@ -54,15 +56,27 @@ def numpy_codecs() -> Codecs:
 
 
 def compiled_available() -> bool:
-    """True when numba is installed and DSV4CONVERT_COMPILED is not 0; imports nothing."""
-    if os.environ.get(COMPILED_VARIABLE, "1") == "0":
+    """True when numba is installed and not switched off; imports nothing.
+
+    DSV4CONVERT_COMPILED=0 switches it off, and so does NUMBA_DISABLE_JIT, which would run the kernels in
+    the Python interpreter.
+    """
+    if os.environ.get(COMPILED_VARIABLE, "1") == "0" or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return False
     return importlib.util.find_spec("numba") is not None
 
 
 @cache
 def compiled_codecs() -> Codecs:
-    """Return the compiled twins; a conversion without one stays with numpy. Imports numba."""
-    from dsv4convert.formats import compiled
+    """Return the compiled twins; a conversion without one stays with numpy. Imports numba.
 
+    An installed numba that does not import, as one older than the installed numpy does, costs speed and
+    a warning, not the conversion.
+    """
+    try:
+        from dsv4convert.formats import compiled
+    except Exception as error:  # noqa: BLE001 - numba raises what it likes: ImportError, SystemError, OSError
+        reason = escape_control(f"{type(error).__name__}: {error}")
+        warnings.warn(f"numba does not import ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2)
+        return numpy_codecs()
     return Codecs("compiled", **compiled.TWINS)

@@ -13,14 +13,20 @@ Offsets count elements of the flat, contiguous array before them; nothing is che
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from dsv4convert.formats.base import GROUP
 from dsv4convert.formats.e4m3 import MIN_SUBNORMAL_EXPONENT, NAN_CODE, PLACED_EXPONENT
+
+
+def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's decorator, typed; kernels call the result without its first argument, the typing context."""
+    return cast(Callable[..., Any], intrinsic(function))
+
 
 _I1, _I8, _I16, _I32, _F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _PAIRS = GROUP // 2
@@ -148,7 +154,7 @@ def _group_function(result: Any, emit: Callable[[_Lanes], Any]) -> Callable[...,
     return lambda *arguments: (result(*arguments), codegen)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def repack_group(typing: Any, packed: Any, start: Any, out: Any, where: Any) -> Any:
     """Write the 16 code bytes of an MXFP4 block from 16 packed bytes."""
 
@@ -162,7 +168,7 @@ def repack_group(typing: Any, packed: Any, start: Any, out: Any, where: Any) -> 
     return _group_function(types.void, emit)(packed, start, out, where)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def fp4_to_fp8_group(typing: Any, packed: Any, start: Any, base: Any, out: Any, where: Any) -> Any:
     """Write 32 e4m3 codes; ``base`` (uint8) is what the exponents of the e2m1 codes are counted from."""
 
@@ -180,7 +186,7 @@ def fp4_to_fp8_group(typing: Any, packed: Any, start: Any, base: Any, out: Any, 
     return _group_function(types.void, emit)(packed, start, base, out, where)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def largest_fp8(typing: Any, weight: Any, start: Any) -> Any:
     """Largest e4m3 code of 32 without the signs, as uint8."""
 
@@ -191,7 +197,7 @@ def largest_fp8(typing: Any, weight: Any, start: Any) -> Any:
     return _group_function(types.uint8, emit)(weight, start)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def largest_fp4(typing: Any, packed: Any, start: Any) -> Any:
     """Largest e2m1 code of 32 without the signs, as uint8."""
 
@@ -204,7 +210,7 @@ def largest_fp4(typing: Any, packed: Any, start: Any) -> Any:
     return _group_function(types.uint8, emit)(packed, start)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def largest_bits(typing: Any, values: Any, start: Any) -> Any:
     """Largest magnitude of 32 float32 or bfloat16 as float32 bits; NaN is larger than infinity."""
 
@@ -214,7 +220,7 @@ def largest_bits(typing: Any, values: Any, start: Any) -> Any:
     return _group_function(types.uint32, emit)(values, start)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def fp8_levels(typing: Any, weight: Any, start: Any, multiplier: Any, out: Any, where: Any) -> Any:
     """Write the 32 levels of a Q8_0 block from e4m3 codes."""
 
@@ -226,7 +232,7 @@ def fp8_levels(typing: Any, weight: Any, start: Any, multiplier: Any, out: Any, 
     return _group_function(types.void, emit)(weight, start, multiplier, out, where)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def fp4_levels(typing: Any, packed: Any, start: Any, multiplier: Any, out: Any, where: Any) -> Any:
     """Write the 32 levels of a Q8_0 block from 16 packed bytes."""
 
@@ -238,7 +244,7 @@ def fp4_levels(typing: Any, packed: Any, start: Any, multiplier: Any, out: Any, 
     return _group_function(types.void, emit)(packed, start, multiplier, out, where)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def float_levels(typing: Any, values: Any, start: Any, inverse: Any, out: Any, where: Any) -> Any:
     """Write the 32 levels of a Q8_0 block from float32 or bfloat16: x * inverse, half away from zero."""
 
@@ -258,7 +264,7 @@ def float_levels(typing: Any, values: Any, start: Any, inverse: Any, out: Any, w
 HAS_FINE_CODE = 1 << 8
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def encode_group(typing: Any, values: Any, start: Any, inverse: Any, out: Any, where: Any) -> Any:
     """Write the 16 code bytes of an MXFP4 block: x * inverse to the nearest e2m1 code, ties to even.
 

@@ -28,6 +28,23 @@ def test_compiled_codecs_are_offered_only_where_numba_is(monkeypatch: pytest.Mon
     assert not compiled_available()
 
 
+def test_numba_without_its_compiler_is_not_offered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert not compiled_available()
+
+
+def test_a_numba_that_does_not_import_costs_a_warning_and_speed():
+    program = (
+        "import sys, warnings; sys.modules['numba'] = None; warnings.simplefilter('error');"
+        "from dsv4convert.formats.backend import compiled_codecs\n"
+        "try: compiled_codecs()\n"
+        "except RuntimeWarning as warning: assert 'numba does not import' in str(warning), warning\n"
+        "else: sys.exit(1)\n"
+        "warnings.simplefilter('ignore'); sys.exit(compiled_codecs().name != 'numpy')"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_choosing_numpy_imports_no_numba():
     program = (
         "import sys; from dsv4convert.formats.backend import compiled_available, numpy_codecs;"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -16,18 +17,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint.folder import INDEX_NAME, read_folder_headers
+from .checkpoint.folder import INDEX_NAME, read_folder_headers, vision_kind
 from .checkpoint.gguf_file import GgufModelFile, is_gguf, open_gguf
 from .checkpoint.renaming import official_name, official_tensors
 from .checkpoint.safetensors_header import Stored, read_header
+from .checkpoint.shards import is_shard_folder, open_shards
 from .checkpoint.weights import Weight, pair
 from .config import ATTENTION_BY_RATIO, ModelConfig, load_config
-from .errors import ConfigError, InputMissingError, InventoryError, escape_control
+from .errors import ConfigError, InputMissingError, InventoryError, UsageError, escape_control
 from .layouts.names import (
     DSPARK_ROWS,
     EXPERT_ROWS,
     LAYER_ROWS,
-    MODEL_PREFIX,
     MTP_ROWS,
     TOP_ROWS,
     UNUSED_DRAFT_SUFFIXES,
@@ -39,8 +40,8 @@ from .layouts.names import (
     scale_name,
     vision_tensors,
 )
+from .layouts.parallel import SHARD_NAME
 
-SHARD_FILE = re.compile(r"model(?P<rank>\d+)-mp(?P<count>\d+)\.safetensors")
 DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
 DSPARK_TENSORS = (".main_proj.weight", ".markov_head.markov_w1.weight")
 
@@ -62,6 +63,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"\.attn\.", "attention"),
 )
 OTHER = "other"
+EXPERTS = "routed experts"
 
 # The config keys that make a model the size it is; the others of these may be cut down in a slice.
 WIDTH_KEYS = (
@@ -178,9 +180,9 @@ class Description:
         if self.draft != Draft.NONE.value:
             yield f"draft: {self.draft}, {self.draft_layers} layer{'s' if self.draft_layers != 1 else ''}"
         for title, counts in (("family", self.families), ("dtype", self.dtypes)):
-            for name, count in counts.items():
+            for name, count in sorted(counts.items(), key=lambda item: -item[1].bytes):
                 yield f"{title} {name}: {count.tensors:,} tensors, {count.bytes:,} bytes"
-        for use in self.encodings:
+        for use in sorted(self.encodings, key=lambda use: use.family):
             scale = "" if use.scale is None else f", {use.scale} scales"
             block = "" if use.block is None else f", blocks {use.block[0]}x{use.block[1]}"
             yield f"encoding of {use.family}: {use.encoding}{scale}{block} ({use.weights:,} weights)"
@@ -206,7 +208,7 @@ def inspect_path(path: Path) -> Description:
         raise InputMissingError("no such file or folder", where=path)
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent
-    if path.is_dir() and any(SHARD_FILE.fullmatch(file.name) for file in path.glob("*.safetensors")):
+    if is_shard_folder(path):
         return _describe_shards(path)
     if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
         return _describe_gguf(path)
@@ -281,8 +283,9 @@ def _describe_config(found: Description, config: ModelConfig) -> None:
     ]
 
 
-def _name_variant(found: Description, sizes: Mapping[str, Any], experts: EncodingUse | None) -> None:
+def _name_variant(found: Description, sizes: Mapping[str, Any]) -> None:
     """Name the variant by its sizes, its draft, its vision tower and how its experts are stored."""
+    experts = max((use for use in found.encodings if use.family == EXPERTS), key=lambda use: use.weights, default=None)
     size = _published_size(sizes)
     suffix = ""
     if experts is not None and experts.encoding == "fp8" and experts.scale == "F32":
@@ -334,8 +337,7 @@ def _describe_folder(folder: Path) -> Description:
         return found
     _describe_config(found, config)
     _describe_weights(found, config, tensors)
-    experts = next((use for use in found.encodings if use.family == "routed experts"), None)
-    _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS}, experts)
+    _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found
 
 
@@ -385,10 +387,11 @@ def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
 def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
     """Hold the tensors against the tables: encodings of those that fit, a line for each that does not."""
     left = dict(tensors)
-    uses: dict[tuple[str, str, str | None, tuple[int, int] | None], int] = {}
+    weights: list[Weight] = []
     missing: list[str] = []
-    expectations = expected_tensors(config, Draft(found.draft), found.draft_layers, config.has_vision)
-    for expected in _chain(expectations, lambda: vision_tensors(config), config.has_vision, found):
+    has_vision, has_tower = vision_kind(tensors)
+    expectations = expected_tensors(config, Draft(found.draft), found.draft_layers, has_vision)
+    for expected in _chain(expectations, lambda: vision_tensors(config), has_tower, found):
         stored = left.pop(expected.name, None)
         if stored is None:
             missing.append(expected.name)
@@ -400,9 +403,8 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
             found.unexpected.append(str(error))
             continue
         found.elements += math.prod(weight.shape)
-        key = _use_of(weight)
-        uses[key] = uses.get(key, 0) + 1
-    found.encodings = [EncodingUse(*key, weights) for key, weights in uses.items()]
+        weights.append(weight)
+    _count_encodings(found, weights)
     copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_LAYER.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
@@ -421,10 +423,13 @@ def _chain(
             found.unexpected.append(str(error))
 
 
-def _use_of(weight: Weight) -> tuple[str, str, str | None, tuple[int, int] | None]:
-    family = "routed experts" if weight.expert is not None else family_of(weight.name)
-    scale = None if weight.scale is None else weight.scale.dtype
-    return family, weight.encoding.value, scale, weight.block
+def _count_encodings(found: Description, weights: Iterable[Weight]) -> None:
+    uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
+    for weight in weights:
+        family = EXPERTS if weight.expert is not None else family_of(weight.name)
+        scale = None if weight.scale is None else weight.scale.dtype
+        uses[family, weight.encoding.value, scale, weight.block] += 1
+    found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]
 
 
 # GGUF
@@ -576,35 +581,27 @@ def _gguf_layers(
 def _describe_shards(folder: Path) -> Description:
     found = Description(str(folder), "model-parallel shards")
     config = _lenient_config(folder, found)
-    files = [
+    matches = [
         (path, match)
         for path in sorted(folder.glob("*.safetensors"))
-        if (match := SHARD_FILE.fullmatch(path.name)) is not None
+        if (match := SHARD_NAME.fullmatch(path.name)) is not None
     ]
-    counts = {int(match["count"]) for _, match in files}
-    found.files = len(files)
-    found.ranks = max(counts)
-    if len(counts) > 1:
-        found.unexpected.append(f"shards of several splits in one folder: mp {', '.join(map(str, sorted(counts)))}")
-    present = {int(match["rank"]) for _, match in files}
-    found.unexpected += [
-        f"model{rank}-mp{found.ranks}.safetensors: missing" for rank in range(found.ranks) if rank not in present
-    ]
-    names: dict[str, Stored] = {}
-    for path, _ in files:
+    found.files = len(matches)
+    found.ranks = max(int(match[2]) for _, match in matches)
+    names: set[str] = set()
+    for path, _ in matches:
         for name, tensor in read_header(path).items():
-            official = name.removeprefix(MODEL_PREFIX)
-            names.setdefault(official, tensor)
-            found.count(family_of(official), tensor.dtype, tensor.nbytes)
-            found.elements += math.prod(tensor.shape)
+            names.add(name)
+            found.count(family_of(name), tensor.dtype, tensor.nbytes)
     found.draft, found.draft_layers = _draft_of(names, found)
-    experts = next((tensor for name, tensor in names.items() if ".experts." in name and name.endswith(".weight")), None)
     if config is not None:
         _describe_config(found, config)
-        use = None
-        if experts is not None:
-            use = EncodingUse(
-                "routed experts", "fp4" if experts.dtype in ("F4", "I8") else experts.dtype.lower(), None, None, 0
-            )
-        _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS}, use)
+        try:
+            weights = open_shards(folder).weights.values()
+        except (InputMissingError, InventoryError, UsageError) as error:
+            found.unexpected.append(str(error))
+        else:
+            found.elements = sum(math.prod(weight.shape) for weight in weights)
+            _count_encodings(found, (weight.parts[0] for weight in weights))
+        _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found

@@ -86,7 +86,8 @@ def verify(
     if not report.ok:
         first = report.problems[0]
         more = f" (and {len(report.problems) - 1} more problems)" if report.problems[1:] else ""
-        raise VerifyError(f"the output is not what its source says: {first}{more}", where=out)
+        what = first.what if first.where == str(out) else str(first)
+        raise VerifyError(f"the output is not what its source says: {what}{more}", where=out)
     if not as_json and not quiet:
         typer.echo("verified")
 

@@ -97,7 +97,8 @@ def prepare(
     try:
         pieces = _pieces(layout, output, checkpoint, report)
     except (FileFormatError, InventoryError) as error:
-        report.problem(FILE, output, f"cannot be read: {error}")
+        bare = type(error)(error.what, expected=error.expected, got=error.got, hint=error.hint)
+        report.problem(FILE, output if error.where is None else error.where, str(bare))
         pieces = []
     fitting: list[Piece] = []
     for piece in pieces:

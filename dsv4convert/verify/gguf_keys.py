@@ -133,6 +133,9 @@ SAMPLING = {
 }
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+
+# Characters of a value that a problem shows.
+MAX_SHOWN = 80
 MASK_TOKEN_KEY = "tokenizer.ggml.mask_token_id"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -366,12 +369,12 @@ def _equal(kind: str, expected: Any, found: Any) -> bool:
 
 def _difference(expected: Any, found: Any) -> str:
     """Say how two values of one type differ: of arrays and long texts, where."""
-    if isinstance(expected, (list, str)) and isinstance(found, (list, str)):
+    is_long = isinstance(expected, list) or max(len(str(expected)), len(str(found))) > MAX_SHOWN
+    if isinstance(expected, (list, str)) and isinstance(found, (list, str)) and is_long:
         if len(expected) != len(found):
             return f"expected {len(expected)} {_unit(expected)}, got {len(found)}"
-        if isinstance(expected, list) or len(expected) > 60:
-            where = next((i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b), 0)
-            return f"[{where}]: expected {_short(expected[where])}, got {_short(found[where])}"
+        where = next((i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b), 0)
+        return f"[{where}]: expected {_short(expected[where])}, got {_short(found[where])}"
     return f"expected {_short(expected)}, got {_short(found)}"
 
 
@@ -381,4 +384,4 @@ def _unit(value: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"

@@ -13,8 +13,8 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.gguf_file import GgufModelFile, GgufTensor
 from ..checkpoint.weights import Weight
 from ..config import ModelConfig
-from ..errors import InputOutputError, UnsupportedError
-from ..layouts.names import When, gguf_name, is_vision_name
+from ..errors import InputOutputError, InventoryError, UnsupportedError
+from ..layouts.names import Draft, When, gguf_name, is_vision_name
 from .compare import Piece
 from .matrix import STORAGE, Matrix, as_matrix, read_bits, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
@@ -60,6 +60,7 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
 
     Raises:
         UnsupportedError: an architecture that is not verified.
+        InventoryError: the file holds a part of a model that the source does not have.
     """
     architecture = model.architecture
     if architecture not in (LLAMA_CPP, PORT, DFLASH, CLIP):
@@ -69,14 +70,14 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
             expected=f"{LLAMA_CPP}, {PORT}, {DFLASH} or {CLIP}",
             got=repr(architecture)[:100],
         )
-    config, kind, block_count = checkpoint.config, TEXT, checkpoint.config.num_hidden_layers
-    if architecture == CLIP:
-        kind, block_count, wanted = TOWER, config.raw.get("vision_n_layers", 0), _tower_weights(checkpoint)
-    elif architecture == DFLASH:
-        kind, block_count, wanted = DSPARK, checkpoint.n_draft, _dspark_weights(checkpoint)
+    config, kind, block_count = checkpoint.config, _kind(model, checkpoint), checkpoint.config.num_hidden_layers
+    if kind == TOWER:
+        block_count, wanted = config.raw.get("vision_n_layers", 0), _tower_weights(checkpoint)
+    elif kind == DSPARK:
+        block_count, wanted = checkpoint.n_draft, _dspark_weights(checkpoint)
         config = replace(config, num_hidden_layers=block_count, num_hash_layers=0, compress_ratios=(0,) * block_count)
-    elif architecture == LLAMA_CPP and _is_mtp_file(model):
-        kind, wanted = MTP, _mtp_file_weights(checkpoint)
+    elif kind == MTP:
+        wanted = _mtp_file_weights(checkpoint)
         block_count += checkpoint.n_draft
     else:
         blocks = model.metadata.get(f"{architecture}.block_count")
@@ -98,8 +99,25 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
     return GgufContent(config, kind, block_count, pieces)
 
 
-def _is_mtp_file(model: GgufModelFile) -> bool:
-    return f"{LLAMA_CPP}.nextn_predict_layers" in model.metadata or any(".nextn." in n for n in model.tensors)
+def _kind(model: GgufModelFile, checkpoint: Checkpoint) -> str:
+    """Return which part of a model a file holds.
+
+    Raises:
+        InventoryError: one that the source does not have.
+    """
+    kind = {CLIP: TOWER, DFLASH: DSPARK}.get(model.architecture or "", TEXT)
+    is_mtp = f"{LLAMA_CPP}.nextn_predict_layers" in model.metadata or any(".nextn." in n for n in model.tensors)
+    if model.architecture == LLAMA_CPP and is_mtp:
+        kind = MTP
+    has = {
+        TEXT: True,
+        MTP: checkpoint.draft is Draft.MTP,
+        DSPARK: checkpoint.draft is Draft.DSPARK,
+        TOWER: any(map(is_vision_name, checkpoint.weights)),
+    }
+    if not has[kind]:
+        raise InventoryError(f"holds {kind}, and the source has none", where=model.files[0])
+    return kind
 
 
 def _mtp_file_weights(checkpoint: Checkpoint) -> dict[str, list[Weight]]:
@@ -176,9 +194,7 @@ def _first_layer(model: GgufModelFile, checkpoint: Checkpoint, blocks: int) -> i
     return 0
 
 
-def _note_left_out(
-    checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Weight]], kind: str, report: Report
-) -> None:
+def _note_left_out(checkpoint: Checkpoint, wanted: Mapping[str, Sequence[Weight]], kind: str, report: Report) -> None:
     """Report what of the source is in no tensor of this file, by reason."""
     held = {weight.name for weights in wanted.values() for weight in weights}
     groups: dict[tuple[str, str], int] = {}

@@ -349,7 +349,7 @@ def _check_architecture(raw: Mapping[str, Any], where: object) -> None:
         raise ConfigError(
             "key architectures: missing or not a list", where=where, expected=f'["{SUPPORTED_ARCHITECTURE}"]'
         )
-    for name in architectures:
+    for name in map(str, architectures):
         if name in KNOWN_UNSUPPORTED_ARCHITECTURES:
             raise UnsupportedError(KNOWN_UNSUPPORTED_ARCHITECTURES[name], where=where)
     if SUPPORTED_ARCHITECTURE not in architectures:

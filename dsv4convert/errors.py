@@ -16,6 +16,14 @@ def escape_control(text: str) -> str:
     )
 
 
+# Of each part of a message: values come out of files that nobody vouches for.
+MAX_CHARACTERS = 400
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+
+
 class Dsv4Error(Exception):
     """Base of all errors of dsv4convert.
 
@@ -42,13 +50,14 @@ class Dsv4Error(Exception):
         super().__init__(self._one_line())
 
     def _one_line(self) -> str:
-        line = self.what if self.where is None else f"{self.where}: {self.what}"
+        what = _clip(self.what)
+        line = what if self.where is None else f"{self.where}: {what}"
         if self.expected is not None:
-            line += f": expected {self.expected}"
+            line += f": expected {_clip(str(self.expected))}"
             if self.got is not None:
-                line += f", got {self.got}"
+                line += f", got {_clip(str(self.got))}"
         elif self.got is not None:
-            line += f": got {self.got}"
+            line += f": got {_clip(str(self.got))}"
         if self.hint is not None:
             line += f"; {self.hint}"
         return escape_control(line)

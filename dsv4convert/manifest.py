@@ -182,13 +182,17 @@ def _validate(manifest: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: it does not fit.
     """
-    files = manifest.get("files")
-    entries = [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
-    if len(entries) > MAX_FILES:
-        raise ConfigError(f"more than {MAX_FILES} files")
-    tensors = [file["tensors"] for file in entries if isinstance(file.get("tensors"), list)]
-    head = [{**file, "tensors": []} if isinstance(file.get("tensors"), list) else file for file in entries]
-    validate_schema({**manifest, "files": head if len(head) == len(files or ()) else files}, SCHEMA, path)
+    head = dict(manifest)
+    tensors: list[list[Any]] = []
+    if isinstance(files := manifest.get("files"), list):
+        if len(files) > MAX_FILES:
+            raise ConfigError(f"more than {MAX_FILES} files")
+        head["files"] = list(files)
+        for number, file in enumerate(files):
+            if isinstance(file, dict) and isinstance(file.get("tensors"), list):
+                tensors.append(file["tensors"])
+                head["files"][number] = {**file, "tensors": []}
+    validate_schema(head, SCHEMA, path)
     for tensor in chain.from_iterable(tensors):
         if not _is_tensor_entry(tensor):
             name = tensor.get("name") if isinstance(tensor, dict) else None

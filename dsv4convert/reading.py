@@ -15,7 +15,10 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: it is not there, cannot be read, or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError:  # a NUL, or half a surrogate pair
+        raise OSError(errno.EINVAL, "not a file name") from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):

@@ -230,7 +230,18 @@ def converted_bytes(plan: Plan) -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident size that this process has had."""
+    """Return the largest resident size that this process has had.
+
+    Not ``ru_maxrss`` where it can be helped: that one survives exec, so a small program started by a
+    large one would report the large one's size.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -36,6 +36,7 @@ from .layouts.names import (
     VISION_ROWS,
     Draft,
     Row,
+    applies,
     expected_tensors,
     scale_name,
     vision_tensors,
@@ -443,33 +444,45 @@ def _describe_gguf(path: Path) -> Description:
     found.traits.append(f"architecture {architecture}")
     rows = _gguf_rows(architecture)
     numbers = _Numbers(model, found)
-    blocks = numbers.get("block_count")
-    ratios = numbers.list("attention.compress_ratios", "compress_ratios")
-    hash_layers = numbers.get("hash_layer_count", "n_hash_layers")
-    nextn = numbers.get("nextn_predict_layers") or 0
-    mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if re.match(r"blk\.\d+\.(nextn|mtp)\.", name)}
-    first_draft = min(mtp_blocks, default=None)
-    uses: dict[tuple[str, str], int] = {}
+    blocks = numbers.get("block_count") or 0
+    mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if MTP_TENSOR.match(name)}
+    uses: Counter[tuple[str, str]] = Counter()
     for name, tensor in model.tensors.items():
-        family = _gguf_family(name, rows, first_draft)
+        family = _gguf_family(name, rows, min(mtp_blocks, default=None))
         if family is None:
-            found.unexpected.append(f"tensor {name}: unknown to the {architecture} layout")
+            if rows:
+                found.unexpected.append(f"tensor {name}: unknown to the {architecture} layout")
             family = OTHER
         found.count(family, tensor.type, tensor.nbytes)
         found.elements += math.prod(tensor.shape)
-        uses[family, tensor.type] = uses.get((family, tensor.type), 0) + 1
+        uses[family, tensor.type] += 1
     found.encodings = [EncodingUse(family, kind, None, None, n) for (family, kind), n in uses.items()]
-    if mtp_blocks or nextn:
-        found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks) or nextn
+    if not rows:
+        found.notes.append("no DeepSeek-V4 model: tensors are counted, and not held against a layout")
+        return found
+    if mtp_blocks:
+        found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks)
+        if not any(BLOCK.match(name) and not name.startswith(f"blk.{max(mtp_blocks)}.") for name in model.tensors):
+            found.notes.append("a draft's own file: the layers are those of the model that it belongs to")
     elif architecture == "dflash":
-        found.draft, found.draft_layers = Draft.DSPARK.value, blocks or 0
-    if blocks is not None:
-        found.layers = _gguf_layers(blocks, ratios, hash_layers or 0, model, found)
+        found.draft, found.draft_layers = Draft.DSPARK.value, blocks
+    if architecture in TEXT_ARCHITECTURES:
+        _describe_blocks(found, model, numbers, blocks)
     sizes = {key: numbers.get(*suffixes) for key, suffixes in GGUF_SIZE_KEYS.items()}
-    found.config = {key: sizes[key] for key in SHOWN_KEYS if sizes.get(key) is not None}
-    found.variant = _published_size(sizes)
+    sizes["num_hidden_layers"] = len(found.layers)
+    if sizes["vocab_size"] is None:  # llama.cpp's converter leaves it out
+        tokens = model.metadata.get("tokenizer.ggml.tokens")
+        sizes["vocab_size"] = len(tokens) if isinstance(tokens, list) else None
+    found.config = {key: sizes[key] for key in SHOWN_KEYS if sizes.get(key)}
+    _name_variant(found, sizes)
     return found
 
+
+MTP_TENSOR = re.compile(r"blk\.\d{1,9}\.(?:nextn|mtp)\.")
+BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
+# Layers that a description lists; metadata that speak of more are not a model's.
+MAX_LAYERS = 10_000
 
 # config.json keys and what they are called below the architecture's name, in either dialect.
 GGUF_SIZE_KEYS: dict[str, tuple[str, ...]] = {
@@ -523,6 +536,8 @@ def _gguf_rows(architecture: str | None) -> dict[str, str]:
         return row.port if architecture == "deepseek-v4" else row.gguf
 
     rows: dict[str, str] = {}
+    if architecture not in (*TEXT_ARCHITECTURES, "dflash", "clip"):
+        return rows
     for row in TOP_ROWS:
         rows[name_of(row) or ""] = row.name
     for row in LAYER_ROWS:
@@ -550,29 +565,39 @@ def _gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) ->
     return family_of(official)
 
 
-def _gguf_layers(
-    blocks: int, ratios: list[int], hash_layers: int, model: GgufModelFile, found: Description
-) -> list[Layer]:
-    """Return the trunk's layers, and list those without tensors."""
-    if model.architecture not in TEXT_ARCHITECTURES:
-        return []
-    trunk = blocks - found.draft_layers
-    present = {int(match[1]) for name in model.tensors if (match := re.match(r"blk\.(\d+)\.", name))}
-    if present and not found.draft_layers:
-        lacking = [n for n in range(min(trunk, max(present) + 2)) if n not in present]
-        found.unexpected += [f"block {n}: no tensors" for n in lacking]
-    if max(present, default=0) >= blocks:
+def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers, blocks: int) -> None:
+    """Describe the trunk's layers, and list tensors that they should have and keys that do not fit."""
+    ratios = numbers.list("attention.compress_ratios", "compress_ratios")
+    hash_layers = numbers.get("hash_layer_count", "n_hash_layers") or 0
+    trunk = max(0, blocks - found.draft_layers)
+    present = [int(match[1]) for name in model.tensors if (match := BLOCK.match(name))]
+    if max(present, default=0) >= max(blocks, 1):
         found.unexpected.append(f"block {max(present)}: beyond block_count {blocks}")
     if len(ratios) < trunk:
         found.unexpected.append(f"compress_ratios: expected at least {trunk} entries, got {len(ratios)}")
-    layers = []
-    for number, ratio in enumerate(ratios[:trunk]):
+    if trunk > MAX_LAYERS:
+        found.unexpected.append(f"block_count {blocks}: more layers than any model has")
+    for number, ratio in enumerate(ratios[: min(trunk, MAX_LAYERS)]):
         kind = ATTENTION_BY_RATIO.get(ratio)
         if kind is None:
             found.unexpected.append(f"compress_ratios: layer {number} has the unknown ratio {ratio}")
         attention = kind.value if kind is not None else f"ratio {ratio}"
-        layers.append(Layer(number, attention, "hash" if number < hash_layers else "learned"))
-    return layers
+        found.layers.append(Layer(number, attention, "hash" if number < hash_layers else "learned"))
+    if found.draft == Draft.NONE.value or model.architecture == "deepseek-v4":
+        wanted = _text_tensors(model, found.layers, ratios)
+        found.unexpected += [f"tensor {name}: missing" for name in wanted if name not in model.tensors]
+
+
+def _text_tensors(model: GgufModelFile, layers: Iterable[Layer], ratios: list[int]) -> Iterator[str]:
+    """Yield the names of all tensors of a text model's trunk."""
+    port = model.architecture == "deepseek-v4"
+    has_vision = any("exp_probs_b_vl" in name for name in model.tensors)
+    yield from (name for row in TOP_ROWS if (name := row.port if port else row.gguf) is not None)
+    for layer in layers:
+        for row in LAYER_ROWS + EXPERT_ROWS:
+            name = row.port if port else row.gguf
+            if name and applies(row.when, ratios[layer.number], layer.routing == "hash", has_vision):
+                yield f"blk.{layer.number}.{name}"
 
 
 # Shards

@@ -182,11 +182,13 @@ class Description:
             yield f"draft: {self.draft}, {self.draft_layers} layer{'s' if self.draft_layers != 1 else ''}"
         for title, counts in (("family", self.families), ("dtype", self.dtypes)):
             for name, count in sorted(counts.items(), key=lambda item: -item[1].bytes):
-                yield f"{title} {name}: {count.tensors:,} tensors, {count.bytes:,} bytes"
+                tensors = "1 tensor" if count.tensors == 1 else f"{count.tensors:,} tensors"
+                yield f"{title} {name}: {tensors}, {count.bytes:,} bytes"
         for use in sorted(self.encodings, key=lambda use: use.family):
             scale = "" if use.scale is None else f", {use.scale} scales"
             block = "" if use.block is None else f", blocks {use.block[0]}x{use.block[1]}"
-            yield f"encoding of {use.family}: {use.encoding}{scale}{block} ({use.weights:,} weights)"
+            weights = "1 weight" if use.weights == 1 else f"{use.weights:,} weights"
+            yield f"encoding of {use.family}: {use.encoding}{scale}{block} ({weights})"
         for note in self.notes:
             yield f"note: {note}"
         for problem in self.unexpected[:MAX_LISTED]:

@@ -327,13 +327,9 @@ class _Header:
         header_end = self.start + self.at
         data_start = -(-header_end // alignment) * alignment
         tensors, data_end = self.place(infos, alignment, data_start)
-        return GgufPart(
-            self.path, metadata, types, tensors, alignment, header_end, data_start, data_end, self.size
-        )
+        return GgufPart(self.path, metadata, types, tensors, alignment, header_end, data_start, data_end, self.size)
 
-    def error(
-        self, what: str, expected: object = None, got: object = None, hint: str | None = None
-    ) -> FileFormatError:
+    def error(self, what: str, expected: object = None, got: object = None, hint: str | None = None) -> FileFormatError:
         return FileFormatError(what, where=self.path, expected=expected, got=got, hint=hint)
 
     def need(self, nbytes: int, what: str) -> None:
@@ -420,9 +416,7 @@ class _Header:
                 got=length,
             )
         if length > self.elements_left:
-            raise self.error(
-                f"{what}: too many elements", expected=f"at most {self.elements_left}", got=length
-            )
+            raise self.error(f"{what}: too many elements", expected=f"at most {self.elements_left}", got=length)
         self.elements_left -= length
         if kind == STRING:
             return "[str]", self.texts(length, what)
@@ -442,9 +436,7 @@ class _Header:
                     try:
                         values.append(window[end : end + nbytes].decode())
                     except UnicodeDecodeError as error:
-                        raise self.error(
-                            f"{what}, element {number}: not UTF-8 (byte {error.start})"
-                        ) from None
+                        raise self.error(f"{what}, element {number}: not UTF-8 (byte {error.start})") from None
                     at = end + nbytes
                     continue
             self.at = at

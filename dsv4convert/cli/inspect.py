@@ -9,7 +9,9 @@ import typer
 
 Target = Annotated[
     Path,
-    typer.Argument(help="A checkpoint folder, a .gguf (any file of a split one) or a folder of shards.", show_default=False),
+    typer.Argument(
+        help="A checkpoint folder, a .gguf (any file of a split one) or a folder of shards.", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the description as JSON.")]
 

@@ -132,6 +132,9 @@ SAMPLING = {
     "general.sampling.mirostat_eta": ("f32", ("mirostat_eta",)),
 }
 
+# What a number of a type can be.
+LARGEST = {"i32": 2**31 - 1, "f32": float(np.finfo(np.float32).max)}
+
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 # Characters of a value that a problem shows.
@@ -238,7 +241,7 @@ def _sampling(source: Path) -> Iterator[tuple[str, Expected]]:
     for key, (kind, names) in SAMPLING.items():
         values = [generation[name] for name in names if name in generation]
         usable = [v for v in values if isinstance(v, str if kind == "str" else (int, float))]
-        usable = [v for v in usable if not isinstance(v, bool)]
+        usable = [v for v in usable if not isinstance(v, bool) and (kind == "str" or abs(v) <= LARGEST[kind])]
         if usable:
             yield key, Expected(kind, int(usable[0]) if kind == "i32" else usable[0])
 

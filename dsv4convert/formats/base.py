@@ -14,7 +14,6 @@ from dsv4convert.errors import DeviceError
 
 ArrayU8: TypeAlias = npt.NDArray[np.uint8]
 ArrayU16: TypeAlias = npt.NDArray[np.uint16]
-ArrayU32: TypeAlias = npt.NDArray[np.uint32]
 ArrayF16: TypeAlias = npt.NDArray[np.float16]
 ArrayF32: TypeAlias = npt.NDArray[np.float32]
 ArrayF64: TypeAlias = npt.NDArray[np.float64]

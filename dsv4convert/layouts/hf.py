@@ -15,7 +15,7 @@ from ..plan import Claims, Dropped, OutputFile, OutputTensor, Segment, copy_segm
 from .fp8 import fp4_to_fp8_segments, fp8_scale_shape
 from .names import MODEL_PREFIX, Store, When, scale_name
 from .safetensors import safetensors_file, safetensors_index, whole_file
-from .segments import BF16, F16, F32, I32, I64, ElementType, convert_segments
+from .segments import BF16, F16, F32, I32, I64, ElementType, convert_segments, shared
 
 DTYPES = {t.name: t for t in (BF16, F16, F32)}
 NAMES = ("official", "transformers")
@@ -173,7 +173,8 @@ def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     """Return a tensor that has no place in a file yet."""
-    return OutputTensor(name, dtype, shape, 0, sum(segment.nbytes for segment in segments), segments)
+    nbytes = shared(sum(segment.nbytes for segment in segments))
+    return OutputTensor(name, dtype, shape, 0, nbytes, segments)
 
 
 def _json_bytes(document: Mapping[str, Any]) -> bytes:

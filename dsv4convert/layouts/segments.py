@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
@@ -49,10 +51,16 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, shape[0] if shape else 1)
 
 
+@lru_cache(maxsize=1024)
+def shared(number: int) -> int:
+    """Return one object for all equal numbers: a plan of a hundred thousand tensors has few different sizes."""
+    return number
+
+
 def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
     """Return the operands of a weight from row ``first`` on (a multiple of its scale block's height)."""
     rows, _ = matrix_shape(weight.shape)
-    row_bytes = weight.stored.nbytes // rows
+    row_bytes = shared(weight.stored.nbytes // rows)
     stored = weight.stored
     weights = Operand(
         stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding]
@@ -65,7 +73,7 @@ def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
             f"tensor {weight.name}: row {first} does not begin a scale block",
             expected=f"a multiple of {block[0]}",
         )
-    scale_row_bytes = scale.nbytes // scale.shape[0]
+    scale_row_bytes = shared(scale.nbytes // scale.shape[0])
     scales = Operand(
         scale.file,
         scale.offset + first // block[0] * scale_row_bytes,
@@ -97,8 +105,8 @@ def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | N
             got=columns,
             hint="choose another output type for it",
         )
-    codec = IDENTITY if is_verbatim(weight, to) else f"{weight.encoding.value}_to_{to.name}"
-    return Segment(codec, operands(weight, first), rows, to.row_bytes(columns), weight.block or ())
+    codec = IDENTITY if is_verbatim(weight, to) else sys.intern(f"{weight.encoding.value}_to_{to.name}")
+    return Segment(codec, operands(weight, first), rows, shared(to.row_bytes(columns)), weight.block or ())
 
 
 def convert_segments(

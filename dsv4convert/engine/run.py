@@ -16,6 +16,7 @@ from ..plan import Plan, Segment
 from .codecs import MOVING_CODECS
 from .files import DescriptorCache, Outputs
 from .ledger import Ledger, TensorReport
+from .schedule import Lane, Schedule
 from .tiles import TILE_BYTES, Worker
 
 # Loading the compiler costs more than a small conversion takes.
@@ -79,7 +80,7 @@ class RunReport:
 class _Shared:
     """What the workers of one run share, under ``lock``."""
 
-    tasks: Iterator[Task]
+    tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
     error: BaseException | None = None
@@ -116,7 +117,7 @@ def run_plan(
     for entry in recorder.finished().values() if recorder is not None else ():
         done.add(*entry.task[:3], entry.digest, entry.tally)
         resumed += _segment(plan, entry.task).nbytes
-    shared = _Shared(tasks=_tasks(plan, done))
+    shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
     workers: list[Worker] = []
     lives = [
         threading.Thread(
@@ -254,11 +255,13 @@ def _work(
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None
+            lane: Lane[Task] | None = None
             while not worker.stopped:
                 with shared.lock:
-                    task = next(shared.tasks, None)
-                if task is None:
+                    found = shared.tasks.next(lane)
+                if found is None:
                     return
+                lane, task = found
                 try:
                     digest, tally = worker.run(_segment(plan, task), outputs.paths[task.file], task.offset)
                 except Exception as error:
@@ -281,7 +284,7 @@ def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
 
 def _stop(shared: _Shared, workers: list[Worker]) -> None:
     with shared.lock:
-        shared.tasks = iter(())
+        shared.tasks.stop()
         for worker in workers:
             worker.stopped = True
 
@@ -302,14 +305,13 @@ def _with_tensor(error: Exception, plan: Plan, task: Task) -> Exception:
     )
 
 
-def _tasks(plan: Plan, done: Ledger) -> Iterator[Task]:
-    for file_number, file in enumerate(plan.files):
-        for tensor_number, tensor in enumerate(file.tensors):
-            offset = tensor.offset
-            for number, segment in enumerate(tensor.segments):
-                if not done.holds(file_number, tensor_number, number):
-                    yield Task(file_number, tensor_number, number, offset)
-                offset += segment.nbytes
+def _file_tasks(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:
+    for tensor_number, tensor in enumerate(plan.files[file_number].tensors):
+        offset = tensor.offset
+        for number, segment in enumerate(tensor.segments):
+            if not done.holds(file_number, tensor_number, number):
+                yield Task(file_number, tensor_number, number, offset)
+            offset += segment.nbytes
 
 
 def _segment(plan: Plan, task: Task) -> Segment:

@@ -49,7 +49,7 @@ def test_shards_equal_the_published_ones(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == mp
 
 
-@pytest.mark.parametrize("variant", ["base", "dspark"])
+@pytest.mark.parametrize("variant", ["base", "dspark", "vision"])
 def test_other_variants_are_divided_alike(make_checkpoint: MakeCheckpoint, tmp_path: Path, variant: str) -> None:
     source = make_checkpoint(overrides=EIGHT, variant=variant)
     shard(source, tmp_path / "out", 4)

@@ -37,7 +37,7 @@ def with_wo_a_in_bf16(tensors: Tensors) -> Tensors:
     }
 
 
-@pytest.mark.parametrize("variant", [None, "base", "dspark"])
+@pytest.mark.parametrize("variant", [None, "base", "dspark", "vision"])
 @pytest.mark.parametrize("mp", [1, 2, 4])
 def test_unshard_after_shard_is_the_identity(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, mp: int, variant: str | None

@@ -240,10 +240,16 @@ def _sampling(source: Path) -> Iterator[tuple[str, Expected]]:
     generation = read_model_card(source).generation
     for key, (kind, names) in SAMPLING.items():
         values = [generation[name] for name in names if name in generation]
-        usable = [v for v in values if isinstance(v, str if kind == "str" else (int, float))]
-        usable = [v for v in usable if not isinstance(v, bool) and (kind == "str" or abs(v) <= LARGEST[kind])]
+        usable = [value for value in values if _fits(kind, value)]
         if usable:
             yield key, Expected(kind, int(usable[0]) if kind == "i32" else usable[0])
+
+
+def _fits(kind: str, value: object) -> bool:
+    """Return whether a key of type ``kind`` can hold a value of generation_config.json."""
+    if kind == "str" or isinstance(value, bool):
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and abs(value) <= LARGEST[kind]
 
 
 @contextmanager

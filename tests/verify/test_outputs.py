@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.checkpoint.gguf_file import open_gguf
-from dsv4convert.errors import InputMissingError, UsageError
+from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.errors import Dsv4Error, InputMissingError, UsageError
+from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.verify import verify
 
 from ..conftest import MakeCheckpoint
@@ -92,10 +95,67 @@ def test_base_checkpoints_verify(kind: str, exact: bool, make_checkpoint: MakeCh
     assert report.verdicts()["wrong"] == 0
 
 
-def test_experts_rounded_to_mxfp4_verify(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    from dsv4convert.convert import execute, plan_gguf
-    from dsv4convert.layouts.gguf import GgufOptions
+@pytest.mark.parametrize("variant", ["dspark", "vision"])
+@pytest.mark.parametrize("kind", ["gguf", "gguf-port", "bf16", "bf16-transformers", "fp8", "shards-2"])
+def test_dspark_and_vision_checkpoints_verify(
+    kind: str, variant: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint("tiny", experts=2, vocab=384, variant=variant)
+    report = verify(source, convert(source, kind, tmp_path))
+    assert report.problems == []
+    assert report.verdicts()["wrong"] == 0
 
+
+PARTS = {"text": "x.gguf", "draft": "dspark-x.gguf", "tower": "mmproj-x.gguf"}
+
+
+@pytest.fixture(scope="module")
+def parts(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return (a vision checkpoint, the folder with its text model, its draft and its tower)."""
+    source = make_checkpoint("tiny", experts=2, vocab=384, variant="vision")
+    folder = tmp_path_factory.mktemp("parts")
+    execute(plan_gguf(source, folder / "x.gguf", GgufOptions(draft="split", mmproj="split")), threads=1)
+    return source, folder
+
+
+@pytest.mark.parametrize("name", PARTS.values(), ids=PARTS.keys())
+def test_parts_of_a_model_verify(name: str, parts: tuple[Path, Path]) -> None:
+    source, folder = parts
+    report = verify(source, folder / name)
+    assert report.problems == []
+    assert set(report.results) == set(open_gguf(folder / name).tensors)
+    assert report.left_out
+
+
+@pytest.mark.parametrize("name", PARTS.values(), ids=PARTS.keys())
+def test_a_flipped_bit_in_a_part_is_caught(name: str, parts: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = parts
+    path = Path(shutil.copy(folder / name, tmp_path / name))
+    content = path.read_bytes()
+    header = open_gguf(path).parts[0].header_end
+    rng = random.Random(name)
+    for _ in range(12):
+        damaged = bytearray(content)
+        damaged[rng.choice([rng.randrange(header), rng.randrange(len(content))])] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        assert not verifies(source, path)
+
+
+def verifies(source: Path, path: Path) -> bool:
+    try:
+        return verify(source, path).ok
+    except Dsv4Error:
+        return False
+
+
+def test_a_part_that_the_source_does_not_have_is_a_problem(parts: tuple[Path, Path], small: Path) -> None:
+    for name, what in (("dspark-x.gguf", "DSpark draft"), ("mmproj-x.gguf", "vision tower")):
+        report = verify(small, parts[1] / name)
+        assert [problem.kind for problem in report.problems] == ["file"]
+        assert f"holds the {what}, and the source has none" in report.problems[0].what
+
+
+def test_experts_rounded_to_mxfp4_verify(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("tiny", experts=2, vocab=384, variant="base")
     execute(plan_gguf(source, tmp_path / "x.gguf", GgufOptions(experts="mxfp4")), threads=1)
     report = verify(source, tmp_path / "x.gguf")

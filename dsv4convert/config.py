@@ -223,6 +223,11 @@ def validate_schema(
     raise error(f"key {key[:200]}: {message}", where=where, hint="correct the file or fetch it again")
 
 
+def no_json_number(text: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have; for ``parse_constant``."""
+    raise ValueError(f"{text} is no number in JSON")
+
+
 def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
     """Parse a JSON object, refusing duplicate keys, deep nesting and anything that is no object.
 
@@ -239,7 +244,7 @@ def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
         return result
 
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_json_number)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"not valid JSON ({error})", where=where, hint="fetch the file again") from None
     except RecursionError:

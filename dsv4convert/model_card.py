@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config import no_json_number
 from .errors import FileFormatError
 from .reading import open_regular, read_at_most
 
@@ -77,7 +78,7 @@ def _generation(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise FileFormatError(f"cannot be read ({error.strerror})", where=path) from None
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=no_json_number)
     except (ValueError, RecursionError, MemoryError) as error:
         raise FileFormatError(
             f"not valid JSON ({error})", where=path, hint="correct it or take it out"

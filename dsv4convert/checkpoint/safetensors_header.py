@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config import no_json_number
 from ..errors import FileFormatError, InputMissingError
 from ..reading import open_regular
 
@@ -111,7 +112,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         return result
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_json_number)
     except RecursionError:
         raise FileFormatError("header nested too deeply", where=path) from None
     except MemoryError:

@@ -211,6 +211,8 @@ MMPROJ_FIXED = {"vision_max_n_token": 384, "vision_max_wh_ratio": 8}
 # image_size is only what a warm-up uses: so many patches wide, merged ones.
 WARM_UP_PATCHES = 16
 
+F32_MAX = (2 - 2**-23) * 2.0**127
+
 # generation_config.json key, GGUF key, type. A later row for the same GGUF key is a second spelling.
 SAMPLING_KEYS: tuple[tuple[str, str, GGUFValueType], ...] = (
     ("sequence", "general.sampling.sequence", STRING),
@@ -505,14 +507,16 @@ def _sampling(generation: Mapping[str, Any]) -> list[KeyValue]:
     found: dict[str, KeyValue] = {}
     for source, key, kind in SAMPLING_KEYS:
         value = generation.get(source)
-        usable = isinstance(value, str) if kind == STRING else _is_number(value)
+        usable = isinstance(value, str) if kind == STRING else _is_number(value, kind)
         if usable and key not in found:
             found[key] = KeyValue(key, kind, int(value) if kind == I32 else value)  # type: ignore[arg-type]
     return list(found.values())
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: object, kind: GGUFValueType) -> bool:
+    """Return whether ``value`` is a number that a key of ``kind`` can hold."""
+    most = 2**31 - 1 if kind == I32 else F32_MAX
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= most
 
 
 def _authorship(about: Any) -> list[KeyValue]:

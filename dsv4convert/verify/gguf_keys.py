@@ -303,7 +303,8 @@ def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expecte
             about.size_label = gguf.size_label(total, shared, expert, sum(stacks) // len(stacks) if stacks else 0)
         writer = gguf.GGUFWriter(None, LLAMA_CPP)
         about.set_gguf_meta_model(writer)
-    yield from _recorded(writer)
+    # What generation_config.json says is read by ``_sampling``, which asks whether it is a number.
+    yield from ((key, value) for key, value in _recorded(writer) if key not in SAMPLING)
 
 
 def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple[str, Expected]]:
@@ -323,13 +324,31 @@ def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple
     yield "tokenizer.ggml.tokens", Expected("[str]", tokens)
     yield "tokenizer.ggml.token_type", Expected("[i32]", types)
     with _quiet_gguf():
-        special = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
-        writer = gguf.GGUFWriter(None, LLAMA_CPP)
-        special.add_to_gguf(writer, quiet=True)
+        try:
+            special = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
+            # The package does not know yet what llama.cpp's own copy of it does: a ByteLevel post-processor
+            # adds nothing, whatever tokenizer_config.json says.
+            kinds = _processors(document.get("post_processor"))
+            if "ByteLevel" in kinds and not kinds & {"TemplateProcessing", "RobertaProcessing"}:
+                special.add_special_token |= {"bos": False, "eos": False}
+            writer = gguf.GGUFWriter(None, LLAMA_CPP)
+            special.add_to_gguf(writer, quiet=True)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise TokenizerError(f"gguf's own reader cannot read it ({reason})"[:300], where=path) from None
     yield from _recorded(writer)
     if special.chat_template is None:
         ours = resources.files("dsv4convert") / "chat_template.jinja"
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
+
+
+def _processors(step: Any) -> set[str]:
+    """Return the kinds of the post-processor's steps, those of a Sequence apart."""
+    if not isinstance(step, dict):
+        return set()
+    inner = step.get("processors", [step])
+    parts = inner if isinstance(inner, list) else []
+    return {str(part.get("type")) for part in parts if isinstance(part, dict)}
 
 
 def _tokens(document: Mapping[str, Any], source: Path, vocab_size: int) -> tuple[list[str], list[int]]:

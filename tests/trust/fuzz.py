@@ -46,8 +46,8 @@ from .mutations import mutate_bytes, mutate_json
 
 MEMORY_LIMIT = 2**30
 SECONDS_PER_CASE = 5.0
-FAILURES_SHOWN = 5
-MAX_LINE = 2000
+FAILURES_SHOWN = 12
+MAX_LINE = 6000  # a path alone may have 4096 characters
 
 # A few dozen tensors of every kind, half of the attention kinds; conversion and verification in a tenth of a second.
 CHECKPOINT: dict[str, Any] = {
@@ -329,7 +329,8 @@ def main() -> None:
     strays = watch_writes(arguments.folder)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     outcomes: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
+    failures: dict[str, str] = {}
+    failed = 0
     slowest = 0.0
     for number in range(arguments.cases) if arguments.only is None else [arguments.only]:
         rng = random.Random(f"{arguments.kind} {arguments.seed} {number}")
@@ -342,22 +343,27 @@ def main() -> None:
             outcomes[type(error).__name__] += 1
             line = str(error)
             if not line.isprintable() or len(line) > MAX_LINE:
-                failures.append(f"case {number}: no line to print: {line[:200]!r}")
+                failed += 1
+                failures.setdefault("line", f"case {number}: no line to print: {line[:200]!r}")
             if arguments.only is not None:
                 sys.stderr.write(line + "\n")
         except BaseException as error:  # noqa: BLE001 - what this program is looking for
-            where = "".join(traceback.format_exception(error))[-1500:] if len(failures) < FAILURES_SHOWN else ""
-            failures.append(f"case {number}: {type(error).__name__}: {str(error)[:300]}\n{where}")
+            failed += 1
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            if what[:80] not in failures and len(failures) < FAILURES_SHOWN:
+                where = "".join(traceback.format_exception(error))[-1500:]
+                failures[what[:80]] = f"case {number}: {what}\n{where}"
         if strays:
-            failures.append(f"case {number}: wrote outside: {strays[:3]}")
+            failed += 1
+            failures.setdefault("stray", f"case {number}: wrote outside: {strays[:3]}")
         slowest = max(slowest, time.monotonic() - began)
     json.dump(
         {
-            "cases": sum(outcomes.values()) + len(failures),
+            "cases": sum(outcomes.values()) + failed,
             "outcomes": outcomes,
             "converted": fuzz.converted,
-            "failed": len(failures),
-            "failures": failures[:FAILURES_SHOWN],
+            "failed": failed,
+            "failures": list(failures.values()),
             "slowest": slowest,
             "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },

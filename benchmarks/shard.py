@@ -38,9 +38,11 @@ def main() -> None:
     mp, threads = str(arguments.mp), str(arguments.threads)
 
     def ours(command: str, what: Path, out: str, *options: str) -> Contender:
-        target = arguments.folder / out
-        line = [sys.executable, "-m", "dsv4convert", command, str(what), str(target), "--quiet"]
-        return Contender(f"dsv4convert {command} {' '.join(options)}", [*line, "--threads", threads, *options], target)
+        # A folder around the output, so that the manifest beside it goes with it.
+        target = arguments.folder / "ours"
+        line = [sys.executable, "-m", "dsv4convert", command, str(what), str(target / out), "--quiet"]
+        name = " ".join(["dsv4convert", command, *options])
+        return Contender(name, [*line, "--threads", threads, *options], target, makes_folder_first=True)
 
     contenders = [
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),

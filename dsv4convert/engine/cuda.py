@@ -26,8 +26,8 @@ from ..formats.e2m1 import FP8_TILE
 
 MIB = 2**20
 # Source plus output bytes of a tile: enough chunks to fill the slots, and few launches.
-TILE_BYTES = 32 * MIB
-CHUNK_BYTES = 8 * MIB
+TILE_BYTES = 64 * MIB
+CHUNK_BYTES = 16 * MIB
 # One travels in, one computes, one travels out.
 SLOTS = 3
 # Below this a tile is converted on the host sooner than it would reach the device.
@@ -101,6 +101,15 @@ class PinnedScratch(Scratch):
         if buffer is None or buffer.size < size:
             buffer = self._buffers[key] = self._allocate(max(size, 1))
         return buffer[:size].view(kind).reshape(shape)
+
+
+def scratch_for(codecs: Codecs) -> Scratch:
+    """Return the arena that suits the codecs: page-locked for those of a GPU."""
+    if codecs.name != "cuda":
+        return Scratch()
+    import torch
+
+    return PinnedScratch() if torch.cuda.is_available() else Scratch()
 
 
 class Rows(NamedTuple):

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
-from ..formats.base import Scratch, Tally
+from ..formats.base import Tally
 from ..plan import COPY, Operand, Segment
-from .codecs import TILE_CODECS
+from .codecs import TILE_CODECS, WITHIN_BLOCK_CODECS
+from .cuda import scratch_for
 from .files import DescriptorCache, os_errors, write_all
 
 # Source plus output bytes of a tile: several arrays of this size fit a core's second-level cache.
@@ -34,7 +35,7 @@ class Worker:
         self._codecs = codecs
         self._descriptors = descriptors
         self._tile_bytes = tile_bytes
-        self._scratch = Scratch()
+        self._scratch = scratch_for(codecs)
         self._can_copy_in_kernel = hasattr(os, "copy_file_range")
         self.done_bytes = 0
         self.stopped = False
@@ -134,7 +135,19 @@ class Worker:
 
 
 def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
-    """Return how many output rows a tile takes: a multiple of every scale block's height."""
+    """Return how many output rows a tile takes: whole scale blocks, or a part of one that divides it evenly.
+
+    Rows of 16,384 elements make a block of 128 rows larger than a cache; all rows of a part share the
+    block's scales, which are read again for each part. Codecs that need whole blocks get them.
+    """
     alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
     row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
-    return max(alignment, int(tile_bytes / row_cost) // alignment * alignment)
+    fitting = int(tile_bytes / row_cost)
+    if fitting >= alignment:
+        return fitting // alignment * alignment
+    if segment.codec not in WITHIN_BLOCK_CODECS:
+        return alignment
+    part = alignment
+    while part > fitting and part % 2 == 0:
+        part //= 2
+    return part

@@ -58,7 +58,7 @@ E4M3_LOWEST_BYTE = tl.constexpr(9 - 133 + 127)
 E2M1_LOWEST_BYTE = tl.constexpr(1 - 133 + 127)
 BF16_MIN_NORMAL = tl.constexpr(2.0**-126)
 
-# Measured on an H200 (benchmarks/codecs_gpu.py --tune).
+# Among the best on an H200; see benchmarks/results.
 TILE = 128
 WARPS = 2
 STORE_CACHE = ""

@@ -71,7 +71,7 @@ E4M3_PLACE = tl.constexpr(2.0 ** (7 - 127))
 # A lift this low turns every element into zero, and keeps the arithmetic on the way exact in float32.
 NO_LIFT = tl.constexpr(-25)
 
-# Measured on an H200 (benchmarks/codecs_gpu.py --tune).
+# Among the best on an H200; see benchmarks/results.
 TILE = 256
 WARPS = 1
 STORE_CACHE = ""

@@ -37,7 +37,7 @@ UNIT_BLOCKS = tl.constexpr(4)
 LOW_NIBBLES = tl.constexpr(0x0F0F0F0F)
 HIGH_NIBBLES = tl.constexpr(0xF0F0F0F0)
 
-# Measured on an H200 (benchmarks/codecs_gpu.py --tune).
+# Among the best on an H200; see benchmarks/results.
 UNITS = 32
 WARPS = 4
 STORE_CACHE = ""

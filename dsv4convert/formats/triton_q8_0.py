@@ -68,7 +68,7 @@ LOWEST_BYTE = tl.constexpr(TABLE_FIRST_BYTE)
 # Above, 2^(byte - 127 + 120) is no finite float32.
 HIGHEST_BYTE = tl.constexpr(254 - PLACED_EXPONENT)
 
-# Measured on an H200 (benchmarks/codecs_gpu.py --tune).
+# Among the best on an H200; see benchmarks/results.
 UNITS = 32
 WARPS = 2
 STORE_CACHE = ""

@@ -69,7 +69,7 @@ COUNTERS = 4
 # interpreter, where each step costs time. Not the quick part's number of vectors: Triton gives index
 # tensors of one shape one layout, and the quick part's scales would then travel through shared memory.
 CAREFUL_ON_GPU = 256
-CAREFUL_IN_INTERPRETER = 16384
+CAREFUL_IN_INTERPRETER = 2048
 
 
 @triton.jit

@@ -289,15 +289,17 @@ def host_tiles_go_through_the_pipeline_in_chunks(device: Any) -> None:
     from dsv4convert.engine import cuda
 
     rng = np.random.default_rng(8)
-    rows, columns = 1100, 512
-    fp8 = np.resize(BYTES, (rows, columns))
+    rows, columns = 600, 256
+    fp8 = sound_fp8(rng, (rows, columns))
+    fp8[571, 9] = 0x7F
     fp4 = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
-    tall = scales_for(rng, fp8.shape, (128, 128), 0, 255)
-    flat = scales_for(rng, fp8.shape, (1, 32), 0, 255)
+    tall = scales_for(rng, fp8.shape, (128, 128), 112, 123)
+    flat = scales_for(rng, fp8.shape, (1, 32), 112, 123)
+    flat[3, 7] = flat[599, 5] = 255
     codecs = cuda.codecs_on(device)
     for name, inputs, shapes in (
         ("fp8_to_bf16", [fp8, tall, (128, 128)], with_shape(fp8.shape)),
-        ("fp8_to_bf16", [fp8, tall.astype(np.float32), (128, 128)], with_shape(fp8.shape)),
+        ("fp8_to_bf16", [fp8, np.exp2(tall.astype(np.float32) - 127), (128, 128)], with_shape(fp8.shape)),
         ("fp4_to_bf16", [fp4, flat, (1, 32)], with_shape(fp8.shape)),
         ("fp4_to_mxfp4", [fp4, flat], [((rows, columns // 32 * 17), np.uint8)]),
         ("fp4_to_fp8", [fp4, flat], fp8_outputs(fp8.shape)),
@@ -305,8 +307,8 @@ def host_tiles_go_through_the_pipeline_in_chunks(device: Any) -> None:
     ):
         results = []
         for function in (getattr(numpy_codecs(), name), getattr(codecs, name)):
-            # Few rows a chunk, so that every slot is used several times over.
-            cuda.CHUNK_BYTES = 2**18
+            # Few rows a chunk, so that every slot is used more than once, and no tile too small for it.
+            cuda.CHUNK_BYTES, cuda.WORTH_THE_WAY_BYTES = 2**16, 0
             outputs = [np.full(shape, POISON, dtype) for shape, dtype in shapes]
             tally = Tally()
             function(*inputs, *outputs, Scratch(), tally)

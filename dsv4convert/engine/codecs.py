@@ -205,3 +205,6 @@ TILE_CODECS: dict[str, TileCodec] = {
     "f32_to_mxfp4": _unscaled("f32_to_mxfp4", U8),
     "i64_to_i32": _unscaled("i64_to_i32", I32),
 }
+
+# Codecs that take any rows of one scale block, with that block's scales: their tiles need not be whole blocks.
+WITHIN_BLOCK_CODECS = frozenset({BESIDE, *(name for name in TILE_CODECS if name.startswith("fp8_to_"))})

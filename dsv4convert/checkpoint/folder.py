@@ -230,7 +230,8 @@ def resolve(
             where=left[name].file,
             hint="nothing is dropped in silence; is this a DeepSeek-V4 text checkpoint?",
         )
-    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, (*notes, *_vision_note(config, has_tower)))
+    notes = (*notes, *_vision_note(config, has_tower))
+    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
 
 
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:

@@ -15,7 +15,7 @@ from ..config import CONFIG_NAME, ModelConfig, load_config
 from ..errors import InputMissingError, InventoryError
 from ..layouts.names import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
 from ..layouts.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
-from .folder import draft_kind, vision_kind
+from .folder import draft_kind, vision_kind, with_draft_ratios
 from .safetensors_header import Stored, read_header
 from .weights import Encoding, Weight, pair
 
@@ -171,7 +171,8 @@ def _resolve(
     n_tensors = sum(map(len, ranks))
     draft, n_draft = draft_kind(names, config, folder)
     weights: dict[str, ShardedWeight] = {}
-    has_vision, has_tower = vision_kind(names, config)
+    config = with_draft_ratios(config, n_draft)
+    has_vision, has_tower = vision_kind(names)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
         split = expected.row.split
         holders = range(mp)

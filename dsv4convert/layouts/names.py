@@ -179,10 +179,19 @@ BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
 MODEL_PREFIX = "model."
 
 # What a re-saved folder calls the tensors of a layer: transformers' modules, and what transformers makes of
-# them where it restores the official names, which it does by patterns that fit kv_norm twice.
+# them where it restores the official names. It does so pattern by pattern; which of them match depends on
+# the names that it had loaded.
+_MODULES = {row.transformers: row.name for row in LAYER_ROWS if row.transformers is not None}
 RESAVED_LAYER_NAMES = {
-    **{row.transformers: row.name for row in LAYER_ROWS if row.transformers is not None},
+    **_MODULES,
+    **{name.replace("self_attn.", "attn.").replace("mlp.", "ffn."): official for name, official in _MODULES.items()},
     "attn.norm.weight": "attn.kv_norm.weight",
+    "attn.compressor.indexer.wq_b.weight": "attn.indexer.wq_b.weight",
+    "attn.compressor.indexer.weights_proj.weight": "attn.indexer.weights_proj.weight",
+    "attn.compressor.indexer.ape": "attn.indexer.compressor.ape",
+    "attn.compressor.indexer.wkv.weight": "attn.indexer.compressor.wkv.weight",
+    "attn.compressor.indexer.wgate.weight": "attn.indexer.compressor.wgate.weight",
+    "attn.compressor.indexer.norm.weight": "attn.indexer.compressor.norm.weight",
 }
 RESAVED_TOP_NAMES = {
     row.transformers.removeprefix(MODEL_PREFIX): row.name for row in TOP_ROWS if row.transformers is not None

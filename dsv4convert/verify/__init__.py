@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.gguf_file import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
-from .compare import Comparison, Piece, check_fits, compare_pieces, piece_bytes
+from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
@@ -39,7 +39,7 @@ class Verification:
     @property
     def nbytes(self) -> int:
         """Return about how many bytes of source and output are to be read."""
-        return round(sum(map(piece_bytes, self.pieces)) * (self.how.sample or 1))
+        return sum(bytes_to_read(piece, self.how) for piece in self.pieces)
 
     def run(self, threads: int = 1, progress: Callable[[int], None] | None = None) -> Report:
         """Compare the elements; ``progress`` is told how many bytes have been read.
@@ -125,7 +125,8 @@ def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report) -
 
 def _describe_wrong(result: TensorResult) -> str:
     index = "" if result.first_index is None else f", the first at {list(result.first_index)}"
-    return (
-        f"{result.wrong:,} of {result.compared:,} elements are wrong ({result.source} to {result.output}), "
-        f"largest error {result.largest_error:.3g}{index}"
-    )
+    counted = f"{result.wrong:,} of {result.compared:,} elements"
+    kinds = f"({result.source} to {result.output})"
+    if result.largest_error == 0:
+        return f"{counted} have the right values in other codes, scales or signs of zero {kinds}{index}"
+    return f"{counted} are wrong {kinds}, largest error {result.largest_error:.3g}{index}"

@@ -63,6 +63,10 @@ class Comparison(NamedTuple):
     seed: int = 0
     foreign: bool = False
 
+    def share_of(self, blocks: int) -> int:
+        """Return how many of so many blocks to look at: one at least."""
+        return blocks if self.sample is None else min(blocks, max(1, math.ceil(self.sample * blocks)))
+
 
 def compare_pieces(pieces: Iterable[Piece], how: Comparison, threads: int) -> Iterator[tuple[TensorResult, int]]:
     """Yield (result, bytes read) of every piece, in order.
@@ -80,13 +84,8 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     """Return the result of one piece and the bytes that were read for it."""
     output, source = piece.output, piece.source
     result = TensorResult(output.name, source.encoding, output.encoding, math.prod(piece.size))
-    tiled = output.encoding.startswith("fp8") and source.encoding == "fp4"
-    blocks = _blocks(piece.size, tiled, _block_elements(piece, tiled, how))
-    if how.sample is not None:
-        chosen = random.Random(f"{how.seed} {output.name} {source.name}")
-        count = max(1, math.ceil(how.sample * len(blocks)))
-        blocks = sorted(chosen.sample(blocks, count))
-    for top, bottom, left, right in blocks:
+    cut = _cut(piece, how)
+    for top, bottom, left, right in map(cut.block, _chosen(piece, cut, how)):
         rows = piece.at[0] + top, piece.at[0] + bottom
         columns = piece.at[1] + left, piece.at[1] + right
         source_rows = piece.source_at[0] + top, piece.source_at[0] + bottom
@@ -101,18 +100,15 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     return result, round(share * piece_bytes(piece))
 
 
-def _block_elements(piece: Piece, tiled: bool, how: Comparison) -> int:
-    if how.sample is not None:
-        return SAMPLE_BLOCK_ELEMENTS
-    if tiled:
-        return TILED_BLOCK_ELEMENTS
-    kinds = {piece.output.encoding, piece.source.encoding}
-    return SAME_BLOCK_ELEMENTS if len(kinds) == 1 or kinds == {"fp4", "mxfp4"} else BLOCK_ELEMENTS
-
-
 def piece_bytes(piece: Piece) -> int:
     """Return the bytes of a piece on both sides, scales among them."""
     return sum(_nbytes(matrix, piece.size) for matrix in (piece.output, piece.source))
+
+
+def bytes_to_read(piece: Piece, how: Comparison) -> int:
+    """Return about how many bytes of a piece a comparison reads."""
+    cut = _cut(piece, how)
+    return piece_bytes(piece) * how.share_of(cut.count) // max(1, cut.count)
 
 
 def _nbytes(matrix: Matrix, size: tuple[int, int]) -> int:
@@ -121,21 +117,52 @@ def _nbytes(matrix: Matrix, size: tuple[int, int]) -> int:
     return nbytes + (0 if scale is None else size[0] * size[1] // (scale.block[0] * scale.block[1]))
 
 
-def _blocks(size: tuple[int, int], tiled: bool, elements: int) -> list[tuple[int, int, int, int]]:
-    """Cut a rectangle into blocks (top, bottom, left, right): whole rows, or whole tiles where scales ask for it."""
-    rows, columns = size
+class Cut(NamedTuple):
+    """A rectangle cut into blocks of ``tall`` rows and ``wide`` columns."""
+
+    rows: int
+    columns: int
+    tall: int
+    wide: int
+
+    @property
+    def count(self) -> int:
+        """Return the number of blocks."""
+        return -(-self.rows // self.tall) * -(-self.columns // self.wide)
+
+    def block(self, number: int) -> tuple[int, int, int, int]:
+        """Return (top, bottom, left, right) of a block."""
+        down, across = divmod(number, -(-self.columns // self.wide))
+        top, left = down * self.tall, across * self.wide
+        return top, min(top + self.tall, self.rows), left, min(left + self.wide, self.columns)
+
+
+def _cut(piece: Piece, how: Comparison) -> Cut:
+    """Cut a piece into blocks: whole rows if they are not too long, whole tiles where they share a scale."""
+    rows, columns = piece.size
+    kinds = {piece.output.encoding, piece.source.encoding}
     wide, step = columns, 1
-    if tiled:
-        step = FP8_TILE
-        wide = max(FP8_TILE, elements // FP8_TILE // FP8_TILE * FP8_TILE)
+    if piece.source.encoding == "fp4" and piece.output.encoding == "fp8":
+        elements, step = TILED_BLOCK_ELEMENTS, FP8_TILE
+    else:
+        moved = len(kinds) == 1 or kinds == {"fp4", "mxfp4"}
+        elements = SAME_BLOCK_ELEMENTS if moved else BLOCK_ELEMENTS
+    if how.sample is not None:
+        elements = SAMPLE_BLOCK_ELEMENTS
+    if step > 1:
+        wide = max(step, elements // step // step * step)
     elif columns > elements:
         wide = elements // BLOCK * BLOCK
     tall = max(step, elements // max(1, min(wide, columns)) // step * step)
-    return [
-        (top, min(top + tall, rows), left, min(left + wide, columns))
-        for top in range(0, rows, tall)
-        for left in range(0, columns, wide)
-    ]
+    return Cut(rows, columns, tall, max(1, wide))
+
+
+def _chosen(piece: Piece, cut: Cut, how: Comparison) -> Iterable[int]:
+    """Return the numbers of the blocks to compare, in order."""
+    if how.sample is None:
+        return range(cut.count)
+    chosen = random.Random(f"{how.seed} {piece.output.name} {piece.source.name}")
+    return sorted(chosen.sample(range(cut.count), how.share_of(cut.count)))
 
 
 def _compare(

@@ -40,7 +40,8 @@ def main() -> None:
     for row in results:
         print(row)
     if arguments.save is not None:
-        save({"what": "whole conversions, cpu and cuda", "threads": arguments.threads, "results": results}, arguments.save)
+        facts = {"what": "whole conversions, cpu and cuda", "threads": arguments.threads}
+        save({**facts, "results": results}, arguments.save)
     if not all(row["same_bytes"] for row in results):
         raise SystemExit("the outputs differ")
 

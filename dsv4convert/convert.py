@@ -58,10 +58,11 @@ RESUME_HINT = "the finished work is kept: run again with --resume"
 # Files that say how images are prepared, and the object of each that may hold it.
 PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
 
-# Memory of the interpreter and its libraries, and of one worker: tiles, scratch and output, measured
-# (benchmarks/hf_to_gguf.py) and rounded up.
-BASE_MEMORY_BYTES = 160 * 2**20
-WORKER_MEMORY_BYTES = 16 * TILE_BYTES + 2 * COPY_TILE_BYTES
+# Memory of the interpreter and its libraries, compiled codecs among them; of a segment of the plan with its
+# digest; and of one worker: tiles, scratch and output. Measured on V4-Pro's headers and on slices, rounded up.
+BASE_MEMORY_BYTES = 170 * 2**20
+SEGMENT_MEMORY_BYTES = 2**10
+WORKER_MEMORY_BYTES = 8 * TILE_BYTES + 2 * COPY_TILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,10 @@ def default_threads() -> int:
     return max(1, min(16, len(os.sched_getaffinity(0))))
 
 
-def memory_needed(threads: int) -> int:
-    """Return the bytes of memory that a conversion with ``threads`` workers takes at most."""
-    return BASE_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES
+def memory_needed(plan: Plan, threads: int) -> int:
+    """Return the bytes of memory that carrying out ``plan`` with ``threads`` workers takes at most."""
+    segments = sum(len(tensor.segments) for file in plan.files for tensor in file.tensors)
+    return BASE_MEMORY_BYTES + segments * SEGMENT_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES
 
 
 def memory_available() -> int:

@@ -161,7 +161,7 @@ def plan_as_json(plan: Plan, threads: int) -> dict[str, Any]:
         "read_bytes": plan.source_bytes,
         "disk_needed": plan.nbytes,
         "disk_free": free_bytes(plan.destination),
-        "memory_needed": memory_needed(threads),
+        "memory_needed": memory_needed(plan, threads),
         "memory_available": memory_available(),
     }
 

@@ -150,9 +150,7 @@ def synth_tokenizer_document(vocab_size: int, seed: int) -> dict[str, Any]:
     room = vocab_size - len(vocab) - len(entries) - PADDING_ROWS
     merges = _merges(vocab, min(room, MOST_MERGES), random.Random(seed))
     added = [_added_token(i, text, special=True) for i, text in enumerate(LEADING_SPECIAL_TEXTS)]
-    added += [
-        _added_token(len(vocab) + i, text, special=special) for i, (text, special) in enumerate(entries)
-    ]
+    added += [_added_token(len(vocab) + i, text, special=special) for i, (text, special) in enumerate(entries)]
     return {
         "version": "1.0",
         "truncation": None,

@@ -187,9 +187,7 @@ def _table(kind: Kind, size: float) -> tuple[npt.NDArray[np.generic], int]:
         return pack_e2m1(run(codes, 8)).view("<u4").reshape(-1), 1
     if kind in (Kind.E8M0_GROUP, Kind.E8M0_BLOCK):
         exponents = (
-            np.array(GROUP_SCALE_STEPS if kind is Kind.E8M0_GROUP else BLOCK_SCALE_STEPS)
-            + int(size)
-            + e8m0.BIAS
+            np.array(GROUP_SCALE_STEPS if kind is Kind.E8M0_GROUP else BLOCK_SCALE_STEPS) + int(size) + e8m0.BIAS
         )
         return run(np.resize(exponents.astype(np.uint8), TABLE_ENTRIES), 4).view("<u4").reshape(-1), 1
     if kind is Kind.F32_POWER:

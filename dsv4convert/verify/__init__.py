@@ -16,6 +16,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.gguf_file import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
+from ..model_card import read_model_card
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys
@@ -94,9 +95,10 @@ def prepare(
         raise UsageError("source and output are the same", where=output)
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
+    read_model_card(source)  # the source's own faults are errors, and not the output's
     try:
         pieces = _pieces(layout, output, checkpoint, report)
-    except (FileFormatError, InventoryError) as error:
+    except (FileFormatError, InputMissingError, InventoryError) as error:
         bare = type(error)(error.what, expected=error.expected, got=error.got, hint=error.hint)
         report.problem(FILE, output if error.where is None else error.where, str(bare))
         pieces = []

@@ -108,7 +108,7 @@ def piece_bytes(piece: Piece) -> int:
 def bytes_to_read(piece: Piece, how: Comparison) -> int:
     """Return about how many bytes of a piece a comparison reads."""
     cut = _cut(piece, how)
-    return piece_bytes(piece) * how.share_of(cut.count) // max(1, cut.count)
+    return piece_bytes(piece) * how.share_of(cut.blocks) // max(1, cut.blocks)
 
 
 def _nbytes(matrix: Matrix, size: tuple[int, int]) -> int:
@@ -126,7 +126,7 @@ class Cut(NamedTuple):
     wide: int
 
     @property
-    def count(self) -> int:
+    def blocks(self) -> int:
         """Return the number of blocks."""
         return -(-self.rows // self.tall) * -(-self.columns // self.wide)
 
@@ -160,9 +160,9 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
 def _chosen(piece: Piece, cut: Cut, how: Comparison) -> Iterable[int]:
     """Return the numbers of the blocks to compare, in order."""
     if how.sample is None:
-        return range(cut.count)
+        return range(cut.blocks)
     chosen = random.Random(f"{how.seed} {piece.output.name} {piece.source.name}")
-    return sorted(chosen.sample(range(cut.count), how.share_of(cut.count)))
+    return sorted(chosen.sample(range(cut.blocks), how.share_of(cut.blocks)))
 
 
 def _compare(

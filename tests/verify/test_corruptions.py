@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv4convert.checkpoint.gguf_file import open_gguf, read_gguf_part
-from dsv4convert.errors import Dsv4Error
+from dsv4convert.errors import Dsv4Error, FileFormatError
 from dsv4convert.verify import Report, verify
 
 from ..gguf_bytes import Info, Key, RawGguf, text
@@ -511,6 +511,21 @@ def test_damage_to_a_split_model_is_caught(damage: str, small: Path, copy_of: Ma
     path = copy_of("gguf-split")
     SPLIT_DAMAGE[damage](path)
     assert caught(small, path) is not None
+
+
+def test_a_missing_file_of_the_output_is_a_verdict(small: Path, copy_of: Make) -> None:
+    path = copy_of("gguf-split")
+    splits(path)[1].unlink()
+    report = verify(small, path)
+    assert [problem.kind for problem in report.problems] == ["file"]
+    assert splits(path)[1].name in report.problems[0].where or "00002" in report.problems[0].where
+
+
+def test_a_malformed_model_card_is_the_sources_own_fault(small: Path, outputs: Make, tmp_path: Path) -> None:
+    source = shutil.copytree(small, tmp_path / small.name)
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(FileFormatError, match="front matter"):
+        verify(source, outputs("gguf"))
 
 
 # Safetensors folders

@@ -18,10 +18,12 @@ def escape_control(text: str) -> str:
 
 # Of each part of a message: values come out of files that nobody vouches for.
 MAX_CHARACTERS = 400
+MAX_PATH_CHARACTERS = 4096
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= MAX_CHARACTERS else text[: MAX_CHARACTERS - 1] + "…"
+def _clip(value: object, most: int = MAX_CHARACTERS) -> str:
+    text = str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class Dsv4Error(Exception):
@@ -51,13 +53,13 @@ class Dsv4Error(Exception):
 
     def _one_line(self) -> str:
         what = _clip(self.what)
-        line = what if self.where is None else f"{self.where}: {what}"
+        line = what if self.where is None else f"{_clip(self.where, MAX_PATH_CHARACTERS)}: {what}"
         if self.expected is not None:
-            line += f": expected {_clip(str(self.expected))}"
+            line += f": expected {_clip(self.expected)}"
             if self.got is not None:
-                line += f", got {_clip(str(self.got))}"
+                line += f", got {_clip(self.got)}"
         elif self.got is not None:
-            line += f": got {_clip(str(self.got))}"
+            line += f": got {_clip(self.got)}"
         if self.hint is not None:
             line += f"; {self.hint}"
         return escape_control(line)

@@ -29,6 +29,9 @@ from .weights import Weight, pair
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
+# More than V4-Pro has; a forged config could ask for hundreds of millions.
+MAX_MISSING = 200_000
+
 # 145,116 names of V4-Pro make 13 MB.
 MAX_INDEX_BYTES = 32 * 2**20
 
@@ -208,6 +211,8 @@ def resolve(
         weight = left.pop(expected.name, None)
         if weight is None:
             missing.append(expected.name)
+            if len(missing) > MAX_MISSING:
+                break
             continue
         scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
         weights[expected.name] = pair(expected, weight, scale)
@@ -216,7 +221,7 @@ def resolve(
         raise InventoryError(
             f"tensor {missing[0]}: missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
             where=folder,
-            expected=f"{len(weights) + len(missing)} weights",
+            expected=f"{len(weights) + len(missing)} weights" + (" or more" if len(missing) > MAX_MISSING else ""),
             got=len(weights),
             hint="is the download complete, and does config.json belong to it?",
         )

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from dsv4convert.checkpoint.gguf_file import open_gguf
 from dsv4convert.checkpoint.safetensors_header import read_header
 from dsv4convert.config import load_config
 from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert_hf import plan_dequantize, plan_repack
+from dsv4convert.convert_shards import UNSHARD, plan_shards, plan_unshard
 from dsv4convert.engine.journal import Journal, check_same, fingerprint, journal_path
 from dsv4convert.engine.tiles import Worker
 from dsv4convert.errors import Dsv4Error, InputOutputError
 from dsv4convert.inspect import inspect_path
 from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.layouts.shards import ShardOptions
 from dsv4convert.manifest import check_manifest, manifest_of
 from dsv4convert.model_card import read_model_card
+from dsv4convert.plan import Plan
 from dsv4convert.synth import write_synth
 from dsv4convert.tokenizer import load_tokenizer
 from dsv4convert.verify import verify
@@ -57,6 +61,13 @@ CHECKPOINT: dict[str, Any] = {
     "files": 2,
     "overrides": {"num_experts_per_tok": 1},
 }
+
+CONVERSIONS: list[Callable[[Path, Path], Plan]] = [
+    lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions()),
+    lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
+    lambda source, out: plan_dequantize(source, out / "bf16"),
+    lambda source, out: plan_repack(source, out / "fp8"),
+]
 
 Case = Callable[[random.Random], str]
 
@@ -257,8 +268,17 @@ class Fuzz:
         return case
 
     def checkpoint(self) -> Case:
-        """Damage any file of a checkpoint; plan its conversion, and at times carry it out and verify it."""
-        good = {path.name: path.read_bytes() for path in self.source.iterdir()}
+        """Damage any file of a checkpoint; describe it, plan a conversion, at times carry it out and verify it."""
+        return self.folder_case(self.source, CONVERSIONS)
+
+    def shards(self) -> Case:
+        """Damage any file of a folder of shards; describe it, and put the shards together and verify it."""
+        folder = self.folder / "shards"
+        execute(plan_shards(self.source, folder, ShardOptions(2)).plan, threads=1)
+        return self.folder_case(folder, [lambda source, out: plan_unshard(source, out / "whole")])
+
+    def folder_case(self, folder: Path, conversions: Sequence[Callable[[Path, Path], Plan]]) -> Case:
+        good = {path.name: path.read_bytes() for path in folder.iterdir()}
         names = sorted(good)
         out = self.folder / "out"
 
@@ -267,11 +287,13 @@ class Fuzz:
             damaged = (mutate_header if name.endswith(".safetensors") else mutate_either)(good[name], rng)
             if rng.random() < 0.05 and name.endswith(".safetensors"):
                 damaged = good[name][: rng.randrange(len(good[name]))]
-            (self.source / name).write_bytes(damaged)
+            (folder / name).write_bytes(damaged)
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             try:
-                plan = plan_gguf(self.source, out / "model.gguf", GgufOptions())
+                with contextlib.suppress(Dsv4Error):
+                    inspect_path(folder)
+                plan = rng.choice(conversions)(folder, out)
                 if rng.random() < 0.5:
                     return "planned"
                 try:
@@ -280,15 +302,23 @@ class Fuzz:
                     if list(out.iterdir()):
                         raise AssertionError(f"left over: {list(out.iterdir())}") from None
                     raise
-                report = verify(self.source, out / "model.gguf")
-                if not report.ok:
-                    raise AssertionError(f"verify rejects it: {report.problems[:3]}")
+                self.verify(folder, plan)
                 self.converted += 1
                 return "converted"
             finally:
-                (self.source / name).write_bytes(good[name])
+                (folder / name).write_bytes(good[name])
 
         return case
+
+    @staticmethod
+    def verify(source: Path, plan: Plan) -> None:
+        if plan.target == UNSHARD:  # what verify compares with is the checkpoint, not its shards
+            if not check_manifest(plan.output_path()).ok:
+                raise AssertionError("the output is not what its manifest says")
+            return
+        report = verify(source, plan.output_path())
+        if not report.ok:
+            raise AssertionError(f"verify rejects it: {report.problems[:3]}")
 
 
 def interrupt(plan: Any, after: int) -> None:
@@ -310,7 +340,7 @@ def interrupt(plan: Any, after: int) -> None:
 
 KINDS = (
     "header", "index", "config", "tokenizer", "tokenizer_config", "generation_config", "gguf", "manifest", "journal",
-    "checkpoint",
+    "checkpoint", "shards",
 )  # fmt: skip
 
 

@@ -219,7 +219,9 @@ def resolve(
     unused, unknown = _sort_leftovers(left)
     if missing:
         raise InventoryError(
-            f"tensor {missing[0]}: missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+            f"tensor {missing[0]}: missing"
+            + (", its scale is there" if scale_name(missing[0]) in left else "")
+            + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
             where=folder,
             expected=f"{len(weights) + len(missing)} weights" + (" or more" if len(missing) > MAX_MISSING else ""),
             got=len(weights),

@@ -177,9 +177,7 @@ def child(plan: Plan, killer: Killer | None, overwrite: bool) -> tuple[int, int]
         os.close(reading)
         if killer is not None:
             killer.install()
-        summary = execute(
-            plan, threads=THREADS, resume=True, overwrite=overwrite, record_seconds=RECORD_SECONDS
-        )
+        summary = execute(plan, threads=THREADS, resume=True, overwrite=overwrite, record_seconds=RECORD_SECONDS)
         text = f"done {summary.resumed_bytes}"
     except BaseException as error:  # noqa: BLE001 - reported to the parent
         text = f"{type(error).__name__}: {error}"

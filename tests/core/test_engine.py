@@ -1,0 +1,194 @@
+"""The engine: the same bytes for any number of threads and any tile, in bounded memory, told as it goes."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.engine.files import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
+from dsv4convert.engine.ledger import Ledger
+from dsv4convert.engine.run import run_plan
+from dsv4convert.engine.tiles import Worker, rows_per_tile
+from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
+from dsv4convert.formats.backend import numpy_codecs
+from dsv4convert.formats.base import Tally
+from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.plan import Operand, OutputFile, OutputTensor, Plan, Segment, copy_segments
+
+from ..trust.conftest import PLANS, contents
+
+
+def copying_plan(source: Path, folder: Path) -> Plan:
+    """Plan a file that is a header, a gap and the bytes of ``source``."""
+    size = source.stat().st_size
+    tensor = OutputTensor("all", "u8", (size,), 64, size, copy_segments(source, 0, size))
+    file = OutputFile("out", b"head", (tensor,), 64 + size + 32)
+    return Plan("copy", source.parent, folder, False, (file,), (), {}, size)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("tile_bytes", [1, 4096, 2**19, 2**26])
+def test_threads_and_tiles_do_not_change_the_bytes(tiny: Path, tmp_path: Path, threads: int, tile_bytes: int) -> None:
+    options = GgufOptions(experts="q8_0")
+    whole = plan_gguf(tiny, tmp_path / "whole.gguf", options)
+    execute(whole, threads=1)
+    plan = plan_gguf(tiny, tmp_path / "other.gguf", options)
+    outputs = Outputs(plan)
+    outputs.create()
+    report = run_plan(plan, outputs, threads=threads, codecs=numpy_codecs(), tile_bytes=tile_bytes)
+    outputs.close()
+    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert len(report.tensors) == len(plan.files[0].tensors)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 5])
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, "stops short"])
+def test_copies_are_exact_with_and_without_the_kernels_help(
+    size: int, refusal: int | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(size))
+
+    def copy_file_range(*_: Any) -> int:
+        if isinstance(refusal, int):
+            raise OSError(refusal, os.strerror(refusal))
+        return 0
+
+    if refusal is not None:
+        monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    plan = copying_plan(source, tmp_path)
+    outputs = Outputs(plan)
+    outputs.create()
+    report = run_plan(plan, outputs, threads=2)
+    outputs.close()
+    assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
+    if size:
+        assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
+
+
+def test_a_refusal_that_is_none_of_the_known_ones_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(bytes(100))
+
+    def copy_file_range(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    plan = copying_plan(tmp_path / "source", tmp_path)
+    outputs = Outputs(plan)
+    outputs.create()
+    with pytest.raises(InputOutputError, match=r"out\.partial: cannot be written \(Input/output error\)"):
+        run_plan(plan, outputs, threads=1)
+    outputs.close()
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "operands", "expected"),
+    [
+        pytest.param(100, [(100, 1)], 5, id="rows that fit"),
+        pytest.param(5000, [(5000, 1)], 1, id="a row larger than the tile"),
+        pytest.param(10, [(10, 1), (1, 16)], 48, id="a multiple of the scale's block"),
+        pytest.param(600, [(600, 1), (8, 128)], 128, id="at least one block"),
+    ],
+)
+def test_a_tile_is_a_whole_number_of_scale_blocks(
+    row_bytes: int, operands: list[tuple[int, int]], expected: int
+) -> None:
+    rows = [Operand(Path("a"), 0, size, per, "u1") for size, per in operands]
+    found = rows_per_tile(Segment("x", tuple(rows), 1000, row_bytes), 1000)
+    assert found == expected
+    assert found % math.lcm(*(operand.rows_per for operand in rows)) == 0
+
+
+def test_progress_is_told_and_ends_at_the_whole(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Worker.run
+
+    def slow(self: Worker, *arguments: Any) -> Any:
+        time.sleep(0.002)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Worker, "run", slow)
+    told: list[int] = []
+    plan = PLANS["gguf"](tiny, tmp_path)
+    execute(plan, threads=1, progress=told.append)
+    assert told == sorted(told)
+    assert len(told) > 2
+    assert told[-1] == sum(tensor.nbytes for tensor in plan.files[0].tensors)
+
+
+def test_an_error_before_the_end_keeps_the_output_from_its_name(tiny: Path, tmp_path: Path) -> None:
+    def refuse(report: Any) -> None:
+        raise Dsv4Error("no")
+
+    with pytest.raises(Dsv4Error, match="no"):
+        execute(PLANS["gguf"](tiny, tmp_path), threads=1, before_finish=refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ledger_adds_up_what_segments_counted() -> None:
+    segments = (Segment("copy", (), 4, 1), Segment("copy", (), 2, 1))
+    tensor = OutputTensor("t", "u8", (6,), 0, 6, segments)
+    plan = Plan("x", Path(), Path(), False, (OutputFile("f", b"", (tensor, tensor), 12),), (), {}, 0)
+    ledger = Ledger(plan)
+    one, two = b"1" * 16, b"2" * 16
+    ledger.add(0, 1, 1, two, Tally(nan=2))
+    assert (ledger.holds(0, 1, 1), ledger.holds(0, 1, 0), ledger.is_complete) == (True, False, False)
+    ledger.add(0, 1, 0, one, Tally(nan=1, changed=3))
+    assert ledger[1].digest == xxhash.xxh3_128_hexdigest(one + two)
+    assert ledger[1].tally == Tally(nan=3, changed=3)
+    assert ledger[0].tally == Tally()
+    ledger.add(0, 0, 0, one, Tally())
+    ledger.add(0, 0, 1, one, Tally())
+    assert ledger.is_complete
+    assert ledger.total() == Tally(nan=3, changed=3)
+
+
+def test_a_worker_keeps_only_so_many_files_open(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(OPEN_FILES_PER_WORKER + 5)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    with DescriptorCache() as cache:
+        before = len(os.listdir("/proc/self/fd"))
+        for path in (*paths, *paths):
+            assert os.pread(cache.get(path, os.O_RDONLY), 10, 0) == path.name.encode()
+        assert len(os.listdir("/proc/self/fd")) - before == OPEN_FILES_PER_WORKER
+
+
+def test_a_short_write_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, memoryview(data)[:7], at))
+    path = tmp_path / "file"
+    data = bytes(range(100))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    write_all(descriptor, memoryview(data), 3)
+    os.close(descriptor)
+    assert path.read_bytes() == bytes(3) + data
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, SpaceError), (errno.EDQUOT, SpaceError), (errno.EFBIG, SpaceError), (errno.EIO, InputOutputError)],
+)
+def test_refusals_of_the_system_are_errors_of_ours_with_the_files_name(number: int, kind: type[Dsv4Error]) -> None:
+    with pytest.raises(kind, match=r"^/a/b: cannot be written \("), os_errors(Path("/a/b"), "written"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_the_files_of_a_split_output_are_all_or_the_last_ones(tiny: Path, tmp_path: Path) -> None:
+    """Renamed from the last to the first, by which readers find the others."""
+    plan = PLANS["split gguf"](tiny, tmp_path)
+    renamed: list[str] = []
+    real = os.replace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda a, b: (renamed.append(Path(b).name), real(a, b))[1])  # type: ignore[func-returns-value]
+        execute(plan, threads=2)
+    names = [file.name for file in plan.files]
+    assert renamed[: len(names)] == names[::-1]
+    assert contents(plan).keys() >= set(names)

@@ -7,6 +7,7 @@ form says ``layer_types``, ``mlp_layer_types`` and ``rope_parameters``. Both are
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -19,6 +20,9 @@ from .errors import ConfigError, InputMissingError, UnsupportedError
 from .reading import read_at_most
 
 CONFIG_NAME = "config.json"
+
+# An escape that may be half a surrogate pair.
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # A wrong list is wrong in every place; the first errors tell as much as all.
 MAX_SCHEMA_ERRORS = 100
@@ -255,7 +259,19 @@ def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
         raise ConfigError(f"not usable JSON ({error})", where=where) from None
     if not isinstance(document, dict):
         raise ConfigError("not a JSON object", where=where, got=type(document).__name__)
+    if SURROGATE.search(text):
+        _check_encodable(document, where)
     return document
+
+
+def _check_encodable(document: object, where: object) -> None:
+    """Refuse halves of surrogate pairs, which JSON can spell and no file can hold as UTF-8."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("holds half a surrogate pair", where=where) from None
+    except RecursionError:
+        raise ConfigError("JSON nested too deeply", where=where) from None
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_a_key_that_cannot_be_is_named(raw: dict[str, Any], change: dict[str, An
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_constants_that_json_does_not_have_are_refused(tmp_path: Path, constant: str) -> None:
-    (tmp_path / "config.json").write_text('{"hc_eps": %s}' % constant)
+    (tmp_path / "config.json").write_text(f'{{"hc_eps": {constant}}}')
     with pytest.raises(ConfigError, match=f"{constant} is no number in JSON"):
         load_config(tmp_path)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -50,6 +51,7 @@ from .mutations import mutate_bytes, mutate_json
 
 MEMORY_LIMIT = 2**30
 SECONDS_PER_CASE = 5.0
+HUNG_SECONDS = 30.0
 FAILURES_SHOWN = 12
 MAX_LINE = 6000  # a path alone may have 4096 characters
 
@@ -113,10 +115,13 @@ def time_limit() -> Iterator[None]:
 
     signal.signal(signal.SIGALRM, alarm)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CASE)
+    # What does not even come back to Python ends the program, with a traceback of every thread.
+    faulthandler.dump_traceback_later(HUNG_SECONDS, exit=True)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def mutate_either(data: bytes, rng: random.Random) -> bytes:

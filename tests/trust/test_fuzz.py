@@ -14,7 +14,7 @@ import pytest
 from .fuzz import KINDS, MEMORY_LIMIT, SECONDS_PER_CASE
 
 CASES = {
-    "header": 5000,
+    "header": 8000,
     "index": 2500,
     "config": 3000,
     "tokenizer": 3000,
@@ -23,8 +23,8 @@ CASES = {
     "gguf": 3500,
     "manifest": 2500,
     "journal": 2500,
-    "checkpoint": 1000,
-    "shards": 300,
+    "checkpoint": 2500,
+    "shards": 700,
 }
 # Other cases on another day: DSV4_FUZZ_SEED=$RANDOM.
 SEED = os.environ.get("DSV4_FUZZ_SEED", "0")

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from dsv4convert.convert import execute
-from dsv4convert.engine import tiles
 from dsv4convert.engine.journal import Journal
 from dsv4convert.engine.tiles import Worker
 from dsv4convert.errors import InventoryError, LossyError, SpaceError
@@ -67,11 +66,11 @@ def test_too_little_memory_is_an_error_of_ours(plan: Plan, monkeypatch: pytest.M
 
 
 def test_a_worker_that_cannot_even_begin_ends_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_scratch() -> None:
-        raise ValueError("no scratch")
+    def no_memory(self: Worker, *_: object) -> None:
+        raise ValueError("no buffers")
 
-    monkeypatch.setattr(tiles, "Scratch", no_scratch)
-    with pytest.raises(ValueError, match="no scratch"):
+    monkeypatch.setattr(Worker, "__init__", no_memory)
+    with pytest.raises(ValueError, match="no buffers"):
         execute(plan, threads=2)
     assert not plan.final_paths()[0].exists()
 

@@ -20,7 +20,6 @@ from .engine.run import (
     RECORD_SECONDS,
     RunReport,
     choose_backend,
-    converted_bytes,
     peak_memory_bytes,
     run_plan,
 )
@@ -309,7 +308,7 @@ def execute(
         Dsv4Error: see ``run_plan``.
     """
     threads = default_threads() if threads is None else threads
-    codecs, tile_bytes = device_codecs(device, converted_bytes(plan))
+    codecs, tile_bytes = device_codecs(device, plan)
     outputs = Outputs(plan)
     path = journal_path(plan)
     mark = fingerprint(plan)
@@ -411,7 +410,7 @@ def _go_on(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any])
     journal.note_inodes(inodes)
 
 
-def device_codecs(device: str, bytes_to_convert: int) -> tuple[Codecs, int]:
+def device_codecs(device: str, plan: Plan) -> tuple[Codecs, int]:
     """Return the codecs of ``device`` ("cpu" or "cuda") and the tile size in bytes that suits them.
 
     Raises:
@@ -419,7 +418,7 @@ def device_codecs(device: str, bytes_to_convert: int) -> tuple[Codecs, int]:
         DeviceError: no GPU, or no torch and triton.
     """
     if device == "cpu":
-        return choose_backend(bytes_to_convert), TILE_BYTES
+        return choose_backend(plan), TILE_BYTES
     if device != "cuda":
         raise UsageError("--device: unknown", expected="cpu or cuda", got=device)
     from .engine.cuda import cuda_codecs, preferred_tile_bytes, require_cuda

@@ -21,6 +21,7 @@ from .tiles import TILE_BYTES, Worker
 
 # Loading the compiler costs more than a small conversion takes.
 COMPILED_FROM_BYTES = 512 * 2**20
+COMPILED_FROM_SHARE = 1 / 4
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
@@ -111,7 +112,7 @@ def run_plan(
         RuntimeError: a worker raised anything else; says the tensor.
     """
     started = time.monotonic()
-    backend = codecs if codecs is not None else choose_backend(converted_bytes(plan))
+    backend = codecs if codecs is not None else choose_backend(plan)
     done = Ledger(plan)
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
@@ -217,9 +218,13 @@ class _Keeper(threading.Thread):
             self._done.add(*entry.task[:3], entry.digest, entry.tally)
 
 
-def choose_backend(converted_bytes: int) -> Codecs:
-    """Return the compiled codecs where they are installed and the work is worth loading them, else numpy's."""
-    if converted_bytes >= COMPILED_FROM_BYTES and compiled_available():
+def choose_backend(plan: Plan) -> Codecs:
+    """Return the compiled codecs where they are installed and worth their loading and memory, else numpy's.
+
+    Where most bytes only move, as into shards, numpy keeps up with the disk.
+    """
+    converted = converted_bytes(plan)
+    if converted >= max(COMPILED_FROM_BYTES, plan.nbytes * COMPILED_FROM_SHARE) and compiled_available():
         return compiled_codecs()
     return numpy_codecs()
 

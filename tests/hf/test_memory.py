@@ -60,7 +60,29 @@ def test_a_few_hundred_megabytes_of_weights(command: str, make_checkpoint: MakeC
     assert peak_bytes(["-m", "dsv4convert"], arguments) < LIMIT_BYTES
 
 
+# The compiled codecs are compiled once after an installation, which takes memory of its own; see the docs.
+COMPILE = """
+import numpy as np
+from dsv4convert.formats.backend import compiled_available, compiled_codecs
+from dsv4convert.formats.base import Scratch, Tally
+
+if compiled_available():
+    codecs, scratch, tally = compiled_codecs(), Scratch(), Tally()
+    bytes_of = lambda *shape: np.full(shape, 100, np.uint8)
+    codecs.fp8_to_bf16(bytes_of(128, 256), bytes_of(1, 2), (128, 128), np.empty((128, 256), np.uint16), scratch, tally)
+    codecs.fp4_to_bf16(bytes_of(128, 128), bytes_of(128, 8), (1, 32), np.empty((128, 256), np.uint16), scratch, tally)
+    codecs.fp4_to_fp8(bytes_of(128, 128), bytes_of(128, 8), bytes_of(128, 256), bytes_of(1, 2), scratch, tally)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Compile the codecs in another process, as a first run does."""
+    subprocess.run([sys.executable, "-c", COMPILE], check=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_hundred_and_forty_thousand_tensors(command: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("pro", headers_only=True)

@@ -40,6 +40,12 @@ STOPS_WITHIN = 1.0
 STARTS_WITHIN = 30.0
 
 
+def default_signals() -> None:
+    """Undo what a shell does to a background job, or nohup: their children ignore these signals."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*arguments: object, more: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SLOW.format(more=more), *map(str, arguments)],
@@ -47,6 +53,7 @@ def start(*arguments: object, more: str = "") -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=default_signals,
     )
 
 

@@ -18,11 +18,12 @@ from ..conftest import MakeCheckpoint
 MEMORY_LIMIT = 160 * 2**20
 
 PROGRAM = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from dsv4convert.engine.run import peak_memory_bytes
 from dsv4convert.verify import verify
 report = verify(Path(sys.argv[1]), Path(sys.argv[2]), threads=2)
-print(json.dumps({"ok": report.ok, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"ok": report.ok, "peak": peak_memory_bytes()}))
 """
 
 

@@ -61,7 +61,7 @@ PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_c
 # digest; and of one worker: tiles, scratch and output. Measured on V4-Pro's headers and on slices, rounded up.
 BASE_MEMORY_BYTES = 170 * 2**20
 SEGMENT_MEMORY_BYTES = 2**10
-WORKER_MEMORY_BYTES = 8 * TILE_BYTES + 2 * COPY_TILE_BYTES
+WORKER_MEMORY_BYTES = 6 * TILE_BYTES + 2 * COPY_TILE_BYTES
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def main() -> None:
         ),
         _ours("dsv4convert", ours, arguments.folder / "ours"),
         # The default leaves the MTP layer out, as llama.cpp's converter does; this one converts every byte.
-        _ours("dsv4convert --mtp split", [*ours, "--mtp", "split"], arguments.folder / "split"),
+        _ours("dsv4convert --draft split", [*ours, "--draft", "split"], arguments.folder / "split"),
     ]
     if arguments.numpy:
         contenders.append(

@@ -3,6 +3,10 @@
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --rounds 7 --save benchmarks/results/repack.json
 
+A full checkpoint fills tens of files, and each thread writes a file of its own; so that the slice does
+too, its output is cut into files of --max-file-size. With --one-file it is also timed as a single file,
+at which the threads wait for each other.
+
 Takes room for the source and one output: 12 GB for dequantize, 8 GB for repack.
 """
 
@@ -31,6 +35,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
+    parser.add_argument("--max-file-size", default="1GB", help="of the output's files")
+    parser.add_argument("--one-file", action="store_true", help="also time the run with files of up to 50 GB")
     parser.add_argument("--transformers", action="store_true", help="also time --names transformers")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
@@ -43,7 +49,8 @@ def main() -> None:
 
     def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
         command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]
-        line = [*command, str(folder / out), "--quiet", "--threads", str(arguments.threads), *options]
+        size = ("--max-file-size", arguments.max_file_size)
+        line = [*command, str(folder / out), "--quiet", "--threads", str(arguments.threads), *size, *options]
         return Contender(name, line, folder / out, environment)
 
     plan = (plan_dequantize if arguments.command == "dequantize" else plan_repack)(source, folder / "ours")
@@ -55,9 +62,11 @@ def main() -> None:
     ]
     if arguments.transformers and arguments.command == "dequantize":
         contenders.append(ours("... --names transformers", "stacked", "--names", "transformers"))
+    if arguments.one_file:
+        contenders.append(ours("... one file", "one", "--max-file-size", "50GB"))
     if arguments.numpy:
         contenders.append(ours("... numpy only", "numpy", DSV4CONVERT_COMPILED="0"))
-    alternate(contenders, arguments.warmup, arguments.rounds)
+    alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
     shutil.rmtree(links)
     result = record(
         contenders,
@@ -67,6 +76,7 @@ def main() -> None:
         source_bytes=plan.source_bytes,
         output_bytes=plan.nbytes,
         threads=arguments.threads,
+        max_file_size=arguments.max_file_size,
     )
     print_table(result)
     if arguments.save is not None:

@@ -64,7 +64,7 @@ def main() -> None:
         contenders.append(
             Contender("llama.cpp converter", command, out, {"HF_HUB_OFFLINE": "1"}, arguments.llama_rounds)
         )
-    alternate(contenders, arguments.warmup, arguments.rounds)
+    alternate(contenders, arguments.warmup, arguments.rounds, source_bytes)
     result = record(
         contenders,
         "cp -r",

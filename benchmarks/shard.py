@@ -50,7 +50,7 @@ def main() -> None:
     ]
     if arguments.fp8:
         contenders.append(ours("shard", source, "shards", "--mp", mp, "--expert-dtype", "fp8"))
-    alternate(contenders, arguments.warmup, arguments.rounds)
+    alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
     result = record(
         contenders,
         "cp",

@@ -106,7 +106,7 @@ def hf_to_gguf(
     run: RunOptions,
 ) -> None:
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
-    from ..convert import plan_gguf
+    from ..convert_gguf import plan_gguf
     from ..layouts.gguf import GgufOptions
     from .report import run_conversion
 

@@ -12,7 +12,8 @@ import typer
 def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0) -> None:
     """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
     from ..checkpoint.gguf_file import open_gguf
-    from ..convert import execute, plan_gguf
+    from ..convert import execute
+    from ..convert_gguf import plan_gguf
     from ..layouts.gguf import GgufOptions
     from ..synth import write_synth
     from ..verify import verify

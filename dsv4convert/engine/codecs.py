@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import InventoryError
 from ..formats.backend import Codecs
 from ..formats.base import GROUP, Scratch, Tally
-from ..formats.e2m1 import FP8_TILE, fp4_to_fp8_scales
+from ..formats.e2m1 import FP8_TILE
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..plan import BESIDE, COPY, IDENTITY
@@ -108,7 +108,7 @@ def _fp4_to_fp8_scales(
     codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
 ) -> None:
     """An operand row holds the FP4 scales of all rows of a tile; args: scales of a row of the weight."""
-    fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out)
+    codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out, scratch, tally)
 
 
 def _columns(

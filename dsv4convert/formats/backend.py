@@ -12,7 +12,7 @@ from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.base import TileFunction
 
-# Set to 0 to stay with numpy although numba is installed.
+# Set to 0 to stay with numpy although llvmlite is installed.
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
 
 
@@ -29,6 +29,7 @@ class Codecs:
     fp4_to_bf16: TileFunction = e2m1.fp4_to_bf16
     fp4_to_f16: TileFunction = e2m1.fp4_to_f16
     fp4_to_fp8: TileFunction = e2m1.fp4_to_fp8
+    fp4_to_fp8_scales: TileFunction = e2m1.fp4_to_fp8_scales
     fp4_to_mxfp4: TileFunction = mxfp4.fp4_to_mxfp4
     fp4_to_q8_0: TileFunction = q8_0.fp4_to_q8_0
     f32_to_bf16: TileFunction = bf16.f32_to_bf16
@@ -56,27 +57,21 @@ def numpy_codecs() -> Codecs:
 
 
 def compiled_available() -> bool:
-    """True when numba is installed and not switched off; imports nothing.
-
-    DSV4CONVERT_COMPILED=0 switches it off, and so does NUMBA_DISABLE_JIT, which would run the kernels in
-    the Python interpreter.
-    """
-    if os.environ.get(COMPILED_VARIABLE, "1") == "0" or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return False
-    return importlib.util.find_spec("numba") is not None
+    """True when llvmlite is installed and not switched off by DSV4CONVERT_COMPILED=0; imports nothing."""
+    return os.environ.get(COMPILED_VARIABLE, "1") != "0" and importlib.util.find_spec("llvmlite") is not None
 
 
 @cache
 def compiled_codecs() -> Codecs:
-    """Return the compiled twins; a conversion without one stays with numpy. Imports numba.
+    """Return the compiled twins; a conversion without one stays with numpy. Imports llvmlite.
 
-    An installed numba that does not import, as one older than the installed numpy does, costs speed and
-    a warning, not the conversion.
+    An installed llvmlite that does not import, or knows no code for this processor, costs speed and a
+    warning, not the conversion.
     """
     try:
         from dsv4convert.formats import compiled
-    except Exception as error:  # noqa: BLE001 - numba raises what it likes: ImportError, SystemError, OSError
+    except Exception as error:  # noqa: BLE001 - llvmlite raises what it likes: ImportError, RuntimeError, OSError
         reason = escape_control(f"{type(error).__name__}: {error}")
-        warnings.warn(f"numba does not import ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"llvmlite does not work ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2)
         return numpy_codecs()
     return Codecs("compiled", **compiled.TWINS)

@@ -32,6 +32,7 @@ from dsv4convert.formats.base import (
     Block,
     Scratch,
     Tally,
+    check_contiguous,
     check_tile,
     column_blocks,
 )
@@ -188,11 +189,26 @@ def fp4_to_fp8(
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
 
-def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> npt.NDArray[np.int16]:
-    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32].
+def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32]; counts nothing.
 
-    Returns them as numbers, 0 where all scales of a tile are NaN and the tile's is NaN too.
+    Raises ValueError on shapes that do not fit.
     """
+    check_fp8_scales(scale, out_scale)
+    if scale.size:
+        _fill_tile_scales(scale, out_scale)
+
+
+def check_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> None:
+    """Refuse scales that are not those of one matrix, in groups of 32 and in tiles."""
+    want = (-(-scale.shape[0] // FP8_TILE), -(-scale.shape[1] * GROUP // FP8_TILE))
+    if out_scale.shape != want:
+        raise ValueError(f"tiles of {scale.shape} groups have {want} scales, got {out_scale.shape}")
+    check_contiguous(out_scale)
+
+
+def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> npt.NDArray[np.int16]:
+    """Fill the tiles' scales; return them as numbers, 0 where all scales of a tile are NaN."""
     ranked = scale + np.uint8(1)  # NaN wraps to 0, below all others
     tall = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], FP8_TILE), axis=0)
     largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], FP8_TILE // GROUP), axis=1)
@@ -209,7 +225,7 @@ FP8_FIRST_LOSSLESS_LIFT = E4M3_MIN_EXPONENT - MIN_EXPONENT
 
 def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
     """Fill the tiles' scale bytes and return each group's scale relative to them, as e8m0 bytes."""
-    tile = fp4_to_fp8_scales(scale, out_scale)
+    tile = _fill_tile_scales(scale, out_scale)
     spread = spread_blocks(tile, (FP8_TILE, FP8_TILE // GROUP), scale.shape)
     lifted = np.maximum(scale.astype(np.int16) - spread + E8M0_BIAS, 0)
     codes: ArrayU8 = np.where(scale == NAN_BYTE, NAN_BYTE, lifted).astype(np.uint8)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import xxhash
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.engine.files import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
 from dsv4convert.engine.ledger import Ledger
 from dsv4convert.engine.run import run_plan

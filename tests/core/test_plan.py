@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4convert.checkpoint import open_folder
-from dsv4convert.convert import plan_gguf
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.errors import InventoryError
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.plan import COPY_SEGMENT_BYTES, Claims, OutputTensor, copy_segments, place

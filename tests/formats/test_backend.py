@@ -22,33 +22,33 @@ def test_compiled_codecs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
     assert not compiled_available()
 
 
-def test_compiled_codecs_are_offered_only_where_numba_is(monkeypatch: pytest.MonkeyPatch):
+def test_compiled_codecs_are_offered_only_where_llvmlite_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(backend.COMPILED_VARIABLE, raising=False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert not compiled_available()
 
 
-def test_numba_without_its_compiler_is_not_offered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    assert not compiled_available()
-
-
-def test_a_numba_that_does_not_import_costs_a_warning_and_speed():
+@pytest.mark.parametrize(
+    "spoil",
+    ["sys.modules['llvmlite'] = None", "import llvmlite.binding as b; b.get_host_cpu_features = lambda: 1 / 0"],
+    ids=["does not import", "does not know the processor"],
+)
+def test_an_llvmlite_that_does_not_work_costs_a_warning_and_speed(spoil: str):
     program = (
-        "import sys, warnings; sys.modules['numba'] = None; warnings.simplefilter('error');"
+        f"import sys, warnings; {spoil}; warnings.simplefilter('error')\n"
         "from dsv4convert.formats.backend import compiled_codecs\n"
         "try: compiled_codecs()\n"
-        "except RuntimeWarning as warning: assert 'numba does not import' in str(warning), warning\n"
+        "except RuntimeWarning as warning: assert 'llvmlite does not work' in str(warning), warning\n"
         "else: sys.exit(1)\n"
         "warnings.simplefilter('ignore'); sys.exit(compiled_codecs().name != 'numpy')"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_choosing_numpy_imports_no_numba():
+def test_choosing_numpy_imports_no_llvmlite():
     program = (
         "import sys; from dsv4convert.formats.backend import compiled_available, numpy_codecs;"
-        "numpy_codecs(); compiled_available(); sys.exit('numba' in sys.modules)"
+        "numpy_codecs(); compiled_available(); sys.exit('llvmlite' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -74,7 +74,9 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
             rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8),
             rng.integers(113, 120, (rows, groups), dtype=np.uint8),
         ]
-        if target not in ("mxfp4", "fp8"):
+        if target == "fp8_scales":
+            del inputs[0]
+        elif target not in ("mxfp4", "fp8"):
             inputs.append((1, 32))
     else:
         inputs = [{"f32": x, "bf16": (x.view(np.uint32) >> 16).astype(np.uint16), "f16": x.astype(np.float16)}[source]]
@@ -83,6 +85,7 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
         "bf16": [((rows, columns), np.uint16)],
         "f16": [((rows, columns), np.float16)],
         "fp8": [((rows, columns), np.uint8), ((-(-rows // 128), -(-columns // 128)), np.uint8)],
+        "fp8_scales": [((-(-rows // 128), -(-columns // 128)), np.uint8)],
         "mxfp4": [((rows, groups * 17), np.uint8)],
         "q8_0": [((rows, groups * 34), np.uint8)],
     }[target]

@@ -16,7 +16,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dsv4convert.config import schema_path
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize, plan_repack
 from dsv4convert.convert_shards import plan_shards
 from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError

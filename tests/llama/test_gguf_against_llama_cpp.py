@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.layouts.gguf import GgufOptions
 
 from ..conftest import MakeCheckpoint

@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from dsv4convert.cli import forward as commands
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.layouts.gguf import GgufOptions
 

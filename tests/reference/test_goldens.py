@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.reference import Model
 from dsv4convert.reference.compare import compare

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.reference import Model
 from dsv4convert.reference.sources import open_source

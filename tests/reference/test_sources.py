@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from dsv4convert.checkpoint import open_folder
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_shards import plan_shards
 from dsv4convert.errors import (
     FileFormatError,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize
 from dsv4convert.convert_shards import plan_shards
 from dsv4convert.engine.tiles import Worker

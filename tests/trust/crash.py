@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize
 from dsv4convert.convert_shards import plan_shards
 from dsv4convert.engine.journal import Journal, journal_path

@@ -31,7 +31,8 @@ from dsv4convert.checkpoint.folder import read_folder_headers
 from dsv4convert.checkpoint.gguf_file import open_gguf
 from dsv4convert.checkpoint.safetensors_header import read_header
 from dsv4convert.config import load_config
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize, plan_repack
 from dsv4convert.convert_shards import UNSHARD, plan_shards, plan_unshard
 from dsv4convert.engine.journal import Journal, check_same, fingerprint, journal_path

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.engine.tiles import Worker
 from dsv4convert.errors import InputOutputError
 from dsv4convert.layouts.gguf import GgufOptions

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.engine import journal as journal_module
 from dsv4convert.engine.files import Outputs
 from dsv4convert.engine.journal import Journal, journal_path

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dsv4convert.checkpoint.folder import read_folder_headers
-from dsv4convert.convert import Summary, execute, plan_gguf
+from dsv4convert.convert import Summary, execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize, plan_repack
 from dsv4convert.layouts.gguf import GgufOptions
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4convert.cli import app, register_commands
-from dsv4convert.convert import plan_gguf
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.errors import ConfigError, UnsupportedError, UsageError
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.plan import Plan

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize, plan_repack
 from dsv4convert.convert_shards import plan_shards, plan_unshard
 from dsv4convert.layouts.gguf import GgufOptions

@@ -10,7 +10,8 @@ import pytest
 
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.checkpoint.gguf_file import open_gguf
-from dsv4convert.convert import execute, plan_gguf
+from dsv4convert.convert import execute
+from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.errors import Dsv4Error, InputMissingError, UsageError
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.verify import verify

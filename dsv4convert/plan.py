@@ -6,6 +6,7 @@ file's format. Everything that can fail on the input has failed before a plan ex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,19 +175,23 @@ class Claims:
         return tuple(self._dropped)
 
 
-class CopySegments(Sequence[Segment]):
-    """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are, made when asked for.
+class MadeSegments(Sequence[Segment], ABC):
+    """Segments that are made when they are asked for, all of ``nbytes`` together.
 
-    A large model has a hundred thousand such runs of bytes, nearly all of one segment, and a segment
-    takes several times the room of what it is made from.
+    A large model has a hundred thousand tensors, and a segment takes several times the room of what it is
+    made from.
     """
 
-    __slots__ = ("file", "nbytes", "offset")
+    __slots__ = ()
 
-    def __init__(self, file: Path, offset: int, nbytes: int) -> None:
-        self.file = file
-        self.offset = offset
-        self.nbytes = nbytes
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return how many output bytes the segments make."""
+
+    @abstractmethod
+    def _make(self, number: int) -> Segment:
+        """Return the segment with this number, from 0."""
 
     @overload
     def __getitem__(self, index: int) -> Segment: ...
@@ -196,13 +201,39 @@ class CopySegments(Sequence[Segment]):
         numbers = range(len(self))[index]
         return tuple(map(self._make, numbers)) if isinstance(numbers, range) else self._make(numbers)
 
+    def __iter__(self) -> Iterator[Segment]:
+        return map(self._make, range(len(self)))
+
+
+class CopySegments(MadeSegments):
+    """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
+
+    __slots__ = ("_nbytes", "file", "offset")
+
+    def __init__(self, file: Path, offset: int, nbytes: int) -> None:
+        self.file = file
+        self.offset = offset
+        self._nbytes = nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes are copied."""
+        return self._nbytes
+
     def __len__(self) -> int:
-        return -(-self.nbytes // COPY_SEGMENT_BYTES)
+        return -(-self._nbytes // COPY_SEGMENT_BYTES)
 
     def _make(self, number: int) -> Segment:
         begin = number * COPY_SEGMENT_BYTES
         operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
-        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self.nbytes - begin), 1)
+        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
+
+
+def total_bytes(segments: Sequence[Segment]) -> int:
+    """Return how many output bytes segments make together."""
+    if isinstance(segments, MadeSegments):
+        return segments.nbytes
+    return sum(segment.nbytes for segment in segments)
 
 
 def copy_segments(file: Path, offset: int, nbytes: int) -> CopySegments:

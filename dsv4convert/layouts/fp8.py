@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, cast, overload
+from typing import NamedTuple, cast
 
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
 from ..errors import InventoryError
-from ..plan import Operand, Segment
+from ..plan import MadeSegments, Operand, Segment
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
@@ -50,40 +52,33 @@ class PackedFp4(NamedTuple):
     shape: tuple[int, int]
 
 
-class _SegmentsOf(Sequence[Segment]):
-    """Segments that are made when they are asked for.
-
-    A large model has a hundred thousand FP4 weights, and the segments of each take several times the
-    room of what they are made from.
-    """
+class _SegmentsOf(MadeSegments):
+    """One segment for all whole blocks of rows, and one for a ragged block below them."""
 
     __slots__ = ("_source",)
 
     def __init__(self, source: PackedFp4) -> None:
         self._source = source
 
-    def _make(self, first: int, count: int, tall: int) -> Segment:
-        """Return the segment of ``count`` rows from ``first`` on, in blocks of ``tall`` rows."""
-        raise NotImplementedError
-
-    @overload
-    def __getitem__(self, index: int) -> Segment: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
-    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
-        return tuple(self)[index]
-
-    def __iter__(self) -> Iterator[Segment]:
-        return (self._make(*block) for block in row_blocks(self._source.shape[0]))
-
     def __len__(self) -> int:
         return sum(1 for _ in row_blocks(self._source.shape[0]))
+
+    def _make(self, number: int) -> Segment:
+        return self._of_block(*list(row_blocks(self._source.shape[0]))[number])
+
+    @abstractmethod
+    def _of_block(self, first: int, count: int, tall: int) -> Segment:
+        """Return the segment of ``count`` rows from ``first`` on, in blocks of ``tall`` rows."""
 
 
 class _CodeSegments(_SegmentsOf):
     __slots__ = ()
 
-    def _make(self, first: int, count: int, tall: int) -> Segment:
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self._source.shape)
+
+    def _of_block(self, first: int, count: int, tall: int) -> Segment:
         source = self._source
         columns = source.shape[1]
         packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
@@ -95,7 +90,11 @@ class _CodeSegments(_SegmentsOf):
 class _ScaleSegments(_SegmentsOf):
     __slots__ = ()
 
-    def _make(self, first: int, count: int, tall: int) -> Segment:
+    @property
+    def nbytes(self) -> int:
+        return math.prod(fp8_scale_shape(self._source.shape))
+
+    def _of_block(self, first: int, count: int, tall: int) -> Segment:
         source = self._source
         groups = source.shape[1] // FP4_BLOCK
         scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, 1, "u1")

@@ -13,7 +13,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
 from ..config import ModelConfig
 from ..errors import UsageError
-from ..plan import BESIDE, Claims, Dropped, OutputFile, OutputTensor, Segment, align_up, place
+from ..plan import BESIDE, Claims, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from .gguf_metadata import I32 as GGUF_I32
 from .gguf_metadata import U16 as GGUF_U16
 from .gguf_metadata import KeyValue, ParameterCounts, count_parameters, encode_key_values
@@ -29,6 +29,7 @@ from .segments import (
     codec_segment,
     convert_segments,
     matrix_shape,
+    stack_segments,
 )
 
 MAGIC = b"GGUF"
@@ -152,7 +153,7 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return the tensor's bytes."""
-        return sum(segment.nbytes for segment in self.segments)
+        return total_bytes(self.segments)
 
 
 @dataclass(frozen=True)
@@ -336,8 +337,7 @@ def _block_tensors(
     for name, group in groups.items():
         to = types.of(group[0])
         if group[0].expert is not None:
-            segments = tuple(segment for weight in group for segment in convert_segments(weight, to))
-            specs.append(TensorSpec(name, (len(group), *group[0].shape), to, segments))
+            specs.append(TensorSpec(name, (len(group), *group[0].shape), to, stack_segments(group, to)))
         elif len(group) > 1:
             specs.append(_joined(name, group, to))
         else:

@@ -11,11 +11,11 @@ from ..checkpoint.safetensors_header import Stored
 from ..checkpoint.weights import Encoding, Weight
 from ..config import CONFIG_NAME
 from ..errors import InventoryError
-from ..plan import Claims, Dropped, OutputFile, OutputTensor, Segment, copy_segments
+from ..plan import Claims, Dropped, OutputFile, OutputTensor, Segment, copy_segments, total_bytes
 from .fp8 import fp4_to_fp8_segments, fp8_scale_shape
 from .names import MODEL_PREFIX, Store, When, scale_name
 from .safetensors import safetensors_file, safetensors_index, whole_file
-from .segments import BF16, F16, F32, I32, I64, ElementType, convert_segments, shared
+from .segments import BF16, F16, F32, I32, I64, ElementType, shared, stack_segments
 
 DTYPES = {t.name: t for t in (BF16, F16, F32)}
 NAMES = ("official", "transformers")
@@ -105,7 +105,7 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputT
                 got=UNTOUCHED.get(weight.encoding, to).name,
                 hint="use --names official",
             )
-    segments = tuple(segment for weight in group for segment in convert_segments(weight, element))
+    segments = stack_segments(group, element)
     shape = first.shape
     if name != first.name and first.expert is not None:
         experts = len({weight.expert for weight in group})
@@ -173,7 +173,7 @@ def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     """Return a tensor that has no place in a file yet."""
-    nbytes = shared(sum(segment.nbytes for segment in segments))
+    nbytes = shared(total_bytes(segments))
     return OutputTensor(name, dtype, shape, 0, nbytes, segments)
 
 

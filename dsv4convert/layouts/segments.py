@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
-from ..plan import IDENTITY, Operand, Segment, copy_segments
+from ..plan import IDENTITY, MadeSegments, Operand, Segment, copy_segments
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
@@ -122,3 +124,50 @@ def convert_segments(
         source = segment.operands[0]
         return copy_segments(source.file, source.offset, segment.nbytes)
     return (segment,)
+
+
+class StackedSegments(MadeSegments):
+    """Segments that are alike but for where their operands lie, such as those of a layer's experts."""
+
+    __slots__ = ("_files", "_first", "_offsets")
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        operands = [operand for segment in segments for operand in segment.operands]
+        self._first = segments[0]
+        self._files = tuple(operand.file for operand in operands)
+        self._offsets = array("q", (operand.offset for operand in operands))
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many output bytes the segments make."""
+        return len(self) * self._first.nbytes
+
+    def __len__(self) -> int:
+        return len(self._offsets) // len(self._first.operands)
+
+    def _make(self, number: int) -> Segment:
+        begin = number * len(self._first.operands)
+        places = enumerate(self._first.operands, start=begin)
+        return self._first._replace(
+            operands=tuple(
+                operand._replace(file=self._files[place], offset=self._offsets[place]) for place, operand in places
+            )
+        )
+
+
+def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segment]:
+    """Return the segments that make weights in element type ``to``, one weight behind the other.
+
+    Raises:
+        InventoryError: the row length of one is no multiple of the type's block.
+    """
+    pieces = [convert_segments(weight, to) for weight in weights]
+    segments = [segment for piece in pieces for segment in piece]
+    if len(segments) > 1 and len({_without_places(segment) for segment in segments}) == 1:
+        return StackedSegments(segments)
+    return tuple(segments)
+
+
+def _without_places(segment: Segment) -> Segment:
+    operands = tuple(operand._replace(file=Path(), offset=0) for operand in segment.operands)
+    return segment._replace(operands=operands)

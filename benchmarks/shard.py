@@ -1,6 +1,7 @@
 """shard on a Flash slice of about 4.5 GB, in alternation with a cp of as many bytes as the shards hold.
 
 python benchmarks/shard.py --rounds 7 --save benchmarks/results/shard.json
+python benchmarks/shard.py --rounds 7 --expert-dtype fp8 --save benchmarks/results/shard_fp8.json
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dsv4convert.synth import write_synth
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
     parser.add_argument("--mp", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--fp8", action="store_true", help="also time --expert-dtype fp8")
+    parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), default="fp4")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
@@ -32,7 +33,7 @@ def main() -> None:
     if not source.is_dir():
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
-    plan = plan_shards(source, arguments.folder / "shards", ShardOptions(arguments.mp)).plan
+    plan = plan_shards(source, arguments.folder / "shards", ShardOptions(arguments.mp, arguments.expert_dtype)).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
     copy = arguments.folder / "copy"
     mp, threads = str(arguments.mp), str(arguments.threads)
@@ -46,10 +47,8 @@ def main() -> None:
 
     contenders = [
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
-        ours("shard", source, "shards", "--mp", mp),
+        ours("shard", source, "shards", "--mp", mp, "--expert-dtype", arguments.expert_dtype),
     ]
-    if arguments.fp8:
-        contenders.append(ours("shard", source, "shards", "--mp", mp, "--expert-dtype", "fp8"))
     alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
     result = record(
         contenders,
@@ -59,6 +58,7 @@ def main() -> None:
         source_bytes=plan.source_bytes,
         shard_bytes=plan.nbytes,
         mp=arguments.mp,
+        expert_dtype=arguments.expert_dtype,
         threads=arguments.threads,
     )
     print_table(result)

@@ -190,6 +190,17 @@ class Kernel:
             return self._function
 
 
+def check_compiler() -> None:
+    """Compile and run a function of one instruction.
+
+    Raises:
+        RuntimeError: LLVM knows no code for this processor, or is older than our assembly language.
+    """
+    probe = Kernel("probe", {"values": "u1"}, lambda v: v.b.zext(v.load("values", I64(0)), I64))
+    if probe(np.full(1, 42, np.uint8)) != 42:
+        raise RuntimeError("compiled code gives wrong results")
+
+
 def target_machine() -> Any:
     """Return LLVM's code generator for this processor.
 

@@ -30,8 +30,12 @@ def test_compiled_codecs_are_offered_only_where_llvmlite_is(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "spoil",
-    ["sys.modules['llvmlite'] = None", "import llvmlite.binding as b; b.get_host_cpu_features = lambda: 1 / 0"],
-    ids=["does not import", "does not know the processor"],
+    [
+        "sys.modules['llvmlite'] = None",
+        "import llvmlite.binding as b; b.get_host_cpu_features = lambda: 1 / 0",
+        "import llvmlite.binding as b; parse = b.parse_assembly; b.parse_assembly = lambda text: parse('%' + text)",
+    ],
+    ids=["does not import", "does not know the processor", "does not know the assembly language"],
 )
 def test_an_llvmlite_that_does_not_work_costs_a_warning_and_speed(spoil: str):
     program = (

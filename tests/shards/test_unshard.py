@@ -118,7 +118,7 @@ def test_wo_a_that_no_fp8_makes_is_refused(shards: MakeShards, tmp_path: Path, d
     tensors = load_file(path)
     tensors[name].view(torch.uint16)[130, 5] = damage
     save_file(tensors, path)
-    with pytest.raises(LossyError, match=name):
+    with pytest.raises(LossyError, match=r"layers\.2\.attn\.wo_a\.(weight|scale)"):  # whichever was made first
         unshard(folder, tmp_path / "back", wo_a="fp8")
     assert not (tmp_path / "back").exists()
     unshard(folder, tmp_path / "back")

@@ -104,7 +104,8 @@ def test_a_disk_that_takes_its_time_over_a_flush_does_not_hold_up_ctrl_c(tiny: P
 
 
 def test_ctrl_c_while_planning_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
-    more = "import dsv4convert.convert_gguf as gguf\ngguf.load_tokenizer = lambda *args: time.sleep(60)\nprint('planning', flush=True)"
+    stuck = "gguf.load_tokenizer = lambda *args: time.sleep(60)"
+    more = f"import dsv4convert.convert_gguf as gguf\n{stuck}\nprint('planning', flush=True)"
     process = start("hf-to-gguf", tiny, tmp_path / "model.gguf", more=more)
     assert process.stdout is not None
     assert process.stdout.readline() == "planning\n"

@@ -33,7 +33,8 @@ def main() -> None:
     if not source.is_dir():
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
-    plan = plan_shards(source, arguments.folder / "shards", ShardOptions(arguments.mp, expert_dtype=arguments.expert_dtype)).plan
+    options = ShardOptions(arguments.mp, expert_dtype=arguments.expert_dtype)
+    plan = plan_shards(source, arguments.folder / "shards", options).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
     copy = arguments.folder / "copy"
     mp, threads = str(arguments.mp), str(arguments.threads)

@@ -72,8 +72,9 @@ def _fp8_ordinary(
     codes = _ordinary_codes(scale, first_byte, last_byte, scratch) if weight.size else None
     if codes is None:
         return False
-    largest = kernel(np.ascontiguousarray(weight), codes, F32_OF_BYTE, bits, *weight.shape, *block, *codes.shape)
-    return largest != e4m3.NAN_CODE
+    (rows, columns), (tall, wide) = weight.shape, block
+    sizes = rows, tall, *codes.shape, columns, wide
+    return kernel(np.ascontiguousarray(weight), codes, F32_OF_BYTE, bits, *sizes) != e4m3.NAN_CODE
 
 
 def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
@@ -164,7 +165,12 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
 
 def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> int:
     """Fill the tiles' scales; return the smallest scale relative to its tile's, far below 0 if one is NaN."""
-    return kernels.fp4_to_fp8_scales(scale, out_scale, *scale.shape, e2m1.FP8_TILE, *out_scale.shape)
+    return kernels.fp4_to_fp8_scales(scale, out_scale, *_tile_sizes(scale, out_scale))
+
+
+def _tile_sizes(scale: ArrayU8, out_scale: ArrayU8) -> tuple[int, ...]:
+    """Return the kernels' parameters of tiles: rows, rows of a tile, rows and columns of tiles, groups of a row."""
+    return scale.shape[0], e2m1.FP8_TILE, *out_scale.shape, scale.shape[1]
 
 
 def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -184,7 +190,7 @@ def fp4_to_fp8(
         e2m1.check_fp8_scales(scale, out_scale)
         scale = np.ascontiguousarray(scale)
         if _fill_tile_scales(scale, out_scale) >= _FP8_FIRST_NORMAL_LIFT:
-            sizes = *scale.shape, e2m1.FP8_TILE, *out_scale.shape
+            sizes = _tile_sizes(scale, out_scale)
             kernels.fp4_to_fp8(np.ascontiguousarray(packed), scale, out_scale, out, *sizes)
             return
     e2m1.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
@@ -200,7 +206,7 @@ def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
     if block[1] % GROUP == 0 and weight.size:
         codes = _ordinary_codes(scale, q8_0.TABLE_FIRST_BYTE, q8_0.TABLE_LAST_BYTE, scratch)
         if codes is not None:
-            sizes = weight.shape[0], weight.shape[1] // GROUP, block[0], block[1] // GROUP, *codes.shape
+            sizes = weight.shape[0], block[0], *codes.shape, weight.shape[1] // GROUP, block[1] // GROUP
             tables = q8_0.multipliers(), q8_0.d_table()
             if not kernels.fp8_to_q8_0(np.ascontiguousarray(weight), codes, *tables, out, *sizes):
                 return

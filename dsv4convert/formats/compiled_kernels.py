@@ -62,13 +62,32 @@ def _sweep(
     ``lanes`` is 32 or 0, for a single element; what is carried is kept apart for the two.
     """
     groups = v.b.ashr(count, I64(5))
-    vectors = v.loop(
-        groups, lambda g, *carried: step(v.b.add(start, v.b.shl(g, I64(5))), GROUP, *carried), vectors
-    )
+    vectors = v.loop(groups, lambda g, *carried: step(v.b.add(start, v.b.shl(g, I64(5))), GROUP, *carried), vectors)
     singles = v.loop(
         count, lambda j, *carried: step(v.b.add(start, j), 0, *carried), singles, start=v.b.shl(groups, I64(5))
     )
     return vectors, singles
+
+
+_BLOCKS = ("rows", "tall", "block_rows", "block_columns")
+
+
+def _blocks(v: Builder, body: Callable[..., Sequence[Value] | None], carried: Sequence[Value] = ()) -> list[Value]:
+    """Call ``body(row, block, place, *carried)`` for every row of a matrix and every block of columns in it.
+
+    ``place`` is that of the block's scale. Needs the parameters ``_BLOCKS``; a block is ``tall`` rows.
+    """
+    b = v.b
+
+    def block_row(r: Value, *carried: Value) -> list[Value]:
+        first, scales = b.mul(r, v["tall"]), b.mul(r, v["block_columns"])
+
+        def row(i: Value, *carried: Value) -> list[Value]:
+            return v.loop(v["block_columns"], lambda c, *carried: body(i, c, b.add(scales, c), *carried), carried)
+
+        return v.loop(v.smaller(b.add(first, v["tall"]), v["rows"]), row, carried, start=first)
+
+    return v.loop(v["block_rows"], block_row, carried)
 
 
 # --- values of codes ------------------------------------------------------------------------------------
@@ -154,38 +173,29 @@ def _fp8_to(name: str) -> Kernel:
     def build(v: Builder) -> Value:
         b = v.b
 
-        def block_row(r: Value, *carried: Value) -> list[Value]:
-            first = b.mul(r, v["tall"])
+        def block(i: Value, c: Value, place: Value, vector: Value, single: Value) -> list[Value]:
+            factor = v.load("table", b.zext(v.load("codes", place), I64))
+            factors = v.splat(factor, GROUP)
 
-            def row(i: Value, *carried: Value) -> list[Value]:
-                def block(c: Value, vector: Value, single: Value) -> list[Value]:
-                    byte = v.load("codes", b.add(b.mul(r, v["block_columns"]), c))
-                    factor = v.load("table", b.zext(byte, I64))
-                    factors = v.splat(factor, GROUP)
-                    column = b.mul(c, v["wide"])
+            def step(place: Value, lanes: int, largest: Value) -> list[Value]:
+                code = v.load("weight", place, lanes)
+                wide = b.zext(code, resized(I32, code))
+                value = b.fmul(_e4m3_magnitudes(v, wide), factors if lanes else factor)
+                bits = as_output(v, value, _sign_of(v, wide, 7))
+                v.store(b.trunc(bits, resized(ELEMENTS[kind], bits)), "out", place)
+                return [v.umax(largest, b.and_(code, constant(code, e4m3.NAN_CODE)))]
 
-                    def step(place: Value, lanes: int, largest: Value) -> list[Value]:
-                        code = v.load("weight", place, lanes)
-                        wide = b.zext(code, resized(I32, code))
-                        value = b.fmul(_e4m3_magnitudes(v, wide), factors if lanes else factor)
-                        bits = as_output(v, value, _sign_of(v, wide, 7))
-                        v.store(b.trunc(bits, resized(ELEMENTS[kind], bits)), "out", place)
-                        return [v.umax(largest, b.and_(code, constant(code, e4m3.NAN_CODE)))]
+            column = b.mul(c, v["wide"])
+            start = b.add(b.mul(i, v["columns"]), column)
+            count = v.smaller(v["wide"], b.sub(v["columns"], column))
+            vectors, singles = _sweep(v, start, count, step, [vector], [single])
+            return [*vectors, *singles]
 
-                    start = b.add(b.mul(i, v["columns"]), column)
-                    count = v.smaller(v["wide"], b.sub(v["columns"], column))
-                    vectors, singles = _sweep(v, start, count, step, [vector], [single])
-                    return [*vectors, *singles]
-
-                return v.loop(v["block_columns"], block, carried)
-
-            return v.loop(v.smaller(b.add(first, v["tall"]), v["rows"]), row, carried, start=first)
-
-        vector, single = v.loop(v["block_rows"], block_row, [_no_bytes(), I8(0)])
+        vector, single = _blocks(v, block, [_no_bytes(), I8(0)])
         return b.zext(v.umax(v.reduce("umax", vector), single), I64)
 
-    sizes = dict.fromkeys(("rows", "columns", "tall", "wide", "block_rows", "block_columns"), "n")
-    return Kernel(f"fp8_to_{name}", {"weight": "u1", "codes": "u1", "table": "f4", "out": kind, **sizes}, build)
+    arrays = {"weight": "u1", "codes": "u1", "table": "f4", "out": kind}
+    return Kernel(f"fp8_to_{name}", {**arrays, **dict.fromkeys((*_BLOCKS, "columns", "wide"), "n")}, build)
 
 
 _FP4_TO = {"packed": "u1", "codes": "u1", "table": "f4"}
@@ -267,13 +277,13 @@ def _build_fp4_to_fp8_scales(v: Builder) -> Value:
         """Write the scales of tiles whose smallest and largest FP4 scales are given."""
         headroom = constant(high, e2m1.FP8_HEADROOM_EXPONENT)
         scale = b.sub(v.umax(high, headroom), headroom)
-        v.store(scale, "tiles", b.add(b.mul(r, v["tile_columns"]), place))
+        v.store(scale, "tiles", b.add(b.mul(r, v["block_columns"]), place))
         lift = b.sub(b.zext(low, resized(I16, low)), b.zext(scale, resized(I16, low)))
         return [v.smaller(lowest, lift), v.umax(largest, high)]
 
     def tile_row(r: Value, *carried: Value) -> list[Value]:
-        first = b.mul(r, v["tile_rows"])
-        end = v.smaller(b.add(first, v["tile_rows"]), v["rows"])
+        first = b.mul(r, v["tall"])
+        end = v.smaller(b.add(first, v["tall"]), v["rows"])
 
         def some_tiles(q: Value, lowest: Value, largest: Value) -> list[Value]:
             def row(i: Value, low: Value, high: Value) -> list[Value]:
@@ -303,11 +313,11 @@ def _build_fp4_to_fp8_scales(v: Builder) -> Value:
 
         whole = b.ashr(v["groups"], I64(5))
         vectors = v.loop(whole, some_tiles, carried[:2])
-        singles = v.loop(v["tile_columns"], one_tile, carried[2:], start=b.mul(whole, I64(_TILES)))
+        singles = v.loop(v["block_columns"], one_tile, carried[2:], start=b.mul(whole, I64(_TILES)))
         return [*vectors, *singles]
 
     none = [ir.Constant(ir.VectorType(kind, _TILES), [0] * _TILES) for kind in (I16, I8)]
-    lowest, largest, lowest_one, largest_one = v.loop(v["n_tile_rows"], tile_row, [*none, I16(0), I8(0)])
+    lowest, largest, lowest_one, largest_one = v.loop(v["block_rows"], tile_row, [*none, I16(0), I8(0)])
     lowest = v.smaller(v.reduce("smin", lowest), lowest_one)
     largest = v.umax(v.reduce("umax", largest), largest_one)
     return b.select(b.icmp_unsigned("==", largest, I8(NAN_BYTE)), I64(HAS_NAN), b.sext(lowest, I64))
@@ -315,10 +325,7 @@ def _build_fp4_to_fp8_scales(v: Builder) -> Value:
 
 fp4_to_fp8_scales = Kernel(
     "fp4_to_fp8_scales",
-    {
-        **dict.fromkeys(("scale", "tiles"), "u1"),
-        **dict.fromkeys(("rows", "groups", "tile_rows", "n_tile_rows", "tile_columns"), "n"),
-    },
+    {"scale": "u1", "tiles": "u1", **dict.fromkeys((*_BLOCKS, "groups"), "n")},
     _build_fp4_to_fp8_scales,
 )
 
@@ -327,42 +334,31 @@ def _build_fp4_to_fp8(v: Builder) -> None:
     """Exponents of the e2m1 codes are counted from a base for each group; every product is zero or normal."""
     b = v.b
 
-    def tile_row(r: Value) -> None:
-        first = b.mul(r, v["tile_rows"])
+    def tile(i: Value, c: Value, place: Value) -> None:
+        tile_scale = v.load("tiles", place)
+        start = b.mul(c, I64(_TILE_GROUPS))
 
-        def row(i: Value) -> None:
-            def tile(c: Value) -> None:
-                tile_scale = v.load("tiles", b.add(b.mul(r, v["tile_columns"]), c))
-                start = b.mul(c, I64(_TILE_GROUPS))
+        def group(g: Value) -> None:
+            k = b.add(b.mul(i, v["groups"]), g)
+            lift = b.sub(v.load("scale", k), tile_scale)
+            # Code 2 is 1.0; its own bits, shifted into place, bring 1 of its exponent.
+            base = b.shl(b.add(lift, I8(_E4M3_CODE_OF_1_EXPONENT - 1)), I8(3))
+            codes = _fp4_codes(v, "packed", b.mul(k, I64(_PAIRS)))
+            magnitude = b.and_(codes, constant(codes, 7))
+            one = b.zext(b.icmp_unsigned("==", magnitude, constant(codes, 1)), codes.type)
+            bits = b.add(b.shl(b.sub(magnitude, one), constant(codes, 2)), v.splat(base, GROUP))
+            bits = b.select(b.icmp_unsigned("==", magnitude, constant(codes, 0)), constant(codes, 0), bits)
+            sign = b.shl(b.and_(codes, constant(codes, 8)), constant(codes, 4))
+            v.store(b.or_(bits, sign), "out", b.mul(k, I64(GROUP)))
 
-                def group(g: Value) -> None:
-                    k = b.add(b.mul(i, v["groups"]), g)
-                    lift = b.sub(v.load("scale", k), tile_scale)
-                    # Code 2 is 1.0; its own bits, shifted into place, bring 1 of its exponent.
-                    base = b.shl(b.add(lift, I8(_E4M3_CODE_OF_1_EXPONENT - 1)), I8(3))
-                    codes = _fp4_codes(v, "packed", b.mul(k, I64(_PAIRS)))
-                    magnitude = b.and_(codes, constant(codes, 7))
-                    one = b.zext(b.icmp_unsigned("==", magnitude, constant(codes, 1)), codes.type)
-                    bits = b.add(b.shl(b.sub(magnitude, one), constant(codes, 2)), v.splat(base, GROUP))
-                    bits = b.select(b.icmp_unsigned("==", magnitude, constant(codes, 0)), constant(codes, 0), bits)
-                    sign = b.shl(b.and_(codes, constant(codes, 8)), constant(codes, 4))
-                    v.store(b.or_(bits, sign), "out", b.mul(k, I64(GROUP)))
+        v.loop(v.smaller(b.add(start, I64(_TILE_GROUPS)), v["groups"]), group, start=start)
 
-                v.loop(v.smaller(b.add(start, I64(_TILE_GROUPS)), v["groups"]), group, start=start)
-
-            v.loop(v["tile_columns"], tile)
-
-        v.loop(v.smaller(b.add(first, v["tile_rows"]), v["rows"]), row, start=first)
-
-    v.loop(v["n_tile_rows"], tile_row)
+    _blocks(v, tile)
 
 
 fp4_to_fp8 = Kernel(
     "fp4_to_fp8",
-    {
-        **dict.fromkeys(("packed", "scale", "tiles", "out"), "u1"),
-        **dict.fromkeys(("rows", "groups", "tile_rows", "n_tile_rows", "tile_columns"), "n"),
-    },
+    {**dict.fromkeys(("packed", "scale", "tiles", "out"), "u1"), **dict.fromkeys((*_BLOCKS, "groups"), "n")},
     _build_fp4_to_fp8,
 )
 
@@ -398,42 +394,38 @@ def _build_fp8_to_q8_0(v: Builder) -> Value:
     """Return whether a block needs the general treatment."""
     b = v.b
 
-    def block_row(r: Value, *carried: Value) -> list[Value]:
-        first = b.mul(r, v["tall"])
+    def block(i: Value, c: Value, place: Value, *carried: Value) -> list[Value]:
+        byte = v.load("codes", place)
+        start = b.mul(c, v["wide"])
 
-        def row(i: Value, *carried: Value) -> list[Value]:
-            def block(c: Value, *carried: Value) -> list[Value]:
-                byte = v.load("codes", b.add(b.mul(r, v["block_columns"]), c))
-                start = b.mul(c, v["wide"])
+        def group(g: Value, strange: Value) -> list[Value]:
+            k = b.add(b.mul(i, v["groups"]), g)
+            where = b.mul(k, I64(q8_0.BLOCK_BYTES))
+            codes = v.load("weight", b.mul(k, I64(GROUP)), GROUP)
+            largest = v.reduce("umax", b.and_(codes, constant(codes, e4m3.NAN_CODE)))
+            strange = b.or_(strange, _store_d(v, _d_of(v, largest, byte), largest, where))
+            wide = b.zext(codes, ir.VectorType(I32, GROUP))
+            multiplier = v.load("multipliers", b.zext(largest, I64))
+            levels = _levels_by_multiplier(v, _e4m3_magnitudes(v, wide), multiplier)
+            negative = b.icmp_unsigned(">", wide, constant(wide, e4m3.NAN_CODE))
+            _store_levels(v, levels, negative, b.add(where, I64(2)))
+            return [strange]
 
-                def group(g: Value, strange: Value) -> list[Value]:
-                    k = b.add(b.mul(i, v["groups"]), g)
-                    where = b.mul(k, I64(q8_0.BLOCK_BYTES))
-                    codes = v.load("weight", b.mul(k, I64(GROUP)), GROUP)
-                    largest = v.reduce("umax", b.and_(codes, constant(codes, e4m3.NAN_CODE)))
-                    strange = b.or_(strange, _store_d(v, _d_of(v, largest, byte), largest, where))
-                    wide = b.zext(codes, ir.VectorType(I32, GROUP))
-                    multiplier = v.load("multipliers", b.zext(largest, I64))
-                    levels = _levels_by_multiplier(v, _e4m3_magnitudes(v, wide), multiplier)
-                    negative = b.icmp_unsigned(">", wide, constant(wide, e4m3.NAN_CODE))
-                    _store_levels(v, levels, negative, b.add(where, I64(2)))
-                    return [strange]
+        return v.loop(v.smaller(b.add(start, v["wide"]), v["groups"]), group, carried, start=start)
 
-                return v.loop(v.smaller(b.add(start, v["wide"]), v["groups"]), group, carried, start=start)
-
-            return v.loop(v["block_columns"], block, carried)
-
-        return v.loop(v.smaller(b.add(first, v["tall"]), v["rows"]), row, carried, start=first)
-
-    (strange,) = v.loop(v["block_rows"], block_row, [I1(0)])
+    (strange,) = _blocks(v, block, [I1(0)])
     return b.zext(strange, I64)
 
 
 fp8_to_q8_0 = Kernel(
     "fp8_to_q8_0",
     {
-        "weight": "u1", "codes": "u1", "multipliers": "f4", "d": "u2", "out": "u1",
-        **dict.fromkeys(("rows", "groups", "tall", "wide", "block_rows", "block_columns"), "n"),
+        "weight": "u1",
+        "codes": "u1",
+        "multipliers": "f4",
+        "d": "u2",
+        "out": "u1",
+        **dict.fromkeys((*_BLOCKS, "groups", "wide"), "n"),
     },
     _build_fp8_to_q8_0,
 )
@@ -640,9 +632,7 @@ def _build_f32_to_bf16(v: Builder) -> Value:
     return b.zext(v.umax(v.reduce("umax", vectors[0]), singles[0]), I64)
 
 
-f32_to_bf16 = Kernel(
-    "f32_to_bf16", {"values": "u4", "out": "u2", "counts": "i8", "size": "n"}, _build_f32_to_bf16
-)
+f32_to_bf16 = Kernel("f32_to_bf16", {"values": "u4", "out": "u2", "counts": "i8", "size": "n"}, _build_f32_to_bf16)
 
 
 def _build_bf16_to_f32(v: Builder) -> Value:
@@ -661,6 +651,3 @@ def _build_bf16_to_f32(v: Builder) -> Value:
 
 
 bf16_to_f32 = Kernel("bf16_to_f32", {"values": "u2", "out": "u4", "size": "n"}, _build_bf16_to_f32)
-
-KERNELS: tuple[Kernel, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Kernel))
-

@@ -182,9 +182,7 @@ class Kernel:
                 module.verify()
                 self._engine = binding.create_mcjit_compiler(module, target_machine())
                 self._engine.finalize_object()
-                kinds = [
-                    ctypes.c_int64 if kind == INTEGER else ctypes.c_void_p for kind in self._parameters.values()
-                ]
+                kinds = [ctypes.c_int64 if kind == INTEGER else ctypes.c_void_p for kind in self._parameters.values()]
                 address = self._engine.get_function_address(self.name)
                 self._function = ctypes.CFUNCTYPE(ctypes.c_int64, *kinds)(address)
             return self._function

@@ -82,6 +82,7 @@ class _Shared:
     """What the workers of one run share, under ``lock``."""
 
     tasks: Schedule[Task]
+    digests: dict[Segment, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
     error: BaseException | None = None
@@ -256,7 +257,7 @@ def _work(
 ) -> None:
     try:
         with DescriptorCache() as descriptors:
-            worker = Worker(codecs, descriptors, tile_bytes)
+            worker = Worker(codecs, descriptors, tile_bytes, shared.digests)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None

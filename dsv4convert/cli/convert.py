@@ -108,7 +108,7 @@ def hf_to_gguf(
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
     from ..convert_gguf import plan_gguf
     from ..layouts.gguf import GgufOptions
-    from .report import run_conversion
+    from .report import prepare, run_conversion
 
     options = GgufOptions(
         dense=dense.value if dense else None,
@@ -121,6 +121,8 @@ def hf_to_gguf(
         if split_max_size is not None
         else None,
     )
+    codecs = f"fp4_to_{options.experts or 'mxfp4'}", f"fp8_to_{options.dense or 'q8_0'}", "bf16_to_f32"
+    prepare(source, run, codecs)
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
     run_conversion(
         plan,

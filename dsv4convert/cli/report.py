@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import escape_control
+from .options import DeviceName, RunOptions
 
 if TYPE_CHECKING:
     from ..convert import Summary
     from ..plan import Plan
-    from .options import RunOptions
 
 # Seconds between progress lines where there is no terminal.
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -183,6 +184,14 @@ def print_plan(document: dict[str, Any]) -> None:
     ):
         verdict = "enough" if needed <= there else "NOT ENOUGH"
         typer.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
+
+
+def prepare(source: Path, run: RunOptions, codecs: Iterable[str]) -> None:
+    """Make ready the codecs that a command expects to use, if it will convert anything here."""
+    from ..convert import prepare_early
+
+    if not run.dry_run and run.device is DeviceName.cpu:
+        prepare_early(source, codecs)
 
 
 def run_conversion(

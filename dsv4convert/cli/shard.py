@@ -53,8 +53,10 @@ def shard(
     from ..convert import default_threads
     from ..convert_shards import costs_as_json, plan_shards
     from ..layouts.shards import ShardOptions
-    from .report import plan_as_json, print_json, print_plan, run_conversion
+    from .report import plan_as_json, prepare, print_json, print_plan, run_conversion
 
+    if expert_dtype is ExpertDtype.fp8:
+        prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales", "fp8_to_bf16"))
     options = ShardOptions(
         mp=mp,
         ranks=tuple(rank) if rank else None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
-from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
+from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs, prepare_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .codecs import MOVING_CODECS
@@ -114,6 +114,7 @@ def run_plan(
     """
     started = time.monotonic()
     backend = codecs if codecs is not None else choose_backend(plan)
+    prepare_codecs(backend, codec_names(plan))
     done = Ledger(plan)
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
@@ -232,8 +233,17 @@ def choose_backend(plan: Plan) -> Codecs:
 
 def converted_bytes(plan: Plan) -> int:
     """Return how many output bytes a codec makes that does more than move bytes."""
-    segments = (segment for file in plan.files for tensor in file.tensors for segment in tensor.segments)
-    return sum(segment.nbytes for segment in segments if segment.codec not in MOVING_CODECS)
+    return sum(
+        tensor.nbytes
+        for file in plan.files
+        for tensor in file.tensors
+        if tensor.segments and tensor.segments[0].codec not in MOVING_CODECS
+    )
+
+
+def codec_names(plan: Plan) -> set[str]:
+    """Return the codecs of a plan: those of each tensor's first segment, which the others of it share or move by."""
+    return {tensor.segments[0].codec for file in plan.files for tensor in file.tensors if tensor.segments}
 
 
 def peak_memory_bytes() -> int:

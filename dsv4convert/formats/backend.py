@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -14,6 +15,8 @@ from dsv4convert.formats.base import TileFunction
 
 # Set to 0 to stay with numpy although llvmlite is installed.
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
+
+COMPILED = "compiled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +77,12 @@ def compiled_codecs() -> Codecs:
         reason = escape_control(f"{type(error).__name__}: {error}")
         warnings.warn(f"llvmlite does not work ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2)
         return numpy_codecs()
-    return Codecs("compiled", **compiled.TWINS)
+    return Codecs(COMPILED, **compiled.TWINS)
+
+
+def prepare_codecs(codecs: Codecs, names: Iterable[str]) -> None:
+    """Make ready what the named functions need; for numpy that is nothing."""
+    if codecs.name == COMPILED:
+        from dsv4convert.formats import compiled
+
+        compiled.prepare(names)

@@ -8,6 +8,8 @@ compile on first use, in some ten milliseconds each.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
@@ -27,7 +29,7 @@ from dsv4convert.formats.base import (
     check_tile,
 )
 from dsv4convert.formats.e8m0 import F32_OF_BYTE, NAN_BYTE, byte_range, power_of_two_bytes
-from dsv4convert.formats.llvm import Kernel, check_compiler
+from dsv4convert.formats.llvm import Kernel, check_compiler, release_compiler
 
 check_compiler()
 
@@ -310,3 +312,16 @@ TWINS: dict[str, TileFunction] = {
     "bf16_to_mxfp4": bf16_to_mxfp4,
     "bf16_to_q8_0": bf16_to_q8_0,
 }
+
+# Kernels that do not have their codec's name.
+_KERNELS = {"fp4_to_fp8": (kernels.fp4_to_fp8_scales, kernels.fp4_to_fp8)}
+
+
+def prepare(names: Iterable[str]) -> None:
+    """Compile the kernels of codecs now; names without a twin are passed over. LLVM's pages are let go of."""
+    for name in names:
+        if name in TWINS:
+            for kernel in _KERNELS.get(name, (getattr(kernels, name, None),)):
+                if kernel is not None:
+                    kernel.compile()
+    release_compiler()

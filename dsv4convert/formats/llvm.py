@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,7 @@ class Kernel:
 
         Raises ValueError for an array of another type or with gaps: the caller is wrong, not the user's file.
         """
-        function = self._function or self._compile()
+        function = self._function or self.compile()
         values = [
             argument if kind == INTEGER else _address(self.name, argument, kind)
             for argument, kind in zip(arguments, self._parameters.values(), strict=True)
@@ -175,7 +175,8 @@ class Kernel:
         builder.ret(I64(0) if result is None else result)
         return str(module)
 
-    def _compile(self) -> Callable[..., int]:
+    def compile(self) -> Callable[..., int]:
+        """Return the function's machine code, made now if it was not before."""
         with self._lock:
             if self._function is None:
                 module = binding.parse_assembly(self.as_llvm())
@@ -197,6 +198,38 @@ def check_compiler() -> None:
     probe = Kernel("probe", {"values": "u1"}, lambda v: v.b.zext(v.load("values", I64(0)), I64))
     if probe(np.full(1, 42, np.uint8)) != 42:
         raise RuntimeError("compiled code gives wrong results")
+
+
+def release_compiler() -> None:
+    """Let go of the pages of LLVM's own code and tables until it compiles again, when they are read anew.
+
+    They are some 60 MiB, or 110 where its file was just written and lies in memory in large pieces: most of
+    what compiled codecs would otherwise add to a conversion's memory. What was written to stays.
+    """
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    try:
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+            ranges = list(unwritten_ranges(file, "libllvmlite"))
+    except OSError:  # no such file: then the pages stay
+        return
+    for begin, end in ranges:
+        libc.madvise(begin, end - begin, _MADV_DONTNEED)
+
+
+_MADV_DONTNEED = 4
+
+
+def unwritten_ranges(smaps: Iterable[str], name: str) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of a file's mappings that cannot be written to and hold no page that ever was."""
+    here: tuple[int, int] | None = None
+    for line in smaps:
+        key, *rest = line.split(maxsplit=5)
+        if not key.endswith(":"):
+            begin, end = (int(part, 16) for part in key.split("-"))
+            here = (begin, end) if "w" not in rest[0] and len(rest) == 5 and name in rest[4] else None
+        elif here is not None and line.startswith("Anonymous:") and rest[0] == "0":
+            yield here
 
 
 def target_machine() -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 
 pytest.importorskip("llvmlite")
 
-from dsv4convert.formats import compiled_kernels
+from dsv4convert.formats import compiled_kernels, llvm
 from dsv4convert.formats.llvm import I32, I64, Builder, Kernel, constant
 
 KERNELS = [value for value in vars(compiled_kernels).values() if isinstance(value, Kernel)]
@@ -102,3 +104,60 @@ def test_a_kernel_rounds_as_numpy_and_calls_nothing_but_instructions(kernel: Ker
     text = kernel.as_llvm()
     assert not re.search(r"\b(fast|reassoc|contract|nnan|ninf|nsz|arcp|afn)\b", text)
     assert all(name.startswith("llvm.") for name in re.findall(r'^declare .*@"?([^"(]+)', text, re.MULTILINE))
+
+
+SMAPS = """\
+7f0000000000-7f0000001000 r--p 00000000 fe:00 42                         /lib/libllvmlite.so
+Size:                  4 kB
+Rss:                   4 kB
+Anonymous:             0 kB
+VmFlags: rd mr mw me sd
+7f0000001000-7f0000003000 r-xp 00001000 fe:00 42                         /lib/libllvmlite.so
+Anonymous:             0 kB
+7f0000003000-7f0000004000 r--p 00003000 fe:00 42                         /lib/libllvmlite.so
+Anonymous:             4 kB
+7f0000004000-7f0000005000 rw-p 00004000 fe:00 42                         /lib/libllvmlite.so
+Anonymous:             0 kB
+7f0000005000-7f0000006000 rw-p 00000000 00:00 0
+Anonymous:             0 kB
+7f0000006000-7f0000007000 r-xp 00000000 fe:00 43                         /lib/other of them.so
+Anonymous:             0 kB
+"""
+
+
+def test_only_pages_that_nobody_can_have_written_are_let_go_of() -> None:
+    expected = [(0x7F0000000000, 0x7F0000001000), (0x7F0000001000, 0x7F0000003000)]
+    assert list(llvm.unwritten_ranges(SMAPS.splitlines(keepends=True), "libllvmlite")) == expected
+
+
+def test_letting_go_of_the_compiler_shrinks_the_process_and_harms_nothing() -> None:
+    program = """
+import numpy as np
+from dsv4convert.formats import compiled, compiled_kernels as kernels
+from dsv4convert.formats.llvm import release_compiler
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssFile:"))
+
+values, out = np.arange(1000, dtype=np.uint16), np.empty(1000, np.uint32)
+kernels.bf16_to_f32.compile()
+before = resident()
+compiled.prepare(["fp4_to_fp8", "no codec of this name", "f16_to_q8_0", "copy"])
+after = resident()
+assert before - after > 20_000, (before, after)
+assert kernels.fp4_to_fp8._function and kernels.fp4_to_fp8_scales._function
+kernels.bf16_to_f32(values, out, 1000)
+assert (out == values.astype(np.uint32) << 16).all()
+kernels.f32_to_bf16.compile()  # with the compiler back
+release_compiler()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_where_nothing_says_what_is_mapped_nothing_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*arguments, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", nowhere)
+    llvm.release_compiler()

@@ -24,9 +24,6 @@ COPY = "copy"
 IDENTITY = "identity"
 BESIDE = "beside"
 
-# args of a copy whose very bytes other output files hold too: its checksum is that of any other.
-REPEATED = ("repeated",)
-
 
 class Operand(NamedTuple):
     """A row-major matrix in a source file: one input of a codec.
@@ -46,7 +43,7 @@ class Segment(NamedTuple):
     """A contiguous run of output rows that one codec makes: the unit of work, of checksums and of resume.
 
     ``codec`` names an entry of the engine's codec table, ``args`` are its parameters (a scale block, a
-    column range). A ``copy`` segment has one operand, rows of one byte, and ``REPEATED`` or no parameters.
+    column range). A ``copy`` segment has one operand and rows of one byte.
     """
 
     codec: str
@@ -230,15 +227,6 @@ class CopySegments(MadeSegments):
         begin = number * COPY_SEGMENT_BYTES
         operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
         return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
-
-
-class RepeatedCopySegments(CopySegments):
-    """Copies of bytes that several output files hold: ``args`` of the segments say so."""
-
-    __slots__ = ()
-
-    def _make(self, number: int) -> Segment:
-        return super()._make(number)._replace(args=REPEATED)
 
 
 def total_bytes(segments: Sequence[Segment]) -> int:

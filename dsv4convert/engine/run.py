@@ -82,7 +82,6 @@ class _Shared:
     """What the workers of one run share, under ``lock``."""
 
     tasks: Schedule[Task]
-    digests: dict[Segment, bytes] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
     error: BaseException | None = None
@@ -267,7 +266,7 @@ def _work(
 ) -> None:
     try:
         with DescriptorCache() as descriptors:
-            worker = Worker(codecs, descriptors, tile_bytes, shared.digests)
+            worker = Worker(codecs, descriptors, tile_bytes)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None

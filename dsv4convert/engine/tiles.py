@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Tally
-from ..plan import COPY, REPEATED, Operand, Segment
+from ..plan import COPY, Operand, Segment
 from .codecs import TILE_CODECS, WITHIN_BLOCK_CODECS
 from .cuda import scratch_for
 from .files import DescriptorCache, os_errors, write_all
@@ -24,28 +24,16 @@ from .files import DescriptorCache, os_errors, write_all
 # for each other at the one file that both write (benchmarks/hf_to_gguf.py: 15 % faster than 512 KiB).
 TILE_BYTES = 2**20
 COPY_TILE_BYTES = 2**20
-# What is not looked at needs no cache, only a worker that hears when it is stopped.
-UNSEEN_TILE_BYTES = 2**24
 
 # copy_file_range is refused across some file systems and on old kernels.
 REFUSED = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 
 
 class Worker:
-    """Reads, converts and writes segments in buffers of its own.
+    """Reads, converts and writes segments; owns its buffers and descriptors and shares nothing."""
 
-    ``digests`` are those of repeated copies, which all workers of a run share.
-    """
-
-    def __init__(
-        self,
-        codecs: Codecs,
-        descriptors: DescriptorCache,
-        tile_bytes: int = TILE_BYTES,
-        digests: dict[Segment, bytes] | None = None,
-    ) -> None:
+    def __init__(self, codecs: Codecs, descriptors: DescriptorCache, tile_bytes: int = TILE_BYTES) -> None:
         self._codecs = codecs
-        self._digests = {} if digests is None else digests
         self._descriptors = descriptors
         self._tile_bytes = tile_bytes
         self._scratch = scratch_for(codecs)
@@ -60,33 +48,32 @@ class Worker:
             InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
         """
         tally = Tally()
-        output = self._descriptors.get(path, os.O_RDWR)
-        if segment.codec != COPY:
-            return self._convert(segment, path, output, offset, tally), tally
-        known = self._digests.get(segment)
-        if known is not None and self._copy_unseen(segment, output, offset):
-            return known, tally
-        digest = self._copy(segment, path, output, offset)
-        if segment.args == REPEATED and not self.stopped:
-            self._digests[segment] = digest
-        return digest, tally
-
-    def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
         digest = xxhash.xxh3_128()
+        output = self._descriptors.get(path, os.O_RDWR)
+        if segment.codec == COPY:
+            self._copy(segment, path, output, offset, digest)
+        else:
+            self._convert(segment, path, output, offset, digest, tally)
+        return digest.digest(), tally
+
+    def _convert(
+        self, segment: Segment, path: Path, output: int, offset: int, digest: xxhash.xxh3_128, tally: Tally
+    ) -> None:
         codec = TILE_CODECS[segment.codec]
         step = rows_per_tile(segment, self._tile_bytes)
         for first in range(0, segment.rows, step):
             if self.stopped:
-                break
+                return
             rows = min(step, segment.rows - first)
-            inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+            inputs = [
+                self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)
+            ]
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             codec(self._codecs, inputs, out, segment.args, self._scratch, tally)
             digest.update(out.data)
             with os_errors(path, "written"):
                 write_all(output, out.data, offset + first * segment.row_bytes)
             self.done_bytes += out.nbytes
-        return digest.digest()
 
     def _read(self, index: int, operand: Operand, first: int, rows: int) -> NDArray[Any]:
         """Return the rows of an operand that serve output rows first..first+rows."""
@@ -111,13 +98,12 @@ class Worker:
                 view = view[count:]
                 offset += count
 
-    def _copy(self, segment: Segment, path: Path, output: int, offset: int) -> bytes:
+    def _copy(self, segment: Segment, path: Path, output: int, offset: int, digest: xxhash.xxh3_128) -> None:
         """Copy bytes; inside the kernel where it can, with a look at each chunk for the checksum while it is hot."""
-        digest = xxhash.xxh3_128()
         operand = segment.operands[0]
         for begin in range(0, segment.rows, COPY_TILE_BYTES):
             if self.stopped:
-                break
+                return
             size = min(COPY_TILE_BYTES, segment.rows - begin)
             chunk = self._scratch.array("copy", (size,), np.uint8)
             self._read_into(operand.file, operand.offset + begin, chunk)
@@ -126,27 +112,6 @@ class Worker:
                     write_all(output, chunk.data, offset + begin)
             digest.update(chunk.data)
             self.done_bytes += size
-        return digest.digest()
-
-    def _copy_unseen(self, segment: Segment, output: int, offset: int) -> bool:
-        """Copy bytes whose checksum is known, inside the kernel; return whether that worked.
-
-        What goes wrong, ``_copy`` meets again, and knows whether it was reading or writing.
-        """
-        before = self.done_bytes
-        for begin in range(0, segment.rows, UNSEEN_TILE_BYTES):
-            if self.stopped:
-                break
-            size = min(UNSEEN_TILE_BYTES, segment.rows - begin)
-            try:
-                copied = self._copy_in_kernel(segment.operands[0], begin, output, offset + begin, size)
-            except OSError:
-                copied = False
-            if not copied:
-                self.done_bytes = before
-                return False
-            self.done_bytes += size
-        return True
 
     def _copy_in_kernel(self, operand: Operand, begin: int, output: int, offset: int, size: int) -> bool:
         """Return whether ``copy_file_range`` moved the chunk."""
@@ -156,7 +121,9 @@ class Worker:
         done = 0
         while done < size:
             try:
-                moved = os.copy_file_range(source, output, size - done, operand.offset + begin + done, offset + done)
+                moved = os.copy_file_range(
+                    source, output, size - done, operand.offset + begin + done, offset + done
+                )
             except OSError as error:
                 if error.errno in REFUSED:
                     self._can_copy_in_kernel = False

@@ -22,10 +22,8 @@ from ..plan import (
     Operand,
     OutputFile,
     OutputTensor,
-    RepeatedCopySegments,
     Segment,
     copy_segments,
-    total_bytes,
 )
 from .fp8 import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .names import BF16_IN_SHARDS, Split, Store, scale_name
@@ -200,7 +198,13 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
 
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
-    return OutputTensor(name, dtype, shape, 0, total_bytes(segments), segments)
+    return OutputTensor(name, dtype, shape, 0, _nbytes(segments), segments)
+
+
+def _nbytes(segments: Sequence[Segment]) -> int:
+    if isinstance(segments, CopySegments):
+        return segments.nbytes  # one object for all tensors of the size, where a sum makes another
+    return sum(segment.nbytes for segment in segments)
 
 
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
@@ -214,8 +218,7 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
         return (Segment(COLUMNS, (whole_rows,), rows, part, (rank * part, (rank + 1) * part)),)
-    whole = RepeatedCopySegments if split is Split.COPY and mp > 1 else CopySegments
-    return whole(stored.file, stored.offset, stored.nbytes)
+    return copy_segments(stored.file, stored.offset, stored.nbytes)
 
 
 def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import math
 import os
 import time
@@ -23,7 +22,7 @@ from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
 from dsv4convert.layouts.gguf import GgufOptions
-from dsv4convert.plan import Operand, OutputFile, OutputTensor, Plan, RepeatedCopySegments, Segment, copy_segments
+from dsv4convert.plan import Operand, OutputFile, OutputTensor, Plan, Segment, copy_segments
 
 from ..trust.conftest import PLANS, contents
 
@@ -87,81 +86,6 @@ def test_a_refusal_that_is_none_of_the_known_ones_is_an_error(tmp_path: Path, mo
     outputs = Outputs(plan)
     outputs.create()
     with pytest.raises(InputOutputError, match=r"out\.partial: cannot be written \(Input/output error\)"):
-        run_plan(plan, outputs, threads=1)
-    outputs.close()
-
-
-def repeating_plan(source: Path, folder: Path, copies: int) -> Plan:
-    """Plan a folder of files that all hold the bytes of ``source``."""
-    size = source.stat().st_size
-    tensor = OutputTensor("all", "u8", (size,), 64, size, RepeatedCopySegments(source, 0, size))
-    files = tuple(OutputFile(f"{number}", b"head", (tensor,), 64 + size) for number in range(copies))
-    return Plan("copy", source.parent, folder / "out", True, files, (), {}, size)
-
-
-@pytest.mark.parametrize(
-    ("threads", "refusal"),
-    [
-        *itertools.product([1, 3], ["none", "at once", "after a while", "stops short"]),
-        (1, "a broken disk"),  # with more threads it may strike a first copy, and is an error then
-    ],
-)
-def test_repeated_bytes_are_looked_at_once_and_come_out_everywhere(
-    threads: int, refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, copies = tmp_path / "source", 5
-    source.write_bytes(os.urandom(3 * 2**20 + 5))
-    calls, seen = itertools.count(), []
-    real_copy, real_read = os.copy_file_range, os.preadv
-
-    def copy_file_range(*arguments: Any) -> int:
-        call = next(calls)
-        if refusal == "at once" or (refusal == "after a while" and call >= 9):
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        if refusal == "a broken disk" and call == 6:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        if refusal == "stops short" and call >= 6:
-            return 0
-        return real_copy(*arguments)
-
-    def preadv(*arguments: Any) -> int:
-        count = real_read(*arguments)
-        seen.append(count)
-        return count
-
-    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
-    monkeypatch.setattr(os, "preadv", preadv)
-    plan = repeating_plan(source, tmp_path, copies)
-    outputs = Outputs(plan)
-    outputs.create()
-    report = run_plan(plan, outputs, threads=threads)
-    outputs.close()
-    expected = source.read_bytes()
-    for number in range(copies):
-        assert (tmp_path / "out" / f"{number}").read_bytes() == b"head" + bytes(60) + expected
-    assert {tensor.digest for tensor in report.tensors} == {xxhash.xxh3_128_hexdigest(expected)}
-    if refusal == "none":
-        # Workers that come to it at the same time each look.
-        assert len(expected) <= sum(seen) <= threads * len(expected)
-
-
-def test_repeated_bytes_that_cannot_be_read_again_are_an_error_of_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(2**20))
-    real = os.copy_file_range
-
-    def copy_file_range(*arguments: Any) -> int:
-        count = real(*arguments)
-        os.truncate(source, 100)  # after the first copy
-        return count
-
-    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
-    plan = repeating_plan(source, tmp_path, 2)
-    outputs = Outputs(plan)
-    outputs.create()
-    with pytest.raises(InputOutputError, match="source: the file became shorter while it was read"):
         run_plan(plan, outputs, threads=1)
     outputs.close()
 

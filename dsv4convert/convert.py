@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .engine.files import Outputs, free_bytes
 from .engine.journal import Journal, check_same, check_unchanged, fingerprint, journal_path
 from .engine.run import (
-    COMPILED_FROM_BYTES,
     RECORD_SECONDS,
     RunReport,
     choose_backend,
@@ -28,14 +26,10 @@ from .errors import (
     SpaceError,
     UsageError,
 )
-from .formats.backend import Codecs, compiled_available, compiled_codecs, prepare_codecs
+from .formats.backend import Codecs
 from .formats.base import Tally
 from .manifest import finished_before, manifest_path, write_manifest
 from .plan import Dropped, Plan
-
-# Of source files: most sources of this size are converted by compiled codecs.
-EARLY_FROM_BYTES = 2 * COMPILED_FROM_BYTES
-CHECKPOINT_GLOB = "*.safetensors"
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
 
@@ -244,19 +238,6 @@ def _go_on(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any])
             journal.check_bytes(plan, index, outputs.paths[index])
     journal.go_on()
     journal.note_inodes(inodes)
-
-
-def prepare_early(source: Path, codecs: Iterable[str]) -> None:
-    """Compile the codecs that converting a large ``source`` on the CPU will want, before its plan takes memory.
-
-    LLVM takes 100 MiB and more while it compiles. What nobody foresees is compiled when the run begins.
-    """
-    try:
-        large = sum(path.stat().st_size for path in source.glob(CHECKPOINT_GLOB)) >= EARLY_FROM_BYTES
-    except OSError:
-        return  # whoever opens the source says what is wrong with it
-    if large and compiled_available():
-        prepare_codecs(compiled_codecs(), codecs)
 
 
 def device_codecs(device: str, plan: Plan) -> tuple[Codecs, int]:

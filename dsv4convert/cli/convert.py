@@ -106,9 +106,12 @@ def hf_to_gguf(
     run: RunOptions,
 ) -> None:
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
+    from .report import prepare, run_conversion
+
+    expected = f"fp4_to_{experts.value if experts else 'mxfp4'}", f"fp8_to_{dense.value if dense else 'q8_0'}"
+    prepare(source, run, (*expected, "bf16_to_f32"))
     from ..convert_gguf import plan_gguf
     from ..layouts.gguf import GgufOptions
-    from .report import prepare, run_conversion
 
     options = GgufOptions(
         dense=dense.value if dense else None,
@@ -121,8 +124,6 @@ def hf_to_gguf(
         if split_max_size is not None
         else None,
     )
-    codecs = f"fp4_to_{options.experts or 'mxfp4'}", f"fp8_to_{options.dense or 'q8_0'}", "bf16_to_f32"
-    prepare(source, run, codecs)
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
     run_conversion(
         plan,

@@ -43,10 +43,11 @@ def dequantize(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
-    from ..convert_hf import plan_dequantize, refuse_loss
     from .report import prepare, run_conversion
 
     prepare(source, run, [f"{held}_to_{dtype.value}" for held in ("fp8", "fp4", "bf16")])
+    from ..convert_hf import plan_dequantize, refuse_loss
+
     plan = plan_dequantize(
         source,
         out,
@@ -74,10 +75,11 @@ def repack(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
-    from ..convert_hf import execute_repack, plan_repack, refuse_loss
     from .report import prepare, run_conversion
 
     prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales"))
+    from ..convert_hf import execute_repack, plan_repack, refuse_loss
+
     plan = plan_repack(
         source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PLAIN_PROGRESS_SECONDS = 10.0
 
 MAX_COUNTED_LINES = 20
+
+# Half of a large source's bytes, at least, are converted by most commands.
+CHECKPOINT_FILES = "*.safetensors"
+SOURCE_FACTOR = 2
 
 
 def human_bytes(size: float) -> str:
@@ -186,12 +190,18 @@ def print_plan(document: dict[str, Any]) -> None:
         typer.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
 
 
-def prepare(source: Path, run: RunOptions, codecs: Iterable[str]) -> None:
-    """Make ready the codecs that a command expects to use, if it will convert anything here."""
-    from ..convert import prepare_early
+def prepare(source: Path, run: RunOptions, codecs: Sequence[str]) -> None:
+    """Make ready the codecs that a command expects to use, if it will convert a large source here."""
+    from ..formats.backend import COMPILED_FROM_BYTES, compiled_available, prepare_beside
 
-    if not run.dry_run and run.device is DeviceName.cpu:
-        prepare_early(source, codecs)
+    if run.dry_run or run.device is not DeviceName.cpu or not compiled_available():
+        return
+    try:
+        nbytes = sum(path.stat().st_size for path in source.glob(CHECKPOINT_FILES))
+    except OSError:
+        return  # whoever opens the source says what is wrong with it
+    if nbytes >= COMPILED_FROM_BYTES * SOURCE_FACTOR:
+        prepare_beside(codecs)
 
 
 def run_conversion(

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
-from ..formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs, prepare_codecs
+from ..formats.backend import (
+    COMPILED_FROM_BYTES,
+    Codecs,
+    compiled_available,
+    compiled_codecs,
+    numpy_codecs,
+    prepare_codecs,
+)
 from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .codecs import MOVING_CODECS
@@ -19,8 +26,7 @@ from .ledger import Ledger, TensorReport
 from .schedule import Lane, Schedule
 from .tiles import TILE_BYTES, Worker
 
-# Loading the compiler costs more than a small conversion takes.
-COMPILED_FROM_BYTES = 512 * 2**20
+# Where less is converted than this, the disk is slower than numpy.
 COMPILED_FROM_SHARE = 1 / 4
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.

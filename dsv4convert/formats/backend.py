@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -17,6 +19,9 @@ from dsv4convert.formats.base import TileFunction
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
 
 COMPILED = "compiled"
+
+# Loading and compiling costs more than a smaller conversion takes.
+COMPILED_FROM_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +91,20 @@ def prepare_codecs(codecs: Codecs, names: Iterable[str]) -> None:
         from dsv4convert.formats import compiled
 
         compiled.prepare(names)
+
+
+def prepare_beside(names: Sequence[str]) -> threading.Thread:
+    """Compile the named twins in a thread of its own, while the caller plans; needs them ``compiled_available``.
+
+    LLVM takes 100 MiB and more while it compiles, and has let go of them by the time that the plan of a large
+    model is made. Nobody need wait for the thread: whoever calls a kernel waits for that.
+    """
+
+    def prepare() -> None:
+        # What goes wrong here goes wrong again where it matters, and is told there.
+        with contextlib.suppress(Exception):
+            prepare_codecs(compiled_codecs(), names)
+
+    thread = threading.Thread(target=prepare, daemon=True)
+    thread.start()
+    return thread

@@ -191,3 +191,16 @@ def test_threads_with_their_own_arenas_do_not_disturb_each_other(codecs: Codecs,
     alone = [run(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run, range(4))) == alone
+
+
+def test_codecs_prepared_beside_are_ready_and_trouble_there_is_nobodys_trouble():
+    program = (
+        "from dsv4convert.formats import backend\n"
+        "backend.prepare_beside(['fp8_to_bf16', 'no such codec']).join()\n"
+        "from dsv4convert.formats import compiled_kernels as kernels\n"
+        "assert kernels.fp8_to_bf16._function and not kernels.fp8_to_f32._function\n"
+        "kernels.fp8_to_f32.compile = lambda: 1 / 0\n"
+        "backend.prepare_beside(['fp8_to_f32']).join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

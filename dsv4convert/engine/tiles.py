@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,39 @@ from .files import DescriptorCache, os_errors, write_all
 TILE_BYTES = 2**20
 COPY_TILE_BYTES = 2**20
 
+# Chunks by which each way of copying is tried, before the quicker is kept.
+COPY_TRIALS = 8
+
 # copy_file_range is refused across some file systems and on old kernels.
 REFUSED = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+
+
+class CopyWays:
+    """Which way bytes are copied: by the kernel, or from the buffer in which they lie for their checksum.
+
+    Where a file system shares blocks or a server copies by itself, the kernel's way costs nothing. Elsewhere
+    it copies as often as a write does, and takes a seventh longer (benchmarks/shard.py, in memory). So both
+    are tried in turn on whole chunks, the kernel's first, and the quicker is kept, by medians.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._by_kernel: bool | None = None
+
+    def by_kernel(self) -> bool:
+        """Return the way to take next."""
+        if self._by_kernel is not None:
+            return self._by_kernel
+        return len(self._seconds[True]) <= len(self._seconds[False])
+
+    def took(self, by_kernel: bool, seconds: float) -> None:
+        """Note how long a whole chunk took."""
+        if self._by_kernel is None:
+            self._seconds[by_kernel].append(seconds)
+            if all(len(seconds) >= COPY_TRIALS for seconds in self._seconds.values()):
+                # statistics.median would cost ten milliseconds of import.
+                middle = {way: sorted(seconds)[COPY_TRIALS // 2] for way, seconds in self._seconds.items()}
+                self._by_kernel = middle[True] <= middle[False]
 
 
 class Worker:
@@ -38,6 +70,7 @@ class Worker:
         self._tile_bytes = tile_bytes
         self._scratch = scratch_for(codecs)
         self._can_copy_in_kernel = hasattr(os, "copy_file_range")
+        self._ways = CopyWays()
         self.done_bytes = 0
         self.stopped = False
 
@@ -99,7 +132,7 @@ class Worker:
                 offset += count
 
     def _copy(self, segment: Segment, path: Path, output: int, offset: int, digest: xxhash.xxh3_128) -> None:
-        """Copy bytes; inside the kernel where it can, with a look at each chunk for the checksum while it is hot."""
+        """Copy bytes the quicker way (see ``CopyWays``), with a look at each chunk for the checksum while it is hot."""
         operand = segment.operands[0]
         for begin in range(0, segment.rows, COPY_TILE_BYTES):
             if self.stopped:
@@ -107,9 +140,13 @@ class Worker:
             size = min(COPY_TILE_BYTES, segment.rows - begin)
             chunk = self._scratch.array("copy", (size,), np.uint8)
             self._read_into(operand.file, operand.offset + begin, chunk)
+            by_kernel = self._ways.by_kernel()
+            started = time.perf_counter()
             with os_errors(path, "written"):
-                if not self._copy_in_kernel(operand, begin, output, offset + begin, size):
+                if not (by_kernel and self._copy_in_kernel(operand, begin, output, offset + begin, size)):
                     write_all(output, chunk.data, offset + begin)
+            if size == COPY_TILE_BYTES:
+                self._ways.took(by_kernel, time.perf_counter() - started)
             digest.update(chunk.data)
             self.done_bytes += size
 

@@ -17,7 +17,7 @@ from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.engine.files import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
 from dsv4convert.engine.ledger import Ledger
 from dsv4convert.engine.run import run_plan
-from dsv4convert.engine.tiles import Worker, rows_per_tile
+from dsv4convert.engine.tiles import COPY_TILE_BYTES, COPY_TRIALS, CopyWays, Worker, rows_per_tile
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
@@ -73,6 +73,31 @@ def test_copies_are_exact_with_and_without_the_kernels_help(
     assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
     if size:
         assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
+
+
+@pytest.mark.parametrize(("kernel", "buffer"), [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0)])
+def test_the_quicker_way_of_copying_is_kept_once_both_were_tried(kernel: float, buffer: float) -> None:
+    ways, taken = CopyWays(), []
+    for _ in range(2 * COPY_TRIALS):
+        taken.append(ways.by_kernel())
+        # One slow chunk, the first by the kernel, decides nothing.
+        ways.took(taken[-1], 100.0 if len(taken) == 1 else kernel if taken[-1] else buffer)
+    assert taken == [True, False] * COPY_TRIALS
+    assert ways.by_kernel() is (kernel <= buffer)
+    ways.took(True, 1000.0)
+    assert ways.by_kernel() is (kernel <= buffer)
+
+
+def test_both_ways_of_copying_give_the_same_bytes(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom((2 * COPY_TRIALS + 3) * COPY_TILE_BYTES + 7))
+    plan = copying_plan(source, tmp_path)
+    outputs = Outputs(plan)
+    outputs.create()
+    report = run_plan(plan, outputs, threads=1)
+    outputs.close()
+    assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
+    assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
 
 
 def test_a_refusal_that_is_none_of_the_known_ones_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,11 @@
-"""dequantize (or repack) on a Flash slice of about 3 GB, in alternation with a cp of as many bytes as it writes.
+"""dequantize (or repack) on a Flash slice, in alternation with a cp of as many bytes as it writes.
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
-python benchmarks/dequantize.py --command repack --rounds 7 --save benchmarks/results/repack.json
+python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
 
-A full checkpoint fills tens of files, and each thread writes a file of its own; so that the slice does
-too, its output is cut into files of --max-file-size. With --one-file it is also timed as a single file,
-at which the threads wait for each other.
-
-Takes room for the source and one output: 12 GB for dequantize, 8 GB for repack.
+Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also
+timed with a single file, at which the threads wait for each other. Takes room for the source and one output:
+12 GB for either.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
-    parser.add_argument("--max-file-size", default="1GB", help="of the output's files")
+    parser.add_argument("--max-file-size", default="5GB", help="of the output's files; the command's own default")
     parser.add_argument("--one-file", action="store_true", help="also time the run with files of up to 50 GB")
     parser.add_argument("--transformers", action="store_true", help="also time --names transformers")
     parser.add_argument("--save", type=Path)

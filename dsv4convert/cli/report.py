@@ -191,7 +191,10 @@ def print_plan(document: dict[str, Any]) -> None:
 
 
 def prepare(source: Path, run: RunOptions, codecs: Sequence[str]) -> None:
-    """Make ready the codecs that a command expects to use, if it will convert a large source here."""
+    """Make ready the codecs that a command expects to use, if it will convert a large source here.
+
+    Commands call it before they import what plans, so that both happen at once.
+    """
     from ..formats.backend import COMPILED_FROM_BYTES, compiled_available, prepare_beside
 
     if run.dry_run or run.device is not DeviceName.cpu or not compiled_available():

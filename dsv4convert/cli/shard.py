@@ -50,13 +50,14 @@ def shard(
     run: RunOptions,
 ) -> None:
     """Divide a checkpoint among ranks, as the published inference code loads it."""
-    from ..convert import default_threads
-    from ..convert_shards import costs_as_json, plan_shards
-    from ..layouts.shards import ShardOptions
     from .report import plan_as_json, prepare, print_json, print_plan, run_conversion
 
     if expert_dtype is ExpertDtype.fp8:
         prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales", "fp8_to_bf16"))
+    from ..convert import default_threads
+    from ..convert_shards import costs_as_json, plan_shards
+    from ..layouts.shards import ShardOptions
+
     options = ShardOptions(
         mp=mp,
         ranks=tuple(rank) if rank else None,

@@ -319,9 +319,9 @@ _KERNELS = {"fp4_to_fp8": (kernels.fp4_to_fp8_scales, kernels.fp4_to_fp8)}
 
 def prepare(names: Iterable[str]) -> None:
     """Compile the kernels of codecs now; names without a twin are passed over. LLVM's pages are let go of."""
-    for name in names:
-        if name in TWINS:
-            for kernel in _KERNELS.get(name, (getattr(kernels, name, None),)):
-                if kernel is not None:
-                    kernel.compile()
-    release_compiler()
+    wanted = [kernel for name in names if name in TWINS for kernel in _KERNELS.get(name) or (vars(kernels)[name],)]
+    missing = [kernel for kernel in wanted if not kernel.is_compiled]
+    for kernel in missing:
+        kernel.compile()
+    if missing:
+        release_compiler()

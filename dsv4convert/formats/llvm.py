@@ -161,6 +161,11 @@ class Kernel:
         ]
         return function(*values)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Return whether the machine code is there."""
+        return self._function is not None
+
     def as_llvm(self) -> str:
         """Return the function in LLVM's assembly language, as it is before LLVM sees it."""
         module = ir.Module(self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -16,7 +17,7 @@ from dsv4convert.convert import execute
 from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.engine.files import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
 from dsv4convert.engine.ledger import Ledger
-from dsv4convert.engine.run import run_plan
+from dsv4convert.engine.run import RunReport, run_plan
 from dsv4convert.engine.tiles import COPY_TILE_BYTES, COPY_TRIALS, CopyWays, Worker, rows_per_tile
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
@@ -35,6 +36,14 @@ def copying_plan(source: Path, folder: Path) -> Plan:
     return Plan("copy", source.parent, folder, False, (file,), (), {}, size)
 
 
+def carry_out(plan: Plan, **options: Any) -> RunReport:
+    """Make the files of a plan."""
+    outputs = Outputs(plan)
+    with contextlib.closing(outputs):
+        outputs.create()
+        return run_plan(plan, outputs, **options)
+
+
 @pytest.mark.parametrize("threads", [1, 3, 8])
 @pytest.mark.parametrize("tile_bytes", [1, 4096, 2**19, 2**26])
 def test_threads_and_tiles_do_not_change_the_bytes(tiny: Path, tmp_path: Path, threads: int, tile_bytes: int) -> None:
@@ -42,10 +51,7 @@ def test_threads_and_tiles_do_not_change_the_bytes(tiny: Path, tmp_path: Path, t
     whole = plan_gguf(tiny, tmp_path / "whole.gguf", options)
     execute(whole, threads=1)
     plan = plan_gguf(tiny, tmp_path / "other.gguf", options)
-    outputs = Outputs(plan)
-    outputs.create()
-    report = run_plan(plan, outputs, threads=threads, codecs=numpy_codecs(), tile_bytes=tile_bytes)
-    outputs.close()
+    report = carry_out(plan, threads=threads, codecs=numpy_codecs(), tile_bytes=tile_bytes)
     assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert len(report.tensors) == len(plan.files[0].tensors)
 
@@ -66,10 +72,7 @@ def test_copies_are_exact_with_and_without_the_kernels_help(
     if refusal is not None:
         monkeypatch.setattr(os, "copy_file_range", copy_file_range)
     plan = copying_plan(source, tmp_path)
-    outputs = Outputs(plan)
-    outputs.create()
-    report = run_plan(plan, outputs, threads=2)
-    outputs.close()
+    report = carry_out(plan, threads=2)
     assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
     if size:
         assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
@@ -92,10 +95,7 @@ def test_both_ways_of_copying_give_the_same_bytes(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom((2 * COPY_TRIALS + 3) * COPY_TILE_BYTES + 7))
     plan = copying_plan(source, tmp_path)
-    outputs = Outputs(plan)
-    outputs.create()
-    report = run_plan(plan, outputs, threads=1)
-    outputs.close()
+    report = carry_out(plan, threads=1)
     assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
     assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
 
@@ -108,11 +108,8 @@ def test_a_refusal_that_is_none_of_the_known_ones_is_an_error(tmp_path: Path, mo
 
     monkeypatch.setattr(os, "copy_file_range", copy_file_range)
     plan = copying_plan(tmp_path / "source", tmp_path)
-    outputs = Outputs(plan)
-    outputs.create()
     with pytest.raises(InputOutputError, match=r"out\.partial: cannot be written \(Input/output error\)"):
-        run_plan(plan, outputs, threads=1)
-    outputs.close()
+        carry_out(plan, threads=1)
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ class CopySegments(MadeSegments):
 def total_bytes(segments: Sequence[Segment]) -> int:
     """Return how many output bytes segments make together."""
     if isinstance(segments, MadeSegments):
-        return segments.nbytes
+        return segments.nbytes  # of copies one object for all tensors of the size, where a sum makes another
     return sum(segment.nbytes for segment in segments)
 
 

@@ -24,8 +24,8 @@ PLAIN_PROGRESS_SECONDS = 10.0
 
 MAX_COUNTED_LINES = 20
 
-# Half of a large source's bytes, at least, are converted by most commands.
 CHECKPOINT_FILES = "*.safetensors"
+# Source bytes for every byte that makes compiled codecs worth while: most commands convert at least half.
 SOURCE_FACTOR = 2
 
 

@@ -26,7 +26,7 @@ from .ledger import Ledger, TensorReport
 from .schedule import Lane, Schedule
 from .tiles import TILE_BYTES, Worker
 
-# Where less is converted than this, the disk is slower than numpy.
+# Where a smaller share of the output is converted than this, numpy keeps up with the disk.
 COMPILED_FROM_SHARE = 1 / 4
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.

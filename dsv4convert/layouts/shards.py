@@ -17,13 +17,13 @@ from ..plan import (
     COPY,
     COPY_SEGMENT_BYTES,
     Claims,
-    CopySegments,
     Dropped,
     Operand,
     OutputFile,
     OutputTensor,
     Segment,
     copy_segments,
+    total_bytes,
 )
 from .fp8 import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .names import BF16_IN_SHARDS, Split, Store, scale_name
@@ -198,13 +198,7 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
 
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
-    return OutputTensor(name, dtype, shape, 0, _nbytes(segments), segments)
-
-
-def _nbytes(segments: Sequence[Segment]) -> int:
-    if isinstance(segments, CopySegments):
-        return segments.nbytes  # one object for all tensors of the size, where a sum makes another
-    return sum(segment.nbytes for segment in segments)
+    return OutputTensor(name, dtype, shape, 0, total_bytes(segments), segments)
 
 
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:

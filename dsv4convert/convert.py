@@ -196,9 +196,7 @@ def execute(
     return summarize(plan, report)
 
 
-def _start(
-    plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool, fresh: bool
-) -> None:
+def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool, fresh: bool) -> None:
     """Begin a run from nothing; what cannot even begin leaves nothing behind, and older work as it was."""
     had_work = journal.has_content
     try:
@@ -267,7 +265,7 @@ def summarize(plan: Plan, report: RunReport) -> Summary:
         dropped=plan.dropped,
         notes=plan.notes,
         counted=tuple(
-            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)} for tensor in report.flagged()
+            {"file": tensor.file, "tensor": tensor.name, **asdict(tensor.tally)} for tensor in report.flagged
         ),
         read_bytes=plan.source_bytes,
         written_bytes=plan.nbytes,

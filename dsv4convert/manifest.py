@@ -103,15 +103,13 @@ def _tensor_entry(tensor: OutputTensor, digest: str) -> dict[str, Any]:
         "offset": tensor.offset,
         "bytes": tensor.nbytes,
         # Runs of [count, bytes]: segments have few sizes.
-        "segments": [
-            [len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)
-        ],
+        "segments": [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)],
         "checksum": digest,
     }
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+# Made once: json.dumps makes an encoder for every call.
+_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def file_checksum(header: str, tensors: list[str]) -> str:

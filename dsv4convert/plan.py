@@ -24,6 +24,9 @@ COPY = "copy"
 IDENTITY = "identity"
 BESIDE = "beside"
 
+# The args of a copy that stands in several files of the output, so that its checksum need be taken only once.
+REPEATED = ("repeated",)
+
 
 class Operand(NamedTuple):
     """A row-major matrix in a source file: one input of a codec.
@@ -206,12 +209,16 @@ class MadeSegments(Sequence[Segment], ABC):
 
 
 class CopySegments(MadeSegments):
-    """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
+    """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are.
 
-    __slots__ = ("_nbytes", "file", "offset")
+    ``is_repeated``: the same segments stand in several files of the output.
+    """
 
-    def __init__(self, file: Path, offset: int, nbytes: int) -> None:
+    __slots__ = ("_nbytes", "file", "is_repeated", "offset")
+
+    def __init__(self, file: Path, offset: int, nbytes: int, is_repeated: bool = False) -> None:
         self.file = file
+        self.is_repeated = is_repeated
         self.offset = offset
         self._nbytes = nbytes
 
@@ -226,7 +233,8 @@ class CopySegments(MadeSegments):
     def _make(self, number: int) -> Segment:
         begin = number * COPY_SEGMENT_BYTES
         operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
-        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
+        args = REPEATED if self.is_repeated else ()
+        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1, args)
 
 
 def total_bytes(segments: Sequence[Segment]) -> int:
@@ -236,9 +244,9 @@ def total_bytes(segments: Sequence[Segment]) -> int:
     return sum(segment.nbytes for segment in segments)
 
 
-def copy_segments(file: Path, offset: int, nbytes: int) -> CopySegments:
-    """Return the segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are."""
-    return CopySegments(file, offset, nbytes)
+def copy_segments(file: Path, offset: int, nbytes: int, is_repeated: bool = False) -> CopySegments:
+    """Return the segments that copy bytes as they are (see ``CopySegments``)."""
+    return CopySegments(file, offset, nbytes, is_repeated)
 
 
 def align_up(value: int, alignment: int) -> int:

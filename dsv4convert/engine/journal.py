@@ -243,8 +243,12 @@ class Journal:
         self._end += len(text)
 
 
+# Made once: json.dumps makes an encoder for every call.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _line(fact: Mapping[str, Any]) -> bytes:
-    text = json.dumps(fact, separators=(",", ":")).encode()
+    text = _encode(fact).encode()
     return str(xxhash.xxh3_64_hexdigest(text)).encode() + b" " + text + b"\n"
 
 

@@ -73,6 +73,10 @@ class Ledger(Sequence[TensorReport]):
             total.add(tally)
         return total
 
+    def flagged(self) -> list[TensorReport]:
+        """Return the reports of the tensors in which anything was counted, in the plan's order."""
+        return [self[number] for number in sorted(self._tallies)]
+
     def __len__(self) -> int:
         return len(self._first_segment) - 1
 

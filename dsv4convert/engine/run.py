@@ -22,6 +22,7 @@ from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .codecs import MOVING_CODECS
 from .files import DescriptorCache, Outputs
+from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .schedule import Lane, Schedule
 from .tiles import TILE_BYTES, Worker
@@ -68,7 +69,10 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did: bytes, seconds, and per tensor its checksum and counts."""
+    """What a run did: bytes, seconds, and per tensor its checksum and counts.
+
+    ``flagged`` are the tensors in which anything was counted.
+    """
 
     tensors: Sequence[TensorReport]
     tally: Tally
@@ -77,19 +81,17 @@ class RunReport:
     threads: int
     backend: str
     resumed_bytes: int = 0
-
-    def flagged(self) -> Iterator[TensorReport]:
-        """Yield the tensors in which anything was counted."""
-        return (tensor for tensor in self.tensors if tensor.tally != Tally())
+    flagged: Sequence[TensorReport] = ()
 
 
 @dataclass
 class _Shared:
-    """What the workers of one run share, under ``lock``."""
+    """What the workers of one run share: ``digests`` as they find them, the rest under ``lock``."""
 
     tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
+    digests: dict[Segment, bytes] = field(default_factory=dict)
     error: BaseException | None = None
 
 
@@ -128,9 +130,7 @@ def run_plan(
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
     workers: list[Worker] = []
     lives = [
-        threading.Thread(
-            target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True
-        )
+        threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
         for _ in range(threads)
     ]
     keeper = _Keeper(shared, workers, outputs, done, recorder, record_seconds)
@@ -160,7 +160,7 @@ def run_plan(
     if not done.is_complete:
         raise RuntimeError("the workers ended before their work did")
     seconds = time.monotonic() - started
-    report = RunReport(done, done.total(), plan.nbytes, seconds, threads, backend.name, resumed)
+    report = RunReport(done, done.total(), plan.nbytes, seconds, threads, backend.name, resumed, done.flagged())
     if before_finish is not None:
         before_finish(report)
     outputs.finish()
@@ -271,8 +271,8 @@ def _work(
     shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[Worker]
 ) -> None:
     try:
-        with DescriptorCache() as descriptors:
-            worker = Worker(codecs, descriptors, tile_bytes)
+        with DescriptorCache() as descriptors, KernelCopier() as kernel:
+            worker = Worker(codecs, descriptors, kernel, shared.digests, tile_bytes)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None

@@ -16,6 +16,9 @@ HEADER_ALIGNMENT = 8
 # What transformers asks of a file before it loads it.
 PYTORCH_METADATA = {"format": "pt"}
 
+# Made once: json.dumps makes an encoder for every call.
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
 
 def safetensors_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
@@ -89,7 +92,3 @@ def safetensors_index(files: Iterable[OutputFile]) -> bytes:
         text.write(f"{',' if number else ''}\n    {_json(name)}: {_json(holder)}".encode())
     text.write(b"\n  }\n}\n")
     return text.getvalue()
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))

@@ -212,7 +212,7 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
         return (Segment(COLUMNS, (whole_rows,), rows, part, (rank * part, (rank + 1) * part)),)
-    return copy_segments(stored.file, stored.offset, stored.nbytes)
+    return copy_segments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
 
 
 def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:

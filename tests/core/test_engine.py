@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import itertools
 import math
 import os
 import time
@@ -15,16 +17,19 @@ import xxhash
 
 from dsv4convert.convert import execute
 from dsv4convert.convert_gguf import plan_gguf
+from dsv4convert.engine import kernel_copy, tiles
 from dsv4convert.engine.files import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
+from dsv4convert.engine.kernel_copy import KernelCopier
 from dsv4convert.engine.ledger import Ledger
 from dsv4convert.engine.run import RunReport, run_plan
-from dsv4convert.engine.tiles import COPY_TILE_BYTES, COPY_TRIALS, CopyWays, Worker, rows_per_tile
+from dsv4convert.engine.tiles import Worker, rows_per_tile
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
 from dsv4convert.layouts.gguf import GgufOptions
 from dsv4convert.plan import Operand, OutputFile, OutputTensor, Plan, Segment, copy_segments
 
+from ..kernel_copies import refuse_kernel_copies
 from ..trust.conftest import PLANS, contents
 
 
@@ -56,59 +61,183 @@ def test_threads_and_tiles_do_not_change_the_bytes(tiny: Path, tmp_path: Path, t
     assert len(report.tensors) == len(plan.files[0].tensors)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 5])
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, "stops short"])
-def test_copies_are_exact_with_and_without_the_kernels_help(
-    size: int, refusal: int | str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom(size))
+SIZES = [0, 1, 4096, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20 + 5]
 
-    def copy_file_range(*_: Any) -> int:
-        if isinstance(refusal, int):
-            raise OSError(refusal, os.strerror(refusal))
-        return 0
 
-    if refusal is not None:
-        monkeypatch.setattr(os, "copy_file_range", copy_file_range)
-    plan = copying_plan(source, tmp_path)
-    report = carry_out(plan, threads=2)
-    assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
-    if size:
+def assert_copied(source: Path, folder: Path, **options: Any) -> None:
+    """Copy the whole source into a file and compare bytes and checksum."""
+    report = carry_out(copying_plan(source, folder), **options)
+    assert (folder / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
+    if source.stat().st_size:
         assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
 
 
-@pytest.mark.parametrize(("kernel", "buffer"), [(1.0, 2.0), (2.0, 1.0), (1.0, 1.0)])
-def test_the_quicker_way_of_copying_is_kept_once_both_were_tried(kernel: float, buffer: float) -> None:
-    ways, taken = CopyWays(), []
-    for _ in range(2 * COPY_TRIALS):
-        taken.append(ways.by_kernel())
-        # One slow chunk, the first by the kernel, decides nothing.
-        ways.took(taken[-1], 100.0 if len(taken) == 1 else kernel if taken[-1] else buffer)
-    assert taken == [True, False] * COPY_TRIALS
-    assert ways.by_kernel() is (kernel <= buffer)
-    ways.took(True, 1000.0)
-    assert ways.by_kernel() is (kernel <= buffer)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EIO])
+def test_copies_are_exact_with_and_without_the_kernels_help(
+    size: int, refusal: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is no refusal counts as one: reading and writing tell whose it is, or do without."""
+    (tmp_path / "source").write_bytes(os.urandom(size))
+    if refusal is not None:
+        refuse_kernel_copies(monkeypatch, refusal)
+    assert_copied(tmp_path / "source", tmp_path, threads=2)
 
 
-def test_both_ways_of_copying_give_the_same_bytes(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(os.urandom((2 * COPY_TRIALS + 3) * COPY_TILE_BYTES + 7))
-    plan = copying_plan(source, tmp_path)
-    report = carry_out(plan, threads=1)
-    assert (tmp_path / "out").read_bytes() == b"head" + bytes(60) + source.read_bytes() + bytes(32)
-    assert report.tensors[0].digest == xxhash.xxh3_128_hexdigest(source.read_bytes())
+@pytest.mark.parametrize("size", SIZES)
+def test_copies_go_through_the_kernel_and_no_buffer(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_bytes(os.urandom(size))
+
+    def refuse(*_: Any) -> int:
+        raise AssertionError("read or written through a buffer")
+
+    monkeypatch.setattr(Worker, "_read_into", refuse)
+    monkeypatch.setattr(tiles, "write_all", refuse)
+    assert_copied(tmp_path / "source", tmp_path, threads=2)
 
 
-def test_a_refusal_that_is_none_of_the_known_ones_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("begin", [0, 1, 4095, 5000])
+def test_a_copy_shows_what_it_moves_from_and_to_any_place(size: int, begin: int, tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.write_bytes(os.urandom(begin + size))
+    shown = memoryview(bytearray(size))
+    with source.open("rb") as read, output.open("w+b") as written, KernelCopier() as kernel:
+        moved = 0
+        while moved < size and (
+            count := kernel.copy_and_show(read.fileno(), begin + moved, written.fileno(), 77 + moved, shown[moved:])
+        ):
+            moved += count
+        assert kernel.copy_and_show(read.fileno(), begin + size, written.fileno(), 77, memoryview(bytearray(9))) == 0
+    assert moved == size
+    assert bytes(shown) == source.read_bytes()[begin:]
+    assert output.read_bytes()[77:] == bytes(shown)
+
+
+@pytest.mark.parametrize("pages", [(1, 1), (16, 1), (1, 16), (256, 16)])
+def test_pipes_may_be_small_and_of_different_sizes(
+    pages: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = itertools.cycle(pages)
+
+    def pipe() -> tuple[int, int]:
+        ends = os.pipe2(os.O_CLOEXEC)
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, next(sizes) * 4096)
+        return ends
+
+    monkeypatch.setattr(kernel_copy, "_pipe", pipe)
+    (tmp_path / "source").write_bytes(os.urandom(2**20 + 4321))
+    assert_copied(tmp_path / "source", tmp_path, threads=1)
+
+
+@pytest.mark.parametrize("failing", range(1, 9))
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_copy_that_fails_halfway_leaves_nothing_in_the_pipes_for_the_next(
+    failing: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that moves bytes can be the one; what follows is right, whether by the kernel or without it."""
+    (tmp_path / "source").write_bytes(os.urandom(3 * 2**20 + 5))
+    calls = 0
+
+    def failing_once(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(number, os.strerror(number))
+            return int(real(*args, **options))
+
+        return call
+
+    for owner, name in ((os, "splice"), (os, "readv"), (kernel_copy, "_double")):
+        monkeypatch.setattr(owner, name, failing_once(getattr(owner, name)))
+    assert_copied(tmp_path / "source", tmp_path, threads=1)
+    assert calls > failing
+
+
+@pytest.mark.parametrize("missing", ["tee", "splice", "copy_file_range"])
+def test_a_system_without_a_call_does_without(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(os.urandom(2**20 + 5))
+    if missing == "tee":
+        monkeypatch.setattr(kernel_copy, "_tee", lambda: None)
+    else:
+        monkeypatch.delattr(os, missing)
+    assert_copied(tmp_path / "source", tmp_path, threads=1)
+    assert_repeated_copies(tmp_path, threads=1)
+
+
+def assert_repeated_copies(folder: Path, threads: int) -> None:
+    """Copy two ranges into four files each and compare bytes and checksums."""
+    source = folder / "repeated"
+    source.write_bytes(content := os.urandom(3 * 2**20 + 1000))
+    ranges = [(0, 2**20 + 7), (2**20 + 7, 2 * 2**20 + 993)]
+    files = []
+    for number in range(4):
+        tensors = [
+            OutputTensor(f"{begin}", "u8", (size,), begin, size, copy_segments(source, begin, size, is_repeated=True))
+            for begin, size in ranges
+        ]
+        files.append(OutputFile(f"copy {number}", b"", tuple(tensors), len(content)))
+    plan = Plan("copy", folder, folder, False, tuple(files), (), {}, len(content))
+    report = carry_out(plan, threads=threads)
+    assert [path.read_bytes() for path in plan.final_paths()] == [content] * 4
+    digests = [xxhash.xxh3_128_hexdigest(content[begin : begin + size]) for begin, size in ranges]
+    assert [tensor.digest for tensor in report.tensors] == digests * 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_repeated_copy_is_looked_at_once(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = 0
+    real = KernelCopier.copy_and_show
+
+    def count(self: KernelCopier, *args: Any) -> int:
+        nonlocal shown
+        moved = real(self, *args)
+        shown += moved
+        return moved
+
+    monkeypatch.setattr(KernelCopier, "copy_and_show", count)
+    assert_repeated_copies(tmp_path, threads)
+    # Workers that come to a copy at the same time each look at it.
+    assert 3 * 2**20 + 1000 <= shown <= threads * (3 * 2**20 + 1000)
+
+
+@pytest.mark.parametrize("refusal", [errno.EXDEV, errno.EIO])
+def test_repeated_copies_are_exact_without_the_kernels_help(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_kernel_copies(monkeypatch, refusal)
+    assert_repeated_copies(tmp_path, threads=2)
+
+
+@pytest.mark.parametrize(("call", "message"), [("preadv", r"source: cannot be read"), ("pwrite", r"cannot be written")])
+def test_an_error_of_a_copy_is_that_of_the_file_that_has_it(
+    call: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failing disk fails the kernel's copy and ours alike, and ours says which of the two files it was."""
     (tmp_path / "source").write_bytes(bytes(100))
-
-    def copy_file_range(*_: Any) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
     plan = copying_plan(tmp_path / "source", tmp_path)
-    with pytest.raises(InputOutputError, match=r"out\.partial: cannot be written \(Input/output error\)"):
+    outputs = Outputs(plan)
+    with contextlib.closing(outputs):
+        outputs.create()
+
+        def fail(*_: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        refuse_kernel_copies(monkeypatch, errno.EIO)
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(InputOutputError, match=message + r" \(Input/output error\)"):
+            run_plan(plan, outputs, threads=1)
+
+
+def test_a_source_that_was_cut_short_is_an_error_of_the_source(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(bytes(2**21))
+    plan = copying_plan(source, tmp_path)
+    os.truncate(source, 2**20 + 5)
+    with pytest.raises(InputOutputError, match=r"source: the file became shorter while it was read"):
         carry_out(plan, threads=1)
 
 

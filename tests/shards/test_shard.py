@@ -20,6 +20,7 @@ from dsv4convert.layouts.segments import matrix_shape
 from dsv4convert.layouts.shards import ShardOptions
 
 from ..conftest import MakeCheckpoint
+from ..kernel_copies import refuse_kernel_copies
 from . import oracle
 from .conftest import EIGHT, shard
 
@@ -148,10 +149,7 @@ def test_a_missing_tokenizer_is_noted(eight: Path, tmp_path: Path) -> None:
 def test_shards_are_the_same_where_the_system_cannot_copy_ranges(
     eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: str
 ) -> None:
-    def refuse(*_: Any) -> int:
-        raise OSError(getattr(errno, refusal), "refused")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
+    refuse_kernel_copies(monkeypatch, getattr(errno, refusal))
     shard(eight, tmp_path / "out", 4)
     assert_as_published(tmp_path / "out", eight, 4)
 

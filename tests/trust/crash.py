@@ -32,6 +32,8 @@ from dsv4convert.layouts.shards import ShardOptions
 from dsv4convert.manifest import manifest_path
 from dsv4convert.plan import Plan
 
+from ..kernel_copies import KERNEL_COPIES
+
 PLANS: dict[str, Callable[[Path, Path], Plan]] = {
     # Several files of one output, files of a folder, and folders of several codecs.
     "hf-to-gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
@@ -44,7 +46,7 @@ RECORD_SECONDS = 0.002
 THREADS = 2
 CHILD_SECONDS = 60.0
 
-WATCHED = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir")
+WATCHED = ("open", "pwrite", *KERNEL_COPIES, "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir")
 
 
 class Killer:
@@ -62,10 +64,11 @@ class Killer:
             setattr(os, name, lambda *args, _name=name, **options: self.call(_name, *args, **options))
         if self.power is not None:
 
-            def refuse(*args: Any) -> int:
+            def refuse(*args: Any, **options: Any) -> int:
                 raise OSError(38, "not for this test, which must see the bytes")
 
-            os.copy_file_range = refuse
+            for name in KERNEL_COPIES:
+                setattr(os, name, refuse)
 
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         if name == "open" and not args[1] & os.O_CREAT:

@@ -18,6 +18,7 @@ from dsv4convert.errors import SpaceError
 from dsv4convert.plan import Plan
 
 from ..command_line import run_cli
+from ..kernel_copies import refuse_kernel_copies
 from .conftest import PLANS, contents, leftovers
 
 SMALL_DISK = "3m"  # less than the 4.4 MB of the output
@@ -99,12 +100,9 @@ def test_a_write_that_finds_no_room_can_be_any(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(descriptor, data, offset)
 
-    def no_shortcut(*_: object) -> int:
-        raise OSError(errno.ENOSYS, "")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
-        patch.setattr(os, "copy_file_range", no_shortcut)
+        refuse_kernel_copies(patch)
         with pytest.raises(SpaceError, match=r"\(No space left on device\).*free some space and run again"):
             execute(plan, threads=2, record_seconds=0.001)
     # Only the manifest may be what had no room; then the output is whole.

@@ -26,7 +26,7 @@ def slow(*args):
     time.sleep(0.05)
     write_all(*args)
 tiles.write_all = slow
-tiles.Worker._copy_in_kernel = lambda *args: False
+tiles.KernelCopier.copy = tiles.KernelCopier.copy_and_show = lambda *args: 0
 execute = convert.execute
 convert.execute = lambda *args, **options: execute(*args, **options, record_seconds=0.1)
 {more}

@@ -18,6 +18,7 @@ from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.errors import ResumeError
 from dsv4convert.plan import Plan
 
+from ..kernel_copies import refuse_kernel_copies
 from .conftest import PLANS, contents, interrupt, leftovers
 
 DAMAGES = 150
@@ -73,13 +74,9 @@ def test_bytes_are_durable_before_the_journal_says_that_they_are_written(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    monkeypatch.setattr(os, "copy_file_range", _refused)
+    refuse_kernel_copies(monkeypatch)  # the test must see the bytes
     execute(plan, threads=2, record_seconds=0.001)
     assert lines == sum(len(tensor.segments) for tensor in plan.files[0].tensors)
-
-
-def _refused(*_: object) -> int:
-    raise OSError(38, "refused by the test, which must see the bytes")
 
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "zeroed to the end", "a byte too many"])

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 
 from . import cli
-
-# Objects made between two searches for unreachable cycles. A plan is made of objects that live to the end, and
-# the default of 700 has a program of short life spend a tenth of its start on searching them in vain.
-GC_THRESHOLD = (100_000, 20, 20)
 
 
 def main() -> None:
@@ -19,7 +14,6 @@ def main() -> None:
 
     All files are closed and durable by then; nothing of ours waits for the interpreter's end.
     """
-    gc.set_threshold(*GC_THRESHOLD)
     code: object = 0
     try:
         cli.main()

@@ -9,19 +9,18 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
+from dsv4convert.engine.run import peak_memory_bytes
 from dsv4convert.synth import write_synth
 
 RATIOS = (0, 4, 128, 4)
 EXPERTS = 48
 VOCAB = 32768
-KIB = 1024
 
 
 def child(source: Path, length: int) -> None:
@@ -46,8 +45,7 @@ def child(source: Path, length: int) -> None:
     for name, at in marks:
         seconds[name] = at - before
         before = at
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-    print(json.dumps({"seconds": seconds, "total": before - started, "peak_bytes": peak}))
+    print(json.dumps({"seconds": seconds, "total": before - started, "peak_bytes": peak_memory_bytes()}))
 
 
 def main() -> None:

@@ -36,7 +36,10 @@ class Contender:
 
 
 def run_once(contender: Contender) -> tuple[float, int]:
-    """Run a command; return wall seconds and peak resident bytes of its largest process."""
+    """Run a command; return wall seconds and peak resident bytes of its largest process.
+
+    A process counts the peak of the one that started it, so nothing comes out smaller than this one.
+    """
     remove(contender.output)
     if contender.makes_folder_first:
         contender.output.mkdir(parents=True)

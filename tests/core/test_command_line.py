@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,31 @@ def test_a_traceback_is_shown_only_with_debug(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "dsv4convert", "--debug", "hf-to-gguf", tmp_path / "nowhere"]
     ended = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert "Traceback" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "after"),
+    [
+        ("inspect", None, "1"),
+        ("hf-to-gguf", None, "1"),
+        ("inspect", "3", "3"),
+        ("forward", None, None),
+        ("compare", None, None),
+    ],
+)
+def test_only_commands_that_multiply_have_numpy_start_threads(
+    command: str, before: str | None, after: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cli.MATRIX_THREADS_VARIABLE, before or "")
+    if before is None:
+        monkeypatch.delenv(cli.MATRIX_THREADS_VARIABLE)
+    assert run_cli(command, *[tmp_path / "nowhere"] * (2 if command == "compare" else 1)).code == 3
+    assert os.environ.get(cli.MATRIX_THREADS_VARIABLE) == after
+
+
+@pytest.mark.parametrize("command", sorted(cli.MULTIPLYING_COMMANDS))
+def test_the_commands_that_multiply_are_commands(command: str) -> None:
+    assert command in COMMANDS
 
 
 def test_a_bug_is_one_line_that_asks_for_a_report(

@@ -36,6 +36,7 @@ from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.convert_hf import plan_dequantize, plan_repack
 from dsv4convert.convert_shards import UNSHARD, plan_shards, plan_unshard
 from dsv4convert.engine.journal import Journal, check_same, fingerprint, journal_path
+from dsv4convert.engine.run import peak_memory_bytes
 from dsv4convert.engine.tiles import Worker
 from dsv4convert.errors import Dsv4Error, InputOutputError
 from dsv4convert.inspect import inspect_path
@@ -401,7 +402,7 @@ def main() -> None:
             "failed": failed,
             "failures": list(failures.values()),
             "slowest": slowest,
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak": peak_memory_bytes(),
         },
         sys.stdout,
     )

@@ -35,8 +35,7 @@ class KernelCopier:
     """
 
     def __init__(self) -> None:
-        self._can_copy = hasattr(os, "copy_file_range")
-        self._can_splice = hasattr(os, "splice") and _tee() is not None
+        self._refused: set[Callable[..., int]] = set()
         self._whole: tuple[int, int] | None = None  # read and write end: the pages on their way to the output
         self._shown: tuple[int, int] | None = None  # the same pages again, to be read
 
@@ -48,22 +47,20 @@ class KernelCopier:
 
     def copy(self, source: int, begin: int, output: int, offset: int, nbytes: int) -> int:
         """Move up to ``nbytes`` bytes at ``begin`` of ``source`` to ``offset`` of ``output``, both descriptors."""
-        if not self._can_copy:
-            return 0
-        try:
-            return os.copy_file_range(source, output, nbytes, begin, offset)
-        except OSError as error:
-            self._can_copy = error.errno not in REFUSED
-            return 0
+        return self._attempt(_copy_range, source, begin, output, offset, nbytes)
 
     def copy_and_show(self, source: int, begin: int, output: int, offset: int, shown: memoryview) -> int:
         """Move up to as many bytes as ``shown`` has room for, and leave them there too."""
-        if not self._can_splice:
+        return self._attempt(self._copy_and_show, source, begin, output, offset, shown)
+
+    def _attempt(self, way: Callable[..., int], *place: int | memoryview) -> int:
+        if way in self._refused:
             return 0
         try:
-            return self._copy_and_show(source, begin, output, offset, shown)
+            return way(*place)
         except OSError as error:
-            self._can_splice = error.errno not in REFUSED
+            if error.errno in REFUSED:
+                self._refused.add(way)
             self._close()  # what is left in the pipes is of this copy
             return 0
 
@@ -72,14 +69,14 @@ class KernelCopier:
             self._whole = _pipe()
         if self._shown is None:
             self._shown = _pipe()
-        laid = os.splice(source, self._whole[1], min(shown.nbytes, PIPE_BYTES), offset_src=begin)
+        laid = _splice(source, self._whole[1], shown.nbytes, offset_src=begin)
         done = 0
         while done < laid:
             # As many pages as fit into the second pipe, should it be the smaller one.
-            end = done + _some(_double(self._whole[0], self._shown[1], laid - done))
+            end = done + _some(_tee(self._whole[0], self._shown[1], laid - done))
             written = done
             while written < end:
-                written += _some(os.splice(self._whole[0], output, end - written, offset_dst=offset + written))
+                written += _some(_splice(self._whole[0], output, end - written, offset_dst=offset + written))
             while done < end:
                 done += _some(os.readv(self._shown[0], [shown[done:end]]))
         return laid
@@ -99,28 +96,41 @@ def _pipe() -> tuple[int, int]:
     return ends
 
 
+def _copy_range(source: int, begin: int, output: int, offset: int, nbytes: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise _missing()
+    return os.copy_file_range(source, output, nbytes, begin, offset)
+
+
+def _splice(source: int, target: int, nbytes: int, **offsets: int) -> int:
+    if not hasattr(os, "splice"):
+        raise _missing()
+    return os.splice(source, target, nbytes, **offsets)
+
+
+def _tee(source: int, target: int, nbytes: int) -> int:
+    """Lay references to up to ``nbytes`` bytes in pipe ``source`` into pipe ``target`` too; return how many."""
+    count = _libc_tee()(source, target, nbytes, 0)
+    if count < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return count
+
+
 @cache
-def _tee() -> Callable[[int, int, int, int], int] | None:
-    """Return the C library's ``tee``, which Python's ``os`` lacks; None where there is none."""
+def _libc_tee() -> Callable[[int, int, int, int], int]:
+    """Return the C library's ``tee``, which Python's ``os`` lacks."""
     try:
         function = ctypes.CDLL(None, use_errno=True).tee
     except (OSError, AttributeError):
-        return None
+        raise _missing() from None
     function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
     function.restype = ctypes.c_ssize_t
     found: Callable[[int, int, int, int], int] = function
     return found
 
 
-def _double(source: int, target: int, nbytes: int) -> int:
-    """Lay references to up to ``nbytes`` bytes in pipe ``source`` into pipe ``target`` too; return how many."""
-    tee = _tee()
-    if tee is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    count = tee(source, target, nbytes, 0)
-    if count < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return count
+def _missing() -> OSError:
+    return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def _some(count: int) -> int:

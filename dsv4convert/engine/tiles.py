@@ -108,9 +108,9 @@ class Worker:
         known = self._digests.get(segment) if segment.args == REPEATED else None
         digest = xxhash.xxh3_128()
         chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
+        source = self._descriptors.get(operand.file, os.O_RDONLY)
         done = 0
         while done < segment.rows and not self.stopped:
-            source = self._descriptors.get(operand.file, os.O_RDONLY)
             begin = operand.offset + done
             seen = chunk[: segment.rows - done]
             if known is None:

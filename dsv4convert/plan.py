@@ -46,7 +46,7 @@ class Segment(NamedTuple):
     """A contiguous run of output rows that one codec makes: the unit of work, of checksums and of resume.
 
     ``codec`` names an entry of the engine's codec table, ``args`` are its parameters (a scale block, a
-    column range). A ``copy`` segment has one operand and rows of one byte.
+    column range). A ``copy`` segment has one operand, rows of one byte, and ``REPEATED`` or no args.
     """
 
     codec: str
@@ -242,11 +242,6 @@ def total_bytes(segments: Sequence[Segment]) -> int:
     if isinstance(segments, MadeSegments):
         return segments.nbytes  # of copies one object for all tensors of the size, where a sum makes another
     return sum(segment.nbytes for segment in segments)
-
-
-def copy_segments(file: Path, offset: int, nbytes: int, is_repeated: bool = False) -> CopySegments:
-    """Return the segments that copy bytes as they are (see ``CopySegments``)."""
-    return CopySegments(file, offset, nbytes, is_repeated)
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -11,7 +11,7 @@ from ..checkpoint.safetensors_header import Stored
 from ..checkpoint.weights import Encoding, Weight
 from ..config import CONFIG_NAME
 from ..errors import InventoryError
-from ..plan import Claims, Dropped, OutputFile, OutputTensor, Segment, copy_segments, total_bytes
+from ..plan import Claims, CopySegments, Dropped, OutputFile, OutputTensor, Segment, total_bytes
 from .fp8 import fp4_to_fp8_segments, fp8_scale_shape
 from .names import MODEL_PREFIX, Store, When, scale_name
 from .safetensors import safetensors_file, safetensors_index, whole_file
@@ -137,7 +137,7 @@ def is_fp4_expert(weight: Weight) -> bool:
 
 
 def _verbatim(name: str, stored: Stored) -> OutputTensor:
-    segments = copy_segments(stored.file, stored.offset, stored.nbytes)
+    segments = CopySegments(stored.file, stored.offset, stored.nbytes)
     return _tensor(name, stored.dtype, stored.shape, segments)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
-from ..plan import IDENTITY, MadeSegments, Operand, Segment, copy_segments
+from ..plan import IDENTITY, CopySegments, MadeSegments, Operand, Segment
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
@@ -122,7 +122,7 @@ def convert_segments(
     segment = codec_segment(weight, to, first, rows)
     if segment.codec == IDENTITY:
         source = segment.operands[0]
-        return copy_segments(source.file, source.offset, segment.nbytes)
+        return CopySegments(source.file, source.offset, segment.nbytes)
     return (segment,)
 
 

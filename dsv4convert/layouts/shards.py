@@ -17,12 +17,12 @@ from ..plan import (
     COPY,
     COPY_SEGMENT_BYTES,
     Claims,
+    CopySegments,
     Dropped,
     Operand,
     OutputFile,
     OutputTensor,
     Segment,
-    copy_segments,
     total_bytes,
 )
 from .fp8 import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
@@ -205,14 +205,14 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
     """Return the segments of a rank's part of stored bytes, whatever they mean."""
     if split is Split.ROWS:
         part = stored.nbytes // mp
-        return copy_segments(stored.file, stored.offset + rank * part, part)
+        return CopySegments(stored.file, stored.offset + rank * part, part)
     if split is Split.COLUMNS and mp > 1:
         rows = stored.shape[0]
         width = stored.nbytes // rows
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
         return (Segment(COLUMNS, (whole_rows,), rows, part, (rank * part, (rank + 1) * part)),)
-    return copy_segments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
+    return CopySegments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
 
 
 def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     """Return the segments that put the ranks' bytes together again."""
     first = stored[0]
     if len(stored) == 1:
-        return copy_segments(first.file, first.offset, first.nbytes)
+        return CopySegments(first.file, first.offset, first.nbytes)
     if weight.axis == 1:
         rows = first.shape[0]
         width = first.nbytes // rows

@@ -28,7 +28,7 @@ from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
 from dsv4convert.layouts.gguf import GgufOptions
-from dsv4convert.plan import Operand, OutputFile, OutputTensor, Plan, Segment, copy_segments
+from dsv4convert.plan import CopySegments, Operand, OutputFile, OutputTensor, Plan, Segment
 
 from ..kernel_copies import refuse_kernel_copies
 from ..trust.conftest import PLANS, contents
@@ -37,7 +37,7 @@ from ..trust.conftest import PLANS, contents
 def copying_plan(source: Path, folder: Path) -> Plan:
     """Plan a file that is a header, a gap and the bytes of ``source``."""
     size = source.stat().st_size
-    tensor = OutputTensor("all", "u8", (size,), 64, size, copy_segments(source, 0, size))
+    tensor = OutputTensor("all", "u8", (size,), 64, size, CopySegments(source, 0, size))
     file = OutputFile("out", b"head", (tensor,), 64 + size + 32)
     return Plan("copy", source.parent, folder, False, (file,), (), {}, size)
 
@@ -178,7 +178,7 @@ def assert_repeated_copies(folder: Path, threads: int) -> None:
     files = []
     for number in range(4):
         tensors = [
-            OutputTensor(f"{begin}", "u8", (size,), begin, size, copy_segments(source, begin, size, is_repeated=True))
+            OutputTensor(f"{begin}", "u8", (size,), begin, size, CopySegments(source, begin, size, is_repeated=True))
             for begin, size in ranges
         ]
         files.append(OutputFile(f"copy {number}", b"", tuple(tensors), len(content)))

@@ -12,7 +12,7 @@ from dsv4convert.checkpoint import open_folder
 from dsv4convert.convert_gguf import plan_gguf
 from dsv4convert.errors import InventoryError
 from dsv4convert.layouts.gguf import GgufOptions
-from dsv4convert.plan import COPY_SEGMENT_BYTES, Claims, OutputTensor, copy_segments, place
+from dsv4convert.plan import COPY_SEGMENT_BYTES, Claims, CopySegments, OutputTensor, place
 
 from ..trust.conftest import PLANS, MakePlan
 
@@ -65,7 +65,7 @@ def test_tensors_lie_apart_within_their_file_and_segments_fill_them(make: MakePl
 @given(offset=st.integers(0, 2**50), nbytes=st.integers(0, 5 * COPY_SEGMENT_BYTES))
 def test_copy_segments_cover_the_range_once(offset: int, nbytes: int) -> None:
     position = offset
-    for segment in copy_segments(Path("a"), offset, nbytes):
+    for segment in CopySegments(Path("a"), offset, nbytes):
         assert segment.operands[0].offset == position
         assert segment.nbytes <= COPY_SEGMENT_BYTES
         position += segment.nbytes

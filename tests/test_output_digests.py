@@ -1,0 +1,70 @@
+"""The bytes that every command writes are those on record."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4convert.cli import app, register_commands
+
+from .output_digests import CASES, RECORD, Outputs
+
+RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))
+
+# Commands with an output whose bytes have no record, and options that do not reach the bytes.
+WITHOUT_RECORD = {"verify"}
+WITHOUT_EFFECT = {"device"}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outputs]:
+    made = Outputs(tmp_path_factory.mktemp("outputs"))
+    yield made
+    made.remove()
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_output_bytes_are_those_on_record(case: str, outputs: Outputs) -> None:
+    assert outputs.digests(case) == RECORDED[case], CASES[case]
+
+
+def test_the_record_has_every_case_and_no_other() -> None:
+    assert sorted(RECORDED) == sorted(CASES)
+
+
+def test_the_path_of_a_folder_is_in_no_output(tmp_path: Path) -> None:
+    case = "gguf/furnished/conventional"
+    first, second = (Outputs(tmp_path / name).digests(case) for name in ("a", "another name"))
+    assert first == second
+
+
+def _choices() -> set[tuple[str, str]]:
+    """Return every command that has an output, with no choice and with every choice of its options."""
+    register_commands()
+    found = set()
+    for command in app.registered_commands:
+        hints = typing.get_type_hints(command.callback)
+        if "out" in hints and command.name not in WITHOUT_RECORD:
+            kinds = [kind for name, hint in hints.items() if name not in WITHOUT_EFFECT for kind in _within(hint)]
+            choices = [str(choice.value) for kind in kinds if issubclass(kind, Enum) for choice in kind]
+            found |= {(str(command.name), choice) for choice in ["", *choices]}
+    return found
+
+
+def _within(hint: Any) -> list[type]:
+    """Return the classes of a type: those of its members, if it has any."""
+    inner = [kind for member in typing.get_args(hint) for kind in _within(member)]
+    return inner or [hint] if isinstance(hint, type) else inner
+
+
+@pytest.mark.parametrize(("command", "choice"), sorted(_choices()))
+def test_every_choice_of_every_option_has_a_case(command: str, choice: str) -> None:
+    lines = [words for words in map(shlex.split, CASES.values()) if words[0] == command]
+    assert any(not choice or choice in words for words in lines), "give it a case in tests/output_digests.py"

@@ -30,10 +30,13 @@ import triton
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "formats")]
 
-from dsv4convert.formats import triton_bf16, triton_fp8, triton_mxfp4, triton_q8_0  # noqa: E402
 from dsv4convert.formats.backend import numpy_codecs  # noqa: E402
 from dsv4convert.formats.base import Scratch, Tally  # noqa: E402
-from dsv4convert.formats.triton_scalar import DeviceTally  # noqa: E402
+from dsv4convert.formats.triton import bf16 as triton_bf16  # noqa: E402
+from dsv4convert.formats.triton import fp8 as triton_fp8  # noqa: E402
+from dsv4convert.formats.triton import mxfp4 as triton_mxfp4  # noqa: E402
+from dsv4convert.formats.triton import q8_0 as triton_q8_0  # noqa: E402
+from dsv4convert.formats.triton.scalar import DeviceTally  # noqa: E402
 
 MIB = 2**20
 COLUMNS = 7168
@@ -282,7 +285,7 @@ def host_path(size_mib: int, threads: int, repeats: int, chunk_mib: int) -> dict
     """Time FP8 to BF16 from host memory to host memory through the engine's pipeline, on several threads."""
     import threading
 
-    from dsv4convert.engine import cuda
+    from dsv4convert.formats.triton import pipeline as cuda
 
     cuda.CHUNK_BYTES = chunk_mib * MIB
     codecs = cuda.codecs_on("cuda")

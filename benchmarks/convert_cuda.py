@@ -15,7 +15,7 @@ from typing import Any
 
 from side_by_side import save
 
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
 
 COMMANDS = {
     "hf-to-gguf": ("hf-to-gguf", "model.gguf", []),

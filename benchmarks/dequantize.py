@@ -18,8 +18,9 @@ from pathlib import Path
 from shard import as_many_bytes
 from side_by_side import Contender, alternate, print_table, record, save
 
-from dsv4convert.convert_hf import plan_dequantize, plan_repack
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
+from dsv4convert.targets.dequantize import plan_dequantize
+from dsv4convert.targets.repack import plan_repack
 
 COMMANDS = {"dequantize": ["dequantize"], "repack": ["repack", "--experts", "fp8"]}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from dsv4convert.engine.run import peak_memory_bytes
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
 
 RATIOS = (0, 4, 128, 4)
 EXPERTS = 48
@@ -28,7 +28,7 @@ def child(source: Path, length: int) -> None:
     import numpy as np
 
     from dsv4convert.reference import Model
-    from dsv4convert.reference.sources import open_source
+    from dsv4convert.reference.weights.open import open_source
 
     started = time.perf_counter()
     model = Model(open_source(source))

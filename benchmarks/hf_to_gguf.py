@@ -12,7 +12,7 @@ from pathlib import Path
 
 from side_by_side import Contender, alternate, print_table, record, save
 
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -57,7 +57,7 @@ def main() -> None:
             _ours("dsv4convert, numpy only", ours, arguments.folder / "numpy", DSV4CONVERT_COMPILED="0")
         )
     if arguments.llama_rounds:
-        from tests.llama.converter import DRIVER, llama_cpp_folder
+        from tests.oracles.llama_cpp import DRIVER, llama_cpp_folder
 
         out = arguments.folder / "llama.gguf"
         command = [sys.executable, "-c", DRIVER, str(llama_cpp_folder()), str(source), "--outfile", str(out)]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from side_by_side import Contender, alternate, print_table, record, save
 
-from dsv4convert.convert_shards import plan_shards
-from dsv4convert.layouts.shards import ShardOptions
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
+from dsv4convert.targets.shard_tensors import ShardOptions
+from dsv4convert.targets.shards import plan_shards
 
 
 def main() -> None:

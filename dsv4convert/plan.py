@@ -7,14 +7,10 @@ file's format. Everything that can fail on the input has failed before a plan ex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
-
-from .checkpoint.folder import Checkpoint
-from .checkpoint.weights import Weight
-from .errors import InventoryError
 
 # Verbatim ranges are cut into segments of this many bytes, so that threads can share a large tensor.
 COPY_SEGMENT_BYTES = 64 * 2**20
@@ -132,50 +128,6 @@ class Plan:
         return [self.destination / file.name for file in self.files]
 
 
-class Claims:
-    """Keeps the rule that every source weight is converted or dropped with a reason, and none forgotten."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._open = dict(checkpoint.weights)
-        self._dropped: list[Dropped] = [
-            Dropped(
-                unused.names[0] + ("" if len(unused.names) == 1 else ", …"),
-                unused.reason,
-                len(unused.names),
-                unused.nbytes,
-            )
-            for unused in checkpoint.unused
-        ]
-
-    def take(self, weight: Weight) -> Weight:
-        """Claim a weight for an output tensor.
-
-        Raises:
-            InventoryError: it was claimed before.
-        """
-        if self._open.pop(weight.name, None) is None:
-            raise InventoryError(f"tensor {weight.name}: claimed twice by the layout")
-        return weight
-
-    def drop(self, what: str, reason: str, weights: Iterable[Weight]) -> None:
-        """Leave weights out of the output, with a reason that the summary shows."""
-        dropped = [self.take(weight) for weight in weights]
-        if dropped:
-            count = sum(1 + (weight.scale is not None) for weight in dropped)
-            self._dropped.append(Dropped(what, reason, count, sum(weight.nbytes for weight in dropped)))
-
-    def close(self) -> tuple[Dropped, ...]:
-        """Return what was dropped.
-
-        Raises:
-            InventoryError: a weight is neither converted nor dropped.
-        """
-        if self._open:
-            raise InventoryError(
-                f"tensor {next(iter(self._open))}: no output tensor takes it",
-                got=f"{len(self._open)} such weights",
-            )
-        return tuple(self._dropped)
 
 
 class MadeSegments(Sequence[Segment], ABC):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dsv4convert.synth import write_synth
+from dsv4convert.synth.write import write_synth
 
-MakeCheckpoint = Callable[..., Path]
+from .checkpoints import MakeCheckpoint
+from .fixtures import editable, fast_tmp
+
+__all__ = ["editable", "fast_tmp", "make_checkpoint", "tiny"]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..containers.safetensors import Stored
 from .folder import Checkpoint, Unused, open_folder
-from .safetensors_header import Stored
 from .weights import Encoding, Weight
 
 __all__ = ["Checkpoint", "Encoding", "Stored", "Unused", "Weight", "open_folder"]

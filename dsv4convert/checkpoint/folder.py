@@ -12,18 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..config import CONFIG_NAME, ModelConfig, load_config, parse_json_object
+from ..containers.json_object import parse_json_object
+from ..containers.safetensors import Stored, read_header
+from ..containers.untrusted import read_at_most
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
-from ..layouts.names import (
-    UNUSED_DRAFT_SUFFIXES,
-    Draft,
-    checkpoint_tensors,
-    is_vision_name,
-    scale_name,
-)
-from ..reading import read_at_most
+from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, checkpoint_tensors, is_vision_name, scale_name
 from .renaming import official_tensors
-from .safetensors_header import Stored, read_header
 from .weights import Weight, pair
 
 INDEX_NAME = "model.safetensors.index.json"

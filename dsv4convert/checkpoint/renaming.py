@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from ..containers.safetensors import Stored
 from ..errors import InventoryError
-from ..layouts.names import (
+from ..model.tensors import (
     MODEL_PREFIX,
     RESAVED_LAYER_NAMES,
     RESAVED_SCALE_SUFFIXES,
@@ -20,7 +21,6 @@ from ..layouts.names import (
     is_vision_name,
     scale_name,
 )
-from .safetensors_header import Stored
 
 LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")

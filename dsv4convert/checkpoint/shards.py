@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import CONFIG_NAME, ModelConfig, load_config
+from ..containers.safetensors import Stored, read_header
 from ..errors import InputMissingError, InventoryError
-from ..layouts.names import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
-from ..layouts.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
+from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
+from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
 from .folder import draft_kind, vision_kind, with_draft_ratios
-from .safetensors_header import Stored, read_header
 from .weights import Encoding, Weight, pair
 
 

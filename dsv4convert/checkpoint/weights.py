@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from ..containers.safetensors import Stored
 from ..errors import InventoryError
-from ..layouts.names import Expected, Row, Store, scale_name
-from .safetensors_header import Stored
+from ..model.tensors import Expected, Row, Store, scale_name
 
 # Elements of a row that share one scale in packed FP4.
 FP4_BLOCK = 32

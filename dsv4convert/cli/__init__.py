@@ -84,7 +84,9 @@ def register_commands() -> None:
     """Add the commands of every module, in the order in which ``--help`` lists them; once."""
     if app.registered_commands:
         return
-    from . import convert, demo, forward, hf, inspect, shard, synth, verify
+    from . import demo, forward, inspect, shard, synth, verify
+    from . import folders as hf
+    from . import gguf as convert
 
     for module in (convert, shard, hf, verify, inspect, forward, synth, demo):
         module.register(app)

@@ -11,11 +11,11 @@ import typer
 
 def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0) -> None:
     """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
-    from ..checkpoint.gguf_file import open_gguf
-    from ..convert import execute
-    from ..convert_gguf import plan_gguf
-    from ..layouts.gguf import GgufOptions
-    from ..synth import write_synth
+    from ..containers.gguf import open_gguf
+    from ..engine.conversion import execute
+    from ..synth.write import write_synth
+    from ..targets.gguf import plan_gguf
+    from ..targets.gguf_tensors import GgufOptions
     from ..verify import verify
     from .report import human_bytes, print_summary
 

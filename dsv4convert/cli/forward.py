@@ -12,11 +12,11 @@ from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyErro
 from .options import Json, Overwrite
 
 if TYPE_CHECKING:
+    from ..checkpoint.tokenizer import Tokenizer
     from ..reference import Model
     from ..reference.compare import Comparison, Difference
     from ..reference.goldens import Goldens
-    from ..reference.source import Array
-    from ..tokenizer import Tokenizer
+    from ..reference.weights.protocol import Array
 
 ModelPath = Annotated[
     Path,
@@ -83,8 +83,8 @@ def forward(
     from ..reference import generate as generate_tokens
     from ..reference.goldens import write_goldens
     from ..reference.prompt import find_tokenizer
-    from ..reference.source import CachedSource
-    from ..reference.sources import open_source
+    from ..reference.weights.open import open_source
+    from ..reference.weights.protocol import CachedSource
     from .report import print_json
 
     if record_last is not None and goldens is None:
@@ -304,7 +304,7 @@ def _runs(
 
 def _model(path: Path, layers: int | None, activation_rounding: bool) -> Model:
     from ..reference import Model
-    from ..reference.sources import open_source
+    from ..reference.weights.open import open_source
 
     return Model(open_source(path), activation_rounding=activation_rounding, layers=layers)
 

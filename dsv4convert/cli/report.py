@@ -16,7 +16,7 @@ from ..errors import escape_control
 from .options import DeviceName, RunOptions
 
 if TYPE_CHECKING:
-    from ..convert import Summary
+    from ..engine.conversion import Summary
     from ..plan import Plan
 
 # Seconds between progress lines where there is no terminal.
@@ -151,8 +151,8 @@ def plan_as_json(plan: Plan, threads: int) -> dict[str, Any]:
     """Return a plan as JSON: files with sizes, what is left out, and what disk and memory it needs and finds."""
     from dataclasses import asdict
 
-    from ..convert import memory_available, memory_needed
-    from ..engine.files import free_bytes
+    from ..engine.outputs import free_bytes
+    from ..engine.resources import memory_available, memory_needed
 
     return {
         "target": plan.target,
@@ -214,7 +214,8 @@ def run_conversion(
 
     ``carry_out`` takes the place of ``execute`` for targets whose summary says more.
     """
-    from ..convert import default_threads, execute
+    from ..engine.conversion import execute
+    from ..engine.resources import default_threads
 
     carry_out = execute if carry_out is None else carry_out
     threads = default_threads() if run.threads is None else run.threads

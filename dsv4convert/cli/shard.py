@@ -11,7 +11,7 @@ import typer
 from .options import MaxFileSize, OutFolder, RunOptions, Source, parse_size, with_run_options
 
 if TYPE_CHECKING:
-    from ..layouts.shards import ShardCosts
+    from ..targets.shard_tensors import ShardCosts
 
 # Kinds of replicated tensors that the text lists by name; the rest is summed up.
 LISTED_KINDS = 6
@@ -54,9 +54,9 @@ def shard(
 
     if expert_dtype is ExpertDtype.fp8:
         prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales", "fp8_to_bf16"))
-    from ..convert import default_threads
-    from ..convert_shards import costs_as_json, plan_shards
-    from ..layouts.shards import ShardOptions
+    from ..engine.resources import default_threads
+    from ..targets.shard_tensors import ShardOptions
+    from ..targets.shards import costs_as_json, plan_shards
 
     options = ShardOptions(
         mp=mp,
@@ -93,7 +93,7 @@ def unshard(
     run: RunOptions,
 ) -> None:
     """Put model-parallel shards together again: a checkpoint folder."""
-    from ..convert_shards import plan_unshard
+    from ..targets.shards import plan_unshard
     from .report import run_conversion
 
     plan = plan_unshard(source, out, wo_a=wo_a.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))

@@ -78,7 +78,7 @@ def synth(
     as_json: Json = False,
 ) -> None:
     """Write a seeded synthetic checkpoint in the published on-disk layout."""
-    from ..synth import plan_synth, write_plan
+    from ..synth.write import plan_synth, write_plan
     from .report import human_bytes, print_json, progress_display
 
     plan = plan_synth(

@@ -70,7 +70,7 @@ def verify(
         return
     if out is None:
         raise UsageError("no output to verify", hint="dsv4convert verify SRC OUT, or verify --manifest OUT")
-    from ..convert import default_threads
+    from ..engine.resources import default_threads
     from ..verify import prepare
     from .report import print_json, progress_display
 
@@ -94,7 +94,7 @@ def verify(
 
 def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
     """Re-check the checksums of an output and print the outcome."""
-    from ..manifest import check_manifest, manifest_of, read_manifest
+    from ..engine.manifest import check_manifest, manifest_of, read_manifest
     from .report import human_bytes, print_json, progress_display
 
     total = sum(entry["bytes"] for entry in read_manifest(manifest_of(output))["files"])

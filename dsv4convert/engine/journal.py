@@ -22,12 +22,11 @@ from typing import Any
 
 import xxhash
 
-from .. import __version__
-from ..errors import FileFormatError, LockedError, ResumeError
+from ..errors import LockedError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
-from .files import FRESH_HINT, os_errors, sync_folder, write_all
 from .ledger import DIGEST_BYTES
+from .outputs import FRESH_HINT, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
 JOURNAL_SUFFIX = ".journal"
@@ -290,80 +289,7 @@ def _last_holder(descriptor: int) -> str:
     return found
 
 
-def fingerprint(plan: Plan) -> dict[str, Any]:
-    """Return what decides a plan's output: program, options, source files, and every range of the plan.
-
-    Source files count by name, size and modification time; their headers are part of the plan.
-    """
-    sources: dict[str, list[int]] = {}
-    digest = xxhash.xxh3_128()
-    for file in plan.files:
-        digest.update(f"{file.name} {file.nbytes}\n".encode())
-        digest.update(file.header)
-        for tensor in file.tensors:
-            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
-            for segment in tensor.segments:
-                digest.update(f"{segment.codec} {segment.rows} {segment.row_bytes} {segment.args}\n".encode())
-                for operand in segment.operands:
-                    name = operand.file.name
-                    if name not in sources:
-                        with os_errors(operand.file, "read"):
-                            status = operand.file.stat()
-                        sources[name] = [status.st_size, status.st_mtime_ns]
-                    digest.update(f"{name} {operand[1:]}\n".encode())
-    return {
-        "program": f"dsv4convert {__version__}",
-        "target": plan.target,
-        "options": json.loads(json.dumps(plan.options)),
-        "source": sources,
-        "plan": digest.hexdigest(),
-    }
 
 
-def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
-    """Check that an interrupted run can go on under the plan of this one.
-
-    Raises:
-        ResumeError: the program, the options or the source changed; says what.
-    """
-    changes = []
-    for part in ("program", "target"):
-        if old.get(part) != new[part]:
-            changes.append(f"{part} was {old.get(part)}, is {new[part]}")
-    for part, what in (("options", "option"), ("source", "source file")):
-        before = old.get(part)
-        before = before if isinstance(before, dict) else {}
-        for key in sorted(before.keys() | new[part].keys()):
-            if before.get(key) != new[part].get(key):
-                known = key in before and key in new[part]
-                if part == "options":
-                    changes.append(f"{what} {key} was {before.get(key)}, is {new[part].get(key)}")
-                else:
-                    changes.append(
-                        f"{what} {key} " + ("changed" if known else "is new" if key in new[part] else "is gone")
-                    )
-    if not changes and old.get("plan") != new["plan"]:
-        changes.append("the source's config, tokenizer or tensors changed")
-    if changes:
-        raise ResumeError(
-            "the interrupted run cannot go on: " + "; ".join(changes[:5]),
-            where=where,
-            hint=f"undo that, or {FRESH_HINT}",
-        )
 
 
-def check_unchanged(plan: Plan, mark: Mapping[str, Any]) -> None:
-    """Check that the source files are those of which the fingerprint ``mark`` was taken.
-
-    Raises:
-        FileFormatError: one changed meanwhile; what was read of it may be of both.
-        InputOutputError: one cannot be looked at.
-    """
-    for name, before in mark["source"].items():
-        path = plan.source / name
-        with os_errors(path, "read"):
-            status = path.stat()
-        if [status.st_size, status.st_mtime_ns] != before:
-            raise FileFormatError(
-                "changed while it was converted", where=path, hint="run again when nothing writes to it any more"
-            )

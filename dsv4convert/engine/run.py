@@ -20,12 +20,12 @@ from ..formats.backend import (
 )
 from ..formats.base import Tally
 from ..plan import Plan, Segment
-from .codecs import MOVING_CODECS
-from .files import DescriptorCache, Outputs
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
+from .operations import MOVING_CODECS
+from .outputs import DescriptorCache, Outputs
 from .schedule import Lane, Schedule
-from .tiles import TILE_BYTES, Worker
+from .worker import TILE_BYTES, Worker
 
 # Where a smaller share of the output is converted than this, numpy keeps up with the disk.
 COMPILED_FROM_SHARE = 1 / 4

@@ -39,17 +39,8 @@ from dsv4convert.formats.base import (
 from dsv4convert.formats.bf16 import store_products
 from dsv4convert.formats.e4m3 import MIN_SUBNORMAL_EXPONENT as E4M3_MIN_EXPONENT
 from dsv4convert.formats.e4m3 import e4m3_to_f32, f32_to_e4m3, spread_blocks
-from dsv4convert.formats.e8m0 import (
-    BIAS as E8M0_BIAS,
-)
-from dsv4convert.formats.e8m0 import (
-    F32_OF_BYTE,
-    NAN_BYTE,
-    byte_range,
-    f32_to_e8m0,
-    power_of_two_bytes,
-    scales_f32,
-)
+from dsv4convert.formats.e8m0 import BIAS as E8M0_BIAS
+from dsv4convert.formats.e8m0 import F32_OF_BYTE, NAN_BYTE, byte_range, f32_to_e8m0, power_of_two_bytes, scales_f32
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 VALUES.flags.writeable = False

@@ -36,9 +36,7 @@ from dsv4convert.formats.base import (
     spread_columns,
 )
 from dsv4convert.formats.bf16 import f32_to_bf16, store_products
-from dsv4convert.formats.e8m0 import (
-    BIAS as E8M0_BIAS,
-)
+from dsv4convert.formats.e8m0 import BIAS as E8M0_BIAS
 from dsv4convert.formats.e8m0 import (
     F32_MANTISSA_BITS,
     F32_OF_BYTE,

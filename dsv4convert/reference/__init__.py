@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .model import Model, State
 from .sampling import generate, greedy, gumbel_max
-from .source import CachedSource, DictSource, WeightSource
+from .weights.protocol import CachedSource, DictSource, WeightSource
 
 __all__ = ["CachedSource", "DictSource", "Model", "State", "WeightSource", "generate", "greedy", "gumbel_max"]

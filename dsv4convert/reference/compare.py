@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VerifyError
-from .source import Array
+from .weights.protocol import Array
 
 LOGITS = "logits"
 

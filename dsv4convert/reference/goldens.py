@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import FileFormatError, InputMissingError, InputOutputError, OutputExistsError, UsageError
 from .model import Model
-from .source import Array
+from .weights.protocol import Array
 
 INDEX_NAME = "goldens.json"
 FORMAT = 1

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..config import ModelConfig
 from ..errors import UnsupportedError, UsageError
+from ..model.config import ModelConfig
 from .rotary import frequencies, rotate, turns
 from .rounding import INDEXER_BLOCK, KV_BLOCK, LINEAR_BLOCK, hadamard, round_to_e2m1, round_to_e4m3
-from .source import Array, WeightSource
+from .weights.protocol import Array, WeightSource
 
 # Called with the name and the value of each activation, in the order of computation.
 Record = Callable[[str, Array], None]

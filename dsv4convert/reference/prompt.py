@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.gguf_file import is_gguf, open_gguf
+from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
+from ..containers.gguf import is_gguf, open_gguf
 from ..errors import DeviceError, FileFormatError, InputMissingError, TokenizerError, UsageError
-from ..tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 
 # A conversation of the longest context takes a few MiB.
 MAX_CHAT_BYTES = 64 * 2**20
@@ -110,7 +110,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    source = resources.files("dsv4convert").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    source = resources.files("dsv4convert.model").joinpath("chat_template.jinja").read_text(encoding="utf-8")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     inputs.setdefault("add_generation_prompt", True)

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from ..config import ModelConfig, YarnScaling
-from .source import Array
+from ..model.config import ModelConfig, YarnScaling
+from .weights.protocol import Array
 
 # Keeps the YaRN ramp finite when both of its corners fall on the same pair.
 RAMP_MIN_WIDTH = 0.001

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import UnsupportedError
-from .source import Array
+from .weights.protocol import Array
 
 E4M3_MAX = 1.75 * 2.0**8  # 448, code 0b0_1111_110
 E4M3_MANTISSA_BITS = 3

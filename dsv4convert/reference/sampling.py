@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UsageError
 from .model import Model, State
-from .source import Array
+from .weights.protocol import Array
 
 
 def greedy(logits_V: Array) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint, open_folder
-from ..checkpoint.gguf_file import is_gguf, open_gguf
+from ..checkpoint.model_card import read_model_card
+from ..containers.gguf import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
-from ..model_card import read_model_card
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys

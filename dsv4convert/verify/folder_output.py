@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers
-from ..checkpoint.safetensors_header import HEADER_LENGTH_BYTES, METADATA_KEY, Stored, read_header
 from ..checkpoint.weights import Weight
-from ..config import CONFIG_NAME, parse_config, parse_json_object, read_json_object
+from ..containers.json_object import parse_json_object, read_json_object
+from ..containers.safetensors import HEADER_LENGTH_BYTES, METADATA_KEY, Stored, read_header
 from ..errors import ConfigError, InputMissingError, UnsupportedError
-from ..layouts.names import Split, Store, When, is_vision_name
+from ..model.config import CONFIG_NAME, parse_config
+from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, stored_matrix, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, LeftOut, Report

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoint.gguf_file import GgufModelFile
-from ..config import ModelConfig
+from ..checkpoint.model_card import read_model_card
+from ..checkpoint.tokenizer import load_tokenizer, recognise_pre
+from ..containers.gguf import GgufModelFile
 from ..errors import TokenizerError
-from ..model_card import read_model_card
-from ..tokenizer import load_tokenizer, recognise_pre
+from ..model.config import ModelConfig
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, MTP, PORT, GgufContent
 from .report import KEY, Report
 
@@ -338,7 +338,7 @@ def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple
             raise TokenizerError(f"gguf's own reader cannot read it ({reason})"[:300], where=path) from None
     yield from _recorded(writer)
     if special.chat_template is None:
-        ours = resources.files("dsv4convert") / "chat_template.jinja"
+        ours = resources.files("dsv4convert.model") / "chat_template.jinja"
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
 
 

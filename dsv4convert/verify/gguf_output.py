@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.gguf_file import GgufModelFile, GgufTensor
 from ..checkpoint.weights import Weight
-from ..config import ModelConfig
+from ..containers.gguf import GgufModelFile, GgufTensor
 from ..errors import InputOutputError, InventoryError, UnsupportedError
-from ..layouts.names import Draft, When, gguf_name, is_vision_name
+from ..model.config import ModelConfig
+from ..model.tensors import Draft, When, gguf_name, is_vision_name
 from .compare import Piece
 from .matrix import STORAGE, Matrix, as_matrix, read_bits, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report

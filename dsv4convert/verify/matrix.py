@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.safetensors_header import Stored
 from ..checkpoint.weights import Weight
+from ..containers.safetensors import Stored
 from ..errors import InputMissingError, InputOutputError, InventoryError
 from .numbers import BLOCK, Bits
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv4convert.formats.backend import Codecs, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
 from dsv4convert.formats.e4m3 import e4m3_to_f32
-from tests.formats import plain
+from tests.oracles import plain_codecs as plain
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 KINDS = ["f32", "bf16", "f16"]

@@ -9,7 +9,7 @@ import torch
 
 from dsv4convert.formats.backend import Codecs
 from dsv4convert.formats.base import Scratch, Tally
-from tests.formats import plain
+from tests.oracles import plain_codecs as plain
 
 ALL_16 = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv4convert.formats.backend import Codecs, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
-from tests.formats import plain
+from tests.oracles import plain_codecs as plain
 
 
 def convert(codecs: Codecs, packed, scale, scratch: Scratch) -> tuple[np.ndarray, np.ndarray, Tally]:

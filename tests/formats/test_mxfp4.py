@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv4convert.formats import e2m1
 from dsv4convert.formats.backend import Codecs, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
-from tests.formats import plain
+from tests.oracles import plain_codecs as plain
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats import e2m1, e4m3, e8m0, q8_0
 from dsv4convert.formats.base import Scratch, require_subnormals
-from tests.formats.plain import bits_of
+from tests.oracles.plain_codecs import bits_of
 
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv4convert.engine.cuda import require_cuda
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
+from dsv4convert.formats.triton.pipeline import require_cuda
 
 BYTES = np.arange(256, dtype=np.uint8)
 # What no codec may leave in its output.
@@ -109,7 +109,7 @@ def with_shape(shape: tuple[int, int]) -> list[tuple[tuple[int, int], Any]]:
 
 @case
 def fp8_to_bf16_is_equal_for_every_code_and_scale_byte(device: Any) -> None:
-    from dsv4convert.formats.triton_bf16 import fp8_to_bf16
+    from dsv4convert.formats.triton.bf16 import fp8_to_bf16
 
     codes = np.tile(BYTES, (256, 1))
     tally = run_both(
@@ -122,7 +122,7 @@ def fp8_to_bf16_is_equal_for_every_code_and_scale_byte(device: Any) -> None:
 
 @case
 def fp4_to_bf16_is_equal_for_every_byte_and_scale_byte(device: Any) -> None:
-    from dsv4convert.formats.triton_bf16 import fp4_to_bf16
+    from dsv4convert.formats.triton.bf16 import fp4_to_bf16
 
     packed = np.tile(BYTES, (256, 1))
     tally = run_both(
@@ -134,7 +134,7 @@ def fp4_to_bf16_is_equal_for_every_byte_and_scale_byte(device: Any) -> None:
 
 @case
 def bf16_is_equal_at_ragged_edges(device: Any) -> None:
-    from dsv4convert.formats.triton_bf16 import fp4_to_bf16, fp8_to_bf16
+    from dsv4convert.formats.triton.bf16 import fp4_to_bf16, fp8_to_bf16
 
     rng = np.random.default_rng(1)
     for shape, block in RAGGED:
@@ -148,7 +148,7 @@ def bf16_is_equal_at_ragged_edges(device: Any) -> None:
 
 @case
 def columns_that_fill_no_vector_are_decoded(device: Any) -> None:
-    from dsv4convert.formats.triton_bf16 import fp4_to_bf16, fp8_to_bf16
+    from dsv4convert.formats.triton.bf16 import fp4_to_bf16, fp8_to_bf16
 
     rng = np.random.default_rng(2)
     block = (2, 3)
@@ -162,8 +162,8 @@ def columns_that_fill_no_vector_are_decoded(device: Any) -> None:
 
 @case
 def one_nan_in_a_sound_tensor_is_found(device: Any) -> None:
-    from dsv4convert.formats.triton_bf16 import fp8_to_bf16
-    from dsv4convert.formats.triton_q8_0 import fp8_to_q8_0
+    from dsv4convert.formats.triton.bf16 import fp8_to_bf16
+    from dsv4convert.formats.triton.q8_0 import fp8_to_q8_0
 
     rng = np.random.default_rng(3)
     sound = sound_fp8(rng, (40, 1024))
@@ -181,7 +181,7 @@ def one_nan_in_a_sound_tensor_is_found(device: Any) -> None:
 
 @case
 def fp4_to_mxfp4_is_equal_for_every_byte_and_scale_byte(device: Any) -> None:
-    from dsv4convert.formats.triton_mxfp4 import fp4_to_mxfp4
+    from dsv4convert.formats.triton.mxfp4 import fp4_to_mxfp4
 
     packed = np.tile(BYTES, (256, 1))
     scale = np.repeat(BYTES[:, None], 16, axis=1)
@@ -191,7 +191,7 @@ def fp4_to_mxfp4_is_equal_for_every_byte_and_scale_byte(device: Any) -> None:
 
 @case
 def mxfp4_is_equal_for_any_number_of_blocks(device: Any) -> None:
-    from dsv4convert.formats.triton_mxfp4 import fp4_to_mxfp4
+    from dsv4convert.formats.triton.mxfp4 import fp4_to_mxfp4
 
     rng = np.random.default_rng(4)
     for rows, groups in ((1, 1), (3, 1), (1, 5), (9, 7), (64, 1), (259, 5)):
@@ -207,7 +207,7 @@ def fp8_outputs(shape: tuple[int, int]) -> list[tuple[tuple[int, int], Any]]:
 
 @case
 def fp4_to_fp8_is_equal_for_every_byte_and_difference_of_scales(device: Any) -> None:
-    from dsv4convert.formats.triton_fp8 import fp4_to_fp8
+    from dsv4convert.formats.triton.fp8 import fp4_to_fp8
 
     # Every row has all 256 packed bytes; each tile's first row holds its largest scale, and the others
     # go through the differences from it. The last columns show what happens at the ends of the range.
@@ -223,7 +223,7 @@ def fp4_to_fp8_is_equal_for_every_byte_and_difference_of_scales(device: Any) -> 
 
 @case
 def fp4_to_fp8_is_equal_at_ragged_edges_and_counts_changes(device: Any) -> None:
-    from dsv4convert.formats.triton_fp8 import fp4_to_fp8
+    from dsv4convert.formats.triton.fp8 import fp4_to_fp8
 
     rng = np.random.default_rng(5)
     for shape in ((1, 32), (130, 320), (37, 1184), (5, 40), (3, 34)):
@@ -238,7 +238,7 @@ def fp4_to_fp8_is_equal_at_ragged_edges_and_counts_changes(device: Any) -> None:
 
 @case
 def fp8_to_q8_0_is_equal_for_every_pair_of_largest_code_and_code(device: Any) -> None:
-    from dsv4convert.formats.triton_q8_0 import fp8_to_q8_0
+    from dsv4convert.formats.triton.q8_0 import fp8_to_q8_0
 
     # Blocks of one largest code and 31 others, until each largest code has met each code below it.
     blocks = []
@@ -255,7 +255,7 @@ def fp8_to_q8_0_is_equal_for_every_pair_of_largest_code_and_code(device: Any) ->
 
 @case
 def fp8_to_q8_0_is_equal_at_ragged_edges(device: Any) -> None:
-    from dsv4convert.formats.triton_q8_0 import fp8_to_q8_0
+    from dsv4convert.formats.triton.q8_0 import fp8_to_q8_0
 
     rng = np.random.default_rng(6)
     for (rows, columns), block in RAGGED:
@@ -269,7 +269,10 @@ def fp8_to_q8_0_is_equal_at_ragged_edges(device: Any) -> None:
 
 @case
 def tensors_off_the_16_byte_boundary_are_converted(device: Any) -> None:
-    from dsv4convert.formats import triton_bf16, triton_fp8, triton_mxfp4, triton_q8_0
+    from dsv4convert.formats.triton import bf16 as triton_bf16
+    from dsv4convert.formats.triton import fp8 as triton_fp8
+    from dsv4convert.formats.triton import mxfp4 as triton_mxfp4
+    from dsv4convert.formats.triton import q8_0 as triton_q8_0
 
     rng = np.random.default_rng(7)
     fp8 = sound_fp8(rng, (3, 64))
@@ -286,7 +289,7 @@ def tensors_off_the_16_byte_boundary_are_converted(device: Any) -> None:
 
 @case
 def host_tiles_go_through_the_pipeline_in_chunks(device: Any) -> None:
-    from dsv4convert.engine import cuda
+    from dsv4convert.formats.triton import pipeline as cuda
 
     rng = np.random.default_rng(8)
     rows, columns = 600, 256
@@ -322,7 +325,7 @@ def host_tiles_go_through_the_pipeline_in_chunks(device: Any) -> None:
 
 @case
 def an_error_in_a_chunk_leaves_the_pipeline_usable(device: Any) -> None:
-    from dsv4convert.engine.cuda import CudaPipeline, Rows
+    from dsv4convert.formats.triton.pipeline import CudaPipeline, Rows
 
     source = np.arange(6000, dtype=np.uint8).reshape(600, 10)
     out = np.zeros_like(source)
@@ -348,8 +351,8 @@ def an_error_in_a_chunk_leaves_the_pipeline_usable(device: Any) -> None:
 def counts_can_stay_on_the_device(device: Any) -> None:
     import torch
 
-    from dsv4convert.formats.triton_bf16 import fp8_to_bf16
-    from dsv4convert.formats.triton_scalar import DeviceTally
+    from dsv4convert.formats.triton.bf16 import fp8_to_bf16
+    from dsv4convert.formats.triton.scalar import DeviceTally
 
     weight = torch.full((2, 64), 0x7F, dtype=torch.uint8, device=device)
     scale = torch.full((1, 1), 127, dtype=torch.uint8, device=device)
@@ -365,7 +368,8 @@ def counts_can_stay_on_the_device(device: Any) -> None:
 def empty_tensors_are_left_alone(device: Any) -> None:
     import torch
 
-    from dsv4convert.formats import triton_bf16, triton_mxfp4
+    from dsv4convert.formats.triton import bf16 as triton_bf16
+    from dsv4convert.formats.triton import mxfp4 as triton_mxfp4
 
     empty = torch.empty((0, 64), dtype=torch.uint8, device=device)
     out = torch.empty((0, 64), dtype=torch.bfloat16, device=device)
@@ -380,8 +384,8 @@ def empty_tensors_are_left_alone(device: Any) -> None:
 def tensors_that_do_not_fit_are_refused(device: Any) -> None:
     import torch
 
-    from dsv4convert.formats.triton_bf16 import fp8_to_bf16
-    from dsv4convert.formats.triton_q8_0 import fp8_to_q8_0
+    from dsv4convert.formats.triton.bf16 import fp8_to_bf16
+    from dsv4convert.formats.triton.q8_0 import fp8_to_q8_0
 
     weight = torch.zeros((4, 40), dtype=torch.uint8, device=device)
     scale = torch.zeros((1, 1), dtype=torch.uint8, device=device)

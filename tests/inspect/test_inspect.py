@@ -15,19 +15,22 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from dsv4convert.config import schema_path
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
-from dsv4convert.convert_hf import plan_dequantize, plan_repack
-from dsv4convert.convert_shards import plan_shards
+from dsv4convert.containers.json_object import schema_path
+from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError
-from dsv4convert.inspect import Description, family_of, inspect_path
-from dsv4convert.layouts.gguf import GgufOptions
-from dsv4convert.layouts.shards import ShardOptions
+from dsv4convert.inspect.describe import inspect_path
+from dsv4convert.inspect.description import Description
+from dsv4convert.inspect.naming import family_of
+from dsv4convert.targets.dequantize import plan_dequantize
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.repack import plan_repack
+from dsv4convert.targets.shard_tensors import ShardOptions
+from dsv4convert.targets.shards import plan_shards
 
-from ..conftest import MakeCheckpoint
-from ..gguf_bytes import Info, RawGguf, text
-from ..safetensors_bytes import RawSafetensors, RawTensor
+from ..checkpoints import MakeCheckpoint
+from ..oracles.gguf_bytes import Info, RawGguf, text
+from ..oracles.safetensors_bytes import RawSafetensors, RawTensor
 
 TINY_LAYERS = [
     {"number": 0, "attention": "sliding", "routing": "hash"},

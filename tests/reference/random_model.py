@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv4convert.config import ModelConfig, parse_config
+from dsv4convert.model.config import ModelConfig, parse_config
 from dsv4convert.reference import DictSource
 
 Tensors = dict[str, npt.NDArray[Any]]

@@ -13,10 +13,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from dsv4convert.cli import forward as commands
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
+from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error
-from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
 PROMPT = "0,17,5,300"
 

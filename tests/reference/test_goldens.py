@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
-from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.engine.conversion import execute
 from dsv4convert.reference import Model
 from dsv4convert.reference.compare import compare
 from dsv4convert.reference.goldens import Goldens, open_goldens, recorded_activations
-from dsv4convert.reference.sources import open_source
+from dsv4convert.reference.weights.open import open_source
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "fixtures" / "goldens" / "tiny"
 

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
-from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.engine.conversion import execute
 from dsv4convert.reference import Model
-from dsv4convert.reference.sources import open_source
+from dsv4convert.reference.weights.open import open_source
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
-from ..conftest import MakeCheckpoint
-from ..llama.converter import convert
+from ..checkpoints import MakeCheckpoint
+from ..oracles.llama_cpp import convert
 
 pytestmark = pytest.mark.llama
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsv4convert.config import parse_config
 from dsv4convert.errors import InventoryError, UnsupportedError, UsageError
+from dsv4convert.model.config import parse_config
 from dsv4convert.reference import CachedSource, DictSource, Model
 
 from .random_model import random_config, random_source, random_tensors, random_tokens

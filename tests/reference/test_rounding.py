@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from dsv4convert.errors import UnsupportedError
-from dsv4convert.layouts.names import Draft, Store, expected_tensors
+from dsv4convert.model.tensors import Draft, Store, expected_tensors
 from dsv4convert.reference import DictSource, Model
 from dsv4convert.reference.rounding import hadamard, round_to_e2m1, round_to_e4m3
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pytest
 
 from dsv4convert.checkpoint import open_folder
-from dsv4convert.config import ModelConfig, parse_config
+from dsv4convert.model.config import ModelConfig, parse_config
 from dsv4convert.reference import DictSource, Model
-from dsv4convert.reference.sources import HfSource
+from dsv4convert.reference.weights.open import HfSource
 
-from ..conftest import MakeCheckpoint
+from ..checkpoints import MakeCheckpoint
 from .random_model import random_config, random_tensors, random_tokens, save_for_transformers
 
 pytestmark = pytest.mark.oracle

@@ -13,12 +13,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dsv4convert.cli.verify import parse_sample
-from dsv4convert.config import schema_path
+from dsv4convert.containers.json_object import schema_path
+from dsv4convert.engine.manifest import manifest_of
 from dsv4convert.errors import UsageError, VerifyError
-from dsv4convert.manifest import manifest_of
 
-from ..gguf_bytes import RawGguf
-from .conftest import Make
+from ..oracles.gguf_bytes import RawGguf
+from .conversions import Make
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

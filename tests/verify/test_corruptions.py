@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4convert.checkpoint.gguf_file import open_gguf, read_gguf_part
+from dsv4convert.containers.gguf import open_gguf, read_gguf_part
 from dsv4convert.errors import Dsv4Error, FileFormatError
 from dsv4convert.verify import Report, verify
 
-from ..gguf_bytes import Info, Key, RawGguf, text
-from ..safetensors_bytes import RawSafetensors, RawTensor
-from .conftest import Make
+from ..oracles.gguf_bytes import Info, Key, RawGguf, text
+from ..oracles.safetensors_bytes import RawSafetensors, RawTensor
+from .conversions import Make
 
 FLIPS = {"gguf": 60, "gguf-mtp": 20, "gguf-split": 30, "gguf-port": 20, "bf16": 25, "fp8": 25, "shards-2": 40}
 BATCH = 5  # flips a test: enough tests to see where, few enough copies

@@ -8,8 +8,8 @@ import pytest
 
 from dsv4convert.verify import verify
 
-from ..gguf_bytes import RawGguf
-from ..llama.converter import convert
+from ..oracles.gguf_bytes import RawGguf
+from ..oracles.llama_cpp import convert
 
 pytestmark = pytest.mark.llama
 

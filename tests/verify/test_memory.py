@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
-from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.engine.conversion import execute
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
-from ..conftest import MakeCheckpoint
+from ..checkpoints import MakeCheckpoint
 
 # 70 MiB are measured, of which the interpreter and its libraries take 60; source and output are 450 MB each.
 MEMORY_LIMIT = 160 * 2**20

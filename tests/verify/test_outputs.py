@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from dsv4convert.checkpoint import open_folder
-from dsv4convert.checkpoint.gguf_file import open_gguf
-from dsv4convert.convert import execute
-from dsv4convert.convert_gguf import plan_gguf
+from dsv4convert.containers.gguf import open_gguf
+from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error, InputMissingError, UsageError
-from dsv4convert.layouts.gguf import GgufOptions
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 from dsv4convert.verify import verify
 
-from ..conftest import MakeCheckpoint
-from .conftest import KINDS, Make, convert
+from ..checkpoints import MakeCheckpoint
+from .conversions import KINDS, Make, convert
 
 # Outputs in which some elements must differ from the source's.
 ROUNDED = {"gguf", "gguf-plain", "gguf-f16", "gguf-mtp", "gguf-slice", "gguf-one-layer", "gguf-split", "f16"}

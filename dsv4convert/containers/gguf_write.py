@@ -1,0 +1,88 @@
+"""Writing GGUF: key-values as bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFValueType
+
+from ..errors import ConfigError
+
+U8, U16, U32, I32 = GGUFValueType.UINT8, GGUFValueType.UINT16, GGUFValueType.UINT32, GGUFValueType.INT32
+F32, BOOL = GGUFValueType.FLOAT32, GGUFValueType.BOOL
+STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
+
+# struct codes of the scalar value types, little-endian without padding.
+SCALAR_CODES: dict[GGUFValueType, str] = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """One metadata entry; ``sub_type`` is the element type of an array and None otherwise."""
+
+    key: str
+    type: GGUFValueType
+    value: Any
+    sub_type: GGUFValueType | None = None
+
+
+def encode_key_values(entries: Iterable[KeyValue]) -> bytes:
+    """Return the bytes of a GGUF v3 key-value section, little-endian.
+
+    Layout: for each entry, the key (u64 length, UTF-8), the type (u32) and the value. A text is its
+    length and its UTF-8; an array is its element type (u32), its length (u64) and its elements.
+
+    Raises:
+        ConfigError: a value that its type cannot hold; the key is named.
+    """
+    parts: list[bytes] = []
+    for entry in entries:
+        try:
+            parts.append(_encode_text(entry.key))
+            parts.append(struct.pack("<I", entry.type))
+            if entry.type == ARRAY:
+                parts.append(_encode_array(entry.value, entry.sub_type))
+            else:
+                parts.append(_encode_scalar(entry.value, entry.type))
+        except (struct.error, OverflowError, UnicodeEncodeError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"GGUF key {entry.key}: {entry.value!r:.80} does not fit ({error})",
+                expected=entry.type.name if entry.sub_type is None else f"{entry.sub_type.name} array",
+            ) from None
+    return b"".join(parts)
+
+
+def _encode_text(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encode_scalar(value: Any, kind: GGUFValueType) -> bytes:
+    return _encode_text(value) if kind == STRING else struct.pack("<" + SCALAR_CODES[kind], value)
+
+
+def _encode_array(values: Sequence[Any], kind: GGUFValueType | None) -> bytes:
+    if kind is None:
+        raise TypeError("an array without an element type")
+    head = struct.pack("<IQ", kind, len(values))
+    if kind != STRING:
+        return head + struct.pack(f"<{len(values)}{SCALAR_CODES[kind]}", *values)
+    # One join over both halves: a vocabulary is a quarter of a million short texts.
+    pack_length = struct.Struct("<Q").pack
+    texts = [text.encode("utf-8") for text in values]
+    return head + b"".join([part for text in texts for part in (pack_length(len(text)), text)])

@@ -1,0 +1,195 @@
+"""Reads the header of a safetensors file: names, dtypes, shapes and byte ranges, and no weights.
+
+A file is an 8-byte little-endian header length, the header (one JSON object) and the payload. The
+safetensors package checks the same rules but maps the whole file and tells only that something is
+wrong; here every broken rule names the file, the tensor and both sides of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FileFormatError, InputMissingError
+from .json_object import no_json_number
+from .untrusted import open_regular
+
+HEADER_LENGTH_BYTES = 8
+
+# All 145,116 tensors of V4-Pro in one file would take 19 MB. The safetensors package allows 100 MB, of which
+# a forged header makes gigabytes of objects.
+MAX_HEADER_BYTES = 32 * 2**20
+
+# Limits of this reader; no tensor of any model comes near them.
+MAX_DIMS = 16
+MAX_NAME_CHARACTERS = 1024
+MAX_INT64 = 2**63 - 1
+
+# Bits per element; F4 packs two elements a byte, and its shape counts elements.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
+METADATA_KEY = "__metadata__"
+
+
+class Stored(NamedTuple):
+    """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a safetensors file by name, in the header's order.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        FileFormatError: truncated, malformed, unknown dtypes, overlapping or out-of-range offsets.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(HEADER_LENGTH_BYTES)
+            if len(prefix) < HEADER_LENGTH_BYTES:
+                raise FileFormatError(
+                    "truncated",
+                    where=path,
+                    expected=f"at least {HEADER_LENGTH_BYTES} bytes",
+                    got=size,
+                    hint="download the file again",
+                )
+            length = int.from_bytes(prefix, "little")
+            if length > min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES):
+                raise FileFormatError(
+                    "header longer than the file"
+                    if length > size - HEADER_LENGTH_BYTES
+                    else "header too long",
+                    where=path,
+                    expected=f"at most {min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES)} bytes",
+                    got=length,
+                    hint="is this a safetensors file, completely downloaded?",
+                )
+            text = file.read(length)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    if len(text) < length:
+        raise FileFormatError("header truncated", where=path, expected=length, got=len(text))
+    return _tensors(_parse(text, path), path, HEADER_LENGTH_BYTES + length, size)
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise FileFormatError(f"tensor or key {twice[:MAX_NAME_CHARACTERS]!r} is there twice", where=path)
+        return result
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_json_number)
+    except RecursionError:
+        raise FileFormatError("header nested too deeply", where=path) from None
+    except MemoryError:
+        raise FileFormatError("not enough memory for its header", where=path, got=f"{len(text)} bytes") from None
+    except ValueError as error:  # JSON and UTF-8 errors, and integers of thousands of digits
+        raise FileFormatError(f"header is not valid JSON ({error})", where=path) from None
+    if not isinstance(header, dict):
+        raise FileFormatError("header is not a JSON object", where=path, got=type(header).__name__)
+    return header
+
+
+def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> dict[str, Stored]:
+    header.pop(METADATA_KEY, None)
+    payload = size - data_start
+    tensors: dict[str, Stored] = {}
+    # One object for all equal shapes and sizes: a hundred thousand tensors have a few dozen of them.
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    sizes: dict[int, int] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if len(name) > MAX_NAME_CHARACTERS:
+            raise FileFormatError(
+                f"tensor {name[:60]!r}…: its name is too long",
+                where=path,
+                expected=f"at most {MAX_NAME_CHARACTERS} characters",
+                got=len(name),
+            )
+        try:
+            dtype, dims, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            dims = None
+        if not isinstance(dims, list) or len(dims) > MAX_DIMS:
+            raise FileFormatError(
+                f"tensor {name!r}: malformed entry",
+                where=path,
+                expected=f"dtype, shape of at most {MAX_DIMS} dimensions, data_offsets",
+            )
+        # bool is an int to Python, and JSON's true no dimension.
+        if not all(type(n) is int and 0 <= n <= MAX_INT64 for n in (*dims, begin, end)):
+            raise FileFormatError(
+                f"tensor {name!r}: shape and offsets must be integers of 0 or more, within 63 bits", where=path
+            )
+        shape = tuple(dims)
+        count = math.prod(shape)
+        bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+        if bits is None:
+            raise FileFormatError(f"tensor {name!r}: unknown dtype", where=path, got=repr(dtype)[:40])
+        nbytes = (count * bits + 7) // 8
+        if end - begin != nbytes:
+            raise FileFormatError(
+                f"tensor {name!r}: bytes do not match dtype {dtype} and shape {list(shape)}"[:300],
+                where=path,
+                expected=nbytes,
+                got=end - begin,
+            )
+        if end > payload:
+            raise FileFormatError(
+                f"tensor {name!r}: truncated, its bytes end after the file",
+                where=path,
+                expected=f"{data_start + end} bytes",
+                got=f"{size}",
+                hint="download the file again",
+            )
+        shape = shapes.setdefault(shape, shape)
+        tensors[name] = Stored(path, sys.intern(dtype), shape, data_start + begin, sizes.setdefault(nbytes, nbytes))
+        spans.append((begin, end, name))
+    spans.sort()
+    position = 0
+    for begin, end, name in spans:
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise FileFormatError(
+                f"tensor {name!r}: {kind}", where=path, expected=f"offset {position}", got=begin
+            )
+        position = end
+    if position != payload:
+        raise FileFormatError(
+            "bytes after the last tensor", where=path, expected=f"{data_start + position} bytes", got=size
+        )
+    return tensors

@@ -1,0 +1,50 @@
+"""Writing safetensors: the header as bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from ..errors import UsageError
+from ..plan import align_up
+from .safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY
+
+# The payload starts at a multiple of this, so that a mapped file gives aligned tensors.
+HEADER_ALIGNMENT = 8
+
+# Made once: json.dumps makes an encoder for every call.
+_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
+    """Return the head of a file that holds ``tensors`` in the given order, and each one's offset in the file.
+
+    ``tensors`` are (name, safetensors dtype, shape, bytes). The format allows no gaps, so whoever wants
+    aligned tensors gives the widest elements first (``safetensors_file`` does).
+
+    Raises:
+        UsageError: more tensors than a header may list.
+    """
+    # Written piece by piece: the generic encoder needs a dict and three lists per tensor.
+    parts = [f"{_json(METADATA_KEY)}:{_json(dict(metadata))}"] if metadata else []
+    starts: list[int] = []
+    position = 0
+    for name, dtype, shape, nbytes in tensors:
+        end = position + nbytes
+        dimensions = ",".join(map(str, shape))
+        parts.append(f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}')
+        starts.append(position)
+        position = end
+    text = ("{" + ",".join(parts) + "}").encode()
+    text = text.ljust(align_up(len(text), HEADER_ALIGNMENT))
+    if len(text) > MAX_HEADER_BYTES:
+        raise UsageError(
+            "too many tensors for one safetensors file",
+            expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
+            got=len(text),
+            hint="give a smaller maximum size of a file",
+        )
+    header = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
+    return header, [len(header) + start for start in starts]

@@ -1,0 +1,364 @@
+"""The manifest: what a finished output is made of, with a checksum for every tensor and every file.
+
+It lies beside the output as ``OUT.manifest.json`` and lets anybody re-check the bytes at disk speed,
+without the source. A segment's checksum is the xxh3-128 of its bytes; a tensor's is that of its only
+segment, or the xxh3-128 of its segments' checksums in order; a file's is the xxh3-128 of its header's
+checksum and its tensors' checksums in order. Bytes between tensors are zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..containers.json_object import parse_json_object, validate_schema
+from ..containers.untrusted import open_regular, read_at_most
+from ..errors import ConfigError, FileFormatError, InputMissingError
+from ..plan import OutputFile, OutputTensor, Plan
+from .ledger import combine_digests
+from .outputs import os_errors, partial_path, sync_folder, write_all
+from .run import RunReport
+
+MANIFEST_SUFFIX = ".manifest.json"
+FORMAT = 1
+CHECKSUM = "xxh3_128"
+
+# The shards of V4-Pro for 16 ranks are 180,000 tensors: 41 MB.
+MAX_MANIFEST_BYTES = 2**26
+MAX_FILES = 2**16
+MAX_SEGMENTS = 2**20  # of a tensor
+READ_BYTES = 2**22
+WRITE_BYTES = 2**18
+
+# As in the schema.
+SCHEMA = "manifest.schema.json"
+TENSOR_KEYS = {"name", "offset", "bytes", "segments", "checksum"}
+DIGEST = re.compile(r"[0-9a-f]{32}")
+MAX_SIZE = 2**53
+
+
+def manifest_path(plan: Plan) -> Path:
+    """Return where the manifest of a plan's output lies."""
+    return manifest_of(plan.output_path())
+
+
+def manifest_of(output: Path) -> Path:
+    """Return where the manifest of an output lies."""
+    return output.with_name(output.name + MANIFEST_SUFFIX)
+
+
+def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the manifest of a finished run, a tensor to a line.
+
+    It holds no time and no path, so equal outputs have equal ones. It is never in memory whole: with a
+    hundred thousand tensors that would be the largest thing that a conversion keeps.
+    """
+    head = {
+        "manifest": FORMAT,
+        "program": fingerprint["program"],
+        "target": plan.target,
+        "options": fingerprint["options"],
+        "source": _source_entry(fingerprint),
+        "checksum": CHECKSUM,
+        "is_folder": plan.is_folder,
+    }
+    yield _json(head)[:-1] + ', "files": ['
+    reports = iter(report.tensors)
+    for number, file in enumerate(plan.files):
+        yield (",\n" if number else "\n") + _file_head(file)[:-1] + ', "tensors": ['
+        digests: list[str] = []
+        for tensor in file.tensors:
+            yield (",\n " if digests else "\n ") + _json(_tensor_entry(tensor, digest := next(reports).digest))
+            digests.append(digest)
+        yield f'], "checksum": "{file_checksum(_header_checksum(file), digests)}"}}'
+    yield "]}\n"
+
+
+def _file_head(file: OutputFile) -> str:
+    return _json(
+        {
+            "name": file.name,
+            "bytes": file.nbytes,
+            "header_bytes": len(file.header),
+            "header": _header_checksum(file),
+        }
+    )
+
+
+def _header_checksum(file: OutputFile) -> str:
+    return str(xxhash.xxh3_128_hexdigest(file.header))
+
+
+def _tensor_entry(tensor: OutputTensor, digest: str) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "offset": tensor.offset,
+        "bytes": tensor.nbytes,
+        # Runs of [count, bytes]: segments have few sizes.
+        "segments": [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)],
+        "checksum": digest,
+    }
+
+
+# Made once: json.dumps makes an encoder for every call.
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def file_checksum(header: str, tensors: list[str]) -> str:
+    """Return a file's checksum from those of its header and its tensors."""
+    return str(xxhash.xxh3_128_hexdigest(bytes.fromhex(header + "".join(tensors))))
+
+
+def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished run; it appears under its name whole."""
+    partial = partial_path(path)
+    with os_errors(path, "written"):
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            position = 0
+            for lines in _batches(manifest_text(plan, report, fingerprint)):
+                write_all(descriptor, memoryview(lines), position)
+                position += len(lines)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _batches(pieces: Iterator[str]) -> Iterator[bytes]:
+    """Yield the pieces joined to writes of about ``WRITE_BYTES``."""
+    batch = bytearray()
+    for piece in pieces:
+        batch += piece.encode()
+        if len(batch) >= WRITE_BYTES:
+            yield bytes(batch)
+            batch.clear()
+    yield bytes(batch)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and validate a manifest.
+
+    Raises:
+        InputMissingError: it is not there.
+        FileFormatError: it is not a manifest.
+    """
+    try:
+        text = read_at_most(path, MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one") from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    try:
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ConfigError("too large")
+        # Objects take more memory than text: a manifest, of long lines, has few for its length.
+        if text.count(b"[") + text.count(b"{") > len(text) // 16 + 64 or text.count(b",") > len(text) // 8 + 64:
+            raise ConfigError("too many values for its length")
+        manifest = parse_json_object(text, path)
+        _validate(manifest, path)
+    except ConfigError as error:
+        raise FileFormatError(f"not a manifest: {error.what}", where=path) from None
+    for file in manifest["files"]:
+        if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
+            raise FileFormatError("not a manifest: a file name that is no plain name", where=path, got=file["name"])
+    return manifest
+
+
+def _validate(manifest: dict[str, Any], path: Path) -> None:
+    """Check a parsed manifest against its schema; the tensors by hand, for there are many.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    head = dict(manifest)
+    tensors: list[list[Any]] = []
+    if isinstance(files := manifest.get("files"), list):
+        if len(files) > MAX_FILES:
+            raise ConfigError(f"more than {MAX_FILES} files")
+        head["files"] = list(files)
+        for number, file in enumerate(files):
+            if isinstance(file, dict) and isinstance(file.get("tensors"), list):
+                tensors.append(file["tensors"])
+                head["files"][number] = {**file, "tensors": []}
+    validate_schema(head, SCHEMA, path)
+    for tensor in chain.from_iterable(tensors):
+        if not _is_tensor_entry(tensor):
+            name = tensor.get("name") if isinstance(tensor, dict) else None
+            raise ConfigError(f"tensor {str(name)[:100]!r}: malformed entry")
+
+
+def _is_tensor_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == TENSOR_KEYS
+        and isinstance(entry["name"], str)
+        and _is_size(entry["offset"])
+        and _is_size(entry["bytes"])
+        and isinstance(entry["checksum"], str)
+        and DIGEST.fullmatch(entry["checksum"]) is not None
+        and isinstance(entry["segments"], list)
+        and all(
+            isinstance(run, list) and len(run) == 2 and all(_is_size(number) and number for number in run)
+            for run in entry["segments"]
+        )
+        and sum(count for count, _ in entry["segments"]) <= MAX_SEGMENTS
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the output is there already, finished by the same program from the same source and options."""
+    path = manifest_path(plan)
+    if not path.is_file():
+        return False
+    try:
+        manifest = read_manifest(path)
+    except (InputMissingError, FileFormatError):
+        return False
+    return (
+        manifest["program"] == fingerprint["program"]
+        and manifest["target"] == plan.target
+        and manifest["options"] == fingerprint["options"]
+        and manifest["source"] == _source_entry(fingerprint)
+        and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
+        == [(file.name, file.nbytes, xxhash.xxh3_128_hexdigest(file.header)) for file in plan.files]
+        and all(
+            final.is_file() and final.stat().st_size == file.nbytes
+            for final, file in zip(plan.final_paths(), plan.files, strict=True)
+        )
+    )
+
+
+def _source_entry(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Something in an output that is not as its manifest says; ``tensor`` is None for the file itself."""
+
+    file: str
+    tensor: str | None
+    what: str
+
+
+@dataclass(frozen=True)
+class ManifestReport:
+    """The outcome of re-checking an output against its manifest."""
+
+    files: int
+    tensors: int
+    nbytes: int
+    mismatches: tuple[Mismatch, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Return whether every byte is as the manifest says."""
+        return not self.mismatches
+
+
+def check_manifest(output: Path, progress: Callable[[int], None] | None = None) -> ManifestReport:
+    """Read every byte of ``output`` and compare it with the manifest beside it.
+
+    Raises:
+        InputMissingError, FileFormatError: no manifest, or not one.
+    """
+    manifest = read_manifest(manifest_of(output))
+    folder = output if manifest["is_folder"] else output.parent
+    mismatches: list[Mismatch] = []
+    done = 0
+    for entry in manifest["files"]:
+        for mismatch in _check_file(folder / entry["name"], entry):
+            mismatches.append(mismatch)
+        done += entry["bytes"]
+        if progress is not None:
+            progress(done)
+    if manifest["is_folder"] and folder.is_dir():
+        known = {entry["name"] for entry in manifest["files"]}
+        mismatches += [
+            Mismatch(path.name, None, "is not in the manifest")
+            for path in sorted(folder.iterdir())
+            if path.name not in known
+        ]
+    return ManifestReport(
+        len(manifest["files"]), sum(len(entry["tensors"]) for entry in manifest["files"]), done, tuple(mismatches)
+    )
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
+    name = entry["name"]
+    digests = [tensor["checksum"] for tensor in entry["tensors"]]
+    try:
+        if file_checksum(entry["header"], digests) != entry["checksum"]:
+            yield Mismatch(name, None, "the manifest itself is damaged: file and tensor checksums disagree")
+    except ValueError:
+        yield Mismatch(name, None, "the manifest itself is damaged: not a checksum")
+        return
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                yield Mismatch(name, None, f"has {size} bytes, not {entry['bytes']}")
+                return
+            if _digest(file, 0, entry["header_bytes"]).hex() != entry["header"]:
+                yield Mismatch(name, None, "the header differs")
+            position = entry["header_bytes"]
+            for tensor in entry["tensors"]:
+                if tensor["offset"] < position or tensor["offset"] + tensor["bytes"] > size:
+                    yield Mismatch(name, tensor["name"], "the manifest itself is damaged: an impossible offset")
+                    return
+                if not _all_zero(file, position, tensor["offset"]):
+                    yield Mismatch(name, tensor["name"], "the bytes before it are not zero")
+                if not _same_tensor(file, tensor):
+                    yield Mismatch(name, tensor["name"], "the bytes differ")
+                position = tensor["offset"] + tensor["bytes"]
+            if not _all_zero(file, position, size):
+                yield Mismatch(name, None, "the bytes after the last tensor are not zero")
+    except OSError as error:
+        yield Mismatch(name, None, f"cannot be read ({error.strerror})")
+
+
+def _same_tensor(file: Any, tensor: Mapping[str, Any]) -> bool:
+    digests = []
+    position = tensor["offset"]
+    if sum(count * size for count, size in tensor["segments"]) != tensor["bytes"]:
+        return False
+    for count, size in tensor["segments"]:
+        for _ in range(count):
+            digests.append(_digest(file, position, size))
+            position += size
+    return bool(combine_digests(digests) == tensor["checksum"])
+
+
+def _chunks(file: Any, begin: int, end: int) -> Iterator[bytes]:
+    file.seek(begin)
+    while begin < end:
+        chunk = file.read(min(READ_BYTES, end - begin))
+        if not chunk:
+            return
+        begin += len(chunk)
+        yield chunk
+
+
+def _digest(file: Any, begin: int, size: int) -> bytes:
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(file, begin, begin + size):
+        digest.update(chunk)
+    return bytes(digest.digest())
+
+
+def _all_zero(file: Any, begin: int, end: int) -> bool:
+    return all(not any(chunk) for chunk in _chunks(file, begin, end))

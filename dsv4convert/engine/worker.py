@@ -1,0 +1,152 @@
+"""One worker: makes a segment tile by tile, in buffers that stay in the processor's cache."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import InputOutputError
+from ..formats.backend import Codecs
+from ..formats.base import Tally
+from ..formats.triton.pipeline import scratch_for
+from ..plan import COPY, REPEATED, Operand, Segment
+from .kernel_copy import KernelCopier
+from .operations import TILE_CODECS, WITHIN_BLOCK_CODECS
+from .outputs import DescriptorCache, os_errors, write_all
+
+# Source plus output bytes of a tile: small enough for the caches, large enough that two writers seldom wait
+# for each other at the one file that both write (benchmarks/hf_to_gguf.py: 15 % faster than 512 KiB).
+TILE_BYTES = 2**20
+COPY_TILE_BYTES = 2**20
+
+
+class Worker:
+    """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
+
+    ``digests`` are those of repeated copies, which all workers share: whoever comes to one first takes its
+    checksum, and the others need not look at its bytes.
+    """
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        descriptors: DescriptorCache,
+        kernel: KernelCopier,
+        digests: dict[Segment, bytes],
+        tile_bytes: int = TILE_BYTES,
+    ) -> None:
+        self._codecs = codecs
+        self._descriptors = descriptors
+        self._tile_bytes = tile_bytes
+        self._scratch = scratch_for(codecs)
+        self._kernel = kernel
+        self._digests = digests
+        self.done_bytes = 0
+        self.stopped = False
+
+    def run(self, segment: Segment, path: Path, offset: int) -> tuple[bytes, Tally]:
+        """Make ``segment`` at ``offset`` of ``path``; return its xxh3-128 digest and what was counted.
+
+        Raises:
+            InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
+        """
+        tally = Tally()
+        output = self._descriptors.get(path, os.O_RDWR)
+        if segment.codec == COPY:
+            return self._copy(segment, path, output, offset), tally
+        return self._convert(segment, path, output, offset, tally), tally
+
+    def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
+        digest = xxhash.xxh3_128()
+        codec = TILE_CODECS[segment.codec]
+        step = rows_per_tile(segment, self._tile_bytes)
+        for first in range(0, segment.rows, step):
+            if self.stopped:
+                break
+            rows = min(step, segment.rows - first)
+            inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+            out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
+            codec(self._codecs, inputs, out, segment.args, self._scratch, tally)
+            digest.update(out.data)
+            with os_errors(path, "written"):
+                write_all(output, out.data, offset + first * segment.row_bytes)
+            self.done_bytes += out.nbytes
+        return digest.digest()
+
+    def _read(self, index: int, operand: Operand, first: int, rows: int) -> NDArray[Any]:
+        """Return the rows of an operand that serve output rows first..first+rows."""
+        begin = first // operand.rows_per
+        count = -(-(first + rows) // operand.rows_per) - begin
+        tile = self._scratch.array(f"input {index}", (count, operand.row_bytes), np.uint8)
+        self._read_into(operand.file, operand.offset + begin * operand.row_bytes, tile)
+        return tile.view(operand.dtype)
+
+    def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
+        view = buffer.data.cast("B")
+        with os_errors(file, "read"):
+            descriptor = self._descriptors.get(file, os.O_RDONLY)
+            while view.nbytes:
+                count = os.preadv(descriptor, [view], offset)
+                if count == 0:
+                    raise InputOutputError(
+                        "the file became shorter while it was read",
+                        where=file,
+                        hint="was it replaced during the run?",
+                    )
+                view = view[count:]
+                offset += count
+
+    def _copy(self, segment: Segment, path: Path, output: int, offset: int) -> bytes:
+        """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``); return their digest."""
+        operand = segment.operands[0]
+        known = self._digests.get(segment) if segment.args == REPEATED else None
+        digest = xxhash.xxh3_128()
+        chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
+        source = self._descriptors.get(operand.file, os.O_RDONLY)
+        done = 0
+        while done < segment.rows and not self.stopped:
+            begin = operand.offset + done
+            seen = chunk[: segment.rows - done]
+            if known is None:
+                moved = self._kernel.copy_and_show(source, begin, output, offset + done, seen.data)
+            else:
+                moved = self._kernel.copy(source, begin, output, offset + done, seen.nbytes)
+            if not moved:
+                self._read_into(operand.file, begin, seen)
+                with os_errors(path, "written"):
+                    write_all(output, seen.data, offset + done)
+                moved = seen.nbytes
+            if known is None:
+                digest.update(seen[:moved].data)
+            done += moved
+            self.done_bytes += moved
+        if known is None:
+            known = digest.digest()
+            if segment.args == REPEATED and done == segment.rows:
+                self._digests[segment] = known
+        return known
+
+
+def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
+    """Return how many output rows a tile takes: whole scale blocks, or a part of one that divides it evenly.
+
+    Rows of 16,384 elements make a block of 128 rows larger than a cache; all rows of a part share the
+    block's scales, which are read again for each part. Codecs that need whole blocks get them.
+    """
+    alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
+    row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
+    fitting = int(tile_bytes / row_cost)
+    if fitting >= alignment:
+        return fitting // alignment * alignment
+    if segment.codec not in WITHIN_BLOCK_CODECS:
+        return alignment
+    part = alignment
+    while part > fitting and part % 2 == 0:
+        part //= 2
+    return part

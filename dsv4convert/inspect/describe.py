@@ -1,0 +1,95 @@
+"""Describes a checkpoint folder, a GGUF or a folder of shards, from headers alone.
+
+A description does not stop at the first thing that is wrong: whatever can be read is described, and what
+does not belong or is not there is listed. Only files that cannot be read at all end in an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.shards import is_shard_folder
+from ..containers.gguf import is_gguf
+from ..errors import InputMissingError
+from .description import Description
+from .folder import _describe_folder
+from .gguf import _describe_gguf
+from .shards import _describe_shards
+
+
+def inspect_path(path: Path) -> Description:
+    """Describe what there is at ``path``: a checkpoint folder, a GGUF or a folder of shards.
+
+    Raises:
+        InputMissingError: nothing there, or nothing that is one of them.
+        FileFormatError: a file with a header that cannot be read.
+        UnsupportedError: another architecture.
+    """
+    if not path.exists():
+        raise InputMissingError("no such file or folder", where=path)
+    if path.is_file() and path.suffix == ".safetensors":
+        path = path.parent
+    if is_shard_folder(path):
+        return _describe_shards(path)
+    if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
+        return _describe_gguf(path)
+    if path.is_dir():
+        return _describe_folder(path)
+    raise InputMissingError(
+        "neither a checkpoint folder nor a GGUF", where=path, hint="give a folder with config.json or a .gguf file"
+    )
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+# Checkpoint folders
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+# GGUF
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+# Shards
+
+

@@ -1,0 +1,150 @@
+"""Describing a checkpoint folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import INDEX_NAME, read_folder_headers, vision_kind
+from ..checkpoint.renaming import official_name, official_tensors
+from ..checkpoint.weights import Weight, pair
+from ..containers.safetensors import Stored, read_header
+from ..errors import ConfigError, InputMissingError, InventoryError
+from ..model.config import ModelConfig, load_config
+from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
+from .description import Description, EncodingUse, Layer, _ranges
+from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, _name_variant, family_of
+
+DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
+DSPARK_TENSORS = (".main_proj.weight", ".markov_head.markov_w1.weight")
+
+
+def _describe_config(found: Description, config: ModelConfig) -> None:
+    found.config = {key: getattr(config, key) for key in SHOWN_KEYS}
+    found.layers = [
+        Layer(
+            number,
+            config.attention(number).value,
+            "hash" if config.is_hash_routed(number) else "learned",
+        )
+        for number in range(config.num_hidden_layers)
+    ]
+
+
+def _describe_folder(folder: Path) -> Description:
+    found = Description(str(folder), "checkpoint folder")
+    config = _lenient_config(folder, found)
+    stored, files, notes = _lenient_headers(folder, found)
+    found.files = len(files)
+    found.notes += notes
+    for name, tensor in stored.items():
+        found.count(family_of(official_name(name)), tensor.dtype, tensor.nbytes)
+    tensors: dict[str, Stored] = {}
+    try:
+        tensors = official_tensors(stored, 0 if config is None else config.n_routed_experts)
+    except InventoryError as error:
+        found.unexpected.append(str(error))
+        tensors = {official_name(name): tensor for name, tensor in stored.items()}
+    found.draft, found.draft_layers = _draft_of(tensors, found)
+    if config is None:
+        found.elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        return found
+    _describe_config(found, config)
+    _describe_weights(found, config, tensors)
+    _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
+    return found
+
+
+def _lenient_config(folder: Path, found: Description) -> ModelConfig | None:
+    try:
+        return load_config(folder)
+    except (ConfigError, InputMissingError) as error:
+        found.unexpected.append(str(error))
+        return None
+
+
+def _lenient_headers(folder: Path, found: Description) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
+    """Return the headers of a folder; where index and files disagree, those of all files that are there."""
+    try:
+        return read_folder_headers(folder)
+    except (InputMissingError, InventoryError) as error:
+        files = tuple(sorted(folder.glob("*.safetensors")))
+        if not files:
+            raise
+        found.unexpected.append(str(error))
+        if not (folder / INDEX_NAME).is_file():
+            found.notes.append("without an index, all safetensors files are taken to belong together")
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in stored:
+                found.unexpected.append(f"tensor {name}: in {stored[name].file.name} and in {file.name}")
+            stored[name] = tensor
+    return stored, files, ()
+
+
+def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
+    numbers: set[int] = set()
+    is_dspark = False
+    for name in names:
+        match = DRAFT_LAYER.match(name)
+        if match is not None:
+            numbers.add(int(match[1]))
+            is_dspark = is_dspark or name.endswith(DSPARK_TENSORS)
+    if not numbers:
+        return Draft.NONE.value, 0
+    if len(numbers) != max(numbers) + 1:
+        found.unexpected.append(f"draft layers {_ranges(sorted(numbers))}: not numbered from 0 without a gap")
+    return (Draft.DSPARK if is_dspark else Draft.MTP).value, len(numbers)
+
+
+def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
+    """Hold the tensors against the tables: encodings of those that fit, a line for each that does not."""
+    left = dict(tensors)
+    weights: list[Weight] = []
+    missing: list[str] = []
+    has_vision, has_tower = vision_kind(tensors)
+    expectations = expected_tensors(config, Draft(found.draft), found.draft_layers, has_vision)
+    for expected in _chain(expectations, lambda: vision_tensors(config), has_tower, found):
+        stored = left.pop(expected.name, None)
+        if stored is None:
+            missing.append(expected.name)
+            continue
+        scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
+        try:
+            weight = pair(expected, stored, scale)
+        except InventoryError as error:
+            found.unexpected.append(str(error))
+            continue
+        found.elements += math.prod(weight.shape)
+        weights.append(weight)
+    _count_encodings(found, weights)
+    copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_LAYER.match(name)]
+    if copies:
+        found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
+    found.unexpected += [f"tensor {name}: missing" for name in missing]
+    found.unexpected += [f"tensor {name}: unknown" for name in left if name not in set(copies)]
+
+
+def _chain(
+    text: Iterable[Any], vision: Callable[[], Iterable[Any]], has_vision: bool, found: Description
+) -> Iterator[Any]:
+    yield from text
+    if has_vision:
+        try:
+            yield from vision()
+        except ConfigError as error:
+            found.unexpected.append(str(error))
+
+
+def _count_encodings(found: Description, weights: Iterable[Weight]) -> None:
+    uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
+    for weight in weights:
+        family = EXPERTS if weight.expert is not None else family_of(weight.name)
+        scale = None if weight.scale is None else weight.scale.dtype
+        uses[family, weight.encoding.value, scale, weight.block] += 1
+    found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]

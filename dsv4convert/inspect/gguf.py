@@ -1,0 +1,190 @@
+"""Describing a GGUF file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..containers.gguf import GgufModelFile, open_gguf
+from ..model.config import ATTENTION_BY_RATIO
+from ..model.tensors import (
+    DSPARK_ROWS,
+    EXPERT_ROWS,
+    LAYER_ROWS,
+    MTP_ROWS,
+    TOP_ROWS,
+    VISION_BLOCK_ROWS,
+    VISION_ROWS,
+    Draft,
+    Row,
+    applies,
+)
+from .description import Description, EncodingUse, Layer
+from .naming import OTHER, SHOWN_KEYS, _name_variant, family_of
+
+
+def _describe_gguf(path: Path) -> Description:
+    model = open_gguf(path)
+    found = Description(str(path), "GGUF")
+    found.files = len(model.parts)
+    architecture = model.architecture
+    found.traits.append(f"architecture {architecture}")
+    rows = _gguf_rows(architecture)
+    numbers = _Numbers(model, found)
+    blocks = numbers.get("block_count") or 0
+    mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if MTP_TENSOR.match(name)}
+    uses: Counter[tuple[str, str]] = Counter()
+    for name, tensor in model.tensors.items():
+        family = _gguf_family(name, rows, min(mtp_blocks, default=None))
+        if family is None:
+            if rows:
+                found.unexpected.append(f"tensor {name}: unknown to the {architecture} layout")
+            family = OTHER
+        found.count(family, tensor.type, tensor.nbytes)
+        found.elements += math.prod(tensor.shape)
+        uses[family, tensor.type] += 1
+    found.encodings = [EncodingUse(family, kind, None, None, n) for (family, kind), n in uses.items()]
+    if not rows:
+        found.notes.append("no DeepSeek-V4 model: tensors are counted, and not held against a layout")
+        return found
+    if mtp_blocks:
+        found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks)
+        if not any(BLOCK.match(name) and not name.startswith(f"blk.{max(mtp_blocks)}.") for name in model.tensors):
+            found.notes.append("a draft's own file: the layers are those of the model that it belongs to")
+    elif architecture == "dflash":
+        found.draft, found.draft_layers = Draft.DSPARK.value, blocks
+    if architecture in TEXT_ARCHITECTURES:
+        _describe_blocks(found, model, numbers, blocks)
+    sizes = {key: numbers.get(*suffixes) for key, suffixes in GGUF_SIZE_KEYS.items()}
+    sizes["num_hidden_layers"] = len(found.layers)
+    if sizes["vocab_size"] is None:  # llama.cpp's converter leaves it out
+        tokens = model.metadata.get("tokenizer.ggml.tokens")
+        sizes["vocab_size"] = len(tokens) if isinstance(tokens, list) else None
+    found.config = {key: sizes[key] for key in SHOWN_KEYS if sizes.get(key)}
+    _name_variant(found, sizes)
+    return found
+
+
+MTP_TENSOR = re.compile(r"blk\.\d{1,9}\.(?:nextn|mtp)\.")
+BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
+# Layers that a description lists; metadata that speak of more are not a model's.
+MAX_LAYERS = 10_000
+
+# config.json keys and what they are called below the architecture's name, in either dialect.
+GGUF_SIZE_KEYS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("embedding_length",),
+    "num_hidden_layers": ("block_count",),
+    "num_attention_heads": ("attention.head_count",),
+    "head_dim": ("attention.key_length",),
+    "q_lora_rank": ("attention.q_lora_rank",),
+    "o_groups": ("attention.output_group_count", "o_groups"),
+    "o_lora_rank": ("attention.output_lora_rank", "o_lora_rank"),
+    "moe_intermediate_size": ("expert_feed_forward_length",),
+    "n_routed_experts": ("expert_count",),
+    "num_experts_per_tok": ("expert_used_count",),
+    "index_n_heads": ("attention.indexer.head_count",),
+    "index_head_dim": ("attention.indexer.key_length",),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("context_length",),
+}
+TEXT_ARCHITECTURES = ("deepseek4", "deepseek-v4")
+
+
+class _Numbers:
+    """Integers of the metadata below the architecture's name; what is none is listed as unexpected."""
+
+    def __init__(self, model: GgufModelFile, found: Description) -> None:
+        self._model = model
+        self._found = found
+
+    def get(self, *suffixes: str) -> int | None:
+        for suffix in suffixes:
+            key = f"{self._model.architecture}.{suffix}"
+            value = self._model.metadata.get(key)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if value is not None:
+                self._found.unexpected.append(f"key {key}: no integer")
+        return None
+
+    def list(self, *suffixes: str) -> list[int]:
+        for suffix in suffixes:
+            value = self._model.metadata.get(f"{self._model.architecture}.{suffix}")
+            if isinstance(value, list) and all(isinstance(item, int) for item in value):
+                return value
+        return []
+
+
+def _gguf_rows(architecture: str | None) -> dict[str, str]:
+    """Return official names by GGUF name (below ``blk.N.`` for layers) of an architecture's layout."""
+
+    def name_of(row: Row) -> str | None:
+        return row.port if architecture == "deepseek-v4" else row.gguf
+
+    rows: dict[str, str] = {}
+    if architecture not in (*TEXT_ARCHITECTURES, "dflash", "clip"):
+        return rows
+    for row in TOP_ROWS:
+        rows[name_of(row) or ""] = row.name
+    for row in LAYER_ROWS:
+        rows[name_of(row) or ""] = f"layers.0.{row.name}"
+    for row in EXPERT_ROWS:
+        rows[name_of(row) or ""] = f"layers.0.ffn.experts.0.{row.name}"
+    for row in MTP_ROWS + (DSPARK_ROWS if architecture == "dflash" else ()):
+        rows.setdefault(name_of(row) or "", f"mtp.0.{row.name}")
+    if architecture == "clip":
+        for row in VISION_ROWS + VISION_BLOCK_ROWS:
+            for name in (row.gguf or "").split():
+                rows[name] = f"vision.{row.name}"
+    rows.pop("", None)
+    return rows
+
+
+def _gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) -> str | None:
+    """Return the family of a GGUF tensor, None for one that the layout does not know."""
+    block = re.match(r"(?:v\.)?blk\.(\d+)\.", name)
+    official = rows.get(name[block.end() :] if block else name)
+    if official is None:
+        return None
+    if block and first_draft is not None and int(block[1]) >= first_draft:
+        return "draft"
+    return family_of(official)
+
+
+def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers, blocks: int) -> None:
+    """Describe the trunk's layers, and list tensors that they should have and keys that do not fit."""
+    ratios = numbers.list("attention.compress_ratios", "compress_ratios")
+    hash_layers = numbers.get("hash_layer_count", "n_hash_layers") or 0
+    trunk = max(0, blocks - found.draft_layers)
+    present = [int(match[1]) for name in model.tensors if (match := BLOCK.match(name))]
+    if max(present, default=0) >= max(blocks, 1):
+        found.unexpected.append(f"block {max(present)}: beyond block_count {blocks}")
+    if len(ratios) < trunk:
+        found.unexpected.append(f"compress_ratios: expected at least {trunk} entries, got {len(ratios)}")
+    if trunk > MAX_LAYERS:
+        found.unexpected.append(f"block_count {blocks}: more layers than any model has")
+    for number, ratio in enumerate(ratios[: min(trunk, MAX_LAYERS)]):
+        kind = ATTENTION_BY_RATIO.get(ratio)
+        if kind is None:
+            found.unexpected.append(f"compress_ratios: layer {number} has the unknown ratio {ratio}")
+        attention = kind.value if kind is not None else f"ratio {ratio}"
+        found.layers.append(Layer(number, attention, "hash" if number < hash_layers else "learned"))
+    if found.draft == Draft.NONE.value or model.architecture == "deepseek-v4":
+        wanted = _text_tensors(model, found.layers, ratios)
+        found.unexpected += [f"tensor {name}: missing" for name in wanted if name not in model.tensors]
+
+
+def _text_tensors(model: GgufModelFile, layers: Iterable[Layer], ratios: list[int]) -> Iterator[str]:
+    """Yield the names of all tensors of a text model's trunk."""
+    port = model.architecture == "deepseek-v4"
+    has_vision = any("exp_probs_b_vl" in name for name in model.tensors)
+    yield from (name for row in TOP_ROWS if (name := row.port if port else row.gguf) is not None)
+    for layer in layers:
+        for row in LAYER_ROWS + EXPERT_ROWS:
+            name = row.port if port else row.gguf
+            if name and applies(row.when, ratios[layer.number], layer.routing == "hash", has_vision):
+                yield f"blk.{layer.number}.{name}"

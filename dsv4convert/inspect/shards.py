@@ -1,0 +1,43 @@
+"""Describing model-parallel shards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..checkpoint.shards import open_shards
+from ..containers.safetensors import read_header
+from ..errors import InputMissingError, InventoryError, UsageError
+from ..model.parallel import SHARD_NAME
+from .description import Description
+from .folder import _count_encodings, _describe_config, _draft_of, _lenient_config
+from .naming import DEPTH_KEYS, WIDTH_KEYS, _name_variant, family_of
+
+
+def _describe_shards(folder: Path) -> Description:
+    found = Description(str(folder), "model-parallel shards")
+    config = _lenient_config(folder, found)
+    matches = [
+        (path, match)
+        for path in sorted(folder.glob("*.safetensors"))
+        if (match := SHARD_NAME.fullmatch(path.name)) is not None
+    ]
+    found.files = len(matches)
+    found.ranks = max(int(match[2]) for _, match in matches)
+    names: set[str] = set()
+    for path, _ in matches:
+        for name, tensor in read_header(path).items():
+            names.add(name)
+            found.count(family_of(name), tensor.dtype, tensor.nbytes)
+    found.draft, found.draft_layers = _draft_of(names, found)
+    if config is not None:
+        _describe_config(found, config)
+        try:
+            weights = open_shards(folder).weights.values()
+        except (InputMissingError, InventoryError, UsageError) as error:
+            found.unexpected.append(str(error))
+        else:
+            found.elements = sum(math.prod(weight.shape) for weight in weights)
+            _count_encodings(found, (weight.parts[0] for weight in weights))
+        _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
+    return found

@@ -1,0 +1,413 @@
+"""ModelConfig: a frozen view of config.json, validated against the schema, in either of its two forms.
+
+The published form says ``compress_ratios``, ``num_hash_layers`` and ``rope_scaling``; the transformers
+form says ``layer_types``, ``mlp_layer_types`` and ``rope_parameters``. Both are read into one view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..containers.json_object import read_json_object, validate_schema
+from ..errors import ConfigError, InputMissingError, UnsupportedError
+
+CONFIG_NAME = "config.json"
+
+
+
+
+SUPPORTED_ARCHITECTURE = "DeepseekV4ForCausalLM"
+KNOWN_UNSUPPORTED_ARCHITECTURES = {
+    "DeepseekV41ForCausalLM": (
+        "DeepSeek-V4.1 is not supported yet: its engram tables, shared KV sources and 32x32 scale blocks "
+        "have no layout here"
+    ),
+}
+
+
+class Attention(str, Enum):
+    """What a layer attends to beside its sliding window, by its compress ratio."""
+
+    SLIDING = "sliding"
+    CSA = "CSA"
+    HCA = "HCA"
+
+
+ATTENTION_BY_RATIO = {0: Attention.SLIDING, 4: Attention.CSA, 128: Attention.HCA}
+RATIO_BY_LAYER_TYPE = {
+    "sliding_attention": 0,
+    "compressed_sparse_attention": 4,
+    "heavily_compressed_attention": 128,
+}
+
+DEFAULT_ROPE_THETA = 10000.0
+DEFAULT_COMPRESS_ROPE_THETA = 160000.0
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN parameters of the layers with a compressor; ``factor`` 1 means no scaling."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The hyperparameters of a DeepSeek-V4 model, under the names that config.json uses.
+
+    ``compress_ratios`` holds one entry per trunk layer and per draft layer, trunk first.
+    ``num_nextn_predict_layers`` is what the file says; how many draft layers there really are is a
+    matter of the tensors (DSpark folders hold three and say 1). ``raw`` is the parsed file.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    num_hash_layers: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    scoring_func: str
+    swiglu_limit: float
+    sliding_window: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    hc_mult: int
+    hc_sinkhorn_iters: int
+    hc_eps: float
+    rms_norm_eps: float
+    rope_theta: float
+    compress_rope_theta: float
+    yarn: YarnScaling | None
+    compress_ratios: tuple[int, ...]
+    num_nextn_predict_layers: int
+    vocab_size: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
+
+    @property
+    def n_draft_ratios(self) -> int:
+        """Return how many entries of ``compress_ratios`` belong to draft layers."""
+        return len(self.compress_ratios) - self.num_hidden_layers
+
+    @property
+    def is_dspark(self) -> bool:
+        """Return whether the config names a DSpark draft (the tensors have the last word)."""
+        return any(key.startswith("dspark_") for key in self.raw)
+
+    @property
+    def has_vision(self) -> bool:
+        """Return whether the config describes a vision tower."""
+        return bool(self.raw.get("vision_n_layers", 0))
+
+    @cached_property
+    def dims(self) -> dict[str, int]:
+        """Return the symbolic dimensions that the name tables use, by symbol.
+
+        D hidden, H heads, d head, V vocabulary, E experts, I expert width, K experts per token,
+        G output groups, Hi and di the indexer's heads and width, hc streams.
+        """
+        heads_out = self.num_attention_heads * self.head_dim
+        return {
+            "D": self.hidden_size,
+            "V": self.vocab_size,
+            "H": self.num_attention_heads,
+            "d": self.head_dim,
+            "2d": 2 * self.head_dim,
+            "E": self.n_routed_experts,
+            "I": self.moe_intermediate_size,
+            "Is": self.moe_intermediate_size * self.n_shared_experts,
+            "K": self.num_experts_per_tok,
+            "q_lora": self.q_lora_rank,
+            "Hd": heads_out,
+            "G*o_lora": self.o_groups * self.o_lora_rank,
+            "Hd/G": heads_out // self.o_groups,
+            "Hi": self.index_n_heads,
+            "Hi*di": self.index_n_heads * self.index_head_dim,
+            "di": self.index_head_dim,
+            "2di": 2 * self.index_head_dim,
+            "hc": self.hc_mult,
+            "hc*D": self.hc_mult * self.hidden_size,
+            "(2+hc)*hc": (2 + self.hc_mult) * self.hc_mult,
+            "1": 1,
+            "3": 3,
+            "4": 4,
+            "128": 128,
+            "3D": 3 * self.hidden_size,
+            "markov": int(self.raw.get("dspark_markov_rank", 0)),
+            "D+markov": self.hidden_size + int(self.raw.get("dspark_markov_rank", 0)),
+        }
+
+    def attention(self, layer: int) -> Attention:
+        """Return the attention kind of trunk layer ``layer``."""
+        return ATTENTION_BY_RATIO[self.compress_ratios[layer]]
+
+    def is_hash_routed(self, layer: int) -> bool:
+        """Return whether trunk layer ``layer`` routes by the token-id table."""
+        return layer < self.num_hash_layers
+
+    def sliced(self, first: int, last: int) -> ModelConfig:
+        """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers.
+
+        Raises:
+            ConfigError: the range is empty or outside the model.
+        """
+        if not 0 <= first <= last < self.num_hidden_layers:
+            raise ConfigError(
+                "layers outside the model",
+                expected=f"a range within 0-{self.num_hidden_layers - 1}",
+                got=f"{first}-{last}",
+            )
+        return replace(
+            self,
+            num_hidden_layers=last - first + 1,
+            num_hash_layers=max(0, min(self.num_hash_layers, last + 1) - first),
+            compress_ratios=self.compress_ratios[first : last + 1],
+            num_nextn_predict_layers=0,
+        )
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read and validate ``config.json`` of ``folder``.
+
+    Raises:
+        InputMissingError: no folder, or no ``config.json`` in it.
+        ConfigError: the file is malformed or inconsistent; the key is named.
+        UnsupportedError: another architecture.
+    """
+    if not folder.is_dir():
+        raise InputMissingError("no such folder", where=folder, hint="give the folder that holds config.json")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise InputMissingError(
+            "no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?"
+        )
+    return parse_config(read_json_object(path), path)
+
+
+def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
+    """Turn a parsed ``config.json`` of either form into a ModelConfig.
+
+    Raises:
+        ConfigError: a key is missing, of the wrong type, or does not fit the others.
+        UnsupportedError: another architecture.
+    """
+    _check_architecture(raw, where)
+    validate_schema(raw, "config.schema.json", where)
+    layers = raw["num_hidden_layers"]
+    ratios = _compress_ratios(raw, where)
+    theta, compress_theta, yarn = _rope(raw, where)
+    eos = raw.get("eos_token_id")
+    config = ModelConfig(
+        hidden_size=raw["hidden_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=raw["num_attention_heads"],
+        head_dim=raw["head_dim"],
+        qk_rope_head_dim=_rope_head_dim(raw, where),
+        q_lora_rank=raw["q_lora_rank"],
+        o_groups=raw["o_groups"],
+        o_lora_rank=raw["o_lora_rank"],
+        moe_intermediate_size=raw["moe_intermediate_size"],
+        n_routed_experts=raw["n_routed_experts"],
+        n_shared_experts=raw.get("n_shared_experts", 1),
+        num_experts_per_tok=raw["num_experts_per_tok"],
+        num_hash_layers=_num_hash_layers(raw, where),
+        routed_scaling_factor=float(raw["routed_scaling_factor"]),
+        norm_topk_prob=raw.get("norm_topk_prob", True),
+        scoring_func=raw.get("scoring_func", "sqrtsoftplus"),
+        swiglu_limit=float(raw["swiglu_limit"]),
+        sliding_window=raw["sliding_window"],
+        index_n_heads=raw["index_n_heads"],
+        index_head_dim=raw["index_head_dim"],
+        index_topk=raw["index_topk"],
+        hc_mult=raw["hc_mult"],
+        hc_sinkhorn_iters=raw["hc_sinkhorn_iters"],
+        hc_eps=float(raw["hc_eps"]),
+        rms_norm_eps=float(raw["rms_norm_eps"]),
+        rope_theta=theta,
+        compress_rope_theta=compress_theta,
+        yarn=yarn,
+        compress_ratios=ratios,
+        num_nextn_predict_layers=raw.get("num_nextn_predict_layers", 0),
+        vocab_size=raw["vocab_size"],
+        max_position_embeddings=raw["max_position_embeddings"],
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        raw=raw,
+    )
+    _check_divisions(config, where)
+    return config
+
+
+def _check_architecture(raw: Mapping[str, Any], where: object) -> None:
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigError(
+            "key architectures: missing or not a list", where=where, expected=f'["{SUPPORTED_ARCHITECTURE}"]'
+        )
+    for name in map(str, architectures):
+        if name in KNOWN_UNSUPPORTED_ARCHITECTURES:
+            raise UnsupportedError(KNOWN_UNSUPPORTED_ARCHITECTURES[name], where=where)
+    if SUPPORTED_ARCHITECTURE not in architectures:
+        raise UnsupportedError(
+            "another architecture",
+            where=where,
+            expected=SUPPORTED_ARCHITECTURE,
+            got=", ".join(map(str, architectures))[:100],
+        )
+
+
+def _compress_ratios(raw: Mapping[str, Any], where: object) -> tuple[int, ...]:
+    layers = raw["num_hidden_layers"]
+    if "compress_ratios" in raw:
+        key, ratios = "compress_ratios", tuple(raw["compress_ratios"])
+    elif "layer_types" in raw:
+        key, ratios = "layer_types", tuple(RATIO_BY_LAYER_TYPE[kind] for kind in raw["layer_types"])
+    else:
+        raise ConfigError("key compress_ratios: missing", where=where, hint="layer_types would do as well")
+    # The transformers form knows no draft layers: they are sliding-window layers (ratio 0).
+    if key == "layer_types" and len(ratios) == layers:
+        ratios += (0,) * raw.get("num_nextn_predict_layers", 0)
+    needed = layers + raw.get("num_nextn_predict_layers", 0)
+    if len(ratios) < needed:
+        raise ConfigError(
+            f"key {key}: list too short",
+            where=where,
+            expected=f"at least {needed} entries (num_hidden_layers + num_nextn_predict_layers)",
+            got=len(ratios),
+        )
+    if any(ratios[layers:]):
+        raise ConfigError(
+            f"key {key}: draft layers have no compressor", where=where, expected=0, got=max(ratios[layers:])
+        )
+    return ratios
+
+
+def _num_hash_layers(raw: Mapping[str, Any], where: object) -> int:
+    layers: int = raw["num_hidden_layers"]
+    if "num_hash_layers" in raw:
+        count: int = raw["num_hash_layers"]
+        if count > layers:
+            raise ConfigError(
+                "key num_hash_layers: more than num_hidden_layers",
+                where=where,
+                expected=f"at most {layers}",
+                got=count,
+            )
+        return count
+    kinds = raw.get("mlp_layer_types")
+    if kinds is None:
+        raise ConfigError(
+            "key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well"
+        )
+    count = kinds.count("hash_moe")
+    if len(kinds) != layers or kinds[:count] != ["hash_moe"] * count:
+        raise ConfigError(
+            "key mlp_layer_types: hash layers come first, one entry per layer",
+            where=where,
+            expected=layers,
+            got=len(kinds),
+        )
+    return count
+
+
+def _rope_head_dim(raw: Mapping[str, Any], where: object) -> int:
+    if "qk_rope_head_dim" in raw:
+        return int(raw["qk_rope_head_dim"])
+    factor = raw.get("partial_rotary_factor")
+    if factor is None:
+        raise ConfigError(
+            "key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well"
+        )
+    return int(raw["head_dim"] * factor)
+
+
+def _rope(raw: Mapping[str, Any], where: object) -> tuple[float, float, YarnScaling | None]:
+    """Return (rope_theta, compress_rope_theta, YaRN of the compressed layers)."""
+    theta = float(raw.get("rope_theta", DEFAULT_ROPE_THETA))
+    compress_theta = float(raw.get("compress_rope_theta", DEFAULT_COMPRESS_ROPE_THETA))
+    scaling = raw.get("rope_scaling")
+    parameters = raw.get("rope_parameters")
+    if scaling is None and isinstance(parameters, dict):
+        main, compress = parameters.get("main"), parameters.get("compress")
+        if not isinstance(main, dict) or not isinstance(compress, dict):
+            raise ConfigError("key rope_parameters: needs the objects main and compress", where=where)
+        theta = float(main.get("rope_theta", theta))
+        compress_theta = float(compress.get("rope_theta", compress_theta))
+        scaling = compress
+    if scaling is None:
+        return theta, compress_theta, None
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind in (None, "default"):
+        return theta, compress_theta, None
+    if kind != "yarn":
+        raise ConfigError("key rope_scaling.type: unknown", where=where, expected="yarn", got=kind)
+    missing = [key for key in ("factor", "original_max_position_embeddings") if key not in scaling]
+    if missing:
+        raise ConfigError(f"key rope_scaling.{missing[0]}: missing", where=where)
+    yarn = YarnScaling(
+        factor=float(scaling["factor"]),
+        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast", 32)),
+        beta_slow=float(scaling.get("beta_slow", 1)),
+    )
+    return theta, compress_theta, yarn
+
+
+def _check_divisions(config: ModelConfig, where: object) -> None:
+    def must(condition: bool, key: str, expected: str, got: object) -> None:
+        if not condition:
+            raise ConfigError(
+                f"key {key}: does not fit the other keys", where=where, expected=expected, got=got
+            )
+
+    must(
+        config.num_attention_heads % config.o_groups == 0,
+        "o_groups",
+        f"a divisor of num_attention_heads {config.num_attention_heads}",
+        config.o_groups,
+    )
+    must(
+        config.qk_rope_head_dim % 2 == 0
+        and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
+        "qk_rope_head_dim",
+        f"even, at most head_dim {config.head_dim} and index_head_dim {config.index_head_dim}",
+        config.qk_rope_head_dim,
+    )
+    must(
+        config.num_experts_per_tok <= config.n_routed_experts,
+        "num_experts_per_tok",
+        f"at most n_routed_experts {config.n_routed_experts}",
+        config.num_experts_per_tok,
+    )

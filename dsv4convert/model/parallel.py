@@ -1,0 +1,85 @@
+"""How model parallelism divides a model: which rank holds what, and which numbers of ranks divide it."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import UsageError
+from .config import ModelConfig
+from .tensors import Split
+
+# What MP must divide, whatever the tensors hold.
+DIVIDED_KEYS = ("vocab_size", "num_attention_heads", "index_n_heads", "o_groups", "n_routed_experts")
+
+# The config keys whose product a split dimension is.
+DIMENSION_KEYS = {
+    "V": "vocab_size",
+    "H": "num_attention_heads",
+    "Hd": "num_attention_heads * head_dim",
+    "G*o_lora": "o_groups * o_lora_rank",
+    "Hi": "index_n_heads",
+    "Hi*di": "index_n_heads * index_head_dim",
+}
+
+SPLIT_AXIS = {Split.ROWS: 0, Split.COLUMNS: 1, Split.EXPERT: None, Split.COPY: None}
+
+SHARD_NAME = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
+
+
+def shard_name(rank: int, mp: int) -> str:
+    """Return the file name of a rank's shard.
+
+    >>> shard_name(3, 8)
+    'model3-mp8.safetensors'
+    """
+    return f"model{rank}-mp{mp}.safetensors"
+
+
+def check_divides(config: ModelConfig, mp: int, where: object) -> None:
+    """Check that ``mp`` ranks can share vocabulary, heads, groups and experts.
+
+    Raises:
+        UsageError: they cannot; names the config key and both numbers.
+    """
+    if mp < 1:
+        raise UsageError("--mp: not a number of ranks", expected="1 or more", got=mp)
+    for key in DIVIDED_KEYS:
+        value = getattr(config, key)
+        if value % mp:
+            raise UsageError(
+                f"key {key}: {value} cannot be divided among {mp} ranks",
+                where=where,
+                expected=f"a divisor of {value} for --mp",
+                got=mp,
+            )
+
+
+def check_blocks(name: str, symbol: str, length: int, block: int, mp: int, where: object) -> None:
+    """Check that ``mp`` ranks can share a dimension of ``length`` whose every ``block`` elements share a scale.
+
+    ``symbol`` is the dimension's name in the tables.
+
+    Raises:
+        UsageError: they cannot; names the config keys and the numbers.
+    """
+    # One rank takes a ragged last block as it is.
+    if mp > 1 and length % (block * mp):
+        blocks = -(-length // block)
+        raise UsageError(
+            f"keys {DIMENSION_KEYS.get(symbol, symbol)}: the {length} of tensor {name} are {blocks} blocks of {block}, "
+            f"which cannot be divided among {mp} ranks",
+            where=where,
+            expected=f"whole blocks of {block} for every rank",
+            got=f"{length / mp:g} elements each",
+        )
+
+
+def local_shape(shape: tuple[int, ...], split: Split, mp: int) -> tuple[int, ...]:
+    """Return the shape of one rank's part of a weight."""
+    axis = SPLIT_AXIS[split]
+    return shape if axis is None else (*shape[:axis], shape[axis] // mp, *shape[axis + 1 :])
+
+
+def expert_rank(expert: int, n_experts: int, mp: int) -> int:
+    """Return the rank that holds a routed expert."""
+    return expert // (n_experts // mp)

@@ -1,0 +1,216 @@
+"""Decodes stored matrices to float32: all of their rows, a run of rows, or a choice of rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from ...errors import FileFormatError, InputMissingError, InputOutputError
+from ...formats.base import GROUP, Scratch, Tally
+from ...formats.bf16 import bf16_to_f32
+from ...formats.e2m1 import fp4_to_f32
+from ...formats.e4m3 import fp8_to_f32
+from ...formats.mxfp4 import BLOCK_BYTES as MXFP4_BLOCK_BYTES
+from ...formats.mxfp4 import mxfp4_to_f32
+from ...formats.q8_0 import BLOCK_BYTES as Q8_0_BLOCK_BYTES
+from ...formats.q8_0 import q8_0_to_f32
+from .protocol import Array
+
+# Decoded bytes of a tile: it and the codecs' scratch space, a few times as large, stay in the cache.
+TILE_BYTES = 2**20
+F32_BYTES = 4
+
+# A matrix of more decoded bytes than this is divided among threads; numpy's loops run side by side.
+THREADED_BYTES = 8 * 2**20
+MAX_THREADS = 8
+
+# Bytes per group of 32 elements in a row, by kind of storage.
+GROUP_BYTES = {
+    "fp4": GROUP // 2,
+    "fp8": GROUP,
+    "mxfp4": MXFP4_BLOCK_BYTES,
+    "q8_0": Q8_0_BLOCK_BYTES,
+    "bf16": GROUP * 2,
+    "f16": GROUP * 2,
+    "f32": GROUP * 4,
+    "i32": GROUP * 4,
+    "i64": GROUP * 8,
+}
+SCALE_DTYPES: dict[str, np.dtype[Any]] = {"F8_E8M0": np.dtype(np.uint8), "F32": np.dtype("<f4")}
+TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
+
+
+class Scale(NamedTuple):
+    """Scales [r, c] of a matrix, row-major at ``offset``; each is for a ``block`` of rows and columns."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+
+class Matrix(NamedTuple):
+    """Rows of ``columns`` elements each, row-major at ``offset`` of ``file``, stored as ``kind``."""
+
+    file: Path
+    offset: int
+    kind: str
+    rows: int
+    columns: int
+    scale: Scale | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row; a width that is no multiple of 32 occurs only in plain kinds."""
+        return self.columns * GROUP_BYTES[self.kind] // GROUP
+
+    @property
+    def is_table(self) -> bool:
+        """Return whether the elements are integers."""
+        return self.kind in TABLE_DTYPES
+
+    def row_slice(self, first: int, count: int) -> Matrix:
+        """Return ``count`` rows from ``first`` on, of a matrix without scales."""
+        return self._replace(offset=self.offset + first * self.row_bytes, rows=count)
+
+
+def read_rows(matrix: Matrix, first: int = 0, last: int | None = None) -> Array:
+    """Return rows ``first`` to ``last`` (exclusive) as float32, or int64 for a table.
+
+    Raises:
+        InputMissingError, InputOutputError, FileFormatError: the file is not there, unreadable, too short.
+    """
+    last = matrix.rows if last is None else last
+    out = np.empty((last - first, matrix.columns), np.int64 if matrix.is_table else np.float32)
+    tiles = _tiles(matrix, first, last)
+    if out.nbytes <= THREADED_BYTES:
+        _read_tiles(matrix, tiles, first, out)
+    else:
+        pool, workers = _pool()
+        runs = [tiles[len(tiles) * n // workers : len(tiles) * (n + 1) // workers] for n in range(workers)]
+        for _ in pool.map(lambda run: _read_tiles(matrix, run, first, out), runs):
+            pass
+    return out
+
+
+def _tiles(matrix: Matrix, first: int, last: int) -> list[tuple[int, int]]:
+    """Cut rows into tiles that begin where scale blocks do; a first one inside a block is cut short."""
+    tall = 1 if matrix.scale is None else matrix.scale.block[0]
+    step = max(tall, TILE_BYTES // (matrix.columns * F32_BYTES) // tall * tall)
+    begins = [first, *range(first // tall * tall + step, last, step)]
+    return [(a, b) for a, b in zip(begins, [*begins[1:], last], strict=True) if a < b]
+
+
+def _read_tiles(matrix: Matrix, tiles: list[tuple[int, int]], first: int, out: Array) -> None:
+    """Decode ``tiles`` into ``out``, whose row 0 is row ``first`` of the matrix."""
+    scratch, scale = Scratch(), matrix.scale
+    with _opened(matrix.file) as file:
+        for a, b in tiles:
+            raw = _read(file, matrix, matrix.offset + a * matrix.row_bytes, (b - a) * matrix.row_bytes)
+            scales, block = None, (1, 1)
+            if scale is not None:
+                tall, block = scale.block[0], scale.block
+                scales = _read_scales(scale, a // tall, -(-b // tall))
+                if a % tall:
+                    scales, block = scales[np.arange(a, b) // tall - a // tall], (1, block[1])
+            _decode(matrix, raw.reshape(b - a, -1), scales, block, out[a - first : b - first], scratch)
+
+
+@cache
+def _pool() -> tuple[ThreadPoolExecutor, int]:
+    workers = min(os.cpu_count() or 1, MAX_THREADS)
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode"), workers
+
+
+def gather_rows(matrix: Matrix, indices: Array) -> Array:
+    """Return the rows ``indices`` as float32, or int64 for a table, touching no others.
+
+    Raises:
+        InputMissingError, InputOutputError, FileFormatError: the file is not there, unreadable, too short.
+    """
+    indices = np.asarray(indices, np.int64)
+    if len(indices) and (np.diff(indices) == 1).all():
+        return read_rows(matrix, int(indices[0]), int(indices[-1]) + 1)
+    out = np.empty((len(indices), matrix.columns), np.int64 if matrix.is_table else np.float32)
+    raw = _mapped(matrix.file, matrix.offset, (matrix.rows, matrix.row_bytes))[indices]
+    scales, block = None, (1, 1)
+    if matrix.scale is not None:
+        scales = _read_scales(matrix.scale, 0, matrix.scale.shape[0])[indices // matrix.scale.block[0]]
+        block = (1, matrix.scale.block[1])
+    _decode(matrix, np.ascontiguousarray(raw), scales, block, out, Scratch())
+    return out
+
+
+def _decode(
+    matrix: Matrix, raw: Array, scales: Array | None, block: tuple[int, int], out: Array, scratch: Scratch
+) -> None:
+    """Decode bytes [rows, row_bytes] into ``out`` [rows, columns]."""
+    tally = Tally()
+    match matrix.kind:
+        case "fp4":
+            fp4_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
+        case "fp8":
+            fp8_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
+        case "mxfp4":
+            mxfp4_to_f32(raw, out, scratch, tally)
+        case "q8_0":
+            q8_0_to_f32(raw, out, scratch, tally)
+        case "bf16":
+            bf16_to_f32(raw.view("<u2"), out, scratch, tally)
+        case "f16":
+            out[:] = raw.view("<f2")
+        case "f32":
+            out[:] = raw.view("<f4")
+        case _:
+            out[:] = raw.view(TABLE_DTYPES[matrix.kind])
+
+
+def _present(scales: Array | None, matrix: Matrix) -> Array:
+    if scales is None:
+        raise FileFormatError(f"{matrix.kind} weight without a scale", where=matrix.file)
+    return scales
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
+    except OSError as error:
+        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def _read(file: BinaryIO, matrix: Matrix | Scale, offset: int, nbytes: int) -> Array:
+    file.seek(offset)
+    raw = np.fromfile(file, np.uint8, nbytes)
+    if len(raw) < nbytes:
+        expected = f"{offset + nbytes} bytes"
+        raise FileFormatError("truncated", where=matrix.file, expected=expected, hint="download it again")
+    return raw
+
+
+def _read_scales(scale: Scale, first: int, last: int) -> Array:
+    dtype = SCALE_DTYPES[scale.dtype]
+    row_bytes = scale.shape[1] * dtype.itemsize
+    with _opened(scale.file) as file:
+        raw = _read(file, scale, scale.offset + first * row_bytes, (last - first) * row_bytes)
+    return raw.view(dtype).reshape(last - first, scale.shape[1])
+
+
+def _mapped(path: Path, offset: int, shape: tuple[int, int]) -> Array:
+    try:
+        return np.memmap(path, np.uint8, "r", offset, shape)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
+    except (OSError, ValueError) as error:
+        raise InputOutputError(f"cannot be read ({error})", where=path) from None

@@ -1,0 +1,256 @@
+"""A GGUF as a weight source: official names, config and locations through the name and key tables."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ...containers.gguf import GgufModelFile, GgufTensor
+from ...errors import FileFormatError, InventoryError, UnsupportedError
+from ...model.config import SUPPORTED_ARCHITECTURE, ModelConfig, parse_config
+from ...model.tensors import Draft, Expected, expected_tensors
+from ...targets.gguf_metadata import DIALECTS as KEY_DIALECTS
+from ...targets.gguf_metadata import GATING_FUNCTIONS
+from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
+from ...targets.gguf_tensors import TensorDialect
+from .decode import GROUP_BYTES, Matrix, gather_rows, read_rows
+from .protocol import Array, missing_weight
+
+# config.json key by metadata field: what has one value and the same meaning on both sides.
+CONFIG_KEYS = {
+    "embedding_length": "hidden_size",
+    "head_count": "num_attention_heads",
+    "key_length": "head_dim",
+    "rope_dimension_count": "qk_rope_head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "output_group_count": "o_groups",
+    "output_lora_rank": "o_lora_rank",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_count": "n_routed_experts",
+    "expert_shared_count": "n_shared_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "hash_layer_count": "num_hash_layers",
+    "sliding_window": "sliding_window",
+    "indexer_head_count": "index_n_heads",
+    "indexer_key_length": "index_head_dim",
+    "indexer_top_k": "index_topk",
+    "hyper_connection_count": "hc_mult",
+    "hyper_connection_sinkhorn_iterations": "hc_sinkhorn_iters",
+    "hyper_connection_epsilon": "hc_eps",
+    "layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope_freq_base": "rope_theta",
+    "compress_rope_freq_base": "compress_rope_theta",
+    "compress_ratios": "compress_ratios",
+    "context_length": "max_position_embeddings",
+}
+YARN_KEYS = {
+    "rope_scaling_factor": "factor",
+    "rope_scaling_original_context_length": "original_max_position_embeddings",
+    "rope_scaling_yarn_beta_fast": "beta_fast",
+    "rope_scaling_yarn_beta_slow": "beta_slow",
+}
+CLAMP_FIELDS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
+
+# What llama.cpp's separate MTP file shares with the trunk; all other trunk tensors are not in it.
+SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
+
+
+class Location(NamedTuple):
+    """Where a weight lies: rows of a matrix, of which ``columns`` (all when None)."""
+
+    matrix: Matrix
+    shape: tuple[int, ...]
+    columns: tuple[int, int] | None
+
+
+class GgufSource:
+    """Weights of a GGUF of ours or llama.cpp's, each decoded when it is asked for.
+
+    Raises:
+        UnsupportedError: another architecture, or a tensor type that is not decoded here.
+        FileFormatError, ConfigError: metadata that are missing or make no model.
+        InventoryError: a tensor of another shape than the metadata ask for.
+    """
+
+    def __init__(self, file: GgufModelFile) -> None:
+        self._path = file.files[0]
+        dialect = _dialect(file)
+        fields = _Fields(file, dialect)
+        n_draft = _draft_layers(fields, file, dialect)
+        self._config = _config(fields, file, n_draft)
+        self._locations = _locations(file, dialect, self._config, n_draft)
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters, read off the key-values."""
+        return self._config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return name in self._locations
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32, or int64 for a table.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        location = self._location(name)
+        return _cut(read_rows(location.matrix), location).reshape(location.shape)
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        location = self._location(name)
+        return _cut(gather_rows(location.matrix, indices), location)
+
+    def _location(self, name: str) -> Location:
+        try:
+            return self._locations[name]
+        except KeyError:
+            raise missing_weight(name, self._path) from None
+
+
+def _cut(rows: Array, location: Location) -> Array:
+    if location.columns is None:
+        return rows
+    first, last = location.columns
+    return rows[:, first:last]
+
+
+def _dialect(file: GgufModelFile) -> TensorDialect:
+    for dialect in TENSOR_DIALECTS.values():
+        if dialect.architecture == file.architecture:
+            return dialect
+    raise UnsupportedError(
+        "another architecture",
+        where=file.files[0],
+        expected=" or ".join(dialect.architecture for dialect in TENSOR_DIALECTS.values()),
+        got=repr(file.architecture)[:100],
+    )
+
+
+class _Fields:
+    """Metadata by field name, whatever a dialect calls the key."""
+
+    def __init__(self, file: GgufModelFile, dialect: TensorDialect) -> None:
+        self._metadata = file.metadata
+        self._architecture = dialect.architecture
+        self._keys = KEY_DIALECTS[dialect.name].keys
+        self._path = file.files[0]
+
+    def key(self, field: str) -> str:
+        return f"{self._architecture}.{self._keys[field]}"
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return self._metadata.get(self.key(field), default)
+
+    def __getitem__(self, field: str) -> Any:
+        value = self.get(field)
+        if value is None:
+            raise FileFormatError(f"key {self.key(field)}: missing", where=self._path)
+        return value
+
+
+def _draft_layers(fields: _Fields, file: GgufModelFile, dialect: TensorDialect) -> int:
+    """Return how many of the blocks are draft layers; the port counts them nowhere, but their names tell."""
+    if dialect.mtp_inline:
+        return sum(name.endswith(".mtp.enorm.weight") for name in file.tensors)
+    count = fields.get("nextn_predict_layers", 0)
+    return count if isinstance(count, int) else 0
+
+
+def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
+    """Return the config in its published form, validated as such."""
+    path = file.files[0]
+    blocks = fields["block_count"]
+    if not isinstance(blocks, int) or not 0 <= n_draft < blocks:
+        raise FileFormatError(f"key {fields.key('block_count')}: no count of layers", where=path, got=blocks)
+    raw: dict[str, Any] = {key: fields[field] for field, key in CONFIG_KEYS.items()}
+    raw["architectures"] = [SUPPORTED_ARCHITECTURE]
+    raw["num_hidden_layers"] = blocks - n_draft
+    raw["num_nextn_predict_layers"] = n_draft
+    raw["vocab_size"] = fields.get("vocab_size") or _rows_of(file, "token_embd.weight")
+    raw["swiglu_limit"] = _clamp(fields, path)
+    gating = fields["expert_gating_func"]
+    raw["scoring_func"] = {number: name for name, number in GATING_FUNCTIONS.items()}.get(gating, gating)
+    if fields.get("rope_scaling_type") is not None:
+        raw["rope_scaling"] = {key: fields[field] for field, key in YARN_KEYS.items()}
+        raw["rope_scaling"]["type"] = fields["rope_scaling_type"]
+    for role in ("bos", "eos"):
+        raw[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    return parse_config(raw, path)
+
+
+def _rows_of(file: GgufModelFile, name: str) -> int:
+    """Return the rows of a tensor; llama.cpp's converter leaves the vocabulary's size to the embedding."""
+    if name not in file.tensors:
+        raise FileFormatError(f"tensor {name}: missing", where=file.files[0])
+    return file.tensors[name].shape[0]
+
+
+def _clamp(fields: _Fields, path: object) -> float:
+    limits = {limit for field in CLAMP_FIELDS for limit in fields[field]}
+    if len(limits) != 1:
+        raise UnsupportedError(
+            f"key {fields.key(CLAMP_FIELDS[0])}: a limit that differs by layer",
+            where=path,
+            got=sorted(limits)[:4],
+        )
+    return float(limits.pop())
+
+
+def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig, n_draft: int) -> dict[str, Location]:
+    """Return where each weight lies, by official name; what the file lacks is left out."""
+    is_mtp_file = n_draft > 0 and not dialect.mtp_inline
+    locations: dict[str, Location] = {}
+    for expected in expected_tensors(config, Draft.MTP if n_draft else Draft.NONE, n_draft):
+        if is_mtp_file and expected.layer is None and expected.name not in SHARED_WITH_MTP:
+            continue  # the names of the trunk's hc_head stand for the MTP's
+        name = dialect.name_of(expected.row)
+        if name is None:
+            continue
+        if expected.layer is not None and not (expected.is_draft and name.startswith("output")):
+            shift = config.num_hidden_layers if expected.is_draft else 0
+            name = f"blk.{expected.layer + shift}.{name}"
+        tensor = file.tensors.get(name)
+        if tensor is not None:
+            locations[expected.name] = _location(tensor, expected, config)
+    return locations
+
+
+def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Location:
+    if tensor.type not in GROUP_BYTES:
+        raise UnsupportedError(
+            f"tensor {tensor.name}: a type that is not decoded here",
+            where=tensor.file,
+            expected=" or ".join(GROUP_BYTES),
+            got=tensor.type,
+        )
+    rows, columns = expected.shape if len(expected.shape) == 2 else (1, expected.shape[0])
+    stacked = config.n_routed_experts if expected.expert is not None else 1
+    joined = 2 if "eh_proj" in tensor.name else 1
+    elements = stacked * rows * columns * joined
+    found = 1
+    for length in tensor.shape:
+        found *= length
+    if found != elements or tensor.shape[-1] != columns * joined:
+        raise InventoryError(
+            f"tensor {tensor.name}: wrong shape",
+            where=tensor.file,
+            expected=[stacked, rows, columns * joined] if stacked > 1 else [rows, columns * joined],
+            got=list(tensor.shape),
+            hint="do the key-values and the tensors belong together?",
+        )
+    matrix = Matrix(tensor.file, tensor.offset, tensor.type, stacked * rows, columns * joined)
+    if expected.expert is not None:
+        matrix = matrix.row_slice(expected.expert * rows, rows)
+    half = None
+    if joined > 1:
+        start = 0 if expected.row.name.startswith("e_proj") else columns
+        half = (start, start + columns)
+    return Location(matrix, expected.shape, half)

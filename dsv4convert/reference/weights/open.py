@@ -1,0 +1,138 @@
+"""Weight sources that read files: a checkpoint folder, a GGUF, a folder of model-parallel shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...checkpoint import Checkpoint, Stored, Weight, open_folder
+from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
+from ...containers.gguf import is_gguf, open_gguf
+from ...errors import InputMissingError
+from ...model.config import ModelConfig
+from .decode import Matrix, Scale, gather_rows, read_rows
+from .gguf import GgufSource
+from .protocol import Array, WeightSource, missing_weight
+
+
+class HfSource:
+    """Weights of a checkpoint folder, each decoded when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        return self._checkpoint.config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return name in self._checkpoint.weights
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32, or int64 for a table.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        weight = self._weight(name)
+        return read_rows(weight_matrix(weight)).reshape(weight.shape)
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        return gather_rows(weight_matrix(self._weight(name)), indices)
+
+    def _weight(self, name: str) -> Weight:
+        try:
+            return self._checkpoint.weights[name]
+        except KeyError:
+            raise missing_weight(name, self._checkpoint.folder) from None
+
+
+class ShardSource:
+    """Weights of a folder of model-parallel shards, joined from all ranks when they are asked for."""
+
+    def __init__(self, checkpoint: ShardCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        return self._checkpoint.config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return name in self._checkpoint.weights
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32, or int64 for a table.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        weight = self._weight(name)
+        parts = [read_rows(weight_matrix(part)).reshape(part.shape) for part in weight.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=weight.axis)
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        weight = self._weight(name)
+        parts = [weight_matrix(part) for part in weight.parts]
+        if len(parts) == 1:
+            return gather_rows(parts[0], indices)
+        if weight.axis == 1:
+            return np.concatenate([gather_rows(part, indices) for part in parts], axis=1)
+        pieces = np.empty((len(indices), weight.shape[1]), np.float32)
+        first = 0
+        for part in parts:
+            here = (indices >= first) & (indices < first + part.rows)
+            pieces[here] = gather_rows(part, indices[here] - first)
+            first += part.rows
+        return pieces
+
+    def _weight(self, name: str) -> ShardedWeight:
+        try:
+            return self._checkpoint.weights[name]
+        except KeyError:
+            raise missing_weight(name, self._checkpoint.folder) from None
+
+
+def weight_matrix(weight: Weight) -> Matrix:
+    """Return where and how a weight lies; a vector is a matrix of one row."""
+    rows, columns = weight.shape if len(weight.shape) == 2 else (1, int(np.prod(weight.shape)))
+    scale = None
+    if weight.scale is not None and weight.block is not None:
+        scale = scale_of(weight.scale, weight.block)
+    return Matrix(weight.stored.file, weight.stored.offset, weight.encoding.value, rows, columns, scale)
+
+
+def scale_of(stored: Stored, block: tuple[int, int]) -> Scale:
+    """Return where and how the scales of a weight lie."""
+    rows, columns = stored.shape
+    return Scale(stored.file, stored.offset, stored.dtype, (rows, columns), block)
+
+
+def open_source(path: Path) -> WeightSource:
+    """Open a model in any layout.
+
+    Raises:
+        InputMissingError: there is nothing at ``path``.
+        Dsv4Error: what is there is not a readable model.
+    """
+    if not path.exists():
+        raise InputMissingError("no such file or folder", where=path)
+    if is_gguf(path):
+        return GgufSource(open_gguf(path))
+    if is_shard_folder(path):
+        return ShardSource(open_shards(path))
+    return HfSource(open_folder(path))

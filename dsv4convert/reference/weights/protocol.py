@@ -1,0 +1,124 @@
+"""WeightSource: where the forward pass gets its weights from, one tensor or some rows at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from ...errors import InventoryError
+from ...model.config import ModelConfig
+
+Array = npt.NDArray[Any]
+
+# Expert weights are each read once per step, so keeping them would only push the others out.
+DEFAULT_CACHE_BYTES = 2**30
+
+
+class WeightSource(Protocol):
+    """Decoded weights under the names of the published checkpoints, without scales.
+
+    A name is for instance ``layers.0.attn.wq_a.weight``, ``embed.weight`` or ``mtp.0.e_proj.weight``.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        ...
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32 (``tid2eid`` as int64); InventoryError names a missing one."""
+        ...
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others."""
+        ...
+
+
+def missing_weight(name: str, where: object = None) -> InventoryError:
+    """Return the error of a tensor that the forward pass needs and the source does not hold."""
+    return InventoryError(
+        f"no weight {name}",
+        where=where,
+        hint="is the checkpoint complete, and does config.json belong to it?",
+    )
+
+
+class DictSource:
+    """Weights that already lie in memory as float32 arrays (``tid2eid`` as int64)."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Array]) -> None:
+        self._config = config
+        self._tensors = tensors
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        return self._config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return name in self._tensors
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise missing_weight(name) from None
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix."""
+        return self.tensor(name)[indices]
+
+
+class CachedSource:
+    """Another source, with the most recently used decoded tensors kept up to a number of bytes.
+
+    Token-by-token decoding asks for the same weights at every step; a small model then fits whole.
+    """
+
+    def __init__(self, source: WeightSource, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self._source = source
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._kept_bytes = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the hyperparameters."""
+        return self._source.config
+
+    def has(self, name: str) -> bool:
+        """Return whether the tensor ``name`` is there."""
+        return self._source.has(name)
+
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor, decoded now or kept from before."""
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        array = self._source.tensor(name)
+        if array.nbytes <= self._max_bytes:
+            self._kept[name] = array
+            self._kept_bytes += array.nbytes
+            while self._kept_bytes > self._max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._kept_bytes -= oldest.nbytes
+        return array
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix."""
+        if name in self._kept:
+            return self._kept[name][indices]
+        return self._source.rows(name, indices)

@@ -1,0 +1,411 @@
+"""Seeded synthetic checkpoints in the published on-disk layout: tiny, nano, and slices of flash and pro."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
+from ..model.config import CONFIG_NAME, ModelConfig, parse_config
+from ..model.tensors import TOP_ROWS, Draft, Expected, Store, expected_tensors, scale_name, vision_tensors
+from .presets import BYTES_PER_FILE, PUBLISHED_FILES, synth_config
+from .tokenizer import write_synth_tokenizer
+from .values import Kind, Recipe, fp4_recipes, fp8_recipes, tensor_stream
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_FILE_NAME = "model.safetensors"
+PARTIAL_SUFFIX = ".partial"
+
+
+
+
+
+
+
+FP8_BLOCK = 128
+FP4_BLOCK = 32
+FP4_PER_BYTE = 2
+
+DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
+# The order in which the safetensors library lays tensors out in a file: by dtype, widest first, then by name.
+DTYPE_ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
+
+SAFETENSORS_ALIGNMENT = 8
+
+EMBEDDING_STD = 1.0
+SMALL_STD = 0.1
+MEDIUM_STD = 0.5
+
+
+class SynthTensor(NamedTuple):
+    """One tensor to write: name, safetensors dtype and shape, and how its bytes come about."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: Recipe
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the tensor in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SynthSummary:
+    """What was written: the folder, how many files and tensors, payload bytes, and tensors by dtype."""
+
+    folder: Path
+    files: int
+    tensors: int
+    payload_bytes: int
+    tensors_by_dtype: Mapping[str, int] = field(default_factory=dict)
+    headers_only: bool = False
+
+
+
+
+def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> Iterator[SynthTensor]:
+    """Yield every tensor of a synthetic checkpoint in the published order, each scale after its weight.
+
+    ``expert_dtype`` "fp8" in the config makes a Base checkpoint: FP8 experts, float32 scales, which are
+    powers of two unless ``power_of_two_scales`` is false.
+
+    Raises:
+        UsageError: a dimension that packed FP4 cannot hold.
+    """
+    base = config.raw.get("expert_dtype") == "fp8"
+    if not base:
+        for key in ("hidden_size", "moe_intermediate_size"):
+            if config.raw[key] % FP4_BLOCK:
+                raise UsageError(
+                    f"{key} cannot hold FP4 blocks",
+                    expected=f"a multiple of {FP4_BLOCK}",
+                    got=config.raw[key],
+                )
+    n_draft = config.n_draft_ratios
+    draft = (Draft.DSPARK if config.is_dspark else Draft.MTP) if n_draft else Draft.NONE
+    for expected in expected_tensors(config, draft, n_draft, config.has_vision):
+        if expected.row.store in (Store.DENSE, Store.EXPERT):
+            yield from _quantised(expected, base, power_of_two_scales)
+        else:
+            yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
+    if config.has_vision:
+        for expected in vision_tensors(config):
+            yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
+
+
+@dataclass(frozen=True)
+class SynthPlan:
+    """What a synthetic checkpoint will hold: its config.json, and its tensors file by file."""
+
+    raw: Mapping[str, Any]
+    files: Sequence[Sequence[SynthTensor]]
+    payload_bytes: int
+
+
+def plan_synth(
+    preset: str,
+    *,
+    variant: str | None = None,
+    layers: int | None = None,
+    ratios: Sequence[int] | None = None,
+    experts: int | None = None,
+    vocab: int | None = None,
+    files: int | None = None,
+    mtp: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    power_of_two_scales: bool = True,
+) -> SynthPlan:
+    """Decide every tensor of a synthetic checkpoint and the file that it lies in.
+
+    Raises:
+        UsageError: a cut that leaves no model, a shape that FP4 cannot hold, or more files than tensors.
+        ConfigError: the config with its cuts and overrides does not hold together.
+    """
+    raw = synth_config(
+        preset,
+        variant=variant,
+        layers=layers,
+        ratios=ratios,
+        experts=experts,
+        vocab=vocab,
+        mtp=mtp,
+        overrides=overrides,
+    )
+    config = parse_config(raw, f"synthetic {CONFIG_NAME}")
+    tensors = list(synth_tensors(config, power_of_two_scales=power_of_two_scales))
+    total = sum(tensor.nbytes for tensor in tensors)
+    if files is None:
+        whole = not any((layers, ratios, experts, vocab, overrides))
+        files = _default_files(preset, variant, total, whole=whole)
+    return SynthPlan(raw, _into_files(tensors, files), total)
+
+
+def write_synth(
+    out: Path,
+    preset: str,
+    *,
+    variant: str | None = None,
+    layers: int | None = None,
+    ratios: Sequence[int] | None = None,
+    experts: int | None = None,
+    vocab: int | None = None,
+    files: int | None = None,
+    seed: int = 0,
+    headers_only: bool = False,
+    mtp: bool = True,
+    overwrite: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    power_of_two_scales: bool = True,
+) -> SynthSummary:
+    """Write a synthetic checkpoint folder: ``plan_synth`` and ``write_plan`` in one.
+
+    Raises:
+        Dsv4Error: what either of them raises.
+    """
+    plan = plan_synth(
+        preset,
+        variant=variant,
+        layers=layers,
+        ratios=ratios,
+        experts=experts,
+        vocab=vocab,
+        files=files,
+        mtp=mtp,
+        overrides=overrides,
+        power_of_two_scales=power_of_two_scales,
+    )
+    return write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite)
+
+
+def write_plan(
+    plan: SynthPlan,
+    out: Path,
+    *,
+    seed: int = 0,
+    headers_only: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> SynthSummary:
+    """Write the checkpoint folder ``out``; it appears under its name when it is complete.
+
+    One file is named model.safetensors and has no index, several are numbered and have one.
+    ``headers_only`` leaves the files sparse: true headers and sizes, zeros for payload. ``progress`` is
+    told the payload bytes written so far.
+
+    Raises:
+        UsageError: a vocabulary too small for a tokenizer.
+        OutputExistsError: ``out`` exists and ``overwrite`` is not set, or it is no checkpoint folder.
+        SpaceError: no room on the disk.
+        InputOutputError: a write failed.
+    """
+    _check_replaceable(out, overwrite)
+    partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if not headers_only and free < plan.payload_bytes:
+            raise SpaceError("not enough room", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free)
+        _remove_checkpoint(partial)
+        partial.mkdir()
+        try:
+            _write_json(partial / CONFIG_NAME, plan.raw)
+            write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
+            _write_files(partial, plan, seed, headers_only, progress)
+            _remove_checkpoint(out)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputOutputError(f"cannot write ({error.strerror})", where=error.filename or out) from error
+    by_dtype = Counter(tensor.dtype for group in plan.files for tensor in group)
+    return SynthSummary(
+        out,
+        len(plan.files),
+        by_dtype.total(),
+        plan.payload_bytes,
+        dict(sorted(by_dtype.items())),
+        headers_only,
+    )
+
+
+
+
+
+
+
+
+def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
+    rows, columns = expected.shape
+    if expected.row.store is Store.EXPERT and not base:
+        codes, scales = fp4_recipes(columns)
+        yield SynthTensor(expected.name, "I8", (rows, columns // FP4_PER_BYTE), codes)
+        yield SynthTensor(scale_name(expected.name), "F8_E8M0", (rows, columns // FP4_BLOCK), scales)
+        return
+    kind = (Kind.F32_POWER if power_of_two else Kind.F32_ANY) if base else Kind.E8M0_BLOCK
+    codes, scales = fp8_recipes(columns, kind)
+    blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    yield SynthTensor(expected.name, "F8_E4M3", expected.shape, codes)
+    yield SynthTensor(scale_name(expected.name), "F32" if base else "F8_E8M0", blocks, scales)
+
+
+def _plain(expected: Expected, taken: int, experts: int) -> SynthTensor:
+    """Return an unquantised tensor; what it plays in the model shows in its row's name and shape."""
+    name, row, shape = expected.name, expected.row, expected.shape
+    gate = GATE_KINDS.get(row.name)
+    if gate is not None:
+        # The hash table needs the number of experts, which its shape does not tell.
+        size = experts if gate is Kind.HASH_TABLE else taken
+        return SynthTensor(name, STORE_DTYPES[row.store], shape, Recipe(gate, size))
+    wide = Kind.BF16 if row.store is Store.BF16 else Kind.F32
+    if row.name.endswith("_scale"):
+        recipe = Recipe(Kind.F32_UNIFORM)
+    elif "norm" in row.name:
+        recipe = Recipe(Kind.BF16_NORM)
+    elif row is TOP_ROWS[0] or row.name.startswith("image_"):
+        recipe = Recipe(wide, EMBEDDING_STD)
+    elif row.name.endswith(".ape"):
+        recipe = Recipe(wide, MEDIUM_STD)
+    elif len(shape) == 1:
+        recipe = Recipe(wide, SMALL_STD if row.name.endswith(".bias") else MEDIUM_STD)
+    else:
+        recipe = Recipe(wide, shape[1] ** -0.5)
+    return SynthTensor(name, STORE_DTYPES[row.store], shape, recipe)
+
+
+STORE_DTYPES = {Store.BF16: "BF16", Store.F32: "F32", Store.TABLE: "I64"}
+GATE_KINDS = {
+    "ffn.gate.weight": Kind.ROUTER,
+    "ffn.gate.bias": Kind.ROUTER_BIAS,
+    "ffn.gate.bias_vl": Kind.ROUTER_BIAS_IMAGE,
+    "ffn.gate.tid2eid": Kind.HASH_TABLE,
+}
+
+
+def _default_files(preset: str, variant: str | None, total: int, *, whole: bool) -> int:
+    published = PUBLISHED_FILES.get((preset, variant), PUBLISHED_FILES.get((preset, None)))
+    if whole and published is not None:
+        return published
+    return max(2, -(-total // BYTES_PER_FILE))
+
+
+def _into_files(tensors: list[SynthTensor], files: int) -> list[list[SynthTensor]]:
+    """Cut the list into ``files`` runs of about equal bytes; every other cut parts a weight from its scale.
+
+    Raises:
+        UsageError: fewer tensors than files, or no file at all.
+    """
+    if not 1 <= files <= len(tensors):
+        raise UsageError("--files out of range", expected=f"1 to {len(tensors)} (one tensor each)", got=files)
+    total = sum(tensor.nbytes for tensor in tensors)
+    cuts: list[int] = []
+    position, reached = 0, 0
+    for number in range(1, files):
+        while position < len(tensors) and reached * files < total * number:
+            reached += tensors[position].nbytes
+            position += 1
+        cut = max(position, cuts[-1] + 1 if cuts else 1)
+        if number % 2:
+            scales = (i for i in range(cut, len(tensors)) if tensors[i].name.endswith(".scale"))
+            cut = next(scales, cut)
+        cuts.append(min(cut, len(tensors) - (files - number)))
+    return [tensors[start:end] for start, end in zip([0, *cuts], [*cuts, len(tensors)], strict=True)]
+
+
+def _write_files(
+    folder: Path,
+    plan: SynthPlan,
+    seed: int,
+    headers_only: bool,
+    progress: Callable[[int], None] | None,
+) -> None:
+    weight_map: dict[str, str] = {}
+    done = 0
+    count = len(plan.files)
+    for number, group in enumerate(plan.files, start=1):
+        name = SINGLE_FILE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        ordered = sorted(group, key=lambda tensor: (DTYPE_ORDER[tensor.dtype], tensor.name))
+        weight_map.update((tensor.name, name) for tensor in group)
+        with (folder / name).open("wb", buffering=0) as file:
+            header = safetensors_header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered])
+            _write_all(file.write, memoryview(header))
+            if headers_only:
+                file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))
+                continue
+            for tensor in ordered:
+                for piece in tensor_stream(tensor.recipe, tensor.name, tensor.shape, seed):
+                    _write_all(file.write, piece)
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": plan.payload_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        _write_json(folder / INDEX_NAME, index)
+
+
+def _write_all(write: Callable[[memoryview], int | None], piece: memoryview) -> None:
+    while piece:
+        piece = piece[write(piece) or 0 :]
+
+
+def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Return the head of a safetensors file: 8 bytes of length, then JSON padded to a multiple of 8.
+
+    ``tensors`` are (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
+
+    >>> safetensors_header([("x", "BF16", (2, 3), 12)])[:8]
+    b'`\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % SAFETENSORS_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse an existing output, and whatever is no plain checkpoint folder even with ``overwrite``."""
+    if not out.name:
+        raise UsageError("not a folder name", where=out)
+    for path in (out, out.with_name(out.name + PARTIAL_SUFFIX)):
+        if not path.exists() and not path.is_symlink():
+            continue
+        if path == out and not overwrite:
+            raise OutputExistsError("already there", where=out, hint="--overwrite replaces it")
+        if path.is_symlink() or not path.is_dir() or not _holds_only_a_checkpoint(path):
+            raise OutputExistsError(
+                "not a folder that holds only a checkpoint, so it is not replaced",
+                where=path,
+                hint="remove it yourself",
+            )
+
+
+def _holds_only_a_checkpoint(folder: Path) -> bool:
+    entries = list(folder.iterdir())
+    plain = all(
+        path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors") for path in entries
+    )
+    return plain and (not entries or folder / CONFIG_NAME in entries)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)

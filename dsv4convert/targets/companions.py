@@ -1,0 +1,86 @@
+"""Files that accompany the weights: tokenizer, generation settings, licence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..containers.untrusted import read_at_most
+from ..engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX
+from ..errors import FileFormatError, InputMissingError, UsageError
+from ..plan import OutputFile
+from .safetensors_files import whole_file
+
+# What a folder holds beside config and weights that the weights are of no use without.
+AUXILIARY_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+)
+
+# Together; the published ones are 7 MB. They are held in memory with the plan.
+MAX_AUXILIARY_BYTES = 64 * 2**20
+
+
+def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
+    """Return ``out`` as a path with a name, having made sure that replacing it leaves the source alone.
+
+    Raises:
+        UsageError: the source, or a file that it links to, lies inside the output, or the output inside it.
+    """
+    absolute = Path(os.path.abspath(out))
+    if not absolute.name:
+        raise UsageError("the output is no folder name", where=out)
+    source = folder.resolve()
+    # The output's own name, those under which it is made and an older one leaves.
+    for suffix in ("", PARTIAL_SUFFIX, REPLACED_SUFFIX):
+        target = absolute.with_name(absolute.name + suffix).resolve()
+        for path in (source, *(file.resolve() for file in files)):
+            if target == path or target in path.parents:
+                raise UsageError(
+                    "the source lies inside the output", where=out, got=path, hint="give another folder"
+                )
+        if source in target.parents:
+            raise UsageError(
+                "the output lies inside the source", where=out, got=source, hint="give another folder"
+            )
+    return out if out.name == absolute.name else absolute
+
+
+def auxiliary_files(source: Path) -> list[OutputFile]:
+    """Return the tokenizer, generation and licence files of ``source``, byte for byte.
+
+    Raises:
+        InputMissingError: one cannot be read.
+        FileFormatError: together they are larger than ``MAX_AUXILIARY_BYTES``.
+    """
+    files: list[OutputFile] = []
+    left = MAX_AUXILIARY_BYTES
+    for name in AUXILIARY_FILES:
+        path = source / name
+        if not path.exists():
+            continue
+        try:
+            content = read_at_most(path, left)
+        except OSError as error:
+            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        left -= len(content)
+        if left < 0:
+            raise FileFormatError(
+                "too large to be copied",
+                where=path,
+                expected=f"at most {MAX_AUXILIARY_BYTES} bytes of tokenizer and generation files",
+                hint="is it what its name says?",
+            )
+        files.append(whole_file(name, content))
+    return files

@@ -1,0 +1,75 @@
+"""``dequantize`` and ``repack``: from a checkpoint folder to one without scales, or with FP8 experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.folder import open_folder
+from ..errors import UsageError
+from ..plan import Plan
+from .companions import auxiliary_files, check_apart
+from .hf_folder import (
+    DEFAULT_MAX_FILE_BYTES,
+    DTYPES,
+    NAMES,
+    dequantized_config,
+    dequantized_tensors,
+    hf_files,
+)
+
+DEQUANTIZE = "dequantize"
+
+
+
+
+def plan_dequantize(
+    source: Path,
+    out: Path,
+    *,
+    dtype: str = "bf16",
+    names: str = "official",
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+) -> Plan:
+    """Plan ``dequantize``: the folder ``out`` with the weights of ``source`` in ``dtype``, without scales.
+
+    Raises:
+        UsageError: an unknown ``dtype`` or ``names``, or folders that overlap.
+        Dsv4Error: whatever is wrong with the source.
+    """
+    _one_of("--dtype", dtype, tuple(DTYPES))
+    _one_of("--names", names, NAMES)
+    checkpoint = open_folder(source)
+    out = check_apart(checkpoint.folder, checkpoint.files, out)
+    config, source_bytes = checkpoint.config.raw, checkpoint.nbytes
+    tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
+    notes = (*checkpoint.notes, *notes)
+    return Plan(
+        target=DEQUANTIZE,
+        source=source,
+        destination=out,
+        is_folder=True,
+        files=(
+            *hf_files(tensors, max_file_bytes),
+            dequantized_config(config, dtype, names),
+            *auxiliary_files(source),
+        ),
+        dropped=dropped,
+        options={"dtype": dtype, "names": names, "max_file_bytes": max_file_bytes},
+        source_bytes=source_bytes,
+        notes=notes,
+    )
+
+
+
+
+
+
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
+
+
+
+

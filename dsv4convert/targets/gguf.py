@@ -1,0 +1,177 @@
+"""``hf-to-gguf``: a checkpoint folder and options become the plan of every GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+from ..checkpoint.folder import Checkpoint, open_folder
+from ..checkpoint.model_card import read_model_card
+from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoint.weights import Encoding
+from ..containers.gguf_write import KeyValue
+from ..containers.json_object import read_json_object
+from ..errors import ConfigError, UsageError
+from ..model.tensors import Draft
+from ..plan import OutputFile, Plan
+from .gguf_metadata import (
+    ParameterCounts,
+    default_output_name,
+    dspark_metadata,
+    file_type,
+    mmproj_metadata,
+    model_metadata,
+)
+from .gguf_tensors import FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models
+from .segments import MXFP4
+
+# Files that say how images are prepared, and the object of each that may hold it.
+PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
+
+
+def plan_gguf(
+    source: Path,
+    out: Path | None,
+    options: GgufOptions,
+    *,
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
+) -> Plan:
+    """Plan ``hf-to-gguf``: every output file of the GGUF of ``source``.
+
+    ``out`` is a file name, a folder to put conventionally named files in, or None for the current folder.
+
+    Raises:
+        Dsv4Error: whatever is wrong with the source, the options or the names.
+    """
+    checkpoint = open_folder(source)
+    models, dropped = gguf_models(checkpoint, options)
+    describe = _Describer(source, checkpoint.config.vocab_size, tokenizer_pre, name, options.dialect)
+    files: list[OutputFile] = []
+    folder = _output_folder(out)
+    for model in models:
+        counts = model.parameters()
+        default = default_output_name(
+            model.config, describe.card, counts, experts=model.main_type, prefix=FILE_PREFIX[model.kind], name=name
+        )
+        stem = _stem(out, default, model, len(models))
+        files += gguf_files(model.tensors, describe.metadata(model, counts), stem, options.split_max_bytes)
+    return Plan(
+        target="gguf",
+        source=source,
+        destination=folder,
+        is_folder=False,
+        files=tuple(files),
+        dropped=dropped,
+        options={**asdict(options), "tokenizer_pre": tokenizer_pre, "name": name},
+        source_bytes=checkpoint.nbytes,
+        notes=(*checkpoint.notes, *_draft_note(checkpoint), *_rounding_note(checkpoint, options)),
+    )
+
+
+class _Describer:
+    """Makes the key-values of every kind of file from what lies in the source folder beside its weights."""
+
+    def __init__(
+        self, source: Path, vocab_size: int, tokenizer_pre: str | None, name: str | None, dialect: str
+    ) -> None:
+        self.card = read_model_card(source)
+        self._source = source
+        self._vocab_size = vocab_size
+        self._tokenizer_pre = tokenizer_pre
+        self._name = name
+        self._dialect = dialect
+
+    def metadata(self, model: GgufModel, counts: ParameterCounts) -> list[KeyValue]:
+        kind = file_type(model.main_type)
+        if model.kind is Kind.MMPROJ:
+            normalisation = _image_normalisation(self._source)
+            return mmproj_metadata(
+                model.config, self.card, counts=counts, file_type=kind, name=self._name, **normalisation
+            )
+        if model.kind is Kind.DSPARK:
+            return dspark_metadata(
+                model.config,
+                self._tokenizer,
+                self.card,
+                counts=counts,
+                file_type=kind,
+                chat_template=self._template,
+                name=self._name,
+            )
+        return model_metadata(
+            model.config,
+            self._tokenizer,
+            self.card,
+            counts=counts,
+            file_type=kind,
+            block_count=model.block_count,
+            chat_template=self._template,
+            mtp=model.kind is Kind.MTP,
+            name=self._name,
+            dialect=self._dialect,
+        )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._source, self._vocab_size, self._tokenizer_pre)
+
+    @cached_property
+    def _template(self) -> str:
+        return resources.files("dsv4convert.model").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _image_normalisation(source: Path) -> dict[str, list[float]]:
+    """Return mean and deviation of pixels by which images are normalised, where a processor's file says them.
+
+    Raises:
+        ConfigError: such a file is malformed.
+    """
+    found: dict[str, list[float]] = {}
+    for name, nested in PROCESSOR_FILES:
+        path = source / name
+        if not path.is_file():
+            continue
+        settings = read_json_object(path)
+        inner = settings.get(nested)
+        settings |= inner if isinstance(inner, dict) else {}
+        for key in ("image_mean", "image_std"):
+            value = settings.get(key)
+            if value is None:
+                continue
+            if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
+                raise ConfigError(f"key {key}: no list of numbers", where=path, got=value)
+            found[key] = value
+    return found
+
+
+def _output_folder(out: Path | None) -> Path:
+    if out is None:
+        return Path()
+    return out if out.is_dir() else out.parent
+
+
+def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> str:
+    """Return the file name without ``.gguf``: the one asked for, or the conventional one."""
+    if out is None or out.is_dir():
+        return default.removesuffix(".gguf")
+    if out.suffix != ".gguf":
+        raise UsageError("the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf")
+    return (FILE_PREFIX[model.kind] if n_models > 1 else "") + out.stem
+
+
+def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.draft is Draft.DSPARK:
+        return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
+    return ()
+
+
+def _rounding_note(checkpoint: Checkpoint, options: GgufOptions) -> tuple[str, ...]:
+    """Return what MXFP4 means for experts that are not FP4; from an FP4 origin nothing is lost, as counts show."""
+    held = {weight.encoding for weight in checkpoint.weights.values() if weight.expert is not None}
+    if options.experts != MXFP4.name or held <= {Encoding.FP4}:
+        return ()
+    others = ", ".join(sorted(encoding.value for encoding in held - {Encoding.FP4}))
+    return (f"--experts {MXFP4.name} rounds {others} experts: every element that changes is counted",)

@@ -1,0 +1,633 @@
+"""The GGUF key-values of a DeepSeek-V4 model: which keys, their types, their values, their bytes.
+
+Keys, value types and the derivation of the ``general.*`` ones follow llama.cpp's converter; a dialect
+is a table from field to key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import PurePath
+from typing import Any
+
+from gguf import GGUFValueType
+
+from ..checkpoint.model_card import ModelCard
+from ..checkpoint.tokenizer import Tokenizer
+from ..containers.gguf_write import ARRAY, BOOL, F32, I32, STRING, U32, KeyValue
+from ..errors import ConfigError, UnsupportedError
+from ..model.config import ModelConfig
+
+# The version of ggml's quantisation formats, which every quantised file names.
+QUANTIZATION_VERSION = 2
+
+# general.file_type by the type of most weights (llama.cpp's LlamaFileType), with its name in file names.
+# Almost all parameters of these models are in the routed experts, so their type decides.
+FILE_TYPES: dict[str, tuple[int, str]] = {
+    "f32": (0, "F32"),
+    "f16": (1, "F16"),
+    "q8_0": (7, "Q8_0"),
+    "bf16": (32, "BF16"),
+    "mxfp4": (38, "MXFP4_MOE"),
+}
+
+# deepseek4.expert_gating_func: sqrt(softplus(x)).
+GATING_FUNCTIONS = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
+
+# Every query head shares one key-value head.
+KV_HEADS = 1
+
+
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of the output tensors: all, outside expert stacks, of one expert, and how many experts."""
+
+    total: int
+    shared: int
+    expert: int
+    expert_count: int
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """An architecture name and the key, below that name, of each field."""
+
+    architecture: str
+    keys: Mapping[str, str]
+
+
+# Field, value type, element type; in the order in which llama.cpp's converter writes them.
+MODEL_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
+    ("block_count", U32, None),
+    ("context_length", U32, None),
+    ("embedding_length", U32, None),
+    ("embedding_length_out", U32, None),
+    ("vocab_size", U32, None),
+    ("head_count", U32, None),
+    ("head_count_kv", U32, None),
+    ("rope_scaling_type", STRING, None),
+    ("rope_scaling_factor", F32, None),
+    ("rope_scaling_original_context_length", U32, None),
+    ("rope_scaling_yarn_beta_fast", F32, None),
+    ("rope_scaling_yarn_beta_slow", F32, None),
+    ("rope_freq_base", F32, None),
+    ("rope_dimension_count", U32, None),
+    ("layer_norm_rms_epsilon", F32, None),
+    ("expert_count", U32, None),
+    ("expert_used_count", U32, None),
+    ("expert_shared_count", U32, None),
+    ("expert_feed_forward_length", U32, None),
+    ("expert_gating_func", U32, None),
+    ("expert_weights_scale", F32, None),
+    ("expert_weights_norm", BOOL, None),
+    ("swiglu_clamp_exp", ARRAY, F32),
+    ("swiglu_clamp_shexp", ARRAY, F32),
+    ("key_length", U32, None),
+    ("value_length", U32, None),
+    ("q_lora_rank", U32, None),
+    ("output_lora_rank", U32, None),
+    ("output_group_count", U32, None),
+    ("sliding_window", U32, None),
+    ("compress_ratios", ARRAY, I32),
+    ("compress_rope_freq_base", F32, None),
+    ("indexer_head_count", U32, None),
+    ("indexer_key_length", U32, None),
+    ("indexer_top_k", U32, None),
+    ("hyper_connection_count", U32, None),
+    ("hyper_connection_sinkhorn_iterations", U32, None),
+    ("hyper_connection_epsilon", F32, None),
+    ("hash_layer_count", U32, None),
+    ("nextn_predict_layers", U32, None),
+)
+
+_LLAMA_CPP_KEYS: dict[str, str] = {
+    "block_count": "block_count",
+    "context_length": "context_length",
+    "embedding_length": "embedding_length",
+    "embedding_length_out": "embedding_length_out",
+    "vocab_size": "vocab_size",
+    "head_count": "attention.head_count",
+    "head_count_kv": "attention.head_count_kv",
+    "rope_scaling_type": "rope.scaling.type",
+    "rope_scaling_factor": "rope.scaling.factor",
+    "rope_scaling_original_context_length": "rope.scaling.original_context_length",
+    "rope_scaling_yarn_beta_fast": "rope.scaling.yarn_beta_fast",
+    "rope_scaling_yarn_beta_slow": "rope.scaling.yarn_beta_slow",
+    "rope_freq_base": "rope.freq_base",
+    "rope_dimension_count": "rope.dimension_count",
+    "layer_norm_rms_epsilon": "attention.layer_norm_rms_epsilon",
+    "expert_count": "expert_count",
+    "expert_used_count": "expert_used_count",
+    "expert_shared_count": "expert_shared_count",
+    "expert_feed_forward_length": "expert_feed_forward_length",
+    "expert_gating_func": "expert_gating_func",
+    "expert_weights_scale": "expert_weights_scale",
+    "expert_weights_norm": "expert_weights_norm",
+    "swiglu_clamp_exp": "swiglu_clamp_exp",
+    "swiglu_clamp_shexp": "swiglu_clamp_shexp",
+    "key_length": "attention.key_length",
+    "value_length": "attention.value_length",
+    "q_lora_rank": "attention.q_lora_rank",
+    "output_lora_rank": "attention.output_lora_rank",
+    "output_group_count": "attention.output_group_count",
+    "sliding_window": "attention.sliding_window",
+    "compress_ratios": "attention.compress_ratios",
+    "compress_rope_freq_base": "attention.compress_rope_freq_base",
+    "indexer_head_count": "attention.indexer.head_count",
+    "indexer_key_length": "attention.indexer.key_length",
+    "indexer_top_k": "attention.indexer.top_k",
+    "hyper_connection_count": "hyper_connection.count",
+    "hyper_connection_sinkhorn_iterations": "hyper_connection.sinkhorn_iterations",
+    "hyper_connection_epsilon": "hyper_connection.epsilon",
+    "hash_layer_count": "hash_layer_count",
+    "nextn_predict_layers": "nextn_predict_layers",
+}
+
+DIALECTS: dict[str, Dialect] = {
+    "llama.cpp": Dialect("deepseek4", _LLAMA_CPP_KEYS),
+    "deepseek-v4": Dialect(
+        "deepseek-v4",
+        {
+            **_LLAMA_CPP_KEYS,
+            "output_lora_rank": "o_lora_rank",
+            "output_group_count": "o_groups",
+            "compress_ratios": "compress_ratios",
+            "compress_rope_freq_base": "compress_rope_freq_base",
+            "hyper_connection_count": "hyperconnections.count",
+            "hyper_connection_sinkhorn_iterations": "hyperconnections.sinkhorn_iterations",
+            "hyper_connection_epsilon": "hyperconnections.epsilon",
+            "hash_layer_count": "n_hash_layers",
+        },
+    ),
+}
+
+# llama.cpp's architecture for DSpark drafts: the text model's fields, and the draft's own.
+DRAFT_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
+    *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
+    ("block_size", U32, None),
+    ("target_layers", ARRAY, I32),
+)
+DRAFT_DIALECT = Dialect("dflash", {**_LLAMA_CPP_KEYS, "block_size": "block_size", "target_layers": "target_layers"})
+
+# The architecture of vision towers, what the key values mean there, and what the file states beside config keys:
+# the tower's own epsilon, not the text model's, and how pixels are normalised where no file says otherwise.
+MMPROJ_ARCHITECTURE = "clip"
+MMPROJ_PROJECTOR = "deepseek4v"
+MMPROJ_EPSILON = 1e-6
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+# llama.cpp's program has no key for these and takes them as here.
+MMPROJ_FIXED = {"vision_max_n_token": 384, "vision_max_wh_ratio": 8}
+# image_size is only what a warm-up uses: so many patches wide, merged ones.
+WARM_UP_PATCHES = 16
+
+F32_MAX = (2 - 2**-23) * 2.0**127
+
+# generation_config.json key, GGUF key, type. A later row for the same GGUF key is a second spelling.
+SAMPLING_KEYS: tuple[tuple[str, str, GGUFValueType], ...] = (
+    ("sequence", "general.sampling.sequence", STRING),
+    ("top_k", "general.sampling.top_k", I32),
+    ("top_p", "general.sampling.top_p", F32),
+    ("min_p", "general.sampling.min_p", F32),
+    ("xtc_probability", "general.sampling.xtc_probability", F32),
+    ("xtc_threshold", "general.sampling.xtc_threshold", F32),
+    ("temperature", "general.sampling.temp", F32),
+    ("penalty_last_n", "general.sampling.penalty_last_n", I32),
+    ("penalty_repeat", "general.sampling.penalty_repeat", F32),
+    ("repetition_penalty", "general.sampling.penalty_repeat", F32),
+    ("mirostat", "general.sampling.mirostat", I32),
+    ("mirostat_tau", "general.sampling.mirostat_tau", F32),
+    ("mirostat_eta", "general.sampling.mirostat_eta", F32),
+)
+
+# Attribute of gguf.Metadata and the key it goes to; all of them texts.
+_AUTHORSHIP_KEYS: tuple[tuple[str, str], ...] = (
+    ("name", "general.name"),
+    ("author", "general.author"),
+    ("version", "general.version"),
+    ("organization", "general.organization"),
+    ("finetune", "general.finetune"),
+    ("basename", "general.basename"),
+    ("description", "general.description"),
+    ("quantized_by", "general.quantized_by"),
+    ("size_label", "general.size_label"),
+    ("license", "general.license"),
+    ("license_name", "general.license.name"),
+    ("license_link", "general.license.link"),
+    ("url", "general.url"),
+    ("doi", "general.doi"),
+    ("uuid", "general.uuid"),
+    ("repo_url", "general.repo_url"),
+    ("source_url", "general.source.url"),
+    ("source_doi", "general.source.doi"),
+    ("source_uuid", "general.source.uuid"),
+    ("source_repo_url", "general.source.repo_url"),
+)
+# The parts of a base model or data set, in the order in which they are written.
+_ORIGIN_PARTS = (
+    "name",
+    "author",
+    "version",
+    "organization",
+    "description",
+    "url",
+    "doi",
+    "uuid",
+    "repo_url",
+)
+
+
+def file_type(experts: str) -> int:
+    """Return ``general.file_type`` for routed experts of type ``experts`` ("mxfp4", "q8_0", ...).
+
+    Raises:
+        UnsupportedError: no file type for these experts.
+    """
+    return _file_type(experts)[0]
+
+
+def _file_type(experts: str) -> tuple[int, str]:
+    if experts not in FILE_TYPES:
+        raise UnsupportedError("no GGUF file type for these experts", expected="/".join(FILE_TYPES), got=experts)
+    return FILE_TYPES[experts]
+
+
+def count_parameters(tensors: Iterable[tuple[str, Sequence[int]]]) -> ParameterCounts:
+    """Count the elements of output tensors, given as (GGUF name, row-major shape).
+
+    Expert stacks are the tensors with ``_exps.`` in their name, [experts, ...] (llama.cpp's rule).
+    """
+    total = shared = expert = stacks = experts = 0
+    for name, shape in tensors:
+        size = prod(shape)
+        total += size
+        if "_exps." in name and len(shape) > 2:
+            expert += size // shape[0]
+            experts += shape[0]
+            stacks += 1
+        else:
+            shared += size
+    return ParameterCounts(total, shared, expert, experts // stacks if stacks else 0)
+
+
+def model_metadata(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    *,
+    counts: ParameterCounts,
+    file_type: int,
+    block_count: int,
+    chat_template: str | None,
+    mtp: bool = False,
+    name: str | None = None,
+    dialect: str = "llama.cpp",
+) -> list[KeyValue]:
+    """Return the key-values of a GGUF file, in order; those that say how a file is split are not among them.
+
+    ``block_count`` counts the draft layers of an MTP file too. ``name`` overrides the model's name.
+    ``chat_template`` is used unless the tokenizer's folder has one of its own.
+
+    Raises:
+        ConfigError: a value that the key's type cannot hold.
+    """
+    return [
+        *_head(DIALECTS[dialect].architecture, "model", config, card, counts, name),
+        *_model(_field_values(config, block_count, mtp), DIALECTS[dialect], MODEL_FIELDS),
+        KeyValue("general.file_type", U32, file_type),
+        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
+        *_vocabulary(tokenizer),
+        *_chat_templates(tokenizer, chat_template),
+    ]
+
+
+def dspark_metadata(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    *,
+    counts: ParameterCounts,
+    file_type: int,
+    chat_template: str | None,
+    name: str | None = None,
+) -> list[KeyValue]:
+    """Return the key-values of a DSpark draft's file; ``config`` has the draft's stages for layers.
+
+    Raises:
+        ConfigError: a ``dspark_*`` key is missing, or a value that the key's type cannot hold.
+    """
+    noise = _dspark_value(config, "dspark_noise_token_id", 0)
+    targets = config.raw.get("dspark_target_layer_ids")
+    if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
+        raise ConfigError("key dspark_target_layer_ids: missing or no list of layers", got=targets)
+    values = _field_values(config, config.num_hidden_layers, False) | {
+        "block_size": _dspark_value(config, "dspark_block_size", 1),
+        # The outputs of these layers, which are the inputs of the ones behind them.
+        "target_layers": [layer + 1 for layer in targets],
+    }
+    return [
+        *_head(DRAFT_DIALECT.architecture, "model", config, card, counts, name),
+        *_model(values, DRAFT_DIALECT, DRAFT_FIELDS),
+        KeyValue("general.file_type", U32, file_type),
+        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
+        *(entry for entry in _vocabulary(tokenizer) if entry.key != MASK_TOKEN_KEY),
+        KeyValue(MASK_TOKEN_KEY, U32, noise),
+        *_chat_templates(tokenizer, chat_template),
+    ]
+
+
+def _dspark_value(config: ModelConfig, key: str, least: int) -> int:
+    value = config.raw.get(key)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"key {key}: missing or no number", expected=f"{least} or more", got=value)
+    return value
+
+
+def mmproj_metadata(
+    config: ModelConfig,
+    card: ModelCard,
+    *,
+    counts: ParameterCounts,
+    file_type: int,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
+    name: str | None = None,
+) -> list[KeyValue]:
+    """Return the key-values of the vision tower's file.
+
+    Raises:
+        ConfigError: a ``vision_*`` key is missing or no number.
+        UnsupportedError: a value that llama.cpp takes for granted is another.
+    """
+    raw = config.raw
+    for key, fixed in MMPROJ_FIXED.items():
+        if raw.get(key) != fixed:
+            raise UnsupportedError(
+                f"key {key}: llama.cpp's vision code knows one value only", expected=fixed, got=raw.get(key)
+            )
+
+    def size(key: str) -> int:
+        value = raw.get(key)
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"key {key}: missing or no size", expected="a positive integer", got=value)
+        return value
+
+    patch, merge = size("vision_patch_size"), size("vision_downsample_ratio")
+    own = (
+        ("has_vision_encoder", BOOL, True),
+        ("vision.projection_dim", U32, config.hidden_size),
+        ("vision.image_size", U32, patch * merge * WARM_UP_PATCHES),
+        ("vision.patch_size", U32, patch),
+        ("vision.embedding_length", U32, size("vision_dim")),
+        ("vision.feed_forward_length", U32, size("vision_inter_dim")),
+        ("vision.block_count", U32, size("vision_n_layers")),
+        ("vision.attention.head_count", U32, size("vision_n_heads")),
+        ("vision.image_mean", ARRAY, list(image_mean)),
+        ("vision.image_std", ARRAY, list(image_std)),
+        ("projector_type", STRING, MMPROJ_PROJECTOR),
+        ("vision.attention.layer_norm_epsilon", F32, MMPROJ_EPSILON),
+        ("use_silu", BOOL, True),
+        ("vision.projector.scale_factor", U32, merge),
+        ("vision.image_min_pixels", U32, size("vision_min_pixels")),
+    )
+    return [
+        *_head(MMPROJ_ARCHITECTURE, "mmproj", config, card, counts, name),
+        KeyValue("general.file_type", U32, file_type),
+        *(
+            KeyValue(f"{MMPROJ_ARCHITECTURE}.{key}", kind, value, F32 if kind == ARRAY else None)
+            for key, kind, value in own
+        ),
+        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
+    ]
+
+
+def _head(
+    architecture: str, kind: str, config: ModelConfig, card: ModelCard, counts: ParameterCounts, name: str | None
+) -> list[KeyValue]:
+    return [
+        KeyValue("general.architecture", STRING, architecture),
+        KeyValue("general.type", STRING, kind),
+        *_sampling(card.generation),
+        *_authorship(_describe(config, card, counts, name)),
+    ]
+
+
+def default_output_name(
+    config: ModelConfig,
+    card: ModelCard,
+    counts: ParameterCounts,
+    *,
+    experts: str,
+    prefix: str = "",
+    name: str | None = None,
+) -> str:
+    """Return the file name of the GGUF naming convention, as llama.cpp's converter chooses it.
+
+    What belongs to a model is named after it, with a ``prefix`` and without its own size:
+    ``mtp-NAME-TYPE.gguf``. ``experts`` is the type of most parameters.
+
+    Raises:
+        UnsupportedError: no file type for these experts.
+    """
+    from gguf import naming_convention
+
+    about = _describe(config, card, counts, name)
+    stem = naming_convention(
+        about.name,
+        about.basename,
+        about.finetune,
+        about.version,
+        None if prefix else about.size_label,
+        _file_type(experts)[1],
+        None,
+    )
+    return f"{prefix}{stem}.gguf"
+
+
+def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, name: str | None) -> Any:
+    """Return a gguf.Metadata with what card, config and folder name tell about the model's identity."""
+    from gguf import Metadata, size_label
+
+    front_matter = {key: _as_texts(value) for key, value in card.front_matter.items()}
+    about = Metadata.apply_metadata_heuristic(
+        Metadata(), front_matter, dict(config.raw), PurePath(card.folder_name), counts.total
+    )
+    if name is not None:
+        about.name = name
+    if about.name is None:
+        about.name = card.folder_name
+    if about.size_label is None and counts.total > 0:
+        about.size_label = size_label(counts.total, counts.shared, counts.expert, counts.expert_count)
+    return about
+
+
+def _as_texts(value: object) -> object:
+    """Return YAML's scalars as the texts that the keys want: ``version: 4`` means "4".
+
+    YAML 1.1 reads the language code of Norwegian as False.
+    """
+    if isinstance(value, list):
+        return [_as_texts(item) for item in value]
+    if value is False:
+        return "no"
+    return value if value is None or isinstance(value, (str, dict)) else str(value)
+
+
+def _sampling(generation: Mapping[str, Any]) -> list[KeyValue]:
+    found: dict[str, KeyValue] = {}
+    for source, key, kind in SAMPLING_KEYS:
+        value = generation.get(source)
+        usable = isinstance(value, str) if kind == STRING else _is_number(value, kind)
+        if usable and key not in found:
+            found[key] = KeyValue(key, kind, int(value) if kind == I32 else value)  # type: ignore[arg-type]
+    return list(found.values())
+
+
+def _is_number(value: object, kind: GGUFValueType) -> bool:
+    """Return whether ``value`` is a number that a key of ``kind`` can hold."""
+    most = 2**31 - 1 if kind == I32 else F32_MAX
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= most
+
+
+def _authorship(about: Any) -> list[KeyValue]:
+    entries: list[KeyValue] = []
+    for attribute, key in _AUTHORSHIP_KEYS:
+        value = getattr(about, attribute)
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            entries.append(KeyValue(key, STRING, text))
+    entries += _origins(about.base_models, "general.base_model")
+    entries += _origins(about.datasets, "general.dataset")
+    for attribute in ("tags", "languages"):
+        values = getattr(about, attribute)
+        if values:
+            entries.append(KeyValue(f"general.{attribute}", ARRAY, [str(v) for v in values], STRING))
+    return entries
+
+
+def _origins(origins: Sequence[Mapping[str, Any]] | None, prefix: str) -> list[KeyValue]:
+    if origins is None:
+        return []
+    entries = [KeyValue(f"{prefix}.count", U32, len(origins))]
+    for i, origin in enumerate(origins):
+        for part in _ORIGIN_PARTS:
+            if origin.get(part) is not None:
+                entries.append(KeyValue(f"{prefix}.{i}.{part}", STRING, str(origin[part])))
+    return entries
+
+
+def _model(
+    values: Mapping[str, Any], dialect: Dialect, fields: Iterable[tuple[str, GGUFValueType, GGUFValueType | None]]
+) -> list[KeyValue]:
+    return [
+        KeyValue(f"{dialect.architecture}.{dialect.keys[field]}", kind, values[field], sub_type)
+        for field, kind, sub_type in fields
+        if field in values
+    ]
+
+
+def _field_values(config: ModelConfig, block_count: int, mtp: bool) -> dict[str, Any]:
+    gating = GATING_FUNCTIONS.get(config.scoring_func)
+    if gating is None:
+        raise ConfigError("key scoring_func: unknown", expected=" or ".join(GATING_FUNCTIONS), got=config.scoring_func)
+    clamps = [config.swiglu_limit] * block_count
+    values: dict[str, Any] = {
+        "block_count": block_count,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "embedding_length_out": config.hidden_size * config.hc_mult,
+        "vocab_size": config.vocab_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": KV_HEADS,
+        "rope_freq_base": config.rope_theta,
+        "rope_dimension_count": config.qk_rope_head_dim,
+        "layer_norm_rms_epsilon": config.rms_norm_eps,
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_gating_func": gating,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": config.norm_topk_prob,
+        "swiglu_clamp_exp": clamps,
+        "swiglu_clamp_shexp": clamps,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "q_lora_rank": config.q_lora_rank,
+        "output_lora_rank": config.o_lora_rank,
+        "output_group_count": config.o_groups,
+        "sliding_window": config.sliding_window,
+        "compress_ratios": list(config.compress_ratios),
+        "compress_rope_freq_base": config.compress_rope_theta,
+        "indexer_head_count": config.index_n_heads,
+        "indexer_key_length": config.index_head_dim,
+        "indexer_top_k": config.index_topk,
+        "hyper_connection_count": config.hc_mult,
+        "hyper_connection_sinkhorn_iterations": config.hc_sinkhorn_iters,
+        "hyper_connection_epsilon": config.hc_eps,
+        "hash_layer_count": config.num_hash_layers,
+    }
+    if config.yarn is not None:
+        values |= {
+            "rope_scaling_type": "yarn",
+            "rope_scaling_factor": config.yarn.factor,
+            "rope_scaling_original_context_length": config.yarn.original_max_position_embeddings,
+            "rope_scaling_yarn_beta_fast": config.yarn.beta_fast,
+            "rope_scaling_yarn_beta_slow": config.yarn.beta_slow,
+        }
+    if mtp:
+        values["nextn_predict_layers"] = config.num_nextn_predict_layers
+    return values
+
+
+# What the roles of special tokens are called in keys ("seperator" is how the key is spelled).
+_ROLE_KEYS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",
+    "pad": "padding",
+    "mask": "mask",
+}
+_ADDED_ROLES = ("bos", "eos", "sep")
+MASK_TOKEN_KEY = "tokenizer.ggml.mask_token_id"
+
+
+def _vocabulary(tokenizer: Tokenizer) -> list[KeyValue]:
+    entries = [
+        KeyValue("tokenizer.ggml.model", STRING, tokenizer.model),
+        KeyValue("tokenizer.ggml.pre", STRING, tokenizer.pre),
+        KeyValue("tokenizer.ggml.tokens", ARRAY, tokenizer.tokens, STRING),
+        KeyValue("tokenizer.ggml.token_type", ARRAY, tokenizer.token_types, I32),
+        KeyValue("tokenizer.ggml.merges", ARRAY, tokenizer.merges, STRING),
+    ]
+    for role, token_id in tokenizer.special_ids.items():
+        if role in _ROLE_KEYS:
+            entries.append(KeyValue(f"tokenizer.ggml.{_ROLE_KEYS[role]}_token_id", U32, token_id))
+    for role, add in tokenizer.add_special.items():
+        if role in _ADDED_ROLES:
+            entries.append(KeyValue(f"tokenizer.ggml.add_{role}_token", BOOL, add))
+    return entries
+
+
+def _chat_templates(tokenizer: Tokenizer, chat_template: str | None) -> list[KeyValue]:
+    templates = dict(tokenizer.chat_templates)
+    main = templates.pop("default", chat_template)
+    named = {"".join(c if c.isascii() and c.isalnum() else "_" for c in n): t for n, t in templates.items()}
+    entries = [KeyValue(f"tokenizer.chat_template.{n}", STRING, t) for n, t in named.items()]
+    if named:
+        entries.append(KeyValue("tokenizer.chat_templates", ARRAY, list(named), STRING))
+    if main is not None:
+        entries.append(KeyValue("tokenizer.chat_template", STRING, main))
+    return entries
+
+
+
+
+
+
+
+

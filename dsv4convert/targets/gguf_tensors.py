@@ -1,0 +1,440 @@
+"""The GGUF layout: which tensors a file for llama.cpp holds, in which types, at which offsets."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.weights import Encoding, Weight
+from ..containers.gguf_write import I32 as GGUF_I32
+from ..containers.gguf_write import U16 as GGUF_U16
+from ..containers.gguf_write import KeyValue, encode_key_values
+from ..errors import UsageError
+from ..model.config import ModelConfig
+from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
+from ..plan import BESIDE, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from .claims import Claims
+from .gguf_metadata import ParameterCounts, count_parameters
+from .segments import (
+    BF16,
+    F16,
+    F32,
+    I32,
+    MXFP4,
+    Q8_0,
+    ElementType,
+    codec_segment,
+    convert_segments,
+    matrix_shape,
+    stack_segments,
+)
+
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32
+
+# ggml's type numbers.
+GGML_TYPE = {"f32": 0, "f16": 1, "q8_0": 8, "i32": 26, "bf16": 30, "mxfp4": 39}
+ELEMENT_TYPES = {t.name: t for t in (F32, F16, BF16, I32, Q8_0, MXFP4)}
+
+DENSE_TYPES = ("q8_0", "bf16", "f16", "f32")
+EXPERT_TYPES = ("mxfp4", "q8_0", "bf16", "f16", "f32")
+
+# The row whose output rows are grouped, [G * o_lora, heads * d / G].
+WO_A_SHAPE = ("G*o_lora", "Hd/G")
+
+# The row that becomes a convolution [width, channels, side, side], always F32.
+PATCH_SHAPE = ("vd", "3pp")
+IMAGE_CHANNELS = 3
+MATRIX_DIMENSIONS = 2
+
+# What an MTP file takes from the trunk.
+SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
+
+SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
+
+
+@dataclass(frozen=True)
+class TensorDialect:
+    """How one family of readers wants the file: names, architecture, types and what becomes of MTP.
+
+    ``default_dense`` and ``default_experts`` give the output type by the source's encoding.
+    """
+
+    name: str
+    architecture: str
+    name_of: Callable[[Row], str | None]
+    default_dense: Mapping[Encoding, ElementType]
+    default_experts: Mapping[Encoding, ElementType]
+    mtp_inline: bool
+    grouped_wo_a: bool
+
+
+_PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
+DIALECTS = {
+    "llama.cpp": TensorDialect(
+        name="llama.cpp",
+        architecture="deepseek4",
+        name_of=lambda row: row.gguf,
+        default_dense={**_PLAIN_TYPES, Encoding.FP8: Q8_0},
+        default_experts={**_PLAIN_TYPES, Encoding.FP4: MXFP4, Encoding.FP8: Q8_0},
+        mtp_inline=False,
+        grouped_wo_a=False,
+    ),
+    "deepseek-v4": TensorDialect(
+        name="deepseek-v4",
+        architecture="deepseek-v4",
+        name_of=lambda row: row.port,
+        default_dense={**_PLAIN_TYPES, Encoding.FP8: BF16},
+        default_experts={**_PLAIN_TYPES, Encoding.FP4: BF16, Encoding.FP8: BF16},
+        mtp_inline=True,
+        grouped_wo_a=True,
+    ),
+}
+
+
+# DSpark's draft stages in llama.cpp's own architecture for such drafts, whose routers know no images.
+DFLASH = TensorDialect(
+    name="dflash",
+    architecture="dflash",
+    name_of=lambda row: None if row.when is When.VISION else row.gguf,
+    default_dense=DIALECTS["llama.cpp"].default_dense,
+    default_experts=DIALECTS["llama.cpp"].default_experts,
+    mtp_inline=False,
+    grouped_wo_a=False,
+)
+
+# What becomes of a part beside the text model: not written, the only thing written, a file of its own
+# beside the text model, blocks of the text model.
+DROP, ONLY, SPLIT, KEEP = "drop", "only", "split", "keep"
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """The choices that decide a GGUF's bytes; None takes the dialect's default.
+
+    ``draft`` (drop, only, split, keep) is for MTP layers and DSpark stages, ``mmproj`` (drop, only,
+    split) for the vision tower.
+    """
+
+    dense: str | None = None
+    experts: str | None = None
+    draft: str | None = None
+    mmproj: str | None = None
+    layers: tuple[int, int] | None = None
+    dialect: str = "llama.cpp"
+    split_max_bytes: int | None = None
+
+
+class Kind(str, Enum):
+    """What a GGUF of its own holds."""
+
+    TEXT = "text model"
+    MTP = "MTP layer"
+    DSPARK = "DSpark draft"
+    MMPROJ = "vision tower"
+
+
+# Prefixes of file names by which llama.cpp's programs find what belongs to a model.
+FILE_PREFIX = {Kind.TEXT: "", Kind.MTP: "mtp-", Kind.DSPARK: "dspark-", Kind.MMPROJ: "mmproj-"}
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of a GGUF before it has a place."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: ElementType
+    segments: Sequence[Segment]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the tensor's bytes."""
+        return total_bytes(self.segments)
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """One GGUF model (which may be split over files): its tensors and the config that its metadata states.
+
+    ``main_type`` is the type of most of its parameters: that of the routed experts, or of the tower's matrices.
+    """
+
+    kind: Kind
+    config: ModelConfig
+    block_count: int
+    tensors: tuple[TensorSpec, ...]
+    main_type: str
+
+    def parameters(self) -> ParameterCounts:
+        """Return the parameter counts that size labels are made of."""
+        return count_parameters((tensor.name, tensor.shape) for tensor in self.tensors)
+
+
+def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[GgufModel], tuple[Dropped, ...]]:
+    """Return the GGUF models that ``options`` ask for, and what they leave out.
+
+    Raises:
+        UsageError: options that do not go together, or a type that the dialect lacks.
+        InventoryError: a shape that the asked type cannot hold, or a weight nobody claims.
+    """
+    dialect = DIALECTS[options.dialect]
+    weights = list(checkpoint.weights.values())
+    drafts = [w for w in weights if w.is_draft]
+    tower = [w for w in weights if is_vision_name(w.name)]
+    trunk = [w for w in weights if not w.is_draft and not is_vision_name(w.name)]
+    draft_mode = _draft_mode(checkpoint, options, dialect)
+    tower_mode = _tower_mode(checkpoint, options, dialect, bool(tower))
+    has_text = ONLY not in (draft_mode, tower_mode)
+    first, last = options.layers or (0, checkpoint.config.num_hidden_layers - 1)
+    config = checkpoint.config if options.layers is None else checkpoint.config.sliced(first, last)
+    claims = Claims(checkpoint)
+    types = _Types(dialect, options, config.o_groups)
+    outside = [w for w in trunk if w.layer is not None and not first <= w.layer <= last]
+    trunk = [w for w in trunk if w.layer is None or first <= w.layer <= last]
+    claims.drop("layers outside the slice", f"--layers {first}-{last}", outside)
+
+    models: list[GgufModel] = []
+    if has_text:
+        tensors = _block_tensors(trunk, types, claims, shift=-first)
+        block_count = config.num_hidden_layers
+        if draft_mode == KEEP:
+            tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
+            block_count += checkpoint.n_draft
+        models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), types.experts_name(trunk)))
+    if draft_mode in (ONLY, SPLIT):
+        if checkpoint.draft is Draft.DSPARK:
+            models.append(_dspark_model(checkpoint, drafts, options, claims))
+        else:
+            shared = [w for w in trunk if w.name in SHARED_WITH_MTP]
+            # The trunk's own file has claimed them where there is one.
+            tensors = _block_tensors(shared, types, None if has_text else claims, shift=0)
+            tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
+            block_count = config.num_hidden_layers + checkpoint.n_draft
+            models.append(GgufModel(Kind.MTP, config, block_count, tuple(tensors), types.experts_name(drafts)))
+            trunk = [w for w in trunk if w.name not in SHARED_WITH_MTP]
+    if tower_mode in (ONLY, SPLIT):
+        tensors = _tower_tensors(tower, types, claims)
+        main = next(tensor.type.name for tensor in tensors if len(tensor.shape) == MATRIX_DIMENSIONS)
+        models.append(GgufModel(Kind.MMPROJ, config, config.raw["vision_n_layers"], tuple(tensors), main))
+    if not has_text:
+        claims.drop("the text model", "--draft only" if draft_mode == ONLY else "--mmproj only", trunk)
+    if draft_mode == DROP:
+        layers = f"{checkpoint.n_draft} draft layer{'s' if checkpoint.n_draft > 1 else ''}"
+        claims.drop(f"mtp.* ({layers})", _drop_reason("--draft", options.draft, dialect), drafts)
+    if tower_mode == DROP:
+        claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
+    return models, claims.close()
+
+
+def _dspark_model(checkpoint: Checkpoint, drafts: list[Weight], options: GgufOptions, claims: Claims) -> GgufModel:
+    """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
+    stages = checkpoint.n_draft
+    config = replace(
+        checkpoint.config, num_hidden_layers=stages, num_hash_layers=0, compress_ratios=(0,) * stages
+    )
+    types = _Types(DFLASH, options, config.o_groups)
+    tensors = _block_tensors(drafts, types, claims, shift=0)
+    return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), types.experts_name(drafts))
+
+
+def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
+    if asked is not None or dialect.mtp_inline:
+        return f"{option} drop"
+    return f"{option} drop (the default); {option} split writes it beside the model"
+
+
+def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
+    mode = options.draft or (KEEP if dialect.mtp_inline else DROP)
+    allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP, ONLY, SPLIT)
+    if mode not in allowed:
+        raise UsageError(f"--draft {mode} is not for dialect {dialect.name}", expected=" or ".join(allowed))
+    if options.layers is not None and mode != DROP:
+        if options.draft is None:
+            return DROP
+        raise UsageError(f"--draft {mode} does not go with --layers", hint="a slice has no draft")
+    if mode in (ONLY, SPLIT) and checkpoint.draft is Draft.NONE:
+        raise UsageError(f"--draft {mode}: the checkpoint has no draft", where=checkpoint.folder)
+    if mode == KEEP and checkpoint.draft is not Draft.MTP:
+        return DROP
+    return mode
+
+
+def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect, has_tower: bool) -> str:
+    mode = options.mmproj or DROP
+    if mode not in (DROP, ONLY, SPLIT):
+        raise UsageError("--mmproj: unknown", expected=f"{DROP}, {ONLY} or {SPLIT}", got=mode)
+    if mode == DROP:
+        return mode
+    if dialect.mtp_inline:
+        raise UsageError(f"--mmproj {mode} is not for dialect {dialect.name}", expected=DROP)
+    if not has_tower:
+        raise UsageError(f"--mmproj {mode}: the checkpoint has no vision tower", where=checkpoint.folder)
+    return mode
+
+
+class _Types:
+    """Which element type a weight gets: the precision rules."""
+
+    def __init__(self, dialect: TensorDialect, options: GgufOptions, o_groups: int) -> None:
+        self.dialect = dialect
+        self._o_groups = o_groups
+        self._dense = ELEMENT_TYPES[options.dense] if options.dense else None
+        self._experts = ELEMENT_TYPES[options.experts] if options.experts else None
+
+    def of(self, weight: Weight) -> ElementType:
+        store = weight.row.store
+        if store is Store.EXPERT:
+            return self._experts or self.dialect.default_experts[weight.encoding]
+        if store is Store.TABLE:
+            return I32
+        # Norms, sinks, biases and everything of the hyper-connections keep full precision, always.
+        if store is Store.F32 or len(weight.shape) == 1:
+            return F32
+        if store is Store.DENSE:
+            return self._dense or self.dialect.default_dense[weight.encoding]
+        # Embedding, head, router, compressors and the vision tower are stored in BF16: q8_0 and bf16 leave them so.
+        if self._dense in (F16, F32):
+            return self._dense
+        return F32 if weight.encoding is Encoding.F32 else ELEMENT_TYPES[weight.encoding.value]
+
+    def shape_of(self, weight: Weight) -> tuple[int, ...]:
+        """Return the shape under which a weight is listed: wo_a by output group where the dialect wants it."""
+        if self.dialect.grouped_wo_a and weight.row.shape == WO_A_SHAPE:
+            rows, columns = weight.shape
+            return self._o_groups, rows // self._o_groups, columns
+        return weight.shape
+
+    def _name(self, weights: Iterable[Weight], store: Store) -> str:
+        return next((self.of(weight).name for weight in weights if weight.row.store is store), "")
+
+    def experts_name(self, weights: Iterable[Weight]) -> str:
+        """Return the type of the routed experts among ``weights``."""
+        return self._name(weights, Store.EXPERT)
+
+
+def _block_tensors(
+    weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int
+) -> list[TensorSpec]:
+    """Return the tensors of ``weights``: blocks renumbered by ``shift``, experts stacked, e_proj and h_proj joined."""
+    specs: list[TensorSpec] = []
+    groups: dict[str, list[Weight]] = {}
+    unnamed: list[Weight] = []
+    for weight in weights:
+        name = types.dialect.name_of(weight.row)
+        if name is None:
+            unnamed.append(weight)
+            continue
+        name = gguf_name(name, None if weight.layer is None else weight.layer + shift)
+        groups.setdefault(name, []).append(weight if claims is None else claims.take(weight))
+    if claims is not None:
+        for row in dict.fromkeys(weight.row for weight in unnamed):
+            reason = LEFT_OUT_REASONS.get(row.when, f"not part of the {types.dialect.name} layout")
+            claims.drop(row.name, reason, [weight for weight in unnamed if weight.row == row])
+    for name, group in groups.items():
+        to = types.of(group[0])
+        if group[0].expert is not None:
+            specs.append(TensorSpec(name, (len(group), *group[0].shape), to, stack_segments(group, to)))
+        elif len(group) > 1:
+            specs.append(_joined(name, group, to))
+        else:
+            weight = group[0]
+            shape = types.shape_of(weight)
+            specs.append(TensorSpec(name, shape, to, convert_segments(weight, to)))
+    return specs
+
+
+def _tower_tensors(weights: Sequence[Weight], types: _Types, claims: Claims) -> list[TensorSpec]:
+    """Return the vision tower's tensors: rows with two names are halved among them, patches become a convolution."""
+    specs: list[TensorSpec] = []
+    for weight in weights:
+        claims.take(weight)
+        names = (weight.row.gguf or "").split()
+        rows, columns = matrix_shape(weight.shape)
+        share = rows // len(names)
+        shape: tuple[int, ...] = weight.shape if len(weight.shape) == 1 else (share, columns)
+        to = types.of(weight)
+        if weight.row.shape == PATCH_SHAPE:
+            side = math.isqrt(columns // IMAGE_CHANNELS)
+            shape, to = (rows, IMAGE_CHANNELS, side, side), F32
+        for number, name in enumerate(names):
+            full = name if weight.layer is None else f"v.blk.{weight.layer}.{name}"
+            specs.append(TensorSpec(full, shape, to, convert_segments(weight, to, number * share, share)))
+    return specs
+
+
+def _joined(name: str, group: list[Weight], to: ElementType) -> TensorSpec:
+    """Return two weights joined along their input, the first one's columns first."""
+    left, right = (codec_segment(weight, to) for weight in group)
+    rows, columns = matrix_shape(group[0].shape)
+    segment = Segment(
+        BESIDE,
+        left.operands + right.operands,
+        rows,
+        left.row_bytes + right.row_bytes,
+        (left.row_bytes, left.codec, left.args, right.codec, right.args),
+    )
+    return TensorSpec(name, (rows, 2 * columns), to, (segment,))
+
+
+def gguf_files(
+    tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue], stem: str, split_max_bytes: int | None
+) -> list[OutputFile]:
+    """Return the files of a model: one, or splits of at most ``split_max_bytes`` of tensors each.
+
+    The metadata goes into the first split; every split carries ``split.no``, ``split.count`` and
+    ``split.tensors.count``. A tensor larger than the limit gets a split of its own.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if split_max_bytes is not None and groups[-1] and size + tensor.nbytes > split_max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return [_gguf_file(f"{stem}.gguf", groups[0], metadata)]
+    files = []
+    for number, group in enumerate(groups):
+        split = [
+            KeyValue("split.no", GGUF_U16, number),
+            KeyValue("split.count", GGUF_U16, len(groups)),
+            KeyValue("split.tensors.count", GGUF_I32, len(tensors)),
+        ]
+        name = SPLIT_NAME.format(stem=stem, number=number + 1, count=len(groups))
+        files.append(_gguf_file(name, group, [*metadata, *split] if number == 0 else split))
+    return files
+
+
+def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue]) -> OutputFile:
+    placed = list(
+        place(
+            [OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors],
+            0,
+            ALIGNMENT,
+        )
+    )
+    infos = b"".join(_tensor_info(tensor) for tensor in placed)
+    keys = encode_key_values(list(metadata))
+    head = MAGIC + struct.pack("<IQQ", VERSION, len(placed), len(metadata)) + keys + infos
+    start = align_up(len(head), ALIGNMENT)
+    moved = tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed)
+    end = align_up(moved[-1].offset + moved[-1].nbytes, ALIGNMENT) if moved else start
+    return OutputFile(name, head.ljust(start, b"\0"), moved, end)
+
+
+def _tensor_info(tensor: OutputTensor) -> bytes:
+    """Return the entry of a tensor in the header: name, dimensions fastest first, type, offset in the data."""
+    name = tensor.name.encode()
+    dims = tuple(reversed(tensor.shape)) or (1,)
+    return (
+        struct.pack("<Q", len(name))
+        + name
+        + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPE[tensor.dtype], tensor.offset)
+    )

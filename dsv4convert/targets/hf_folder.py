@@ -1,0 +1,200 @@
+"""The Hugging Face layout: folders without scales, in BF16, F16 or F32, and folders with FP8 experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from ..checkpoint.weights import Encoding, Weight
+from ..containers.safetensors import Stored
+from ..errors import InventoryError
+from ..model.config import CONFIG_NAME
+from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
+from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Segment, total_bytes
+from .claims import Claims
+from .fp8_segments import fp4_to_fp8_segments, fp8_scale_shape
+from .safetensors_files import safetensors_file, safetensors_index, whole_file
+from .segments import BF16, F16, F32, I32, I64, ElementType, shared, stack_segments
+
+DTYPES = {t.name: t for t in (BF16, F16, F32)}
+NAMES = ("official", "transformers")
+
+# The names that config.json and safetensors have for an element type.
+CONFIG_DTYPE = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+SAFETENSORS_DTYPE = {"bf16": "BF16", "f16": "F16", "f32": "F32", "i32": "I32", "i64": "I64"}
+
+# What stays as it is whatever the output's dtype: hyper-connections, sinks, biases and routing tables.
+UNTOUCHED = {Encoding.F32: F32, Encoding.I64: I64, Encoding.I32: I32}
+
+NUMBERED_NAME = "model-{number:05d}-of-{count:05d}.safetensors"
+DEFAULT_MAX_FILE_BYTES = 5 * 10**9
+
+# Upper bounds of what a safetensors header takes, and what a tensor's entry takes in it beside its name.
+HEADER_BYTES = 128
+HEADER_ENTRY_BYTES = 160
+
+# Keys of config.json that speak of quantized weights.
+QUANTIZATION_KEYS = ("quantization_config", "expert_dtype")
+EXPERT_DTYPE_KEY = "expert_dtype"
+DTYPE_KEYS = ("torch_dtype", "dtype")  # what transformers called it up to 4.55, and since
+
+# Keys that speak of a vision tower, for which transformers' DeepseekV4 has no modules.
+VISION_KEY_PREFIX = "vision_"
+
+# How many kinds of tensors a summary names of those that were left out.
+MAX_NAMED = 4
+
+
+def dequantized_tensors(
+    checkpoint: Checkpoint, dtype: str, names: str
+) -> tuple[list[OutputTensor], tuple[Dropped, ...], tuple[str, ...]]:
+    """Return the tensors of ``checkpoint`` without scales, what they leave out, and notes.
+
+    ``dtype`` (bf16, f16, f32) is that of all weights but F32 and integer ones, which stay as they are.
+    ``names`` is official, or transformers with the experts of a layer stacked. Drains ``checkpoint``.
+
+    Raises:
+        InventoryError: experts of one stack that differ in their dtype.
+    """
+    to = DTYPES[dtype]
+    claims = Claims(checkpoint)
+    if names == "official":
+        tensors = [_dequantized(weight.name, [claims.take(weight)], to) for weight in checkpoint.drain()]
+        return tensors, claims.close(), ()
+    groups: dict[str, list[Weight]] = {}
+    nameless: list[Weight] = []
+    for weight in checkpoint.drain():
+        name = _transformers_name(weight)
+        if name is None:
+            nameless.append(weight)
+        else:
+            groups.setdefault(name, []).append(claims.take(weight))
+    kinds = list(dict.fromkeys(weight.row.name for weight in nameless))
+    left_out = ", ".join(kinds[:MAX_NAMED] + ["…"] * (len(kinds) > MAX_NAMED))
+    claims.drop(left_out, "transformers' DeepseekV4 has no such module", nameless)
+    note = ("mtp.* keeps its official names: transformers has no draft and skips these names",)
+    tensors = [_dequantized(name, groups.pop(name), to) for name in list(groups)]
+    return tensors, claims.close(), note if checkpoint.n_draft else ()
+
+
+def _transformers_name(weight: Weight) -> str | None:
+    """Return the module path of a weight in transformers, None where it has none.
+
+    Draft layers have none either, but transformers skips whatever is called ``mtp.*``, so they can stay; what
+    only a vision model has goes from them too.
+    """
+    if weight.is_draft:
+        return None if weight.row.when is When.VISION else weight.name
+    name = weight.row.transformers
+    if name is None or weight.layer is None:
+        return name
+    return MODEL_PREFIX + weight.prefix + name
+
+
+def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputTensor:
+    """Return one weight, or the experts of a layer stacked: [E, out, in], each w1 above its w3."""
+    first = group[0]
+    element = UNTOUCHED.get(first.encoding, to)
+    for weight in group:
+        if UNTOUCHED.get(weight.encoding, to) != element:
+            raise InventoryError(
+                f"tensor {weight.name}: cannot be stacked with {first.name}, its dtype differs",
+                where=weight.stored.file,
+                expected=element.name,
+                got=UNTOUCHED.get(weight.encoding, to).name,
+                hint="use --names official",
+            )
+    segments = stack_segments(group, element)
+    shape = first.shape
+    if name != first.name and first.expert is not None:
+        experts = len({weight.expert for weight in group})
+        shape = (experts, len(group) // experts * shape[0], shape[1])
+    return _tensor(name, SAFETENSORS_DTYPE[element.name], shape, segments)
+
+
+def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
+    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in 128x128 blocks, all else as it is.
+
+    Drains ``checkpoint``.
+    """
+    claims = Claims(checkpoint)
+    tensors: list[OutputTensor] = []
+    for weight in checkpoint.drain():
+        claims.take(weight)
+        if is_fp4_expert(weight):
+            tensors += _fp8_pair(weight)
+            continue
+        tensors.append(_verbatim(weight.name, weight.stored))
+        if weight.scale is not None:
+            tensors.append(_verbatim(scale_name(weight.name), weight.scale))
+    return tensors, claims.close()
+
+
+def is_fp4_expert(weight: Weight) -> bool:
+    """Return whether ``repack`` converts the weight."""
+    return weight.row.store is Store.EXPERT and weight.encoding is Encoding.FP4
+
+
+def _verbatim(name: str, stored: Stored) -> OutputTensor:
+    segments = CopySegments(stored.file, stored.offset, stored.nbytes)
+    return _tensor(name, stored.dtype, stored.shape, segments)
+
+
+def _fp8_pair(weight: Weight) -> tuple[OutputTensor, OutputTensor]:
+    """Return the e4m3 codes and the e8m0 scales of a packed FP4 weight."""
+    codes, scales = fp4_to_fp8_segments(weight)
+    return (
+        _tensor(weight.name, "F8_E4M3", weight.shape, codes),
+        _tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape), scales),
+    )
+
+
+def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> list[OutputFile]:
+    """Return the safetensors files of a folder, numbered and with an index where there is more than one.
+
+    A file has at most ``max_file_bytes``, header included; a tensor larger than that gets its own file.
+    """
+    groups: list[list[OutputTensor]] = [[]]
+    size = HEADER_BYTES
+    for tensor in tensors:
+        cost = tensor.nbytes + len(tensor.name) + HEADER_ENTRY_BYTES
+        if groups[-1] and size + cost > max_file_bytes:
+            groups.append([])
+            size = HEADER_BYTES
+        groups[-1].append(tensor)
+        size += cost
+    if len(groups) == 1:
+        return [safetensors_file(SINGLE_NAME, groups[0])]
+    names = [NUMBERED_NAME.format(number=number, count=len(groups)) for number in range(1, len(groups) + 1)]
+    files = [safetensors_file(name, group) for name, group in zip(names, groups, strict=True)]
+    return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
+
+
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
+    """Return a tensor that has no place in a file yet."""
+    nbytes = shared(total_bytes(segments))
+    return OutputTensor(name, dtype, shape, 0, nbytes, segments)
+
+
+def _json_bytes(document: Mapping[str, Any]) -> bytes:
+    """Return a JSON document the way the published folders hold it."""
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def dequantized_config(raw: Mapping[str, Any], dtype: str, names: str) -> OutputFile:
+    """Return config.json of a folder without scales; transformers' names leave out what it has no modules for."""
+    config = {key: value for key, value in raw.items() if key not in (*QUANTIZATION_KEYS, *DTYPE_KEYS)}
+    if names == "transformers":
+        config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
+    return whole_file(CONFIG_NAME, _json_bytes(config | dict.fromkeys(DTYPE_KEYS, CONFIG_DTYPE[dtype])))
+
+
+def repacked_config(raw: Mapping[str, Any]) -> OutputFile:
+    """Return config.json of a folder with FP8 experts."""
+    config = {**raw, EXPERT_DTYPE_KEY: "fp8"}
+    quantization = raw.get("quantization_config")
+    if isinstance(quantization, dict) and EXPERT_DTYPE_KEY in quantization:
+        config["quantization_config"] = {**quantization, EXPERT_DTYPE_KEY: "fp8"}
+    return whole_file(CONFIG_NAME, _json_bytes(config))

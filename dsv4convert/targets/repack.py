@@ -1,0 +1,85 @@
+"""``repack``: a checkpoint folder to one with FP8 experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import open_folder
+from ..engine.conversion import Summary, execute
+from ..errors import UnsupportedError
+from ..plan import Plan
+from .companions import auxiliary_files, check_apart
+from .dequantize import _one_of
+from .fp8_segments import FP4_TO_FP8
+from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
+
+REPACK = "repack"
+EXPERT_DTYPES = ("fp8",)
+
+
+@dataclass(frozen=True)
+class RepackSummary(Summary):
+    """A ``Summary`` with how many elements of the routed experts there are, and how many changed."""
+
+    expert_elements: int
+    changed_elements: int
+
+
+def plan_repack(
+    source: Path, out: Path, *, experts: str = "fp8", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES
+) -> Plan:
+    """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
+
+    Raises:
+        UsageError: an unknown ``experts``, or folders that overlap.
+        UnsupportedError: the experts are not FP4.
+        Dsv4Error: whatever is wrong with the source.
+    """
+    _one_of("--experts", experts, EXPERT_DTYPES)
+    checkpoint = open_folder(source)
+    out = check_apart(checkpoint.folder, checkpoint.files, out)
+    if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
+        held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
+        raise UnsupportedError(
+            "no packed FP4 experts to repack",
+            where=source,
+            expected="fp4",
+            got=", ".join(sorted(held)),
+            hint="dequantize makes BF16 of any checkpoint",
+        )
+    config, source_bytes, notes = checkpoint.config.raw, checkpoint.nbytes, checkpoint.notes
+    tensors, dropped = repacked_tensors(checkpoint)
+    return Plan(
+        target=REPACK,
+        source=source,
+        destination=out,
+        is_folder=True,
+        files=(
+            *hf_files(tensors, max_file_bytes),
+            repacked_config(config),
+            *auxiliary_files(source),
+        ),
+        dropped=dropped,
+        options={"experts": experts, "max_file_bytes": max_file_bytes},
+        source_bytes=source_bytes,
+        notes=notes,
+    )
+
+
+def execute_repack(plan: Plan, **options: Any) -> RepackSummary:
+    """Carry out a plan of ``plan_repack``; ``options`` are those of ``execute``."""
+    summary = execute(plan, **options)
+    elements = sum(
+        math.prod(tensor.shape)
+        for file in plan.files
+        for tensor in file.tensors
+        if any(segment.codec == FP4_TO_FP8 for segment in tensor.segments)
+    )
+    changed = summary.report.tally.changed
+    share = "lossless" if not changed else f"{changed / elements:.2g} of them"
+    verdict = f"{changed} of {elements} elements of the experts changed ({share})"
+    fields = {**summary.__dict__, "notes": (*summary.notes, verdict)}
+    return RepackSummary(**fields, expert_elements=elements, changed_elements=changed)

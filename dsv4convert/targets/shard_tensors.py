@@ -1,0 +1,315 @@
+"""The model-parallel layout: a checkpoint becomes one safetensors file per rank, and the files one checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
+from ..checkpoint.weights import Encoding, Weight
+from ..containers.safetensors import Stored
+from ..errors import UsageError
+from ..model.config import CONFIG_NAME
+from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, shard_name
+from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
+from ..plan import (
+    COPY,
+    COPY_SEGMENT_BYTES,
+    CopySegments,
+    Dropped,
+    Operand,
+    OutputFile,
+    OutputTensor,
+    Segment,
+    total_bytes,
+)
+from .claims import Claims
+from .fp8_segments import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
+from .safetensors_files import safetensors_file
+from .segments import BF16, codec_segment
+
+# Codecs of the engine: a range of bytes of every row; rows side by side; bytes that all operands hold.
+COLUMNS = "columns"
+SIDE_BY_SIDE = "side_by_side"
+ALIKE = "alike"
+
+EXPERT_DTYPES = ("fp4", "fp8")
+MTP_MODES = ("keep", "drop")
+WO_A_DTYPES = ("bf16", "fp8")
+
+DTYPES = {Encoding.FP4: "F4", Encoding.FP8: "F8_E4M3"}
+E8M0 = "F8_E8M0"
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """What decides the bytes of shards.
+
+    ``ranks`` are those to write, None for all. ``expert_dtype`` None keeps the experts as they are.
+    ``mtp`` "drop" leaves the draft layers out.
+    """
+
+    mp: int
+    ranks: tuple[int, ...] | None = None
+    expert_dtype: str | None = None
+    mtp: str = "keep"
+
+
+@dataclass(frozen=True)
+class ShardCosts:
+    """What model parallelism costs: bytes of the written ranks, and of what every rank holds whole.
+
+    ``replicated`` gives the bytes on one rank by kind of tensor, largest first.
+    """
+
+    mp: int
+    rank_bytes: Mapping[int, int]
+    replicated: Mapping[str, int]
+    source_bytes: int
+
+    @property
+    def replicated_bytes(self) -> int:
+        """Return the bytes that every rank holds whole, on one rank."""
+        return sum(self.replicated.values())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Return the bytes that all ranks together hold because of that, beside the first copy."""
+        return self.replicated_bytes * (self.mp - 1)
+
+
+def shard_files(
+    checkpoint: Checkpoint, options: ShardOptions
+) -> tuple[tuple[OutputFile, ...], tuple[Dropped, ...], ShardCosts]:
+    """Return the files of the chosen ranks, what they leave out, and what they cost. Drains ``checkpoint``.
+
+    Raises:
+        UsageError: ranks that cannot share the model or are out of range, or an expert dtype that the
+            checkpoint cannot have; names the config key and the numbers.
+    """
+    mp = options.mp
+    check_divides(checkpoint.config, mp, checkpoint.folder / CONFIG_NAME)
+    ranks = _chosen_ranks(options)
+    _check_options(checkpoint, options)
+    claims = Claims(checkpoint)
+    source_bytes = checkpoint.nbytes
+    replicated: Counter[str] = Counter()
+    tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
+    draft: list[Weight] = []
+    for weight in checkpoint.drain():
+        if weight.is_draft and options.mtp == "drop":
+            draft.append(weight)
+            continue
+        claims.take(weight)
+        _check_split(weight, mp)
+        if weight.row.split is Split.COPY:
+            copied = list(_rank_tensors(weight, 0, options))
+            for rank in ranks:
+                tensors[rank] += copied
+            kind = ".".join(weight.row.name.removesuffix(".weight").split(".")[:2])
+            replicated[kind] += sum(tensor.nbytes for tensor in copied)
+            continue
+        holders: Sequence[int] = ranks
+        if weight.expert is not None and weight.row.split is Split.EXPERT:
+            holder = expert_rank(weight.expert, checkpoint.config.n_routed_experts, mp)
+            holders = [holder] if holder in tensors else []
+        for rank in holders:
+            tensors[rank] += _rank_tensors(weight, rank, options)
+    claims.drop("mtp.*", "--mtp drop", draft)
+    # Popped, so that the tensors without offsets go as those with offsets come.
+    files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
+    costs = ShardCosts(
+        mp,
+        {rank: file.nbytes for rank, file in zip(ranks, files, strict=True)},
+        dict(replicated.most_common()),
+        source_bytes,
+    )
+    return files, claims.close(), costs
+
+
+def _chosen_ranks(options: ShardOptions) -> tuple[int, ...]:
+    if options.ranks is None:
+        return tuple(range(options.mp))
+    for rank in options.ranks:
+        if not 0 <= rank < options.mp:
+            raise UsageError(
+                f"--rank {rank}: out of range", expected=f"0 to {options.mp - 1} with --mp {options.mp}", got=rank
+            )
+    return tuple(sorted(set(options.ranks)))
+
+
+def _check_options(checkpoint: Checkpoint, options: ShardOptions) -> None:
+    for option, value, known in (
+        ("--expert-dtype", options.expert_dtype, EXPERT_DTYPES),
+        ("--mtp", options.mtp, MTP_MODES),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
+    if options.expert_dtype is None:
+        return
+    for weight in checkpoint.weights.values():
+        if weight.row.store is not Store.EXPERT or weight.encoding.value == options.expert_dtype:
+            continue
+        if (weight.encoding, options.expert_dtype) != (Encoding.FP4, "fp8"):
+            raise UsageError(
+                f"--expert-dtype {options.expert_dtype}: cannot be made without rounding",
+                where=weight.stored.file,
+                expected=f"{options.expert_dtype} experts" + (" or fp4" if options.expert_dtype == "fp8" else ""),
+                got=f"{weight.encoding.value} in {weight.name}",
+                hint="leave the option out to keep the experts as they are",
+            )
+
+
+def _check_split(weight: Weight, mp: int) -> None:
+    """Check that no scale block would be cut; a codec could not start in its middle either."""
+    axis = SPLIT_AXIS[weight.row.split]
+    if axis is not None and weight.block is not None:
+        check_blocks(
+            weight.name, weight.row.shape[axis], weight.shape[axis], weight.block[axis], mp, weight.stored.file
+        )
+
+
+def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[OutputTensor]:
+    """Yield what a rank holds of a weight: its part, and the scales of the part."""
+    mp, split = options.mp, weight.row.split
+    shape = local_shape(weight.shape, split, mp)
+    if weight.row.name in BF16_IN_SHARDS and weight.encoding is Encoding.FP8:
+        rows = shape[0]
+        segment = codec_segment(weight, BF16, rank * rows, rows)
+        yield _tensor(weight.name, "BF16", shape, (segment,))
+        return
+    if weight.encoding is Encoding.FP4 and options.expert_dtype == "fp8":
+        codes, scales = fp4_to_fp8_segments(weight)
+        yield _tensor(weight.name, DTYPES[Encoding.FP8], shape, codes)
+        yield _tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape), scales)
+        return
+    dtype = DTYPES.get(weight.encoding, weight.stored.dtype)
+    yield _tensor(weight.name, dtype, shape, _split(weight.stored, split, rank, mp))
+    if weight.scale is not None:
+        yield _tensor(
+            scale_name(weight.name),
+            weight.scale.dtype,
+            local_shape(weight.scale.shape, split, mp),
+            _split(weight.scale, split, rank, mp),
+        )
+
+
+def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
+    return OutputTensor(name, dtype, shape, 0, total_bytes(segments), segments)
+
+
+def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
+    """Return the segments of a rank's part of stored bytes, whatever they mean."""
+    if split is Split.ROWS:
+        part = stored.nbytes // mp
+        return CopySegments(stored.file, stored.offset + rank * part, part)
+    if split is Split.COLUMNS and mp > 1:
+        rows = stored.shape[0]
+        width = stored.nbytes // rows
+        part = width // mp
+        whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
+        return (Segment(COLUMNS, (whole_rows,), rows, part, (rank * part, (rank + 1) * part)),)
+    return CopySegments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
+
+
+def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without the keys of draft layers."""
+    config = {key: value for key, value in raw.items() if not key.startswith("dspark_")}
+    config["num_nextn_predict_layers"] = 0
+    if "compress_ratios" in raw:
+        config["compress_ratios"] = raw["compress_ratios"][: raw["num_hidden_layers"]]
+    return config
+
+
+def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTensor], tuple[str, ...]]:
+    """Return the tensors of the checkpoint that ``shards`` were made of, and notes.
+
+    ``wo_a`` "bf16" leaves those weights as the shards hold them; "fp8" makes codes and scales of them.
+
+    Raises:
+        UsageError: an unknown ``wo_a``.
+    """
+    if wo_a not in WO_A_DTYPES:
+        raise UsageError("--wo-a: unknown", expected=" or ".join(WO_A_DTYPES), got=wo_a)
+    scaled = next((w for w in shards.weights.values() if w.row.store is Store.DENSE and w.block is not None), None)
+    tensors: list[OutputTensor] = []
+    left_bf16 = 0
+    for weight in shards.weights.values():
+        if weight.row.name in BF16_IN_SHARDS and weight.encoding is Encoding.BF16:
+            if wo_a == "fp8":
+                tensors += _fp8_pair(weight, scaled)
+                continue
+            left_bf16 += scaled is not None
+        tensors += _joined(weight)
+    notes = []
+    if left_bf16:
+        notes.append(f"wo_a of {left_bf16} layers stays BF16, as the shards hold it; --wo-a fp8 makes FP8 of it")
+    return tensors, tuple(notes)
+
+
+def _fp8_pair(weight: ShardedWeight, scaled: ShardedWeight | None) -> Iterator[OutputTensor]:
+    """Yield FP8 codes and scales of a BF16 weight, in blocks and scales of the kind that ``scaled`` has."""
+    block, dtype = (FP8_BLOCK, FP8_BLOCK), E8M0
+    if scaled is not None and scaled.block is not None and scaled.parts[0].scale is not None:
+        block, dtype = scaled.block, scaled.parts[0].scale.dtype
+    pairs = [bf16_to_fp8_segments(part, block, dtype) for part in weight.parts]
+    rows, columns = weight.shape
+    scale_shape = (-(-rows // block[0]), -(-columns // block[1]))
+    yield _tensor(weight.name, DTYPES[Encoding.FP8], weight.shape, tuple(s for codes, _ in pairs for s in codes))
+    yield _tensor(scale_name(weight.name), dtype, scale_shape, tuple(s for _, scales in pairs for s in scales))
+
+
+def _joined(weight: ShardedWeight) -> Iterator[OutputTensor]:
+    """Yield a weight and its scales, whole and byte for byte."""
+    parts = weight.parts + weight.copies
+    stored = [part.stored for part in parts]
+    # The published checkpoints know packed FP4 as bytes, two elements each.
+    is_fp4 = weight.encoding is Encoding.FP4
+    shape = (*weight.shape[:-1], weight.shape[-1] // 2) if is_fp4 else weight.shape
+    yield _tensor(weight.name, "I8" if is_fp4 else stored[0].dtype, shape, _join(stored, weight))
+    scales = [part.scale for part in parts if part.scale is not None]
+    if scales:
+        yield _tensor(scale_name(weight.name), scales[0].dtype, _whole_shape(scales, weight), _join(scales, weight))
+
+
+def _whole_shape(stored: Sequence[Stored], weight: ShardedWeight) -> tuple[int, ...]:
+    shape, axis = stored[0].shape, weight.axis
+    return shape if axis is None else (*shape[:axis], shape[axis] * len(stored), *shape[axis + 1 :])
+
+
+def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
+    """Return the segments that put the ranks' bytes together again."""
+    first = stored[0]
+    if len(stored) == 1:
+        return CopySegments(first.file, first.offset, first.nbytes)
+    if weight.axis == 1:
+        rows = first.shape[0]
+        width = first.nbytes // rows
+        operands = tuple(Operand(part.file, part.offset, width, 1, "u1") for part in stored)
+        return (Segment(SIDE_BY_SIDE, operands, rows, width * len(stored)),)
+    if weight.axis == 0:
+        piece = _piece_bytes(first.nbytes)
+        return tuple(
+            Segment(COPY, (Operand(part.file, part.offset + begin, 1, 1, "u1"),), piece, 1)
+            for part in stored
+            for begin in range(0, part.nbytes, piece)
+        )
+    return tuple(
+        Segment(
+            ALIKE,
+            tuple(Operand(part.file, part.offset + begin, 1, 1, "u1") for part in stored),
+            min(COPY_SEGMENT_BYTES, first.nbytes - begin),
+            1,
+        )
+        for begin in range(0, first.nbytes, COPY_SEGMENT_BYTES)
+    )
+
+
+def _piece_bytes(nbytes: int) -> int:
+    """Return the size of the equal pieces in which each of several runs of ``nbytes`` is copied."""
+    least = -(-nbytes // COPY_SEGMENT_BYTES)
+    pieces = next((count for count in range(least, 4 * least) if count and nbytes % count == 0), 1)
+    return nbytes // pieces

@@ -1,0 +1,132 @@
+"""``shard`` and ``unshard``: a checkpoint folder becomes a folder of model-parallel shards, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint.folder import Checkpoint, open_folder
+from ..checkpoint.shards import is_shard_folder, open_shards
+from ..containers.json_object import MAX_CONFIG_BYTES
+from ..containers.untrusted import read_at_most
+from ..errors import InputMissingError, UsageError
+from ..model.config import CONFIG_NAME
+from ..model.tensors import Store
+from ..plan import OutputFile, Plan
+from .companions import auxiliary_files, check_apart
+from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, repacked_config
+from .safetensors_files import whole_file
+from .shard_tensors import ShardCosts, ShardOptions, config_without_draft, shard_files, unshard_tensors
+
+SHARD = "shard"
+UNSHARD = "unshard"
+
+# Without these nobody can run what is in the folder.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class ShardPlan(NamedTuple):
+    """The plan of ``shard``, and what the division costs."""
+
+    plan: Plan
+    costs: ShardCosts
+
+
+def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
+    """Plan ``shard``: the folder ``out`` with the shards of the chosen ranks, config and tokenizer beside them.
+
+    Raises:
+        UsageError: ranks that cannot share the model, an expert dtype that it cannot have, or folders
+            that overlap.
+        Dsv4Error: whatever is wrong with the source.
+    """
+    if is_shard_folder(source):
+        raise UsageError("is a folder of shards already", where=source, hint="unshard it first")
+    checkpoint = open_folder(source)
+    out = check_apart(checkpoint.folder, checkpoint.files, out)
+    config, notes, source_bytes = _shard_config(checkpoint, options), checkpoint.notes, checkpoint.nbytes
+    files, dropped, costs = shard_files(checkpoint, options)
+    plan = Plan(
+        target=SHARD,
+        source=source,
+        destination=out,
+        is_folder=True,
+        files=(*files, config, *auxiliary_files(source)),
+        dropped=dropped,
+        options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
+        source_bytes=source_bytes,
+        notes=(*notes, *_missing_tokenizer(source)),
+    )
+    return ShardPlan(plan, costs)
+
+
+def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> Plan:
+    """Plan ``unshard``: the checkpoint folder ``out`` from the complete set of shards in ``source``.
+
+    Raises:
+        InputMissingError: a rank or the config is not there.
+        InventoryError: a mixed set, or one that does not belong to the config.
+        UsageError: folders that overlap, or an unknown ``wo_a``.
+        Dsv4Error: whatever else is wrong with the source.
+    """
+    shards = open_shards(source)
+    out = check_apart(shards.folder, shards.files, out)
+    tensors, notes = unshard_tensors(shards, wo_a)
+    return Plan(
+        target=UNSHARD,
+        source=source,
+        destination=out,
+        is_folder=True,
+        files=(
+            *hf_files(tensors, max_file_bytes),
+            whole_file(CONFIG_NAME, _read(source / CONFIG_NAME)),
+            *auxiliary_files(source),
+        ),
+        dropped=(),
+        options={"wo_a": wo_a, "max_file_bytes": max_file_bytes},
+        source_bytes=shards.nbytes,
+        notes=(*shards.notes, *notes, *_missing_tokenizer(source)),
+    )
+
+
+def costs_as_json(costs: ShardCosts) -> dict[str, Any]:
+    """Return the costs as plain JSON values."""
+    return {
+        "mp": costs.mp,
+        "rank_bytes": {str(rank): size for rank, size in costs.rank_bytes.items()},
+        "replicated": dict(costs.replicated),
+        "replicated_bytes": costs.replicated_bytes,
+        "extra_bytes": costs.extra_bytes,
+    }
+
+
+def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
+    """Return config.json: the source's own bytes, or changed where the shards hold another model."""
+    raw = checkpoint.config.raw
+    has_fp4 = any(w.row.store is Store.EXPERT and w.encoding.value == "fp4" for w in checkpoint.weights.values())
+    to_fp8 = options.expert_dtype == "fp8" and has_fp4
+    without_draft = options.mtp == "drop" and checkpoint.n_draft > 0
+    if not to_fp8 and not without_draft:
+        return whole_file(CONFIG_NAME, _read(checkpoint.folder / CONFIG_NAME))
+    if without_draft:
+        raw = config_without_draft(raw)
+    if to_fp8:
+        return repacked_config(raw)
+    return whole_file(CONFIG_NAME, (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _missing_tokenizer(source: Path) -> tuple[str, ...]:
+    return tuple(
+        f"no {name} in the source, so none beside the weights"
+        for name in TOKENIZER_FILES
+        if not (source / name).is_file()
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_at_most(path, MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None

@@ -1,0 +1,58 @@
+"""Conversions that stop in the middle, and what they leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv4convert.engine.conversion import execute
+from dsv4convert.engine.manifest import manifest_path
+from dsv4convert.engine.worker import Worker
+from dsv4convert.errors import Dsv4Error, InputOutputError
+from dsv4convert.plan import Plan
+from dsv4convert.targets.dequantize import plan_dequantize
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.shard_tensors import ShardOptions
+from dsv4convert.targets.shards import plan_shards
+
+MakePlan = Callable[[Path, Path], Plan]
+
+PLANS: dict[str, MakePlan] = {
+    "gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions()),
+    "split gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
+    "shard": lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
+    "dequantize": lambda source, out: plan_dequantize(source, out / "bf16", max_file_bytes=4_000_000),
+}
+
+
+
+
+def contents(plan: Plan) -> dict[str, bytes]:
+    """Return the finished files of a plan and its manifest, by name."""
+    return {path.name: path.read_bytes() for path in (*plan.final_paths(), manifest_path(plan))}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return the names in a folder that tell of an unfinished run."""
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith((".partial", ".journal", ".replaced")))
+
+
+def interrupt(plan: Plan, after: int, **options: object) -> Dsv4Error:
+    """Carry out a plan until ``after`` segments are finished, then fail as a bad disk would; return the error."""
+    run, count = Worker.run, 0
+
+    def failing(self: Worker, segment: object, path: Path, offset: int) -> object:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise InputOutputError("cannot be read (a bad block)", where="the test")
+        return run(self, segment, path, offset)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "run", failing)
+        with pytest.raises(InputOutputError) as caught:
+            execute(plan, threads=1, **options)  # type: ignore[arg-type]
+    return caught.value

@@ -1,0 +1,71 @@
+"""Memory stays under a few hundred MiB whatever the model's size, with two threads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..checkpoints import MakeCheckpoint
+
+MEBIBYTE = 2**20
+# Arguments, the output's name, and the limit in MiB.
+COMMANDS = {
+    "gguf": (["hf-to-gguf"], "out.gguf", 256),
+    "gguf and its draft": (["hf-to-gguf", "--draft", "split", "--split-max-size", "45G"], "out.gguf", 256),
+    "dequantize": (["dequantize"], "out", 300),
+    "transformers": (["dequantize", "--names", "transformers"], "out", 300),
+    "repack": (["repack", "--experts", "fp8"], "out", 300),
+}
+
+# The command line itself, on files of the true sizes that take no room: each worker really makes its
+# first segments, so that its buffers grow to their size, and then only pretends to. What grows with
+# the model, the plan, the journal, the report and the manifest, is all there.
+PRETEND = """
+import time
+import dsv4convert.engine.conversion
+from dsv4convert.cli import main
+from dsv4convert.engine.worker import Worker
+from dsv4convert.formats.base import Tally
+
+really, seen = Worker.run, set()
+
+def run(self, segment, path, offset):
+    kind = id(self), segment.codec, segment.row_bytes
+    if kind not in seen and segment.nbytes < 2**26:
+        seen.add(kind)
+        return really(self, segment, path, offset)
+    time.sleep(5e-5)  # let the main thread record what is finished, as it can when the work is real
+    return offset.to_bytes(16, "little"), Tally()
+
+Worker.run = run
+dsv4convert.engine.conversion.check_space = lambda *_: None
+dsv4convert.engine.conversion.execute.__kwdefaults__["record_seconds"] = 0.2
+main()
+"""
+
+
+def peak_bytes(program: list[str], arguments: list[str]) -> int:
+    done = subprocess.run(
+        [sys.executable, *program, *arguments, "--threads", "2", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout)["peak_memory_bytes"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_few_hundred_megabytes_of_weights(command: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("nano", layers=3)
+    arguments, out, limit = COMMANDS[command]
+    assert peak_bytes(["-m", "dsv4convert"], [*arguments, str(source), str(tmp_path / out)]) < limit * MEBIBYTE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_hundred_and_forty_thousand_tensors(command: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("pro", headers_only=True)
+    arguments, out, limit = COMMANDS[command]
+    assert peak_bytes(["-c", PRETEND], [*arguments, str(source), str(tmp_path / out)]) < limit * MEBIBYTE

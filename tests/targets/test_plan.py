@@ -1,0 +1,99 @@
+"""The plan: every source tensor claimed once, every output byte made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4convert.checkpoint import open_folder
+from dsv4convert.errors import InventoryError
+from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, place
+from dsv4convert.targets.claims import Claims
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
+
+from ..engine.plans import PLANS, MakePlan
+
+
+def test_a_weight_claimed_twice_is_an_error(tiny: Path) -> None:
+    checkpoint = open_folder(tiny)
+    claims = Claims(checkpoint)
+    weight = next(iter(checkpoint.weights.values()))
+    claims.take(weight)
+    with pytest.raises(InventoryError, match=f"tensor {weight.name}: claimed twice"):
+        claims.take(weight)
+
+
+def test_a_weight_that_nobody_claims_is_an_error(tiny: Path) -> None:
+    checkpoint = open_folder(tiny)
+    claims = Claims(checkpoint)
+    first, *others = checkpoint.weights.values()
+    for weight in others:
+        claims.take(weight)
+    with pytest.raises(InventoryError, match=f"tensor {first.name}: no output tensor takes it"):
+        claims.close()
+
+
+def test_what_is_dropped_is_counted_with_its_scales(tiny: Path) -> None:
+    checkpoint = open_folder(tiny)
+    claims = Claims(checkpoint)
+    draft = [weight for weight in checkpoint.weights.values() if weight.is_draft]
+    claims.drop("mtp", "no need", draft)
+    for weight in checkpoint.weights.values():
+        if not weight.is_draft:
+            claims.take(weight)
+    (dropped,) = claims.close()
+    assert dropped.count == sum(1 + (weight.scale is not None) for weight in draft)
+    assert dropped.nbytes == sum(weight.nbytes for weight in draft)
+
+
+@pytest.mark.parametrize("make", PLANS.values(), ids=list(PLANS))
+def test_tensors_lie_apart_within_their_file_and_segments_fill_them(make: MakePlan, tiny: Path, tmp_path: Path) -> None:
+    for file in make(tiny, tmp_path).files:
+        position = len(file.header)
+        for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
+            assert tensor.offset >= position
+            assert sum(segment.nbytes for segment in tensor.segments) == tensor.nbytes
+            sizes = {segment.nbytes for segment in list(tensor.segments)[:-1]}
+            assert len(sizes) <= 1
+            position = tensor.offset + tensor.nbytes
+        assert position <= file.nbytes
+
+
+@given(offset=st.integers(0, 2**50), nbytes=st.integers(0, 5 * COPY_SEGMENT_BYTES))
+def test_copy_segments_cover_the_range_once(offset: int, nbytes: int) -> None:
+    position = offset
+    for segment in CopySegments(Path("a"), offset, nbytes):
+        assert segment.operands[0].offset == position
+        assert segment.nbytes <= COPY_SEGMENT_BYTES
+        position += segment.nbytes
+    assert position == offset + nbytes
+
+
+@given(sizes=st.lists(st.integers(0, 1000), max_size=20), start=st.integers(0, 100), power=st.integers(0, 6))
+def test_placed_tensors_are_aligned_and_close_together(sizes: list[int], start: int, power: int) -> None:
+    alignment = 1 << power
+    position = start
+    for tensor in place([OutputTensor("t", "u8", (n,), 0, n, ()) for n in sizes], start, alignment):
+        assert tensor.offset % alignment == 0
+        assert 0 <= tensor.offset - position < alignment
+        position = tensor.offset + tensor.nbytes
+
+
+def test_planning_reads_no_weights(tiny: Path, tmp_path: Path) -> None:
+    """Headers alone: the payload may as well be a hole."""
+    for path in tiny.iterdir():
+        data = path.read_bytes()
+        if path.suffix == ".safetensors":
+            header = 8 + int.from_bytes(data[:8], "little")
+            with (tmp_path / path.name).open("wb") as file:
+                file.write(data[:header])
+                file.truncate(len(data))
+        else:
+            (tmp_path / path.name).write_bytes(data)
+    here = plan_gguf(tiny, tmp_path / "a.gguf", GgufOptions(), name="x")
+    there = plan_gguf(tmp_path, tmp_path / "a.gguf", GgufOptions(), name="x")
+    assert [file.header for file in here.files] == [file.header for file in there.files]

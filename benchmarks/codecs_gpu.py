@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "formats")]
+sys.path.insert(0, str(ROOT))
 
 from dsv4convert.formats.backend import numpy_codecs  # noqa: E402
 from dsv4convert.formats.base import Scratch, Tally  # noqa: E402
@@ -145,18 +146,15 @@ def check_large(codec: Codec, source_bytes: int) -> int:
 
 def check_cases() -> None:
     """Run the cases of the tests on this device: every code, every scale byte, ragged shapes."""
-    import test_triton
-
-    np.seterr(all="ignore")
-    failed = []
-    for name, case in test_triton.CASES.items():
-        try:
-            case("cuda")
-        except Exception as error:  # noqa: BLE001 - all cases are run before the verdict
-            failed.append(name)
-            print(f"FAILED {name}: {str(error)[:600]}")
-    print(f"{len(test_triton.CASES) - len(failed)} of {len(test_triton.CASES)} cases equal to numpy on the device")
-    if failed:
+    cases = [sys.executable, str(ROOT / "tests" / "formats" / "test_triton.py"), "--device", "cuda"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(cases, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    outcomes: dict[str, str | None] = dict(json.loads(line) for line in done.stdout.splitlines())
+    failed = {name: failure for name, failure in outcomes.items() if failure is not None}
+    for name, failure in failed.items():
+        print(f"FAILED {name}: {str(failure)[:600]}")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases equal to numpy on the device")
+    if failed or not outcomes:
         raise SystemExit("not equal to numpy: " + ", ".join(failed))
 
 

@@ -14,7 +14,7 @@ from side_by_side import Contender, alternate, print_table, record, save
 
 from dsv4convert.synth.write import write_synth
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -57,12 +57,10 @@ def main() -> None:
             _ours("dsv4convert, numpy only", ours, arguments.folder / "numpy", DSV4CONVERT_COMPILED="0")
         )
     if arguments.llama_rounds:
-        from tests.oracles.llama_cpp import DRIVER, llama_cpp_folder
-
         out = arguments.folder / "llama.gguf"
-        command = [sys.executable, "-c", DRIVER, str(llama_cpp_folder()), str(source), "--outfile", str(out)]
+        command = [sys.executable, "-m", "tests.oracles.llama_cpp", str(source), "--outfile", str(out)]
         contenders.append(
-            Contender("llama.cpp converter", command, out, {"HF_HUB_OFFLINE": "1"}, arguments.llama_rounds)
+            Contender("llama.cpp converter", command, out, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, arguments.llama_rounds)
         )
     alternate(contenders, arguments.warmup, arguments.rounds, source_bytes)
     result = record(

@@ -84,11 +84,9 @@ def register_commands() -> None:
     """Add the commands of every module, in the order in which ``--help`` lists them; once."""
     if app.registered_commands:
         return
-    from . import demo, forward, inspect, shard, synth, verify
-    from . import folders as hf
-    from . import gguf as convert
+    from . import demo, folders, forward, gguf, inspect, shard, synth, verify
 
-    for module in (convert, shard, hf, verify, inspect, forward, synth, demo):
+    for module in (gguf, shard, folders, verify, inspect, forward, synth, demo):
         module.register(app)
 
 

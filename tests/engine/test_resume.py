@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.engine import journal as journal_module
+from dsv4convert.engine import fingerprint as fingerprint_module
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_path
@@ -171,7 +171,7 @@ def test_another_option_is_refused_and_named(tiny: Path, tmp_path: Path, change:
 
 def test_another_version_of_the_program_is_refused_and_named(gguf: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(gguf, AFTER)
-    monkeypatch.setattr(journal_module, "__version__", "99.0")
+    monkeypatch.setattr(fingerprint_module, "__version__", "99.0")
     with pytest.raises(ResumeError, match=r"program was dsv4convert .*, is dsv4convert 99\.0"):
         execute(gguf, resume=True)
 

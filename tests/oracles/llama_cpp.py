@@ -69,3 +69,8 @@ def convert(source: Path, out: Path, *options: str) -> Path:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     return out
+
+
+if __name__ == "__main__":  # the converter in this very process, for a benchmark to time
+    sys.argv[1:1] = [str(llama_cpp_folder())]
+    exec(DRIVER)

@@ -24,6 +24,7 @@ from dsv4convert.formats.e8m0 import e8m0_to_f32
 from dsv4convert.model.config import ModelConfig, load_config, parse_config
 from dsv4convert.model.tensors import vision_dims, vision_tensors
 from dsv4convert.reference import DictSource, Model
+from dsv4convert.synth import presets
 from dsv4convert.synth import values as synth_values
 from dsv4convert.synth import write as synth
 from dsv4convert.synth.presets import synth_config
@@ -199,7 +200,7 @@ def test_published_presets_have_the_published_number_of_files(preset: str, varia
 
 def test_variant_keys_give_the_published_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     published = {variant: synth_config("flash", variant=variant) for variant in ("base", "dspark")}
-    monkeypatch.setattr(synth, "PUBLISHED_CONFIGS", {("flash", None): "v4-flash.json"})
+    monkeypatch.setattr(presets, "PUBLISHED_CONFIGS", {("flash", None): "v4-flash.json"})
     for variant, config in published.items():
         assert synth_config("flash", variant=variant) == config
 

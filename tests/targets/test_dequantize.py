@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-import dsv4convert.targets.dequantize as convert_hf
+import dsv4convert.targets.companions as companions
 from dsv4convert.checkpoint import Encoding, open_folder
 from dsv4convert.errors import FileFormatError, InventoryError, LossyError, OutputExistsError, UsageError
 from dsv4convert.plan import OutputTensor
@@ -207,7 +207,7 @@ def test_tokenizer_and_generation_files_are_copied_byte_for_byte(
 
 
 def test_an_absurdly_large_tokenizer_is_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_hf, "MAX_AUXILIARY_BYTES", 1000)
+    monkeypatch.setattr(companions, "MAX_AUXILIARY_BYTES", 1000)
     with pytest.raises(FileFormatError, match=r"tokenizer\.json: too large to be copied"):
         plan_dequantize(tiny, tmp_path / "out")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import dsv4convert.engine.conversion as convert_module
+import dsv4convert.engine.resources as resources
 from dsv4convert.checkpoint import open_folder
 
 from ..command_line import run_cli
@@ -266,7 +266,7 @@ def test_a_folder_under_the_name_of_the_output_is_not_replaced(tiny: Path, tmp_p
 def test_no_room_on_the_disk_is_told_before_anything_is_written(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_module, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(resources, "free_bytes", lambda folder: 1000)
     result = run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf")
     assert result.code == SPACE
     assert "no room on the disk for the output: expected " in result.error

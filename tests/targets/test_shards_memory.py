@@ -19,7 +19,7 @@ LIMIT_BYTES = 256 * 2**20
 # that of the process: ru_maxrss would start at the parent's.
 PROGRAM = """
 import re, sys, time
-from dsv4convert import convert
+from dsv4convert.engine import conversion
 from dsv4convert.cli import main
 from dsv4convert.engine import run as engine
 from dsv4convert.engine.journal import Journal
@@ -52,8 +52,8 @@ def record_and_count(self, batch):
 
 if sys.argv.pop(1) == "pretend":
     Worker.run, Journal.record = run, record_and_count
-    convert.check_space = lambda *_: None
-    engine.POLL_SECONDS = convert.execute.__kwdefaults__["record_seconds"] = 0.01
+    conversion.check_space = lambda *_: None
+    engine.POLL_SECONDS = conversion.execute.__kwdefaults__["record_seconds"] = 0.01
 try:
     main()
 finally:

@@ -1,6 +1,6 @@
 """Whole conversions with --device cuda beside --device cpu: the same bytes, the seconds, the peak memory.
 
-    python benchmarks/convert_cuda.py --folder /dev/shm/convert-cuda --save benchmarks/results/convert_cuda.json
+python benchmarks/convert_cuda.py --folder /dev/shm/convert-cuda --save benchmarks/results/convert_cuda.json
 """
 
 from __future__ import annotations

@@ -45,22 +45,24 @@ def main() -> None:
         str(arguments.threads),
     ]
     contenders = [
-        Contender(
-            "cp -r", ["cp", "-r", str(source), str(arguments.folder / "copy")], arguments.folder / "copy"
-        ),
+        Contender("cp -r", ["cp", "-r", str(source), str(arguments.folder / "copy")], arguments.folder / "copy"),
         _ours("dsv4convert", ours, arguments.folder / "ours"),
         # The default leaves the MTP layer out, as llama.cpp's converter does; this one converts every byte.
         _ours("dsv4convert --draft split", [*ours, "--draft", "split"], arguments.folder / "split"),
     ]
     if arguments.numpy:
-        contenders.append(
-            _ours("dsv4convert, numpy only", ours, arguments.folder / "numpy", DSV4CONVERT_COMPILED="0")
-        )
+        contenders.append(_ours("dsv4convert, numpy only", ours, arguments.folder / "numpy", DSV4CONVERT_COMPILED="0"))
     if arguments.llama_rounds:
         out = arguments.folder / "llama.gguf"
         command = [sys.executable, "-m", "tests.oracles.llama_cpp", str(source), "--outfile", str(out)]
         contenders.append(
-            Contender("llama.cpp converter", command, out, {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, arguments.llama_rounds)
+            Contender(
+                "llama.cpp converter",
+                command,
+                out,
+                {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+                arguments.llama_rounds,
+            )
         )
     alternate(contenders, arguments.warmup, arguments.rounds, source_bytes)
     result = record(
@@ -70,9 +72,7 @@ def main() -> None:
         what="hf-to-gguf",
         source_bytes=source_bytes,
         threads=arguments.threads,
-        storage="tmpfs"
-        if str(arguments.folder).startswith("/dev/shm")
-        else str(os.stat(arguments.folder).st_dev),
+        storage="tmpfs" if str(arguments.folder).startswith("/dev/shm") else str(os.stat(arguments.folder).st_dev),
     )
     for row in result["results"]:
         if row["name"] == "llama.cpp converter":

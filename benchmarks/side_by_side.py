@@ -174,9 +174,7 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 def commit() -> str:
     """Return the commit that is measured, with a mark if the tree differs from it."""
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return head.stdout.strip() or "unknown"
 
 

@@ -11,9 +11,7 @@ def escape_control(text: str) -> str:
     Names come out of files that nobody vouches for: a newline would forge a second line of output
     and an escape sequence would drive the terminal.
     """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 # Of each part of a message: values come out of files that nobody vouches for.

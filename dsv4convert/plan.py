@@ -128,8 +128,6 @@ class Plan:
         return [self.destination / file.name for file in self.files]
 
 
-
-
 class MadeSegments(Sequence[Segment], ABC):
     """Segments that are made when they are asked for, all of ``nbytes`` together.
 

@@ -244,9 +244,7 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
     n_draft = max(numbers) + 1
     if len(numbers) != n_draft:
         absent = next(number for number in range(n_draft) if number not in numbers)
-        raise InventoryError(
-            f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there"
-        )
+        raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
     if n_draft > config.n_draft_ratios and "compress_ratios" in config.raw:
         raise ConfigError(
             "key compress_ratios: list too short for the draft layers",

@@ -80,9 +80,7 @@ def _generation(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(text, parse_constant=no_json_number)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise FileFormatError(
-            f"not valid JSON ({error})", where=path, hint="correct it or take it out"
-        ) from None
+        raise FileFormatError(f"not valid JSON ({error})", where=path, hint="correct it or take it out") from None
     if not isinstance(document, dict):
         raise FileFormatError("not a JSON object", where=path, got=type(document).__name__)
     return document

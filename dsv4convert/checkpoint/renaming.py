@@ -88,9 +88,7 @@ def _stack_height(stack: re.Match[str], stored: Mapping[str, Stored], name: str)
     return weight.shape[1]
 
 
-def _cut(
-    name: str, stack: re.Match[str], tensor: Stored, weight_rows: int | None, n_experts: int
-) -> dict[str, Stored]:
+def _cut(name: str, stack: re.Match[str], tensor: Stored, weight_rows: int | None, n_experts: int) -> dict[str, Stored]:
     """Return the matrices of a stack [experts, rows, columns], whose rows may be those of two weights."""
     parts = STACKED_EXPERTS[stack[2]]
     shape = tensor.shape

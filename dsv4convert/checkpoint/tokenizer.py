@@ -241,11 +241,7 @@ def _is_isolating_split(step: Mapping[str, Any], pattern: str) -> bool:
 
 
 def _is_plain_byte_level(step: Mapping[str, Any]) -> bool:
-    return (
-        step.get("type") == "ByteLevel"
-        and step.get("add_prefix_space") is False
-        and step.get("use_regex") is False
-    )
+    return step.get("type") == "ByteLevel" and step.get("add_prefix_space") is False and step.get("use_regex") is False
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
@@ -322,9 +318,7 @@ def _added_tokens(document: Mapping[str, Any], where: object) -> list[_AddedToke
         token_id = entry.get("id") if isinstance(entry, dict) else None
         text = entry.get("content") if isinstance(entry, dict) else None
         if type(token_id) is not int or token_id < 0 or not isinstance(text, str):
-            raise TokenizerError(
-                f"key added_tokens[{i}]: needs an integer id and a text content", where=where
-            )
+            raise TokenizerError(f"key added_tokens[{i}]: needs an integer id and a text content", where=where)
         added.append(_AddedToken(token_id, text, bool(entry.get("special", False))))
     return added
 
@@ -367,18 +361,14 @@ def _token_lists(
     types = [int(TokenType.UNUSED)] * vocab_size
     for text, token_id in vocab.items():
         if (other := by_id[token_id]) is not None:
-            raise TokenizerError(
-                f"id {token_id} is there twice: {other[:60]!r} and {text[:60]!r}", where=where
-            )
+            raise TokenizerError(f"id {token_id} is there twice: {other[:60]!r} and {text[:60]!r}", where=where)
         by_id[token_id] = text
         types[token_id] = int(TokenType.NORMAL)
     seen: dict[str, int] = {}
     for token in added:
         known = vocab.get(token.text, seen.get(token.text, token.id))
         if known != token.id:
-            raise TokenizerError(
-                f"token {token.text[:60]!r} has two ids", where=where, expected=known, got=token.id
-            )
+            raise TokenizerError(f"token {token.text[:60]!r} has two ids", where=where, expected=known, got=token.id)
         if (other := by_id[token.id]) not in (None, token.text):
             raise TokenizerError(
                 f"id {token.id} is there twice: {str(other)[:60]!r} and {token.text[:60]!r}", where=where
@@ -421,12 +411,8 @@ def _merges(model: Mapping[str, Any], where: object) -> tuple[str, ...]:
         lines = merges
     else:
         for i, pair in enumerate(merges):
-            if not (
-                isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-            ):
-                raise TokenizerError(
-                    f"key model.merges[{i}]: neither a text nor a pair of texts", where=where
-                )
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+                raise TokenizerError(f"key model.merges[{i}]: neither a text nor a pair of texts", where=where)
         # A space inside a part would end it; the byte-level alphabet has a character for it.
         space = chr(ord(" ") + BYTE_LEVEL_OFFSET)
         lines = [f"{a.replace(' ', space)} {b.replace(' ', space)}" for a, b in merges]
@@ -450,9 +436,7 @@ def _special_ids(
     id_of: dict[str, int] = {}
     for token in added:
         id_of.setdefault(token.text, token.id)
-    named = {
-        role: id_of[text] for role in SPECIAL_ROLES if (text := _role_text(settings, role)) in id_of and text
-    }
+    named = {role: id_of[text] for role in SPECIAL_ROLES if (text := _role_text(settings, role)) in id_of and text}
     given = {role: i for role in SPECIAL_ROLES if type(i := config.get(f"{role}_token_id")) is int}
     return named | {role: i for role, i in given.items() if role not in named}
 

@@ -38,9 +38,7 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] 
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         )
         report = verify(folder / "checkpoint", out)
-        typer.echo(
-            f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}"
-        )
+        typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
         if not report.ok:
             raise typer.Exit(code=12)
 

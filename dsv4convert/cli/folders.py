@@ -82,9 +82,7 @@ def repack(
     from ..engine.loss import refuse_loss
     from ..targets.repack import execute_repack, plan_repack
 
-    plan = plan_repack(
-        source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size")
-    )
+    plan = plan_repack(source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
     run_conversion(
         plan,
         run,

@@ -60,9 +60,7 @@ def hf_to_gguf(
     ] = None,
     experts: Annotated[
         Optional[ExpertType],  # noqa: UP045
-        typer.Option(
-            help="Type of the routed experts; mxfp4 for FP4, q8_0 for FP8 when left out.", show_default=False
-        ),
+        typer.Option(help="Type of the routed experts; mxfp4 for FP4, q8_0 for FP8 when left out.", show_default=False),
     ] = None,
     draft: Annotated[
         Optional[DraftMode],  # noqa: UP045
@@ -89,18 +87,14 @@ def hf_to_gguf(
         Optional[str],  # noqa: UP045
         typer.Option(help="Only these layers, such as 0-3: a slice to try things on.", show_default=False),
     ] = None,
-    dialect: Annotated[
-        DialectName, typer.Option(help="Whose tensor and key names to write.")
-    ] = DialectName.llama_cpp,
+    dialect: Annotated[DialectName, typer.Option(help="Whose tensor and key names to write.")] = DialectName.llama_cpp,
     tokenizer_pre: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="tokenizer.ggml.pre, for a tokenizer that is not recognised.", show_default=False),
     ] = None,
     name: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="general.name; from the model card or the folder when left out.", show_default=False
-        ),
+        typer.Option(help="general.name; from the model card or the folder when left out.", show_default=False),
     ] = None,
     *,
     run: RunOptions,
@@ -120,9 +114,7 @@ def hf_to_gguf(
         mmproj=mmproj.value if mmproj else None,
         layers=parse_layers(layers) if layers is not None else None,
         dialect=dialect.value,
-        split_max_bytes=parse_size(split_max_size, "--split-max-size")
-        if split_max_size is not None
-        else None,
+        split_max_bytes=parse_size(split_max_size, "--split-max-size") if split_max_size is not None else None,
     )
     plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
     run_conversion(

@@ -14,9 +14,7 @@ import typer
 
 from ..errors import UsageError
 
-Source = Annotated[
-    Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)
-]
+Source = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
 MaxFileSize = Annotated[str, typer.Option("--max-file-size", help="Largest file; a larger tensor gets its own.")]
 Threads = Annotated[
@@ -39,12 +37,12 @@ class RunOptions:
 
     threads: Threads = None
     overwrite: Overwrite = False
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same conversion.")
-    ] = False
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Discard the work of an interrupted run and start over.")
-    ] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same conversion.")] = (
+        False
+    )
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of an interrupted run and start over.")] = (
+        False
+    )
     device: Annotated[
         DeviceName, typer.Option("--device", help="Where values are converted: cuda needs an NVIDIA GPU.")
     ] = DeviceName.cpu
@@ -101,9 +99,7 @@ def parse_size(text: str, option: str) -> int:
     """
     found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if found is None or int(found[1]) == 0:
-        raise UsageError(
-            f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(text)
-        )
+        raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(text))
     return int(found[1]) * UNITS[found[2].upper()]
 
 

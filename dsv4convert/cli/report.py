@@ -51,11 +51,7 @@ def human_seconds(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
-    return (
-        f"{minutes} min {int(seconds) % 60:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def print_json(document: Any) -> None:
@@ -64,9 +60,7 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def progress_display(
-    total: int, quiet: bool, what: str = "converting"
-) -> Iterator[Callable[[int], None] | None]:
+def progress_display(total: int, quiet: bool, what: str = "converting") -> Iterator[Callable[[int], None] | None]:
     """Yield a function that is told the bytes done: a bar on a terminal, plain lines elsewhere, on stderr."""
     if quiet:
         yield None
@@ -129,9 +123,7 @@ def print_summary(summary: Summary) -> None:
         typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
     typer.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
-        typer.echo(
-            f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})"
-        )
+        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
     for note in summary.notes:
         typer.echo(f"note: {escape_control(note)}")
     for counted in summary.counted[:MAX_COUNTED_LINES]:

@@ -65,9 +65,7 @@ def synth(
     ] = None,
     power_of_two_scales: Annotated[
         bool,
-        typer.Option(
-            "--power-of-two-scales/--any-scales", help="Values of F32 scales (only --variant base has them)."
-        ),
+        typer.Option("--power-of-two-scales/--any-scales", help="Values of F32 scales (only --variant base has them)."),
     ] = True,
     seed: Annotated[int, typer.Option(help="Other bytes of the same kind.")] = 0,
     headers_only: Annotated[
@@ -94,9 +92,7 @@ def synth(
         power_of_two_scales=power_of_two_scales,
     )
     with progress_display(plan.payload_bytes, quiet or as_json or headers_only) as progress:
-        summary = write_plan(
-            plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite, progress=progress
-        )
+        summary = write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(
             {
@@ -127,9 +123,7 @@ def parse_ratios(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) <= 3 for part in parts):
-        raise UsageError(
-            "--ratios: not a list", expected="0, 4 or 128 per layer, such as 0,4,128,4", got=repr(text)
-        )
+        raise UsageError("--ratios: not a list", expected="0, 4 or 128 per layer, such as 0,4,128,4", got=repr(text))
     return [int(part) for part in parts]
 
 

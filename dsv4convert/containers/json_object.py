@@ -28,9 +28,7 @@ def schema_path(name: str) -> Path:
     return installed if installed.is_file() else package.parent / "schemas" / name
 
 
-def validate_schema(
-    document: object, schema: str, where: object, error: type[ConfigError] = ConfigError
-) -> None:
+def validate_schema(document: object, schema: str, where: object, error: type[ConfigError] = ConfigError) -> None:
     """Check ``document`` against the JSON Schema file ``schema``; the first broken rule is raised.
 
     Raises:

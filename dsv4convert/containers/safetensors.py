@@ -84,9 +84,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = int.from_bytes(prefix, "little")
             if length > min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES):
                 raise FileFormatError(
-                    "header longer than the file"
-                    if length > size - HEADER_LENGTH_BYTES
-                    else "header too long",
+                    "header longer than the file" if length > size - HEADER_LENGTH_BYTES else "header too long",
                     where=path,
                     expected=f"at most {min(MAX_HEADER_BYTES, size - HEADER_LENGTH_BYTES)} bytes",
                     got=length,
@@ -184,9 +182,7 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
     for begin, end, name in spans:
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise FileFormatError(
-                f"tensor {name!r}: {kind}", where=path, expected=f"offset {position}", got=begin
-            )
+            raise FileFormatError(f"tensor {name!r}: {kind}", where=path, expected=f"offset {position}", got=begin)
         position = end
     if position != payload:
         raise FileFormatError(

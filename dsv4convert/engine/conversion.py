@@ -22,7 +22,6 @@ from .worker import TILE_BYTES
 RESUME_HINT = "the finished work is kept: run again with --resume"
 
 
-
 @dataclass(frozen=True)
 class Summary:
     """What a conversion wrote and left out, and what it took.
@@ -53,14 +52,6 @@ class Summary:
         values["files"] = [{"path": path, "bytes": size} for path, size in self.files]
         values["dropped"] = [asdict(entry) for entry in self.dropped]
         return values
-
-
-
-
-
-
-
-
 
 
 def execute(

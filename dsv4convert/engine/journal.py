@@ -287,9 +287,3 @@ def _last_holder(descriptor: int) -> str:
             if isinstance(fact, dict) and "holder" in fact:
                 found = f"{fact['holder']} since {fact.get('since')}"[:200]
     return found
-
-
-
-
-
-

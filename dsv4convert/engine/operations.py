@@ -30,9 +30,7 @@ TileCodec = Callable[[Codecs, Inputs, Bytes, tuple[Any, ...], Scratch, Tally], N
 def _scaled(function: str, dtype: Any) -> TileCodec:
     """Return the entry of a codec (weight, scale, block) -> elements of ``dtype``."""
 
-    def run(
-        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-    ) -> None:
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
         getattr(codecs, function)(inputs[0], inputs[1], args, out.view(dtype), scratch, tally)
 
     return run
@@ -41,9 +39,7 @@ def _scaled(function: str, dtype: Any) -> TileCodec:
 def _unscaled(function: str, dtype: Any) -> TileCodec:
     """Return the entry of a codec (elements) -> elements of ``dtype``."""
 
-    def run(
-        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-    ) -> None:
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
         getattr(codecs, function)(inputs[0], out.view(dtype), scratch, tally)
 
     return run
@@ -52,9 +48,7 @@ def _unscaled(function: str, dtype: Any) -> TileCodec:
 def _by_way_of_f32(to_f32: str, from_f32: str) -> TileCodec:
     """Return the entry of a codec that decodes to float32 and quantises that."""
 
-    def run(
-        codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-    ) -> None:
+    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
         weight, *scale = inputs
         wide = scratch.array("by way of f32", weight.shape, np.float32)
         decoding, quantising = Tally(), Tally()
@@ -79,9 +73,7 @@ def _identity(
     out[...] = inputs[0].view(np.uint8)
 
 
-def _beside(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
+def _beside(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
     """Put the rows of two codecs side by side; args: left bytes a row, then codec and args of each."""
     left_bytes, left, left_args, right, right_args = args
     half = len(inputs) // 2
@@ -111,9 +103,7 @@ def _fp4_to_fp8_scales(
     codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out, scratch, tally)
 
 
-def _columns(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
+def _columns(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
     """Take a range of bytes out of every row; args: its first byte and the one behind its last."""
     out[...] = inputs[0][:, args[0] : args[1]]
 
@@ -125,9 +115,7 @@ def _side_by_side(
     np.concatenate(inputs, axis=1, out=out)
 
 
-def _alike(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
+def _alike(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
     """Take the rows of the first operand, which all others must hold as well.
 
     Raises:

@@ -40,56 +40,10 @@ def inspect_path(path: Path) -> Description:
     )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # Checkpoint folders
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 # GGUF
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # Shards
-
-

@@ -19,8 +19,6 @@ from ..errors import ConfigError, InputMissingError, UnsupportedError
 CONFIG_NAME = "config.json"
 
 
-
-
 SUPPORTED_ARCHITECTURE = "DeepseekV4ForCausalLM"
 KNOWN_UNSUPPORTED_ARCHITECTURES = {
     "DeepseekV41ForCausalLM": (
@@ -186,18 +184,6 @@ class ModelConfig:
         )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def load_config(folder: Path) -> ModelConfig:
     """Read and validate ``config.json`` of ``folder``.
 
@@ -210,9 +196,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise InputMissingError("no such folder", where=folder, hint="give the folder that holds config.json")
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise InputMissingError(
-            "no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?"
-        )
+        raise InputMissingError("no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?")
     return parse_config(read_json_object(path), path)
 
 
@@ -328,9 +312,7 @@ def _num_hash_layers(raw: Mapping[str, Any], where: object) -> int:
         return count
     kinds = raw.get("mlp_layer_types")
     if kinds is None:
-        raise ConfigError(
-            "key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well"
-        )
+        raise ConfigError("key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well")
     count = kinds.count("hash_moe")
     if len(kinds) != layers or kinds[:count] != ["hash_moe"] * count:
         raise ConfigError(
@@ -347,9 +329,7 @@ def _rope_head_dim(raw: Mapping[str, Any], where: object) -> int:
         return int(raw["qk_rope_head_dim"])
     factor = raw.get("partial_rotary_factor")
     if factor is None:
-        raise ConfigError(
-            "key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well"
-        )
+        raise ConfigError("key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well")
     return int(raw["head_dim"] * factor)
 
 
@@ -388,9 +368,7 @@ def _rope(raw: Mapping[str, Any], where: object) -> tuple[float, float, YarnScal
 def _check_divisions(config: ModelConfig, where: object) -> None:
     def must(condition: bool, key: str, expected: str, got: object) -> None:
         if not condition:
-            raise ConfigError(
-                f"key {key}: does not fit the other keys", where=where, expected=expected, got=got
-            )
+            raise ConfigError(f"key {key}: does not fit the other keys", where=where, expected=expected, got=got)
 
     must(
         config.num_attention_heads % config.o_groups == 0,
@@ -399,8 +377,7 @@ def _check_divisions(config: ModelConfig, where: object) -> None:
         config.o_groups,
     )
     must(
-        config.qk_rope_head_dim % 2 == 0
-        and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
+        config.qk_rope_head_dim % 2 == 0 and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
         "qk_rope_head_dim",
         f"even, at most head_dim {config.head_dim} and index_head_dim {config.index_head_dim}",
         config.qk_rope_head_dim,

@@ -284,7 +284,9 @@ def scale_name(weight_name: str) -> str:
     return weight_name.removesuffix(".weight") + ".scale"
 
 
-def applies(when: When, ratio: int, hash_routed: bool, has_vision: bool, first: bool = False, last: bool = False) -> bool:
+def applies(
+    when: When, ratio: int, hash_routed: bool, has_vision: bool, first: bool = False, last: bool = False
+) -> bool:
     """Return whether a row of the tables exists in a layer of the given kind."""
     return {
         When.ALWAYS: True,

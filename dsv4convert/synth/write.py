@@ -23,11 +23,6 @@ SINGLE_FILE_NAME = "model.safetensors"
 PARTIAL_SUFFIX = ".partial"
 
 
-
-
-
-
-
 FP8_BLOCK = 128
 FP4_BLOCK = 32
 FP4_PER_BYTE = 2
@@ -67,8 +62,6 @@ class SynthSummary:
     payload_bytes: int
     tensors_by_dtype: Mapping[str, int] = field(default_factory=dict)
     headers_only: bool = False
-
-
 
 
 def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> Iterator[SynthTensor]:
@@ -235,12 +228,6 @@ def write_plan(
         dict(sorted(by_dtype.items())),
         headers_only,
     )
-
-
-
-
-
-
 
 
 def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:

@@ -47,13 +47,9 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
         target = absolute.with_name(absolute.name + suffix).resolve()
         for path in (source, *(file.resolve() for file in files)):
             if target == path or target in path.parents:
-                raise UsageError(
-                    "the source lies inside the output", where=out, got=path, hint="give another folder"
-                )
+                raise UsageError("the source lies inside the output", where=out, got=path, hint="give another folder")
         if source in target.parents:
-            raise UsageError(
-                "the output lies inside the source", where=out, got=source, hint="give another folder"
-            )
+            raise UsageError("the output lies inside the source", where=out, got=source, hint="give another folder")
     return out if out.name == absolute.name else absolute
 
 

@@ -20,8 +20,6 @@ from .hf_folder import (
 DEQUANTIZE = "dequantize"
 
 
-
-
 def plan_dequantize(
     source: Path,
     out: Path,
@@ -60,16 +58,6 @@ def plan_dequantize(
     )
 
 
-
-
-
-
-
-
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
-
-
-
-

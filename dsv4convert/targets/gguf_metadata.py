@@ -40,8 +40,6 @@ GATING_FUNCTIONS = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
 KV_HEADS = 1
 
 
-
-
 @dataclass(frozen=True)
 class ParameterCounts:
     """Elements of the output tensors: all, outside expert stacks, of one expert, and how many experts."""
@@ -623,11 +621,3 @@ def _chat_templates(tokenizer: Tokenizer, chat_template: str | None) -> list[Key
     if main is not None:
         entries.append(KeyValue("tokenizer.chat_template", STRING, main))
     return entries
-
-
-
-
-
-
-
-

@@ -235,9 +235,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
 def _dspark_model(checkpoint: Checkpoint, drafts: list[Weight], options: GgufOptions, claims: Claims) -> GgufModel:
     """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
     stages = checkpoint.n_draft
-    config = replace(
-        checkpoint.config, num_hidden_layers=stages, num_hash_layers=0, compress_ratios=(0,) * stages
-    )
+    config = replace(checkpoint.config, num_hidden_layers=stages, num_hash_layers=0, compress_ratios=(0,) * stages)
     types = _Types(DFLASH, options, config.o_groups)
     tensors = _block_tensors(drafts, types, claims, shift=0)
     return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), types.experts_name(drafts))
@@ -318,9 +316,7 @@ class _Types:
         return self._name(weights, Store.EXPERT)
 
 
-def _block_tensors(
-    weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int
-) -> list[TensorSpec]:
+def _block_tensors(weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int) -> list[TensorSpec]:
     """Return the tensors of ``weights``: blocks renumbered by ``shift``, experts stacked, e_proj and h_proj joined."""
     specs: list[TensorSpec] = []
     groups: dict[str, list[Weight]] = {}

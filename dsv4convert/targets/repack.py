@@ -28,9 +28,7 @@ class RepackSummary(Summary):
     changed_elements: int
 
 
-def plan_repack(
-    source: Path, out: Path, *, experts: str = "fp8", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES
-) -> Plan:
+def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> Plan:
     """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
 
     Raises:

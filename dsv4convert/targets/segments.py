@@ -64,9 +64,7 @@ def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
     rows, _ = matrix_shape(weight.shape)
     row_bytes = shared(weight.stored.nbytes // rows)
     stored = weight.stored
-    weights = Operand(
-        stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding]
-    )
+    weights = Operand(stored.file, stored.offset + first * row_bytes, row_bytes, 1, NUMPY_DTYPE[weight.encoding])
     scale, block = weight.scale, weight.block
     if scale is None or block is None:
         return (weights,)
@@ -111,9 +109,7 @@ def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | N
     return Segment(codec, operands(weight, first), rows, shared(to.row_bytes(columns)), weight.block or ())
 
 
-def convert_segments(
-    weight: Weight, to: ElementType, first: int = 0, rows: int | None = None
-) -> Sequence[Segment]:
+def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> Sequence[Segment]:
     """Return the segments that make rows ``first``.. of a weight in element type ``to``; verbatim bytes are copied.
 
     Raises:

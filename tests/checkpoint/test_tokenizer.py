@@ -196,9 +196,7 @@ BROKEN: list[Any] = [
     pytest.param(lambda d: d["model"].update(vocab={}), "key model.vocab", id="empty vocabulary"),
     pytest.param(lambda d: d["model"]["vocab"].update(zz=-1), "token 'zz': no usable id", id="negative id"),
     pytest.param(lambda d: d["model"]["vocab"].update(zz=True), "token 'zz'", id="boolean id"),
-    pytest.param(
-        lambda d: d["model"]["vocab"].update({"世": 699}), "byte-level alphabet", id="raw character"
-    ),
+    pytest.param(lambda d: d["model"]["vocab"].update({"世": 699}), "byte-level alphabet", id="raw character"),
     pytest.param(lambda d: d["model"]["vocab"].pop("!"), "none for byte 0x21", id="byte without token"),
     pytest.param(taken_id, "is there twice: ", id="one id for two"),
     pytest.param(second_id, "has two ids", id="two ids for one"),
@@ -214,9 +212,7 @@ BROKEN: list[Any] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
-def test_broken_tokenizer_is_one_clear_line(
-    folder: Path, change: Callable[[Document], object], message: str
-) -> None:
+def test_broken_tokenizer_is_one_clear_line(folder: Path, change: Callable[[Document], object], message: str) -> None:
     edit(folder, change)
     with pytest.raises(TokenizerError) as caught:
         load_tokenizer(folder, VOCAB)
@@ -311,9 +307,7 @@ def test_decode_shows_incomplete_utf8_as_replacement_and_leaves_out_padding(fold
         tokenizer.decode([700])
 
 
-def test_encode_without_the_package_says_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encode_without_the_package_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(DeviceError, match="tokenizers"):
         load_tokenizer(folder, VOCAB).encode("x")
@@ -331,10 +325,7 @@ def test_synthetic_tokenizer_fits_its_vocabulary(tmp_path: Path, vocab_size: int
 
 def test_synthetic_tokenizers_differ_by_seed_and_repeat(tmp_path: Path) -> None:
     assert synth_tokenizer_document(600, 1) == synth_tokenizer_document(600, 1)
-    assert (
-        synth_tokenizer_document(600, 1)["model"]["merges"]
-        != synth_tokenizer_document(600, 2)["model"]["merges"]
-    )
+    assert synth_tokenizer_document(600, 1)["model"]["merges"] != synth_tokenizer_document(600, 2)["model"]["merges"]
 
 
 def test_vocabulary_without_room_is_refused(tmp_path: Path) -> None:

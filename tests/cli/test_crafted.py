@@ -278,8 +278,7 @@ READERS = {
     ),
     "model.safetensors": (
         MAX_HEADER_BYTES,
-        "from dsv4convert.containers.safetensors import read_header\n"
-        "def read(f): read_header(f / 'model.safetensors')",
+        "from dsv4convert.containers.safetensors import read_header\ndef read(f): read_header(f / 'model.safetensors')",
     ),
     "model.manifest.json": (
         MAX_MANIFEST_BYTES,

@@ -28,8 +28,6 @@ PLANS: dict[str, MakePlan] = {
 }
 
 
-
-
 def contents(plan: Plan) -> dict[str, bytes]:
     """Return the finished files of a plan and its manifest, by name."""
     return {path.name: path.read_bytes() for path in (*plan.final_paths(), manifest_path(plan))}

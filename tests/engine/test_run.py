@@ -87,9 +87,7 @@ def test_copies_are_exact_with_and_without_the_kernels_help(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_copies_go_through_the_kernel_and_no_buffer(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_go_through_the_kernel_and_no_buffer(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_bytes(os.urandom(size))
 
     def refuse(*_: Any) -> int:

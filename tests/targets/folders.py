@@ -42,8 +42,6 @@ class Editable:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-
-
 def dequantize(source: Path, out: Path, *, strict: bool = False, overwrite: bool = False, **options: Any) -> Summary:
     hook = refuse_loss("--strict") if strict else None
     return execute(plan_dequantize(source, out, **options), threads=2, overwrite=overwrite, before_finish=hook)

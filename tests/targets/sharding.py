@@ -23,7 +23,3 @@ def shard(source: Path, out: Path, mp: int, *, threads: int = 2, overwrite: bool
 
 def unshard(source: Path, out: Path, **options: Any) -> Summary:
     return execute(plan_unshard(source, out, **options), threads=2)
-
-
-
-

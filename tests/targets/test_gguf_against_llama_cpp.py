@@ -106,9 +106,7 @@ def test_mtp_file_equals_llama_cpps(mtp_pair: tuple[Path, Path]) -> None:
 def logits(path: Path, tokens: list[int]) -> np.ndarray:
     from llama_cpp import Llama
 
-    model = Llama(
-        str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2
-    )
+    model = Llama(str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2)
     model.eval(tokens)
     return np.array(model.scores[: len(tokens)])
 
@@ -128,18 +126,14 @@ def test_llama_cpp_loads_split_files(make_checkpoint: MakeCheckpoint, tmp_path: 
     plan = plan_gguf(source, tmp_path / "split.gguf", GgufOptions(split_max_bytes=1_000_000))
     execute(plan, threads=2)
     assert len(plan.files) > 2
-    assert np.array_equal(
-        logits(tmp_path / plan.files[0].name, tokens), logits(tmp_path / "whole.gguf", tokens)
-    )
+    assert np.array_equal(logits(tmp_path / plan.files[0].name, tokens), logits(tmp_path / "whole.gguf", tokens))
 
 
 @pytest.mark.parametrize(
     ("dense", "experts"),
     [("bf16", "bf16"), ("f32", "f32"), ("f16", "f16"), ("q8_0", "q8_0"), ("f32", "mxfp4")],
 )
-def test_llama_cpp_runs_other_types(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, dense: str, experts: str
-) -> None:
+def test_llama_cpp_runs_other_types(make_checkpoint: MakeCheckpoint, tmp_path: Path, dense: str, experts: str) -> None:
     source = make_checkpoint("tiny", seed=0)
     tokens = [0, *range(5, 105)]
     execute(plan_gguf(source, tmp_path / "default.gguf", GgufOptions()), threads=2)
@@ -151,7 +145,5 @@ def test_llama_cpp_runs_other_types(
 
 
 def test_llama_cpp_loads_a_slice(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    execute(
-        plan_gguf(make_checkpoint("tiny"), tmp_path / "slice.gguf", GgufOptions(layers=(1, 2))), threads=2
-    )
+    execute(plan_gguf(make_checkpoint("tiny"), tmp_path / "slice.gguf", GgufOptions(layers=(1, 2))), threads=2)
     assert np.isfinite(logits(tmp_path / "slice.gguf", [0, *range(5, 55)])).all()

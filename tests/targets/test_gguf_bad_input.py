@@ -235,9 +235,7 @@ def test_bad_input_is_one_line_with_its_own_exit_code_and_leaves_nothing(
 def test_kinds_of_errors_have_distinct_exit_codes() -> None:
     from dsv4convert import errors
 
-    kinds = [
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Dsv4Error)
-    ]
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Dsv4Error)]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     assert 0 not in codes

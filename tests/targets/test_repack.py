@@ -124,9 +124,7 @@ def spread_scales(source: Editable) -> None:
     source.edit("layers.0.ffn.experts.2.w2.scale", lambda scales: scales.__setitem__(slice(None), [0, 3, 7]))
 
 
-def test_small_values_of_spread_scales_round_and_are_counted(
-    editable: Callable[..., Editable], tmp_path: Path
-) -> None:
+def test_small_values_of_spread_scales_round_and_are_counted(editable: Callable[..., Editable], tmp_path: Path) -> None:
     source = editable()
     spread_scales(source)
     before = read_folder(source.folder)
@@ -144,9 +142,7 @@ def test_small_values_of_spread_scales_round_and_are_counted(
     assert f"{changed} of 1843200 elements of the experts changed" in summary.notes[-1]
 
 
-def test_require_lossless_keeps_the_output_from_its_name(
-    editable: Callable[..., Editable], tmp_path: Path
-) -> None:
+def test_require_lossless_keeps_the_output_from_its_name(editable: Callable[..., Editable], tmp_path: Path) -> None:
     source = editable()
     spread_scales(source)
     with pytest.raises(LossyError, match=r"not exact \(and 1 more tensors\).* changed; without --require-lossless"):

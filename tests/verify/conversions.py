@@ -67,9 +67,3 @@ def convert(source: Path, kind: str, folder: Path) -> Path:
         shards = shards.rename(folder / "shards")
         execute(plan_unshard(shards, out, wo_a="fp8" if kind == "unsharded-fp8" else "bf16"), threads=1)
     return out
-
-
-
-
-
-

@@ -140,5 +140,3 @@ def gguf_keys(path: Path) -> dict[str, Any]:
 
     fields = GGUFReader(path).fields
     return {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
-
-

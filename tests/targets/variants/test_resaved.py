@@ -238,9 +238,7 @@ def test_experts_of_the_published_quantiser_get_their_codes_and_scales_back(
         if "_exps" not in name:
             assert found[name] == direct[name]
             continue
-        ours, theirs = (
-            np.frombuffer(side[name][2], np.uint8).reshape(-1, MXFP4_BYTES) for side in (found, direct)
-        )
+        ours, theirs = (np.frombuffer(side[name][2], np.uint8).reshape(-1, MXFP4_BYTES) for side in (found, direct))
         differ = (ours != theirs).any(axis=1)
         magnitudes = np.concatenate([theirs[differ, 1:] & 7, theirs[differ, 1:] >> 4 & 7], axis=1)
         assert (magnitudes.max(axis=1) == 7).all()

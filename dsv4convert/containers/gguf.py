@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError, UsageError
+from ..formats.ggml_types import GGML_TYPES, GgmlType
 from .untrusted import open_regular
 
 MAGIC = b"GGUF"
@@ -42,52 +43,6 @@ U64_BYTES = 8
 SPLIT_FILE = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
-
-class GgmlType(NamedTuple):
-    """An element type of ggml: ``nbytes`` for every ``elements`` consecutive elements of a row."""
-
-    name: str
-    elements: int
-    nbytes: int
-
-
-# By ggml's type number; numbers that are not here are retired or unknown.
-GGML_TYPES: dict[int, GgmlType] = {
-    0: GgmlType("f32", 1, 4),
-    1: GgmlType("f16", 1, 2),
-    2: GgmlType("q4_0", 32, 18),
-    3: GgmlType("q4_1", 32, 20),
-    6: GgmlType("q5_0", 32, 22),
-    7: GgmlType("q5_1", 32, 24),
-    8: GgmlType("q8_0", 32, 34),
-    9: GgmlType("q8_1", 32, 40),
-    10: GgmlType("q2_k", 256, 84),
-    11: GgmlType("q3_k", 256, 110),
-    12: GgmlType("q4_k", 256, 144),
-    13: GgmlType("q5_k", 256, 176),
-    14: GgmlType("q6_k", 256, 210),
-    15: GgmlType("q8_k", 256, 292),
-    16: GgmlType("iq2_xxs", 256, 66),
-    17: GgmlType("iq2_xs", 256, 74),
-    18: GgmlType("iq3_xxs", 256, 98),
-    19: GgmlType("iq1_s", 256, 50),
-    20: GgmlType("iq4_nl", 32, 18),
-    21: GgmlType("iq3_s", 256, 110),
-    22: GgmlType("iq2_s", 256, 82),
-    23: GgmlType("iq4_xs", 256, 136),
-    24: GgmlType("i8", 1, 1),
-    25: GgmlType("i16", 1, 2),
-    26: GgmlType("i32", 1, 4),
-    27: GgmlType("i64", 1, 8),
-    28: GgmlType("f64", 1, 8),
-    29: GgmlType("iq1_m", 256, 56),
-    30: GgmlType("bf16", 1, 2),
-    34: GgmlType("tq1_0", 256, 54),
-    35: GgmlType("tq2_0", 256, 66),
-    39: GgmlType("mxfp4", 32, 17),
-    40: GgmlType("nvfp4", 64, 36),
-    41: GgmlType("q1_0", 128, 18),
-}
 
 STRING, ARRAY, BOOL = 8, 9, 7
 # Scalar value types by number: name and little-endian struct code. A bool is read as a byte and checked.

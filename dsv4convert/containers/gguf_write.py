@@ -1,15 +1,17 @@
-"""Writing GGUF: key-values as bytes."""
+"""Writing GGUF: the header of a file, key-values and tensor entries, as bytes."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gguf import GGUFValueType
 
 from ..errors import ConfigError
+from ..plan import align_up
+from .gguf import DEFAULT_ALIGNMENT, MAGIC, VERSION
 
 U8, U16, U32, I32 = GGUFValueType.UINT8, GGUFValueType.UINT16, GGUFValueType.UINT32, GGUFValueType.INT32
 F32, BOOL = GGUFValueType.FLOAT32, GGUFValueType.BOOL
@@ -39,6 +41,36 @@ class KeyValue:
     type: GGUFValueType
     value: Any
     sub_type: GGUFValueType | None = None
+
+
+class TensorInfo(NamedTuple):
+    """A tensor's entry in a header: row-major ``shape``, ggml's type ``number``, ``offset`` from the data's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    number: int
+    offset: int
+
+
+def gguf_header(entries: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> bytes:
+    """Return the header of a GGUF v3 file, zeros up to the data's start included.
+
+    Layout: magic, version (u32), number of tensors and of key-values (u64 each), the key-values, the tensors' entries.
+
+    Raises:
+        ConfigError: see ``encode_key_values``.
+    """
+    counts = struct.pack("<IQQ", VERSION, len(tensors), len(entries))
+    head = MAGIC + counts + encode_key_values(entries) + b"".join(map(_tensor_info, tensors))
+    return head.ljust(align_up(len(head), DEFAULT_ALIGNMENT), b"\0")
+
+
+def _tensor_info(tensor: TensorInfo) -> bytes:
+    """Return an entry: name, dimensions fastest first, type, offset in the data."""
+    name = tensor.name.encode()
+    dims = tuple(reversed(tensor.shape)) or (1,)
+    numbers = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.number, tensor.offset)
+    return struct.pack("<Q", len(name)) + name + numbers
 
 
 def encode_key_values(entries: Iterable[KeyValue]) -> bytes:

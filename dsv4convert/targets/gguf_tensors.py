@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,10 +10,12 @@ from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
+from ..containers.gguf import DEFAULT_ALIGNMENT as ALIGNMENT
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
-from ..containers.gguf_write import KeyValue, encode_key_values
+from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
 from ..errors import UsageError
+from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import BESIDE, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
@@ -33,14 +34,6 @@ from .segments import (
     matrix_shape,
     stack_segments,
 )
-
-MAGIC = b"GGUF"
-VERSION = 3
-ALIGNMENT = 32
-
-# ggml's type numbers.
-GGML_TYPE = {"f32": 0, "f16": 1, "q8_0": 8, "i32": 26, "bf16": 30, "mxfp4": 39}
-ELEMENT_TYPES = {t.name: t for t in (F32, F16, BF16, I32, Q8_0, MXFP4)}
 
 DENSE_TYPES = ("q8_0", "bf16", "f16", "f32")
 EXPERT_TYPES = ("mxfp4", "q8_0", "bf16", "f16", "f32")
@@ -410,27 +403,11 @@ def gguf_files(
 
 def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue]) -> OutputFile:
     placed = list(
-        place(
-            [OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors],
-            0,
-            ALIGNMENT,
-        )
+        place([OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors], 0, ALIGNMENT)
     )
-    infos = b"".join(_tensor_info(tensor) for tensor in placed)
-    keys = encode_key_values(list(metadata))
-    head = MAGIC + struct.pack("<IQQ", VERSION, len(placed), len(metadata)) + keys + infos
-    start = align_up(len(head), ALIGNMENT)
+    infos = [TensorInfo(t.name, t.shape, ELEMENT_TYPES[t.dtype].number, t.offset) for t in placed]
+    header = gguf_header(list(metadata), infos)
+    start = len(header)
     moved = tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed)
     end = align_up(moved[-1].offset + moved[-1].nbytes, ALIGNMENT) if moved else start
-    return OutputFile(name, head.ljust(start, b"\0"), moved, end)
-
-
-def _tensor_info(tensor: OutputTensor) -> bytes:
-    """Return the entry of a tensor in the header: name, dimensions fastest first, type, offset in the data."""
-    name = tensor.name.encode()
-    dims = tuple(reversed(tensor.shape)) or (1,)
-    return (
-        struct.pack("<Q", len(name))
-        + name
-        + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPE[tensor.dtype], tensor.offset)
-    )
+    return OutputFile(name, header, moved, end)

@@ -8,10 +8,10 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
+from ..formats.ggml_types import BY_NAME, GgmlType
 from ..plan import IDENTITY, CopySegments, MadeSegments, Operand, Segment
 
 NUMPY_DTYPE = {
@@ -26,26 +26,11 @@ NUMPY_DTYPE = {
 SCALE_DTYPE = {"F8_E8M0": "u1", "F32": "<f4"}
 
 
-class ElementType(NamedTuple):
-    """An element type of an output: ``nbytes`` for every ``elements`` elements of a row."""
-
-    name: str
-    elements: int
-    nbytes: int
-
-    def row_bytes(self, columns: int) -> int:
-        """Return the bytes of a row of ``columns`` elements."""
-        return columns // self.elements * self.nbytes
-
-
-F32 = ElementType("f32", 1, 4)
-F16 = ElementType("f16", 1, 2)
-BF16 = ElementType("bf16", 1, 2)
-I32 = ElementType("i32", 1, 4)
-I64 = ElementType("i64", 1, 8)
-# 32 elements: an f16 scale and 32 int8; an e8m0 byte and 32 e2m1 codes.
-Q8_0 = ElementType("q8_0", 32, 2 + 32)
-MXFP4 = ElementType("mxfp4", 32, 1 + 32 // 2)
+# The element types of outputs of every kind: BF16 in a safetensors file is that of ggml.
+ElementType = GgmlType
+F32, F16, BF16 = BY_NAME["f32"], BY_NAME["f16"], BY_NAME["bf16"]
+I32, I64 = BY_NAME["i32"], BY_NAME["i64"]
+Q8_0, MXFP4 = BY_NAME["q8_0"], BY_NAME["mxfp4"]
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -126,7 +126,7 @@ def test_every_value_type_and_the_tensors_are_read(write: Write) -> None:
 
 def test_types_and_sizes_are_those_of_the_gguf_package() -> None:
     theirs = {int(t): (t.name.lower(), *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
-    ours = {code: tuple(kind) for code, kind in GGML_TYPES.items()}
+    ours = {code: (kind.name, kind.elements, kind.nbytes) for code, kind in GGML_TYPES.items()}
     assert {code: ours[code] for code in ours if code in theirs} == {c: theirs[c] for c in theirs if c in ours}
     assert {"f32", "f16", "bf16", "q8_0", "mxfp4", "i32"} <= {kind.name for kind in GGML_TYPES.values()}
 

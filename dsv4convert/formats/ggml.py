@@ -1,0 +1,120 @@
+"""Low-bit types through ggml's own quantisers: ``libggml-base``, found where llama.cpp is installed.
+
+Source layout: F32 rows [rows, columns], contiguous. Result layout: blocks of ``ggml_types``, row by row. A row is
+quantised by itself, so any run of rows gives the bytes that the whole matrix would give. With an importance vector
+(float32 [columns]: mean squares of the activations that meet each column) errors in important columns weigh more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from dsv4convert.errors import DeviceError
+from dsv4convert.formats.base import ArrayF32, ArrayU8
+from dsv4convert.formats.ggml_types import BY_NAME, QUANTISED
+
+PACKAGE = "llama_cpp"  # the module of llama-cpp-python, which carries the library
+LIBRARY_NAME = "libggml-base.so"
+INSTALL_HINT = "install it with: pip install 'dsv4convert[lowbit]', or pass --ggml-lib PATH"
+
+_FLOATS, _BYTES = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
+
+
+class Quantiser:
+    """ggml's quantisers in one loaded library. Threads may call it side by side: it keeps no state of a call."""
+
+    def __init__(self, path: str) -> None:
+        """Load the library at ``path`` (a file, or a name on the loader's path).
+
+        Raises:
+            DeviceError: it does not load, lacks a function, or disagrees about the size of a type.
+        """
+        self.path = path
+        try:
+            library = ctypes.CDLL(path)
+            chunk, prepare = library.ggml_quantize_chunk, library.ggml_quantize_init
+            row_size, version = library.ggml_row_size, library.ggml_version
+        except (OSError, AttributeError, ValueError) as error:
+            raise DeviceError(
+                "ggml's library cannot be used", where=path, got=error, expected="libggml-base", hint=INSTALL_HINT
+            ) from None
+        chunk.restype = ctypes.c_size_t
+        chunk.argtypes = [ctypes.c_int, _FLOATS, _BYTES, *[ctypes.c_int64] * 3, _FLOATS]
+        prepare.restype, prepare.argtypes = None, [ctypes.c_int]
+        row_size.restype, row_size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
+        version.restype, version.argtypes = ctypes.c_char_p, []
+        self._chunk, self._prepare = chunk, prepare
+        self.version: str = version().decode("ascii", "backslashreplace")
+        self._prepared: set[str] = set()
+        self._lock = threading.Lock()
+        for name in QUANTISED:
+            kind = BY_NAME[name]
+            size = row_size(kind.number, kind.elements)
+            if size != kind.nbytes:
+                raise DeviceError(
+                    f"ggml's library has another {name}",
+                    where=path,
+                    expected=f"{kind.nbytes} bytes a block",
+                    got=size,
+                    hint="use a release of llama.cpp that this version of dsv4convert knows",
+                )
+
+    def quantise(self, name: str, values: ArrayF32, out: ArrayU8, importance: ArrayF32 | None = None) -> None:
+        """Fill ``out`` [rows, row bytes] with ``values`` [rows, columns] in type ``name``.
+
+        ``importance``: one weight a column, all rows alike, or None.
+
+        Raises:
+            ValueError: arrays that do not belong together; the plan is wrong, not the user's file.
+        """
+        kind = BY_NAME[name]
+        rows, columns = values.shape
+        if columns % kind.elements or out.shape != (rows, kind.row_bytes(columns)):
+            raise ValueError(f"{name}: {values.shape} values do not make {out.shape} bytes")
+        if importance is not None and importance.shape != (columns,):
+            raise ValueError(f"{name}: expected {columns} weights of importance, got {importance.shape}")
+        for array in (values, out) if importance is None else (values, out, importance):
+            if not array.flags.c_contiguous:
+                raise ValueError(f"{name}: the arrays of a tile must be contiguous")
+        if name not in self._prepared:
+            with self._lock:  # makes the grids of the IQ types, once
+                self._prepare(kind.number)
+                self._prepared.add(name)
+        weights = None if importance is None else importance.ctypes.data_as(_FLOATS)
+        made = self._chunk(kind.number, values.ctypes.data_as(_FLOATS), out.ctypes.data, 0, rows, columns, weights)
+        if made != out.nbytes:
+            raise ValueError(f"{name}: the library made {made} bytes, expected {out.nbytes}")
+
+
+def find_quantiser(path: Path | None = None) -> Quantiser:
+    """Return ggml's quantisers from ``path``, from an installed llama-cpp-python, or from the loader's path.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    if path is not None:
+        if not path.exists():
+            raise DeviceError("no such library", where=path, hint=INSTALL_HINT)
+        return Quantiser(os.path.abspath(path / LIBRARY_NAME if path.is_dir() else path))
+    found = importlib.util.find_spec(PACKAGE)
+    for folder in found.submodule_search_locations or () if found else ():
+        installed = Path(folder) / "lib" / LIBRARY_NAME
+        if installed.is_file():
+            return Quantiser(str(installed))
+    named = ctypes.util.find_library("ggml-base")
+    if named is None:
+        raise DeviceError("types below Q8_0 and MXFP4 need ggml's library, which is not there", hint=INSTALL_HINT)
+    return Quantiser(named)
+
+
+def as_rows(values: ArrayF32, columns: int) -> ArrayF32:
+    """Return contiguous float32 rows of ``columns`` elements."""
+    rows: ArrayF32 = np.ascontiguousarray(values, np.float32).reshape(-1, columns)
+    return rows

@@ -19,7 +19,7 @@ FLOORS = (
     {"formats", "model", "containers"},
     {"checkpoint"},
     {"targets", "engine", "synth"},
-    {"verify", "reference", "inspect"},
+    {"verification", "reference", "inspection"},
     {"cli"},
     {"__main__"},
 )

@@ -16,7 +16,7 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] 
     from ..synth.write import write_synth
     from ..targets.gguf import plan_gguf
     from ..targets.gguf_tensors import GgufOptions
-    from ..verify import verify
+    from ..verification import verify
     from .report import human_bytes, print_summary
 
     with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:

@@ -71,7 +71,7 @@ def verify(
     if out is None:
         raise UsageError("no output to verify", hint="dsv4convert verify SRC OUT, or verify --manifest OUT")
     from ..engine.resources import default_threads
-    from ..verify import prepare
+    from ..verification import prepare
     from .report import print_json, progress_display
 
     fraction = parse_sample(sample) if sample is not None else None

@@ -39,7 +39,7 @@ from dsv4convert.engine.manifest import check_manifest, manifest_of
 from dsv4convert.engine.run import peak_memory_bytes
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import Dsv4Error, InputOutputError
-from dsv4convert.inspect.describe import inspect_path
+from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.model.config import load_config
 from dsv4convert.plan import Plan
 from dsv4convert.synth.write import write_synth
@@ -49,7 +49,7 @@ from dsv4convert.targets.gguf_tensors import GgufOptions
 from dsv4convert.targets.repack import plan_repack
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import UNSHARD, plan_shards, plan_unshard
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from .mutations import mutate_bytes, mutate_json
 

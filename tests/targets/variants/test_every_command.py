@@ -12,11 +12,11 @@ import pytest
 
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import UnsupportedError
-from dsv4convert.inspect.describe import inspect_path
+from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.reference import Model
 from dsv4convert.reference.weights.open import open_source
 from dsv4convert.targets.repack import plan_repack
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from ...checkpoints import MakeCheckpoint
 from ..sharding import shard, unshard

@@ -15,7 +15,7 @@ from dsv4convert.errors import ConfigError, UnsupportedError, UsageError
 from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from ...checkpoints import MakeCheckpoint
 from .conversions import gguf_keys, gguf_tensors, to_gguf

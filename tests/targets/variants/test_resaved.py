@@ -15,7 +15,7 @@ from dsv4convert.checkpoint.renaming import official_name
 from dsv4convert.errors import InventoryError
 from dsv4convert.formats.e2m1 import quantise_fp4
 from dsv4convert.model.tensors import LAYER_ROWS, TOP_ROWS, V3_COMPONENT_ALIASES, is_vision_name
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from ...checkpoints import MakeCheckpoint
 from ..sharding import shard

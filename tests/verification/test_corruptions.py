@@ -15,7 +15,7 @@ import pytest
 
 from dsv4convert.containers.gguf import open_gguf, read_gguf_part
 from dsv4convert.errors import Dsv4Error, FileFormatError
-from dsv4convert.verify import Report, verify
+from dsv4convert.verification import Report, verify
 
 from ..oracles.gguf_bytes import Info, Key, RawGguf, text
 from ..oracles.safetensors_bytes import RawSafetensors, RawTensor

@@ -22,7 +22,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from dsv4convert.engine.run import peak_memory_bytes
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 report = verify(Path(sys.argv[1]), Path(sys.argv[2]), threads=2)
 print(json.dumps({"ok": report.ok, "peak": peak_memory_bytes()}))
 """

@@ -18,9 +18,9 @@ from jsonschema import Draft202012Validator
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError
-from dsv4convert.inspect.describe import inspect_path
-from dsv4convert.inspect.description import Description
-from dsv4convert.inspect.naming import family_of
+from dsv4convert.inspection.describe import inspect_path
+from dsv4convert.inspection.description import Description
+from dsv4convert.inspection.naming import family_of
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions

@@ -9,7 +9,7 @@ import pytest
 
 from dsv4convert.formats.base import Scratch, Tally
 from dsv4convert.formats.mxfp4 import f32_to_mxfp4
-from dsv4convert.verify import numbers
+from dsv4convert.verification import numbers
 
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)
 BYTES = np.arange(256, dtype=np.uint8)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from ..oracles.gguf_bytes import RawGguf
 from ..oracles.llama_cpp import convert

@@ -14,7 +14,7 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error, InputMissingError, UsageError
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
-from dsv4convert.verify import verify
+from dsv4convert.verification import verify
 
 from ..checkpoints import MakeCheckpoint
 from .conversions import KINDS, Make, convert

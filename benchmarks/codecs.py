@@ -38,7 +38,7 @@ Contender = Callable[[], Array]
 
 FP8_BLOCK = (128, 128)
 GROUP = 32
-PACKAGES = ("numpy", "torch", "ml_dtypes", "llvmlite")
+PACKAGES = ("numpy", "torch", "ml_dtypes")
 
 
 @dataclass

@@ -65,7 +65,9 @@ _debug = False
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dsv4convert {__version__}")
+        from ..formats.backend import describe_codecs
+
+        typer.echo(f"dsv4convert {__version__}, {describe_codecs()}")
         raise typer.Exit
 
 

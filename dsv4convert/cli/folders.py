@@ -43,11 +43,9 @@ def dequantize(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
-    from .report import prepare, run_conversion
-
-    prepare(source, run, [f"{held}_to_{dtype.value}" for held in ("fp8", "fp4", "bf16")])
     from ..engine.loss import refuse_loss
     from ..targets.dequantize import plan_dequantize
+    from .report import run_conversion
 
     plan = plan_dequantize(
         source,
@@ -76,11 +74,9 @@ def repack(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
-    from .report import prepare, run_conversion
-
-    prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales"))
     from ..engine.loss import refuse_loss
     from ..targets.repack import execute_repack, plan_repack
+    from .report import run_conversion
 
     plan = plan_repack(source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
     run_conversion(

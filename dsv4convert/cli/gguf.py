@@ -100,12 +100,9 @@ def hf_to_gguf(
     run: RunOptions,
 ) -> None:
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
-    from .report import prepare, run_conversion
-
-    expected = f"fp4_to_{experts.value if experts else 'mxfp4'}", f"fp8_to_{dense.value if dense else 'q8_0'}"
-    prepare(source, run, (*expected, "bf16_to_f32"))
     from ..targets.gguf import plan_gguf
     from ..targets.gguf_tensors import GgufOptions
+    from .report import run_conversion
 
     options = GgufOptions(
         dense=dense.value if dense else None,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import escape_control
-from .options import DeviceName, RunOptions
+from .options import RunOptions
 
 if TYPE_CHECKING:
     from ..engine.conversion import Summary
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 PLAIN_PROGRESS_SECONDS = 10.0
 
 MAX_COUNTED_LINES = 20
-
-CHECKPOINT_FILES = "*.safetensors"
-# Source bytes for every byte that makes compiled codecs worth while: most commands convert at least half.
-SOURCE_FACTOR = 2
 
 
 def human_bytes(size: float) -> str:
@@ -117,6 +112,8 @@ def _plain_lines(total: int) -> Callable[[int], None]:
 
 def print_summary(summary: Summary) -> None:
     """Print what a conversion wrote, what it left out and why, and what it took."""
+    from ..formats.backend import NUMPY, describe_codecs
+
     if summary.resumed_bytes == summary.written_bytes:
         typer.echo("finished by an earlier run; nothing was left to do")
     for path, size in summary.files:
@@ -133,6 +130,8 @@ def print_summary(summary: Summary) -> None:
         typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
     if len(summary.counted) > MAX_COUNTED_LINES:
         typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
+    if summary.backend == NUMPY:
+        typer.echo(f"note: {describe_codecs()}")
     typer.echo(
         f"{human_seconds(summary.seconds)}, {human_bytes(summary.bytes_per_second)}/s, "
         f"peak memory {human_bytes(summary.peak_memory_bytes)}"
@@ -180,23 +179,6 @@ def print_plan(document: dict[str, Any]) -> None:
     ):
         verdict = "enough" if needed <= there else "NOT ENOUGH"
         typer.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
-
-
-def prepare(source: Path, run: RunOptions, codecs: Sequence[str]) -> None:
-    """Make ready the codecs that a command expects to use, if it will convert a large source here.
-
-    Commands call it before they import what plans, so that both happen at once.
-    """
-    from ..formats.backend import COMPILED_FROM_BYTES, compiled_available, prepare_beside
-
-    if run.dry_run or run.device is not DeviceName.cpu or not compiled_available():
-        return
-    try:
-        nbytes = sum(path.stat().st_size for path in source.glob(CHECKPOINT_FILES))
-    except OSError:
-        return  # whoever opens the source says what is wrong with it
-    if nbytes >= COMPILED_FROM_BYTES * SOURCE_FACTOR:
-        prepare_beside(codecs)
 
 
 def run_conversion(

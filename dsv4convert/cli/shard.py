@@ -50,13 +50,10 @@ def shard(
     run: RunOptions,
 ) -> None:
     """Divide a checkpoint among ranks, as the published inference code loads it."""
-    from .report import plan_as_json, prepare, print_json, print_plan, run_conversion
-
-    if expert_dtype is ExpertDtype.fp8:
-        prepare(source, run, ("fp4_to_fp8", "fp4_to_fp8_scales", "fp8_to_bf16"))
     from ..engine.resources import default_threads
     from ..targets.shard_tensors import ShardOptions
     from ..targets.shards import costs_as_json, plan_shards
+    from .report import plan_as_json, print_json, print_plan, run_conversion
 
     options = ShardOptions(
         mp=mp,

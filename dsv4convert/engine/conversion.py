@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import Dsv4Error, InputOutputError, ResumeError, RunInterruptedError, SpaceError, UsageError
-from ..formats.backend import Codecs
+from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .fingerprint import check_same, check_unchanged, fingerprint
@@ -16,7 +16,7 @@ from .journal import Journal, journal_path
 from .manifest import finished_before, manifest_path, write_manifest
 from .outputs import Outputs
 from .resources import check_space, default_threads
-from .run import RECORD_SECONDS, RunReport, choose_backend, peak_memory_bytes, run_plan
+from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 from .worker import TILE_BYTES
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
@@ -188,7 +188,7 @@ def device_codecs(device: str, plan: Plan) -> tuple[Codecs, int]:
         DeviceError: no GPU, or no torch and triton.
     """
     if device == "cpu":
-        return choose_backend(plan), TILE_BYTES
+        return default_codecs(), TILE_BYTES
     if device != "cuda":
         raise UsageError("--device: unknown", expected="cpu or cuda", got=device)
     from ..formats.triton.pipeline import cuda_codecs, preferred_tile_bytes, require_cuda

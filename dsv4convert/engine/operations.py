@@ -18,7 +18,7 @@ from ..formats.base import GROUP, Scratch, Tally
 from ..formats.e2m1 import FP8_TILE
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
-from ..plan import BESIDE, COPY, IDENTITY
+from ..plan import BESIDE, IDENTITY
 
 Bytes = NDArray[np.uint8]
 Inputs = Sequence[NDArray[Any]]
@@ -155,9 +155,6 @@ def _bf16_to_fp8_scales(
 
 
 F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
-
-# What only moves bytes, and gains nothing from compiled codecs.
-MOVING_CODECS = frozenset({COPY, IDENTITY, "columns", "side_by_side", "alike"})
 
 TILE_CODECS: dict[str, TileCodec] = {
     IDENTITY: _identity,

@@ -10,25 +10,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
-from ..formats.backend import (
-    COMPILED_FROM_BYTES,
-    Codecs,
-    compiled_available,
-    compiled_codecs,
-    numpy_codecs,
-    prepare_codecs,
-)
+from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
-from .operations import MOVING_CODECS
 from .outputs import DescriptorCache, Outputs
 from .schedule import Lane, Schedule
 from .worker import TILE_BYTES, Worker
-
-# Where a smaller share of the output is converted than this, numpy keeps up with the disk.
-COMPILED_FROM_SHARE = 1 / 4
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
@@ -120,8 +109,7 @@ def run_plan(
         RuntimeError: a worker raised anything else; says the tensor.
     """
     started = time.monotonic()
-    backend = codecs if codecs is not None else choose_backend(plan)
-    prepare_codecs(backend, codec_names(plan))
+    backend = codecs if codecs is not None else default_codecs()
     done = Ledger(plan)
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
@@ -223,32 +211,6 @@ class _Keeper(threading.Thread):
                 self._recorder.record(batch)
         for entry in batch:
             self._done.add(*entry.task[:3], entry.digest, entry.tally)
-
-
-def choose_backend(plan: Plan) -> Codecs:
-    """Return the compiled codecs where they are installed and worth their loading and memory, else numpy's.
-
-    Where most bytes only move, as into shards, numpy keeps up with the disk.
-    """
-    converted = converted_bytes(plan)
-    if converted >= max(COMPILED_FROM_BYTES, plan.nbytes * COMPILED_FROM_SHARE) and compiled_available():
-        return compiled_codecs()
-    return numpy_codecs()
-
-
-def converted_bytes(plan: Plan) -> int:
-    """Return how many output bytes a codec makes that does more than move bytes."""
-    return sum(
-        tensor.nbytes
-        for file in plan.files
-        for tensor in file.tensors
-        if tensor.segments and tensor.segments[0].codec not in MOVING_CODECS
-    )
-
-
-def codec_names(plan: Plan) -> set[str]:
-    """Return the codecs of a plan: those of each tensor's first segment, which the others of it share or move by."""
-    return {tensor.segments[0].codec for file in plan.files for tensor in file.tensors if tensor.segments}
 
 
 def peak_memory_bytes() -> int:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
-import threading
 import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 
 from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.base import TileFunction
+from dsv4convert.formats.compiled.library import library_path
 
-# Set to 0 to stay with numpy although llvmlite is installed.
+# Set to 0 to stay with numpy although the compiled codecs are there.
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
 
+NUMPY = "numpy"
 COMPILED = "compiled"
-
-# Loading and compiling costs more than a smaller conversion takes.
-COMPILED_FROM_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +56,41 @@ CODEC_NAMES = tuple(field.name for field in fields(Codecs) if field.name != "nam
 @cache
 def numpy_codecs() -> Codecs:
     """Return the numpy codecs."""
-    return Codecs("numpy")
+    return Codecs(NUMPY)
 
 
 def compiled_available() -> bool:
-    """True when llvmlite is installed and not switched off by DSV4CONVERT_COMPILED=0; imports nothing."""
-    return os.environ.get(COMPILED_VARIABLE, "1") != "0" and importlib.util.find_spec("llvmlite") is not None
+    """True when the library is built for this processor and not switched off by DSV4CONVERT_COMPILED=0."""
+    return os.environ.get(COMPILED_VARIABLE, "1") != "0" and library_path() is not None
 
 
 @cache
 def compiled_codecs() -> Codecs:
-    """Return the compiled twins; a conversion without one stays with numpy. Imports llvmlite.
+    """Return the compiled twins; a conversion without one stays with numpy. Loads the library.
 
-    An installed llvmlite that does not import, or knows no code for this processor, costs speed and a
-    warning, not the conversion.
+    A library that does not load costs speed and a warning, not the conversion.
     """
     try:
-        from dsv4convert.formats import compiled
-    except Exception as error:  # noqa: BLE001 - llvmlite raises what it likes: ImportError, RuntimeError, OSError
-        reason = escape_control(f"{type(error).__name__}: {error}")
-        warnings.warn(f"llvmlite does not work ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2)
+        from dsv4convert.formats.compiled.twins import TWINS
+    except (OSError, AttributeError) as error:  # AttributeError: a function is missing
+        reason = escape_control(str(error))
+        warnings.warn(
+            f"the compiled codecs do not load ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2
+        )
         return numpy_codecs()
-    return Codecs(COMPILED, **compiled.TWINS)
+    return Codecs(COMPILED, **TWINS)
 
 
-def prepare_codecs(codecs: Codecs, names: Iterable[str]) -> None:
-    """Make ready what the named functions need; for numpy that is nothing."""
-    if codecs.name == COMPILED:
-        from dsv4convert.formats import compiled
-
-        compiled.prepare(names)
+def default_codecs() -> Codecs:
+    """Return the compiled codecs where they are available, else numpy's."""
+    return compiled_codecs() if compiled_available() else numpy_codecs()
 
 
-def prepare_beside(names: Sequence[str]) -> threading.Thread:
-    """Compile the named twins in a thread of its own, while the caller plans; needs them ``compiled_available``.
-
-    LLVM takes 100 MiB and more while it compiles, and has let go of them by the time that the plan of a large
-    model is made. Nobody need wait for the thread: whoever calls a kernel waits for that.
-    """
-
-    def prepare() -> None:
-        # What goes wrong here goes wrong again where it matters, and is told there.
-        with contextlib.suppress(Exception):
-            prepare_codecs(compiled_codecs(), names)
-
-    thread = threading.Thread(target=prepare, daemon=True)
-    thread.start()
-    return thread
+def describe_codecs() -> str:
+    """Return which codecs conversions use here, in words, and why where they are numpy's."""
+    path = library_path()
+    if path is None:
+        return "numpy codecs (the compiled ones are not built for this machine)"
+    if not compiled_available():
+        return f"numpy codecs ({COMPILED_VARIABLE}=0)"
+    return f"compiled codecs ({path.stem.removeprefix('codecs-')})"

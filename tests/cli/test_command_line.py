@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from dsv4convert import __version__, cli
 from dsv4convert.errors import MAX_CHARACTERS, Dsv4Error, escape_control
+from dsv4convert.formats.backend import describe_codecs
 
 from ..command_line import run_cli
 
@@ -28,8 +29,8 @@ def test_every_command_and_option_has_help(command: str) -> None:
     assert run_cli(command, "--help").code == 0
 
 
-def test_the_version_is_told() -> None:
-    assert run_cli("--version").out == f"dsv4convert {__version__}\n"
+def test_the_version_is_told_and_which_codecs_serve() -> None:
+    assert run_cli("--version").out == f"dsv4convert {__version__}, {describe_codecs()}\n"
 
 
 def test_an_unknown_command_is_a_usage_error() -> None:

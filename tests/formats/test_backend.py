@@ -8,51 +8,67 @@ import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsv4convert.formats import backend
-from dsv4convert.formats.backend import CODEC_NAMES, Codecs, compiled_available, compiled_codecs, numpy_codecs
+from dsv4convert.formats.backend import (
+    CODEC_NAMES,
+    Codecs,
+    compiled_available,
+    compiled_codecs,
+    default_codecs,
+    numpy_codecs,
+)
 from dsv4convert.formats.base import Scratch, Tally
 
 
 def test_compiled_codecs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "library_path", lambda: Path("codecs-x86_64_v3.so"))
+    assert compiled_available()
+    assert backend.describe_codecs() == "compiled codecs (x86_64_v3)"
     monkeypatch.setenv(backend.COMPILED_VARIABLE, "0")
     assert not compiled_available()
+    assert default_codecs() is numpy_codecs()
+    assert backend.describe_codecs() == "numpy codecs (DSV4CONVERT_COMPILED=0)"
 
 
-def test_compiled_codecs_are_offered_only_where_llvmlite_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(backend.COMPILED_VARIABLE, raising=False)
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+def test_numpy_serves_where_no_library_is_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "library_path", lambda: None)
     assert not compiled_available()
+    assert default_codecs() is numpy_codecs()
+    assert backend.describe_codecs() == "numpy codecs (the compiled ones are not built for this machine)"
 
 
 @pytest.mark.parametrize(
-    "spoil",
-    [
-        "sys.modules['llvmlite'] = None",
-        "import llvmlite.binding as b; b.get_host_cpu_features = lambda: 1 / 0",
-        "import llvmlite.binding as b; parse = b.parse_assembly; b.parse_assembly = lambda text: parse('%' + text)",
-    ],
-    ids=["does not import", "does not know the processor", "does not know the assembly language"],
+    ("content", "reason"),
+    [(b"no library" * 100, "invalid ELF header"), (b"", "file too short")],
+    ids=["no library", "empty"],
 )
-def test_an_llvmlite_that_does_not_work_costs_a_warning_and_speed(spoil: str):
+def test_a_library_that_does_not_load_costs_a_warning_and_speed(content: bytes, reason: str, tmp_path: Path):
+    damaged = tmp_path / "codecs-x86_64_v3.so"
+    damaged.write_bytes(content)
     program = (
-        f"import sys, warnings; {spoil}; warnings.simplefilter('error')\n"
-        "from dsv4convert.formats.backend import compiled_codecs\n"
-        "try: compiled_codecs()\n"
-        "except RuntimeWarning as warning: assert 'llvmlite does not work' in str(warning), warning\n"
-        "else: sys.exit(1)\n"
-        "warnings.simplefilter('ignore'); sys.exit(compiled_codecs().name != 'numpy')"
+        "import sys, warnings; from pathlib import Path; warnings.simplefilter('error')\n"
+        "from dsv4convert.formats import backend\n"
+        "from dsv4convert.formats.compiled import library\n"
+        f"library.library_path = lambda: Path({str(damaged)!r})\n"
+        "try: backend.compiled_codecs()\n"
+        "except RuntimeWarning as warning: message = str(warning)\n"
+        f"assert 'the compiled codecs do not load' in message and {reason!r} in message, message\n"
+        "warnings.simplefilter('ignore'); sys.exit(backend.compiled_codecs().name != 'numpy')"
     )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_choosing_numpy_imports_no_llvmlite():
+def test_choosing_numpy_loads_no_library():
     program = (
-        "import sys; from dsv4convert.formats.backend import compiled_available, numpy_codecs;"
-        "numpy_codecs(); compiled_available(); sys.exit('llvmlite' in sys.modules)"
+        "import sys; from dsv4convert.formats.backend import compiled_available, describe_codecs, numpy_codecs;"
+        "numpy_codecs(); compiled_available(); describe_codecs();"
+        "sys.exit('dsv4convert.formats.compiled.twins' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -191,16 +207,3 @@ def test_threads_with_their_own_arenas_do_not_disturb_each_other(codecs: Codecs,
     alone = [run(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run, range(4))) == alone
-
-
-def test_codecs_prepared_beside_are_ready_and_trouble_there_is_nobodys_trouble():
-    program = (
-        "from dsv4convert.formats import backend\n"
-        "backend.prepare_beside(['fp8_to_bf16', 'no such codec']).join()\n"
-        "from dsv4convert.formats import compiled_kernels as kernels\n"
-        "assert kernels.fp8_to_bf16._function and not kernels.fp8_to_f32._function\n"
-        "kernels.fp8_to_f32.compile = lambda: 1 / 0\n"
-        "backend.prepare_beside(['fp8_to_f32']).join()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import DeviceError
-from ..backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
+from ..backend import Codecs, default_codecs
 from ..base import Array, ArrayU8, Block, Scratch, Tally
 from ..e2m1 import FP8_TILE
 
@@ -80,7 +80,7 @@ def cuda_codecs() -> Codecs:
 
 def codecs_on(device: str) -> Codecs:
     """Return the codecs on a torch device; "cpu" runs the kernels in Triton's interpreter, for tests."""
-    host = compiled_codecs() if compiled_available() else numpy_codecs()
+    host = default_codecs()
     return replace(host, name="cuda", **CudaCodecs(device, host).twins())
 
 

@@ -1,0 +1,589 @@
+// Compiled twins of the numpy codecs in the parent folder: the same bytes and the same counts.
+//
+// Each function does one ordinary tile in plain loops, which the compiler turns into vector instructions. A tile
+// that is not ordinary (NaN, infinity, a scale at the ends of the range) makes it return NEEDS_FALLBACK, and the
+// numpy codec does the whole tile again, so that rare cases are written once. The bit layouts and the reasons are
+// in the spec blocks of e4m3.py, e2m1.py, mxfp4.py, q8_0.py and bf16.py.
+//
+// Arrays are flat, contiguous and little-endian; inputs and outputs do not overlap. `twins.py` checks shapes and types.
+// Compile without -ffast-math and with -ffp-contract=off: every operation rounds as numpy's.
+
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef int64_t i64;
+// Elements of arrays, which may lie at any address: a tensor in a file starts where it starts.
+typedef u16 __attribute__((aligned(1), may_alias)) u16_at;
+typedef u32 __attribute__((aligned(1), may_alias)) u32_at;
+
+#define INLINE static inline __attribute__((always_inline))
+// Before a short loop over bytes: unrolled early, it would be taken for single bytes to be gathered into vectors.
+#define KEEP_LOOP _Pragma("clang loop unroll(disable)")
+// Before a loop over groups with little to do for each: its speed then depends less on the address that it lies at.
+#define FOUR_AT_ONCE _Pragma("clang loop unroll_count(4)")
+
+enum {
+    NEEDS_FALLBACK = -1,
+    GROUP = 32,       // elements that share a scale along a row
+    PACKED = 16,      // their bytes in packed FP4
+    MXFP4_BYTES = 17, // e8m0 scale, 16 bytes of codes
+    Q8_0_BYTES = 34,  // float16 d, 32 int8
+    FP8_TILE = 128,   // rows and columns that share a scale once FP4 is FP8
+    TILE_GROUPS = FP8_TILE / GROUP,
+    CHUNK = 1 << 14, // elements that 32-bit counters count before they are added up
+};
+
+enum { F32, BF16, F16 };
+
+#define F32_MAGNITUDE 0x7FFFFFFFu
+#define F32_INFINITY 0x7F800000u
+#define F32_MANTISSA 0x007FFFFFu
+#define F32_MIN_NORMAL 0x00800000u
+#define BF16_OVERFLOW 0x7F7F8000u // as float32: rounds to infinity
+#define F16_INFINITY 0x7C00u
+#define F16_MIN_NORMAL (113u << 23) // as float32: 2^-14
+#define F16_OVERFLOW 0x477FF000u    // as float32: 65520, rounds to infinity
+#define F16_REBIAS (112u << 10)     // 127 - 15, at a float16's exponent
+#define TO_INTEGER 0x1p23f          // a float32 this large has no places behind the point
+
+INLINE float float_of(u32 bits) {
+    union { u32 bits; float value; } both = {bits};
+    return both.value;
+}
+
+INLINE u32 bits_of(float value) {
+    union { float value; u32 bits; } both = {value};
+    return both.bits;
+}
+
+INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+
+INLINE int all_within(const u8 *restrict bytes, i64 size, u8 first, u8 last) {
+    u8 smallest = 0xFF, largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        smallest = bytes[i] < smallest ? bytes[i] : smallest;
+        largest = bytes[i] > largest ? bytes[i] : largest;
+    }
+    return smallest >= first && largest <= last;
+}
+
+// --- one element ------------------------------------------------------------------------------------------
+
+// A thread may flush subnormal numbers to zero; results would then not be exact, and the numpy codec says so.
+INLINE int flushes_subnormals(void) {
+    volatile float smallest_normal = 0x1p-126f;
+    return smallest_normal * 0.5f == 0.0f;
+}
+
+// e8m0: 2^(byte - 127). Byte 0 (a float32 subnormal) and 255 (NaN) are for numpy.
+INLINE float e8m0(u8 byte) { return float_of((u32)byte << 23); }
+
+// e4m3 without the sign: eeee mmm, bias 7; NaN reads as 480. Touches no float32 subnormal.
+INLINE float e4m3(u32 magnitude) {
+    float subnormal = (float)(int32_t)magnitude * 0x1p-9f;
+    float normal = float_of((magnitude << 20) + (120u << 23)); // 127 - 7
+    return magnitude < 8 ? subnormal : normal;
+}
+
+// e2m1 without the sign: 0, .5, 1, 1.5, 2, 3, 4, 6. Code 2 is 1.0; code 1, the only subnormal, the exponent below.
+INLINE float e2m1(u32 magnitude) {
+    u32 bits = ((magnitude - (magnitude == 1)) << 22) + (126u << 23);
+    return float_of(magnitude == 0 ? 0 : bits);
+}
+
+// A group of packed FP4: element 2i in the low nibble of byte i, 2i + 1 in the high one.
+INLINE void unpack(const u8 *packed, u8 *codes) {
+    KEEP_LOOP
+    for (int i = 0; i < PACKED; i++) {
+        codes[2 * i] = packed[i] & 0xF;
+        codes[2 * i + 1] = packed[i] >> 4;
+    }
+}
+
+// The bits of a float16 for a magnitude that it holds exactly.
+INLINE u32 exact_f16(float magnitude) {
+    u32 normal = (bits_of(magnitude) >> 13) - F16_REBIAS;
+    u32 subnormal = (u32)(int32_t)(magnitude * 0x1p24f);
+    return bits_of(magnitude) < F16_MIN_NORMAL ? subnormal : normal;
+}
+
+// The bits of a float16 for a magnitude below 65520, rounded to nearest even.
+INLINE u32 rounded_f16(float magnitude) {
+    u32 bits = bits_of(magnitude);
+    u32 normal = ((bits + 0xFFF + ((bits >> 13) & 1)) >> 13) - F16_REBIAS;
+    u32 subnormal = bits_of(magnitude * 0x1p24f + TO_INTEGER) & F32_MANTISSA;
+    return bits < F16_MIN_NORMAL ? subnormal : normal;
+}
+
+INLINE float f16(u32 magnitude) {
+    float subnormal = (float)(int32_t)magnitude * 0x1p-24f;
+    float normal = float_of((magnitude << 13) + (112u << 23));
+    float value = magnitude < 0x400 ? subnormal : normal;
+    return magnitude == F16_INFINITY ? float_of(F32_INFINITY) : value;
+}
+
+// The bits of a magnitude that the type holds exactly, with a sign (bit 31).
+INLINE u32 as_type(int type, float magnitude, u32 sign) {
+    if (type == F16)
+        return exact_f16(magnitude) | sign >> 16;
+    u32 bits = bits_of(magnitude) | sign;
+    return type == BF16 ? bits >> 16 : bits;
+}
+
+// Reads float32 bits, or bfloat16 bits widened.
+INLINE u32 load(const void *values, i64 i, int type) {
+    return type == F32 ? ((const u32_at *)values)[i] : (u32)((const u16_at *)values)[i] << 16;
+}
+
+// --- FP8 to F32, BF16, F16 --------------------------------------------------------------------------------
+
+INLINE int has_nan(const u8 *restrict codes, i64 size) {
+    u8 largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u8 magnitude = codes[i] & 0x7F;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest == 0x7F;
+}
+
+// Codes [rows, columns], one scale per block of height x width; all products are exact with scales from `first` to
+// `last`.
+INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const u8 *restrict scale, void *restrict out,
+                  i64 rows, i64 columns, i64 height, i64 width) {
+    i64 block_columns = (columns + width - 1) / width;
+    if (flushes_subnormals() || has_nan(weight, rows * columns))
+        return NEEDS_FALLBACK;
+    for (i64 row = 0; row < rows; row++) {
+        const u8 *row_scale = scale + row / height * block_columns;
+        for (i64 block = 0; block < block_columns; block++) {
+            if (row_scale[block] < first || row_scale[block] > last)
+                return NEEDS_FALLBACK;
+            float factor = e8m0(row_scale[block]);
+            i64 stop = row * columns + smaller((block + 1) * width, columns);
+            for (i64 i = row * columns + block * width; i < stop; i++) {
+                u32 code = weight[i];
+                u32 bits = as_type(type, e4m3(code & 0x7F) * factor, code >> 7 << 31);
+                if (type == F32)
+                    ((u32_at *)out)[i] = bits;
+                else
+                    ((u16_at *)out)[i] = (u16)bits;
+            }
+        }
+    }
+    return 0;
+}
+
+// 448 * 2^(246 - 127) < 2^128.
+i64 fp8_to_f32(const u8 *restrict weight, const u8 *restrict scale, u32_at *restrict out, i64 rows, i64 columns,
+               i64 height, i64 width) {
+    return fp8_to(F32, 1, 246, weight, scale, out, rows, columns, height, width);
+}
+
+// 2^-9 * 2^(3 - 127) = 2^-133.
+i64 fp8_to_bf16(const u8 *restrict weight, const u8 *restrict scale, u16_at *restrict out, i64 rows, i64 columns,
+                i64 height, i64 width) {
+    return fp8_to(BF16, 3, 246, weight, scale, out, rows, columns, height, width);
+}
+
+// 2^-9 * 2^(112 - 127) = 2^-24, and 448 * 2^(134 - 127) < 65520.
+i64 fp8_to_f16(const u8 *restrict weight, const u8 *restrict scale, u16_at *restrict out, i64 rows, i64 columns,
+               i64 height, i64 width) {
+    return fp8_to(F16, 112, 134, weight, scale, out, rows, columns, height, width);
+}
+
+// --- FP4 to F32, BF16, F16 --------------------------------------------------------------------------------
+
+INLINE i64 fp4_to(int type, u8 first_byte, u8 last_byte, const u8 *restrict packed, const u8 *restrict scale,
+                  u32_at *restrict out, i64 groups) {
+    if (flushes_subnormals() || !all_within(scale, groups, first_byte, last_byte))
+        return NEEDS_FALLBACK;
+    for (i64 group = 0; group < groups; group++) {
+        float factor = e8m0(scale[group]);
+        for (int j = 0; j < PACKED; j++) {
+            i64 i = group * PACKED + j;
+            u32 low = packed[i] & 0xF, high = packed[i] >> 4;
+            u32 first = as_type(type, e2m1(low & 7) * factor, low >> 3 << 31);
+            u32 second = as_type(type, e2m1(high & 7) * factor, high >> 3 << 31);
+            if (type == F32) {
+                out[2 * i] = first;
+                out[2 * i + 1] = second;
+            } else {
+                out[i] = first | second << 16; // both elements of a byte stay in its lane
+            }
+        }
+    }
+    return 0;
+}
+
+// 6 * 2^(252 - 127) < 2^128.
+i64 fp4_to_f32(const u8 *restrict packed, const u8 *restrict scale, u32_at *restrict out, i64 groups) {
+    return fp4_to(F32, 1, 252, packed, scale, out, groups);
+}
+
+i64 fp4_to_bf16(const u8 *restrict packed, const u8 *restrict scale, u32_at *restrict out, i64 groups) {
+    return fp4_to(BF16, 1, 252, packed, scale, out, groups);
+}
+
+// 0.5 * 2^(104 - 127) = 2^-24, and 6 * 2^(140 - 127) < 65520.
+i64 fp4_to_f16(const u8 *restrict packed, const u8 *restrict scale, u32_at *restrict out, i64 groups) {
+    return fp4_to(F16, 104, 140, packed, scale, out, groups);
+}
+
+// --- FP4 to MXFP4 and to FP8 ------------------------------------------------------------------------------
+
+// Moves bits only. Returns how many scales are NaN.
+i64 fp4_to_mxfp4(const u8 *restrict packed, const u8 *restrict scale, u8 *restrict out, i64 groups) {
+    i64 nan = 0;
+    if (!all_within(scale, groups, 0, 0xFE))
+        for (i64 group = 0; group < groups; group++)
+            nan += scale[group] == 0xFF;
+    FOUR_AT_ONCE
+    for (i64 group = 0; group < groups; group++) {
+        const u8 *first = packed + group * PACKED, *second = first + PACKED / 2; // elements 0 to 15, 16 to 31
+        u8 *block = out + group * MXFP4_BYTES;
+        block[0] = scale[group];
+        KEEP_LOOP
+        for (int j = 0; j < PACKED / 2; j++) {
+            block[1 + 2 * j] = (u8)((first[j] & 0x0F) | second[j] << 4);
+            block[2 + 2 * j] = (u8)(first[j] >> 4 | (second[j] & 0xF0));
+        }
+    }
+    return nan;
+}
+
+// Scales [rows, groups] to one per tile: the largest / 2^6, at least 2^-127. Returns the smallest exponent of a scale
+// relative to its tile's, or SCALE_IS_NAN, below any.
+enum { SCALE_IS_NAN = -1024, TILES_AT_ONCE = 64 };
+
+INLINE i64 tile_scales(const u8 *restrict scale, u8 *restrict tiles, i64 rows, i64 groups) {
+    i64 lowest = 0;
+    for (i64 top = 0; top < rows; top += FP8_TILE) {
+        for (i64 left = 0; left < groups; left += TILES_AT_ONCE * TILE_GROUPS) {
+            u8 low[TILES_AT_ONCE * TILE_GROUPS], high[TILES_AT_ONCE * TILE_GROUPS];
+            i64 wide = smaller(groups - left, TILES_AT_ONCE * TILE_GROUPS);
+            for (i64 g = 0; g < wide; g++)
+                low[g] = high[g] = scale[top * groups + left + g];
+            for (i64 row = top + 1; row < smaller(top + FP8_TILE, rows); row++) {
+                const u8 *here = scale + row * groups + left;
+                for (i64 g = 0; g < wide; g++) {
+                    low[g] = here[g] < low[g] ? here[g] : low[g];
+                    high[g] = here[g] > high[g] ? here[g] : high[g];
+                }
+            }
+            for (i64 g = 0; g < wide; g += TILE_GROUPS) {
+                u8 smallest = low[g], largest = high[g];
+                for (i64 k = g + 1; k < smaller(g + TILE_GROUPS, wide); k++) {
+                    smallest = low[k] < smallest ? low[k] : smallest;
+                    largest = high[k] > largest ? high[k] : largest;
+                }
+                if (largest == 0xFF)
+                    return SCALE_IS_NAN;
+                u8 tile = largest > 6 ? largest - 6 : 0;
+                *tiles++ = tile;
+                lowest = smaller(lowest, (i64)smallest - tile);
+            }
+        }
+    }
+    return lowest;
+}
+
+i64 fp4_to_fp8_scales(const u8 *restrict scale, u8 *restrict tiles, i64 rows, i64 groups) {
+    return tile_scales(scale, tiles, rows, groups) == SCALE_IS_NAN ? NEEDS_FALLBACK : 0;
+}
+
+// Exponents of the e2m1 codes are counted from a base for each group. A relative scale of 2^-5 and more makes every
+// product zero or a normal e4m3 number: 0.5 * 2^-5 = 2^-6.
+i64 fp4_to_fp8(const u8 *restrict packed, const u8 *restrict scale, u8 *restrict out, u8 *restrict tiles, i64 rows,
+               i64 groups) {
+    if (tile_scales(scale, tiles, rows, groups) < -5)
+        return NEEDS_FALLBACK;
+    i64 tile_columns = (groups + TILE_GROUPS - 1) / TILE_GROUPS;
+    for (i64 row = 0; row < rows; row++) {
+        const u8 *row_tiles = tiles + row / FP8_TILE * tile_columns;
+        FOUR_AT_ONCE
+        for (i64 g = 0; g < groups; g++) {
+            i64 group = row * groups + g;
+            // Code 2 is 1.0, exponent 7 in e4m3; its own bits, shifted into place, bring 1 of it.
+            u8 base = (u8)((scale[group] - row_tiles[g / TILE_GROUPS] + 6) << 3);
+            u8 codes[GROUP];
+            unpack(packed + group * PACKED, codes);
+            for (int j = 0; j < GROUP; j++) {
+                u8 magnitude = codes[j] & 7;
+                u8 bits = (u8)((magnitude > 0 ? base : 0) + (magnitude > 1 ? magnitude << 2 : 0));
+                out[group * GROUP + j] = (u8)(bits | (codes[j] & 8) << 4);
+            }
+        }
+    }
+    return 0;
+}
+
+// --- to Q8_0 ----------------------------------------------------------------------------------------------
+
+// Writes d; returns whether it is NaN, infinite, or has vanished.
+INLINE int store_d(u8 *block, u32 d, u32 largest) {
+    block[0] = (u8)d;
+    block[1] = (u8)(d >> 8);
+    return d >= F16_INFINITY || (d == 0 && largest != 0);
+}
+
+// One multiplier per largest magnitude makes q of every magnitude: trunc(magnitude * multiplier + 1/2). `d` holds d for
+// (largest magnitude, scale byte). Both come from q8_0.py, which says from and to which scale byte they hold.
+i64 fp8_to_q8_0(const u8 *restrict weight, const u8 *restrict scale, const u32_at *restrict multipliers,
+                const u16_at *restrict d, u8 *restrict out, i64 rows, i64 columns, i64 height, i64 width, i64 first,
+                i64 last) {
+    i64 block_columns = (columns + width - 1) / width;
+    for (i64 row = 0; row < rows; row++) {
+        const u8 *row_scale = scale + row / height * block_columns;
+        for (i64 column_block = 0; column_block < block_columns; column_block++) {
+            u8 byte = row_scale[column_block];
+            if (byte < first || byte > last)
+                return NEEDS_FALLBACK;
+            i64 stop = row * columns + smaller((column_block + 1) * width, columns);
+            for (i64 start = row * columns + column_block * width; start < stop; start += GROUP) {
+                const u8 *codes = weight + start;
+                u8 *block = out + start / GROUP * Q8_0_BYTES;
+                u8 largest = 0;
+                for (int j = 0; j < GROUP; j++) {
+                    u8 magnitude = codes[j] & 0x7F;
+                    largest = magnitude > largest ? magnitude : largest;
+                }
+                if (store_d(block, d[largest << 8 | byte], largest))
+                    return NEEDS_FALLBACK;
+                float multiplier = float_of(multipliers[largest]);
+                for (int j = 0; j < GROUP; j++) {
+                    int32_t level = (int32_t)(e4m3(codes[j] & 0x7F) * multiplier + 0.5f);
+                    block[2 + j] = (u8)(codes[j] & 0x80 ? -level : level);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
+i64 fp4_to_q8_0(const u8 *restrict packed, const u8 *restrict scale, const u32_at *restrict multipliers,
+                const u16_at *restrict d, u8 *restrict out, i64 groups, i64 first, i64 last) {
+    for (i64 group = 0; group < groups; group++) {
+        u8 codes[GROUP], largest = 0;
+        u8 *block = out + group * Q8_0_BYTES;
+        unpack(packed + group * PACKED, codes);
+        for (int j = 0; j < GROUP; j++) {
+            u8 magnitude = codes[j] & 7;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        u8 byte = scale[group];
+        if (byte < first || byte > last || store_d(block, d[largest << 8 | byte], largest))
+            return NEEDS_FALLBACK;
+        float multiplier = float_of(multipliers[largest]);
+        for (int j = 0; j < GROUP; j++) {
+            int32_t level = (int32_t)(e2m1(codes[j] & 7) * multiplier + 0.5f);
+            block[2 + j] = (u8)(codes[j] & 8 ? -level : level);
+        }
+    }
+    return 0;
+}
+
+// llama.cpp's formula in float32: d = amax / 127, q = x * (1/d), half away from zero.
+INLINE i64 float_to_q8_0(int type, const void *restrict values, u8 *restrict out, i64 groups) {
+    for (i64 group = 0; group < groups; group++) {
+        u8 *block = out + group * Q8_0_BYTES;
+        u32 largest = 0;
+        for (int j = 0; j < GROUP; j++) {
+            u32 magnitude = load(values, group * GROUP + j, type) & F32_MAGNITUDE;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        float d = float_of(largest) / 127.0f;
+        float inverse = d == 0.0f ? 0.0f : 1.0f / d;
+        if (largest >= F32_INFINITY || bits_of(d) >= F16_OVERFLOW || bits_of(inverse) >= F32_INFINITY ||
+            store_d(block, rounded_f16(d), largest))
+            return NEEDS_FALLBACK;
+        for (int j = 0; j < GROUP; j++) {
+            float scaled = float_of(load(values, group * GROUP + j, type)) * inverse;
+            int32_t whole = (int32_t)scaled;
+            float rest = scaled - (float)whole;
+            block[2 + j] = (u8)(whole + (rest >= 0.5f) - (rest <= -0.5f));
+        }
+    }
+    return 0;
+}
+
+i64 f32_to_q8_0(const u32_at *restrict values, u8 *restrict out, i64 groups) {
+    return float_to_q8_0(F32, values, out, groups);
+}
+
+i64 bf16_to_q8_0(const u16_at *restrict values, u8 *restrict out, i64 groups) {
+    return float_to_q8_0(BF16, values, out, groups);
+}
+
+// --- to MXFP4 by rounding ---------------------------------------------------------------------------------
+
+// Rounds 32 values * 2^(127 - scale) to e2m1 codes, ties to even. A code is k + 2e for a magnitude in [2^e, 2^(e+1)),
+// e = 0 below 1, where k counts steps of 2^(e-1). Adding 2^(22+e), whose last place is such a step, makes the
+// processor round and leaves k in the lowest bits. Returns how many values were rounded.
+INLINE u32 encode_mxfp4(int type, const void *restrict values, i64 start, u32 scale, u8 *restrict codes) {
+    float inverse = float_of((254 - scale) << 23);
+    u32 rounded = 0;
+    for (int j = 0; j < GROUP; j++) {
+        u32 source = load(values, start + j, type);
+        float y = float_of(source & F32_MAGNITUDE) * inverse;
+        u32 exponent = bits_of(y) & F32_INFINITY;
+        exponent = exponent > 127u << 23 ? exponent : 127u << 23;
+        float magic = float_of(exponent + (22u << 23));
+        float lifted = y + magic;
+        rounded += lifted - magic != y;
+        u32 magnitude = (bits_of(lifted) & 7) + (exponent >> 22) - 2 * 127;
+        codes[j] = (u8)(magnitude | (source >> 28 & 8));
+    }
+    return rounded;
+}
+
+// Whether twice the scale lacks one of the codes: 0.5 and 1.5 have no half.
+INLINE int needs_scale(const u8 *codes) {
+    int odd = 0;
+    for (int j = 0; j < GROUP; j++)
+        odd |= (codes[j] & 7) == 1 || (codes[j] & 7) == 3;
+    return odd;
+}
+
+// Returns how many values were rounded.
+INLINE i64 float_to_mxfp4(int type, const void *restrict values, u8 *restrict out, i64 groups) {
+    i64 changed = 0;
+    if (flushes_subnormals())
+        return NEEDS_FALLBACK;
+    for (i64 group = 0; group < groups; group++) {
+        u8 *block = out + group * MXFP4_BYTES, codes[GROUP];
+        u32 largest = 0;
+        for (int j = 0; j < GROUP; j++) {
+            u32 magnitude = load(values, group * GROUP + j, type) & F32_MAGNITUDE;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        // 6 = 1.5 * 2^2: a largest 1.m * 2^k takes the scale 2^(k-2), or 2^(k-1) once 1.m passes 1.5.
+        u32 mantissa = largest & F32_MANTISSA;
+        int32_t scale = (int32_t)(largest >> 23) - 2 + (mantissa > 0x400000);
+        if (scale > 127 || (scale < 2 && largest != 0))
+            return NEEDS_FALLBACK;
+        scale = scale < 1 ? 1 : scale; // a block of zeros
+        u32 rounded = encode_mxfp4(type, values, group * GROUP, (u32)scale, codes);
+        changed += rounded;
+        // Exact, with a 6, and no code that twice the scale lacks: that scale is preferred.
+        if (mantissa == 0x400000 && rounded == 0 && !needs_scale(codes)) {
+            scale++;
+            encode_mxfp4(type, values, group * GROUP, (u32)scale, codes);
+        }
+        block[0] = (u8)scale;
+        KEEP_LOOP
+        for (int j = 0; j < PACKED; j++)
+            block[1 + j] = (u8)(codes[j] | codes[PACKED + j] << 4);
+    }
+    return changed;
+}
+
+i64 f32_to_mxfp4(const u32_at *restrict values, u8 *restrict out, i64 groups) {
+    return float_to_mxfp4(F32, values, out, groups);
+}
+
+i64 bf16_to_mxfp4(const u16_at *restrict values, u8 *restrict out, i64 groups) {
+    return float_to_mxfp4(BF16, values, out, groups);
+}
+
+// --- floats ---------------------------------------------------------------------------------------------
+
+// counts: values rounded in the normal range, and below it.
+i64 f32_to_bf16(const u32_at *restrict values, u16_at *restrict out, i64 *restrict counts, i64 size) {
+    counts[0] = counts[1] = 0;
+    for (i64 start = 0; start < size; start += CHUNK) {
+        u32 largest = 0, inexact = 0, tiny = 0;
+        for (i64 i = start; i < smaller(start + CHUNK, size); i++) {
+            u32 bits = values[i], magnitude = bits & F32_MAGNITUDE;
+            u32 lost = (bits & 0xFFFF) != 0;
+            largest = magnitude > largest ? magnitude : largest;
+            inexact += lost;
+            tiny += lost & (magnitude < F32_MIN_NORMAL);
+            out[i] = (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+        }
+        if (largest >= BF16_OVERFLOW)
+            return NEEDS_FALLBACK;
+        counts[0] += inexact - tiny;
+        counts[1] += tiny;
+    }
+    return 0;
+}
+
+INLINE i64 to_f16(int type, const void *restrict values, u16_at *restrict out, i64 *restrict counts, i64 size) {
+    counts[0] = counts[1] = 0;
+    if (flushes_subnormals())
+        return NEEDS_FALLBACK;
+    for (i64 start = 0; start < size; start += CHUNK) {
+        u32 largest = 0, inexact = 0, tiny = 0;
+        for (i64 i = start; i < smaller(start + CHUNK, size); i++) {
+            u32 bits = load(values, i, type), magnitude = bits & F32_MAGNITUDE;
+            u32 half = rounded_f16(float_of(magnitude));
+            u32 lost = f16(half) != float_of(magnitude);
+            largest = magnitude > largest ? magnitude : largest;
+            inexact += lost;
+            tiny += lost & (magnitude < F16_MIN_NORMAL);
+            out[i] = (u16)(half | (bits >> 16 & 0x8000));
+        }
+        if (largest >= F16_OVERFLOW)
+            return NEEDS_FALLBACK;
+        counts[0] += inexact - tiny;
+        counts[1] += tiny;
+    }
+    return 0;
+}
+
+i64 f32_to_f16(const u32_at *restrict values, u16_at *restrict out, i64 *restrict counts, i64 size) {
+    return to_f16(F32, values, out, counts, size);
+}
+
+i64 bf16_to_f16(const u16_at *restrict values, u16_at *restrict out, i64 *restrict counts, i64 size) {
+    return to_f16(BF16, values, out, counts, size);
+}
+
+i64 bf16_to_f32(const u16_at *restrict values, u32_at *restrict out, i64 size) {
+    u16 largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u16 magnitude = values[i] & 0x7FFF;
+        largest = magnitude > largest ? magnitude : largest;
+        out[i] = (u32)values[i] << 16;
+    }
+    return largest > 0x7F80 ? NEEDS_FALLBACK : 0;
+}
+
+i64 f16_to_f32(const u16_at *restrict values, u32_at *restrict out, i64 size) {
+    u16 largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u16 magnitude = values[i] & 0x7FFF;
+        largest = magnitude > largest ? magnitude : largest;
+        out[i] = bits_of(f16(magnitude)) | (u32)(values[i] & 0x8000) << 16;
+    }
+    return largest > F16_INFINITY ? NEEDS_FALLBACK : 0;
+}
+
+// Returns how many values were rounded; none is too large or too small.
+i64 f16_to_bf16(const u16_at *restrict values, u16_at *restrict out, i64 size) {
+    i64 changed = 0;
+    for (i64 start = 0; start < size; start += CHUNK) {
+        u32 largest = 0, inexact = 0;
+        for (i64 i = start; i < smaller(start + CHUNK, size); i++) {
+            u32 magnitude = values[i] & 0x7FFF, bits = bits_of(f16(magnitude));
+            largest = magnitude > largest ? magnitude : largest;
+            inexact += (bits & 0xFFFF) != 0;
+            out[i] = (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 | (values[i] & 0x8000));
+        }
+        if (largest > F16_INFINITY)
+            return NEEDS_FALLBACK;
+        changed += inexact;
+    }
+    return changed;
+}
+
+// --- the library ------------------------------------------------------------------------------------------
+
+#ifndef SOURCE_DIGEST
+#define SOURCE_DIGEST ""
+#endif
+
+// SHA-256 of this file, in hexadecimal: a library that is older than its source is found out.
+const char source_digest[] = SOURCE_DIGEST;

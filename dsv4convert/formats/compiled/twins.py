@@ -1,0 +1,327 @@
+"""Twins of the numpy codecs that call ``codecs.c``: same arguments, same bits, same counts.
+
+A twin checks that the arrays belong together, for C writes wherever it is told, and passes them on. Where the C
+function finds that the tile is not ordinary, the numpy codec does the whole tile again. Importing this module
+loads the library.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
+from dsv4convert.formats.base import (
+    GROUP,
+    Array,
+    ArrayF16,
+    ArrayF32,
+    ArrayU8,
+    ArrayU16,
+    Block,
+    Scratch,
+    Tally,
+    TileFunction,
+    check_contiguous,
+    check_tile,
+)
+from dsv4convert.formats.compiled.library import Function, load_library
+from dsv4convert.formats.e8m0 import power_of_two_bytes
+
+_PACKED_BYTES = GROUP // 2
+NEEDS_FALLBACK = -1  # what a C function returns for a tile that is not ordinary
+
+_LIBRARY = load_library()
+# Rows, columns, height and width of a block.
+_FP8_SIZES = "n n n n"
+_fp8_to_f32 = Function(_LIBRARY, "fp8_to_f32", f"u1 u1 u4 {_FP8_SIZES}")
+_fp8_to_bf16 = Function(_LIBRARY, "fp8_to_bf16", f"u1 u1 u2 {_FP8_SIZES}")
+_fp8_to_f16 = Function(_LIBRARY, "fp8_to_f16", f"u1 u1 u2 {_FP8_SIZES}")
+# The tables of multipliers and d, the output, sizes, the first and the last scale byte that the tables are for.
+_fp8_to_q8_0 = Function(_LIBRARY, "fp8_to_q8_0", f"u1 u1 f4 u2 u1 {_FP8_SIZES} n n")
+_fp4_to_q8_0 = Function(_LIBRARY, "fp4_to_q8_0", "u1 u1 f4 u2 u1 n n n")
+_fp4_to_f32 = Function(_LIBRARY, "fp4_to_f32", "u1 u1 u4 n")
+_fp4_to_bf16 = Function(_LIBRARY, "fp4_to_bf16", "u1 u1 u4 n")
+_fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 u4 n")
+_fp4_to_mxfp4 = Function(_LIBRARY, "fp4_to_mxfp4", "u1 u1 u1 n")
+_fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
+_fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
+_f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "u4 u1 n")
+_bf16_to_q8_0 = Function(_LIBRARY, "bf16_to_q8_0", "u2 u1 n")
+_f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "u4 u1 n")
+_bf16_to_mxfp4 = Function(_LIBRARY, "bf16_to_mxfp4", "u2 u1 n")
+# Output, and the counts of changed and underflowed values.
+_f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "u4 u2 i8 n")
+_f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "u4 u2 i8 n")
+_bf16_to_f16 = Function(_LIBRARY, "bf16_to_f16", "u2 u2 i8 n")
+_bf16_to_f32 = Function(_LIBRARY, "bf16_to_f32", "u2 u4 n")
+_f16_to_f32 = Function(_LIBRARY, "f16_to_f32", "u2 u4 n")
+_f16_to_bf16 = Function(_LIBRARY, "f16_to_bf16", "u2 u2 n")
+
+
+def _check_same_size(source: Array, out: Array) -> None:
+    """Refuse an output of another shape or with gaps."""
+    check_contiguous(out)
+    if source.shape != out.shape:
+        raise ValueError(f"output: expected {source.shape}, got {out.shape}")
+
+
+def _bits(values: Array) -> Array:
+    """Return floats as their bits, contiguous; without a copy if they are."""
+    bits: Array = np.ascontiguousarray(values).view(_BITS[values.itemsize])
+    return bits
+
+
+_BITS = {2: np.uint16, 4: np.uint32}
+
+
+def _as_bytes(scale: Array, scratch: Scratch) -> ArrayU8 | None:
+    """Return the scales as contiguous e8m0 bytes, or None if one is no power of two."""
+    codes = power_of_two_bytes(scale, scratch)
+    return None if codes is None else np.ascontiguousarray(codes)
+
+
+# --- FP8 to F32, BF16, F16 ------------------------------------------------------------------------------
+
+
+def _decode_fp8(function: Function, weight: ArrayU8, scale: Array, block: Block, out: Array, scratch: Scratch) -> bool:
+    """Run ``function``; False when numpy has to do the tile."""
+    check_tile(weight.shape[0], weight.shape[1], scale, block, out, weight.shape)
+    codes = _as_bytes(scale, scratch)
+    if codes is None:
+        return False
+    return function(np.ascontiguousarray(weight), codes, _bits(out), *weight.shape, *block) != NEEDS_FALLBACK
+
+
+def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.fp8_to_f32`."""
+    if not _decode_fp8(_fp8_to_f32, weight, scale, block, out, scratch):
+        e4m3.fp8_to_f32(weight, scale, block, out, scratch, tally)
+
+
+def fp8_to_bf16(weight: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.fp8_to_bf16`."""
+    if not _decode_fp8(_fp8_to_bf16, weight, scale, block, out, scratch):
+        e4m3.fp8_to_bf16(weight, scale, block, out, scratch, tally)
+
+
+def fp8_to_f16(weight: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.fp8_to_f16`."""
+    if not _decode_fp8(_fp8_to_f16, weight, scale, block, out, scratch):
+        e4m3.fp8_to_f16(weight, scale, block, out, scratch, tally)
+
+
+# --- FP4 to F32, BF16, F16 ------------------------------------------------------------------------------
+
+
+def _decode_fp4(function: Function, packed: ArrayU8, scale: Array, block: Block, out: Array, scratch: Scratch) -> bool:
+    """Run ``function``; False when numpy has to do the tile."""
+    rows, half = packed.shape
+    check_tile(rows, 2 * half, scale, block, out, (rows, 2 * half))
+    codes = _as_bytes(scale, scratch)
+    if codes is None or block != (1, GROUP) or half % _PACKED_BYTES:
+        return False
+    return function(np.ascontiguousarray(packed), codes, out.view(np.uint32), codes.size) != NEEDS_FALLBACK
+
+
+def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.fp4_to_f32`."""
+    if not _decode_fp4(_fp4_to_f32, packed, scale, block, out, scratch):
+        e2m1.fp4_to_f32(packed, scale, block, out, scratch, tally)
+
+
+def fp4_to_bf16(packed: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.fp4_to_bf16`."""
+    if not _decode_fp4(_fp4_to_bf16, packed, scale, block, out, scratch):
+        e2m1.fp4_to_bf16(packed, scale, block, out, scratch, tally)
+
+
+def fp4_to_f16(packed: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.fp4_to_f16`."""
+    if not _decode_fp4(_fp4_to_f16, packed, scale, block, out, scratch):
+        e2m1.fp4_to_f16(packed, scale, block, out, scratch, tally)
+
+
+# --- FP4 to MXFP4 and to FP8 ----------------------------------------------------------------------------
+
+
+def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.fp4_to_mxfp4`."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    if columns % GROUP:
+        raise ValueError(f"MXFP4 rows come in groups of {GROUP}, got {columns} columns")
+    check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns // GROUP * mxfp4.BLOCK_BYTES))
+    nan = _fp4_to_mxfp4(np.ascontiguousarray(packed), np.ascontiguousarray(scale), out, scale.size)
+    tally.nan += GROUP * nan
+
+
+def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.fp4_to_fp8_scales`."""
+    e2m1.check_fp8_scales(scale, out_scale)
+    if _fp4_to_fp8_scales(np.ascontiguousarray(scale), out_scale, *scale.shape) == NEEDS_FALLBACK:
+        e2m1.fp4_to_fp8_scales(scale, out_scale, scratch, tally)
+
+
+def fp4_to_fp8(
+    packed: ArrayU8, scale: ArrayU8, out: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally
+) -> None:
+    """Twin of `e2m1.fp4_to_fp8`."""
+    rows, half = packed.shape
+    if half % _PACKED_BYTES == 0:
+        check_tile(rows, 2 * half, scale, (1, GROUP), out, (rows, 2 * half))
+        e2m1.check_fp8_scales(scale, out_scale)
+        arrays = np.ascontiguousarray(packed), np.ascontiguousarray(scale), out, out_scale
+        if _fp4_to_fp8(*arrays, *scale.shape) != NEEDS_FALLBACK:
+            return
+    e2m1.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
+
+
+# --- to Q8_0 --------------------------------------------------------------------------------------------
+
+
+def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `q8_0.fp8_to_q8_0`."""
+    q8_0.check_blocks(weight.shape, out)
+    check_tile(weight.shape[0], weight.shape[1], scale, block, out, out.shape)
+    codes = _as_bytes(scale, scratch) if block[1] % GROUP == 0 else None
+    if codes is not None:
+        arrays = np.ascontiguousarray(weight), codes, q8_0.multipliers(), q8_0.d_table(), out
+        span = q8_0.TABLE_FIRST_BYTE, q8_0.TABLE_LAST_BYTE
+        if _fp8_to_q8_0(*arrays, *weight.shape, *block, *span) != NEEDS_FALLBACK:
+            return
+    q8_0.fp8_to_q8_0(weight, scale, block, out, scratch, tally)
+
+
+def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `q8_0.fp4_to_q8_0`."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    q8_0.check_blocks((rows, columns), out)
+    check_tile(rows, columns, scale, block, out, out.shape)
+    codes = _as_bytes(scale, scratch) if block == (1, GROUP) else None
+    if codes is not None:
+        arrays = np.ascontiguousarray(packed), codes, q8_0.fp4_multipliers(), q8_0.fp4_tables()[1], out
+        span = q8_0.FP4_TABLE_FIRST_BYTE, q8_0.FP4_TABLE_LAST_BYTE
+        if _fp4_to_q8_0(*arrays, codes.size, *span) != NEEDS_FALLBACK:
+            return
+    q8_0.fp4_to_q8_0(packed, scale, block, out, scratch, tally)
+
+
+def f32_to_q8_0(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `q8_0.f32_to_q8_0`."""
+    q8_0.check_blocks(values.shape, out)
+    if _f32_to_q8_0(_bits(values), out, values.size // GROUP) == NEEDS_FALLBACK:
+        q8_0.f32_to_q8_0(values, out, scratch, tally)
+
+
+def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `q8_0.bf16_to_q8_0`."""
+    q8_0.check_blocks(values.shape, out)
+    if _bf16_to_q8_0(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
+        q8_0.bf16_to_q8_0(values, out, scratch, tally)
+
+
+# --- to MXFP4 by rounding -------------------------------------------------------------------------------
+
+
+def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.f32_to_mxfp4`."""
+    mxfp4.check_blocks(values.shape, out)
+    changed = _f32_to_mxfp4(_bits(values), out, values.size // GROUP)
+    if changed == NEEDS_FALLBACK:
+        mxfp4.f32_to_mxfp4(values, out, scratch, tally)
+    else:
+        tally.changed += changed
+
+
+def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.bf16_to_mxfp4`."""
+    mxfp4.check_blocks(values.shape, out)
+    changed = _bf16_to_mxfp4(np.ascontiguousarray(values), out, values.size // GROUP)
+    if changed == NEEDS_FALLBACK:
+        mxfp4.bf16_to_mxfp4(values, out, scratch, tally)
+    else:
+        tally.changed += changed
+
+
+# --- floats -------------------------------------------------------------------------------------------
+
+
+def _round(function: Function, source: Array, bits: Array, tally: Tally) -> bool:
+    """Run ``function`` and add its counts; False when numpy has to do the tile."""
+    _check_same_size(source, bits)
+    counts = np.empty(2, np.int64)
+    if function(_bits(source), bits, counts, source.size) == NEEDS_FALLBACK:
+        return False
+    changed, underflow = counts.tolist()
+    tally.changed += changed
+    tally.underflow += underflow
+    return True
+
+
+def f32_to_bf16(source: ArrayF32, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.f32_to_bf16`."""
+    if not _round(_f32_to_bf16, source, out, tally):
+        bf16.f32_to_bf16(source, out, scratch, tally)
+
+
+def f32_to_f16(source: ArrayF32, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.f32_to_f16`."""
+    if not _round(_f32_to_f16, source, out.view(np.uint16), tally):
+        bf16.f32_to_f16(source, out, scratch, tally)
+
+
+def bf16_to_f16(source: ArrayU16, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.bf16_to_f16`."""
+    if not _round(_bf16_to_f16, source, out.view(np.uint16), tally):
+        bf16.bf16_to_f16(source, out, scratch, tally)
+
+
+def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.f16_to_bf16`."""
+    _check_same_size(source, out)
+    changed = _f16_to_bf16(_bits(source), out, source.size)
+    if changed == NEEDS_FALLBACK:
+        bf16.f16_to_bf16(source, out, scratch, tally)
+    else:
+        tally.changed += changed
+
+
+def bf16_to_f32(source: ArrayU16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.bf16_to_f32`."""
+    _check_same_size(source, out)
+    if _bf16_to_f32(np.ascontiguousarray(source), out.view(np.uint32), source.size) == NEEDS_FALLBACK:
+        bf16.bf16_to_f32(source, out, scratch, tally)
+
+
+def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `bf16.f16_to_f32`."""
+    _check_same_size(source, out)
+    if _f16_to_f32(_bits(source), out.view(np.uint32), source.size) == NEEDS_FALLBACK:
+        bf16.f16_to_f32(source, out, scratch, tally)
+
+
+TWINS: dict[str, TileFunction] = {
+    twin.__name__: twin
+    for twin in (
+        fp8_to_f32,
+        fp8_to_bf16,
+        fp8_to_f16,
+        fp4_to_f32,
+        fp4_to_bf16,
+        fp4_to_f16,
+        fp4_to_mxfp4,
+        fp4_to_fp8_scales,
+        fp4_to_fp8,
+        fp8_to_q8_0,
+        fp4_to_q8_0,
+        f32_to_q8_0,
+        bf16_to_q8_0,
+        f32_to_mxfp4,
+        bf16_to_mxfp4,
+        f32_to_bf16,
+        f32_to_f16,
+        bf16_to_f16,
+        f16_to_bf16,
+        bf16_to_f32,
+        f16_to_f32,
+    )
+}

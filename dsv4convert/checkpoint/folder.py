@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ..containers.json_object import parse_json_object
+from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
-from ..containers.untrusted import read_at_most
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, checkpoint_tensors, is_vision_name, scale_name
@@ -95,7 +95,7 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
     """
     index_path = folder / INDEX_NAME
     if index_path.is_file():
-        weight_map = _read_index(index_path)
+        weight_map = read_index(index_path)["weight_map"]
         names = sorted(set(weight_map.values()))
         headers = {name: read_header(folder / name) for name in names}
         return (
@@ -116,17 +116,14 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        text = read_at_most(path, MAX_INDEX_BYTES)
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(text) > MAX_INDEX_BYTES:
-        raise FileFormatError("too large", where=path, expected=f"at most {MAX_INDEX_BYTES} bytes")
-    try:
-        index = parse_json_object(text, path)
-    except ConfigError as error:
-        raise FileFormatError(error.what, where=path, hint="download the index again") from None
+def read_index(path: Path) -> dict[str, Any]:
+    """Return an index whose ``weight_map`` leads every tensor to a plain file name.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        FileFormatError: it is no such index.
+    """
+    index = read_json_object(path, MAX_INDEX_BYTES, error=FileFormatError, hint="download the index again")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError("key weight_map: missing, empty or not an object", where=path)
@@ -143,7 +140,7 @@ def _read_index(path: Path) -> dict[str, str]:
                 where=path,
                 got=repr(file_name)[:100],
             )
-    return weight_map
+    return index
 
 
 def _merge_indexed(

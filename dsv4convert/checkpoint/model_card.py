@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..containers.json_object import no_json_number
-from ..containers.untrusted import open_regular, read_at_most
+from ..containers.json_object import read_optional_json_object
+from ..containers.untrusted import open_regular
 from ..errors import FileFormatError
 
 MODEL_CARD_NAME = "README.md"
@@ -17,6 +16,10 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 # A model card is some KiB of text.
 MAX_CARD_BYTES = 2**20
+
+# Keys of the front matter that hold one text, and one that may hold several.
+ONE_TEXT = ("name", "model_name", "version", "finetune", "basename")
+LICENCE = "license"
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,15 @@ def read_model_card(folder: Path) -> ModelCard:
     """Read README.md and generation_config.json of ``folder``; neither has to be there.
 
     Raises:
-        FileFormatError: the front matter is not YAML, or generation_config.json is not a JSON object.
+        InputMissingError: a file is there and cannot be read.
+        FileFormatError: the front matter is not usable YAML, or generation_config.json is not a JSON object.
     """
     return ModelCard(
         folder_name=folder.resolve().name,
         front_matter=_front_matter(folder),
-        generation=_generation(folder / GENERATION_CONFIG_NAME),
+        generation=read_optional_json_object(
+            folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError, hint="correct it or take it out"
+        ),
     )
 
 
@@ -67,20 +73,33 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         raise FileFormatError(
             f"front matter is not valid YAML ({reason})", where=path, hint="correct it or take it out"
         ) from None
-    return {str(key): value for key, value in card.items()}
+    front_matter = {str(key): value for key, value in card.items()}
+    _check(front_matter, path)
+    return front_matter
 
 
-def _generation(path: Path) -> dict[str, Any]:
-    try:
-        text = read_at_most(path, MAX_CARD_BYTES)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise FileFormatError(f"cannot be read ({error.strerror})", where=path) from None
-    try:
-        document = json.loads(text, parse_constant=no_json_number)
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise FileFormatError(f"not valid JSON ({error})", where=path, hint="correct it or take it out") from None
-    if not isinstance(document, dict):
-        raise FileFormatError("not a JSON object", where=path, got=type(document).__name__)
-    return document
+def _check(front_matter: Mapping[str, Any], path: Path) -> None:
+    """Refuse what the readers of model cards stumble over.
+
+    Raises:
+        FileFormatError: an alias to a list or an object, which may hold itself or a billion others; or a value of
+            another type than its key has.
+    """
+    seen: set[int] = set()
+    left: list[object] = [*front_matter.values()]
+    while left:
+        value = left.pop()
+        if not isinstance(value, (list, dict)):
+            continue
+        if id(value) in seen:
+            raise FileFormatError(
+                "front matter: alias to a list or an object", where=path, hint="spell it out or take it out"
+            )
+        seen.add(id(value))
+        left += value.values() if isinstance(value, dict) else value
+    for key in ONE_TEXT:
+        if isinstance(value := front_matter.get(key), (list, dict)):
+            raise FileFormatError(f"front matter: key {key}", where=path, expected="a text", got=value)
+    licences = front_matter.get(LICENCE)
+    if isinstance(licences, list) and not all(isinstance(item, str) for item in licences):
+        raise FileFormatError(f"front matter: key {LICENCE}", where=path, expected="a text or texts", got=licences)

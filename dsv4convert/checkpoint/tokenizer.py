@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -9,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..containers.json_object import parse_json_object
-from ..containers.untrusted import read_at_most
-from ..errors import ConfigError, DeviceError, TokenizerError
+from ..containers.json_object import read_optional_json_object
+from ..containers.untrusted import read_whole
+from ..errors import DeviceError, TokenizerError
 from ..model.config import CONFIG_NAME
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -245,20 +246,9 @@ def _is_plain_byte_level(step: Mapping[str, Any]) -> bool:
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    try:
-        text = read_at_most(path, MAX_TOKENIZER_BYTES)
-    except FileNotFoundError:
-        if not required:
-            return {}
-        raise TokenizerError(f"no {path.name}", where=path.parent, hint="is the download complete?") from None
-    except OSError as error:
-        raise TokenizerError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(text) > MAX_TOKENIZER_BYTES:
-        raise TokenizerError("too large", where=path, expected=f"at most {MAX_TOKENIZER_BYTES} bytes")
-    try:
-        return parse_json_object(text, path)
-    except ConfigError as error:
-        raise TokenizerError(error.what, where=error.where, got=error.got, hint=error.hint) from None
+    if required and not path.exists():
+        raise TokenizerError(f"no {path.name}", where=path.parent, hint="is the download complete?")
+    return read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
 
 
 def _section(document: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
@@ -481,12 +471,11 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
             if isinstance(entry, dict) and entry.get("name") and isinstance(entry.get("template"), str)
         }
     path = folder / CHAT_TEMPLATE_NAME
-    try:
-        return {"default": read_at_most(path, MAX_TOKENIZER_BYTES).decode("utf-8")}
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot be read ({error})", where=path) from None
+    if os.path.lexists(path):
+        try:
+            return {"default": read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError).decode("utf-8")}
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"not valid UTF-8 ({error})", where=path) from None
     template = _read_json(folder / CHAT_TEMPLATE_JSON_NAME, required=False).get("chat_template")
     return {"default": template} if isinstance(template, str) else {}
 

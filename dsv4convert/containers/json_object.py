@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, InputMissingError
-from .untrusted import read_at_most
+from ..errors import ConfigError, Dsv4Error
+from .untrusted import read_whole
 
 # An escape that may be half a surrogate pair.
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -19,6 +20,8 @@ MAX_SCHEMA_ERRORS = 100
 
 # A config is a few KiB; anything near this size is not one, and would only fill memory.
 MAX_CONFIG_BYTES = 2**20
+
+FETCH_AGAIN = "fetch the file again"
 
 
 def schema_path(name: str) -> Path:
@@ -51,66 +54,119 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
     raise error(f"key {key[:200]}: {message}", where=where, hint="correct the file or fetch it again")
 
 
-def no_json_number(text: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have; for ``parse_constant``."""
+def _no_json_number(text: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
     raise ValueError(f"{text} is no number in JSON")
 
 
-def parse_json_object(text: bytes, where: object) -> dict[str, Any]:
-    """Parse a JSON object, refusing duplicate keys, deep nesting and anything that is no object.
+def parse_json(
+    text: bytes,
+    where: object,
+    *,
+    error: type[Dsv4Error] = ConfigError,
+    subject: str = "",
+    hint: str | None = FETCH_AGAIN,
+) -> Any:
+    """Parse JSON that anyone may have written: UTF-8, no duplicate keys, no NaN, no bottomless nesting.
+
+    ``subject`` names the part of ``where`` that the text is, such as its header.
 
     Raises:
-        ConfigError: the text is not one JSON object.
+        ``error``: the text is not such JSON.
     """
+    said = f"{subject} is " if subject else ""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise ConfigError(f"key {twice[:200]!r} is there twice", where=where)
+            raise error(f"duplicate key {twice[:200]!r}", where=where, hint=hint)
         return result
 
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_json_number)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"not valid JSON ({error})", where=where, hint="fetch the file again") from None
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_json_number)
+        if b"\\u" in text and SURROGATE.search(text):
+            # Halves of surrogate pairs, which JSON can spell and no file can hold as UTF-8.
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error("holds half a surrogate pair", where=where) from None
     except RecursionError:
-        raise ConfigError("JSON nested too deeply", where=where) from None
+        raise error(f"{subject or 'JSON'} nested too deeply", where=where) from None
     except MemoryError:
-        raise ConfigError("not enough memory for it", where=where, got=f"{len(text)} bytes") from None
-    except ValueError as error:  # integers of thousands of digits
-        raise ConfigError(f"not usable JSON ({error})", where=where) from None
-    if not isinstance(document, dict):
-        raise ConfigError("not a JSON object", where=where, got=type(document).__name__)
-    if SURROGATE.search(text):
-        _check_encodable(document, where)
+        raise error(f"not enough memory for its {subject or 'JSON'}", where=where, got=f"{len(text)} bytes") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as reason:
+        raise error(f"{said}not valid JSON ({reason})", where=where, hint=hint) from None
+    except ValueError as reason:  # integers of thousands of digits
+        raise error(f"{said}not usable JSON ({reason})", where=where) from None
     return document
 
 
-def _check_encodable(document: object, where: object) -> None:
-    """Refuse halves of surrogate pairs, which JSON can spell and no file can hold as UTF-8."""
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ConfigError("holds half a surrogate pair", where=where) from None
-    except RecursionError:
-        raise ConfigError("JSON nested too deeply", where=where) from None
-
-
-def read_json_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON object of at most ``max_bytes`` from ``path``.
+def parse_json_object(
+    text: bytes,
+    where: object,
+    *,
+    error: type[Dsv4Error] = ConfigError,
+    subject: str = "",
+    hint: str | None = FETCH_AGAIN,
+) -> dict[str, Any]:
+    """Parse a JSON object, as ``parse_json`` parses any value.
 
     Raises:
-        InputMissingError: the file cannot be read.
-        ConfigError: it is too large or not one JSON object.
+        ``error``: the text is not one JSON object.
     """
-    try:
-        text = read_at_most(path, max_bytes)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(text) > max_bytes:
-        raise ConfigError("too large", where=path, expected=f"at most {max_bytes} bytes")
-    return parse_json_object(text, path)
+    document = parse_json(text, where, error=error, subject=subject, hint=hint)
+    if not isinstance(document, dict):
+        said = f"{subject} is " if subject else ""
+        raise error(f"{said}not a JSON object", where=where, got=type(document).__name__, hint=hint)
+    return document
+
+
+def read_json(
+    path: Path,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    *,
+    error: type[Dsv4Error] = ConfigError,
+    hint: str | None = FETCH_AGAIN,
+) -> Any:
+    """Read JSON of at most ``max_bytes`` from a file that anyone may have written.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        ``error``: it is too large or not valid JSON.
+    """
+    return parse_json(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
+
+
+def read_json_object(
+    path: Path,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    *,
+    error: type[Dsv4Error] = ConfigError,
+    hint: str | None = FETCH_AGAIN,
+) -> dict[str, Any]:
+    """Read a JSON object, as ``read_json`` reads any value.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        ``error``: it is too large or not one JSON object.
+    """
+    return parse_json_object(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
+
+
+def read_optional_json_object(
+    path: Path,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    *,
+    error: type[Dsv4Error] = ConfigError,
+    hint: str | None = FETCH_AGAIN,
+) -> dict[str, Any]:
+    """Return what ``read_json_object`` reads, or an empty object where there is no such file.
+
+    Raises:
+        InputMissingError: the file is there and cannot be read.
+        ``error``: it is too large or not one JSON object.
+    """
+    if not os.path.lexists(path):
+        return {}
+    return read_json_object(path, max_bytes, error=error, hint=hint)

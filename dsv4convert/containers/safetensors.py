@@ -7,7 +7,6 @@ wrong; here every broken rule names the file, the tensor and both sides of the c
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError
-from .json_object import no_json_number
+from .json_object import parse_json_object
 from .untrusted import open_regular
 
 HEADER_LENGTH_BYTES = 8
@@ -69,6 +68,22 @@ def read_header(path: Path) -> dict[str, Stored]:
         InputMissingError: the file is not there or cannot be read.
         FileFormatError: truncated, malformed, unknown dtypes, overlapping or out-of-range offsets.
     """
+    header, start, size = _read_json_header(path)
+    return _tensors(header, path, start, size)
+
+
+def read_metadata(path: Path) -> Any:
+    """Return what the header of a safetensors file has for ``__metadata__``, None where it has nothing.
+
+    Raises:
+        InputMissingError: the file is not there or cannot be read.
+        FileFormatError: it is truncated, or its header is not a JSON object.
+    """
+    return _read_json_header(path)[0].get(METADATA_KEY)
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header as it is, where the payload starts, and the size of the file."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -97,29 +112,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
     if len(text) < length:
         raise FileFormatError("header truncated", where=path, expected=length, got=len(text))
-    return _tensors(_parse(text, path), path, HEADER_LENGTH_BYTES + length, size)
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise FileFormatError(f"tensor or key {twice[:MAX_NAME_CHARACTERS]!r} is there twice", where=path)
-        return result
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_json_number)
-    except RecursionError:
-        raise FileFormatError("header nested too deeply", where=path) from None
-    except MemoryError:
-        raise FileFormatError("not enough memory for its header", where=path, got=f"{len(text)} bytes") from None
-    except ValueError as error:  # JSON and UTF-8 errors, and integers of thousands of digits
-        raise FileFormatError(f"header is not valid JSON ({error})", where=path) from None
-    if not isinstance(header, dict):
-        raise FileFormatError("header is not a JSON object", where=path, got=type(header).__name__)
-    return header
+    header = parse_json_object(text, path, error=FileFormatError, subject="header", hint="download the file again")
+    return header, HEADER_LENGTH_BYTES + length, size
 
 
 def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> dict[str, Stored]:

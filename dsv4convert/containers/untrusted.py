@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ..errors import Dsv4Error, FileFormatError, InputMissingError
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, links followed; a pipe or a device would wait for ever or never end.
@@ -31,11 +33,20 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def read_at_most(path: Path, most: int) -> bytes:
-    """Return the content of a regular file, or its first ``most`` + 1 bytes: the caller refuses what is longer.
+def read_whole(path: Path, max_bytes: int, *, error: type[Dsv4Error] = FileFormatError) -> bytes:
+    """Return the content of a regular file of at most ``max_bytes``; no more than that is ever read.
 
     Raises:
-        OSError: see ``open_regular``.
+        InputMissingError: it is not there, cannot be read, or is no regular file.
+        ``error``: it is larger.
     """
-    with open_regular(path) as file:
-        return file.read(most + 1)
+    try:
+        with open_regular(path) as file:
+            content = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
+    except OSError as reason:
+        raise InputMissingError(f"cannot be read ({reason.strerror})", where=path) from None
+    if len(content) > max_bytes:
+        raise error("too large", where=path, expected=f"at most {max_bytes} bytes")
+    return content

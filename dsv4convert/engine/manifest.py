@@ -20,7 +20,7 @@ from typing import Any
 import xxhash
 
 from ..containers.json_object import parse_json_object, validate_schema
-from ..containers.untrusted import open_regular, read_at_most
+from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError
 from ..plan import OutputFile, OutputTensor, Plan
 from .ledger import combine_digests
@@ -152,15 +152,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputMissingError: it is not there.
         FileFormatError: it is not a manifest.
     """
+    if not path.exists():
+        raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one")
     try:
-        text = read_at_most(path, MAX_MANIFEST_BYTES)
-    except FileNotFoundError:
-        raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one") from None
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    try:
-        if len(text) > MAX_MANIFEST_BYTES:
-            raise ConfigError("too large")
+        text = read_whole(path, MAX_MANIFEST_BYTES, error=ConfigError)
         # Objects take more memory than text: a manifest, of long lines, has few for its length.
         if text.count(b"[") + text.count(b"{") > len(text) // 16 + 64 or text.count(b",") > len(text) // 8 + 64:
             raise ConfigError("too many values for its length")

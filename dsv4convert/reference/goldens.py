@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..containers.json_object import read_json
 from ..errors import FileFormatError, InputMissingError, InputOutputError, OutputExistsError, UsageError
 from .model import Model
 from .weights.protocol import Array
@@ -118,15 +119,9 @@ def open_goldens(folder: Path) -> Goldens:
         FileFormatError: it is malformed.
     """
     path = folder / INDEX_NAME
-    try:
-        text = path.read_bytes()[:MAX_INDEX_BYTES]
-        index = json.loads(text.decode("utf-8"))
-    except FileNotFoundError:
-        raise InputMissingError(f"no {INDEX_NAME}", where=folder) from None
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    except (ValueError, RecursionError):
-        raise FileFormatError("not valid JSON", where=path, hint="record the goldens again") from None
+    if not path.exists():
+        raise InputMissingError(f"no {INDEX_NAME}", where=folder)
+    index = read_json(path, MAX_INDEX_BYTES, error=FileFormatError, hint="record the goldens again")
     if not _is_index(index):
         raise FileFormatError(
             "not an index of goldens",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from ..containers.gguf import is_gguf, open_gguf
-from ..errors import DeviceError, FileFormatError, InputMissingError, TokenizerError, UsageError
+from ..containers.json_object import read_json
+from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError
 
 # A conversation of the longest context takes a few MiB.
 MAX_CHAT_BYTES = 64 * 2**20
@@ -128,14 +128,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def _read_chat(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes()[:MAX_CHAT_BYTES].decode("utf-8"))
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path) from None
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    except (ValueError, RecursionError):
-        raise FileFormatError("not valid JSON", where=path) from None
+    document = read_json(path, MAX_CHAT_BYTES, error=FileFormatError, hint=None)
     inputs = {"messages": document} if isinstance(document, list) else document
     messages = inputs.get("messages") if isinstance(inputs, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):

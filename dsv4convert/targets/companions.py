@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..containers.untrusted import read_at_most
+from ..containers.untrusted import read_whole
 from ..engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX
-from ..errors import FileFormatError, InputMissingError, UsageError
+from ..errors import FileFormatError, UsageError
 from ..plan import OutputFile
 from .safetensors_files import whole_file
 
@@ -64,19 +64,17 @@ def auxiliary_files(source: Path) -> list[OutputFile]:
     left = MAX_AUXILIARY_BYTES
     for name in AUXILIARY_FILES:
         path = source / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
-            content = read_at_most(path, left)
-        except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-        left -= len(content)
-        if left < 0:
+            content = read_whole(path, left)
+        except FileFormatError:
             raise FileFormatError(
                 "too large to be copied",
                 where=path,
                 expected=f"at most {MAX_AUXILIARY_BYTES} bytes of tokenizer and generation files",
                 hint="is it what its name says?",
-            )
+            ) from None
+        left -= len(content)
         files.append(whole_file(name, content))
     return files

@@ -8,12 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 from ..checkpoint.folder import Checkpoint, open_folder
+from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
 from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
-from ..containers.json_object import read_json_object
-from ..errors import ConfigError, UsageError
+from ..errors import UsageError
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
 from .gguf_metadata import (
@@ -26,9 +26,6 @@ from .gguf_metadata import (
 )
 from .gguf_tensors import FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models
 from .segments import MXFP4
-
-# Files that say how images are prepared, and the object of each that may hold it.
-PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
 
 
 def plan_gguf(
@@ -87,7 +84,7 @@ class _Describer:
     def metadata(self, model: GgufModel, counts: ParameterCounts) -> list[KeyValue]:
         kind = file_type(model.main_type)
         if model.kind is Kind.MMPROJ:
-            normalisation = _image_normalisation(self._source)
+            normalisation = read_image_normalisation(self._source)
             return mmproj_metadata(
                 model.config, self.card, counts=counts, file_type=kind, name=self._name, **normalisation
             )
@@ -121,30 +118,6 @@ class _Describer:
     @cached_property
     def _template(self) -> str:
         return resources.files("dsv4convert.model").joinpath("chat_template.jinja").read_text(encoding="utf-8")
-
-
-def _image_normalisation(source: Path) -> dict[str, list[float]]:
-    """Return mean and deviation of pixels by which images are normalised, where a processor's file says them.
-
-    Raises:
-        ConfigError: such a file is malformed.
-    """
-    found: dict[str, list[float]] = {}
-    for name, nested in PROCESSOR_FILES:
-        path = source / name
-        if not path.is_file():
-            continue
-        settings = read_json_object(path)
-        inner = settings.get(nested)
-        settings |= inner if isinstance(inner, dict) else {}
-        for key in ("image_mean", "image_std"):
-            value = settings.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
-                raise ConfigError(f"key {key}: no list of numbers", where=path, got=value)
-            found[key] = value
-    return found
 
 
 def _output_folder(out: Path | None) -> Path:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.shards import is_shard_folder, open_shards
 from ..containers.json_object import MAX_CONFIG_BYTES
-from ..containers.untrusted import read_at_most
-from ..errors import InputMissingError, UsageError
+from ..containers.untrusted import read_whole
+from ..errors import UsageError
 from ..model.config import CONFIG_NAME
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
@@ -81,7 +81,7 @@ def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes:
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            whole_file(CONFIG_NAME, _read(source / CONFIG_NAME)),
+            _same_config(source),
             *auxiliary_files(source),
         ),
         dropped=(),
@@ -109,12 +109,16 @@ def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
     to_fp8 = options.expert_dtype == "fp8" and has_fp4
     without_draft = options.mtp == "drop" and checkpoint.n_draft > 0
     if not to_fp8 and not without_draft:
-        return whole_file(CONFIG_NAME, _read(checkpoint.folder / CONFIG_NAME))
+        return _same_config(checkpoint.folder)
     if without_draft:
         raw = config_without_draft(raw)
     if to_fp8:
         return repacked_config(raw)
     return whole_file(CONFIG_NAME, (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _same_config(source: Path) -> OutputFile:
+    return whole_file(CONFIG_NAME, read_whole(source / CONFIG_NAME, MAX_CONFIG_BYTES))
 
 
 def _missing_tokenizer(source: Path) -> tuple[str, ...]:
@@ -123,10 +127,3 @@ def _missing_tokenizer(source: Path) -> tuple[str, ...]:
         for name in TOKENIZER_FILES
         if not (source / name).is_file()
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return read_at_most(path, MAX_CONFIG_BYTES)
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint, open_folder
-from ..checkpoint.model_card import read_model_card
+from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..containers.gguf import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
-from .folder_output import folder_pieces, is_shard_folder, shard_pieces
+from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
+
+# Files of the source whose faults are not the output's.
+COMPANIONS = (MODEL_CARD_NAME, *NEEDED_FILES, *OTHER_FILES)
 
 GGUF, SHARDS, FOLDER = "GGUF", "shards", "checkpoint folder"
 
@@ -95,10 +98,12 @@ def prepare(
         raise UsageError("source and output are the same", where=output)
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
-    read_model_card(source)  # the source's own faults are errors, and not the output's
+    read_model_card(source)
     try:
         pieces = _pieces(layout, output, checkpoint, report)
     except (FileFormatError, InputMissingError, InventoryError) as error:
+        if error.where in {source / name for name in COMPANIONS}:
+            raise
         bare = type(error)(error.what, expected=error.expected, got=error.got, hint=error.hint)
         report.problem(FILE, output if error.where is None else error.where, str(bare))
         pieces = []

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers
+from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers, read_index
 from ..checkpoint.weights import Weight
-from ..containers.json_object import parse_json_object, read_json_object
-from ..containers.safetensors import HEADER_LENGTH_BYTES, METADATA_KEY, Stored, read_header
+from ..containers.json_object import read_json_object
+from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..errors import ConfigError, InputMissingError, UnsupportedError
 from ..model.config import CONFIG_NAME, parse_config
 from ..model.tensors import Split, Store, When, is_vision_name
@@ -274,19 +274,16 @@ def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report:
 
 
 def _check_file_metadata(files: Iterable[Path], report: Report) -> None:
-    """Report ``__metadata__`` of safetensors headers, known to be well formed, that PyTorch's loaders do not want."""
+    """Report ``__metadata__`` of safetensors headers that PyTorch's loaders do not want."""
     for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-            header = json.loads(file.read(length))
         report.keys += 1
-        found = header.get(METADATA_KEY)
+        found = read_metadata(path)
         if found != PYTORCH_METADATA and not (report.foreign or found is None):
             report.problem(KEY, path, f"{METADATA_KEY}: expected {PYTORCH_METADATA}, got {found!r:.80}")
 
 
 def _check_index(path: Path, stored: Mapping[str, Stored], report: Report) -> None:
-    index = parse_json_object(path.read_bytes(), path)
+    index = read_index(path)
     report.keys += 1
     metadata = index.get("metadata")
     total = sum(tensor.nbytes for tensor in stored.values())

@@ -6,7 +6,6 @@ converter uses as well; what follows from config.json is a table.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
-from ..checkpoint.tokenizer import load_tokenizer, recognise_pre
+from ..checkpoint.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer, recognise_pre
 from ..containers.gguf import GgufModelFile
+from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
 from ..model.config import ModelConfig
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, MTP, PORT, GgufContent
@@ -205,11 +206,12 @@ def _tower_keys(raw: Mapping[str, Any], source: Path) -> Iterator[tuple[str, Exp
     for key, kind, value in TOWER_KEYS:
         yield f"{CLIP}.{key}", Expected(kind, value(raw))
     pixels = dict(PIXEL_DEFAULTS)
+    read_image_normalisation(source)  # malformed files end here, with their own error
     for name, nested in PROCESSOR_FILES:
-        if (source / name).is_file():
-            settings = json.loads((source / name).read_bytes())
-            settings |= settings.get(nested, {})
-            pixels |= {key: settings[key] for key in pixels if key in settings}
+        settings = read_optional_json_object(source / name)
+        inner = settings.get(nested)
+        settings |= inner if isinstance(inner, dict) else {}
+        pixels |= {key: settings[key] for key in pixels if settings.get(key) is not None}
     for key, numbers in pixels.items():
         yield f"{CLIP}.vision.{key}", Expected("[f32]", numbers)
 
@@ -313,7 +315,7 @@ def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple
 
     path = source / "tokenizer.json"
     load_tokenizer(source, vocab_size, "given")  # malformed files end here, with their own error
-    document = json.loads(path.read_bytes())
+    document = read_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     yield "tokenizer.ggml.model", Expected("str", "gpt2")
     try:
         yield "tokenizer.ggml.pre", Expected("str", recognise_pre(document, path))
@@ -378,9 +380,7 @@ def _looks_like_control(text: str) -> bool:
 
 def _texts_called_special(source: Path) -> set[str]:
     path = source / "tokenizer_config.json"
-    if not path.is_file():
-        return set()
-    settings = json.loads(path.read_bytes())
+    settings = read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     values = [settings.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     more = settings.get("additional_special_tokens", settings.get("extra_special_tokens"))
     values += more if isinstance(more, list) else []

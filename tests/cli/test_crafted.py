@@ -145,7 +145,7 @@ def test_a_key_that_is_there_twice_is_named(file: str, source: Path, tmp_path: P
         path.write_bytes(b'{"%s": 1,' % name.encode() + path.read_bytes()[1:])
     result = convert(source, tmp_path)
     assert result.code in (4, 6, 8)
-    assert f"{name!r} is there twice" in result.error
+    assert f"duplicate key {name!r}" in result.error
 
 
 STRANGE_NAMES = [
@@ -320,7 +320,7 @@ def test_a_million_names_of_which_one_is_there_twice_take_no_quadratic_time(tmp_
     text = ("{" + ",".join((*names, '"999999":0')) + "}").encode()
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    with pytest.raises(FileFormatError, match="'999999' is there twice"):
+    with pytest.raises(FileFormatError, match="duplicate key '999999'"):
         read_header(tmp_path / "a.safetensors")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - began < 10
 

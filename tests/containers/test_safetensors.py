@@ -66,7 +66,7 @@ def test_packed_fp4_counts_elements_in_its_shape_and_half_of_them_in_bytes(tmp_p
         pytest.param([], 0, "header is not a JSON object: got list", id="list"),
         pytest.param(b"", 0, "header is not valid JSON", id="empty"),
         pytest.param(b"{} {}", 0, "header is not valid JSON", id="two documents"),
-        pytest.param(b'{"w":1,"w":2}', 0, "tensor or key 'w' is there twice", id="twice"),
+        pytest.param(b'{"w":1,"w":2}', 0, "duplicate key 'w'", id="twice"),
         pytest.param(b'{"w": NaN}', 0, "NaN is no number in JSON", id="NaN"),
     ],
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_a_file_that_is_no_conversation_gets_one_line(tiny: Path, tmp_path: Path
     chat = tmp_path / "chat.json"
     chat.write_text(text)
     assert "chat.json: not " in str(error("forward", tiny, "--chat", chat))
+
+
+def test_an_enormous_conversation_is_refused_and_not_read(tiny: Path, tmp_path: Path) -> None:
+    chat = tmp_path / "chat.json"
+    chat.touch()
+    os.truncate(chat, 2**42)
+    assert "chat.json: too large" in str(error("forward", tiny, "--chat", chat))
 
 
 def test_text_without_a_tokenizer_says_how_to_name_one(gguf: Path) -> None:

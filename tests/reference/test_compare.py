@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,13 @@ def test_positions_that_are_not_there_cannot_be_recorded(recorded: tuple[Path, M
 def test_a_malformed_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(FileFormatError, match=INDEX_NAME):
+        open_goldens(tmp_path)
+
+
+def test_an_enormous_index_is_refused_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).touch()
+    os.truncate(tmp_path / INDEX_NAME, 2**42)
+    with pytest.raises(FileFormatError, match=f"{INDEX_NAME}: too large"):
         open_goldens(tmp_path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
-from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, checkpoint_tensors, is_vision_name, scale_name
 from .renaming import official_tensors
 from .weights import Weight, pair
@@ -30,9 +30,10 @@ MAX_MISSING = 200_000
 # 145,116 names of V4-Pro make 13 MB.
 MAX_INDEX_BYTES = 32 * 2**20
 
+TRUNK_NAME = re.compile(r"layers\.(\d+)\.")
 DRAFT_NAME = re.compile(r"mtp\.(\d+)\.")
 VISION_BIAS = ".ffn.gate.bias_vl"
-DSPARK_MARKS = (".main_proj.weight", ".markov_head.markov_w1.weight")
+DSPARK_MARKS = (".main_proj.weight", ".markov_head.markov_w1.weight", ".markov_head.embed.weight")
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,9 @@ def resolve(
     Raises:
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
-    tensors = official_tensors(stored, config.n_routed_experts)
+    tensors = official_tensors(stored, config.n_experts)
     draft, n_draft = draft_kind(tensors, config, folder)
+    check_roles_of_tensors(tensors, config, folder)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
     left = dict(tensors)
@@ -227,7 +229,7 @@ def resolve(
             + ("a scale without its weight" if orphan else "unknown")
             + (f" (and {len(unknown) - 1} more)" if unknown[1:] else ""),
             where=left[name].file,
-            hint="nothing is dropped in silence; is this a DeepSeek-V4 text checkpoint?",
+            hint=f"nothing is dropped in silence; is this a DeepSeek-{config.version.value} checkpoint?",
         )
     notes = (*notes, *_vision_note(config, has_tower))
     return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
@@ -242,7 +244,7 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
     if len(numbers) != n_draft:
         absent = next(number for number in range(n_draft) if number not in numbers)
         raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
-    if n_draft > config.n_draft_ratios and "compress_ratios" in config.raw:
+    if n_draft > config.n_draft_ratios and "compress_ratios" in config.flat:
         raise ConfigError(
             "key compress_ratios: list too short for the draft layers",
             where=folder / CONFIG_NAME,
@@ -251,6 +253,38 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
         )
     is_dspark = any(name.startswith("mtp.") and name.endswith(DSPARK_MARKS) for name in tensors)
     return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
+
+
+# What only the layers of a role have, and the config key that says which those are.
+ROLE_MARKS = (
+    ("kv_source_layer_ids", "attn.compressor.wkv.weight"),
+    ("index_source_layer_ids", "attn.indexer.weights_proj.weight"),
+)
+
+
+def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Path) -> None:
+    """Check that the layers which the config calls sources have the tensors of sources, and no others have.
+
+    Raises:
+        ConfigError: they do not; names the config key and the layers.
+    """
+    if config.version is not Version.V41:
+        return
+    found: dict[str, set[int]] = {mark: set() for _, mark in ROLE_MARKS}
+    for name in names:
+        match = TRUNK_NAME.match(name)
+        if match is not None and name[match.end() :] in found:
+            found[name[match.end() :]].add(int(match[1]))
+    for key, mark in ROLE_MARKS:
+        layers, claimed = sorted(found[mark]), list(getattr(config, key))
+        if layers != claimed:
+            raise ConfigError(
+                f"key {key}: the layers that have {mark} are others",
+                where=folder / CONFIG_NAME,
+                expected=layers,
+                got=claimed,
+                hint="is the download complete, and does config.json belong to it?",
+            )
 
 
 def with_draft_ratios(config: ModelConfig, n_draft: int) -> ModelConfig:

@@ -7,11 +7,12 @@ V3-style names, in any mixture: transformers itself writes mixtures.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
 from ..model.tensors import (
+    DRAFT_PREFIX,
     MODEL_PREFIX,
     RESAVED_LAYER_NAMES,
     RESAVED_SCALE_SUFFIXES,
@@ -52,8 +53,10 @@ def official_name(name: str) -> str:
     return V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], bare)
 
 
-def official_tensors(stored: Mapping[str, Stored], n_experts: int) -> dict[str, Stored]:
+def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], int]) -> dict[str, Stored]:
     """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it.
+
+    ``n_experts`` gives the experts of a layer of the trunk (False) and of the draft (True).
 
     Raises:
         InventoryError: two tensors that mean the same, or a stack that cannot be cut.
@@ -64,7 +67,8 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: int) -> dict[str, 
         if stack is None:
             found = {official_name(name): tensor}
         else:
-            found = _cut(name, stack, tensor, _stack_height(stack, stored, name), n_experts)
+            experts = n_experts(stack[1].startswith(DRAFT_PREFIX))
+            found = _cut(name, stack, tensor, _stack_height(stack, stored, name), experts)
         for official in found:
             if official in tensors:
                 raise InventoryError(

@@ -177,7 +177,7 @@ def _resolve(
         split = expected.row.split
         holders = range(mp)
         if split is Split.EXPERT and expected.expert is not None:
-            rank = expert_rank(expected.expert, config.n_routed_experts, mp)
+            rank = expert_rank(expected.expert, config.n_experts(expected.is_draft), mp)
             holders = range(rank, rank + 1)
         local = expected._replace(shape=local_shape(expected.shape, split, mp))
         parts = tuple(_take(local, rank, ranks, files) for rank in holders)

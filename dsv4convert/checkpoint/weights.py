@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
-from ..model.tensors import Expected, Row, Store, scale_name
+from ..model.tensors import DRAFT_PREFIX, Expected, Row, Store, scale_name
 
 # Elements of a row that share one scale in packed FP4.
 FP4_BLOCK = 32
@@ -39,6 +39,7 @@ ALLOWED = {
     Store.EXPERT: FLOAT_ENCODINGS | {Encoding.FP4, Encoding.FP8},
     Store.BF16: FLOAT_ENCODINGS,
     Store.F32: FLOAT_ENCODINGS,
+    Store.ENGRAM: FLOAT_ENCODINGS | {Encoding.FP8},
     Store.TABLE: frozenset({Encoding.I64, Encoding.I32}),
 }
 
@@ -64,7 +65,7 @@ class Weight(NamedTuple):
     @property
     def is_draft(self) -> bool:
         """Return whether the weight belongs to a draft layer."""
-        return self.prefix.startswith("mtp.")
+        return self.prefix.startswith(DRAFT_PREFIX)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import INDEX_NAME, read_folder_headers, vision_kind
+from ..checkpoint.folder import DSPARK_MARKS, INDEX_NAME, read_folder_headers, vision_kind
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
@@ -20,7 +20,6 @@ from .description import Description, EncodingUse, Layer, _ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, _name_variant, family_of
 
 DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
-DSPARK_TENSORS = (".main_proj.weight", ".markov_head.markov_w1.weight")
 
 
 def _describe_config(found: Description, config: ModelConfig) -> None:
@@ -45,7 +44,7 @@ def _describe_folder(folder: Path) -> Description:
         found.count(family_of(official_name(name)), tensor.dtype, tensor.nbytes)
     tensors: dict[str, Stored] = {}
     try:
-        tensors = official_tensors(stored, 0 if config is None else config.n_routed_experts)
+        tensors = official_tensors(stored, (lambda is_draft: 0) if config is None else config.n_experts)
     except InventoryError as error:
         found.unexpected.append(str(error))
         tensors = {official_name(name): tensor for name, tensor in stored.items()}
@@ -94,7 +93,7 @@ def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
         match = DRAFT_LAYER.match(name)
         if match is not None:
             numbers.add(int(match[1]))
-            is_dspark = is_dspark or name.endswith(DSPARK_TENSORS)
+            is_dspark = is_dspark or name.endswith(DSPARK_MARKS)
     if not numbers:
         return Draft.NONE.value, 0
     if len(numbers) != max(numbers) + 1:

@@ -19,6 +19,7 @@ from ..model.tensors import (
     VISION_BLOCK_ROWS,
     VISION_ROWS,
     Draft,
+    LayerKind,
     Row,
     applies,
 )
@@ -186,5 +187,5 @@ def _text_tensors(model: GgufModelFile, layers: Iterable[Layer], ratios: list[in
     for layer in layers:
         for row in LAYER_ROWS + EXPERT_ROWS:
             name = row.port if port else row.gguf
-            if name and applies(row.when, ratios[layer.number], layer.routing == "hash", has_vision):
+            if name and applies(row.when, LayerKind(ratios[layer.number], layer.routing == "hash", has_vision)):
                 yield f"blk.{layer.number}.{name}"

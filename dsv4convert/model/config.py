@@ -1,7 +1,8 @@
-"""ModelConfig: a frozen view of config.json, validated against the schema, in either of its two forms.
+"""ModelConfig: a frozen view of config.json, validated against the schema, in each of its forms.
 
 The published form says ``compress_ratios``, ``num_hash_layers`` and ``rope_scaling``; the transformers
-form says ``layer_types``, ``mlp_layer_types`` and ``rope_parameters``. Both are read into one view.
+form says ``layer_types``, ``mlp_layer_types`` and ``rope_parameters``; that of V4.1 nests the keys of text
+and vision in objects of their own. All are read into one view.
 """
 
 from __future__ import annotations
@@ -15,28 +16,48 @@ from typing import Any
 
 from ..containers.json_object import read_json_object, validate_schema
 from ..errors import ConfigError, InputMissingError, UnsupportedError
+from .config_v41 import (
+    Candidates,
+    EngramConfig,
+    candidates,
+    check_roles,
+    engram_config,
+    flat_view,
+    source_before,
+)
 
 CONFIG_NAME = "config.json"
 
 
-SUPPORTED_ARCHITECTURE = "DeepseekV4ForCausalLM"
-KNOWN_UNSUPPORTED_ARCHITECTURES = {
-    "DeepseekV41ForCausalLM": (
-        "DeepSeek-V4.1 is not supported yet: its engram tables, shared KV sources and 32x32 scale blocks "
-        "have no layout here"
-    ),
-}
+class Version(str, Enum):
+    """A generation of the architecture."""
+
+    V4 = "V4"
+    V41 = "V4.1"
+
+
+VERSION_BY_ARCHITECTURE = {"DeepseekV4ForCausalLM": Version.V4, "DeepseekV41ForCausalLM": Version.V41}
 
 
 class Attention(str, Enum):
-    """What a layer attends to beside its sliding window, by its compress ratio."""
+    """What a layer attends to besides its sliding window, by its compress ratio."""
 
     SLIDING = "sliding"
     CSA = "CSA"
     HCA = "HCA"
+    # V4.1: compressed sparse attention over the entries of a KV source, one for every token or two.
+    SHARED_CSA_1 = "CSA/1"
+    SHARED_CSA_2 = "CSA/2"
 
 
-ATTENTION_BY_RATIO = {0: Attention.SLIDING, 4: Attention.CSA, 128: Attention.HCA}
+ATTENTION_BY_RATIO = {
+    0: Attention.SLIDING,
+    1: Attention.SHARED_CSA_1,
+    2: Attention.SHARED_CSA_2,
+    4: Attention.CSA,
+    128: Attention.HCA,
+}
+RATIOS = {Version.V4: (0, 4, 128), Version.V41: (0, 1, 2)}
 RATIO_BY_LAYER_TYPE = {
     "sliding_attention": 0,
     "compressed_sparse_attention": 4,
@@ -59,11 +80,13 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The hyperparameters of a DeepSeek-V4 model, under the names that config.json uses.
+    """The hyperparameters of a DeepSeek-V4 or V4.1 model, under the names that config.json uses.
 
     ``compress_ratios`` holds one entry per trunk layer and per draft layer, trunk first.
     ``num_nextn_predict_layers`` is what the file says; how many draft layers there really are is a
-    matter of the tensors (DSpark folders hold three and say 1). ``raw`` is the parsed file.
+    matter of the tensors (V4's DSpark folders hold three and say 1). ``raw`` is the parsed file, ``flat``
+    the same under the names of V4's flat form. KV sources, index sources, ``candidates`` and ``engram``
+    are V4.1's; ``draft_`` counts are those of draft layers, which V4 has like the trunk's.
     """
 
     hidden_size: int
@@ -100,7 +123,15 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_id: int | None
+    version: Version = Version.V4
+    draft_n_routed_experts: int = 0
+    draft_num_experts_per_tok: int = 0
+    kv_source_layer_ids: tuple[int, ...] = ()
+    index_source_layer_ids: tuple[int, ...] = ()
+    candidates: Candidates | None = None
+    engram: EngramConfig | None = None
     raw: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
+    flat: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
     def n_draft_ratios(self) -> int:
@@ -110,20 +141,35 @@ class ModelConfig:
     @property
     def is_dspark(self) -> bool:
         """Return whether the config names a DSpark draft (the tensors have the last word)."""
-        return any(key.startswith("dspark_") for key in self.raw)
+        return any(key.startswith("dspark_") for key in self.flat)
 
     @property
     def has_vision(self) -> bool:
         """Return whether the config describes a vision tower."""
-        return bool(self.raw.get("vision_n_layers", 0))
+        return bool(self.flat.get("vision_n_layers", 0))
+
+    def n_experts(self, is_draft: bool) -> int:
+        """Return the routed experts of a layer of the trunk, or of the draft."""
+        return self.draft_n_routed_experts if is_draft else self.n_routed_experts
+
+    def kv_source(self, layer: int) -> int | None:
+        """Return the layer whose compressed entries trunk layer ``layer`` reads, None where it sees its window only."""
+        return source_before(layer, self.kv_source_layer_ids) if self.compress_ratios[layer] else None
+
+    def index_source(self, layer: int) -> int | None:
+        """Return the layer whose choice of entries trunk layer ``layer`` uses, None where it sees its window only."""
+        return source_before(layer, self.index_source_layer_ids) if self.compress_ratios[layer] else None
 
     @cached_property
     def dims(self) -> dict[str, int]:
         """Return the symbolic dimensions that the name tables use, by symbol.
 
         D hidden, H heads, d head, V vocabulary, E experts, I expert width, K experts per token,
-        G output groups, Hi and di the indexer's heads and width, hc streams.
+        G output groups, Hi and di the indexer's heads and width, hc streams, ng and ed the table rows that
+        a token looks up and their width.
         """
+        engram = self.engram
+        markov = int(self.flat.get("dspark_markov_rank", 0))
         heads_out = self.num_attention_heads * self.head_dim
         return {
             "D": self.hidden_size,
@@ -150,9 +196,12 @@ class ModelConfig:
             "3": 3,
             "4": 4,
             "128": 128,
-            "3D": 3 * self.hidden_size,
-            "markov": int(self.raw.get("dspark_markov_rank", 0)),
-            "D+markov": self.hidden_size + int(self.raw.get("dspark_markov_rank", 0)),
+            "targets*D": len(self.flat.get("dspark_target_layer_ids", (0, 0, 0))) * self.hidden_size,
+            "markov": markov,
+            "D+markov": self.hidden_size + markov,
+            "(hc+1)*D": (self.hc_mult + 1) * self.hidden_size,
+            "ed": engram.head_dim if engram else 0,
+            "ng*ed": engram.rows_per_token * engram.head_dim if engram else 0,
         }
 
     def attention(self, layer: int) -> Attention:
@@ -175,12 +224,27 @@ class ModelConfig:
                 expected=f"a range within 0-{self.num_hidden_layers - 1}",
                 got=f"{first}-{last}",
             )
+        kv_sources, index_sources = (
+            tuple(layer - first for layer in ids if first <= layer <= last)
+            for ids in (self.kv_source_layer_ids, self.index_source_layer_ids)
+        )
+        found = self.candidates
+        if found is not None:
+            kept = first <= found.source_layer_id <= last
+            found = replace(found, source_layer_id=found.source_layer_id - first) if kept else None
+        ratios = self.compress_ratios[first : last + 1]
+        if self.version is Version.V41:
+            check_roles(ratios, kv_sources, index_sources, found, f"layers {first}-{last}, numbered from 0")
         return replace(
             self,
             num_hidden_layers=last - first + 1,
             num_hash_layers=max(0, min(self.num_hash_layers, last + 1) - first),
-            compress_ratios=self.compress_ratios[first : last + 1],
+            compress_ratios=ratios,
             num_nextn_predict_layers=0,
+            kv_source_layer_ids=kv_sources,
+            index_source_layer_ids=index_sources,
+            candidates=found,
+            engram=None if self.engram is None else self.engram.sliced(first, last),
         )
 
 
@@ -207,7 +271,8 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
         ConfigError: a key is missing, of the wrong type, or does not fit the others.
         UnsupportedError: another architecture.
     """
-    _check_architecture(raw, where)
+    version = _version(raw, where)
+    file, raw = raw, flat_view(raw, where) if version is Version.V41 else raw
     validate_schema(raw, "config.schema.json", where)
     layers = raw["num_hidden_layers"]
     ratios = _compress_ratios(raw, where)
@@ -226,7 +291,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
         n_routed_experts=raw["n_routed_experts"],
         n_shared_experts=raw.get("n_shared_experts", 1),
         num_experts_per_tok=raw["num_experts_per_tok"],
-        num_hash_layers=_num_hash_layers(raw, where),
+        num_hash_layers=_num_hash_layers(raw, where) if version is Version.V4 else 0,
         routed_scaling_factor=float(raw["routed_scaling_factor"]),
         norm_topk_prob=raw.get("norm_topk_prob", True),
         scoring_func=raw.get("scoring_func", "sqrtsoftplus"),
@@ -248,28 +313,41 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
         max_position_embeddings=raw["max_position_embeddings"],
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        raw=raw,
+        version=version,
+        draft_n_routed_experts=raw.get("dspark_n_routed_experts", raw["n_routed_experts"]),
+        draft_num_experts_per_tok=raw.get("dspark_num_experts_per_tok", raw["num_experts_per_tok"]),
+        kv_source_layer_ids=tuple(raw.get("kv_source_layer_ids", ())),
+        index_source_layer_ids=tuple(raw.get("index_source_layer_ids", ())),
+        candidates=candidates(raw, where) if version is Version.V41 else None,
+        engram=engram_config(raw, where) if version is Version.V41 else None,
+        raw=file,
+        flat=raw,
     )
     _check_divisions(config, where)
+    if version is Version.V41:
+        check_roles(
+            ratios[:layers], config.kv_source_layer_ids, config.index_source_layer_ids, config.candidates, where
+        )
     return config
 
 
-def _check_architecture(raw: Mapping[str, Any], where: object) -> None:
+def _version(raw: Mapping[str, Any], where: object) -> Version:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError(
-            "key architectures: missing or not a list", where=where, expected=f'["{SUPPORTED_ARCHITECTURE}"]'
+            "key architectures: missing or not a list",
+            where=where,
+            expected=" or ".join(f'["{name}"]' for name in VERSION_BY_ARCHITECTURE),
         )
     for name in map(str, architectures):
-        if name in KNOWN_UNSUPPORTED_ARCHITECTURES:
-            raise UnsupportedError(KNOWN_UNSUPPORTED_ARCHITECTURES[name], where=where)
-    if SUPPORTED_ARCHITECTURE not in architectures:
-        raise UnsupportedError(
-            "another architecture",
-            where=where,
-            expected=SUPPORTED_ARCHITECTURE,
-            got=", ".join(map(str, architectures))[:100],
-        )
+        if name in VERSION_BY_ARCHITECTURE:
+            return VERSION_BY_ARCHITECTURE[name]
+    raise UnsupportedError(
+        "another architecture",
+        where=where,
+        expected=" or ".join(VERSION_BY_ARCHITECTURE),
+        got=", ".join(map(str, architectures))[:100],
+    )
 
 
 def _compress_ratios(raw: Mapping[str, Any], where: object) -> tuple[int, ...]:
@@ -387,4 +465,10 @@ def _check_divisions(config: ModelConfig, where: object) -> None:
         "num_experts_per_tok",
         f"at most n_routed_experts {config.n_routed_experts}",
         config.num_experts_per_tok,
+    )
+    must(
+        config.draft_num_experts_per_tok <= config.draft_n_routed_experts,
+        "dspark_num_experts_per_tok",
+        f"at most dspark_n_routed_experts {config.draft_n_routed_experts}",
+        config.draft_num_experts_per_tok,
     )

@@ -21,7 +21,7 @@ DIMENSION_KEYS = {
     "Hi*di": "index_n_heads * index_head_dim",
 }
 
-SPLIT_AXIS = {Split.ROWS: 0, Split.COLUMNS: 1, Split.EXPERT: None, Split.COPY: None}
+SPLIT_AXIS = {Split.ROWS: 0, Split.COLUMNS: 1, Split.RUNS: 0, Split.EXPERT: None, Split.COPY: None}
 
 SHARD_NAME = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
 

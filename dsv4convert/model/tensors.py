@@ -1,4 +1,4 @@
-"""The name tables, and nothing else: every tensor of a DeepSeek-V4 checkpoint, one row each.
+"""The name tables, and nothing else: every tensor of a DeepSeek-V4 or V4.1 checkpoint, one row each.
 
 A row says what a tensor is called in each layout, which shape it has, how the published checkpoints
 store it, when it is there, and how model parallelism divides it. Targets and variants are columns
@@ -9,12 +9,12 @@ Shapes are symbolic, [out, in], with the symbols of ``ModelConfig.dims``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
 
 from ..errors import ConfigError
-from .config import ModelConfig
+from .config import ModelConfig, Version
 
 
 class Store(str, Enum):
@@ -25,6 +25,7 @@ class Store(str, Enum):
     BF16 = "bf16"
     F32 = "f32"
     TABLE = "table"  # int64
+    ENGRAM = "engram table"  # float8_e4m3fn with scales along the row
 
 
 class When(str, Enum):
@@ -39,6 +40,10 @@ class When(str, Enum):
     VISION_HASH = "vision text model, hash-routed"
     FIRST = "first draft stage"
     LAST = "last draft stage"
+    KV_SOURCE = "KV source"
+    GATED_SOURCE = "KV source, ratio above 1"
+    INDEX_SOURCE = "index source"
+    ENGRAM = "engram layer"
 
 
 class Split(str, Enum):
@@ -47,6 +52,7 @@ class Split(str, Enum):
     ROWS = "dimension 0"
     COLUMNS = "dimension 1"
     EXPERT = "whole experts"
+    RUNS = "runs of rows, the last padded"
     COPY = "copied to every rank"
 
 
@@ -148,7 +154,7 @@ MTP_ROWS: tuple[Row, ...] = (
 # What DSpark's draft stages hold beside LAYER_ROWS. GGUF names are those of the dflash architecture, all
 # of them top level.
 DSPARK_ROWS: tuple[Row, ...] = (
-    Row("main_proj.weight", ("D", "3D"), _DENSE, _COPY, "fc.weight", None, None, When.FIRST),
+    Row("main_proj.weight", ("D", "targets*D"), _DENSE, _COPY, "fc.weight", None, None, When.FIRST),
     Row("main_norm.weight", ("D",), _BF16, _COPY, "enc.output_norm.weight", None, None, When.FIRST),
     Row("norm.weight",      ("D",), _BF16, _COPY, "output_norm.weight", None, None, When.LAST),
     Row("markov_head.markov_w1.weight", ("V", "markov"), _BF16, _COPY, "markov_w1.weight", None, None, When.LAST),
@@ -157,6 +163,40 @@ DSPARK_ROWS: tuple[Row, ...] = (
     Row("hc_head_fn",    ("hc", "hc*D"), _F32, _COPY, "output_hc_fn.weight", None, None, When.LAST),
     Row("hc_head_base",  ("hc",), _F32, _COPY, "output_hc_base.weight", None, None, When.LAST),
     Row("hc_head_scale", ("1",),  _F32, _COPY, "output_hc_scale.weight", None, None, When.LAST),
+)
+# fmt: on
+
+# What V4.1 has in common with V4, and what it has of its own: sources of KV entries and of their choice, n-gram
+# tables, no mix of the streams at the end, no hash routing.
+_COMMON_ROWS = tuple(row for row in LAYER_ROWS if row.when in (When.ALWAYS, When.VISION) or row.when is When.LEARNED)
+
+# fmt: off
+V41_TOP_ROWS: tuple[Row, ...] = TOP_ROWS[:3]
+
+V41_LAYER_ROWS: tuple[Row, ...] = (
+    *(row for row in _COMMON_ROWS if not row.name.startswith("ffn.")),
+    Row("attn.compressor.wkv.weight",   ("d", "D"),  _BF16, _COPY, "attn_compressor_kv.weight", None, None, When.KV_SOURCE),
+    Row("attn.compressor.wgate.weight", ("d", "D"),  _BF16, _COPY, "attn_compressor_gate.weight", None, None, When.GATED_SOURCE),
+    Row("attn.compressor.norm.weight",  ("d",),      _BF16, _COPY, "attn_compressor_norm.weight", None, None, When.KV_SOURCE),
+    Row("attn.indexer.wk.weight",       ("di", "d"), _BF16, _COPY, "indexer.attn_k.weight", None, None, When.KV_SOURCE),
+    Row("attn.indexer.k_norm.weight",   ("di",),     _BF16, _COPY, "indexer.k_norm.weight", None, None, When.KV_SOURCE),
+    Row("attn.indexer.wq_b.weight",     ("Hi*di", "q_lora"), _DENSE, _ROWS, "indexer.attn_q_b.weight", None, None, When.INDEX_SOURCE),
+    Row("attn.indexer.weights_proj.weight", ("Hi", "D"), _BF16, _ROWS, "indexer.proj.weight", None, None, When.INDEX_SOURCE),
+
+    # Rows of the table, each with scales of its own; model parallelism deals them out in runs, the last one padded.
+    Row("engram.embed.weight", ("rows", "ed"),        Store.ENGRAM, Split.RUNS, "engram_embd.weight", None, None, When.ENGRAM),
+    Row("engram.wkv.weight",   ("(hc+1)*D", "ng*ed"), _DENSE, _COPY, "engram_wkv.weight", None, None, When.ENGRAM),
+    Row("engram.q_weight",     ("hc", "D"),           _BF16,  _COPY, "engram_q.weight", None, None, When.ENGRAM),
+    Row("engram.k_weight",     ("hc", "D"),           _BF16,  _COPY, "engram_k.weight", None, None, When.ENGRAM),
+
+    *(row for row in _COMMON_ROWS if row.name.startswith("ffn.")),
+)
+
+_V41_DSPARK_RENAMED = {"markov_head.markov_w1.weight": "markov_head.embed.weight", "markov_head.markov_w2.weight": "markov_head.head.weight"}
+V41_DSPARK_ROWS: tuple[Row, ...] = tuple(
+    row._replace(name=_V41_DSPARK_RENAMED[row.name], split=_ROWS) if row.name in _V41_DSPARK_RENAMED else row
+    for row in DSPARK_ROWS
+    if not row.name.startswith("hc_head_")
 )
 # fmt: on
 
@@ -175,8 +215,9 @@ UNUSED_DRAFT_SUFFIXES = ("emb.tok_emb.weight", "head.weight", "head.scale", "emb
 # FP8 weights that model-parallel shards hold in BF16, because the published code does not scale them.
 BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
 
-# Optional prefix of re-saved folders.
+# Optional prefix of re-saved folders, and that of draft layers.
 MODEL_PREFIX = "model."
+DRAFT_PREFIX = "mtp."
 
 # What a re-saved folder calls the tensors of a layer: transformers' modules, and what transformers makes of
 # them where it restores the official names. It does so pattern by pattern; which of them match depends on
@@ -272,7 +313,7 @@ class Expected(NamedTuple):
     @property
     def is_draft(self) -> bool:
         """Return whether the tensor belongs to a draft layer."""
-        return self.prefix.startswith("mtp.")
+        return self.prefix.startswith(DRAFT_PREFIX)
 
 
 def scale_name(weight_name: str) -> str:
@@ -284,20 +325,47 @@ def scale_name(weight_name: str) -> str:
     return weight_name.removesuffix(".weight") + ".scale"
 
 
-def applies(
-    when: When, ratio: int, hash_routed: bool, has_vision: bool, first: bool = False, last: bool = False
-) -> bool:
+class LayerKind(NamedTuple):
+    """What decides which rows of the tables a layer has."""
+
+    ratio: int = 0
+    hash_routed: bool = False
+    has_vision: bool = False
+    first: bool = False
+    last: bool = False
+    kv_source: bool = False
+    index_source: bool = False
+    engram: bool = False
+
+
+def layer_kind(config: ModelConfig, layer: int, has_vision: bool) -> LayerKind:
+    """Return the kind of trunk layer ``layer``; ``has_vision``: the routers have their bias for images."""
+    return LayerKind(
+        ratio=config.compress_ratios[layer],
+        hash_routed=config.is_hash_routed(layer),
+        has_vision=has_vision,
+        kv_source=layer in config.kv_source_layer_ids,
+        index_source=layer in config.index_source_layer_ids,
+        engram=config.engram is not None and layer in config.engram.layer_ids,
+    )
+
+
+def applies(when: When, kind: LayerKind) -> bool:
     """Return whether a row of the tables exists in a layer of the given kind."""
     return {
         When.ALWAYS: True,
-        When.CSA: ratio == 4,
-        When.HCA: ratio == 128,
-        When.HASH: hash_routed,
-        When.LEARNED: not hash_routed,
-        When.VISION: has_vision,
-        When.VISION_HASH: has_vision and hash_routed,
-        When.FIRST: first,
-        When.LAST: last,
+        When.CSA: kind.ratio == 4,
+        When.HCA: kind.ratio == 128,
+        When.HASH: kind.hash_routed,
+        When.LEARNED: not kind.hash_routed,
+        When.VISION: kind.has_vision,
+        When.VISION_HASH: kind.has_vision and kind.hash_routed,
+        When.FIRST: kind.first,
+        When.LAST: kind.last,
+        When.KV_SOURCE: kind.kv_source,
+        When.GATED_SOURCE: kind.kv_source and kind.ratio > 1,
+        When.INDEX_SOURCE: kind.index_source,
+        When.ENGRAM: kind.engram,
     }[when]
 
 
@@ -306,45 +374,49 @@ def expected_tensors(config: ModelConfig, draft: Draft, n_draft: int, has_vision
 
     ``n_draft`` is the number of draft layers or stages; scales are not listed, they follow their weights.
     """
-    dims = config.dims
-    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    tables = TABLES[config.version]
 
-    def resolve(row: Row) -> tuple[int, ...]:
-        shape = shapes.get(row.shape)
-        if shape is None:
-            shape = shapes[row.shape] = tuple(dims[symbol] for symbol in row.shape)
-        return shape
-
-    def layer(prefix: str, number: int, rows: tuple[Row, ...], **kind: int | bool) -> Iterator[Expected]:
+    def layers(prefix: str, number: int, rows: tuple[Row, ...], kind: LayerKind, dims: Dims) -> Iterator[Expected]:
         for row in rows:
-            if applies(row.when, has_vision=has_vision, **kind):  # type: ignore[arg-type]
-                yield Expected(prefix + row.name, row, resolve(row), prefix, number, None)
-        for expert in range(config.n_routed_experts):
+            if applies(row.when, kind):
+                yield Expected(prefix + row.name, row, dims.resolve(row), prefix, number, None)
+        for expert in range(dims.experts):
             for row in EXPERT_ROWS:
                 name = f"{prefix}ffn.experts.{expert}.{row.name}"
-                yield Expected(name, row, resolve(row), prefix, number, expert)
+                yield Expected(name, row, dims.resolve(row), prefix, number, expert)
 
-    for row in TOP_ROWS:
-        yield Expected(row.name, row, resolve(row), "", None, None)
+    dims = Dims(config.dims)
+    for row in tables.top:
+        yield Expected(row.name, row, dims.resolve(row), "", None, None)
     for number in range(config.num_hidden_layers):
-        yield from layer(
-            f"layers.{number}.",
-            number,
-            LAYER_ROWS,
-            ratio=config.compress_ratios[number],
-            hash_routed=config.is_hash_routed(number),
-        )
-    extra = {Draft.NONE: (), Draft.MTP: MTP_ROWS, Draft.DSPARK: DSPARK_ROWS}[draft]
+        kind = layer_kind(config, number, has_vision)
+        if kind.engram and config.engram is not None:
+            dims = Dims({**config.dims, "rows": config.engram.rows(number)})
+        yield from layers(f"layers.{number}.", number, tables.layer, kind, dims)
+    dims = Dims({**config.dims, "E": config.draft_n_routed_experts})
     for number in range(n_draft):
-        yield from layer(
-            f"mtp.{number}.",
-            number,
-            LAYER_ROWS + extra,
-            ratio=0,
-            hash_routed=False,
-            first=number == 0,
-            last=number == n_draft - 1,
-        )
+        kind = LayerKind(has_vision=has_vision, first=number == 0, last=number == n_draft - 1)
+        yield from layers(f"mtp.{number}.", number, tables.layer + tables.draft[draft], kind, dims)
+
+
+class Dims:
+    """Symbolic dimensions with their values, which resolve the shapes of rows: one tuple for all equal ones."""
+
+    def __init__(self, values: Mapping[str, int]) -> None:
+        self._values = values
+        self._shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    @property
+    def experts(self) -> int:
+        """Return the number of routed experts."""
+        return self._values["E"]
+
+    def resolve(self, row: Row) -> tuple[int, ...]:
+        """Return the shape of a row of the tables."""
+        shape = self._shapes.get(row.shape)
+        if shape is None:
+            shape = self._shapes[row.shape] = tuple(self._values[symbol] for symbol in row.shape)
+        return shape
 
 
 # The vision tower of Vision-Exp: all BF16, official names at the top level. GGUF names are those of the
@@ -379,6 +451,29 @@ VISION_BLOCK_ROWS: tuple[Row, ...] = (
 )
 # fmt: on
 
+
+class Tables(NamedTuple):
+    """All rows of a version of the architecture; ``draft`` holds what a draft layer has besides ``layer``."""
+
+    top: tuple[Row, ...]
+    layer: tuple[Row, ...]
+    draft: Mapping[Draft, tuple[Row, ...]]
+    vision: tuple[Row, ...]
+
+
+TABLES = {
+    Version.V4: Tables(
+        TOP_ROWS, LAYER_ROWS, {Draft.NONE: (), Draft.MTP: MTP_ROWS, Draft.DSPARK: DSPARK_ROWS}, VISION_ROWS
+    ),
+    # V4.1 has no draft of MTP layers; what claims to be one lacks its tensors.
+    Version.V41: Tables(
+        V41_TOP_ROWS,
+        V41_LAYER_ROWS,
+        {Draft.NONE: (), Draft.MTP: MTP_ROWS, Draft.DSPARK: V41_DSPARK_ROWS},
+        tuple(row for row in VISION_ROWS if row.name != "image_pad"),
+    ),
+}
+
 # The config keys that the shapes of the vision tower depend on.
 VISION_SHAPE_KEYS = (
     "vision_n_layers",
@@ -397,7 +492,7 @@ def vision_dims(config: ModelConfig) -> dict[str, int]:
     """
     values: dict[str, int] = {}
     for key in VISION_SHAPE_KEYS:
-        value = config.raw.get(key)
+        value = config.flat.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"key {key}: not a size of the vision tower", expected="a positive integer", got=value)
         values[key] = value
@@ -420,9 +515,9 @@ def vision_tensors(config: ModelConfig) -> Iterator[Expected]:
         ConfigError: a ``vision_*`` key is missing or is not a positive integer.
     """
     dims = vision_dims(config)
-    for row in VISION_ROWS:
+    for row in TABLES[config.version].vision:
         yield Expected(row.name, row, tuple(dims[symbol] for symbol in row.shape), "", None, None)
-    for block in range(config.raw["vision_n_layers"]):
+    for block in range(config.flat["vision_n_layers"]):
         prefix = f"vision.blocks.{block}."
         for row in VISION_BLOCK_ROWS:
             shape = tuple(dims[symbol] for symbol in row.shape)

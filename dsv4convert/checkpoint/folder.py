@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
-from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError
+from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError, UnsupportedError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
+from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, checkpoint_tensors, is_vision_name, scale_name
 from .renaming import official_tensors
 from .weights import Weight, pair
@@ -74,8 +75,8 @@ class Checkpoint:
             yield self.weights.pop(name)
 
 
-def open_folder(folder: Path) -> Checkpoint:
-    """Open the checkpoint in ``folder``.
+def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,)) -> Checkpoint:
+    """Open the checkpoint in ``folder``, of one of the ``versions`` that the caller knows what to do with.
 
     Raises:
         InputMissingError: the folder or a file of it is not there.
@@ -84,8 +85,19 @@ def open_folder(folder: Path) -> Checkpoint:
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
     config = load_config(folder)
+    check_version(config, versions, folder)
     stored, files, notes = read_folder_headers(folder)
     return resolve(folder, config, stored, files, notes)
+
+
+def check_version(config: ModelConfig, versions: Container[Version], where: object) -> None:
+    """Refuse a model of another version than the ``versions`` that the caller knows what to do with.
+
+    Raises:
+        UnsupportedError: it is of another.
+    """
+    if config.version not in versions:
+        raise UnsupportedError(f"DeepSeek-{config.version.value} is not supported here yet", where=where)
 
 
 def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
@@ -196,6 +208,8 @@ def resolve(
     tensors = official_tensors(stored, config.n_experts)
     draft, n_draft = draft_kind(tensors, config, folder)
     check_roles_of_tensors(tensors, config, folder)
+    if config.engram is not None:
+        check_rows(config.engram, folder / CONFIG_NAME)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
     left = dict(tensors)

@@ -6,17 +6,17 @@ or misshapen on any rank, end here with one line that names rank and tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored, read_header
 from ..errors import InputMissingError, InventoryError
-from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
-from .folder import draft_kind, vision_kind, with_draft_ratios
+from .folder import check_version, draft_kind, vision_kind, with_draft_ratios
 from .weights import Encoding, Weight, pair
 
 
@@ -129,7 +129,7 @@ def is_shard_folder(folder: Path) -> bool:
     return folder.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_shards(folder: Path) -> ShardCheckpoint:
+def open_shards(folder: Path, *, versions: Container[Version] = (Version.V4,)) -> ShardCheckpoint:
     """Open the complete set of shards in ``folder``.
 
     Raises:
@@ -158,6 +158,7 @@ def open_shards(folder: Path) -> ShardCheckpoint:
             f"no {CONFIG_NAME}", where=folder, hint="copy it there from the checkpoint that the shards were made of"
         )
     config = load_config(folder)
+    check_version(config, versions, folder)
     check_divides(config, mp, folder / CONFIG_NAME)
     ranks = [read_header(files[rank]) for rank in range(mp)]
     return _resolve(folder, config, mp, [files[rank] for rank in range(mp)], ranks)

@@ -36,7 +36,8 @@ class Version(str, Enum):
     V41 = "V4.1"
 
 
-VERSION_BY_ARCHITECTURE = {"DeepseekV4ForCausalLM": Version.V4, "DeepseekV41ForCausalLM": Version.V41}
+ARCHITECTURES = {Version.V4: "DeepseekV4ForCausalLM", Version.V41: "DeepseekV41ForCausalLM"}
+VERSION_BY_ARCHITECTURE = {name: version for version, name in ARCHITECTURES.items()}
 
 
 class Attention(str, Enum):

@@ -29,7 +29,7 @@ OWN_KEYS = ("model_type", "dtype", "torch_dtype", "architectures", "transformers
 
 @dataclass(frozen=True)
 class Candidates:
-    """Index source ``source_layer_id`` marks ``topk_blocks`` blocks of ``block_size`` entries; later ones stay in them."""
+    """Index source ``source_layer_id`` marks ``topk_blocks`` blocks of ``block_size`` entries for those after it."""
 
     source_layer_id: int
     topk_blocks: int

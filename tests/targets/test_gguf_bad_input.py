@@ -146,8 +146,8 @@ CASES = [
     Case("groups that do not divide the heads", CONFIG, ("key o_groups",), lambda d: d.config(o_groups=3)),
     Case("more experts a token than experts", CONFIG, ("key num_experts_per_tok",), lambda d: d.config(num_experts_per_tok=9999)),
     Case("an unknown rope scaling", CONFIG, ("key rope_scaling.type", "linear"), lambda d: d.config(rope_scaling={"type": "linear"})),
-    Case("another architecture", UNSUPPORTED, ("another architecture: expected DeepseekV4ForCausalLM, got LlamaForCausalLM",), lambda d: d.config(architectures=["LlamaForCausalLM"])),
-    Case("V4.1", UNSUPPORTED, ("DeepSeek-V4.1 is not supported yet",), lambda d: d.config(architectures=["DeepseekV41ForCausalLM"])),
+    Case("another architecture", UNSUPPORTED, ("another architecture: expected DeepseekV4ForCausalLM or DeepseekV41ForCausalLM, got LlamaForCausalLM",), lambda d: d.config(architectures=["LlamaForCausalLM"])),
+    Case("V4.1 by name alone", CONFIG, ("kv_source_layer_ids",), lambda d: d.config(architectures=["DeepseekV41ForCausalLM"])),
     Case("no architectures", CONFIG, ("key architectures",), lambda d: d.drop_config("architectures")),
     Case("no safetensors at all", MISSING, ("no safetensors files",), lambda d: [p.unlink() for p in (*d.shards, d.folder / "model.safetensors.index.json")]),  # type: ignore[func-returns-value,misc]
     Case("no index", MISSING, ("no model.safetensors.index.json",), lambda d: (d.folder / "model.safetensors.index.json").unlink()),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ...containers.gguf import GgufModelFile, GgufTensor
 from ...errors import FileFormatError, InventoryError, UnsupportedError
-from ...model.config import SUPPORTED_ARCHITECTURE, ModelConfig, parse_config
+from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
 from ...model.tensors import Draft, Expected, expected_tensors
 from ...targets.gguf_metadata import DIALECTS as KEY_DIALECTS
 from ...targets.gguf_metadata import GATING_FUNCTIONS
@@ -171,7 +171,7 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     if not isinstance(blocks, int) or not 0 <= n_draft < blocks:
         raise FileFormatError(f"key {fields.key('block_count')}: no count of layers", where=path, got=blocks)
     raw: dict[str, Any] = {key: fields[field] for field, key in CONFIG_KEYS.items()}
-    raw["architectures"] = [SUPPORTED_ARCHITECTURE]
+    raw["architectures"] = [ARCHITECTURES[Version.V4]]
     raw["num_hidden_layers"] = blocks - n_draft
     raw["num_nextn_predict_layers"] = n_draft
     raw["vocab_size"] = fields.get("vocab_size") or _rows_of(file, "token_embd.weight")

@@ -195,9 +195,3 @@ def test_a_key_that_a_file_needs_is_named(
     source = changed(make_checkpoint("tiny", variant="vision"), tmp_path / "source", **keys)
     with pytest.raises(kind, match=message):
         plan(source, tmp_path / "m.gguf", **options)
-
-
-def test_v4_1_is_refused_by_name_with_what_is_missing(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    source = changed(make_checkpoint("tiny"), tmp_path / "source", architectures=["DeepseekV41ForCausalLM"])
-    with pytest.raises(UnsupportedError, match=r"DeepSeek-V4\.1 is not supported yet: its engram tables, shared KV"):
-        plan(source, tmp_path / "m.gguf")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..containers.untrusted import read_at_most
+from ..containers.untrusted import read_whole
 from ..errors import DeviceError, TokenizerError
 from ..model.config import ModelConfig
 from ..model.engram import EngramConstants, engram_constants
@@ -45,14 +45,9 @@ def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:
         DeviceError, TokenizerError: as for ``read_engram_constants``.
     """
     path = folder / TOKENIZER_NAME
-    try:
-        text = read_at_most(path, MAX_TOKENIZER_BYTES)
-    except FileNotFoundError:
-        raise TokenizerError(f"no {path.name}", where=folder, hint="is the download complete?") from None
-    except OSError as error:
-        raise TokenizerError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(text) > MAX_TOKENIZER_BYTES:
-        raise TokenizerError("too large", where=path, expected=f"at most {MAX_TOKENIZER_BYTES} bytes")
+    if not path.exists():
+        raise TokenizerError(f"no {path.name}", where=folder, hint="is the download complete?")
+    text = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     key = sha256(text).hexdigest(), vocab_size
     if key not in _MAPS:
         _MAPS[key] = _token_map(text, path, vocab_size)

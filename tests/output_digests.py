@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .command_line import run_cli
+from .oracles.safetensors_bytes import RawSafetensors
 
 RECORD = Path(__file__).resolve().parents[1] / "fixtures" / "output_digests.json"
 
@@ -314,19 +315,9 @@ def _v3(outputs: Outputs, out: Path) -> None:
 def _rename(source: Path, out: Path, rename: Callable[[str], str]) -> None:
     """Write the tensors of a folder under other names in one file without an index."""
     out.mkdir()
-    header: dict[str, object] = {}
-    payload = bytearray()
-    for path in sorted(source.glob("*.safetensors")):
-        data = path.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, tensor in json.loads(data[8:start]).items():
-            if name == "__metadata__":
-                continue
-            begin, end = tensor["data_offsets"]
-            header[rename(name)] = {**tensor, "data_offsets": [len(payload), len(payload) + end - begin]}
-            payload += data[start + begin : start + end]
-    text = json.dumps(header).encode()
-    (out / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    files = [RawSafetensors.read(path) for path in sorted(source.glob("*.safetensors"))]
+    tensors = {rename(name): tensor for file in files for name, tensor in file.tensors.items()}
+    RawSafetensors(tensors, None).write(out / "model.safetensors")
     for path in source.glob("*.json"):
         if path.name != "model.safetensors.index.json":
             shutil.copy(path, out)

@@ -12,8 +12,11 @@ from .safetensors import HEADER_LENGTH_BYTES, MAX_HEADER_BYTES, METADATA_KEY
 # The payload starts at a multiple of this, so that a mapped file gives aligned tensors.
 HEADER_ALIGNMENT = 8
 
+# What transformers asks of a file before it loads it.
+PYTORCH_METADATA = {"format": "pt"}
+
 # Made once: json.dumps makes an encoder for every call.
-_json = json.JSONEncoder(separators=(",", ":")).encode
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def safetensors_header(
@@ -28,13 +31,15 @@ def safetensors_header(
         UsageError: more tensors than a header may list.
     """
     # Written piece by piece: the generic encoder needs a dict and three lists per tensor.
-    parts = [f"{_json(METADATA_KEY)}:{_json(dict(metadata))}"] if metadata else []
+    parts = [f"{compact_json(METADATA_KEY)}:{compact_json(dict(metadata))}"] if metadata else []
     starts: list[int] = []
     position = 0
     for name, dtype, shape, nbytes in tensors:
         end = position + nbytes
         dimensions = ",".join(map(str, shape))
-        parts.append(f'{_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}')
+        parts.append(
+            f'{compact_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}'
+        )
         starts.append(position)
         position = end
     text = ("{" + ",".join(parts) + "}").encode()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
 from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, parse_config
 from ..model.tensors import TOP_ROWS, Draft, Expected, Store, expected_tensors, scale_name, vision_tensors
@@ -30,8 +31,6 @@ FP4_PER_BYTE = 2
 DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
 # The order in which the safetensors library lays tensors out in a file: by dtype, widest first, then by name.
 DTYPE_ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
-
-SAFETENSORS_ALIGNMENT = 8
 
 EMBEDDING_STD = 1.0
 SMALL_STD = 0.1
@@ -322,7 +321,7 @@ def _write_files(
         ordered = sorted(group, key=lambda tensor: (DTYPE_ORDER[tensor.dtype], tensor.name))
         weight_map.update((tensor.name, name) for tensor in group)
         with (folder / name).open("wb", buffering=0) as file:
-            header = safetensors_header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered])
+            header, _ = safetensors_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), PYTORCH_METADATA)
             _write_all(file.write, memoryview(header))
             if headers_only:
                 file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))
@@ -344,24 +343,6 @@ def _write_files(
 def _write_all(write: Callable[[memoryview], int | None], piece: memoryview) -> None:
     while piece:
         piece = piece[write(piece) or 0 :]
-
-
-def safetensors_header(tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """Return the head of a safetensors file: 8 bytes of length, then JSON padded to a multiple of 8.
-
-    ``tensors`` are (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
-
-    >>> safetensors_header([("x", "BF16", (2, 3), 12)])[:8]
-    b'`\\x00\\x00\\x00\\x00\\x00\\x00\\x00'
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        offset += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % SAFETENSORS_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

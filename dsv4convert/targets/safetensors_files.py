@@ -6,11 +6,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..containers.safetensors import DTYPE_BITS
-from ..containers.safetensors_write import _json, safetensors_header
+from ..containers.safetensors_write import PYTORCH_METADATA, compact_json, safetensors_header
 from ..plan import OutputFile, OutputTensor
-
-# What transformers asks of a file before it loads it.
-PYTORCH_METADATA = {"format": "pt"}
 
 
 def safetensors_file(
@@ -48,6 +45,6 @@ def safetensors_index(files: Iterable[OutputFile]) -> bytes:
     text = io.BytesIO()
     text.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
     for number, (name, holder) in enumerate(entries):
-        text.write(f"{',' if number else ''}\n    {_json(name)}: {_json(holder)}".encode())
+        text.write(f"{',' if number else ''}\n    {compact_json(name)}: {compact_json(holder)}".encode())
     text.write(b"\n  }\n}\n")
     return text.getvalue()

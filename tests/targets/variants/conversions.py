@@ -17,6 +17,8 @@ from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 from dsv4convert.targets.repack import plan_repack
 
+from ...oracles.safetensors_bytes import RawSafetensors, RawTensor
+
 # Experts as wide as a scale block, so that stacks of gate and up can be told apart.
 WIDE_EXPERTS = {"moe_intermediate_size": 128}
 
@@ -61,17 +63,8 @@ def write_folder(
     for path in source.glob("*.json"):
         if path.name not in ("config.json", "model.safetensors.index.json"):
             shutil.copy(path, out)
-    header: dict[str, Any] = {}
-    position = 0
-    for name, tensor in tensors.items():
-        end = position + len(tensor.data)
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    with (out / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.data)
+    raw_tensors = {name: RawTensor(tensor.dtype, list(tensor.shape), tensor.data) for name, tensor in tensors.items()}
+    RawSafetensors(raw_tensors, None).write(out / "model.safetensors")
     return out
 
 

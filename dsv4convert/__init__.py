@@ -2,4 +2,117 @@
 
 from __future__ import annotations
 
+# A constant that type checkers know; importing it from typing would be most of this module's time.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .api import (
+        convert_gguf,
+        dequantize,
+        inspect,
+        load_model,
+        open_checkpoint,
+        repack,
+        shard,
+        unshard,
+        verify,
+        verify_manifest,
+    )
+    from .checkpoint.folder import Checkpoint
+    from .engine.conversion import Summary
+    from .engine.dry_run import DryRun
+    from .engine.manifest import ManifestReport
+    from .errors import (
+        ConfigError,
+        DeviceError,
+        Dsv4Error,
+        FileFormatError,
+        InputMissingError,
+        InputOutputError,
+        InventoryError,
+        LockedError,
+        LossyError,
+        OutputExistsError,
+        ResumeError,
+        RunInterruptedError,
+        SpaceError,
+        TokenizerError,
+        UnsupportedError,
+        UsageError,
+        VerifyError,
+    )
+    from .inspection.description import Description
+    from .reference.model import Model
+    from .targets.repack import RepackSummary
+    from .targets.shards import ShardSummary
+    from .verification.report import Report
+
+__all__ = [
+    "Checkpoint",
+    "ConfigError",
+    "Description",
+    "DeviceError",
+    "DryRun",
+    "Dsv4Error",
+    "FileFormatError",
+    "InputMissingError",
+    "InputOutputError",
+    "InventoryError",
+    "LockedError",
+    "LossyError",
+    "ManifestReport",
+    "Model",
+    "OutputExistsError",
+    "RepackSummary",
+    "Report",
+    "ResumeError",
+    "RunInterruptedError",
+    "ShardSummary",
+    "SpaceError",
+    "Summary",
+    "TokenizerError",
+    "UnsupportedError",
+    "UsageError",
+    "VerifyError",
+    "__version__",
+    "convert_gguf",
+    "dequantize",
+    "inspect",
+    "load_model",
+    "open_checkpoint",
+    "repack",
+    "shard",
+    "unshard",
+    "verify",
+    "verify_manifest",
+]
+
 __version__ = "0.1.0"
+
+# The modules of the classes; errors are in .errors, functions in .api.
+_CLASSES = {
+    "Checkpoint": ".checkpoint.folder",
+    "Description": ".inspection.description",
+    "DryRun": ".engine.dry_run",
+    "ManifestReport": ".engine.manifest",
+    "Model": ".reference.model",
+    "RepackSummary": ".targets.repack",
+    "Report": ".verification.report",
+    "ShardSummary": ".targets.shards",
+    "Summary": ".engine.conversion",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used: importing the package itself loads nothing else."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    home = _CLASSES.get(name) or (".errors" if name.endswith("Error") else ".api")
+    value: object = getattr(import_module(home, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,12 +11,9 @@ import typer
 
 def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0) -> None:
     """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
+    from ..api import convert_gguf, verify
     from ..containers.gguf import open_gguf
-    from ..engine.conversion import execute
     from ..synth.write import write_synth
-    from ..targets.gguf import plan_gguf
-    from ..targets.gguf_tensors import GgufOptions
-    from ..verification import verify
     from .report import human_bytes, print_summary
 
     with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:
@@ -28,7 +25,7 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] 
         )
         typer.echo("2. converted it:")
         out = folder / "model.gguf"
-        print_summary(execute(plan_gguf(folder / "checkpoint", out, GgufOptions()), threads=2))
+        print_summary(convert_gguf(folder / "checkpoint", out, threads=2))
         model = open_gguf(out)
         kinds: dict[str, int] = {}
         for tensor in model.tensors.values():
@@ -37,7 +34,7 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] 
             f"3. read it back: {model.metadata['general.architecture']}, {len(model.metadata)} keys, "
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         )
-        report = verify(folder / "checkpoint", out)
+        report = verify(folder / "checkpoint", out, threads=1)
         typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
         if not report.ok:
             raise typer.Exit(code=12)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MaxFileSize, OutFolder, RunOptions, Source, parse_size, with_run_options
+from .options import MaxFileSize, OutFolder, RunOptions, Source, with_run_options
 
 
 class DtypeName(str, Enum):
@@ -43,21 +43,18 @@ def dequantize(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
-    from ..engine.loss import refuse_loss
-    from ..targets.dequantize import plan_dequantize
+    from ..api import dequantize as dequantize_folder
     from .report import run_conversion
 
-    plan = plan_dequantize(
+    run_conversion(
+        dequantize_folder,
+        run,
         source,
         out,
         dtype=dtype.value,
         names=names.value,
-        max_file_bytes=parse_size(max_file_size, "--max-file-size"),
-    )
-    run_conversion(
-        plan,
-        run,
-        before_finish=refuse_loss("--strict") if strict else None,
+        max_file_size=max_file_size,
+        strict=strict,
     )
 
 
@@ -74,16 +71,17 @@ def repack(
     run: RunOptions,
 ) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
-    from ..engine.loss import refuse_loss
-    from ..targets.repack import execute_repack, plan_repack
+    from ..api import repack as repack_folder
     from .report import run_conversion
 
-    plan = plan_repack(source, out, experts=experts.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
     run_conversion(
-        plan,
+        repack_folder,
         run,
-        carry_out=execute_repack,
-        before_finish=refuse_loss("--require-lossless") if require_lossless else None,
+        source,
+        out,
+        experts=experts.value,
+        max_file_size=max_file_size,
+        strict=require_lossless,
     )
 
 

@@ -79,25 +79,21 @@ def forward(
     as_json: Json = False,
 ) -> None:
     """Run a model in numpy, float32, and print the likeliest next tokens of every position."""
-    from ..reference import Model
+    from ..api import load_model
     from ..reference import generate as generate_tokens
     from ..reference.goldens import write_goldens
     from ..reference.prompt import find_tokenizer
-    from ..reference.weights.open import open_source
-    from ..reference.weights.protocol import CachedSource
     from .report import print_json
 
     if record_last is not None and goldens is None:
         raise UsageError("--record-last goes with --goldens")
     _check_new(logits, overwrite)
-    source = open_source(path)
-    vocabulary = find_tokenizer(path, source.config.vocab_size, tokenizer)
+    # Weights are wanted once per run, but again for every generated token.
+    model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
+    vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
     prompt = _prompt(tokens, text, chat, vocabulary)
     if prompt is None:
         raise UsageError("no prompt", hint="give --tokens, --text or --chat")
-    # Weights are wanted once per run, but again for every generated token.
-    cached = CachedSource(source) if generate else source
-    model = Model(cached, activation_rounding=activation_rounding, layers=layers)
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
@@ -276,6 +272,7 @@ def _runs(
     activation_rounding: bool,
 ) -> tuple[Any, Any]:
     """Return the activations of both sides, on the same tokens."""
+    from ..api import load_model
     from ..reference.goldens import is_goldens, open_goldens, recorded_activations
 
     recorded = [open_goldens(path) for path in (a, b) if is_goldens(path)]
@@ -291,22 +288,15 @@ def _runs(
         def run(path: Path) -> Any:
             if is_goldens(path):
                 return open_goldens(path).activations()
-            model = _model(path, golden.layers, golden.activation_rounding)
+            model = load_model(path, layers=golden.layers, activation_rounding=golden.activation_rounding)
             return recorded_activations(model, golden.tokens, golden.recorded_from)
 
         return run(a), run(b)
 
-    models = [_model(path, layers, activation_rounding) for path in (a, b)]
+    models = [load_model(path, layers=layers, activation_rounding=activation_rounding) for path in (a, b)]
     _check_same_shapes(*models)
     prompt = _comparison_prompt(models[0], a, tokens, text, chat, random, seed, tokenizer)
     return models[0].activations(prompt), models[1].activations(prompt)
-
-
-def _model(path: Path, layers: int | None, activation_rounding: bool) -> Model:
-    from ..reference import Model
-    from ..reference.weights.open import open_source
-
-    return Model(open_source(path), activation_rounding=activation_rounding, layers=layers)
 
 
 def _comparison_prompt(

@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import RunOptions, Source, parse_layers, parse_size, with_run_options
+from .options import RunOptions, Source, with_run_options
 
 
 class DenseType(str, Enum):
@@ -100,23 +100,23 @@ def hf_to_gguf(
     run: RunOptions,
 ) -> None:
     """Convert a checkpoint folder to a GGUF for llama.cpp."""
-    from ..targets.gguf import plan_gguf
-    from ..targets.gguf_tensors import GgufOptions
+    from ..api import convert_gguf
     from .report import run_conversion
 
-    options = GgufOptions(
+    run_conversion(
+        convert_gguf,
+        run,
+        source,
+        out,
         dense=dense.value if dense else None,
         experts=experts.value if experts else None,
         draft=draft.value if draft else None,
         mmproj=mmproj.value if mmproj else None,
-        layers=parse_layers(layers) if layers is not None else None,
+        max_file_size=split_max_size,
+        layers=layers,
         dialect=dialect.value,
-        split_max_bytes=parse_size(split_max_size, "--split-max-size") if split_max_size is not None else None,
-    )
-    plan = plan_gguf(source, out, options, tokenizer_pre=tokenizer_pre, name=name)
-    run_conversion(
-        plan,
-        run,
+        tokenizer_pre=tokenizer_pre,
+        name=name,
     )
 
 

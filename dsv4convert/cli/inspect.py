@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the description as J
 
 def inspect(path: Target, as_json: AsJson = False) -> None:
     """Describe a checkpoint, a GGUF or a folder of shards, from headers alone."""
-    from ..inspection.describe import inspect_path
+    from ..api import inspect as inspect_path
     from .report import print_json
 
     description = inspect_path(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
-
-from ..errors import UsageError
 
 Source = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
@@ -82,38 +79,3 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = signature  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     return wrapper
-
-
-# Decimal units, as llama.cpp's converter and file managers count.
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_size(text: str, option: str) -> int:
-    """Return the bytes that a size such as ``45G`` means.
-
-    >>> parse_size("45G", "--split-max-size")
-    45000000000
-
-    Raises:
-        UsageError: not a positive number with an optional unit.
-    """
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if found is None or int(found[1]) == 0:
-        raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(text))
-    return int(found[1]) * UNITS[found[2].upper()]
-
-
-def parse_layers(text: str) -> tuple[int, int]:
-    """Return the first and the last layer of a range such as ``0-3`` or ``5``.
-
-    >>> parse_layers("0-3")
-    (0, 3)
-
-    Raises:
-        UsageError: not a range.
-    """
-    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text.strip())
-    if found is None:
-        raise UsageError("--layers: not a range", expected="such as 0-3", got=repr(text))
-    first = int(found[1])
-    return first, int(found[2]) if found[2] is not None else first

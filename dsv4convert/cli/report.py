@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -15,8 +16,10 @@ from ..errors import escape_control
 from .options import RunOptions
 
 if TYPE_CHECKING:
+    from ..api import Progress
     from ..engine.conversion import Summary
-    from ..plan import Plan
+
+SummaryT = TypeVar("SummaryT", bound="Summary")
 
 # Seconds between progress lines where there is no terminal.
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -55,19 +58,19 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def progress_display(total: int, quiet: bool, what: str = "converting") -> Iterator[Callable[[int], None] | None]:
-    """Yield a function that is told the bytes done: a bar on a terminal, plain lines elsewhere, on stderr."""
+def progress_display(quiet: bool, what: str = "converting") -> Iterator[Progress | None]:
+    """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(total, what) as update:
+        with _bar(what) as update:
             yield update
     else:
-        yield _plain_lines(total)
+        yield _plain_lines()
 
 
 @contextmanager
-def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
+def _bar(what: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -86,15 +89,15 @@ def _bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _plain_lines(total: int) -> Callable[[int], None]:
+def _plain_lines() -> Progress:
     started = time.monotonic()
     last = started
 
-    def update(done: int) -> None:
+    def update(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < PLAIN_PROGRESS_SECONDS or not done:
@@ -138,32 +141,8 @@ def print_summary(summary: Summary) -> None:
     )
 
 
-def plan_as_json(plan: Plan, threads: int) -> dict[str, Any]:
-    """Return a plan as JSON: files with sizes, what is left out, and what disk and memory it needs and finds."""
-    from dataclasses import asdict
-
-    from ..engine.outputs import free_bytes
-    from ..engine.resources import memory_available, memory_needed
-
-    return {
-        "target": plan.target,
-        "source": str(plan.source),
-        "files": [
-            {"path": str(path), "bytes": file.nbytes, "tensors": len(file.tensors)}
-            for path, file in zip(plan.final_paths(), plan.files, strict=True)
-        ],
-        "dropped": [asdict(entry) for entry in plan.dropped],
-        "notes": list(plan.notes),
-        "read_bytes": plan.source_bytes,
-        "disk_needed": plan.nbytes,
-        "disk_free": free_bytes(plan.destination),
-        "memory_needed": memory_needed(plan, threads),
-        "memory_available": memory_available(),
-    }
-
-
 def print_plan(document: dict[str, Any]) -> None:
-    """Print a plan made by ``plan_as_json``."""
+    """Print a dry run, as ``DryRun.as_json`` gives it."""
     for file in document["files"]:
         typer.echo(
             f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors"
@@ -182,36 +161,26 @@ def print_plan(document: dict[str, Any]) -> None:
 
 
 def run_conversion(
-    plan: Plan, run: RunOptions, carry_out: Callable[..., Summary] | None = None, **execute_options: Any
-) -> None:
-    """Carry out a plan with progress and print its summary; with ``--dry-run`` only print the plan.
-
-    ``carry_out`` takes the place of ``execute`` for targets whose summary says more.
-    """
-    from ..engine.conversion import execute
-    from ..engine.resources import default_threads
-
-    carry_out = execute if carry_out is None else carry_out
-    threads = default_threads() if run.threads is None else run.threads
-    if run.dry_run:
-        document = plan_as_json(plan, threads)
-        if run.as_json:
-            print_json(document)
-        else:
-            print_plan(document)
-        return
-    with progress_display(plan.nbytes, run.quiet or run.as_json) as progress:
-        summary = carry_out(
-            plan,
-            threads=threads,
+    convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
+) -> SummaryT:
+    """Call a conversion of the API with progress, and print its summary, or what a dry run found."""
+    with progress_display(run.quiet or run.as_json or run.dry_run) as progress:
+        summary = convert(
+            source,
+            out,
+            threads=run.threads,
             overwrite=run.overwrite,
             resume=run.resume,
             fresh=run.fresh,
             device=run.device.value,
+            dry_run=run.dry_run,
             progress=progress,
-            **execute_options,
+            **options,
         )
     if run.as_json:
         print_json(summary.as_json())
+    elif run.dry_run:
+        print_plan(summary.as_json())
     elif not run.quiet:
         print_summary(summary)
+    return summary

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .options import MaxFileSize, OutFolder, RunOptions, Source, parse_size, with_run_options
+from .options import MaxFileSize, OutFolder, RunOptions, Source, with_run_options
 
 if TYPE_CHECKING:
     from ..targets.shard_tensors import ShardCosts
@@ -50,30 +50,21 @@ def shard(
     run: RunOptions,
 ) -> None:
     """Divide a checkpoint among ranks, as the published inference code loads it."""
-    from ..engine.resources import default_threads
-    from ..targets.shard_tensors import ShardOptions
-    from ..targets.shards import costs_as_json, plan_shards
-    from .report import plan_as_json, print_json, print_plan, run_conversion
+    from ..api import shard as shard_folder
+    from .report import run_conversion
 
-    options = ShardOptions(
-        mp=mp,
-        ranks=tuple(rank) if rank else None,
-        expert_dtype=expert_dtype.value if expert_dtype else None,
-        mtp=mtp.value,
-    )
-    plan, costs = plan_shards(source, out, options)
-    if run.dry_run:
-        document = {**plan_as_json(plan, run.threads or default_threads()), "costs": costs_as_json(costs)}
-        if run.as_json:
-            print_json(document)
-            return
-        print_plan(document)
-        _print_costs(costs)
-        return
-    run_conversion(
-        plan,
+    summary = run_conversion(
+        shard_folder,
         run,
+        source,
+        out,
+        mp=mp,
+        rank=rank,
+        experts=expert_dtype.value if expert_dtype else None,
+        draft=mtp.value,
     )
+    if summary.dry_run is not None and not run.as_json:
+        _print_costs(summary.costs)
 
 
 @with_run_options
@@ -90,14 +81,10 @@ def unshard(
     run: RunOptions,
 ) -> None:
     """Put model-parallel shards together again: a checkpoint folder."""
-    from ..targets.shards import plan_unshard
+    from ..api import unshard as unshard_folder
     from .report import run_conversion
 
-    plan = plan_unshard(source, out, wo_a=wo_a.value, max_file_bytes=parse_size(max_file_size, "--max-file-size"))
-    run_conversion(
-        plan,
-        run,
-    )
+    run_conversion(unshard_folder, run, source, out, wo_a=wo_a.value, max_file_size=max_file_size)
 
 
 def _print_costs(costs: ShardCosts) -> None:

@@ -91,7 +91,8 @@ def synth(
         overrides=parse_settings(set_ or []),
         power_of_two_scales=power_of_two_scales,
     )
-    with progress_display(plan.payload_bytes, quiet or as_json or headers_only) as progress:
+    with progress_display(quiet or as_json or headers_only) as display:
+        progress = None if display is None else lambda done: display(done, plan.payload_bytes)
         summary = write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -21,22 +20,6 @@ Output = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Argument(help="What became of it: a .gguf, a folder of shards or a checkpoint folder.", show_default=False),
 ]
-
-
-def parse_sample(text: str) -> float:
-    """Return the fraction that ``2%`` or ``0.02`` means.
-
-    >>> parse_sample("2%")
-    0.02
-
-    Raises:
-        UsageError: not a number above 0 and at most 1 (100%).
-    """
-    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(%?)", text.strip())
-    fraction = 0.0 if found is None else float(found[1]) / (100 if found[2] else 1)
-    if not 0 < fraction <= 1:
-        raise UsageError("--sample: not a fraction", expected="such as 2% or 0.02", got=repr(text))
-    return fraction
 
 
 def verify(
@@ -70,14 +53,20 @@ def verify(
         return
     if out is None:
         raise UsageError("no output to verify", hint="dsv4convert verify SRC OUT, or verify --manifest OUT")
-    from ..engine.resources import default_threads
-    from ..verification import prepare
+    from ..api import verify as verify_output
     from .report import print_json, progress_display
 
-    fraction = parse_sample(sample) if sample is not None else None
-    prepared = prepare(source, out, sample=fraction, seed=seed, foreign=foreign, ignore_keys=ignore_key or ())
-    with progress_display(max(1, prepared.nbytes), quiet or as_json, "verifying") as progress:
-        report = prepared.run(default_threads() if threads is None else threads, progress)
+    with progress_display(quiet or as_json, "verifying") as progress:
+        report = verify_output(
+            source,
+            out,
+            sample=sample,
+            seed=seed,
+            foreign=foreign,
+            ignore_key=ignore_key or (),
+            threads=threads,
+            progress=progress,
+        )
     if as_json:
         print_json(report.as_json())
     elif not quiet:
@@ -94,12 +83,11 @@ def verify(
 
 def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
     """Re-check the checksums of an output and print the outcome."""
-    from ..engine.manifest import check_manifest, manifest_of, read_manifest
+    from ..api import verify_manifest
     from .report import human_bytes, print_json, progress_display
 
-    total = sum(entry["bytes"] for entry in read_manifest(manifest_of(output))["files"])
-    with progress_display(max(1, total), quiet or as_json, "verifying") as progress:
-        found = check_manifest(output, progress)
+    with progress_display(quiet or as_json, "verifying") as progress:
+        found = verify_manifest(output, progress=progress)
     if as_json:
         print_json(
             {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import Dsv4Error, InputOutputError, ResumeError, RunInterruptedError, SpaceError, UsageError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
+from .dry_run import DryRun, foresee
 from .fingerprint import check_same, check_unchanged, fingerprint
 from .journal import Journal, journal_path
 from .manifest import finished_before, manifest_path, write_manifest
@@ -26,7 +27,8 @@ RESUME_HINT = "the finished work is kept: run again with --resume"
 class Summary:
     """What a conversion wrote and left out, and what it took.
 
-    ``counted`` lists the tensors in which elements were NaN, out of range or rounded.
+    ``counted`` lists the tensors in which elements were NaN, out of range or rounded. ``dry_run`` is given for a run
+    that only planned: nothing was written, and ``files`` and ``tensors`` are those that would be.
     """
 
     target: str
@@ -45,12 +47,16 @@ class Summary:
     threads: int
     backend: str
     report: RunReport = field(repr=False, compare=False)
+    dry_run: DryRun | None = field(default=None, kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the summary as plain JSON values."""
-        values = {key: value for key, value in self.__dict__.items() if key != "report"}
+        """Return the summary as plain JSON values; of a dry run, what it found."""
+        if self.dry_run is not None:
+            return self.dry_run.as_json()
+        values = {key: value for key, value in self.__dict__.items() if key not in ("report", "dry_run")}
         values["files"] = [{"path": path, "bytes": size} for path, size in self.files]
         values["dropped"] = [asdict(entry) for entry in self.dropped]
+        values["notes"], values["counted"] = list(self.notes), list(self.counted)
         return values
 
 
@@ -136,6 +142,13 @@ def execute(
             raise
         journal.remove()
     return summarize(plan, report)
+
+
+def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
+    """Return the summary of a run that only plans: nothing is read but headers, and nothing is written."""
+    threads = default_threads() if threads is None else threads
+    nothing = RunReport((), Tally(), 0, 0.0, threads, "", resumed_bytes=0)
+    return replace(summarize(plan, nothing), written_bytes=0, dry_run=foresee(plan, threads))
 
 
 def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool, fresh: bool) -> None:

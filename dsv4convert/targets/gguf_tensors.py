@@ -107,6 +107,11 @@ DFLASH = TensorDialect(
 DROP, ONLY, SPLIT, KEEP = "drop", "only", "split", "keep"
 
 
+# Types that dense linears and routed experts can be asked for in.
+DENSE_TYPES = ("q8_0", "bf16", "f16", "f32")
+EXPERT_TYPES = ("mxfp4", *DENSE_TYPES)
+
+
 @dataclass(frozen=True)
 class GgufOptions:
     """The choices that decide a GGUF's bytes; None takes the dialect's default.
@@ -176,6 +181,13 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         UsageError: options that do not go together, or a type that the dialect lacks.
         InventoryError: a shape that the asked type cannot hold, or a weight nobody claims.
     """
+    for option, value, known in (
+        ("--dense", options.dense, DENSE_TYPES),
+        ("--experts", options.experts, EXPERT_TYPES),
+        ("--dialect", options.dialect, tuple(DIALECTS)),
+    ):
+        if value is not None and value not in known:
+            raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
     dialect = DIALECTS[options.dialect]
     weights = list(checkpoint.weights.values())
     drafts = [w for w in weights if w.is_draft]

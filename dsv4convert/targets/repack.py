@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.folder import open_folder
-from ..engine.conversion import Summary, execute
+from ..engine.conversion import Summary
 from ..errors import UnsupportedError
 from ..plan import Plan
 from .companions import auxiliary_files, check_apart
@@ -67,9 +66,8 @@ def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes
     )
 
 
-def execute_repack(plan: Plan, **options: Any) -> RepackSummary:
-    """Carry out a plan of ``plan_repack``; ``options`` are those of ``execute``."""
-    summary = execute(plan, **options)
+def summarize_repack(plan: Plan, summary: Summary) -> RepackSummary:
+    """Return the summary of a plan of ``plan_repack`` with the experts' elements counted, as a note too."""
     elements = sum(
         math.prod(tensor.shape)
         for file in plan.files
@@ -77,7 +75,9 @@ def execute_repack(plan: Plan, **options: Any) -> RepackSummary:
         if any(segment.codec == FP4_TO_FP8 for segment in tensor.segments)
     )
     changed = summary.report.tally.changed
-    share = "lossless" if not changed else f"{changed / elements:.2g} of them"
-    verdict = f"{changed} of {elements} elements of the experts changed ({share})"
-    fields = {**summary.__dict__, "notes": (*summary.notes, verdict)}
+    notes = summary.notes
+    if summary.dry_run is None:
+        share = "lossless" if not changed else f"{changed / elements:.2g} of them"
+        notes = (*notes, f"{changed} of {elements} elements of the experts changed ({share})")
+    fields = {**summary.__dict__, "notes": notes}
     return RepackSummary(**fields, expert_elements=elements, changed_elements=changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.shards import is_shard_folder, open_shards
 from ..containers.json_object import MAX_CONFIG_BYTES
 from ..containers.untrusted import read_whole
+from ..engine.conversion import Summary
 from ..errors import UsageError
 from ..model.config import CONFIG_NAME
 from ..model.tensors import Store
@@ -25,6 +26,19 @@ UNSHARD = "unshard"
 
 # Without these nobody can run what is in the folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class ShardSummary(Summary):
+    """A ``Summary`` with what the division costs."""
+
+    costs: ShardCosts
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the summary as plain JSON values."""
+        values = super().as_json()
+        values["costs"] = costs_as_json(self.costs)
+        return values
 
 
 class ShardPlan(NamedTuple):

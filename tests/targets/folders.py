@@ -13,7 +13,7 @@ from dsv4convert.checkpoint import open_folder
 from dsv4convert.engine.conversion import Summary, execute
 from dsv4convert.engine.loss import refuse_loss
 from dsv4convert.targets.dequantize import plan_dequantize
-from dsv4convert.targets.repack import execute_repack, plan_repack
+from dsv4convert.targets.repack import plan_repack, summarize_repack
 
 Edit = Callable[[np.ndarray[Any, Any]], None]
 
@@ -49,4 +49,5 @@ def dequantize(source: Path, out: Path, *, strict: bool = False, overwrite: bool
 
 def repack(source: Path, out: Path, *, require_lossless: bool = False, **options: Any) -> Any:
     hook = refuse_loss("--require-lossless") if require_lossless else None
-    return execute_repack(plan_repack(source, out, **options), threads=2, before_finish=hook)
+    plan = plan_repack(source, out, **options)
+    return summarize_repack(plan, execute(plan, threads=2, before_finish=hook))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from dsv4convert.cli.verify import parse_sample
+from dsv4convert.api import parse_sample
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.engine.manifest import manifest_of
 from dsv4convert.errors import UsageError, VerifyError

@@ -1,0 +1,393 @@
+"""The public functions: one for each command, with the command's options as keywords; the command line calls them.
+
+Imports stand in the functions, so that a command loads what it needs and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .checkpoint.folder import Checkpoint
+    from .engine.conversion import Summary
+    from .engine.manifest import ManifestReport
+    from .engine.run import RunReport
+    from .inspection.description import Description
+    from .plan import Plan
+    from .reference import Model
+    from .targets.repack import RepackSummary
+    from .targets.shards import ShardSummary
+    from .verification import Report
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+# Called with the bytes done and the bytes in all.
+Progress: TypeAlias = Callable[[int, int], None]
+
+DEFAULT_MAX_FILE_SIZE = "5GB"
+MAX_THREADS = 256
+
+# Decimal units, as llama.cpp's converter and file managers count.
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+# ---- conversions --------------------------------------------------------------------------------------
+
+
+def convert_gguf(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    dense: str | None = None,
+    experts: str | None = None,
+    draft: str | None = None,
+    mmproj: str | None = None,
+    max_file_size: int | str | None = None,
+    layers: str | None = None,
+    dialect: str = "llama.cpp",
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
+
+    ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
+    Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3".
+
+    Raises:
+        Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.
+    """
+    from .targets.gguf import plan_gguf
+    from .targets.gguf_tensors import GgufOptions
+
+    options = GgufOptions(
+        dense=dense,
+        experts=experts,
+        draft=draft,
+        mmproj=mmproj,
+        layers=None if layers is None else parse_layers(layers),
+        dialect=dialect,
+        split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
+    )
+    plan = plan_gguf(Path(source), None if out is None else Path(out), options, tokenizer_pre=tokenizer_pre, name=name)
+    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+
+
+def shard(
+    source: StrPath,
+    out: StrPath,
+    *,
+    mp: int,
+    rank: Iterable[int] | None = None,
+    experts: str | None = None,
+    draft: str = "keep",
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> ShardSummary:
+    """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
+
+    ``rank`` gives the ranks to write, None all of them.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.shard_tensors import ShardOptions
+    from .targets.shards import ShardSummary, plan_shards
+
+    ranks = None if rank is None else tuple(rank)
+    options = ShardOptions(mp=mp, ranks=ranks or None, expert_dtype=experts, mtp=draft)
+    plan, costs = plan_shards(Path(source), Path(out), options)
+    summary = _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+    return ShardSummary(**summary.__dict__, costs=costs)
+
+
+def unshard(
+    source: StrPath,
+    out: StrPath,
+    *,
+    wo_a: str = "bf16",
+    max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.shards import plan_unshard
+
+    plan = plan_unshard(Path(source), Path(out), wo_a=wo_a, max_file_bytes=parse_size(max_file_size))
+    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+
+
+def dequantize(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dtype: str = "bf16",
+    names: str = "official",
+    max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    strict: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
+
+    Raises:
+        LossyError: ``strict``, and a value leaves the type's range or is rounded.
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.dequantize import plan_dequantize
+
+    plan = plan_dequantize(Path(source), Path(out), dtype=dtype, names=names, max_file_bytes=parse_size(max_file_size))
+    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
+
+
+def repack(
+    source: StrPath,
+    out: StrPath,
+    *,
+    experts: str = "fp8",
+    max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    strict: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RepackSummary:
+    """Write the checkpoint folder ``source`` with its FP4 experts in FP8.
+
+    Raises:
+        LossyError: ``strict``, and an element changes.
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.repack import plan_repack, summarize_repack
+
+    plan = plan_repack(Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size))
+    return summarize_repack(
+        plan, _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
+    )
+
+
+def _carry_out(
+    plan: Plan,
+    threads: int | None,
+    overwrite: bool,
+    resume: bool,
+    fresh: bool,
+    device: str,
+    dry_run: bool,
+    progress: Progress | None,
+    *,
+    strict: bool = False,
+) -> Summary:
+    """Carry out a plan, or only tell what it would write and need."""
+    from .engine.conversion import execute, summarize_dry_run
+
+    threads = _checked_threads(threads)
+    if dry_run:
+        return summarize_dry_run(plan, threads)
+    before_finish: Callable[[RunReport], None] | None = None
+    if strict:
+        from .engine.loss import refuse_loss
+
+        before_finish = refuse_loss("--strict")
+    summary = execute(
+        plan,
+        threads=threads,
+        overwrite=overwrite,
+        resume=resume,
+        fresh=fresh,
+        device=device,
+        progress=_of_total(progress, plan.nbytes),
+        before_finish=before_finish,
+    )
+    if progress is not None:  # headers and padding are nobody's work: they are done when all is
+        progress(plan.nbytes, plan.nbytes)
+    return summary
+
+
+def _checked_threads(threads: int | None) -> int:
+    from .engine.resources import default_threads
+
+    if threads is None:
+        return default_threads()
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError("--threads: out of range", expected=f"1 to {MAX_THREADS}", got=threads)
+    return threads
+
+
+def _of_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
+    return None if progress is None else lambda done: progress(done, total)
+
+
+# ---- checking -----------------------------------------------------------------------------------------
+
+
+def verify(
+    source: StrPath,
+    out: StrPath,
+    *,
+    sample: float | str | None = None,
+    seed: int = 0,
+    foreign: bool = False,
+    ignore_key: Iterable[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare the finished conversion ``out`` with its ``source``, element by element; ``report.ok`` is the verdict.
+
+    ``sample`` is the part of each tensor to look at, such as "2%" or 0.02; None looks at everything. ``foreign``
+    accepts what another tool may do otherwise; ``ignore_key`` names metadata keys not to compare.
+
+    Raises:
+        Dsv4Error: the source cannot be read, or ``out`` is not there. All else is a problem in the report.
+    """
+    from .verification import prepare
+
+    threads = _checked_threads(threads)
+    fraction = None if sample is None else parse_sample(sample)
+    prepared = prepare(
+        Path(source), Path(out), sample=fraction, seed=seed, foreign=foreign, ignore_keys=tuple(ignore_key)
+    )
+    return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
+
+
+def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> ManifestReport:
+    """Re-check the checksums that ``OUT.manifest.json`` gives for the output ``out``; no source is needed.
+
+    Raises:
+        InputMissingError, FileFormatError: the manifest is missing or malformed.
+    """
+    from .engine.manifest import check_manifest, manifest_of, read_manifest
+
+    out = Path(out)
+    total = sum(entry["bytes"] for entry in read_manifest(manifest_of(out))["files"])
+    return check_manifest(out, _of_total(progress, max(1, total)))
+
+
+# ---- reading ------------------------------------------------------------------------------------------
+
+
+def inspect(path: StrPath) -> Description:
+    """Describe a checkpoint folder, a GGUF or a folder of shards, from headers alone.
+
+    Raises:
+        Dsv4Error: nothing there that can be read. What is wrong with a readable model stands in the description.
+    """
+    from .inspection.describe import inspect_path
+
+    return inspect_path(Path(path))
+
+
+def open_checkpoint(folder: StrPath) -> Checkpoint:
+    """Open a checkpoint folder: its config, and where and how each weight is stored. No weight is read.
+
+    Raises:
+        Dsv4Error: something is missing, unknown, duplicate or of a wrong shape.
+    """
+    from .checkpoint.folder import open_folder
+
+    return open_folder(Path(folder))
+
+
+def load_model(
+    path: StrPath, *, layers: int | None = None, activation_rounding: bool = False, cached: bool = False
+) -> Model:
+    """Open a checkpoint folder, a GGUF or a folder of shards as a model that runs in numpy, in float32.
+
+    Weights are decoded when they are needed, and dropped; ``cached`` keeps them, for the generation of tokens.
+    ``layers`` runs only the first layers; ``activation_rounding`` rounds as the published FP8 and FP4 kernels do.
+
+    Raises:
+        Dsv4Error: what is at ``path`` is not a readable model.
+    """
+    from .reference import CachedSource, Model
+    from .reference.weights.open import open_source
+
+    source = open_source(Path(path))
+    return Model(CachedSource(source) if cached else source, activation_rounding=activation_rounding, layers=layers)
+
+
+# ---- values as they are written on the command line ---------------------------------------------------
+
+
+def parse_size(size: int | str, option: str = "--max-file-size") -> int:
+    """Return the bytes that a size such as ``45G`` means.
+
+    >>> parse_size("45G")
+    45000000000
+
+    Raises:
+        UsageError: not a positive number with an optional unit.
+    """
+    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(size))
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def parse_layers(text: str) -> tuple[int, int]:
+    """Return the first and the last layer of a range such as ``0-3`` or ``5``.
+
+    >>> parse_layers("0-3")
+    (0, 3)
+
+    Raises:
+        UsageError: not a range.
+    """
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text.strip())
+    if found is None:
+        raise UsageError("--layers: not a range", expected="such as 0-3", got=repr(text))
+    first = int(found[1])
+    return first, int(found[2]) if found[2] is not None else first
+
+
+def parse_sample(sample: float | str) -> float:
+    """Return the fraction that ``2%`` or ``0.02`` means.
+
+    >>> parse_sample("2%")
+    0.02
+
+    Raises:
+        UsageError: not a number above 0 and at most 1 (100%).
+    """
+    if isinstance(sample, str):
+        found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})(%?)", sample.strip())
+        fraction = 0.0 if found is None else float(found[1]) / (100 if found[2] else 1)
+    else:
+        fraction = float(sample)
+    if not 0 < fraction <= 1:
+        raise UsageError("--sample: not a fraction", expected="such as 2% or 0.02", got=repr(sample))
+    return fraction

@@ -1,0 +1,59 @@
+"""What a plan would write and need, told without writing anything."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..plan import Dropped, Plan
+from .outputs import free_bytes
+from .resources import memory_available, memory_needed
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that a conversion would write."""
+
+    path: str
+    bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The files of a plan, the tensors it leaves out, and the disk and memory (bytes) it needs and finds."""
+
+    target: str
+    source: str
+    files: tuple[PlannedFile, ...]
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+    read_bytes: int
+    disk_needed: int
+    disk_free: int
+    memory_needed: int
+    memory_available: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def foresee(plan: Plan, threads: int) -> DryRun:
+    """Return what ``plan`` would write, and what it needs with ``threads`` worker threads."""
+    return DryRun(
+        target=plan.target,
+        source=str(plan.source),
+        files=tuple(
+            PlannedFile(str(path), file.nbytes, len(file.tensors))
+            for path, file in zip(plan.final_paths(), plan.files, strict=True)
+        ),
+        dropped=plan.dropped,
+        notes=plan.notes,
+        read_bytes=plan.source_bytes,
+        disk_needed=plan.nbytes,
+        disk_free=free_bytes(plan.destination),
+        memory_needed=memory_needed(plan, threads),
+        memory_available=memory_available(),
+    )

@@ -10,22 +10,154 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+from .errors import InventoryError
 
 # Verbatim ranges are cut into segments of this many bytes, so that threads can share a large tensor.
 COPY_SEGMENT_BYTES = 64 * 2**20
 
-# Codecs of the engine that only move bytes: a run of bytes; rows as they are; two codecs' rows side by side.
-COPY = "copy"
-IDENTITY = "identity"
-BESIDE = "beside"
+# What bytes of a checkpoint, and of an output, hold.
+Source: TypeAlias = Literal["fp4", "fp8", "bf16", "f16", "f32", "i64", "i32"]
+Target: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "mxfp4", "i32"]
+Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 
-# The args of a copy that stands in several files of the output, so that its checksum need be taken only once.
-REPEATED = ("repeated",)
+# Every conversion that there is a codec for.
+CONVERSIONS: frozenset[tuple[Source, Target]] = frozenset(
+    {
+        ("fp4", "f32"), ("fp4", "bf16"), ("fp4", "f16"), ("fp4", "q8_0"), ("fp4", "mxfp4"),
+        ("fp8", "f32"), ("fp8", "bf16"), ("fp8", "f16"), ("fp8", "q8_0"), ("fp8", "mxfp4"),
+        ("bf16", "f32"), ("bf16", "f16"), ("bf16", "q8_0"), ("bf16", "mxfp4"),
+        ("f16", "f32"), ("f16", "bf16"), ("f16", "q8_0"), ("f16", "mxfp4"),
+        ("f32", "bf16"), ("f32", "f16"), ("f32", "q8_0"), ("f32", "mxfp4"),
+        ("i64", "i32"),
+    }
+)  # fmt: skip
+
+
+# The operations: a closed set. One object of a kind serves all segments of the kind.
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A run of bytes as it is: one operand, rows of one byte.
+
+    ``is_repeated``: the same run stands in several files of the output, so that its checksum need be taken only once.
+    """
+
+    is_repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Rows as they are; what a ``Copy`` is inside a ``Beside``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Convert:
+    """Elements of another type: one operand, and its scales as a second where ``block`` says what shares one."""
+
+    source: Source
+    target: Target
+    block: Block | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The rows of two operations next to each other; the first one's take ``left_bytes``, and half of the operands."""
+
+    left: Keep | Convert
+    right: Keep | Convert
+    left_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The bytes from ``first`` to ``last`` (exclusive) of each row of the one operand."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """The rows of all operands, one next to the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllEqual:
+    """The rows of the first operand, which all others must hold as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4ToFp8Codes:
+    """The e4m3 codes of packed FP4: operands are the weight and, in one row for a tile's rows, its scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4ToFp8Scales:
+    """The e8m0 scales of those codes; the operand's rows hold ``groups`` FP4 scales for each row of a tile."""
+
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bf16ToFp8Codes:
+    """The e4m3 codes that make BF16 values exactly; a row of the operand holds all rows of a ``block``."""
+
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class Bf16ToFp8Scales:
+    """The scales of those codes, as float32 or as e8m0, for a weight of ``columns`` columns."""
+
+    columns: int
+    as_f32: bool
+    block: Block
+
+
+Operation: TypeAlias = (
+    Copy
+    | Keep
+    | Convert
+    | Beside
+    | Columns
+    | Join
+    | AllEqual
+    | Fp4ToFp8Codes
+    | Fp4ToFp8Scales
+    | Bf16ToFp8Codes
+    | Bf16ToFp8Scales
+)
+
+COPY, REPEATED_COPY, KEEP, JOIN, ALL_EQUAL, FP4_TO_FP8_CODES = (
+    Copy(),
+    Copy(is_repeated=True),
+    Keep(),
+    Join(),
+    AllEqual(),
+    Fp4ToFp8Codes(),
+)
+
+
+_CONVERSIONS_MADE: dict[Convert, Convert] = {}
+
+
+def convert(source: Source, target: Target, block: Block | None = None) -> Convert:
+    """Return the conversion of ``source`` to ``target``, one object for all of the kind.
+
+    Raises:
+        InventoryError: there is no codec for it.
+    """
+    if (source, target) not in CONVERSIONS:
+        raise InventoryError(f"no codec makes {target} of {source}", hint="choose another output type")
+    made = Convert(source, target, block)
+    return _CONVERSIONS_MADE.setdefault(made, made)
 
 
 class Operand(NamedTuple):
-    """A row-major matrix in a source file: one input of a codec.
+    """A row-major matrix in a source file: one input of an operation.
 
     ``row_bytes`` bytes a row, each of numpy dtype ``dtype``; one row of it serves ``rows_per`` rows of
     the output (1 for weights, the block's height for scales).
@@ -39,17 +171,12 @@ class Operand(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A contiguous run of output rows that one codec makes: the unit of work, of checksums and of resume.
+    """A contiguous run of output rows that one operation makes: the unit of work, of checksums and of resume."""
 
-    ``codec`` names an entry of the engine's codec table, ``args`` are its parameters (a scale block, a
-    column range). A ``copy`` segment has one operand, rows of one byte, and ``REPEATED`` or no args.
-    """
-
-    codec: str
+    operation: Operation
     operands: tuple[Operand, ...]
     rows: int
     row_bytes: int
-    args: tuple[Any, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -183,8 +310,8 @@ class CopySegments(MadeSegments):
     def _make(self, number: int) -> Segment:
         begin = number * COPY_SEGMENT_BYTES
         operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
-        args = REPEATED if self.is_repeated else ()
-        return Segment(COPY, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1, args)
+        operation = REPEATED_COPY if self.is_repeated else COPY
+        return Segment(operation, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
 
 
 def total_bytes(segments: Sequence[Segment]) -> int:

@@ -28,7 +28,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         for tensor in file.tensors:
             digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
             for segment in tensor.segments:
-                digest.update(f"{segment.codec} {segment.rows} {segment.row_bytes} {segment.args}\n".encode())
+                digest.update(f"{segment.operation} {segment.rows} {segment.row_bytes}\n".encode())
                 for operand in segment.operands:
                     name = operand.file.name
                     if name not in sources:

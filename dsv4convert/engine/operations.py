@@ -1,126 +1,180 @@
-"""The engine's codec table: how each codec of a plan is called on one tile.
+"""The operations of a plan, carried out on one tile: which array goes to which codec.
 
-An entry takes the codec backend, the operands' tiles, the output tile as bytes [rows, row_bytes], and
-the segment's args. What it means is in ``formats/``; here is only which array goes where.
+What a codec does is in ``formats/``. An operation takes the operands' tiles and fills the output tile, bytes
+[rows, row_bytes].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InventoryError
 from ..formats.backend import Codecs
-from ..formats.base import GROUP, Scratch, Tally
+from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e2m1 import FP8_TILE
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
-from ..plan import BESIDE, IDENTITY
+from ..plan import (
+    AllEqual,
+    Beside,
+    Bf16ToFp8Codes,
+    Bf16ToFp8Scales,
+    Block,
+    Columns,
+    Convert,
+    Copy,
+    Fp4ToFp8Codes,
+    Fp4ToFp8Scales,
+    Join,
+    Keep,
+    Operation,
+    Source,
+    Target,
+)
 
 Bytes = NDArray[np.uint8]
 Inputs = Sequence[NDArray[Any]]
-TileCodec = Callable[[Codecs, Inputs, Bytes, tuple[Any, ...], Scratch, Tally], None]
 
-# args of the codecs with scales: (rows, columns) that share one scale.
+# The numpy dtype of an output's elements; blocks are bytes.
+DTYPES: Mapping[Target, type[np.generic]] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "i32": np.int32,
+    "q8_0": np.uint8,
+    "mxfp4": np.uint8,
+}
+
+_Scaled: TypeAlias = Callable[[Codecs], ScaledCodec]
+_Plain: TypeAlias = Callable[[Codecs], PlainCodec]
+
+SCALED: Mapping[tuple[Source, Target], _Scaled] = {
+    ("fp4", "f32"): lambda codecs: codecs.fp4_to_f32,
+    ("fp4", "bf16"): lambda codecs: codecs.fp4_to_bf16,
+    ("fp4", "f16"): lambda codecs: codecs.fp4_to_f16,
+    ("fp4", "q8_0"): lambda codecs: codecs.fp4_to_q8_0,
+    ("fp8", "f32"): lambda codecs: codecs.fp8_to_f32,
+    ("fp8", "bf16"): lambda codecs: codecs.fp8_to_bf16,
+    ("fp8", "f16"): lambda codecs: codecs.fp8_to_f16,
+    ("fp8", "q8_0"): lambda codecs: codecs.fp8_to_q8_0,
+}
+PLAIN: Mapping[tuple[Source, Target], _Plain] = {
+    ("bf16", "f32"): lambda codecs: codecs.bf16_to_f32,
+    ("bf16", "f16"): lambda codecs: codecs.bf16_to_f16,
+    ("bf16", "q8_0"): lambda codecs: codecs.bf16_to_q8_0,
+    ("bf16", "mxfp4"): lambda codecs: codecs.bf16_to_mxfp4,
+    ("f16", "f32"): lambda codecs: codecs.f16_to_f32,
+    ("f16", "bf16"): lambda codecs: codecs.f16_to_bf16,
+    ("f32", "bf16"): lambda codecs: codecs.f32_to_bf16,
+    ("f32", "f16"): lambda codecs: codecs.f32_to_f16,
+    ("f32", "q8_0"): lambda codecs: codecs.f32_to_q8_0,
+    ("f32", "mxfp4"): lambda codecs: codecs.f32_to_mxfp4,
+    ("i64", "i32"): lambda codecs: codecs.i64_to_i32,
+}
+# Blocks of the source that are those of the output, moved.
+MOVED: frozenset[tuple[Source, Target]] = frozenset({("fp4", "mxfp4")})
+# Conversions in two steps, decoding to float32 and quantising that.
+BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset({("fp8", "mxfp4"), ("f16", "q8_0"), ("f16", "mxfp4")})
 
 
-def _scaled(function: str, dtype: Any) -> TileCodec:
-    """Return the entry of a codec (weight, scale, block) -> elements of ``dtype``."""
+def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+    """Fill the output tile ``out`` [rows, row_bytes] by one operation on its operands' tiles, and count.
 
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-        getattr(codecs, function)(inputs[0], inputs[1], args, out.view(dtype), scratch, tally)
+    Raises:
+        InventoryError: ``AllEqual`` and they are not.
+        LossyError: ``Bf16ToFp8Codes`` or its scales, and no codes and scales make these values.
+    """
+    match operation:
+        case Convert():
+            _convert(operation, codecs, inputs, out, scratch, tally)
+        case Keep():
+            out[...] = inputs[0].view(np.uint8)
+        case Beside():
+            _beside(operation, codecs, inputs, out, scratch, tally)
+        case Columns(first, last):
+            out[...] = inputs[0][:, first:last]
+        case Join():
+            np.concatenate(inputs, axis=1, out=out)
+        case AllEqual():
+            _all_equal(inputs, out)
+        case Fp4ToFp8Codes():
+            _fp4_to_fp8_codes(codecs, inputs, out, scratch, tally)
+        case Fp4ToFp8Scales(groups):
+            codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, groups), out, scratch, tally)
+        case Bf16ToFp8Codes(block):
+            out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), block)[0]
+        case Bf16ToFp8Scales(columns, as_f32, block):
+            scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
+            out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
+        case Copy():
+            raise TypeError("a copy has no tiles: the worker moves its bytes")
+        case _:
+            _never(operation)
 
-    return run
+
+def divides_blocks(operation: Operation) -> bool:
+    """Return whether an operation takes any rows of one scale block, with that block's scales.
+
+    Tiles of the others are whole blocks.
+    """
+    return isinstance(operation, Beside) or (isinstance(operation, Convert) and operation.source == "fp8")
 
 
-def _unscaled(function: str, dtype: Any) -> TileCodec:
-    """Return the entry of a codec (elements) -> elements of ``dtype``."""
-
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-        getattr(codecs, function)(inputs[0], out.view(dtype), scratch, tally)
-
-    return run
+def _never(operation: NoReturn) -> NoReturn:
+    raise TypeError(f"{operation!r} is no operation")
 
 
-def _by_way_of_f32(to_f32: str, from_f32: str) -> TileCodec:
-    """Return the entry of a codec that decodes to float32 and quantises that."""
-
-    def run(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-        weight, *scale = inputs
-        wide = scratch.array("by way of f32", weight.shape, np.float32)
-        decoding, quantising = Tally(), Tally()
-        getattr(codecs, to_f32)(weight, *scale, *((args,) if scale else ()), wide, scratch, decoding)
-        getattr(codecs, from_f32)(wide, out, scratch, quantising)
-        # What is no number or infinite after the first step is counted by the second; what vanished is not.
-        quantising.underflow = max(quantising.underflow, decoding.underflow)
-        tally.add(quantising)
-
-    return run
+def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+    kind = operation.source, operation.target
+    made = out.view(DTYPES[operation.target])
+    if kind in SCALED:
+        SCALED[kind](codecs)(inputs[0], inputs[1], _block(operation), made, scratch, tally)
+    elif kind in PLAIN:
+        PLAIN[kind](codecs)(inputs[0], made, scratch, tally)
+    elif kind in MOVED:
+        codecs.fp4_to_mxfp4(inputs[0], inputs[1], made, scratch, tally)
+    else:
+        _by_way_of_f32(operation, codecs, inputs, made, scratch, tally)
 
 
-def _fp4_to_mxfp4(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
+def _block(operation: Convert) -> Block:
+    if operation.block is None:
+        raise TypeError(f"{operation!r} has no scales")
+    return operation.block
+
+
+def _by_way_of_f32(
+    operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally
 ) -> None:
-    codecs.fp4_to_mxfp4(inputs[0], inputs[1], out, scratch, tally)
+    wide = scratch.array("by way of f32", inputs[0].shape, np.float32)
+    decoding, quantising = Tally(), Tally()
+    kind: tuple[Source, Target] = (operation.source, "f32")
+    if kind in SCALED:
+        SCALED[kind](codecs)(inputs[0], inputs[1], _block(operation), wide, scratch, decoding)
+    else:
+        PLAIN[kind](codecs)(inputs[0], wide, scratch, decoding)
+    PLAIN["f32", operation.target](codecs)(wide, out, scratch, quantising)
+    # What is no number or infinite after the first step is counted by the second; what vanished is not.
+    quantising.underflow = max(quantising.underflow, decoding.underflow)
+    tally.add(quantising)
 
 
-def _identity(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    out[...] = inputs[0].view(np.uint8)
-
-
-def _beside(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-    """Put the rows of two codecs side by side; args: left bytes a row, then codec and args of each."""
-    left_bytes, left, left_args, right, right_args = args
+def _beside(operation: Beside, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     half = len(inputs) // 2
-    for codec, codec_args, part, columns in (
-        (left, left_args, inputs[:half], slice(None, left_bytes)),
-        (right, right_args, inputs[half:], slice(left_bytes, None)),
+    for part, operands, columns in (
+        (operation.left, inputs[:half], slice(None, operation.left_bytes)),
+        (operation.right, inputs[half:], slice(operation.left_bytes, None)),
     ):
         made = scratch.array(f"beside {columns.start}", out[:, columns].shape, np.uint8)
-        TILE_CODECS[codec](codecs, part, made, codec_args, scratch, tally)
+        make_tile(part, codecs, operands, made, scratch, tally)
         out[:, columns] = made
 
 
-def _fp4_to_fp8(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    """An operand row holds the FP4 scales of all rows of a tile; the FP8 scales are another output."""
-    rows, columns = out.shape
-    scale = inputs[1].reshape(-1, columns // GROUP)
-    unused = scratch.array("fp8 scales", (-(-rows // FP8_TILE), -(-columns // FP8_TILE)), np.uint8)
-    codecs.fp4_to_fp8(inputs[0], scale, out, unused, scratch, tally)
-
-
-def _fp4_to_fp8_scales(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    """An operand row holds the FP4 scales of all rows of a tile; args: scales of a row of the weight."""
-    codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, args[0]), out, scratch, tally)
-
-
-def _columns(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-    """Take a range of bytes out of every row; args: its first byte and the one behind its last."""
-    out[...] = inputs[0][:, args[0] : args[1]]
-
-
-def _side_by_side(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    """Put the rows of all operands next to each other."""
-    np.concatenate(inputs, axis=1, out=out)
-
-
-def _alike(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally) -> None:
-    """Take the rows of the first operand, which all others must hold as well.
-
-    Raises:
-        InventoryError: one of them holds other bytes.
-    """
+def _all_equal(inputs: Inputs, out: Bytes) -> None:
     for number, other in enumerate(inputs[1:], start=1):
         if not np.array_equal(inputs[0], other):
             raise InventoryError(
@@ -130,66 +184,9 @@ def _alike(codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], sc
     out[...] = inputs[0]
 
 
-def _bf16_to_fp8(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    """Make FP8 codes; an operand row holds all rows of a block. args: the block.
-
-    Raises:
-        LossyError: no codes and scales make these values.
-    """
-    out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), args)[0]
-
-
-def _bf16_to_fp8_scales(
-    codecs: Codecs, inputs: Inputs, out: Bytes, args: tuple[Any, ...], scratch: Scratch, tally: Tally
-) -> None:
-    """Make the scales of ``_bf16_to_fp8``; args: columns of the weight, whether as float32, the block.
-
-    Raises:
-        LossyError: no codes and scales make these values.
-    """
-    columns, as_f32, block = args
-    scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
-    out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
-
-
-F32, F16, BF16, I32, U8 = np.float32, np.float16, np.uint16, np.int32, np.uint8
-
-TILE_CODECS: dict[str, TileCodec] = {
-    IDENTITY: _identity,
-    BESIDE: _beside,
-    "columns": _columns,
-    "side_by_side": _side_by_side,
-    "alike": _alike,
-    "fp4_to_mxfp4": _fp4_to_mxfp4,
-    "fp4_to_f32": _scaled("fp4_to_f32", F32),
-    "fp4_to_bf16": _scaled("fp4_to_bf16", BF16),
-    "fp4_to_f16": _scaled("fp4_to_f16", F16),
-    "fp4_to_q8_0": _scaled("fp4_to_q8_0", U8),
-    "fp4_to_fp8": _fp4_to_fp8,
-    "fp4_to_fp8_scales": _fp4_to_fp8_scales,
-    "bf16_to_fp8": _bf16_to_fp8,
-    "bf16_to_fp8_scales": _bf16_to_fp8_scales,
-    "fp8_to_f32": _scaled("fp8_to_f32", F32),
-    "fp8_to_bf16": _scaled("fp8_to_bf16", BF16),
-    "fp8_to_f16": _scaled("fp8_to_f16", F16),
-    "fp8_to_q8_0": _scaled("fp8_to_q8_0", U8),
-    "fp8_to_mxfp4": _by_way_of_f32("fp8_to_f32", "f32_to_mxfp4"),
-    "bf16_to_f32": _unscaled("bf16_to_f32", F32),
-    "bf16_to_f16": _unscaled("bf16_to_f16", F16),
-    "bf16_to_q8_0": _unscaled("bf16_to_q8_0", U8),
-    "bf16_to_mxfp4": _unscaled("bf16_to_mxfp4", U8),
-    "f16_to_f32": _unscaled("f16_to_f32", F32),
-    "f16_to_bf16": _unscaled("f16_to_bf16", BF16),
-    "f16_to_q8_0": _by_way_of_f32("f16_to_f32", "f32_to_q8_0"),
-    "f16_to_mxfp4": _by_way_of_f32("f16_to_f32", "f32_to_mxfp4"),
-    "f32_to_bf16": _unscaled("f32_to_bf16", BF16),
-    "f32_to_f16": _unscaled("f32_to_f16", F16),
-    "f32_to_q8_0": _unscaled("f32_to_q8_0", U8),
-    "f32_to_mxfp4": _unscaled("f32_to_mxfp4", U8),
-    "i64_to_i32": _unscaled("i64_to_i32", I32),
-}
-
-# Codecs that take any rows of one scale block, with that block's scales: their tiles need not be whole blocks.
-WITHIN_BLOCK_CODECS = frozenset({BESIDE, *(name for name in TILE_CODECS if name.startswith("fp8_to_"))})
+def _fp4_to_fp8_codes(codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+    """An operand row holds the FP4 scales of all rows of a tile; the FP8 scales are another output."""
+    rows, columns = out.shape
+    scale = inputs[1].reshape(-1, columns // GROUP)
+    unused = scratch.array("fp8 scales", (-(-rows // FP8_TILE), -(-columns // FP8_TILE)), np.uint8)
+    codecs.fp4_to_fp8(inputs[0], scale, out, unused, scratch, tally)

@@ -15,9 +15,9 @@ from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Tally
 from ..formats.triton.pipeline import scratch_for
-from ..plan import COPY, REPEATED, Operand, Segment
+from ..plan import Copy, Operand, Segment
 from .kernel_copy import KernelCopier
-from .operations import TILE_CODECS, WITHIN_BLOCK_CODECS
+from .operations import divides_blocks, make_tile
 from .outputs import DescriptorCache, os_errors, write_all
 
 # Source plus output bytes of a tile: small enough for the caches, large enough that two writers seldom wait
@@ -58,13 +58,12 @@ class Worker:
         """
         tally = Tally()
         output = self._descriptors.get(path, os.O_RDWR)
-        if segment.codec == COPY:
-            return self._copy(segment, path, output, offset), tally
+        if isinstance(segment.operation, Copy):
+            return self._copy(segment, segment.operation, path, output, offset), tally
         return self._convert(segment, path, output, offset, tally), tally
 
     def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
         digest = xxhash.xxh3_128()
-        codec = TILE_CODECS[segment.codec]
         step = rows_per_tile(segment, self._tile_bytes)
         for first in range(0, segment.rows, step):
             if self.stopped:
@@ -72,7 +71,7 @@ class Worker:
             rows = min(step, segment.rows - first)
             inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
-            codec(self._codecs, inputs, out, segment.args, self._scratch, tally)
+            make_tile(segment.operation, self._codecs, inputs, out, self._scratch, tally)
             digest.update(out.data)
             with os_errors(path, "written"):
                 write_all(output, out.data, offset + first * segment.row_bytes)
@@ -102,10 +101,10 @@ class Worker:
                 view = view[count:]
                 offset += count
 
-    def _copy(self, segment: Segment, path: Path, output: int, offset: int) -> bytes:
+    def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int) -> bytes:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``); return their digest."""
         operand = segment.operands[0]
-        known = self._digests.get(segment) if segment.args == REPEATED else None
+        known = self._digests.get(segment) if operation.is_repeated else None
         digest = xxhash.xxh3_128()
         chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
         source = self._descriptors.get(operand.file, os.O_RDONLY)
@@ -128,7 +127,7 @@ class Worker:
             self.done_bytes += moved
         if known is None:
             known = digest.digest()
-            if segment.args == REPEATED and done == segment.rows:
+            if operation.is_repeated and done == segment.rows:
                 self._digests[segment] = known
         return known
 
@@ -137,14 +136,14 @@ def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
     """Return how many output rows a tile takes: whole scale blocks, or a part of one that divides it evenly.
 
     Rows of 16,384 elements make a block of 128 rows larger than a cache; all rows of a part share the
-    block's scales, which are read again for each part. Codecs that need whole blocks get them.
+    block's scales, which are read again for each part. Operations that need whole blocks get them.
     """
     alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
     row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
     fitting = int(tile_bytes / row_cost)
     if fitting >= alignment:
         return fitting // alignment * alignment
-    if segment.codec not in WITHIN_BLOCK_CODECS:
+    if not divides_blocks(segment.operation):
         return alignment
     part = alignment
     while part > fitting and part % 2 == 0:

@@ -9,7 +9,7 @@ from functools import cache
 
 from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
-from dsv4convert.formats.base import TileFunction
+from dsv4convert.formats.base import BlockwiseCodec, PlainCodec, RescalingCodec, ScaledCodec
 from dsv4convert.formats.compiled.library import library_path
 
 # Set to 0 to stay with numpy although the compiled codecs are there.
@@ -24,30 +24,30 @@ class Codecs:
     """One function per conversion of a tile; their arguments are those of the numpy functions they name."""
 
     name: str
-    fp8_to_f32: TileFunction = e4m3.fp8_to_f32
-    fp8_to_bf16: TileFunction = e4m3.fp8_to_bf16
-    fp8_to_f16: TileFunction = e4m3.fp8_to_f16
-    fp8_to_q8_0: TileFunction = q8_0.fp8_to_q8_0
-    fp4_to_f32: TileFunction = e2m1.fp4_to_f32
-    fp4_to_bf16: TileFunction = e2m1.fp4_to_bf16
-    fp4_to_f16: TileFunction = e2m1.fp4_to_f16
-    fp4_to_fp8: TileFunction = e2m1.fp4_to_fp8
-    fp4_to_fp8_scales: TileFunction = e2m1.fp4_to_fp8_scales
-    fp4_to_mxfp4: TileFunction = mxfp4.fp4_to_mxfp4
-    fp4_to_q8_0: TileFunction = q8_0.fp4_to_q8_0
-    f32_to_bf16: TileFunction = bf16.f32_to_bf16
-    f32_to_f16: TileFunction = bf16.f32_to_f16
-    f32_to_q8_0: TileFunction = q8_0.f32_to_q8_0
-    f32_to_mxfp4: TileFunction = mxfp4.f32_to_mxfp4
-    bf16_to_f32: TileFunction = bf16.bf16_to_f32
-    bf16_to_f16: TileFunction = bf16.bf16_to_f16
-    bf16_to_q8_0: TileFunction = q8_0.bf16_to_q8_0
-    bf16_to_mxfp4: TileFunction = mxfp4.bf16_to_mxfp4
-    f16_to_f32: TileFunction = bf16.f16_to_f32
-    f16_to_bf16: TileFunction = bf16.f16_to_bf16
-    mxfp4_to_f32: TileFunction = mxfp4.mxfp4_to_f32
-    q8_0_to_f32: TileFunction = q8_0.q8_0_to_f32
-    i64_to_i32: TileFunction = bf16.i64_to_i32
+    fp8_to_f32: ScaledCodec = e4m3.fp8_to_f32
+    fp8_to_bf16: ScaledCodec = e4m3.fp8_to_bf16
+    fp8_to_f16: ScaledCodec = e4m3.fp8_to_f16
+    fp8_to_q8_0: ScaledCodec = q8_0.fp8_to_q8_0
+    fp4_to_f32: ScaledCodec = e2m1.fp4_to_f32
+    fp4_to_bf16: ScaledCodec = e2m1.fp4_to_bf16
+    fp4_to_f16: ScaledCodec = e2m1.fp4_to_f16
+    fp4_to_fp8: RescalingCodec = e2m1.fp4_to_fp8
+    fp4_to_fp8_scales: PlainCodec = e2m1.fp4_to_fp8_scales
+    fp4_to_mxfp4: BlockwiseCodec = mxfp4.fp4_to_mxfp4
+    fp4_to_q8_0: ScaledCodec = q8_0.fp4_to_q8_0
+    f32_to_bf16: PlainCodec = bf16.f32_to_bf16
+    f32_to_f16: PlainCodec = bf16.f32_to_f16
+    f32_to_q8_0: PlainCodec = q8_0.f32_to_q8_0
+    f32_to_mxfp4: PlainCodec = mxfp4.f32_to_mxfp4
+    bf16_to_f32: PlainCodec = bf16.bf16_to_f32
+    bf16_to_f16: PlainCodec = bf16.bf16_to_f16
+    bf16_to_q8_0: PlainCodec = q8_0.bf16_to_q8_0
+    bf16_to_mxfp4: PlainCodec = mxfp4.bf16_to_mxfp4
+    f16_to_f32: PlainCodec = bf16.f16_to_f32
+    f16_to_bf16: PlainCodec = bf16.f16_to_bf16
+    mxfp4_to_f32: PlainCodec = mxfp4.mxfp4_to_f32
+    q8_0_to_f32: PlainCodec = q8_0.q8_0_to_f32
+    i64_to_i32: PlainCodec = bf16.i64_to_i32
 
 
 CODEC_NAMES = tuple(field.name for field in fields(Codecs) if field.name != "name")
@@ -71,14 +71,37 @@ def compiled_codecs() -> Codecs:
     A library that does not load costs speed and a warning, not the conversion.
     """
     try:
-        from dsv4convert.formats.compiled.twins import TWINS
+        from dsv4convert.formats.compiled import twins
     except (OSError, AttributeError) as error:  # AttributeError: a function is missing
         reason = escape_control(str(error))
         warnings.warn(
             f"the compiled codecs do not load ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2
         )
         return numpy_codecs()
-    return Codecs(COMPILED, **TWINS)
+    return Codecs(
+        COMPILED,
+        fp8_to_f32=twins.fp8_to_f32,
+        fp8_to_bf16=twins.fp8_to_bf16,
+        fp8_to_f16=twins.fp8_to_f16,
+        fp4_to_f32=twins.fp4_to_f32,
+        fp4_to_bf16=twins.fp4_to_bf16,
+        fp4_to_f16=twins.fp4_to_f16,
+        fp4_to_mxfp4=twins.fp4_to_mxfp4,
+        fp4_to_fp8_scales=twins.fp4_to_fp8_scales,
+        fp4_to_fp8=twins.fp4_to_fp8,
+        fp8_to_q8_0=twins.fp8_to_q8_0,
+        fp4_to_q8_0=twins.fp4_to_q8_0,
+        f32_to_q8_0=twins.f32_to_q8_0,
+        bf16_to_q8_0=twins.bf16_to_q8_0,
+        f32_to_mxfp4=twins.f32_to_mxfp4,
+        bf16_to_mxfp4=twins.bf16_to_mxfp4,
+        f32_to_bf16=twins.f32_to_bf16,
+        f32_to_f16=twins.f32_to_f16,
+        bf16_to_f16=twins.bf16_to_f16,
+        f16_to_bf16=twins.f16_to_bf16,
+        bf16_to_f32=twins.bf16_to_f32,
+        f16_to_f32=twins.f16_to_f32,
+    )
 
 
 def default_codecs() -> Codecs:

@@ -20,8 +20,6 @@ ArrayF64: TypeAlias = npt.NDArray[np.float64]
 ArrayI64: TypeAlias = npt.NDArray[np.int64]
 Array: TypeAlias = npt.NDArray[Any]
 Block: TypeAlias = tuple[int, int]
-# The signatures of the codecs differ in their arguments only; all of them fill `out` and return nothing.
-TileFunction: TypeAlias = Callable[..., None]
 
 GROUP = 32  # elements that share a scale along a row, in packed FP4, MXFP4 and Q8_0 alike
 
@@ -97,6 +95,17 @@ class Tally:
     def lossless(self) -> bool:
         """True when every value survived (a NaN that stays a NaN does)."""
         return not (self.overflow or self.underflow or self.changed)
+
+
+# What a codec takes, by kind; all of them fill their outputs and return nothing.
+# Elements with scales: (weight, scale, block, out, scratch, tally).
+ScaledCodec: TypeAlias = Callable[[Array, Array, Block, Array, Scratch, Tally], None]
+# Elements, or scales alone: (source, out, scratch, tally).
+PlainCodec: TypeAlias = Callable[[Array, Array, Scratch, Tally], None]
+# Packed FP4 whose blocks are those of the output: (packed, scale, out, scratch, tally).
+BlockwiseCodec: TypeAlias = Callable[[Array, Array, Array, Scratch, Tally], None]
+# Packed FP4 to codes and scales: (packed, scale, out, scale out, scratch, tally).
+RescalingCodec: TypeAlias = Callable[[Array, Array, Array, Array, Scratch, Tally], None]
 
 
 @lru_cache(maxsize=256)

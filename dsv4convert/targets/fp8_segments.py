@@ -11,15 +11,10 @@ from typing import NamedTuple, cast
 
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
 from ..errors import InventoryError
-from ..plan import MadeSegments, Operand, Segment
+from ..plan import FP4_TO_FP8_CODES, Bf16ToFp8Codes, Bf16ToFp8Scales, Fp4ToFp8Scales, MadeSegments, Operand, Segment
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
-
-FP4_TO_FP8 = "fp4_to_fp8"
-FP4_TO_FP8_SCALES = "fp4_to_fp8_scales"
-BF16_TO_FP8 = "bf16_to_fp8"
-BF16_TO_FP8_SCALES = "bf16_to_fp8_scales"
 
 CODES_PER_BYTE = 2
 BF16_BYTES = 2
@@ -84,7 +79,7 @@ class _CodeSegments(_SegmentsOf):
         packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
         scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, tall, "u1")
-        return Segment(FP4_TO_FP8, (weights, scales), count, columns)
+        return Segment(FP4_TO_FP8_CODES, (weights, scales), count, columns)
 
 
 class _ScaleSegments(_SegmentsOf):
@@ -98,7 +93,7 @@ class _ScaleSegments(_SegmentsOf):
         source = self._source
         groups = source.shape[1] // FP4_BLOCK
         scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, 1, "u1")
-        return Segment(FP4_TO_FP8_SCALES, (scales,), count // tall, fp8_scale_shape(source.shape)[1], (groups,))
+        return Segment(Fp4ToFp8Scales(groups), (scales,), count // tall, fp8_scale_shape(source.shape)[1])
 
 
 def fp4_to_fp8_segments(weight: Weight) -> tuple[Sequence[Segment], Sequence[Segment]]:
@@ -139,14 +134,13 @@ def bf16_to_fp8_segments(
     for first, count, tall in row_blocks(rows, block[0]):
         start = weight.stored.offset + first * row_bytes
         operand = Operand(weight.stored.file, start, tall * row_bytes, tall, "<u2")
-        codes.append(Segment(BF16_TO_FP8, (operand,), count, columns, block))
+        codes.append(Segment(Bf16ToFp8Codes(block), (operand,), count, columns))
         scales.append(
             Segment(
-                BF16_TO_FP8_SCALES,
+                Bf16ToFp8Scales(columns, scale_dtype == "F32", block),
                 (operand._replace(rows_per=1),),
                 count // tall,
                 scales_per_row * SCALE_BYTES[scale_dtype],
-                (columns, scale_dtype == "F32", block),
             )
         )
     return tuple(codes), tuple(scales)

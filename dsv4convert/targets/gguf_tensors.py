@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
-from ..plan import BESIDE, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from .claims import Claims
 from .gguf_metadata import ParameterCounts, count_parameters
 from .segments import (
@@ -32,6 +32,7 @@ from .segments import (
     codec_segment,
     convert_segments,
     matrix_shape,
+    row_operation,
     stack_segments,
 )
 
@@ -373,13 +374,8 @@ def _joined(name: str, group: list[Weight], to: ElementType) -> TensorSpec:
     """Return two weights joined along their input, the first one's columns first."""
     left, right = (codec_segment(weight, to) for weight in group)
     rows, columns = matrix_shape(group[0].shape)
-    segment = Segment(
-        BESIDE,
-        left.operands + right.operands,
-        rows,
-        left.row_bytes + right.row_bytes,
-        (left.row_bytes, left.codec, left.args, right.codec, right.args),
-    )
+    beside = Beside(row_operation(group[0], to), row_operation(group[1], to), left.row_bytes)
+    segment = Segment(beside, left.operands + right.operands, rows, left.row_bytes + right.row_bytes)
     return TensorSpec(name, (rows, 2 * columns), to, (segment,))
 
 

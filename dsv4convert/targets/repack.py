@@ -9,10 +9,9 @@ from pathlib import Path
 from ..checkpoint.folder import open_folder
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError
-from ..plan import Plan
+from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
 from .dequantize import _one_of
-from .fp8_segments import FP4_TO_FP8
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
 
 REPACK = "repack"
@@ -72,7 +71,7 @@ def summarize_repack(plan: Plan, summary: Summary) -> RepackSummary:
         math.prod(tensor.shape)
         for file in plan.files
         for tensor in file.tensors
-        if any(segment.codec == FP4_TO_FP8 for segment in tensor.segments)
+        if any(isinstance(segment.operation, Fp4ToFp8Codes) for segment in tensor.segments)
     )
     changed = summary.report.tally.changed
     notes = summary.notes

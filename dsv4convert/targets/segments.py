@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME, GgmlType
-from ..plan import IDENTITY, CopySegments, MadeSegments, Operand, Segment
+from ..plan import KEEP, Convert, CopySegments, Keep, MadeSegments, Operand, Segment, Source, Target, convert
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
@@ -22,6 +21,23 @@ NUMPY_DTYPE = {
     Encoding.F32: "<f4",
     Encoding.I64: "<i8",
     Encoding.I32: "<i4",
+}
+SOURCES: Mapping[Encoding, Source] = {
+    Encoding.FP4: "fp4",
+    Encoding.FP8: "fp8",
+    Encoding.BF16: "bf16",
+    Encoding.F16: "f16",
+    Encoding.F32: "f32",
+    Encoding.I64: "i64",
+    Encoding.I32: "i32",
+}
+TARGETS: Mapping[str, Target] = {
+    "f32": "f32",
+    "f16": "f16",
+    "bf16": "bf16",
+    "i32": "i32",
+    "q8_0": "q8_0",
+    "mxfp4": "mxfp4",
 }
 SCALE_DTYPE = {"F8_E8M0": "u1", "F32": "<f4"}
 
@@ -74,6 +90,19 @@ def is_verbatim(weight: Weight, to: ElementType) -> bool:
     return weight.encoding.value == to.name
 
 
+def row_operation(weight: Weight, to: ElementType) -> Keep | Convert:
+    """Return the operation that makes rows of a weight in element type ``to``.
+
+    Raises:
+        InventoryError: there is no codec for it.
+    """
+    if is_verbatim(weight, to):
+        return KEEP
+    if to.name not in TARGETS:
+        raise InventoryError(f"tensor {weight.name}: no codec makes {to.name}", where=weight.stored.file)
+    return convert(SOURCES[weight.encoding], TARGETS[to.name], weight.block)
+
+
 def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> Segment:
     """Return the one segment that makes rows ``first``.. of a weight in element type ``to`` through a codec.
 
@@ -90,8 +119,7 @@ def codec_segment(weight: Weight, to: ElementType, first: int = 0, rows: int | N
             got=columns,
             hint="choose another output type for it",
         )
-    codec = IDENTITY if is_verbatim(weight, to) else sys.intern(f"{weight.encoding.value}_to_{to.name}")
-    return Segment(codec, operands(weight, first), rows, shared(to.row_bytes(columns)), weight.block or ())
+    return Segment(row_operation(weight, to), operands(weight, first), rows, shared(to.row_bytes(columns)))
 
 
 def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int | None = None) -> Sequence[Segment]:
@@ -101,7 +129,7 @@ def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int 
         InventoryError: the row length is no multiple of the type's block.
     """
     segment = codec_segment(weight, to, first, rows)
-    if segment.codec == IDENTITY:
+    if isinstance(segment.operation, Keep):
         source = segment.operands[0]
         return CopySegments(source.file, source.offset, segment.nbytes)
     return (segment,)

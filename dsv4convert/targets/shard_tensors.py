@@ -16,8 +16,11 @@ from ..model.config import CONFIG_NAME
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, shard_name
 from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
 from ..plan import (
+    ALL_EQUAL,
     COPY,
     COPY_SEGMENT_BYTES,
+    JOIN,
+    Columns,
     CopySegments,
     Dropped,
     Operand,
@@ -30,11 +33,6 @@ from .claims import Claims
 from .fp8_segments import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .safetensors_files import safetensors_file
 from .segments import BF16, codec_segment
-
-# Codecs of the engine: a range of bytes of every row; rows side by side; bytes that all operands hold.
-COLUMNS = "columns"
-SIDE_BY_SIDE = "side_by_side"
-ALIKE = "alike"
 
 EXPERT_DTYPES = ("fp4", "fp8")
 MTP_MODES = ("keep", "drop")
@@ -211,7 +209,7 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
         width = stored.nbytes // rows
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
-        return (Segment(COLUMNS, (whole_rows,), rows, part, (rank * part, (rank + 1) * part)),)
+        return (Segment(Columns(rank * part, (rank + 1) * part), (whole_rows,), rows, part),)
     return CopySegments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
 
 
@@ -289,7 +287,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
         rows = first.shape[0]
         width = first.nbytes // rows
         operands = tuple(Operand(part.file, part.offset, width, 1, "u1") for part in stored)
-        return (Segment(SIDE_BY_SIDE, operands, rows, width * len(stored)),)
+        return (Segment(JOIN, operands, rows, width * len(stored)),)
     if weight.axis == 0:
         piece = _piece_bytes(first.nbytes)
         return tuple(
@@ -299,7 +297,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
         )
     return tuple(
         Segment(
-            ALIKE,
+            ALL_EQUAL,
             tuple(Operand(part.file, part.offset + begin, 1, 1, "u1") for part in stored),
             min(COPY_SEGMENT_BYTES, first.nbytes - begin),
             1,

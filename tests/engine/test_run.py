@@ -27,7 +27,7 @@ from dsv4convert.engine.worker import Worker, rows_per_tile
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
-from dsv4convert.plan import CopySegments, Operand, OutputFile, OutputTensor, Plan, Segment
+from dsv4convert.plan import COPY, JOIN, CopySegments, Operand, OutputFile, OutputTensor, Plan, Segment
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
@@ -255,7 +255,7 @@ def test_a_tile_is_a_whole_number_of_scale_blocks(
     row_bytes: int, operands: list[tuple[int, int]], expected: int
 ) -> None:
     rows = [Operand(Path("a"), 0, size, per, "u1") for size, per in operands]
-    found = rows_per_tile(Segment("x", tuple(rows), 1000, row_bytes), 1000)
+    found = rows_per_tile(Segment(JOIN, tuple(rows), 1000, row_bytes), 1000)
     assert found == expected
     assert found % math.lcm(*(operand.rows_per for operand in rows)) == 0
 
@@ -286,7 +286,7 @@ def test_an_error_before_the_end_keeps_the_output_from_its_name(tiny: Path, tmp_
 
 
 def test_a_ledger_adds_up_what_segments_counted() -> None:
-    segments = (Segment("copy", (), 4, 1), Segment("copy", (), 2, 1))
+    segments = (Segment(COPY, (), 4, 1), Segment(COPY, (), 2, 1))
     tensor = OutputTensor("t", "u8", (6,), 0, 6, segments)
     plan = Plan("x", Path(), Path(), False, (OutputFile("f", b"", (tensor, tensor), 12),), (), {}, 0)
     ledger = Ledger(plan)

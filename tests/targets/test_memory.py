@@ -34,7 +34,7 @@ from dsv4convert.formats.base import Tally
 really, seen = Worker.run, set()
 
 def run(self, segment, path, offset):
-    kind = id(self), segment.codec, segment.row_bytes
+    kind = id(self), segment.operation, segment.row_bytes
     if kind not in seen and segment.nbytes < 2**26:
         seen.add(kind)
         return really(self, segment, path, offset)

@@ -25,20 +25,20 @@ from dsv4convert.engine import run as engine
 from dsv4convert.engine.journal import Journal
 from dsv4convert.engine.worker import Worker
 from dsv4convert.formats.base import Tally
-from dsv4convert.plan import REPEATED
+from dsv4convert.plan import REPEATED_COPY
 
 really, record, calls = Worker.run, Journal.record, set()
 made = recorded = 0
 
 def run(self, segment, path, offset):
     global made
-    kind = self, segment.codec, segment.row_bytes
+    kind = self, segment.operation, segment.row_bytes
     if segment.nbytes < 2**27 and kind not in calls:
         calls.add(kind)
         return really(self, segment, path, offset)
     made += 1
     digest = offset.to_bytes(16, "little")
-    if segment.args == REPEATED:
+    if segment.operation == REPEATED_COPY:
         self._digests[segment] = digest
     # In earnest a few hundred segments are made between two entries of the journal.
     while made - recorded > 1000 and not self.stopped:

@@ -20,7 +20,6 @@ from dsv4convert.formats.base import (
     Block,
     Scratch,
     Tally,
-    TileFunction,
     check_contiguous,
     check_tile,
 )
@@ -297,31 +296,3 @@ def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) 
     _check_same_size(source, out)
     if _f16_to_f32(_bits(source), out.view(np.uint32), source.size) == NEEDS_FALLBACK:
         bf16.f16_to_f32(source, out, scratch, tally)
-
-
-TWINS: dict[str, TileFunction] = {
-    twin.__name__: twin
-    for twin in (
-        fp8_to_f32,
-        fp8_to_bf16,
-        fp8_to_f16,
-        fp4_to_f32,
-        fp4_to_bf16,
-        fp4_to_f16,
-        fp4_to_mxfp4,
-        fp4_to_fp8_scales,
-        fp4_to_fp8,
-        fp8_to_q8_0,
-        fp4_to_q8_0,
-        f32_to_q8_0,
-        bf16_to_q8_0,
-        f32_to_mxfp4,
-        bf16_to_mxfp4,
-        f32_to_bf16,
-        f32_to_f16,
-        bf16_to_f16,
-        f16_to_bf16,
-        bf16_to_f32,
-        f16_to_f32,
-    )
-}

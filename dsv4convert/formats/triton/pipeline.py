@@ -80,8 +80,7 @@ def cuda_codecs() -> Codecs:
 
 def codecs_on(device: str) -> Codecs:
     """Return the codecs on a torch device; "cpu" runs the kernels in Triton's interpreter, for tests."""
-    host = default_codecs()
-    return replace(host, name="cuda", **CudaCodecs(device, host).twins())
+    return CudaCodecs(device, default_codecs()).over_host()
 
 
 class PinnedScratch(Scratch):
@@ -130,15 +129,17 @@ class CudaCodecs:
         self._host = host
         self._thread = threading.local()
 
-    def twins(self) -> dict[str, Callable[..., None]]:
-        """Return the functions by the name of the codec that each replaces."""
-        return {
-            "fp8_to_bf16": self.fp8_to_bf16,
-            "fp4_to_bf16": self.fp4_to_bf16,
-            "fp4_to_mxfp4": self.fp4_to_mxfp4,
-            "fp4_to_fp8": self.fp4_to_fp8,
-            "fp8_to_q8_0": self.fp8_to_q8_0,
-        }
+    def over_host(self) -> Codecs:
+        """Return the host's codecs with those that have kernels in their place."""
+        return replace(
+            self._host,
+            name="cuda",
+            fp8_to_bf16=self.fp8_to_bf16,
+            fp4_to_bf16=self.fp4_to_bf16,
+            fp4_to_mxfp4=self.fp4_to_mxfp4,
+            fp4_to_fp8=self.fp4_to_fp8,
+            fp8_to_q8_0=self.fp8_to_q8_0,
+        )
 
     def fp8_to_bf16(
         self, weight: ArrayU8, scale: Array, block: Block, out: Array, scratch: Scratch, tally: Tally

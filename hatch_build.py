@@ -104,6 +104,10 @@ def build_libraries(machine: str, folder: Path) -> list[Path]:
 class CodecsBuildHook(BuildHookInterface):  # type: ignore[misc]
     """Adds the libraries to a wheel, or builds them in place for an editable install."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._temporary = tempfile.TemporaryDirectory()  # until the wheel has its files
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
@@ -112,8 +116,7 @@ class CodecsBuildHook(BuildHookInterface):  # type: ignore[misc]
             if TARGET_VARIABLE not in os.environ:
                 self.app.display_warning(f"no compiled codecs for {platform.system()} on {platform.machine()}")
             return
-        folder = FOLDER if version == "editable" else Path(self.directory, f"codecs-{machine}")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = FOLDER if version == "editable" else Path(self._temporary.name)
         try:
             files = build_libraries(machine, folder)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -1,8 +1,10 @@
 """Codecs on one thread and one cached tile: numpy and compiled against obvious numpy, torch and a copy.
 
 python benchmarks/codecs.py --json benchmarks/results/codecs.json
+python benchmarks/codecs.py --baseline ../before --json benchmarks/results/codecs.json
 
 The tile is the engine's: 512 KiB of FP8 or packed FP4, and as many elements of the floats as of FP8.
+``--baseline`` times the compiled codecs of another checkout as well, in the same process.
 All contenders of a conversion are checked to give the same bytes, then timed in turn, a round each; the
 table shows medians. "copy" is np.copyto of the output's bytes from one cached buffer to another. Speeds are
 output bytes per second.
@@ -11,6 +13,7 @@ output bytes per second.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -30,7 +33,14 @@ import numpy as np
 import torch
 from side_by_side import commit, hardware
 
-from dsv4convert.formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
+from dsv4convert.formats.backend import (
+    COMPILED,
+    Codecs,
+    compiled_available,
+    compiled_codecs,
+    describe_codecs,
+    numpy_codecs,
+)
 from dsv4convert.formats.base import Scratch, Tally
 
 Array = np.ndarray[Any, Any]
@@ -39,6 +49,7 @@ Contender = Callable[[], Array]
 FP8_BLOCK = (128, 128)
 GROUP = 32
 PACKAGES = ("numpy", "torch", "ml_dtypes")
+BASELINE = "baseline"
 
 
 @dataclass
@@ -62,7 +73,15 @@ def weights(rows: int, columns: int) -> dict[str, Array]:
     fp8, fp8_scale = quantise_fp8(x, FP8_BLOCK)
     fp4, fp4_scale = quantise_fp4(x)
     bf16 = (x.view(np.uint32) >> 16).astype(np.uint16)
-    return {"x": x, "fp8": fp8, "fp8_scale": fp8_scale, "fp4": fp4, "fp4_scale": fp4_scale, "bf16": bf16}
+    return {
+        "x": x,
+        "fp8": fp8,
+        "fp8_scale": fp8_scale,
+        "fp4": fp4,
+        "fp4_scale": fp4_scale,
+        "bf16": bf16,
+        "f16": x.astype(np.float16),
+    }
 
 
 def spread(scale: Array, block: tuple[int, int], shape: tuple[int, ...]) -> Array:
@@ -185,7 +204,12 @@ def _cases(rows: int, columns: int) -> list[Case]:
             [w["bf16"]],
             {"obvious": lambda: plain_q8_0(w["bf16"].view(ml_dtypes.bfloat16).astype(np.float32))},
         ),
+        ("f32_to_mxfp4", [w["x"]], {}),
         ("bf16_to_mxfp4", [w["bf16"]], {}),
+        ("f32_to_f16", [w["x"]], {"obvious": lambda: w["x"].astype(np.float16)}),
+        ("bf16_to_f16", [w["bf16"]], {}),
+        ("f16_to_f32", [w["f16"]], {"obvious": lambda: w["f16"].astype(np.float32)}),
+        ("f16_to_bf16", [w["f16"]], {}),
         (
             "f32_to_bf16",
             [w["x"]],
@@ -213,12 +237,10 @@ def same_bytes(name: str, who: str, got: Array, want: Array) -> None:
         raise SystemExit(f"{name}: {who} gives other bytes than numpy; nothing was timed")
 
 
-def measure(case: Case, backends: list[Codecs], rounds: int) -> None:
-    contenders: dict[str, Contender] = {}
-    for codecs in backends:
-        contenders[codecs.name] = _ours(codecs, case)
+def measure(case: Case, backends: dict[str, Codecs], rounds: int) -> None:
+    contenders = {who: _ours(codecs, case) for who, codecs in backends.items()}
     contenders.update(case.others)
-    want = contenders[backends[0].name]().copy()
+    want = contenders["numpy"]().copy()
     for who, run in contenders.items():
         same_bytes(case.name, who, run(), want)
     target = np.empty_like(want)
@@ -234,6 +256,25 @@ def measure(case: Case, backends: list[Codecs], rounds: int) -> None:
             case.seconds[who].append(time.perf_counter() - started)
 
 
+def baseline_codecs(checkout: Path) -> Codecs:
+    """Return the compiled codecs of another checkout of this project, loaded beside ours."""
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "dsv4convert"}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout))
+    try:
+        backend = importlib.import_module("dsv4convert.formats.backend")
+        theirs: Codecs = backend.compiled_codecs()
+    finally:
+        sys.path.remove(str(checkout))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dsv4convert"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    if theirs.name != COMPILED or not Path(str(backend.__file__)).is_relative_to(checkout.resolve()):
+        raise SystemExit(f"{checkout}: has no compiled codecs")
+    return theirs
+
+
 def _ours(codecs: Codecs, case: Case) -> Contender:
     function, scratch, tally = getattr(codecs, case.name), Scratch(), Tally()
 
@@ -244,7 +285,7 @@ def _ours(codecs: Codecs, case: Case) -> Contender:
     return run
 
 
-COLUMNS = ("copy", "compiled", "numpy", "obvious", "torch")
+COLUMNS = ("copy", BASELINE, "compiled", "numpy", "obvious", "torch")
 
 
 def print_table(done: list[Case]) -> None:
@@ -256,7 +297,7 @@ def print_table(done: list[Case]) -> None:
         line = f"{case.name:16}"
         for who in COLUMNS:
             line += f"{size / middle[who] / 1e9:10.2f}" if who in middle else f"{'':10}"
-        for who in ("obvious", "torch", "copy"):
+        for who in ("obvious", "torch", "copy", BASELINE):
             if who in middle:
                 ratios = [f"{middle[who] / middle[us]:.2f}" for us in ("numpy", "compiled") if us in middle]
                 line += f"   {who} {' / '.join(ratios)}"
@@ -268,6 +309,8 @@ def as_json(done: list[Case], arguments: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "benchmarks/codecs.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
+        **({"baseline_commit": commit(arguments.baseline)} if arguments.baseline else {}),
+        "codecs": describe_codecs(),
         "hardware": hardware(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -306,12 +349,15 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096, help="of FP8, a multiple of 128")
     parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--only", help="conversions whose name contains this")
+    parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="also time this checkout's compiled codecs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    backends = [numpy_codecs()]
+    backends = {"numpy": numpy_codecs()}
     if compiled_available():
-        backends.append(compiled_codecs())
+        backends[COMPILED] = compiled_codecs()
+    if arguments.baseline:
+        backends[BASELINE] = baseline_codecs(arguments.baseline)
     chosen = [c for c in cases(arguments.rows, arguments.columns) if not arguments.only or arguments.only in c.name]
     for case in chosen:
         measure(case, backends, arguments.rounds)

@@ -172,9 +172,11 @@ def save(result: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def commit() -> str:
-    """Return the commit that is measured, with a mark if the tree differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def commit(checkout: Path | None = None) -> str:
+    """Return the commit of a checkout, by default of the one that is measured."""
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=checkout
+    )
     return head.stdout.strip() or "unknown"
 
 

@@ -101,12 +101,12 @@ def build_libraries(machine: str, folder: Path) -> list[Path]:
     return files
 
 
+def _not_served() -> str:
+    return f"no compiled codecs for {platform.system()} on {platform.machine()}"
+
+
 class CodecsBuildHook(BuildHookInterface):  # type: ignore[misc]
     """Adds the libraries to a wheel, or builds them in place for an editable install."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._temporary = tempfile.TemporaryDirectory()  # until the wheel has its files
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
@@ -114,9 +114,13 @@ class CodecsBuildHook(BuildHookInterface):  # type: ignore[misc]
         machine = target_machine()
         if machine is None:
             if TARGET_VARIABLE not in os.environ:
-                self.app.display_warning(f"no compiled codecs for {platform.system()} on {platform.machine()}")
+                self.app.display_warning(f"{_not_served()}; numpy serves, slower")
             return
-        folder = FOLDER if version == "editable" else Path(self._temporary.name)
+        if version == "editable":
+            folder = FOLDER
+        else:
+            self._temporary = tempfile.TemporaryDirectory()  # until the wheel has its files
+            folder = Path(self._temporary.name)
         try:
             files = build_libraries(machine, folder)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
@@ -134,6 +138,6 @@ class CodecsBuildHook(BuildHookInterface):  # type: ignore[misc]
 if __name__ == "__main__":
     here = target_machine()
     if here is None:
-        raise SystemExit(f"no compiled codecs for {platform.system()} on {platform.machine()}")
+        raise SystemExit(_not_served())
     for built in build_libraries(here, FOLDER):
         sys.stdout.write(f"{built}\n")

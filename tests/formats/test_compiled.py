@@ -89,8 +89,9 @@ FP4_BYTES = np.arange(256, dtype=np.uint8).reshape(2, 128)
 @pytest.mark.parametrize(
     ("name", "dtype", "first", "last"),
     [
-        ("fp8_to_f32", np.float32, 1, e4m3.F32_LAST_SAFE_BYTE),
-        ("fp8_to_bf16", np.uint16, e4m3.BF16_FIRST_EXACT_BYTE, e4m3.F32_LAST_SAFE_BYTE),
+        # From the scale at which the smallest product, 2^-9 times it, is a normal float32.
+        ("fp8_to_f32", np.float32, 127 - 126 + 9, e4m3.F32_LAST_SAFE_BYTE),
+        ("fp8_to_bf16", np.uint16, 127 - 126 + 9, e4m3.F32_LAST_SAFE_BYTE),
         ("fp8_to_f16", np.float16, e4m3.F16_FIRST_EXACT_BYTE, e4m3.F16_LAST_SAFE_BYTE),
     ],
 )

@@ -32,6 +32,8 @@ enum {
     Q8_0_BYTES = 34,  // float16 d, 32 int8
     FP8_TILE = 128,   // rows and columns that share a scale once FP4 is FP8
     TILE_GROUPS = FP8_TILE / GROUP,
+    E4M3_BIAS = 7,
+    E4M3_FIRST_NORMAL = 8, // code of 2^-6
     CHUNK = 1 << 14, // elements that 32-bit counters count before they are added up
 };
 
@@ -83,8 +85,8 @@ INLINE float e8m0(u8 byte) { return float_of((u32)byte << 23); }
 // e4m3 without the sign: eeee mmm, bias 7; NaN reads as 480. Touches no float32 subnormal.
 INLINE float e4m3(u32 magnitude) {
     float subnormal = (float)(int32_t)magnitude * 0x1p-9f;
-    float normal = float_of((magnitude << 20) + (120u << 23)); // 127 - 7
-    return magnitude < 8 ? subnormal : normal;
+    float normal = float_of((magnitude << 20) + ((127u - E4M3_BIAS) << 23));
+    return magnitude < E4M3_FIRST_NORMAL ? subnormal : normal;
 }
 
 // e2m1 without the sign: 0, .5, 1, 1.5, 2, 3, 4, 6. Code 2 is 1.0; code 1, the only subnormal, the exponent below.
@@ -148,23 +150,26 @@ INLINE int has_nan(const u8 *restrict codes, i64 size) {
     return largest == 0x7F;
 }
 
-// Codes [rows, columns], one scale per block of height x width; all products are exact with scales from `first` to
-// `last`.
+// Codes [rows, columns], one scale per block of height x width; with scales from `first` to `last` all products are
+// exact, and none is a float32 subnormal. A power of two is then a number added to the exponent.
 INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const u8 *restrict scale, void *restrict out,
                   i64 rows, i64 columns, i64 height, i64 width) {
     i64 block_columns = (columns + width - 1) / width;
-    if (flushes_subnormals() || has_nan(weight, rows * columns))
+    if (has_nan(weight, rows * columns))
         return NEEDS_FALLBACK;
     for (i64 row = 0; row < rows; row++) {
         const u8 *row_scale = scale + row / height * block_columns;
         for (i64 block = 0; block < block_columns; block++) {
             if (row_scale[block] < first || row_scale[block] > last)
                 return NEEDS_FALLBACK;
-            float factor = e8m0(row_scale[block]);
+            u32 exponent = (u32)(row_scale[block] - E4M3_BIAS) << 23;
+            float step = 0x1p-9f * e8m0(row_scale[block]);
             i64 stop = row * columns + smaller((block + 1) * width, columns);
             for (i64 i = row * columns + block * width; i < stop; i++) {
-                u32 code = weight[i];
-                u32 bits = as_type(type, e4m3(code & 0x7F) * factor, code >> 7 << 31);
+                u32 code = weight[i], magnitude = code & 0x7F;
+                float subnormal = (float)(int32_t)magnitude * step;
+                float normal = float_of((magnitude << 20) + exponent);
+                u32 bits = as_type(type, magnitude < E4M3_FIRST_NORMAL ? subnormal : normal, code >> 7 << 31);
                 if (type == F32)
                     ((u32_at *)out)[i] = bits;
                 else
@@ -175,16 +180,15 @@ INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const 
     return 0;
 }
 
-// 448 * 2^(246 - 127) < 2^128.
+// 2^-9 * 2^(10 - 127) = 2^-126, and 448 * 2^(246 - 127) < 2^128.
 i64 fp8_to_f32(const u8 *restrict weight, const u8 *restrict scale, u32_at *restrict out, i64 rows, i64 columns,
                i64 height, i64 width) {
-    return fp8_to(F32, 1, 246, weight, scale, out, rows, columns, height, width);
+    return fp8_to(F32, 10, 246, weight, scale, out, rows, columns, height, width);
 }
 
-// 2^-9 * 2^(3 - 127) = 2^-133.
 i64 fp8_to_bf16(const u8 *restrict weight, const u8 *restrict scale, u16_at *restrict out, i64 rows, i64 columns,
                 i64 height, i64 width) {
-    return fp8_to(BF16, 3, 246, weight, scale, out, rows, columns, height, width);
+    return fp8_to(BF16, 10, 246, weight, scale, out, rows, columns, height, width);
 }
 
 // 2^-9 * 2^(112 - 127) = 2^-24, and 448 * 2^(134 - 127) < 65520.

@@ -258,6 +258,7 @@ def measure(case: Case, backends: dict[str, Codecs], rounds: int) -> None:
 
 def baseline_codecs(checkout: Path) -> Codecs:
     """Return the compiled codecs of another checkout of this project, loaded beside ours."""
+    checkout = checkout.resolve()
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "dsv4convert"}
     for name in ours:
         del sys.modules[name]
@@ -270,7 +271,7 @@ def baseline_codecs(checkout: Path) -> Codecs:
         for name in [name for name in sys.modules if name.partition(".")[0] == "dsv4convert"]:
             del sys.modules[name]
         sys.modules.update(ours)
-    if theirs.name != COMPILED or not Path(str(backend.__file__)).is_relative_to(checkout.resolve()):
+    if theirs.name != COMPILED or not Path(str(backend.__file__)).is_relative_to(checkout):
         raise SystemExit(f"{checkout}: has no compiled codecs")
     return theirs
 

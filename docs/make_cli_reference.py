@@ -28,31 +28,47 @@ what to do next; `dsv4convert --debug COMMAND ...` shows the traceback behind it
 def reference() -> str:
     """Return the text of docs/cli.md."""
     register_commands()
+    callback = app.registered_callback
+    before = _parameters(callback.callback)[2] if callback is not None and callback.callback is not None else []
+    head = "\n".join([INTRODUCTION, "Before the command:", "", *before]) + "\n"
     sections = [_section(str(info.name), info.callback) for info in app.registered_commands if info.callback]
-    return "\n".join([INTRODUCTION, *sections, _exit_codes()])
+    return "\n".join([head, *sections, _exit_codes()])
 
 
 def _section(name: str, command: Callable[..., Any]) -> str:
+    usage, arguments, options = _parameters(command)
+    head = [f"## {name}", "", " ".join((command.__doc__ or "").split()), ""]
+    return "\n".join([*head, f"    dsv4convert {' '.join([name, *usage])}", "", *arguments, *options]) + "\n"
+
+
+def _parameters(command: Callable[..., Any]) -> tuple[list[str], list[str], list[str]]:
+    """Return what a usage line holds, and a line for each argument and for each option that is not hidden."""
     hints = typing.get_type_hints(command, include_extras=True)
-    usage, arguments, options = [name], [], []
+    usage: list[str] = []
+    arguments: list[str] = []
+    options: list[str] = []
     for parameter in inspect.signature(command).parameters.values():
         kind, info = typing.get_args(hints[parameter.name])[:2]
         required = parameter.default is inspect.Parameter.empty
         if isinstance(info, ArgumentInfo):
-            metavar = parameter.name.upper() if required else f"[{parameter.name.upper()}]"
-            usage.append(metavar)
-            arguments.append(f"- `{metavar}`: {_sentence(info.help)}")
-        elif isinstance(info, OptionInfo):
-            # Typer keeps the first declaration of an annotated option in the place of its default.
-            declared = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
-            flags = ", ".join(declared or [f"--{parameter.name.replace('_', '-')}"])
+            name = info.metavar or parameter.name.upper()
+            usage.append(name if required else f"[{name}]")
+            arguments.append(f"- `{usage[-1]}`: {_sentence(info.help)}")
+        elif isinstance(info, OptionInfo) and not info.hidden:
+            flags = _flags(parameter.name, kind, info)
+            value = "" if kind is bool else f" {info.metavar or _values(kind)}"
             if required:
-                usage.append(f"{flags} {_values(kind)}")
-            options.append(
-                f"- `{flags}{_metavar(kind)}`: {_sentence(info.help)}{'' if required else _default(parameter.default)}"
-            )
-    head = [f"## {name}", "", " ".join((command.__doc__ or "").split()), "", f"    dsv4convert {' '.join(usage)}", ""]
-    return "\n".join([*head, *arguments, *options]) + "\n"
+                usage.append(flags + value)
+            details = _range(info) if required else _default(parameter.default, flags) + _range(info)
+            options.append(f"- `{flags}{value}`: {_sentence(info.help)}{details}")
+    return usage, arguments, options
+
+
+def _flags(name: str, kind: Any, info: OptionInfo) -> str:
+    # Typer keeps the first declaration of an annotated option in the place of its default.
+    declared = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
+    own = name.replace("_", "-")
+    return ", ".join(declared or [f"--{own}/--no-{own}" if kind is bool else f"--{own}"])
 
 
 def _values(kind: Any) -> str:
@@ -63,8 +79,12 @@ def _values(kind: Any) -> str:
     return "VALUE"
 
 
-def _metavar(kind: Any) -> str:
-    return "" if kind is bool else f" {_values(kind)}"
+def _range(info: OptionInfo) -> str:
+    if info.min is not None and info.max is not None:
+        return f" From {info.min:g} to {info.max:g}."
+    if info.min is not None:
+        return f" At least {info.min:g}."
+    return "" if info.max is None else f" At most {info.max:g}."
 
 
 def _sentence(text: str | None) -> str:
@@ -72,10 +92,11 @@ def _sentence(text: str | None) -> str:
     return text if text.endswith(".") else text + "."
 
 
-def _default(value: Any) -> str:
-    if value is None or isinstance(value, bool) or value == ():
-        return ""
-    return f" Default: {getattr(value, 'value', value)}."
+def _default(value: Any, flags: str) -> str:
+    on, _, off = flags.partition("/")
+    if isinstance(value, bool):
+        return f" Default: {(on if value else off).removeprefix('--')}." if off else ""
+    return "" if value is None or value == () else f" Default: {getattr(value, 'value', value)}."
 
 
 def _exit_codes() -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+import dsv4convert
 from dsv4convert.containers.json_object import (
     parse_json,
     parse_json_object,
@@ -96,3 +98,24 @@ def test_a_link_that_leads_nowhere_is_not_an_absent_file(tmp_path: Path) -> None
     (tmp_path / "a.json").symlink_to(tmp_path / "gone")
     with pytest.raises(InputMissingError, match="no such file"):
         read_optional_json_object(tmp_path / "a.json")
+
+
+# Who else parses JSON, and why no one can have tampered with it, or why it is the user's own.
+OTHER_PARSERS = {
+    "cli/synth.py": "values of --set",
+    "containers/json_object.py": "the reader itself",
+    "engine/fingerprint.py": "what was encoded on the same line",
+    "engine/journal.py": "lines of our own with a checksum",
+    "inspection/naming.py": "a config of the package",
+    "synth/presets.py": "a config of the package, and what was encoded on the same line",
+}
+
+
+def test_no_other_module_parses_json_of_files() -> None:
+    package = Path(dsv4convert.__file__).parent
+    parsers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\bjson\.loads?\(", path.read_text(encoding="utf-8"))
+    }
+    assert parsers == OTHER_PARSERS.keys()

@@ -18,6 +18,8 @@ class Preset(str, Enum):
     nano = "nano"
     flash = "flash"
     pro = "pro"
+    v41_tiny = "v41-tiny"
+    v41_flash = "v41-flash"
 
 
 class Variant(str, Enum):
@@ -31,7 +33,7 @@ def synth(
     preset: Annotated[
         Preset,
         typer.Option(
-            help="tiny: every kind of tensor in 5 MB; nano: half a billion parameters; flash, pro: published."
+            help="tiny, v41-tiny: every kind of tensor in 5 MB; nano: half a billion parameters; others: published."
         ),
     ] = Preset.tiny,
     variant: Annotated[
@@ -53,6 +55,10 @@ def synth(
     vocab: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Vocabulary size.", show_default=False),
+    ] = None,
+    engram_rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Rows of each n-gram table of V4.1, at least.", show_default=False),
     ] = None,
     files: Annotated[
         Optional[int],  # noqa: UP045
@@ -88,6 +94,7 @@ def synth(
         vocab=vocab,
         files=files,
         mtp=mtp,
+        engram_rows=engram_rows,
         overrides=parse_settings(set_ or []),
         power_of_two_scales=power_of_two_scales,
     )

@@ -37,6 +37,8 @@ PROMPT_TEXTS = (
     "<｜extracted_url｜>",
     "<｜read_url｜>",
 )
+# Added tokens of V4.1 that its prompts need besides.
+V41_TEXTS = ("<｜System｜>", "<｜deepseek_image｜>")
 OTHER_TEXTS = (
     "<｜fim▁hole｜>",
     "<｜fim▁begin｜>",
@@ -112,8 +114,10 @@ GENERATION_CONFIG: dict[str, Any] = {
 }
 
 
-def write_synth_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
+def write_synth_tokenizer(folder: Path, vocab_size: int, seed: int, *, v41: bool = False) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json into ``folder``.
+
+    ``v41``: with the tokens of V4.1, which was published without the last of these files.
 
     The tokenizer has at most ``vocab_size`` tokens (the last rows stay unused); BOS is 0 and EOS is 1.
     ``seed`` chooses which merges there are, and their order.
@@ -122,15 +126,17 @@ def write_synth_tokenizer(folder: Path, vocab_size: int, seed: int) -> None:
         UsageError: ``vocab_size`` has no room for the bytes and the special tokens.
     """
     documents = {
-        TOKENIZER_NAME: synth_tokenizer_document(vocab_size, seed),
+        TOKENIZER_NAME: synth_tokenizer_document(vocab_size, seed, v41=v41),
         TOKENIZER_CONFIG_NAME: _published_settings(),
         GENERATION_CONFIG_NAME: GENERATION_CONFIG,
     }
+    if v41:
+        del documents[GENERATION_CONFIG_NAME]
     for name, document in documents.items():
         (folder / name).write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def synth_tokenizer_document(vocab_size: int, seed: int) -> dict[str, Any]:
+def synth_tokenizer_document(vocab_size: int, seed: int, *, v41: bool = False) -> dict[str, Any]:
     """Return the content of a synthetic tokenizer.json.
 
     Raises:
@@ -140,7 +146,7 @@ def synth_tokenizer_document(vocab_size: int, seed: int) -> dict[str, Any]:
         raise UsageError(
             "vocabulary too small for a tokenizer", expected=f"at least {SMALLEST_VOCABULARY}", got=vocab_size
         )
-    entries = [(text, False) for text in PROMPT_TEXTS]
+    entries = [(text, False) for text in PROMPT_TEXTS + (V41_TEXTS if v41 else ())]
     if vocab_size >= ALL_TEXTS_VOCABULARY:
         entries += [(text, False) for text in OTHER_TEXTS]
     entries += ODD_TEXTS

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.engram import read_token_map
+from ..checkpoint.tokenizer import TOKENIZER_NAME
 from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
 from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
-from ..model.config import CONFIG_NAME, ModelConfig, parse_config
-from ..model.tensors import TOP_ROWS, Draft, Expected, Store, expected_tensors, scale_name, vision_tensors
-from .presets import BYTES_PER_FILE, PUBLISHED_FILES, synth_config
+from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
+from ..model.config_v41 import TEXT
+from ..model.tensors import TOP_ROWS, Draft, Expected, Store, When, expected_tensors, scale_name, vision_tensors
+from .presets import BYTES_PER_FILE, PUBLISHED_FILES, PUBLISHED_VOCABULARY, V41_TOKEN_KEYS, synth_config
 from .tokenizer import write_synth_tokenizer
 from .values import Kind, Recipe, fp4_recipes, fp8_recipes, tensor_stream
 
@@ -24,13 +27,17 @@ SINGLE_FILE_NAME = "model.safetensors"
 PARTIAL_SUFFIX = ".partial"
 
 
-FP8_BLOCK = 128
+# The sides of the blocks that share a scale.
+FP8_BLOCK = {Version.V4: 128, Version.V41: 32}
+ENGRAM_BLOCK = 32
 FP4_BLOCK = 32
 FP4_PER_BYTE = 2
 
 DTYPE_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1, "I8": 1}
 # The order in which the safetensors library lays tensors out in a file: by dtype, widest first, then by name.
 DTYPE_ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
+
+ENGRAM_DTYPE_ORDER = {dtype: number for number, dtype in enumerate(("BF16", "F8_E4M3", "F8_E8M0"))}
 
 EMBEDDING_STD = 1.0
 SMALL_STD = 0.1
@@ -72,22 +79,25 @@ def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> I
     Raises:
         UsageError: a dimension that packed FP4 cannot hold.
     """
-    base = config.raw.get("expert_dtype") == "fp8"
+    base = config.flat.get("expert_dtype") == "fp8"
     if not base:
         for key in ("hidden_size", "moe_intermediate_size"):
-            if config.raw[key] % FP4_BLOCK:
+            if config.flat[key] % FP4_BLOCK:
                 raise UsageError(
                     f"{key} cannot hold FP4 blocks",
                     expected=f"a multiple of {FP4_BLOCK}",
-                    got=config.raw[key],
+                    got=config.flat[key],
                 )
     n_draft = config.n_draft_ratios
     draft = (Draft.DSPARK if config.is_dspark else Draft.MTP) if n_draft else Draft.NONE
     for expected in expected_tensors(config, draft, n_draft, config.has_vision):
-        if expected.row.store in (Store.DENSE, Store.EXPERT):
-            yield from _quantised(expected, base, power_of_two_scales)
+        taken = config.draft_num_experts_per_tok if expected.is_draft else config.num_experts_per_tok
+        if expected.row.store is Store.ENGRAM:
+            yield from _table(expected)
+        elif expected.row.store in (Store.DENSE, Store.EXPERT):
+            yield from _quantised(expected, FP8_BLOCK[config.version], base, power_of_two_scales)
         else:
-            yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
+            yield _plain(expected, taken, config.n_routed_experts)
     if config.has_vision:
         for expected in vision_tensors(config):
             yield _plain(expected, config.num_experts_per_tok, config.n_routed_experts)
@@ -95,11 +105,15 @@ def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> I
 
 @dataclass(frozen=True)
 class SynthPlan:
-    """What a synthetic checkpoint will hold: its config.json, and its tensors file by file."""
+    """What a synthetic checkpoint will hold: its config.json, and its tensors file by file.
+
+    ``as_v41``: the files lie and look like those of the published V4.1.
+    """
 
     raw: Mapping[str, Any]
     files: Sequence[Sequence[SynthTensor]]
     payload_bytes: int
+    as_v41: bool = False
 
 
 def plan_synth(
@@ -112,6 +126,7 @@ def plan_synth(
     vocab: int | None = None,
     files: int | None = None,
     mtp: bool = True,
+    engram_rows: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     power_of_two_scales: bool = True,
 ) -> SynthPlan:
@@ -129,13 +144,16 @@ def plan_synth(
         experts=experts,
         vocab=vocab,
         mtp=mtp,
+        engram_rows=engram_rows,
         overrides=overrides,
     )
     config = parse_config(raw, f"synthetic {CONFIG_NAME}")
     tensors = list(synth_tensors(config, power_of_two_scales=power_of_two_scales))
     total = sum(tensor.nbytes for tensor in tensors)
+    whole = not any((layers, ratios, experts, vocab, engram_rows, overrides))
+    if files is None and whole and mtp and preset == "v41-flash":
+        return SynthPlan(raw, _published_v41_files(tensors, config), total, as_v41=True)
     if files is None:
-        whole = not any((layers, ratios, experts, vocab, overrides))
         files = _default_files(preset, variant, total, whole=whole)
     return SynthPlan(raw, _into_files(tensors, files), total)
 
@@ -154,6 +172,7 @@ def write_synth(
     headers_only: bool = False,
     mtp: bool = True,
     overwrite: bool = False,
+    engram_rows: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     power_of_two_scales: bool = True,
 ) -> SynthSummary:
@@ -171,6 +190,7 @@ def write_synth(
         vocab=vocab,
         files=files,
         mtp=mtp,
+        engram_rows=engram_rows,
         overrides=overrides,
         power_of_two_scales=power_of_two_scales,
     )
@@ -208,8 +228,13 @@ def write_plan(
         _remove_checkpoint(partial)
         partial.mkdir()
         try:
-            _write_json(partial / CONFIG_NAME, plan.raw)
-            write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
+            text = plan.raw.get(TEXT)
+            if text is None:
+                write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
+                _write_json(partial / CONFIG_NAME, plan.raw)
+            else:
+                write_synth_tokenizer(partial, text["vocab_size"], seed, v41=True)
+                _write_json(partial / CONFIG_NAME, _fitted_to_tokenizer(plan.raw, partial))
             _write_files(partial, plan, seed, headers_only, progress)
             _remove_checkpoint(out)
             partial.rename(out)
@@ -229,7 +254,35 @@ def write_plan(
     )
 
 
-def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
+def _fitted_to_tokenizer(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return V4.1's config.json with what depends on the tokenizer in ``folder``: ids, and the token map's size."""
+    text = dict(raw[TEXT])
+    found = {**raw, TEXT: text}
+    tokens = json.loads((folder / TOKENIZER_NAME).read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in tokens}
+    for key, content in V41_TOKEN_KEYS.items():
+        holder = text if key in text else found
+        # A vocabulary of the published size has the published ids.
+        if key in holder and text["vocab_size"] != PUBLISHED_VOCABULARY:
+            holder[key] = ids[content]
+    if text.get("engram_layer_ids"):
+        text["engram_compressed_vocab_size"] = int(read_token_map(folder, text["vocab_size"]).max()) + 1
+    return found
+
+
+def _table(expected: Expected) -> Iterator[SynthTensor]:
+    """Yield an n-gram table, whose rows have scales of their own, and those scales."""
+    rows, columns = expected.shape
+    if columns % ENGRAM_BLOCK:
+        raise UsageError(
+            "engram_head_dim cannot hold scale blocks", expected=f"a multiple of {ENGRAM_BLOCK}", got=columns
+        )
+    codes, scales = fp8_recipes(columns, Kind.E8M0_GROUP)
+    yield SynthTensor(expected.name, "F8_E4M3", expected.shape, codes)
+    yield SynthTensor(scale_name(expected.name), "F8_E8M0", (rows, columns // ENGRAM_BLOCK), scales)
+
+
+def _quantised(expected: Expected, block: int, base: bool, power_of_two: bool) -> Iterator[SynthTensor]:
     rows, columns = expected.shape
     if expected.row.store is Store.EXPERT and not base:
         codes, scales = fp4_recipes(columns)
@@ -238,7 +291,7 @@ def _quantised(expected: Expected, base: bool, power_of_two: bool) -> Iterator[S
         return
     kind = (Kind.F32_POWER if power_of_two else Kind.F32_ANY) if base else Kind.E8M0_BLOCK
     codes, scales = fp8_recipes(columns, kind)
-    blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    blocks = (-(-rows // block), -(-columns // block))
     yield SynthTensor(expected.name, "F8_E4M3", expected.shape, codes)
     yield SynthTensor(scale_name(expected.name), "F32" if base else "F8_E8M0", blocks, scales)
 
@@ -254,7 +307,7 @@ def _plain(expected: Expected, taken: int, experts: int) -> SynthTensor:
     wide = Kind.BF16 if row.store is Store.BF16 else Kind.F32
     if row.name.endswith("_scale"):
         recipe = Recipe(Kind.F32_UNIFORM)
-    elif "norm" in row.name:
+    elif "norm" in row.name or row.when is When.ENGRAM:
         recipe = Recipe(Kind.BF16_NORM)
     elif row is TOP_ROWS[0] or row.name.startswith("image_"):
         recipe = Recipe(wide, EMBEDDING_STD)
@@ -281,6 +334,24 @@ def _default_files(preset: str, variant: str | None, total: int, *, whole: bool)
     if whole and published is not None:
         return published
     return max(2, -(-total // BYTES_PER_FILE))
+
+
+def _published_v41_files(tensors: Sequence[SynthTensor], config: ModelConfig) -> list[list[SynthTensor]]:
+    """Return the published V4.1's files: tower, embedding, each layer, head, each draft stage, each n-gram table."""
+    layers, stages = config.num_hidden_layers, config.n_draft_ratios
+    tables = config.engram.layer_ids if config.engram is not None else ()
+    files: list[list[SynthTensor]] = [[] for _ in range(2 + layers + 1 + stages + len(tables))]
+    for tensor in tensors:
+        part, _, rest = tensor.name.partition(".")
+        number = int(rest.partition(".")[0]) if part in ("layers", "mtp") else 0
+        if ".engram." in tensor.name:
+            place = 3 + layers + stages + tables.index(number)
+        elif part in ("layers", "mtp"):
+            place = 2 + number if part == "layers" else 3 + layers + number
+        else:
+            place = {"vision": 0, "aligner": 0, "head": 2 + layers, "norm": 2 + layers}.get(part, 1)
+        files[place].append(tensor)
+    return files
 
 
 def _into_files(tensors: list[SynthTensor], files: int) -> list[list[SynthTensor]]:
@@ -318,10 +389,14 @@ def _write_files(
     count = len(plan.files)
     for number, group in enumerate(plan.files, start=1):
         name = SINGLE_FILE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        ordered = sorted(group, key=lambda tensor: (DTYPE_ORDER[tensor.dtype], tensor.name))
+        # Another writer than that of the other files made the published tables' files.
+        by_name = plan.as_v41 and any(".engram." in tensor.name for tensor in group)
+        order = ENGRAM_DTYPE_ORDER if by_name else DTYPE_ORDER
+        ordered = sorted(group, key=lambda tensor: (order[tensor.dtype], tensor.name))
+        metadata = None if plan.as_v41 and not by_name else PYTORCH_METADATA
         weight_map.update((tensor.name, name) for tensor in group)
         with (folder / name).open("wb", buffering=0) as file:
-            header, _ = safetensors_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), PYTORCH_METADATA)
+            header, _ = safetensors_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), metadata)
             _write_all(file.write, memoryview(header))
             if headers_only:
                 file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))

@@ -53,6 +53,12 @@ SOURCES = {
     "synth/pro": f"synth {{out}} --preset pro {CUT}",
     "synth/flash-dspark": f"synth {{out}} --preset flash --variant dspark {CUT}",
     "synth/flash-base": f"synth {{out}} --preset flash --variant base {CUT}",
+    "synth/v41-tiny": "synth {out} --preset v41-tiny --engram-rows 700",
+    "synth/v41-flash": (
+        f"synth {{out}} --preset v41-flash {CUT} --ratios 0,2,1 --vocab 512 --engram-rows 900 --set vision_n_layers=1 "
+        "--set vision_dim=64 --set vision_n_heads=2 --set vision_inter_dim=96 --set engram_n_heads=2 "
+        "--set engram_head_dim=32 --set dspark_n_routed_experts=4"
+    ),
     "synth/headers-only": f"synth {{out}} --headers-only {SMALL}",
 }
 

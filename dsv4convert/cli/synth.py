@@ -33,7 +33,7 @@ def synth(
     preset: Annotated[
         Preset,
         typer.Option(
-            help="tiny, v41-tiny: every kind of tensor in 5 MB; nano: half a billion parameters; others: published."
+            help="tiny, v41-tiny: every kind of tensor in 5 to 8 MB; nano: 0.5 billion parameters; others: published."
         ),
     ] = Preset.tiny,
     variant: Annotated[

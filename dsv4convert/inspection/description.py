@@ -35,6 +35,14 @@ class Layer(NamedTuple):
     routing: str
 
 
+class EngramTable(NamedTuple):
+    """An n-gram table: the layer that has it, its rows, and the elements of a row."""
+
+    layer: int
+    rows: int
+    columns: int
+
+
 class EncodingUse(NamedTuple):
     """How many weights of a family are stored in one way; ``block`` is what shares a scale."""
 
@@ -59,6 +67,8 @@ class Description:
     elements: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
+    roles: dict[str, list[int]] = field(default_factory=dict)
+    engram: list[EngramTable] = field(default_factory=list)
     draft: str = Draft.NONE.value
     draft_layers: int = 0
     families: dict[str, Count] = field(default_factory=dict)
@@ -79,6 +89,7 @@ class Description:
         """Return the description as plain JSON values (schemas/inspect.schema.json)."""
         values = asdict(self)
         values["layers"] = [layer._asdict() for layer in self.layers]
+        values["engram"] = [table._asdict() for table in self.engram]
         values["encodings"] = [use._asdict() for use in self.encodings]
         return values
 
@@ -97,6 +108,10 @@ class Description:
         if self.config:
             yield "config: " + ", ".join(f"{key} {value}" for key, value in self.config.items())
         yield from (f"layers {span}" for span in _layer_spans(self.layers))
+        for role, layers in self.roles.items():
+            yield f"{role}: layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        for table in self.engram:
+            yield f"engram table: layer {table.layer}, {table.rows:,} rows of {table.columns}"
         if self.draft != Draft.NONE.value:
             yield f"draft: {self.draft}, {self.draft_layers} layer{'s' if self.draft_layers != 1 else ''}"
         for title, counts in (("family", self.families), ("dtype", self.dtypes)):

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import DSPARK_MARKS, INDEX_NAME, read_folder_headers, vision_kind
+from ..checkpoint.folder import DSPARK_MARKS, INDEX_NAME, check_roles_of_tensors, read_folder_headers, vision_kind
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
 from ..errors import ConfigError, InputMissingError, InventoryError
-from ..model.config import ModelConfig, load_config
+from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
-from .description import Description, EncodingUse, Layer, _ranges
+from .description import Description, EncodingUse, EngramTable, Layer, _ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, _name_variant, family_of
 
 DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
@@ -32,6 +33,16 @@ def _describe_config(found: Description, config: ModelConfig) -> None:
         )
         for number in range(config.num_hidden_layers)
     ]
+    candidates = () if config.candidates is None else (config.candidates.source_layer_id,)
+    roles = {
+        "KV sources": config.kv_source_layer_ids,
+        "index sources": config.index_source_layer_ids,
+        "candidate source": candidates,
+    }
+    found.roles = {role: list(layers) for role, layers in roles.items() if layers}
+    if config.engram is not None:
+        tables = zip(config.engram.layer_ids, config.engram.num_embeddings, strict=True)
+        found.engram = [EngramTable(layer, rows, config.engram.head_dim) for layer, rows in tables]
 
 
 def _describe_folder(folder: Path) -> Description:
@@ -53,6 +64,12 @@ def _describe_folder(folder: Path) -> Description:
         found.elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
         return found
     _describe_config(found, config)
+    try:
+        check_roles_of_tensors(tensors, config, folder)
+        if config.engram is not None:
+            check_rows(config.engram, folder / CONFIG_NAME)
+    except ConfigError as error:
+        found.unexpected.append(str(error))
     _describe_weights(found, config, tensors)
     _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found

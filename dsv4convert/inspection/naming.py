@@ -9,6 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from ..model.config_v41 import TEXT
 from ..model.tensors import Draft
 from .description import CUSTOM, Description
 
@@ -18,6 +19,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"^(vision|aligner)\.|^image_", "vision"),
     (r"^embed\.", "embedding"),
     (r"^head\.", "head"),
+    (r"\.engram\.", "engram"),
     (r"\.experts\.", "routed experts"),
     (r"\.shared_experts\.", "shared experts"),
     (r"\.ffn\.gate\.", "router"),
@@ -43,7 +45,8 @@ WIDTH_KEYS = (
     "index_head_dim",
 )
 DEPTH_KEYS = ("num_hidden_layers", "n_routed_experts", "vocab_size")
-PUBLISHED_SIZES = {"V4-Flash": "v4-flash.json", "V4-Pro": "v4-pro.json"}
+V41_FLASH = "V4.1-Flash"
+PUBLISHED_SIZES = {"V4-Flash": "v4-flash.json", "V4-Pro": "v4-pro.json", V41_FLASH: "v4.1-flash.json"}
 
 # What of the config a description shows.
 SHOWN_KEYS = (
@@ -83,9 +86,10 @@ def _name_variant(found: Description, sizes: Mapping[str, Any]) -> None:
     if experts is not None and experts.encoding == "fp8" and experts.scale == "F32":
         suffix = "-Base"
     if "vision" in found.families:
-        suffix += " Vision-Exp"
+        # V4.1 has its tower and its DSpark draft in any case.
+        suffix += "" if V41_FLASH in size else " Vision-Exp"
         found.traits.append("vision tower")
-    elif found.draft == Draft.DSPARK.value:
+    elif V41_FLASH not in size and found.draft == Draft.DSPARK.value:
         suffix += "-0731"
     found.variant = size + suffix if size in PUBLISHED_SIZES else size
     if found.draft != Draft.NONE.value:
@@ -100,6 +104,7 @@ def _published_size(sizes: Mapping[str, Any]) -> str:
     for name, file in PUBLISHED_SIZES.items():
         text = (resources.files("dsv4convert.model") / "configs" / file).read_text(encoding="utf-8")
         published = json.loads(text)
+        published |= published.get(TEXT, {})
         if all(sizes.get(key) == published[key] for key in WIDTH_KEYS):
             whole = all(sizes.get(key) == published[key] for key in DEPTH_KEYS)
             return name if whole else f"slice of {name}"

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from ..errors import UsageError
-from ..model.config_v41 import TEXT
+from ..model.config_v41 import TEXT, VISION_KEYS
 from ..model.config_v41 import VISION as VISION_OBJECT
 from ..model.engram import primes_from
 
@@ -155,6 +155,8 @@ V41_TINY_VISION = {
 
 # The special tokens that keys of V4.1's config name by id.
 PUBLISHED_VOCABULARY = 129280
+# The keys of vision_config by their flat names, under which they can be set.
+VISION_NAMES = {flat: key for key, flat in VISION_KEYS.items()}
 V41_TOKEN_KEYS = {"image_token_id": "<｜deepseek_image｜>", "dspark_noise_token_id": "<｜System｜>"}
 
 
@@ -216,10 +218,11 @@ def synth_config(
     if preset in V41_PRESETS:
         _cut_roles(raw, trunk, anew=ratios is not None)
     for key, value in (overrides or {}).items():
-        holder = raw if key in raw else file
-        if key not in holder:
+        holders = ((raw, key), (file, key), (file.get(VISION_OBJECT, {}), VISION_NAMES.get(key, key)))
+        holder, name = next(((holder, name) for holder, name in holders if name in holder), ({}, ""))
+        if not name:
             raise UsageError(f"no config key {key} to set", hint="see config.json of the preset")
-        holder[key] = value
+        holder[name] = value
     if experts is not None:
         raw["num_experts_per_tok"] = min(raw["num_experts_per_tok"], experts)
     _size_tables(raw, engram_rows)

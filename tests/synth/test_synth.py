@@ -509,7 +509,11 @@ def test_bad_vision_key_is_named(value: object) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"preset": "huge"}, UsageError, "unknown preset: expected tiny or nano or flash or pro, got huge"),
+        (
+            {"preset": "huge"},
+            UsageError,
+            "unknown preset: expected tiny or nano or flash or pro or v41-tiny or v41-flash, got huge",
+        ),
         ({"variant": "audio"}, UsageError, "unknown variant"),
         ({"layers": 0}, UsageError, "--layers outside the model: expected 1 to 4, got 0"),
         ({"layers": 5}, UsageError, "expected 1 to 4, got 5"),

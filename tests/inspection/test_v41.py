@@ -1,0 +1,62 @@
+"""``inspect`` of V4.1 folders: kinds of attention, sources, n-gram tables, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from jsonschema import Draft202012Validator
+
+from dsv4convert.containers.json_object import schema_path
+from dsv4convert.inspection.describe import inspect_path
+from dsv4convert.synth.write import write_synth
+
+from ..v41 import TINY
+
+
+def test_a_folder_shows_attention_sources_and_tables() -> None:
+    found = inspect_path(TINY["tiny-b"])
+    lines = list(found.lines())
+    assert lines[0].endswith("checkpoint folder, custom (vision tower, DSpark draft, fp4 experts, F8_E8M0 scales)")
+    for line in (
+        "layers 0-1: sliding attention, learned routing (2)",
+        "layers 2-3: CSA/2 attention, learned routing (2)",
+        "layers 4-7: CSA/1 attention, learned routing (4)",
+        "KV sources: layers 2, 4",
+        "index sources: layers 2, 4, 6, 7",
+        "candidate source: layer 4",
+        "engram table: layer 1, 660 rows of 32",
+        "engram table: layer 5, 864 rows of 32",
+        "draft: DSpark, 3 layers",
+        "encoding of engram: fp8, F8_E8M0 scales, blocks 1x32 (2 weights)",
+        "encoding of shared experts: fp8, F8_E8M0 scales, blocks 32x32 (24 weights)",
+        "nothing unexpected",
+    ):
+        assert line in lines
+    document = json.loads(json.dumps(found.as_json()))
+    Draft202012Validator(json.loads(schema_path("inspect.schema.json").read_text())).validate(document)
+    assert document["engram"][1] == {"layer": 5, "rows": 864, "columns": 32}
+
+
+def test_the_published_sizes_are_recognised(tmp_path: Path) -> None:
+    write_synth(tmp_path / "m", "v41-flash", headers_only=True)
+    found = inspect_path(tmp_path / "m")
+    assert (found.variant, found.unexpected) == ("V4.1-Flash", [])
+    write_synth(tmp_path / "cut", "v41-flash", headers_only=True, layers=3)
+    assert inspect_path(tmp_path / "cut").variant == "slice of V4.1-Flash"
+
+
+def test_roles_and_tables_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY["tiny-a"], tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["index_source_layer_ids"] = [1, 3]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect_path(folder)
+    assert "key index_source_layer_ids: the layers that have attn.indexer.weights_proj.weight" in found.unexpected[0]
+    config["text_config"]["index_source_layer_ids"] = [1, 3, 5]
+    config["text_config"]["engram_num_embeddings"] = [660, 860]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect_path(folder)
+    assert "the table of layer 2 does not fit its hash functions" in found.unexpected[0]
+    assert found.tensors == inspect_path(TINY["tiny-a"]).tensors

@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +21,7 @@ from dsv4convert.formats.base import GROUP, Scratch, Tally
 from dsv4convert.formats.compiled import library
 from dsv4convert.formats.compiled.library import FOLDER, Function, library_path, processor_levels
 
+from . import emulated
 from .test_backend import tile
 
 NUMPY = numpy_codecs()
@@ -29,22 +30,32 @@ BUILT = [level for level in processor_levels() if (FOLDER / f"codecs-{level}.so"
 needs_library = pytest.mark.skipif(not BUILT, reason="the compiled codecs are not built for this machine")
 
 
-def twins_of(path: Path) -> ModuleType:
-    """Return the twins bound to one library's file."""
+def twins_of(loaded: object, function: type[Function] = Function) -> ModuleType:
+    """Return the twins bound to a library, or to what takes its place."""
     spec = importlib.util.find_spec("dsv4convert.formats.compiled.twins")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "load_library", lambda: ctypes.CDLL(str(path)))
+        patch.setattr(library, "load_library", lambda: loaded)
+        patch.setattr(library, "Function", function)
         spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(scope="module", params=BUILT or [pytest.param("", marks=needs_library)])
-def twins(request: pytest.FixtureRequest) -> ModuleType:
-    """The twins of each level that this processor can run."""
-    return twins_of(FOLDER / f"codecs-{request.param}.so")
+EMULATED = "aarch64, emulated"
+LEVELS = [*BUILT, *([EMULATED] if emulated.available() else [])]
+
+
+@pytest.fixture(scope="module", params=LEVELS or [pytest.param("", marks=needs_library)])
+def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The twins of each level that this processor can run, and of AArch64 where QEMU is installed."""
+    if request.param != EMULATED:
+        yield twins_of(ctypes.CDLL(str(FOLDER / f"codecs-{request.param}.so")))
+        return
+    emulator = emulated.Emulator(TWIN_NAMES, tmp_path_factory.mktemp("emulated"))
+    yield twins_of(emulator, emulated.EmulatedFunction)
+    emulator.close()
 
 
 class Comparison:

@@ -155,10 +155,10 @@ INLINE int has_nan(const u8 *restrict codes, i64 size) {
 INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const u8 *restrict scale, void *restrict out,
                   i64 rows, i64 columns, i64 height, i64 width) {
     i64 block_columns = (columns + width - 1) / width;
-    if (has_nan(weight, rows * columns))
-        return NEEDS_FALLBACK;
     for (i64 row = 0; row < rows; row++) {
         const u8 *row_scale = scale + row / height * block_columns;
+        if (has_nan(weight + row * columns, columns))
+            return NEEDS_FALLBACK;
         for (i64 block = 0; block < block_columns; block++) {
             if (row_scale[block] < first || row_scale[block] > last)
                 return NEEDS_FALLBACK;

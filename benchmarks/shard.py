@@ -33,7 +33,7 @@ def main() -> None:
     if not source.is_dir():
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
-    options = ShardOptions(arguments.mp, expert_dtype=arguments.expert_dtype)
+    options = ShardOptions(arguments.mp, experts=arguments.expert_dtype)
     plan = plan_shards(source, arguments.folder / "shards", options).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
     copy = arguments.folder / "copy"
@@ -48,7 +48,7 @@ def main() -> None:
 
     contenders = [
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
-        ours("shard", source, "shards", "--mp", mp, "--expert-dtype", arguments.expert_dtype),
+        ours("shard", source, "shards", "--mp", mp, "--experts", arguments.expert_dtype),
     ]
     alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
     result = record(

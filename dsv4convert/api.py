@@ -112,7 +112,7 @@ def shard(
     from .targets.shards import ShardSummary, plan_shards
 
     ranks = None if rank is None else tuple(rank)
-    options = ShardOptions(mp=mp, ranks=ranks or None, expert_dtype=experts, mtp=draft)
+    options = ShardOptions(mp=mp, ranks=ranks or None, experts=experts, draft=draft)
     plan, costs = plan_shards(Path(source), Path(out), options)
     summary = _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
     return ShardSummary(**summary.__dict__, costs=costs)

@@ -26,11 +26,11 @@ RECORD = Path(__file__).resolve().parents[1] / "fixtures" / "output_digests.json
 
 MANIFEST_SUFFIX = ".manifest.json"
 
-SMALL = "--experts 4 --vocab 400"
-LAYER = "--ratios 4 --no-mtp --experts 2 --vocab 512"
+SMALL = "--routed-experts 4 --vocab 400"
+LAYER = "--ratios 4 --draft drop --routed-experts 2 --vocab 512"
 # The published configs, with their own keys, at the size of tiny.
 CUT = (
-    "--ratios 0,4,128 --experts 4 --vocab 400 --set hidden_size=160 --set moe_intermediate_size=96 "
+    "--ratios 0,4,128 --routed-experts 4 --vocab 400 --set hidden_size=160 --set moe_intermediate_size=96 "
     "--set num_attention_heads=4 --set head_dim=64 --set qk_rope_head_dim=32 --set q_lora_rank=64 "
     "--set o_groups=4 --set o_lora_rank=64 --set index_n_heads=4 --set index_head_dim=64"
 )
@@ -38,15 +38,15 @@ CUT = (
 # Case -> command line. {out} is the case's output: a folder named like the case (of a GGUF: the folder it goes to).
 # {other case} is the output of that case, made first. Option names may change; a case keeps its name.
 SOURCES = {
-    "synth/tiny": f"synth {{out}} {SMALL}",
+    "synth/tiny": f"synth {{out}} --draft keep {SMALL}",
     "synth/base": f"synth {{out}} --variant base {SMALL}",
     "synth/base-any-scales": f"synth {{out}} --variant base --any-scales {SMALL}",
     "synth/dspark": f"synth {{out}} --variant dspark {SMALL}",
     "synth/vision": f"synth {{out}} --variant vision {SMALL}",
-    "synth/without-draft": f"synth {{out}} --no-mtp {SMALL}",
+    "synth/without-draft": f"synth {{out}} --draft drop {SMALL}",
     "synth/eight": "synth {out} --preset tiny --set o_groups=8 --set index_head_dim=128",
     "synth/one-file": f"synth {{out}} --files 1 --seed 5 {SMALL}",
-    "synth/three-files": f"synth {{out}} --files 3 --layers 2 {SMALL}",
+    "synth/three-files": f"synth {{out}} --files 3 --layers 0-1 {SMALL}",
     "synth/nano": f"synth {{out}} --preset nano {LAYER}",
     "synth/nano-base": f"synth {{out}} --preset nano --variant base --any-scales {LAYER}",
     "synth/flash": f"synth {{out}} --preset flash {CUT}",
@@ -91,7 +91,7 @@ FOLDERS = {
     "f32/bf16": "dequantize {bf16/tiny} {out} --dtype f32",
     "bf16/stacked": "dequantize {bf16-stacked/tiny} {out}",
     "fp8/tiny": "repack {synth/tiny} {out} --experts fp8",
-    "fp8-lossless/tiny": "repack {synth/tiny} {out} --experts fp8 --require-lossless",
+    "fp8-lossless/tiny": "repack {synth/tiny} {out} --experts fp8 --strict",
     "fp8-files/tiny": "repack {synth/tiny} {out} --experts fp8 --max-file-size 700K",
     "fp8/furnished": "repack {furnished} {out} --experts fp8",
     **{
@@ -104,14 +104,14 @@ FOLDERS = {
 
 SHARDS = {
     **{f"mp{mp}/eight": f"shard {{synth/eight}} {{out}} --mp {mp}" for mp in (1, 2, 4, 8)},
-    **{f"mp{mp}-fp8/eight": f"shard {{synth/eight}} {{out}} --mp {mp} --expert-dtype fp8" for mp in (1, 2, 4, 8)},
-    "mp2-fp4/tiny": "shard {synth/tiny} {out} --mp 2 --expert-dtype fp4",
+    **{f"mp{mp}-fp8/eight": f"shard {{synth/eight}} {{out}} --mp {mp} --experts fp8" for mp in (1, 2, 4, 8)},
+    "mp2-fp4/tiny": "shard {synth/tiny} {out} --mp 2 --experts fp4",
     "mp4-ranks/tiny": "shard {synth/tiny} {out} --mp 4 --rank 1 --rank 3",
-    "mp2-draft/dspark": "shard {synth/dspark} {out} --mp 2 --mtp keep",
-    "mp2-without-draft/tiny": "shard {synth/tiny} {out} --mp 2 --mtp drop",
-    "mp2-fp8-without-draft/dspark": "shard {synth/dspark} {out} --mp 2 --expert-dtype fp8 --mtp drop",
-    "mp2-fp8/dspark": "shard {synth/dspark} {out} --mp 2 --expert-dtype fp8",
-    "mp2-fp8/vision": "shard {synth/vision} {out} --mp 2 --expert-dtype fp8",
+    "mp2-draft/dspark": "shard {synth/dspark} {out} --mp 2 --draft keep",
+    "mp2-without-draft/tiny": "shard {synth/tiny} {out} --mp 2 --draft drop",
+    "mp2-fp8-without-draft/dspark": "shard {synth/dspark} {out} --mp 2 --experts fp8 --draft drop",
+    "mp2-fp8/dspark": "shard {synth/dspark} {out} --mp 2 --experts fp8",
+    "mp2-fp8/vision": "shard {synth/vision} {out} --mp 2 --experts fp8",
     **{
         f"mp2/{source}": f"shard {{synth/{source}}} {{out}} --mp 2"
         for source in ("base", "base-any-scales", "dspark", "vision", "without-draft", "nano", "flash", "pro")
@@ -171,14 +171,14 @@ GGUF = {
         for dtype in ("mxfp4", "q8_0", "bf16", "f16", "f32")
     },
     "gguf/dspark/f16-f32": "hf-to-gguf {synth/dspark} {out}/model.gguf --draft split --dense f16 --experts f32",
-    "gguf/tiny/files": "hf-to-gguf {synth/tiny} {out}/model.gguf --draft split --split-max-size 700K",
+    "gguf/tiny/files": "hf-to-gguf {synth/tiny} {out}/model.gguf --draft split --max-file-size 700K",
     "gguf/vision/files": (
-        "hf-to-gguf {synth/vision} {out}/model.gguf --draft split --mmproj split --split-max-size 700K"
+        "hf-to-gguf {synth/vision} {out}/model.gguf --draft split --mmproj split --max-file-size 700K"
     ),
     "gguf/tiny/slice": "hf-to-gguf {synth/tiny} {out}/model.gguf --layers 1-2",
     "gguf/tiny/one-layer": "hf-to-gguf {synth/tiny} {out}/model.gguf --layers 3-3",
     "gguf/tiny/named": "hf-to-gguf {synth/tiny} {out}/model.gguf --name Example --tokenizer-pre joyai-llm",
-    "gguf/tiny/conventional": "hf-to-gguf {synth/tiny} {out} --draft split --split-max-size 1M",
+    "gguf/tiny/conventional": "hf-to-gguf {synth/tiny} {out} --draft split --max-file-size 1M",
     "gguf/furnished/conventional": "hf-to-gguf {furnished} {out} --draft split --mmproj split",
     **{
         f"gguf/{source}/dialect-{draft}": (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
 
+import click
 import pytest
-import typer.main
 
-from dsv4convert.cli import app, register_commands
+from dsv4convert.cli import app
 
 from .command_line import run_cli
 
@@ -23,119 +23,72 @@ def test_command_line_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, "run docs/make_cli_reference.py"
 
 
-class Parameter(NamedTuple):
-    """What a user is told of an argument or an option."""
+# The page and --help are made by the same functions. Here both are held against what the parser accepts.
 
-    names: frozenset[str]
-    value: str  # choices, the placeholder of another value, or nothing for a flag
-    help: str
-    default: str
-    bounds: str
-    required: bool
+BEFORE = "Before the command"
+ENTRY = re.compile(r"- `([^`]+)`: (.+)")
 
 
-# The page is made from the functions behind the commands. Here it is held against what --help prints, which is made
-# from the parser, so that a fault in reading the one does not hide in the other.
-
-BEFORE = "before the command"
-FLAG = re.compile(r"(?<![\w.])--?[a-z][a-z0-9-]*")
-EXTRAS = re.compile(r"  \[([^\[\]]*)\]$")
-CHOICES = re.compile(r"[<\[]([\w.-]+(?:\|[\w.-]+)*)[>\]]$")
-TYPES = {"path", "str", "int", "float"}
-BOUNDS = {
-    "From {} to {}": re.compile(r"(\S+)<=x<=(\S+)"),
-    "At least {}": re.compile(r"x>=(\S+)"),
-    "At most {}": re.compile(r"x<=(\S+)"),
-}
-
-
-def told_by_the_program() -> dict[str, list[Parameter]]:
-    register_commands()
-    group: Any = typer.main.get_command(app)
-    context = group.make_context("dsv4convert", [], resilient_parsing=True)
-    told = {BEFORE: _told(group, context)}
-    for name, command in group.commands.items():
-        if not command.hidden:
-            told[name] = _told(command, command.make_context(name, [], parent=context, resilient_parsing=True))
-    return told
-
-
-def _told(command: Any, context: Any) -> list[Parameter]:
-    records = [(parameter, parameter.get_help_record(context)) for parameter in command.get_params(context)]
-    return [_parameter(parameter, *record) for parameter, record in records if record and "--help" not in record[0]]
-
-
-def _parameter(parameter: Any, name: str, text: str) -> Parameter:
-    found = EXTRAS.search(text)
-    extras = found[1].split("; ") if found else []
-    default = [extra.removeprefix("default: ") for extra in extras if extra.startswith("default: ")]
-    bounds = [
-        words.format(*numbers.groups())
-        for extra in extras
-        for words, pattern in BOUNDS.items()
-        if (numbers := pattern.fullmatch(extra))
-    ]
-    choices = CHOICES.search(name)
-    names = frozenset(FLAG.findall(name.split("<")[0]))
-    value = ""
-    if not names:
-        names = frozenset([str(parameter.metavar or parameter.name.upper())])
-    elif choices and choices[1] not in TYPES:
-        value = choices[1]
-    elif not parameter.is_flag:
-        value = str(parameter.metavar or "VALUE")
-    sentence = EXTRAS.sub("", text).removesuffix(".")
-    return Parameter(names, value, sentence, "".join(default), "".join(bounds), "required" in extras)
-
-
-LINE = re.compile(
-    r"- `(?P<names>[^ ,`]+(?:, [^ ,`]+)*)(?: (?P<value>[^`]+))?`: (?P<help>.*?)\."
-    r"(?: Default: (?P<default>\S+)\.)?(?: (?P<bounds>(?:From|At least|At most) [^ ]+(?: to \S+)?)\.)?"
-)
-
-
-def told_by_the_page() -> dict[str, list[Parameter]]:
-    told: dict[str, list[Parameter]] = {BEFORE: []}
-    command, usage = BEFORE, ""
+def told_by_the_page() -> dict[str, dict[str, str]]:
+    """Return the entries of every section: how an argument or an option is written, and what is said of it."""
+    told: dict[str, dict[str, str]] = {}
+    section: dict[str, str] = {}
     for line in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            command = line.removeprefix("## ")
-        elif line.startswith("    dsv4convert "):
-            usage = line
-            told[command] = []
-        elif line.startswith("- `"):
-            found = LINE.fullmatch(line)
-            assert found, line
-            names = frozenset(FLAG.findall(found["names"]) or [found["names"].strip("[]")])
-            required = f" {found['names']}" in usage and not found["names"].startswith("[")
-            told[command].append(
-                Parameter(
-                    names, found["value"] or "", found["help"], found["default"] or "", found["bounds"] or "", required
-                )
-            )
-    return told
+            section = told.setdefault(line.removeprefix("## "), {})
+        elif found := ENTRY.fullmatch(line):
+            assert found[1] not in section
+            section[found[1]] = found[2]
+    return {name: entries for name, entries in told.items() if entries}
 
 
-def test_the_page_says_of_every_command_and_option_what_the_program_says() -> None:
-    program, page = told_by_the_program(), told_by_the_page()
-    assert list(page) == list(program)
-    for command, parameters in program.items():
-        assert [p.names for p in page[command]] == [p.names for p in parameters], command
-        assert page[command] == parameters, command
+def accepted_by_the_parser() -> dict[str, list[click.Parameter]]:
+    context = app.make_context("dsv4convert", [], resilient_parsing=True)
+    accepted = {BEFORE: app.params}
+    for name in app.list_commands(context):
+        command = app.get_command(context, name)
+        assert command is not None
+        accepted[name] = [p for p in command.params if not (isinstance(p, click.Option) and p.hidden)]
+    return accepted
 
 
-def test_what_the_program_says_is_what_it_prints() -> None:
-    for command, parameters in told_by_the_program().items():
-        printed = run_cli(*([] if command == BEFORE else [command]), "--help").out
-        first_columns = re.findall(r"^  (-.*?)(?:  |$)", printed, re.MULTILINE)
-        flags = {flag for column in first_columns for flag in FLAG.findall(column)}
-        assert {name for p in parameters for name in p.names if name.startswith("-")} == flags - {"-h", "--help"}
-
-
-def test_every_command_and_option_has_help() -> None:
-    for command, parameters in told_by_the_program().items():
+def test_the_page_has_what_the_parser_accepts_and_nothing_else() -> None:
+    page, parser = told_by_the_page(), accepted_by_the_parser()
+    assert list(page) == list(parser)
+    for command, parameters in parser.items():
+        assert len(page[command]) == len(parameters), command
         for parameter in parameters:
-            assert parameter.help, (command, parameter.names)
+            (entry,) = (entry for entry in page[command] if _names(entry) == _spelt(parameter))
+            text = page[command][entry]
+            assert text.endswith(".")
+            assert len(text) > len("Help.")
+            if isinstance(parameter.type, click.Choice):
+                assert entry.endswith(" " + "|".join(parameter.type.choices))
+            if isinstance(parameter.type, click.IntRange) and parameter.type.max is not None:
+                assert f"From {parameter.type.min} to {parameter.type.max}." in text
+            if isinstance(parameter, click.Argument):
+                assert entry.startswith("[") is not parameter.required
+            elif not isinstance(parameter.default, bool | NoneType) and isinstance(
+                parameter.default, str | int | float
+            ):
+                assert text.endswith(f" Default: {parameter.default}.")
+
+
+def _names(entry: str) -> frozenset[str]:
+    return frozenset(re.findall(r"(?<![\w.])--?[a-z][a-z0-9-]*", entry)) or frozenset({entry.strip("[]")})
+
+
+def _spelt(parameter: click.Parameter) -> frozenset[str]:
+    if isinstance(parameter, click.Argument):
+        return frozenset({parameter.metavar or str(parameter.name).upper()})
+    return frozenset({*parameter.opts, *parameter.secondary_opts})
+
+
+def test_the_page_says_what_help_prints() -> None:
+    for command, entries in told_by_the_page().items():
+        printed = " ".join(run_cli(*([] if command == BEFORE else [command]), "--help").out.split())
+        for entry, text in entries.items():
+            assert f"{entry} {text}" in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import typing
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
+import click
 import pytest
 
-from dsv4convert.cli import app, register_commands
+from dsv4convert.cli import app
 
 from .output_digests import CASES, RECORD, Outputs
 
@@ -47,21 +45,17 @@ def test_the_path_of_a_folder_is_in_no_output(tmp_path: Path) -> None:
 
 def _choices() -> set[tuple[str, str]]:
     """Return every command that has an output, with no choice and with every choice of its options."""
-    register_commands()
     found = set()
-    for command in app.registered_commands:
-        hints = typing.get_type_hints(command.callback)
-        if "out" in hints and command.name not in WITHOUT_RECORD:
-            kinds = [kind for name, hint in hints.items() if name not in WITHOUT_EFFECT for kind in _within(hint)]
-            choices = [str(choice.value) for kind in kinds if issubclass(kind, Enum) for choice in kind]
-            found |= {(str(command.name), choice) for choice in ["", *choices]}
+    context = app.make_context("dsv4convert", [], resilient_parsing=True)
+    for name in app.list_commands(context):
+        command = app.get_command(context, name)
+        assert command is not None
+        if name in WITHOUT_RECORD or all(parameter.name != "out" for parameter in command.params):
+            continue
+        options = [parameter for parameter in command.params if parameter.name not in WITHOUT_EFFECT]
+        kinds = [option.type for option in options if isinstance(option.type, click.Choice)]
+        found |= {(name, choice) for choice in ["", *(choice for kind in kinds for choice in kind.choices)]}
     return found
-
-
-def _within(hint: Any) -> list[type]:
-    """Return the classes of a type: those of its members, if it has any."""
-    inner = [kind for member in typing.get_args(hint) for kind in _within(member)]
-    return inner or [hint] if isinstance(hint, type) else inner
 
 
 @pytest.mark.parametrize(("command", "choice"), sorted(_choices()))

@@ -1,6 +1,6 @@
 """The command line: parses, calls the library, prints; no tensor work happens here.
 
-Each module of this package holds the commands of one subject and registers them on the app.
+Each module of this package holds the commands of one subject, and is imported when one of them is run.
 """
 
 from __future__ import annotations
@@ -9,47 +9,34 @@ import gc
 import os
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import NoReturn
 
-import typer
-from typer.core import TyperGroup
+import click
 
 from .. import __version__
-from ..errors import Dsv4Error, RunInterruptedError, SpaceError, escape_control
+from ..errors import Dsv4Error, RunInterruptedError, SpaceError, UsageError, escape_control
+from .parsing import Commands, Option, raise_usage_error
 
-# The commands that multiply matrices. For the others numpy's matrix library need not start a thread for every
-# processor: on sixteen of them that takes a quarter of a second, and two seconds of their time.
-MULTIPLYING_COMMANDS = frozenset({"forward", "compare"})
-MATRIX_THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
+PROGRAM = "dsv4convert"
 
+# Command -> module of this package that holds it; help lists the commands in this order.
+MODULES = {
+    "hf-to-gguf": "gguf",
+    "shard": "shard",
+    "unshard": "shard",
+    "dequantize": "folders",
+    "repack": "folders",
+    "verify": "verify",
+    "inspect": "inspect",
+    "forward": "forward",
+    "compare": "forward",
+    "synth": "synth",
+    "demo": "demo",
+}
 
-class _Commands(TyperGroup):
-    """The commands; a Ctrl-C in any of them is an error of ours, which typer would end without a word."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        found = super().resolve_command(ctx, args)
-        if found[0] not in MULTIPLYING_COMMANDS:
-            os.environ.setdefault(MATRIX_THREADS_VARIABLE, "1")
-        return found
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise RunInterruptedError("interrupted") from None
-
-
-app = typer.Typer(
-    name="dsv4convert",
-    cls=_Commands,
-    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
-    no_args_is_help=True,
-    # Plain help: rich would take longer to load than everything else together.
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# Set by the scripts that --show-completion prints, when a shell asks for completions.
+COMPLETION_VARIABLE = "_DSV4CONVERT_COMPLETE"
+SHELLS = ("bash", "zsh", "fish")
 
 INTERNAL_ERROR_CODE = 70
 
@@ -63,33 +50,58 @@ GC_THRESHOLD = (100_000, 20, 20)
 _debug = False
 
 
-def _version(wanted: bool) -> None:
+def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
         from ..formats.backend import describe_codecs
 
-        typer.echo(f"dsv4convert {__version__}, {describe_codecs()}")
-        raise typer.Exit
+        click.echo(f"{PROGRAM} {__version__}, {describe_codecs()}")
+        ctx.exit()
 
 
-@app.callback()
-def _global_options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _print_completion(ctx: click.Context, option: click.Parameter, shell: str | None) -> None:
+    if shell is not None:
+        from click.shell_completion import get_completion_class
+
+        kind = get_completion_class(shell)
+        if kind is None:
+            raise UsageError(f"no completion for {shell}", expected=", ".join(SHELLS))
+        click.echo(kind(app, {}, PROGRAM, COMPLETION_VARIABLE).source())
+        ctx.exit()
+
+
+def _keep_debug(ctx: click.Context, option: click.Parameter, debug: bool) -> None:
     global _debug
     _debug = debug
 
 
-def register_commands() -> None:
-    """Add the commands of every module, in the order in which ``--help`` lists them; once."""
-    if app.registered_commands:
-        return
-    from . import demo, folders, forward, gguf, inspect, shard, synth, verify
-
-    for module in (gguf, shard, folders, verify, inspect, forward, synth, demo):
-        module.register(app)
+app = Commands(
+    PROGRAM,
+    modules=MODULES,
+    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    params=[
+        Option(
+            ["--debug"], is_flag=True, expose_value=False, callback=_keep_debug, help="Show the traceback of an error."
+        ),
+        Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_version,
+            help="Show the version and the codecs in use, and exit.",
+        ),
+        Option(
+            ["--show-completion"],
+            type=click.Choice(SHELLS),
+            is_eager=True,
+            expose_value=False,
+            callback=_print_completion,
+            help='Print the completion script of a shell and exit; for bash: eval "$(dsv4convert --show-completion '
+            'bash)" in ~/.bashrc.',
+        ),
+    ],
+)
 
 
 def main() -> None:
@@ -97,8 +109,7 @@ def main() -> None:
     _heed_stop_signals()
     gc.set_threshold(*GC_THRESHOLD)
     try:
-        register_commands()
-        app()
+        run(sys.argv[1:])
     except Dsv4Error as error:
         if _debug:
             raise
@@ -121,6 +132,27 @@ def main() -> None:
             "this is a bug: please report it with the output of --debug\n"
         )
         sys.exit(INTERNAL_ERROR_CODE)
+
+
+def run(arguments: list[str]) -> None:
+    """Run the command that the arguments name, or print the completions that a shell asks for.
+
+    Raises:
+        SystemExit: the program ends, with this exit code.
+        Dsv4Error: arguments that are wrong, or what the command raises.
+    """
+    instruction = os.environ.get(COMPLETION_VARIABLE)
+    if instruction:
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(app, {}, PROGRAM, COMPLETION_VARIABLE, instruction))
+    try:
+        with app.make_context(PROGRAM, arguments or ["--help"]) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        raise_usage_error(error)
 
 
 def _fail(error: Dsv4Error) -> NoReturn:

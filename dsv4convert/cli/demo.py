@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
+
+from .parsing import TRY, command, option
 
 
-def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0) -> None:
+@command("demo", panel=TRY, example="dsv4convert demo")
+@option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Random seed of the weights.")
+def demo(seed: int) -> None:
     """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
     from ..api import convert_gguf, verify
     from ..containers.gguf import open_gguf
@@ -19,27 +22,25 @@ def demo(seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] 
     with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:
         folder = Path(name)
         made = write_synth(folder / "checkpoint", "tiny", seed=seed)
-        typer.echo(
+        click.echo(
             f"1. made a DeepSeek-V4 checkpoint of {made.tensors} tensors, {human_bytes(made.payload_bytes)}, "
             f"in {made.files} safetensors files"
         )
-        typer.echo("2. converted it:")
+        click.echo("2. converted it:")
         out = folder / "model.gguf"
         print_summary(convert_gguf(folder / "checkpoint", out, threads=2))
         model = open_gguf(out)
         kinds: dict[str, int] = {}
         for tensor in model.tensors.values():
             kinds[tensor.type] = kinds.get(tensor.type, 0) + 1
-        typer.echo(
+        click.echo(
             f"3. read it back: {model.metadata['general.architecture']}, {len(model.metadata)} keys, "
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         )
         report = verify(folder / "checkpoint", out, threads=1)
-        typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
+        click.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
         if not report.ok:
-            raise typer.Exit(code=12)
+            raise click.exceptions.Exit(12)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("demo")(demo)
+COMMANDS = (demo,)

@@ -2,90 +2,72 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Annotated
+from pathlib import Path
 
-import typer
+import click
 
-from .options import MaxFileSize, OutFolder, RunOptions, Source, with_run_options
-
-
-class DtypeName(str, Enum):
-    bf16 = "bf16"
-    f16 = "f16"
-    f32 = "f32"
+from .options import RunOptions, max_tensor_file_size_option, out_folder_argument, run_options, source_argument
+from .parsing import CONTENT, CONVERT, TYPES, command, option
 
 
-class NameStyle(str, Enum):
-    official = "official"
-    transformers = "transformers"
-
-
-class RepackedExperts(str, Enum):
-    fp8 = "fp8"
-
-
-@with_run_options
+@command("dequantize", panel=CONVERT, example="dsv4convert dequantize DeepSeek-V4-Flash DeepSeek-V4-Flash-BF16")
+@source_argument
+@out_folder_argument
+@option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32"]),
+    default="bf16",
+    show_default=True,
+    panel=TYPES,
+    help="Type of all weights; F32 and integer tensors stay as they are.",
+)
+@option(
+    "--strict",
+    is_flag=True,
+    panel=TYPES,
+    help="Fail if a value leaves the range of the type or is rounded.",
+)
+@option(
+    "--names",
+    type=click.Choice(["official", "transformers"]),
+    default="official",
+    show_default=True,
+    panel=CONTENT,
+    help="Naming scheme of the tensors: the published names, or those of transformers with stacked experts.",
+)
+@max_tensor_file_size_option
+@run_options
 def dequantize(
-    source: Source,
-    out: OutFolder,
-    dtype: Annotated[
-        DtypeName, typer.Option(help="Type of the weights; F32 and integer tensors stay as they are.")
-    ] = DtypeName.bf16,
-    names: Annotated[
-        NameStyle, typer.Option(help="The published names, or transformers' with the experts stacked.")
-    ] = NameStyle.official,
-    max_file_size: MaxFileSize = "5GB",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail where a value leaves the type's range or is rounded.")
-    ] = False,
-    *,
-    run: RunOptions,
+    source: Path, out: Path, dtype: str, strict: bool, names: str, max_file_size: str, *, run: RunOptions
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
     from ..api import dequantize as dequantize_folder
     from .report import run_conversion
 
     run_conversion(
-        dequantize_folder,
-        run,
-        source,
-        out,
-        dtype=dtype.value,
-        names=names.value,
-        max_file_size=max_file_size,
-        strict=strict,
+        dequantize_folder, run, source, out, dtype=dtype, names=names, max_file_size=max_file_size, strict=strict
     )
 
 
-@with_run_options
-def repack(
-    source: Source,
-    out: OutFolder,
-    experts: Annotated[RepackedExperts, typer.Option(help="What becomes of the FP4 experts.", show_default=False)],
-    max_file_size: MaxFileSize = "5GB",
-    require_lossless: Annotated[
-        bool, typer.Option("--require-lossless", help="Fail where any element changes.")
-    ] = False,
-    *,
-    run: RunOptions,
-) -> None:
+@command("repack", panel=CONVERT, example="dsv4convert repack DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --experts fp8")
+@source_argument
+@out_folder_argument
+@option("--experts", type=click.Choice(["fp8"]), required=True, panel=TYPES, help="Type of the routed experts.")
+@option(
+    "--strict",
+    aliases=["--require-lossless"],
+    is_flag=True,
+    panel=TYPES,
+    help="Fail if the conversion changes an element.",
+)
+@max_tensor_file_size_option
+@run_options
+def repack(source: Path, out: Path, experts: str, strict: bool, max_file_size: str, *, run: RunOptions) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
     from ..api import repack as repack_folder
     from .report import run_conversion
 
-    run_conversion(
-        repack_folder,
-        run,
-        source,
-        out,
-        experts=experts.value,
-        max_file_size=max_file_size,
-        strict=require_lossless,
-    )
+    run_conversion(repack_folder, run, source, out, experts=experts, max_file_size=max_file_size, strict=strict)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("dequantize")(dequantize)
-    app.command("repack")(repack)
+COMMANDS = (dequantize, repack)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyError, escape_control
-from .options import Json, Overwrite
+from .options import LAYERS_METAVAR, json_option, leading_layers, overwrite_option
+from .parsing import (
+    COMPARISON,
+    FOLDER,
+    PATH,
+    PROMPT,
+    RUN,
+    RUN_MODEL,
+    argument,
+    command,
+    option,
+)
 
 if TYPE_CHECKING:
     from ..checkpoint.tokenizer import Tokenizer
@@ -18,65 +30,125 @@ if TYPE_CHECKING:
     from ..reference.goldens import Goldens
     from ..reference.weights.protocol import Array
 
-ModelPath = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL", help="A checkpoint folder, a .gguf or a folder of shards.", show_default=False),
-]
-RunPath = Annotated[Path, typer.Argument(help="A model in any layout, or a folder of goldens.", show_default=False)]
-Tokens = Annotated[
-    Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
-    typer.Option(help="Token ids, such as 0,17,5.", show_default=False),
-]
-Text = Annotated[Optional[str], typer.Option(help="A text for the tokenizer.", show_default=False)]  # noqa: UP045
-Chat = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(help="A JSON file with messages, for the chat template.", show_default=False),
-]
-TokenizerFolder = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(
-        "--tokenizer", help="Folder with a tokenizer.json; the model's own when left out.", show_default=False
-    ),
-]
-Layers = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="Run only so many layers, then the head.", show_default=False),
-]
-Rounding = Annotated[
-    bool,
-    typer.Option("--activation-rounding", help="Round activations as the published FP8 and FP4 kernels do."),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of what is random.")]
-
 DEFAULT_TOLERANCE = 1e-5
+RESULT = "Result"
 
 
+class _NotNegative(click.FloatRange):
+    """A number from 0 on; NaN, which no comparison refuses, is none."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
+tokens_option = option("--tokens", metavar="IDS", panel=PROMPT, help="Token ids, e.g. 0,17,5.")
+text_option = option("--text", metavar="TEXT", panel=PROMPT, help="Text, encoded by the tokenizer.")
+chat_option = option(
+    "--chat", type=PATH, metavar="FILE", panel=PROMPT, help="JSON file of messages, rendered by the chat template."
+)
+tokenizer_option = option(
+    "--tokenizer",
+    type=FOLDER,
+    metavar="FOLDER",
+    panel=PROMPT,
+    help="Folder with a tokenizer.json; by default the model's own tokenizer.",
+)
+seed_option = option(
+    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, panel=PROMPT, help="Random seed."
+)
+layers_option = option(
+    "--layers",
+    metavar=LAYERS_METAVAR,
+    panel=RUN,
+    help="Range of layers to run before the head, from layer 0, e.g. 0-3; by default all.",
+)
+rounding_option = option(
+    "--activation-rounding",
+    is_flag=True,
+    panel=RUN,
+    help="Round activations as the published FP8 and FP4 kernels do.",
+)
+
+
+@command(
+    "forward", panel=RUN_MODEL, example='dsv4convert forward DeepSeek-V4-Flash.gguf --text "The capital of France is"'
+)
+@argument("path", type=PATH, metavar="MODEL", description="Checkpoint folder, .gguf file or folder of shards.")
+@tokens_option
+@text_option
+@chat_option
+@tokenizer_option
+@option(
+    "--generate",
+    type=click.IntRange(0),
+    metavar="N",
+    default=0,
+    show_default=True,
+    panel=PROMPT,
+    help="Number of tokens to continue the prompt by.",
+)
+@option(
+    "--temperature",
+    type=_NotNegative(),
+    metavar="T",
+    default=0.0,
+    show_default=True,
+    panel=PROMPT,
+    help="Sampling temperature; 0 takes the likeliest token.",
+)
+@seed_option
+@layers_option
+@rounding_option
+@option(
+    "--top",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    default=5,
+    show_default=True,
+    panel=RESULT,
+    help="Number of next-token candidates to print per position.",
+)
+@option("--logits", type=PATH, metavar="FILE", panel=RESULT, help=".npy file for the logits of every position.")
+@option(
+    "--goldens",
+    type=FOLDER,
+    metavar="FOLDER",
+    panel=RESULT,
+    help="Folder for every activation, one .npy file each.",
+)
+@option(
+    "--record-last",
+    type=click.IntRange(1),
+    metavar="N",
+    panel=RESULT,
+    help="Number of last positions whose activations --goldens writes; by default all.",
+)
+@overwrite_option
+@json_option
 def forward(
-    path: ModelPath,
-    tokens: Tokens = None,
-    text: Text = None,
-    chat: Chat = None,
-    tokenizer: TokenizerFolder = None,
-    top: Annotated[int, typer.Option(min=1, max=100, help="Print so many of the likeliest next tokens.")] = 5,
-    logits: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Write the logits of every position to this .npy.", show_default=False),
-    ] = None,
-    goldens: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Write every activation to this folder, an .npy each.", show_default=False),
-    ] = None,
-    record_last: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="With --goldens: only those of so many last positions.", show_default=False),
-    ] = None,
-    layers: Layers = None,
-    generate: Annotated[int, typer.Option(min=0, help="Continue the prompt by so many tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
-    seed: Seed = 0,
-    activation_rounding: Rounding = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    path: Path,
+    tokens: str | None,
+    text: str | None,
+    chat: Path | None,
+    tokenizer: Path | None,
+    generate: int,
+    temperature: float,
+    seed: int,
+    layers: str | None,
+    activation_rounding: bool,
+    top: int,
+    logits: Path | None,
+    goldens: Path | None,
+    record_last: int | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Run a model in numpy, float32, and print the likeliest next tokens of every position."""
     from ..api import load_model
@@ -89,7 +161,9 @@ def forward(
         raise UsageError("--record-last goes with --goldens")
     _check_new(logits, overwrite)
     # Weights are wanted once per run, but again for every generated token.
-    model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
+    model = load_model(
+        path, layers=leading_layers(layers), activation_rounding=activation_rounding, cached=generate > 0
+    )
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
     prompt = _prompt(tokens, text, chat, vocabulary)
     if prompt is None:
@@ -97,7 +171,7 @@ def forward(
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
-        typer.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
+        click.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
         if logits is None and not generate:
             return
     state = model.new_state()
@@ -113,45 +187,66 @@ def forward(
         print_json(document)
         return
     for position in positions:
-        typer.echo(_position_line(position))
+        click.echo(_position_line(position))
     if generate:
-        typer.echo("generated: " + ",".join(map(str, continuation)))
+        click.echo("generated: " + ",".join(map(str, continuation)))
         if vocabulary is not None:
-            typer.echo(escape_control(_text_of(continuation, vocabulary) or ""))
+            click.echo(escape_control(_text_of(continuation, vocabulary) or ""))
 
 
+@command(
+    "compare",
+    panel=RUN_MODEL,
+    example="dsv4convert compare DeepSeek-V4-Flash DeepSeek-V4-Flash.gguf --random 32 --layers 0-3",
+)
+@argument("a", type=PATH, description="Model in any layout, or folder of goldens; the reference.")
+@argument("b", type=PATH, description="Model in any layout, or folder of goldens.")
+@tokens_option
+@text_option
+@chat_option
+@option("--random", type=click.IntRange(1), metavar="N", panel=PROMPT, help="Number of random tokens; see --seed.")
+@seed_option
+@tokenizer_option
+@layers_option
+@rounding_option
+@option(
+    "--tolerance",
+    type=_NotNegative(),
+    metavar="ERROR",
+    default=DEFAULT_TOLERANCE,
+    show_default=True,
+    panel=COMPARISON,
+    help="Maximum relative RMSE of any sub-block.",
+)
+@option(
+    "--median",
+    is_flag=True,
+    panel=COMPARISON,
+    help="Apply the tolerance to the median position instead of all positions.",
+)
+@option("--plot", type=PATH, metavar="FILE", panel=RESULT, help=".png file for a plot of the error by layer.")
+@json_option
 def compare(
-    a: RunPath,
-    b: RunPath,
-    tokens: Tokens = None,
-    text: Text = None,
-    chat: Chat = None,
-    random: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="So many random tokens (see --seed).", show_default=False),
-    ] = None,
-    seed: Seed = 0,
-    tokenizer: TokenizerFolder = None,
-    layers: Layers = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest relative RMSE that any sub-block may have.")
-    ] = DEFAULT_TOLERANCE,
-    median: Annotated[
-        bool,
-        typer.Option("--median", help="Hold the median position against the tolerance, not all of them."),
-    ] = False,
-    activation_rounding: Rounding = False,
-    plot: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Draw the error by layer to this .png.", show_default=False),
-    ] = None,
-    as_json: Json = False,
+    a: Path,
+    b: Path,
+    tokens: str | None,
+    text: str | None,
+    chat: Path | None,
+    random: int | None,
+    seed: int,
+    tokenizer: Path | None,
+    layers: str | None,
+    activation_rounding: bool,
+    tolerance: float,
+    median: bool,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
     from ..reference.compare import compare as compare_runs
     from .report import print_json
 
-    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, layers, activation_rounding)
+    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, leading_layers(layers), activation_rounding)
     comparison = compare_runs(*runs)
     if plot is not None:
         from ..reference.plot import plot_errors
@@ -176,11 +271,7 @@ def compare(
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("forward")(forward)
-    app.command("compare")(compare)
-
+COMMANDS = (forward, compare)
 
 # ---- prompts ------------------------------------------------------------------------------------------
 
@@ -348,7 +439,7 @@ def _check_same_shapes(a: Model, b: Model) -> None:
             "the models differ in num_hidden_layers",
             expected=a.n_layers,
             got=b.n_layers,
-            hint="--layers runs the first ones only",
+            hint="--layers 0-N runs the first layers of both",
         )
     ratios = [model.config.compress_ratios[: model.n_layers] for model in (a, b)]
     if ratios[0] != ratios[1]:
@@ -356,17 +447,17 @@ def _check_same_shapes(a: Model, b: Model) -> None:
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    typer.echo(f"{'sub-block':<44} {'RMSE':>9} {'relative':>9} {'median':>9} {'1 - cosine':>10} {'largest':>9}")
+    click.echo(f"{'sub-block':<44} {'RMSE':>9} {'relative':>9} {'median':>9} {'1 - cosine':>10} {'largest':>9}")
     for d in comparison.differences:
         if d.agreement is not None:
-            typer.echo(f"{d.name:<44} {d.agreement:.4%} of the choices agree")
+            click.echo(f"{d.name:<44} {d.agreement:.4%} of the choices agree")
         else:
-            typer.echo(
+            click.echo(
                 f"{d.name:<44} {d.rmse:9.2e} {d.relative_rmse:9.2e} {d.median_relative_rmse:9.2e} "
                 f"{1 - (d.cosine or 0):10.2e} {d.largest:9.2e}"
             )
     logits = comparison.logits
-    typer.echo(
+    click.echo(
         f"next token of {logits.positions} positions: argmax agrees in {logits.argmax_agreement:.2%}; "
         f"KL(A||B) mean {logits.kl_mean:.3g}, largest {logits.kl_max:.3g} nats; "
         f"cosine median {logits.cosine_median:.7f}, smallest {logits.cosine_min:.7f}"
@@ -382,6 +473,6 @@ def _verdict(comparison: Comparison, beyond: Difference | None, tolerance: float
             got=f"{beyond.error(median):.3g}",
         )
     if not quiet:
-        typer.echo(
+        click.echo(
             f"the same within {tolerance:g}: the largest relative RMSE is {worst.error(median):.3g} ({worst.name})"
         )

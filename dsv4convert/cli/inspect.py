@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-Target = Annotated[
-    Path,
-    typer.Argument(
-        help="A checkpoint folder, a .gguf (any file of a split one) or a folder of shards.", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the description as JSON.")]
+from .options import json_option
+from .parsing import CHECK, PATH, argument, command
 
 
-def inspect(path: Target, as_json: AsJson = False) -> None:
-    """Describe a checkpoint, a GGUF or a folder of shards, from headers alone."""
+@command("inspect", panel=CHECK, example="dsv4convert inspect DeepSeek-V4-Flash.gguf")
+@argument("path", type=PATH, description="Checkpoint folder, .gguf file (any file of a split one) or folder of shards.")
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Describe a checkpoint, a GGUF or a folder of shards from its headers alone."""
     from ..api import inspect as inspect_path
     from .report import print_json
 
@@ -26,9 +23,7 @@ def inspect(path: Target, as_json: AsJson = False) -> None:
         print_json(description.as_json())
     else:
         for line in description.lines():
-            typer.echo(line)
+            click.echo(line)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("inspect")(inspect)
+COMMANDS = (inspect,)

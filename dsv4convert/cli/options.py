@@ -2,80 +2,131 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any, Optional, get_type_hints
+from functools import wraps
+from typing import Any
 
-import typer
+import click
 
-Source = Annotated[Path, typer.Argument(help="Checkpoint folder: config.json and safetensors.", show_default=False)]
-OutFolder = Annotated[Path, typer.Argument(help="Folder to write; it appears whole.", show_default=False)]
-MaxFileSize = Annotated[str, typer.Option("--max-file-size", help="Largest file; a larger tensor gets its own.")]
-Threads = Annotated[
-    Optional[int],  # noqa: UP045 - typer evaluates it on Python 3.10
-    typer.Option("--threads", min=1, max=256, help="Worker threads; all processors, at most 16, when left out."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+from ..errors import UsageError
+from .parsing import CONTENT, FOLDER, REPORT, RUN, argument, option
+
+SOURCE_HELP = "Checkpoint folder with config.json and safetensors files."
+
+source_argument = argument("source", type=FOLDER, description=SOURCE_HELP)
+out_folder_argument = argument(
+    "out", type=FOLDER, description="Folder to write; it appears under its name once it is complete."
+)
 
 
-class DeviceName(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
+def draft_option(*modes: str, default: str | None = None, help: str) -> Callable[..., Any]:
+    """Return the option that says what becomes of the draft, of the modes keep, drop, only and split those given."""
+    return option(
+        "--draft",
+        aliases=["--mtp"],
+        type=click.Choice(modes),
+        default=default,
+        show_default=default is not None,
+        panel=CONTENT,
+        help=help,
+    )
+
+
+def max_file_size_option(default: str | None, help: str) -> Callable[..., Any]:
+    """Return the option that limits the size of output files."""
+    return option(
+        "--max-file-size",
+        aliases=["--split-max-size"],
+        metavar="SIZE",
+        default=default,
+        show_default=default is not None,
+        panel=CONTENT,
+        help=help,
+    )
+
+
+max_tensor_file_size_option = max_file_size_option(
+    "5GB", "Maximum file size, e.g. 5GB; a larger tensor is written to a file of its own."
+)
+threads_option = option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    panel=RUN,
+    help="Number of worker threads; by default one per processor, 16 at most.",
+)
+overwrite_option = option("--overwrite", is_flag=True, panel=RUN, help="Replace an existing output.")
+quiet_option = option("--quiet", "-q", is_flag=True, panel=REPORT, help="Print errors only.")
+json_option = option("--json", "as_json", is_flag=True, panel=REPORT, help="Print the summary as JSON.")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to carry out a plan: the options that every converting command has."""
+    """How to carry out a conversion: the values of the options that every converting command has."""
 
-    threads: Threads = None
-    overwrite: Overwrite = False
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same conversion.")] = (
-        False
-    )
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the work of an interrupted run and start over.")] = (
-        False
-    )
-    device: Annotated[
-        DeviceName, typer.Option("--device", help="Where values are converted: cuda needs an NVIDIA GPU.")
-    ] = DeviceName.cpu
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, with the disk and memory it needs, and stop.")
-    ] = False
-    quiet: Quiet = False
-    as_json: Json = False
+    threads: int | None
+    overwrite: bool
+    resume: bool
+    fresh: bool
+    device: str
+    dry_run: bool
+    quiet: bool
+    as_json: bool
 
 
-def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose last parameter is ``run: RunOptions``, the options of RunOptions as its own.
+RUN_OPTIONS = (
+    threads_option,
+    overwrite_option,
+    option("--resume", is_flag=True, panel=RUN, help="Continue an interrupted run of the same conversion."),
+    option("--fresh", is_flag=True, panel=RUN, help="Discard the work of an interrupted run and start over."),
+    option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        panel=RUN,
+        help="Processor that converts the values; cuda needs an NVIDIA GPU.",
+    ),
+    option("--dry-run", is_flag=True, panel=RUN, help="Print the plan with the disk and memory it needs, and stop."),
+    quiet_option,
+    json_option,
+)
 
-    Typer knows no groups of options: it reads a signature. So the wrapper has one in which the fields
-    of RunOptions stand in the place of ``run``.
+
+def run_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``RunOptions``; it gets their values as ``run``."""
+    names = [field.name for field in fields(RunOptions)]
+
+    @wraps(function)
+    def wrapper(**values: Any) -> None:
+        run = RunOptions(**{name: values.pop(name) for name in names})
+        function(**values, run=run)
+
+    decorated: Callable[..., None] = wrapper
+    for decorate in reversed(RUN_OPTIONS):
+        decorated = decorate(decorated)
+    return decorated
+
+
+LAYERS_METAVAR = "FIRST-LAST"
+
+
+def leading_layers(text: str | None) -> int | None:
+    """Return how many layers a range such as ``0-3`` has, which must start at layer 0; None for None.
+
+    >>> leading_layers("0-3")
+    4
+
+    Raises:
+        UsageError: not a range, or one that starts elsewhere.
     """
-    hints = get_type_hints(RunOptions, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(RunOptions)
-    ]
-    own_hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=own_hints[name])
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "run"
-    ]
+    from ..api import parse_layers
 
-    def wrapper(*args: Any, **values: Any) -> None:
-        run = RunOptions(**{parameter.name: values.pop(parameter.name) for parameter in added})
-        command(*args, **values, run=run)
-
-    signature = inspect.Signature([*own, *added])
-    wrapper.__name__ = command.__name__
-    wrapper.__doc__ = command.__doc__
-    wrapper.__signature__ = signature  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
-    return wrapper
+    if text is None:
+        return None
+    first, last = parse_layers(text)
+    if first != 0:
+        hint = f"--layers 0-{first - 1} takes the first {first} layers" if first == last else f"use --layers 0-{last}"
+        raise UsageError("--layers must start at layer 0", expected="such as 0-3", got=text, hint=hint)
+    return last + 1

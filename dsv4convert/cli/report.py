@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
+import click
 
 from ..errors import escape_control
 from .options import RunOptions
@@ -54,7 +54,7 @@ def human_seconds(seconds: float) -> str:
 
 def print_json(document: Any) -> None:
     """Print a JSON document on stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _plain_lines() -> Progress:
             return
         last = now
         rate = done / (now - started)
-        typer.echo(
+        click.echo(
             f"{done / total:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {human_bytes(rate)}/s  "
             f"{human_seconds((total - done) / rate)} left",
             err=True,
@@ -118,24 +118,24 @@ def print_summary(summary: Summary) -> None:
     from ..formats.backend import NUMPY, describe_codecs
 
     if summary.resumed_bytes == summary.written_bytes:
-        typer.echo("finished by an earlier run; nothing was left to do")
+        click.echo("finished by an earlier run; nothing was left to do")
     for path, size in summary.files:
-        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
-    typer.echo(f"{summary.tensors} tensors")
+        click.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
+    click.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
-        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
+        click.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
     for note in summary.notes:
-        typer.echo(f"note: {escape_control(note)}")
+        click.echo(f"note: {escape_control(note)}")
     for counted in summary.counted[:MAX_COUNTED_LINES]:
         kinds = ", ".join(
             f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key]
         )
-        typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
+        click.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
     if len(summary.counted) > MAX_COUNTED_LINES:
-        typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
+        click.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
     if summary.backend == NUMPY:
-        typer.echo(f"note: {describe_codecs()}")
-    typer.echo(
+        click.echo(f"note: {describe_codecs()}")
+    click.echo(
         f"{human_seconds(summary.seconds)}, {human_bytes(summary.bytes_per_second)}/s, "
         f"peak memory {human_bytes(summary.peak_memory_bytes)}"
     )
@@ -144,20 +144,20 @@ def print_summary(summary: Summary) -> None:
 def print_plan(document: dict[str, Any]) -> None:
     """Print a dry run, as ``DryRun.as_json`` gives it."""
     for file in document["files"]:
-        typer.echo(
+        click.echo(
             f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors"
         )
     for entry in document["dropped"]:
         size = human_bytes(entry["nbytes"])
-        typer.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {size} ({entry['reason']})")
+        click.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {size} ({entry['reason']})")
     for note in document["notes"]:
-        typer.echo(f"note: {escape_control(note)}")
+        click.echo(f"note: {escape_control(note)}")
     for what, needed, there in (
         ("disk", document["disk_needed"], document["disk_free"]),
         ("memory", document["memory_needed"], document["memory_available"]),
     ):
         verdict = "enough" if needed <= there else "NOT ENOUGH"
-        typer.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
+        click.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
 
 
 def run_conversion(
@@ -172,7 +172,7 @@ def run_conversion(
             overwrite=run.overwrite,
             resume=run.resume,
             fresh=run.fresh,
-            device=run.device.value,
+            device=run.device,
             dry_run=run.dry_run,
             progress=progress,
             **options,

@@ -3,99 +3,125 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Any
 
-import typer
+import click
 
 from ..errors import UsageError, escape_control
-from .options import Json, Overwrite, Quiet
+from .options import LAYERS_METAVAR, json_option, leading_layers, overwrite_option, quiet_option
+from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
 
 
-class Preset(str, Enum):
-    tiny = "tiny"
-    nano = "nano"
-    flash = "flash"
-    pro = "pro"
-    v41_tiny = "v41-tiny"
-    v41_flash = "v41-flash"
-
-
-class Variant(str, Enum):
-    base = "base"
-    dspark = "dspark"
-    vision = "vision"
-
-
+@command("synth", panel=TRY, example="dsv4convert synth tiny --variant dspark --seed 7")
+@argument("out", type=FOLDER, description="Folder to write.")
+@option(
+    "--preset",
+    type=click.Choice(["tiny", "nano", "flash", "pro", "v41-tiny", "v41-flash"]),
+    default="tiny",
+    show_default=True,
+    panel=SIZE,
+    help="Model and sizes: tiny and v41-tiny have every kind of tensor in 5 to 8 MB, nano has half a billion "
+    "parameters, flash, pro and v41-flash have the published sizes.",
+)
+@option("--layers", metavar=LAYERS_METAVAR, panel=SIZE, help="Range of layers to keep, from layer 0, e.g. 0-3.")
+@option(
+    "--ratios",
+    metavar="LIST",
+    panel=SIZE,
+    help="Compress ratios of the layers, e.g. 0,4,128,4, in place of those of the preset.",
+)
+@option(
+    "--routed-experts",
+    aliases=["--experts"],
+    type=click.IntRange(1),
+    metavar="N",
+    panel=SIZE,
+    help="Number of routed experts per layer.",
+)
+@option("--vocab", type=click.IntRange(1), metavar="N", panel=SIZE, help="Vocabulary size.")
+@option(
+    "--engram-rows",
+    type=click.IntRange(1),
+    metavar="N",
+    panel=SIZE,
+    help="Minimum number of rows of each n-gram table of V4.1.",
+)
+@option(
+    "--variant",
+    type=click.Choice(["base", "dspark", "vision"]),
+    panel=CONTENT,
+    help="base: FP8 experts with F32 scales; dspark: DSpark drafts; vision: DSpark drafts and a vision tower.",
+)
+@option(
+    "--draft",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    panel=CONTENT,
+    help="MTP layers or DSpark stages: write them or leave them out.",
+)
+@option("--mtp/--no-mtp", "with_draft", default=None, hidden=True, help="Old name of --draft.")
+@option("--files", type=int, metavar="N", panel=CONTENT, help="Number of safetensors files; a single one has no index.")
+@option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    panel=CONTENT,
+    help="Key of config.json to replace; can be repeated.",
+)
+@option(
+    "--power-of-two-scales/--any-scales",
+    default=True,
+    panel=CONTENT,
+    help="Values of the F32 scales of --variant base: powers of two (default) or any.",
+)
+@option("--seed", type=int, metavar="N", default=0, show_default=True, panel=CONTENT, help="Random seed.")
+@option(
+    "--headers-only", is_flag=True, panel=CONTENT, help="Write sparse files: true headers and sizes without payload."
+)
+@overwrite_option
+@quiet_option
+@json_option
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    preset: Annotated[
-        Preset,
-        typer.Option(
-            help="tiny, v41-tiny: every kind of tensor in 5 to 8 MB; nano: 0.5 billion parameters; others: published."
-        ),
-    ] = Preset.tiny,
-    variant: Annotated[
-        Optional[Variant],  # noqa: UP045
-        typer.Option(help="FP8 experts with F32 scales, DSpark drafts, or drafts and a vision tower."),
-    ] = None,
-    layers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Keep this many leading layers.", show_default=False),
-    ] = None,
-    ratios: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Layers of these compress ratios instead, such as 0,4,128,4.", show_default=False),
-    ] = None,
-    experts: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Routed experts per layer.", show_default=False),
-    ] = None,
-    vocab: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Vocabulary size.", show_default=False),
-    ] = None,
-    engram_rows: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Rows of each n-gram table of V4.1, at least.", show_default=False),
-    ] = None,
-    files: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="How many safetensors files; 1 has no index.", show_default=False),
-    ] = None,
-    mtp: Annotated[bool, typer.Option(help="With or without the draft layers.")] = True,
-    set_: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of config.json.", show_default=False),
-    ] = None,
-    power_of_two_scales: Annotated[
-        bool,
-        typer.Option("--power-of-two-scales/--any-scales", help="Values of F32 scales (only --variant base has them)."),
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Other bytes of the same kind.")] = 0,
-    headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Sparse files: true headers and sizes, no payload.")
-    ] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    out: Path,
+    preset: str,
+    layers: str | None,
+    ratios: str | None,
+    routed_experts: int | None,
+    vocab: int | None,
+    engram_rows: int | None,
+    variant: str | None,
+    draft: str,
+    with_draft: bool | None,
+    files: int | None,
+    settings: tuple[str, ...],
+    power_of_two_scales: bool,
+    seed: int,
+    headers_only: bool,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Write a seeded synthetic checkpoint in the published on-disk layout."""
     from ..synth.write import plan_synth, write_plan
     from .report import human_bytes, print_json, progress_display
 
+    if with_draft is not None:
+        draft = "keep" if with_draft else "drop"
     plan = plan_synth(
-        preset.value,
-        variant=None if variant is None else variant.value,
-        layers=layers,
+        preset,
+        variant=variant,
+        layers=leading_layers(layers),
         ratios=None if ratios is None else parse_ratios(ratios),
-        experts=experts,
+        experts=routed_experts,
         vocab=vocab,
         files=files,
-        mtp=mtp,
+        mtp=draft == "keep",
         engram_rows=engram_rows,
-        overrides=parse_settings(set_ or []),
+        overrides=parse_settings(settings),
         power_of_two_scales=power_of_two_scales,
     )
     with progress_display(quiet or as_json or headers_only) as display:
@@ -114,7 +140,7 @@ def synth(
         )
     elif not quiet:
         kind = ", headers only" if summary.headers_only else ""
-        typer.echo(
+        click.echo(
             f"wrote {escape_control(str(summary.folder))}: {summary.tensors} tensors in {summary.files} file"
             f"{'s' if summary.files > 1 else ''}, {human_bytes(summary.payload_bytes)}{kind}"
         )
@@ -135,7 +161,7 @@ def parse_ratios(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def parse_settings(settings: list[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Return the config keys that KEY=VALUE settings give; a value is JSON, or else a string.
 
     >>> parse_settings(["hidden_size=192", "expert_dtype=fp8"])
@@ -156,6 +182,4 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return result
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("synth")(synth)
+COMMANDS = (synth,)

@@ -1,49 +1,68 @@
-"""The command that proves a finished conversion: verify."""
+"""The command that checks a finished conversion: verify."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
 
-import typer
+import click
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import Quiet, Threads
+from .options import json_option, quiet_option, threads_option
+from .parsing import CHECK, COMPARISON, PATH, argument, command, option
 
 MAX_LISTED = 20
 
-Source = Annotated[
-    Path,
-    typer.Argument(help="The checkpoint folder that was converted; with --manifest, the output.", show_default=False),
-]
-Output = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Argument(help="What became of it: a .gguf, a folder of shards or a checkpoint folder.", show_default=False),
-]
 
-
+@command("verify", panel=CHECK, example="dsv4convert verify DeepSeek-V4-Flash DeepSeek-V4-Flash.gguf")
+@argument("source", type=PATH, description="Checkpoint folder that was converted; with --manifest, the output.")
+@argument(
+    "out",
+    type=PATH,
+    required=False,
+    description="Output of the conversion: a .gguf file, a folder of shards or a checkpoint folder.",
+)
+@option(
+    "--sample",
+    metavar="PART",
+    panel=COMPARISON,
+    help="Part of every tensor to compare, e.g. 2%; by default all of it.",
+)
+@option(
+    "--seed", type=int, metavar="N", default=0, show_default=True, panel=COMPARISON, help="Random seed of --sample."
+)
+@option(
+    "--foreign",
+    is_flag=True,
+    panel=COMPARISON,
+    help="Accept the rounding of another program, within half a step of the number format.",
+)
+@option(
+    "--ignore-key",
+    metavar="KEY",
+    multiple=True,
+    panel=COMPARISON,
+    help="Metadata key to leave out of the comparison; can be repeated.",
+)
+@option(
+    "--manifest",
+    is_flag=True,
+    panel=COMPARISON,
+    help="Check only the checksums in OUT.manifest.json; needs no source.",
+)
+@threads_option
+@quiet_option
+@json_option
 def verify(
-    source: Source,
-    out: Output = None,
-    sample: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Look at a part only, such as 2%; every tensor is touched.", show_default=False),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which part --sample takes.")] = 0,
-    foreign: Annotated[
-        bool,
-        typer.Option("--foreign", help="Another tool made it: any rounding within the format's half step will do."),
-    ] = False,
-    ignore_key: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A key of the metadata not to compare; can be repeated.", show_default=False),
-    ] = None,
-    manifest: Annotated[
-        bool, typer.Option("--manifest", help="Re-check the checksums of OUT.manifest.json alone; needs no source.")
-    ] = False,
-    threads: Threads = None,
-    quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    source: Path,
+    out: Path | None,
+    sample: str | None,
+    seed: int,
+    foreign: bool,
+    ignore_key: tuple[str, ...],
+    manifest: bool,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compare a finished conversion with its source, element by element."""
     if manifest:
@@ -63,7 +82,7 @@ def verify(
             sample=sample,
             seed=seed,
             foreign=foreign,
-            ignore_key=ignore_key or (),
+            ignore_key=ignore_key,
             threads=threads,
             progress=progress,
         )
@@ -71,14 +90,14 @@ def verify(
         print_json(report.as_json())
     elif not quiet:
         for line in report.lines():
-            typer.echo(line)
+            click.echo(line)
     if not report.ok:
         first = report.problems[0]
         more = f" (and {len(report.problems) - 1} more problems)" if report.problems[1:] else ""
         what = first.what if first.where == str(out) else str(first)
         raise VerifyError(f"the output is not what its source says: {what}{more}", where=out)
     if not as_json and not quiet:
-        typer.echo("verified")
+        click.echo("verified")
 
 
 def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
@@ -100,18 +119,16 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
             }
         )
     elif not quiet:
-        typer.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
+        click.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
         for mismatch in found.mismatches[:MAX_LISTED]:
             where = mismatch.file if mismatch.tensor is None else f"{mismatch.file}: tensor {mismatch.tensor}"
-            typer.echo(escape_control(f"{where}: {mismatch.what}"))
+            click.echo(escape_control(f"{where}: {mismatch.what}"))
     if not found.ok:
         first = found.mismatches[0]
         where = first.file if first.tensor is None else f"{first.file}: tensor {first.tensor}"
         raise VerifyError(f"not what its manifest says: {where}: {first.what}", where=output)
     if not as_json and not quiet:
-        typer.echo("verified")
+        click.echo("verified")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command("verify")(verify)
+COMMANDS = (verify,)

@@ -35,7 +35,7 @@ from .safetensors_files import safetensors_file
 from .segments import BF16, codec_segment
 
 EXPERT_DTYPES = ("fp4", "fp8")
-MTP_MODES = ("keep", "drop")
+DRAFT_MODES = ("keep", "drop")
 WO_A_DTYPES = ("bf16", "fp8")
 
 DTYPES = {Encoding.FP4: "F4", Encoding.FP8: "F8_E4M3"}
@@ -46,14 +46,14 @@ E8M0 = "F8_E8M0"
 class ShardOptions:
     """What decides the bytes of shards.
 
-    ``ranks`` are those to write, None for all. ``expert_dtype`` None keeps the experts as they are.
-    ``mtp`` "drop" leaves the draft layers out.
+    ``ranks`` are those to write, None for all. ``experts`` is their type, None the source's.
+    ``draft`` "drop" leaves the draft layers out.
     """
 
     mp: int
     ranks: tuple[int, ...] | None = None
-    expert_dtype: str | None = None
-    mtp: str = "keep"
+    experts: str | None = None
+    draft: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shard_files(
     tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
     draft: list[Weight] = []
     for weight in checkpoint.drain():
-        if weight.is_draft and options.mtp == "drop":
+        if weight.is_draft and options.draft == "drop":
             draft.append(weight)
             continue
         claims.take(weight)
@@ -116,7 +116,7 @@ def shard_files(
             holders = [holder] if holder in tensors else []
         for rank in holders:
             tensors[rank] += _rank_tensors(weight, rank, options)
-    claims.drop("mtp.*", "--mtp drop", draft)
+    claims.drop("mtp.*", "--draft drop", draft)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
     costs = ShardCosts(
@@ -141,23 +141,23 @@ def _chosen_ranks(options: ShardOptions) -> tuple[int, ...]:
 
 def _check_options(checkpoint: Checkpoint, options: ShardOptions) -> None:
     for option, value, known in (
-        ("--expert-dtype", options.expert_dtype, EXPERT_DTYPES),
-        ("--mtp", options.mtp, MTP_MODES),
+        ("--experts", options.experts, EXPERT_DTYPES),
+        ("--draft", options.draft, DRAFT_MODES),
     ):
         if value is not None and value not in known:
             raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
-    if options.expert_dtype is None:
+    if options.experts is None:
         return
     for weight in checkpoint.weights.values():
-        if weight.row.store is not Store.EXPERT or weight.encoding.value == options.expert_dtype:
+        if weight.row.store is not Store.EXPERT or weight.encoding.value == options.experts:
             continue
-        if (weight.encoding, options.expert_dtype) != (Encoding.FP4, "fp8"):
+        if (weight.encoding, options.experts) != (Encoding.FP4, "fp8"):
             raise UsageError(
-                f"--expert-dtype {options.expert_dtype}: cannot be made without rounding",
+                f"--experts {options.experts}: cannot be made without rounding",
                 where=weight.stored.file,
-                expected=f"{options.expert_dtype} experts" + (" or fp4" if options.expert_dtype == "fp8" else ""),
+                expected=f"{options.experts} experts" + (" or fp4" if options.experts == "fp8" else ""),
                 got=f"{weight.encoding.value} in {weight.name}",
-                hint="leave the option out to keep the experts as they are",
+                hint="omit --experts to keep the experts as they are",
             )
 
 
@@ -179,7 +179,7 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
         segment = codec_segment(weight, BF16, rank * rows, rows)
         yield _tensor(weight.name, "BF16", shape, (segment,))
         return
-    if weight.encoding is Encoding.FP4 and options.expert_dtype == "fp8":
+    if weight.encoding is Encoding.FP4 and options.experts == "fp8":
         codes, scales = fp4_to_fp8_segments(weight)
         yield _tensor(weight.name, DTYPES[Encoding.FP8], shape, codes)
         yield _tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape), scales)

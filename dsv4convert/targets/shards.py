@@ -120,8 +120,8 @@ def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
     """Return config.json: the source's own bytes, or changed where the shards hold another model."""
     raw = checkpoint.config.raw
     has_fp4 = any(w.row.store is Store.EXPERT and w.encoding.value == "fp4" for w in checkpoint.weights.values())
-    to_fp8 = options.expert_dtype == "fp8" and has_fp4
-    without_draft = options.mtp == "drop" and checkpoint.n_draft > 0
+    to_fp8 = options.experts == "fp8" and has_fp4
+    without_draft = options.draft == "drop" and checkpoint.n_draft > 0
     if not to_fp8 and not without_draft:
         return _same_config(checkpoint.folder)
     if without_draft:

@@ -4,29 +4,78 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
-from typer.main import get_command
 
 from dsv4convert import __version__, cli
+from dsv4convert.cli import parsing
+from dsv4convert.cli.help import help_text, panels
+from dsv4convert.cli.llama_cpp import LLAMA_CPP_OPTIONS
+from dsv4convert.cli.parsing import Command
 from dsv4convert.errors import MAX_CHARACTERS, Dsv4Error, escape_control
 from dsv4convert.formats.backend import describe_codecs
 
 from ..command_line import run_cli
 
-cli.register_commands()
-COMMANDS = sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+CONTEXT = cli.app.make_context(cli.PROGRAM, [], resilient_parsing=True)
+COMMANDS = cli.app.list_commands(CONTEXT)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_and_option_has_help(command: str) -> None:
-    found = get_command(cli.app).commands[command]  # type: ignore[attr-defined]
-    assert found.help
-    assert [parameter.name for parameter in found.params if not parameter.help] == []
-    assert run_cli(command, "--help").code == 0
+def command_of(name: str) -> Command:
+    command = cli.app.get_command(CONTEXT, name)
+    assert isinstance(command, Command)
+    return command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = command_of(name)
+    assert command.help
+    assert [parameter.name for parameter in command.params if len(parameter.sentence()) < 5] == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+@pytest.mark.parametrize("on_a_terminal", [False, True], ids=["plain", "terminal"])
+@pytest.mark.parametrize("name", [None, *COMMANDS], ids=str)
+def test_help_is_whole_and_fits(
+    name: str | None, on_a_terminal: bool, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    command = cli.app if name is None else command_of(name)
+    context = CONTEXT if name is None else click.Context(command, parent=CONTEXT, info_name=name)
+    text = re.sub("\x1b\\[[0-9;]*m", "", help_text(command, context, rich=on_a_terminal))
+    words = "".join(text.split()).replace("│", "")
+    for rows in panels(command, context).values():
+        for flags, sentence in rows:
+            if on_a_terminal:  # the lines of the two columns alternate
+                assert all(word in text for word in re.findall(r"[^\s|]+", f"{flags} {sentence}"))
+            else:
+                assert "".join(f"{flags} {sentence}".split()) in words
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert "…" not in text
+    assert max(map(len, (line for line in text.splitlines() if not line.startswith("Example: ")))) <= columns
+    if name is not None:
+        last = text[text.index("Example: ") :].removeprefix("Example: ")
+        words = shlex.split(last)
+        assert words[:2] == [cli.PROGRAM, name]
+        command.make_context(name, words[2:], parent=CONTEXT)  # it parses
+
+
+def test_help_goes_to_a_terminal_in_panels_and_elsewhere_as_plain_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "╭" not in run_cli("shard", "--help").out
+    monkeypatch.setattr("dsv4convert.cli.terminal.is_terminal", lambda: True)
+    assert "╭─ Content" in run_cli("shard", "--help").out
+
+
+def test_without_arguments_the_program_prints_its_help() -> None:
+    assert run_cli().out == run_cli("--help").out == run_cli("-h").out
 
 
 def test_the_version_is_told_and_which_codecs_serve() -> None:
@@ -35,8 +84,95 @@ def test_the_version_is_told_and_which_codecs_serve() -> None:
 
 def test_an_unknown_command_is_a_usage_error() -> None:
     result = run_cli("transmogrify")
+    assert (result.code, result.error) == (2, "no such command 'transmogrify'; see dsv4convert -h")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["shard", "a", "b"], "option --mp is missing; see dsv4convert shard -h"),
+        (["shard", "a", "--mp", "2"], "argument OUT is missing; see dsv4convert shard -h"),
+        (["shard", "a", "b", "--mp", "x"], "invalid value for '--mp': 'x' is not a valid integer; see"),
+        (["shard", "a", "b", "--mp", "2", "--draft", "only"], "invalid value for '--draft': 'only' is not one of"),
+        (["shard", "a", "b", "c", "--mp", "2"], "got unexpected extra argument (c); see dsv4convert shard -h"),
+        (["dequantize", "a", "b", "--strikt"], "no such option"),
+        (["forward", "a", "--temperature", "nan"], "invalid value for '--temperature': 'nan' is not a number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_wrong_arguments_are_one_line(arguments: list[str], says: str) -> None:
+    result = run_cli(*arguments)
     assert result.code == 2
-    assert "transmogrify" in result.err
+    assert result.error.startswith(says)
+
+
+def test_old_names_of_options_are_accepted_and_not_shown() -> None:
+    for name in COMMANDS:
+        command = command_of(name)
+        for option in command.params:
+            for alias in getattr(option, "aliases", ()):
+                assert not re.search(rf"{alias}\b", run_cli(name, "-h").out)
+    shard = command_of("shard")
+    values = shard.make_context("shard", ["a", "b", "--mp", "2", "--mtp", "drop", "--expert-dtype", "fp8"]).params
+    assert (values["draft"], values["experts"]) == ("drop", "fp8")
+    values = command_of("repack").make_context("repack", ["a", "b", "--experts", "fp8", "--require-lossless"]).params
+    assert values["strict"] is True
+    values = command_of("hf-to-gguf").make_context("hf-to-gguf", ["a", "--split-max-size", "1G"]).params
+    assert values["max_file_size"] == "1G"
+
+
+def test_synth_knows_its_old_options(tmp_path: Path) -> None:
+    old = run_cli("synth", tmp_path / "a", "--experts", 4, "--vocab", 400, "--no-mtp", "--json").out
+    new = run_cli("synth", tmp_path / "b", "--routed-experts", 4, "--vocab", 400, "--draft", "drop", "--json").out
+    assert json.loads(old)["tensors"] == json.loads(new)["tensors"]
+
+
+@pytest.mark.parametrize("option", sorted(LLAMA_CPP_OPTIONS))
+def test_options_of_llama_cpp_are_answered_with_ours(option: str, tmp_path: Path) -> None:
+    for arguments in ([tmp_path, option], [option, tmp_path], [tmp_path, f"{option}=1"]):
+        result = run_cli("hf-to-gguf", *arguments)
+        assert result.code == 2
+        assert result.error == f"{option} is an option of convert_hf_to_gguf.py; {LLAMA_CPP_OPTIONS[option]}"
+
+
+def test_answers_to_options_of_llama_cpp_name_options_that_exist() -> None:
+    command = command_of("hf-to-gguf")
+    ours = {spelling for parameter in (*command.params, *cli.app.params) for spelling in parameter.opts}
+    for option, answer in LLAMA_CPP_OPTIONS.items():
+        assert option not in ours
+        assert set(re.findall(r"--[a-z-]+", answer)) <= ours
+
+
+def complete(words: str, shell: str = "bash") -> list[str]:
+    """Return what a shell is told when it completes the last of ``words``."""
+    environment = {cli.COMPLETION_VARIABLE: f"{shell}_complete", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+    program = [sys.executable, "-m", "dsv4convert"]
+    ended = subprocess.run(program, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return ended.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("dsv4convert hf-", ["plain,hf-to-gguf"]),
+        ("dsv4convert shard --exp", ["plain,--experts"]),
+        ("dsv4convert shard --draft ", ["plain,keep", "plain,drop"]),
+        ("dsv4convert shard ", ["dir,"]),
+        ("dsv4convert inspect mod", ["file,mod"]),
+        ("dsv4convert shard --mt", []),
+    ],
+)
+def test_shells_complete_commands_options_values_and_paths(words: str, expected: list[str]) -> None:
+    assert complete(words) == expected
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_scripts_call_the_program(shell: str) -> None:
+    script = run_cli("--show-completion", shell).out
+    assert f"{cli.COMPLETION_VARIABLE}={shell}_complete" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n", "/dev/stdin"], input=script, text=True, check=True)
 
 
 def test_a_traceback_is_shown_only_with_debug(tmp_path: Path) -> None:
@@ -60,14 +196,14 @@ def test_a_traceback_is_shown_only_with_debug(tmp_path: Path) -> None:
 def test_only_commands_that_multiply_have_numpy_start_threads(
     command: str, before: str | None, after: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cli.MATRIX_THREADS_VARIABLE, before or "")
+    monkeypatch.setenv(parsing.MATRIX_THREADS_VARIABLE, before or "")
     if before is None:
-        monkeypatch.delenv(cli.MATRIX_THREADS_VARIABLE)
+        monkeypatch.delenv(parsing.MATRIX_THREADS_VARIABLE)
     assert run_cli(command, *[tmp_path / "nowhere"] * (2 if command == "compare" else 1)).code == 3
-    assert os.environ.get(cli.MATRIX_THREADS_VARIABLE) == after
+    assert os.environ.get(parsing.MATRIX_THREADS_VARIABLE) == after
 
 
-@pytest.mark.parametrize("command", sorted(cli.MULTIPLYING_COMMANDS))
+@pytest.mark.parametrize("command", sorted(parsing.MULTIPLYING_COMMANDS))
 def test_the_commands_that_multiply_are_commands(command: str) -> None:
     assert command in COMMANDS
 
@@ -75,10 +211,10 @@ def test_the_commands_that_multiply_are_commands(command: str) -> None:
 def test_a_bug_is_one_line_that_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def bug() -> None:
+    def bug(arguments: list[str]) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(cli, "register_commands", bug)
+    monkeypatch.setattr(cli, "run", bug)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == cli.INTERNAL_ERROR_CODE
@@ -90,10 +226,10 @@ def test_a_bug_is_one_line_that_asks_for_a_report(
 def test_too_little_memory_is_an_error_of_ours(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def hungry() -> None:
+    def hungry(arguments: list[str]) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(cli, "register_commands", hungry)
+    monkeypatch.setattr(cli, "run", hungry)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 10

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
 
-from dsv4convert.cli import forward as commands
+from dsv4convert.cli import app
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.targets.gguf import plan_gguf
@@ -23,8 +22,6 @@ PROMPT = "0,17,5,300"
 
 
 def run(*arguments: object) -> Result:
-    app = typer.Typer()
-    commands.register(app)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -132,8 +129,21 @@ def test_generation_ends_with_the_sentence(make_checkpoint: object, tiny: Path, 
 
 
 def test_layers_runs_the_first_ones_only(tiny: Path) -> None:
-    assert ok("forward", tiny, "--tokens", PROMPT, "--layers", 1) != ok("forward", tiny, "--tokens", PROMPT)
-    assert "number of layers: expected 1 to 4, got 5" in str(error("forward", tiny, "--tokens", PROMPT, "--layers", 5))
+    assert ok("forward", tiny, "--tokens", PROMPT, "--layers", "0-0") != ok("forward", tiny, "--tokens", PROMPT)
+    too_many = error("forward", tiny, "--tokens", PROMPT, "--layers", "0-4")
+    assert "number of layers: expected 1 to 4, got 5" in str(too_many)
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ("2", "--layers must start at layer 0: expected such as 0-3, got 2; --layers 0-1 takes the first 2 layers"),
+        ("1-3", "--layers must start at layer 0: expected such as 0-3, got 1-3; use --layers 0-3"),
+        ("all", "--layers: not a range"),
+    ],
+)
+def test_layers_of_a_forward_pass_start_at_the_first(tiny: Path, layers: str, says: str) -> None:
+    assert says in str(error("forward", tiny, "--tokens", PROMPT, "--layers", layers))
 
 
 @pytest.mark.parametrize(

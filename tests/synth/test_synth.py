@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import safetensors
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from dsv4convert.errors import ConfigError, Dsv4Error, InputOutputError, OutputExistsError, SpaceError, UsageError
 from dsv4convert.formats.e2m1 import VALUES as E2M1_VALUES
@@ -633,16 +633,13 @@ def test_memory_stays_below_300_mib_whatever_the_size(tmp_path: Path) -> None:
 
 
 def test_command_writes_what_the_library_writes(tmp_path: Path) -> None:
-    import typer
+    from dsv4convert.cli import app
 
-    from dsv4convert.cli import synth as command
-
-    app = typer.Typer()
-    command.register(app)
     arguments = [
+        "synth",
         str(tmp_path / "a"),
-        *("--variant", "base", "--ratios", "0,4", "--experts", "4", "--vocab", "400", "--files", "3"),
-        *("--seed", "7", "--no-mtp", "--any-scales", "--set", "q_lora_rank=64", "--json"),
+        *("--variant", "base", "--ratios", "0,4", "--routed-experts", "4", "--vocab", "400", "--files", "3"),
+        *("--seed", "7", "--draft", "drop", "--any-scales", "--set", "q_lora_rank=64", "--json"),
     ]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0

@@ -192,7 +192,7 @@ CASES = [
     Case("no folder for the output", EXISTS, ("no such folder for the output",), lambda d: d.options.append("out:nowhere/model.gguf")),
     Case("layers that the model does not have", CONFIG, ("layers outside the model", "0-99"), lambda d: d.options.extend(["--layers", "0-99"])),
     Case("layers that are no range", USAGE, ("--layers: not a range",), lambda d: d.options.extend(["--layers", "all"])),
-    Case("a size that is none", USAGE, ("--split-max-size: not a size",), lambda d: d.options.extend(["--split-max-size", "big"])),
+    Case("a size that is none", USAGE, ("--max-file-size: not a size",), lambda d: d.options.extend(["--max-file-size", "big"])),
 ]  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def test_an_output_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> N
 
 def test_a_folder_under_the_name_of_the_output_is_not_replaced(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model-00001-of-00003.gguf").mkdir()
-    arguments = ("hf-to-gguf", tiny, tmp_path / "model.gguf", "--split-max-size", "2M", "--overwrite")
+    arguments = ("hf-to-gguf", tiny, tmp_path / "model.gguf", "--max-file-size", "2M", "--overwrite")
     result = run_cli(*arguments)
     assert result.code == EXISTS
     assert "cannot be replaced by this output" in result.error

@@ -44,7 +44,7 @@ def test_shards_equal_the_published_ones(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int, mp: int, expert_dtype: str
 ) -> None:
     source = make_checkpoint(overrides=EIGHT, seed=seed)
-    summary = shard(source, tmp_path / "out", mp, expert_dtype=expert_dtype)
+    summary = shard(source, tmp_path / "out", mp, experts=expert_dtype)
     assert_as_published(tmp_path / "out", source, mp, expert_dtype == "fp8")
     assert summary.report.tally.lossless
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == mp
@@ -61,7 +61,7 @@ def test_ragged_blocks_go_whole_to_one_rank(make_checkpoint: MakeCheckpoint, tmp
     source = make_checkpoint(overrides={"head_dim": 72, "o_lora_rank": 24, "qk_rope_head_dim": 8, "index_head_dim": 40})
     weight = open_folder(source).weights["layers.0.attn.wq_b.weight"]
     assert matrix_shape(weight.shape)[0] % 128, "the last block is not ragged"
-    shard(source, tmp_path / "out", 1, expert_dtype="fp8")
+    shard(source, tmp_path / "out", 1, experts="fp8")
     assert_as_published(tmp_path / "out", source, 1, fp8=True)
 
 
@@ -115,13 +115,13 @@ def test_copies_of_embedding_and_head_in_the_draft_are_left_out(eight: Path, tmp
 
 
 def test_mtp_drop_leaves_out_the_draft_and_its_config(eight: Path, tmp_path: Path) -> None:
-    summary = shard(eight, tmp_path / "out", 2, mtp="drop")
+    summary = shard(eight, tmp_path / "out", 2, draft="drop")
     whole = oracle.shards(oracle.load_checkpoint(eight), E, 2, False)
     for rank in range(2):
         names = load_file(tmp_path / "out" / f"model{rank}-mp2.safetensors").keys()
         assert names == {name for name in whole[rank] if not name.startswith("mtp.")}
     dropped = sum(name.startswith("mtp.") for name in oracle.load_checkpoint(eight))
-    assert [(entry.count, entry.reason) for entry in summary.dropped] == [(dropped, "--mtp drop")]
+    assert [(entry.count, entry.reason) for entry in summary.dropped] == [(dropped, "--draft drop")]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert len(config["compress_ratios"]) == config["num_hidden_layers"]
@@ -134,7 +134,7 @@ def test_config_and_tokenizer_lie_beside_the_shards_byte_for_byte(eight: Path, t
 
 
 def test_config_names_the_experts_new_dtype(eight: Path, tmp_path: Path) -> None:
-    shard(eight, tmp_path / "out", 2, expert_dtype="fp8")
+    shard(eight, tmp_path / "out", 2, experts="fp8")
     source, made = (json.loads((folder / "config.json").read_text()) for folder in (eight, tmp_path / "out"))
     assert made == {**source, "expert_dtype": "fp8"}
 

@@ -79,8 +79,8 @@ def test_rank_out_of_range_names_the_range(eight: Path, tmp_path: Path, rank: in
 
 def test_fp8_experts_cannot_become_fp4(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint(overrides=EIGHT, variant="base")
-    with pytest.raises(UsageError, match=r"--expert-dtype fp4: .*got fp8 in layers\.0\.ffn\.experts\.0\.w1\.weight"):
-        shard(source, tmp_path / "out", 2, expert_dtype="fp4")
+    with pytest.raises(UsageError, match=r"--experts fp4: .*got fp8 in layers\.0\.ffn\.experts\.0\.w1\.weight"):
+        shard(source, tmp_path / "out", 2, experts="fp4")
 
 
 def test_shards_cannot_be_sharded(shards: MakeShards, tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_commands_go_there_and_back(eight: Path, tmp_path: Path) -> None:
     assert "on every rank whole: " in dry.stdout
     assert "which costs " in dry.stdout
     assert list(tmp_path.iterdir()) == []
-    done = run("shard", str(eight), str(tmp_path / "out"), "--mp", "4", "--expert-dtype", "fp8", "--mtp", "drop")
+    done = run("shard", str(eight), str(tmp_path / "out"), "--mp", "4", "--experts", "fp8", "--draft", "drop")
     assert done.returncode == 0, done.stderr
-    assert "--mtp drop" in done.stdout
+    assert "--draft drop" in done.stdout
     back = run("unshard", str(tmp_path / "out"), str(tmp_path / "back"), "--wo-a", "fp8", "--max-file-size", "1M")
     assert back.returncode == 0, back.stderr
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()

@@ -80,7 +80,7 @@ def test_there_and_back_with_a_quarter_of_a_gigabyte(
 ) -> None:
     source, out = make_checkpoint("nano", layers=3), tmp_path / "out"
     assert sum(path.stat().st_size for path in source.iterdir()) > LIMIT_BYTES
-    there = peak_bytes("really", "shard", str(source), str(out), "--mp", "4", "--expert-dtype", expert_dtype)
+    there = peak_bytes("really", "shard", str(source), str(out), "--mp", "4", "--experts", expert_dtype)
     back = peak_bytes("really", "unshard", str(out), str(tmp_path / "back"))
     assert max(there, back) < LIMIT_BYTES
 
@@ -97,5 +97,5 @@ def test_v4_pro_on_many_ranks(make_checkpoint: MakeCheckpoint, tmp_path: Path, m
 @pytest.mark.parametrize("mp", [8, 16])
 def test_v4_pro_with_fp8_experts(make_checkpoint: MakeCheckpoint, tmp_path: Path, mp: int) -> None:
     source, out = make_checkpoint("pro", headers_only=True), tmp_path / "out"
-    options = ("--mp", str(mp), "--expert-dtype", "fp8")
+    options = ("--mp", str(mp), "--experts", "fp8")
     assert peak_bytes("pretend", "shard", str(source), str(out), *options) < LIMIT_BYTES

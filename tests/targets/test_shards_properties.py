@@ -57,7 +57,7 @@ def test_shards_concatenate_to_the_source(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_synth(folder / "source", "tiny", overrides=overrides, seed=seed, mtp=False)
-        shard(folder / "source", folder / "shards", mp, expert_dtype=expert_dtype)
+        shard(folder / "source", folder / "shards", mp, experts=expert_dtype)
         experts = overrides["n_routed_experts"]
         assert isinstance(experts, int)
         (whole,) = oracle.shards(oracle.load_checkpoint(folder / "source"), experts, 1, expert_dtype == "fp8")

@@ -125,7 +125,7 @@ def test_wo_a_that_no_fp8_makes_is_refused(shards: MakeShards, tmp_path: Path, d
 
 
 def test_fp8_experts_come_back_as_fp8(shards: MakeShards, eight: Path, tmp_path: Path) -> None:
-    unshard(shards(4, expert_dtype="fp8"), tmp_path / "back")
+    unshard(shards(4, experts="fp8"), tmp_path / "back")
     expected = oracle.shards(oracle.load_checkpoint(eight), 8, 1, True)[0]
     assert all_bits(oracle.load_checkpoint(tmp_path / "back")) == all_bits(expected)
     assert open_folder(tmp_path / "back").weights["layers.0.ffn.experts.3.w2.weight"].encoding.value == "fp8"
@@ -144,7 +144,7 @@ def test_shards_of_the_published_script_can_be_put_together(eight: Path, tmp_pat
 
 
 def test_shards_without_a_draft_make_a_checkpoint_without_one(shards: MakeShards, tmp_path: Path) -> None:
-    unshard(shards(2, mtp="drop"), tmp_path / "back")
+    unshard(shards(2, draft="drop"), tmp_path / "back")
     back = open_folder(tmp_path / "back")
     assert back.n_draft == 0
     assert len(back.weights) > 100

@@ -40,7 +40,7 @@ SHARD_OPTIONS: dict[str, dict[str, Any]] = {
     "shards-1": {"mp": 1},
     "shards-2": {"mp": 2},
     "shards-4": {"mp": 4},
-    "shards-fp8": {"mp": 2, "expert_dtype": "fp8"},
+    "shards-fp8": {"mp": 2, "experts": "fp8"},
     "shards-without-draft": {"mp": 2, "mtp": "drop"},
     "shards-rank": {"mp": 2, "ranks": (1,)},
 }

@@ -126,7 +126,7 @@ def test_shards_compute_the_same_bits(
 ) -> None:
     tiny = make_checkpoint("tiny", overrides={"o_groups": 8})
     whole = open_source(tiny)
-    shards = to_shards(tiny, tmp_path / "shards", mp, expert_dtype=expert_dtype)
+    shards = to_shards(tiny, tmp_path / "shards", mp, experts=expert_dtype)
     assert np.array_equal(Model(shards).forward(tokens()), Model(whole).forward(tokens()))
     assert np.array_equal(mtp_logits(shards, whole), mtp_logits(whole, whole))
     with pytest.raises(InventoryError, match=r"shards: no weight layers\.9\.attn_norm\.weight"):

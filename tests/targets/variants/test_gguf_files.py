@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from dsv4convert.cli import app, register_commands
+from dsv4convert.cli import app
 from dsv4convert.errors import ConfigError, UnsupportedError, UsageError
 from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
@@ -158,7 +158,6 @@ def test_a_checkpoint_without_a_draft_has_none_to_split(make_checkpoint: MakeChe
 
 
 def test_mtp_is_another_spelling_of_draft(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    register_commands()
     for spelling in ("--mtp", "--draft"):
         out = tmp_path / f"{spelling}.gguf"
         arguments = ["hf-to-gguf", str(make_checkpoint("tiny")), str(out), spelling, "only", "--name", "x", "-q"]

@@ -9,9 +9,9 @@ from ..plan import Plan
 from .outputs import free_bytes
 from .worker import COPY_TILE_BYTES, TILE_BYTES
 
-# Memory of the interpreter and its libraries, compiled codecs among them; of a segment of the plan with its
+# Memory of the interpreter and its libraries; of a segment of the plan with its
 # digest; and of one worker: tiles, scratch and output. Measured on V4-Pro's headers and on slices, rounded up.
-BASE_MEMORY_BYTES = 170 * 2**20
+BASE_MEMORY_BYTES = 100 * 2**20
 SEGMENT_MEMORY_BYTES = 2**10
 WORKER_MEMORY_BYTES = 6 * TILE_BYTES + 2 * COPY_TILE_BYTES
 

@@ -26,6 +26,7 @@ from dsv4convert.formats.base import Scratch, Tally
 
 
 def test_compiled_codecs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(backend.COMPILED_VARIABLE, raising=False)
     monkeypatch.setattr(backend, "library_path", lambda: Path("codecs-x86_64_v3.so"))
     assert compiled_available()
     assert backend.describe_codecs() == "compiled codecs (x86_64_v3)"

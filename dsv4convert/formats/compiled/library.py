@@ -62,7 +62,8 @@ class Function:
     def _address(self, array: Array, dtype: np.dtype[Any]) -> int:
         if array.dtype != dtype or not array.flags.c_contiguous:
             raise ValueError(f"{self.name}: expected a contiguous array of {dtype}, got {array.dtype}")
-        return int(array.__array_interface__["data"][0])
+        address: int = array.__array_interface__["data"][0]
+        return address
 
 
 def processor_levels() -> list[str]:

@@ -32,29 +32,29 @@ NEEDS_FALLBACK = -1  # what a C function returns for a tile that is not ordinary
 _LIBRARY = load_library()
 # Rows, columns, height and width of a block.
 _FP8_SIZES = "n n n n"
-_fp8_to_f32 = Function(_LIBRARY, "fp8_to_f32", f"u1 u1 u4 {_FP8_SIZES}")
+_fp8_to_f32 = Function(_LIBRARY, "fp8_to_f32", f"u1 u1 f4 {_FP8_SIZES}")
 _fp8_to_bf16 = Function(_LIBRARY, "fp8_to_bf16", f"u1 u1 u2 {_FP8_SIZES}")
-_fp8_to_f16 = Function(_LIBRARY, "fp8_to_f16", f"u1 u1 u2 {_FP8_SIZES}")
+_fp8_to_f16 = Function(_LIBRARY, "fp8_to_f16", f"u1 u1 f2 {_FP8_SIZES}")
 # The tables of multipliers and d, the output, sizes, the first and the last scale byte that the tables are for.
 _fp8_to_q8_0 = Function(_LIBRARY, "fp8_to_q8_0", f"u1 u1 f4 u2 u1 {_FP8_SIZES} n n")
 _fp4_to_q8_0 = Function(_LIBRARY, "fp4_to_q8_0", "u1 u1 f4 u2 u1 n n n")
-_fp4_to_f32 = Function(_LIBRARY, "fp4_to_f32", "u1 u1 u4 n")
-_fp4_to_bf16 = Function(_LIBRARY, "fp4_to_bf16", "u1 u1 u4 n")
-_fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 u4 n")
+_fp4_to_f32 = Function(_LIBRARY, "fp4_to_f32", "u1 u1 f4 n")
+_fp4_to_bf16 = Function(_LIBRARY, "fp4_to_bf16", "u1 u1 u2 n")
+_fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 f2 n")
 _fp4_to_mxfp4 = Function(_LIBRARY, "fp4_to_mxfp4", "u1 u1 u1 n")
 _fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
 _fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
-_f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "u4 u1 n")
+_f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "f4 u1 n")
 _bf16_to_q8_0 = Function(_LIBRARY, "bf16_to_q8_0", "u2 u1 n")
-_f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "u4 u1 n")
+_f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "f4 u1 n")
 _bf16_to_mxfp4 = Function(_LIBRARY, "bf16_to_mxfp4", "u2 u1 n")
 # Output, and the counts of changed and underflowed values.
-_f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "u4 u2 i8 n")
-_f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "u4 u2 i8 n")
-_bf16_to_f16 = Function(_LIBRARY, "bf16_to_f16", "u2 u2 i8 n")
-_bf16_to_f32 = Function(_LIBRARY, "bf16_to_f32", "u2 u4 n")
-_f16_to_f32 = Function(_LIBRARY, "f16_to_f32", "u2 u4 n")
-_f16_to_bf16 = Function(_LIBRARY, "f16_to_bf16", "u2 u2 n")
+_f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "f4 u2 i8 n")
+_f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "f4 f2 i8 n")
+_bf16_to_f16 = Function(_LIBRARY, "bf16_to_f16", "u2 f2 i8 n")
+_bf16_to_f32 = Function(_LIBRARY, "bf16_to_f32", "u2 f4 n")
+_f16_to_f32 = Function(_LIBRARY, "f16_to_f32", "f2 f4 n")
+_f16_to_bf16 = Function(_LIBRARY, "f16_to_bf16", "f2 u2 n")
 
 
 def _check_same_size(source: Array, out: Array) -> None:
@@ -62,15 +62,6 @@ def _check_same_size(source: Array, out: Array) -> None:
     check_contiguous(out)
     if source.shape != out.shape:
         raise ValueError(f"output: expected {source.shape}, got {out.shape}")
-
-
-def _bits(values: Array) -> Array:
-    """Return floats as their bits, contiguous; without a copy if they are."""
-    bits: Array = np.ascontiguousarray(values).view(_BITS[values.itemsize])
-    return bits
-
-
-_BITS = {2: np.uint16, 4: np.uint32}
 
 
 def _as_bytes(scale: Array, scratch: Scratch) -> ArrayU8 | None:
@@ -88,7 +79,7 @@ def _decode_fp8(function: Function, weight: ArrayU8, scale: Array, block: Block,
     codes = _as_bytes(scale, scratch)
     if codes is None:
         return False
-    return function(np.ascontiguousarray(weight), codes, _bits(out), *weight.shape, *block) != NEEDS_FALLBACK
+    return function(np.ascontiguousarray(weight), codes, out, *weight.shape, *block) != NEEDS_FALLBACK
 
 
 def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
@@ -119,7 +110,7 @@ def _decode_fp4(function: Function, packed: ArrayU8, scale: Array, block: Block,
     codes = _as_bytes(scale, scratch)
     if codes is None or block != (1, GROUP) or half % _PACKED_BYTES:
         return False
-    return function(np.ascontiguousarray(packed), codes, out.view(np.uint32), codes.size) != NEEDS_FALLBACK
+    return function(np.ascontiguousarray(packed), codes, out, codes.size) != NEEDS_FALLBACK
 
 
 def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
@@ -207,7 +198,7 @@ def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
 def f32_to_q8_0(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `q8_0.f32_to_q8_0`."""
     q8_0.check_blocks(values.shape, out)
-    if _f32_to_q8_0(_bits(values), out, values.size // GROUP) == NEEDS_FALLBACK:
+    if _f32_to_q8_0(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
         q8_0.f32_to_q8_0(values, out, scratch, tally)
 
 
@@ -224,7 +215,7 @@ def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally)
 def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `mxfp4.f32_to_mxfp4`."""
     mxfp4.check_blocks(values.shape, out)
-    changed = _f32_to_mxfp4(_bits(values), out, values.size // GROUP)
+    changed = _f32_to_mxfp4(np.ascontiguousarray(values), out, values.size // GROUP)
     if changed == NEEDS_FALLBACK:
         mxfp4.f32_to_mxfp4(values, out, scratch, tally)
     else:
@@ -244,11 +235,11 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
 # --- floats -------------------------------------------------------------------------------------------
 
 
-def _round(function: Function, source: Array, bits: Array, tally: Tally) -> bool:
+def _round(function: Function, source: Array, out: Array, tally: Tally) -> bool:
     """Run ``function`` and add its counts; False when numpy has to do the tile."""
-    _check_same_size(source, bits)
+    _check_same_size(source, out)
     counts = np.empty(2, np.int64)
-    if function(_bits(source), bits, counts, source.size) == NEEDS_FALLBACK:
+    if function(np.ascontiguousarray(source), out, counts, source.size) == NEEDS_FALLBACK:
         return False
     changed, underflow = counts.tolist()
     tally.changed += changed
@@ -264,20 +255,20 @@ def f32_to_bf16(source: ArrayF32, out: ArrayU16, scratch: Scratch, tally: Tally)
 
 def f32_to_f16(source: ArrayF32, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f32_to_f16`."""
-    if not _round(_f32_to_f16, source, out.view(np.uint16), tally):
+    if not _round(_f32_to_f16, source, out, tally):
         bf16.f32_to_f16(source, out, scratch, tally)
 
 
 def bf16_to_f16(source: ArrayU16, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.bf16_to_f16`."""
-    if not _round(_bf16_to_f16, source, out.view(np.uint16), tally):
+    if not _round(_bf16_to_f16, source, out, tally):
         bf16.bf16_to_f16(source, out, scratch, tally)
 
 
 def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f16_to_bf16`."""
     _check_same_size(source, out)
-    changed = _f16_to_bf16(_bits(source), out, source.size)
+    changed = _f16_to_bf16(np.ascontiguousarray(source), out, source.size)
     if changed == NEEDS_FALLBACK:
         bf16.f16_to_bf16(source, out, scratch, tally)
     else:
@@ -287,12 +278,12 @@ def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally)
 def bf16_to_f32(source: ArrayU16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.bf16_to_f32`."""
     _check_same_size(source, out)
-    if _bf16_to_f32(np.ascontiguousarray(source), out.view(np.uint32), source.size) == NEEDS_FALLBACK:
+    if _bf16_to_f32(np.ascontiguousarray(source), out, source.size) == NEEDS_FALLBACK:
         bf16.bf16_to_f32(source, out, scratch, tally)
 
 
 def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f16_to_f32`."""
     _check_same_size(source, out)
-    if _f16_to_f32(_bits(source), out.view(np.uint32), source.size) == NEEDS_FALLBACK:
+    if _f16_to_f32(np.ascontiguousarray(source), out, source.size) == NEEDS_FALLBACK:
         bf16.f16_to_f32(source, out, scratch, tally)

@@ -18,24 +18,24 @@ nox.options.default_venv_backend = "venv"
 
 
 def pytest(session: nox.Session, *arguments: str) -> None:
-    """Run pytest with the session's arguments, or on all tests with a process for each processor."""
+    """Run pytest with the session's arguments, or else with a process for each processor."""
     session.run("python", "-m", "pytest", *arguments, *(session.posargs or ("-n", "auto")))
 
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """Run the tests on the interpreter that runs nox."""
+    """Run the tests that need no llama.cpp on the interpreter that runs nox."""
     session.install("-e", ".[test]")
-    pytest(session)
+    pytest(session, "-m", "not llama")
 
 
 @nox.session(python=PYTHONS)
 @nox.parametrize("compiled", ["1", "0"], ids=["compiled", "numpy"])
 def matrix(session: nox.Session, compiled: str) -> None:
-    """Run the tests on one Python version, with and without the compiled library."""
+    """Run the tests that need no llama.cpp on one Python version, with and without the compiled library."""
     session.install("-e", ".[test]")
     session.env[COMPILED_VARIABLE] = compiled
-    pytest(session)
+    pytest(session, "-m", "not llama")
 
 
 @nox.session

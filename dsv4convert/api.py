@@ -112,7 +112,9 @@ def shard(
     from .targets.shards import ShardSummary, plan_shards
 
     ranks = None if rank is None else tuple(rank)
-    options = ShardOptions(mp=mp, ranks=ranks or None, experts=experts, draft=draft)
+    if ranks == ():
+        raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
+    options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
     plan, costs = plan_shards(Path(source), Path(out), options)
     summary = _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
     return ShardSummary(**summary.__dict__, costs=costs)
@@ -323,12 +325,12 @@ def open_checkpoint(folder: StrPath) -> Checkpoint:
 
 
 def load_model(
-    path: StrPath, *, layers: int | None = None, activation_rounding: bool = False, cached: bool = False
+    path: StrPath, *, layers: str | None = None, activation_rounding: bool = False, cached: bool = False
 ) -> Model:
     """Open a checkpoint folder, a GGUF or a folder of shards as a model that runs in numpy, in float32.
 
     Weights are decoded when they are needed, and dropped; ``cached`` keeps them, for the generation of tokens.
-    ``layers`` runs only the first layers; ``activation_rounding`` rounds as the published FP8 and FP4 kernels do.
+    ``layers`` such as "0-3" runs the first layers only; ``activation_rounding`` rounds as the published kernels do.
 
     Raises:
         Dsv4Error: what is at ``path`` is not a readable model.
@@ -337,7 +339,11 @@ def load_model(
     from .reference.weights.open import open_source
 
     source = open_source(Path(path))
-    return Model(CachedSource(source) if cached else source, activation_rounding=activation_rounding, layers=layers)
+    return Model(
+        CachedSource(source) if cached else source,
+        activation_rounding=activation_rounding,
+        layers=leading_layers(layers),
+    )
 
 
 # ---- values as they are written on the command line ---------------------------------------------------
@@ -372,6 +378,24 @@ def parse_layers(text: str) -> tuple[int, int]:
         raise UsageError("--layers: not a range", expected="such as 0-3", got=repr(text))
     first = int(found[1])
     return first, int(found[2]) if found[2] is not None else first
+
+
+def leading_layers(text: str | None) -> int | None:
+    """Return how many layers a range such as ``0-3`` has, which must start at layer 0; None for None.
+
+    >>> leading_layers("0-3")
+    4
+
+    Raises:
+        UsageError: not a range, or one that starts elsewhere.
+    """
+    if text is None:
+        return None
+    first, last = parse_layers(text)
+    if first != 0:
+        hint = f"--layers 0-{first - 1} takes the first {first} layers" if first == last else f"use --layers 0-{last}"
+        raise UsageError("--layers must start at layer 0", expected="such as 0-3", got=text, hint=hint)
+    return last + 1
 
 
 def parse_sample(sample: float | str) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import dsv4convert
+from dsv4convert.cli import app
 from tests.command_line import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +108,40 @@ def test_the_command_prints_the_summary_that_the_function_returns(tiny: Path, tm
     assert out.read_bytes() == (tmp_path / "2" / "model.gguf").read_bytes()
 
 
+COMMANDS = {
+    "hf-to-gguf": dsv4convert.convert_gguf,
+    "shard": dsv4convert.shard,
+    "unshard": dsv4convert.unshard,
+    "dequantize": dsv4convert.dequantize,
+    "repack": dsv4convert.repack,
+    "verify": dsv4convert.verify,
+    "inspect": dsv4convert.inspect,
+}
+# Options about printing, and the one that has a function of its own.
+NO_KEYWORDS = {"quiet", "as_json", "help", "manifest"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_keywords_are_the_options_with_the_same_defaults(name: str) -> None:
+    command = app.get_command(click.Context(app), name)
+    assert command is not None
+    options = [option for option in command.params if isinstance(option, click.Option) and not option.hidden]
+    required = {option.name: option for option in options if option.required}
+    keywords = {
+        keyword: parameter.default
+        for keyword, parameter in inspect.signature(COMMANDS[name]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and keyword != "progress"
+    }
+    assert keywords.keys() == {option.name for option in options} - NO_KEYWORDS
+    arguments = ["in"] if name == "inspect" else ["in", "out"]
+    for option in required.values():
+        arguments += [option.opts[0], option.type.choices[0] if isinstance(option.type, click.Choice) else "1"]
+    given = command.make_context(name, arguments).params
+    for keyword in keywords.keys() - required.keys():
+        default = None if given[keyword] == () else given[keyword]
+        assert (None if keywords[keyword] == () else keywords[keyword]) == default, keyword
+
+
 def test_progress_counts_up_to_the_total(tiny: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     out = tmp_path / "model.gguf"
@@ -147,6 +184,11 @@ def test_shards_go_there_and_back(tiny: Path, tmp_path: Path) -> None:
     )
 
 
+def test_an_empty_list_of_ranks_is_not_all_of_them(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(dsv4convert.UsageError, match="--rank is empty"):
+        dsv4convert.shard(tiny, tmp_path / "shards", mp=2, rank=[])
+
+
 def test_strict_refuses_rounding_and_leaves_no_output(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(dsv4convert.LossyError, match="--strict"):
         dsv4convert.dequantize(tiny, tmp_path / "f16", dtype="f16", strict=True)
@@ -160,6 +202,12 @@ def test_a_model_is_the_same_from_every_layout(tiny: Path, tmp_path: Path) -> No
     logits = dsv4convert.load_model(tiny).forward(tokens)
     for cached in (False, True):
         assert (dsv4convert.load_model(out, cached=cached).forward(tokens) == logits).all()
+
+
+def test_layers_of_a_model_are_a_range_from_the_first(tiny: Path) -> None:
+    assert dsv4convert.load_model(tiny, layers="0-1").n_layers == 2
+    with pytest.raises(dsv4convert.UsageError, match="--layers must start at layer 0"):
+        dsv4convert.load_model(tiny, layers="1-2")
 
 
 @pytest.mark.parametrize(

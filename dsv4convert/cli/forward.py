@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyError, escape_control
-from .options import LAYERS_METAVAR, json_option, leading_layers, overwrite_option
+from .options import LAYERS_METAVAR, json_option, overwrite_option
 from .parsing import (
     COMPARISON,
     FOLDER,
@@ -161,9 +161,7 @@ def forward(
         raise UsageError("--record-last goes with --goldens")
     _check_new(logits, overwrite)
     # Weights are wanted once per run, but again for every generated token.
-    model = load_model(
-        path, layers=leading_layers(layers), activation_rounding=activation_rounding, cached=generate > 0
-    )
+    model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
     prompt = _prompt(tokens, text, chat, vocabulary)
     if prompt is None:
@@ -246,7 +244,7 @@ def compare(
     from ..reference.compare import compare as compare_runs
     from .report import print_json
 
-    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, leading_layers(layers), activation_rounding)
+    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, layers, activation_rounding)
     comparison = compare_runs(*runs)
     if plot is not None:
         from ..reference.plot import plot_errors
@@ -359,7 +357,7 @@ def _runs(
     random: int | None,
     seed: int,
     tokenizer: Path | None,
-    layers: int | None,
+    layers: str | None,
     activation_rounding: bool,
 ) -> tuple[Any, Any]:
     """Return the activations of both sides, on the same tokens."""
@@ -379,7 +377,7 @@ def _runs(
         def run(path: Path) -> Any:
             if is_goldens(path):
                 return open_goldens(path).activations()
-            model = load_model(path, layers=golden.layers, activation_rounding=golden.activation_rounding)
+            model = load_model(path, layers=f"0-{golden.layers - 1}", activation_rounding=golden.activation_rounding)
             return recorded_activations(model, golden.tokens, golden.recorded_from)
 
         return run(a), run(b)

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from ..errors import UsageError
 from .parsing import CONTENT, FOLDER, REPORT, RUN, argument, option
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files."
@@ -110,23 +109,3 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 LAYERS_METAVAR = "FIRST-LAST"
-
-
-def leading_layers(text: str | None) -> int | None:
-    """Return how many layers a range such as ``0-3`` has, which must start at layer 0; None for None.
-
-    >>> leading_layers("0-3")
-    4
-
-    Raises:
-        UsageError: not a range, or one that starts elsewhere.
-    """
-    from ..api import parse_layers
-
-    if text is None:
-        return None
-    first, last = parse_layers(text)
-    if first != 0:
-        hint = f"--layers 0-{first - 1} takes the first {first} layers" if first == last else f"use --layers 0-{last}"
-        raise UsageError("--layers must start at layer 0", expected="such as 0-3", got=text, hint=hint)
-    return last + 1

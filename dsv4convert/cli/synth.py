@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError, escape_control
-from .options import LAYERS_METAVAR, json_option, leading_layers, overwrite_option, quiet_option
+from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
 from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
 
 
@@ -106,6 +106,7 @@ def synth(
     as_json: bool,
 ) -> None:
     """Write a seeded synthetic checkpoint in the published on-disk layout."""
+    from ..api import leading_layers
     from ..synth.write import plan_synth, write_plan
     from .report import human_bytes, print_json, progress_display
 

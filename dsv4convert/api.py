@@ -51,6 +51,8 @@ def convert_gguf(
     max_file_size: int | str | None = None,
     layers: str | None = None,
     dialect: str = "llama.cpp",
+    engram: str = "q8_0",
+    engram_last: bool = False,
     tokenizer_pre: str | None = None,
     name: str | None = None,
     threads: int | None = None,
@@ -65,6 +67,8 @@ def convert_gguf(
 
     ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
     Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3".
+    ``engram`` is how V4.1's n-gram tables are stored: q8_0, mxfp4, bf16, or as published, i8-row264 or i8-split;
+    ``engram_last`` puts them behind all other tensors.
 
     Raises:
         Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.
@@ -80,6 +84,8 @@ def convert_gguf(
         layers=None if layers is None else parse_layers(layers),
         dialect=dialect,
         split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
+        engram=engram,
+        engram_last=engram_last,
     )
     plan = plan_gguf(Path(source), None if out is None else Path(out), options, tokenizer_pre=tokenizer_pre, name=name)
     return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)

@@ -150,6 +150,15 @@ GGUF = {
         for source in ("tiny", "base", "base-any-scales", "dspark", "flash", "pro", "flash-dspark", "flash-base")
     },
     "gguf/vision/split": "hf-to-gguf {synth/vision} {out}/model.gguf --draft split --mmproj split",
+    **{
+        f"gguf/v41-tiny/engram-{kind}": f"hf-to-gguf {{synth/v41-tiny}} {{out}}/model.gguf --engram {kind}"
+        for kind in ("q8_0", "mxfp4", "bf16", "i8-row264", "i8-split")
+    },
+    "gguf/v41-tiny/files": (
+        "hf-to-gguf {synth/v41-tiny} {out}/model.gguf --draft split --mmproj split --max-file-size 3M --engram-last"
+    ),
+    "gguf/v41-tiny/slice": "hf-to-gguf {synth/v41-tiny} {out}/model.gguf --layers 1-3 --experts q8_0 --dense bf16",
+    "gguf/v41-flash/split": "hf-to-gguf {synth/v41-flash} {out}/model.gguf --draft split --mmproj split",
     "gguf/tiny/draft-drop": "hf-to-gguf {synth/tiny} {out}/model.gguf --draft drop",
     "gguf/tiny/draft-only": "hf-to-gguf {synth/tiny} {out}/model.gguf --draft only",
     "gguf/dspark/draft-only": "hf-to-gguf {synth/dspark} {out}/model.gguf --draft only",

@@ -37,6 +37,15 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     panel=TYPES,
     help="Type of the routed experts; by default mxfp4 for FP4, q8_0 for FP8, otherwise the source's.",
 )
+@option(
+    "--engram",
+    type=click.Choice(["q8_0", "mxfp4", "bf16", "i8-row264", "i8-split"]),
+    default="q8_0",
+    show_default=True,
+    panel=TYPES,
+    help="Type of V4.1's n-gram tables; i8-row264 and i8-split keep the published bytes, with the scales at the end "
+    "of each row or in a tensor of their own.",
+)
 @draft_option(
     "keep",
     "drop",
@@ -58,6 +67,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     help="Range of layers to write, e.g. 0-3; a slice to try things with.",
 )
 @max_file_size_option(None, "Maximum file size, e.g. 45G; a larger model is split into several files.")
+@option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables behind all other tensors.")
 @option(
     "--dialect",
     type=click.Choice(["llama.cpp", "deepseek-v4"]),
@@ -89,6 +99,8 @@ def hf_to_gguf(
     layers: str | None,
     max_file_size: str | None,
     dialect: str,
+    engram: str,
+    engram_last: bool,
     tokenizer_pre: str | None,
     name: str | None,
     *,
@@ -110,6 +122,8 @@ def hf_to_gguf(
         max_file_size=max_file_size,
         layers=layers,
         dialect=dialect,
+        engram=engram,
+        engram_last=engram_last,
         tokenizer_pre=tokenizer_pre,
         name=name,
     )

@@ -213,6 +213,21 @@ class ModelConfig:
         """Return whether trunk layer ``layer`` routes by the token-id table."""
         return layer < self.num_hash_layers
 
+    def of_draft(self, stages: int) -> ModelConfig:
+        """Return the config of ``stages`` draft stages as the layers of a model, which see their window only."""
+        return replace(
+            self,
+            num_hidden_layers=stages,
+            num_hash_layers=0,
+            compress_ratios=(0,) * stages,
+            n_routed_experts=self.draft_n_routed_experts,
+            num_experts_per_tok=self.draft_num_experts_per_tok,
+            kv_source_layer_ids=(),
+            index_source_layer_ids=(),
+            candidates=None,
+            engram=None,
+        )
+
     def sliced(self, first: int, last: int) -> ModelConfig:
         """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers.
 

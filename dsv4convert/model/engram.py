@@ -8,7 +8,7 @@ is taken modulo a prime of each head's own; each head of each n has its run of r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from math import isqrt
 
@@ -43,6 +43,22 @@ class EngramConstants:
     def rows(self) -> tuple[int, ...]:
         """Return the rows of each table."""
         return tuple(map(sum, self.primes))
+
+    def sliced(self, first: int, last: int) -> EngramConstants | None:
+        """Return the constants of the tables in layers ``first``..``last``, renumbered from 0; None without any.
+
+        A table's constants depend on the layer that it had in the whole model, so they are made before the cut.
+        """
+        kept = [at for at, layer in enumerate(self.layer_ids) if first <= layer <= last]
+        if not kept:
+            return None
+        return replace(
+            self,
+            layer_ids=tuple(self.layer_ids[at] - first for at in kept),
+            multipliers=tuple(self.multipliers[at] for at in kept),
+            primes=tuple(self.primes[at] for at in kept),
+            offsets=tuple(self.offsets[at] for at in kept),
+        )
 
 
 def engram_constants(engram: EngramConfig, token_map: npt.NDArray[np.int32]) -> EngramConstants:

@@ -7,6 +7,7 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
+from ..checkpoint.engram import read_engram_constants
 from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
@@ -14,8 +15,11 @@ from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
 from ..errors import UsageError
+from ..model.config import Version
+from ..model.engram import EngramConstants
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
+from .engram_tables import encoding_name
 from .gguf_metadata import (
     ParameterCounts,
     default_output_name,
@@ -26,6 +30,8 @@ from .gguf_metadata import (
 )
 from .gguf_tensors import FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models
 from .segments import MXFP4
+
+CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 
 
 def plan_gguf(
@@ -43,9 +49,9 @@ def plan_gguf(
     Raises:
         Dsv4Error: whatever is wrong with the source, the options or the names.
     """
-    checkpoint = open_folder(source)
+    checkpoint = open_folder(source, versions=tuple(Version))
     models, dropped = gguf_models(checkpoint, options)
-    describe = _Describer(source, checkpoint.config.vocab_size, tokenizer_pre, name, options.dialect)
+    describe = _Describer(checkpoint, options, tokenizer_pre, name)
     files: list[OutputFile] = []
     folder = _output_folder(out)
     for model in models:
@@ -72,14 +78,14 @@ class _Describer:
     """Makes the key-values of every kind of file from what lies in the source folder beside its weights."""
 
     def __init__(
-        self, source: Path, vocab_size: int, tokenizer_pre: str | None, name: str | None, dialect: str
+        self, checkpoint: Checkpoint, options: GgufOptions, tokenizer_pre: str | None, name: str | None
     ) -> None:
-        self.card = read_model_card(source)
-        self._source = source
-        self._vocab_size = vocab_size
+        self._source = checkpoint.folder
+        self._config = checkpoint.config
+        self.card = read_model_card(self._source)
         self._tokenizer_pre = tokenizer_pre
         self._name = name
-        self._dialect = dialect
+        self._options = options
 
     def metadata(self, model: GgufModel, counts: ParameterCounts) -> list[KeyValue]:
         kind = file_type(model.main_type)
@@ -108,16 +114,32 @@ class _Describer:
             chat_template=self._template,
             mtp=model.kind is Kind.MTP,
             name=self._name,
-            dialect=self._dialect,
+            dialect=self._options.dialect,
+            engram=self._engram,
+            engram_encoding=self._engram_encoding,
         )
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self._source, self._vocab_size, self._tokenizer_pre)
+        return load_tokenizer(self._source, self._config.vocab_size, self._tokenizer_pre)
 
     @cached_property
     def _template(self) -> str:
-        return resources.files("dsv4convert.model").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+        name = CHAT_TEMPLATES[self._config.version]
+        return resources.files("dsv4convert.model").joinpath(name).read_text(encoding="utf-8")
+
+    @cached_property
+    def _engram(self) -> EngramConstants | None:
+        """Return what finds the rows of the n-gram tables of the layers that are written."""
+        if self._config.engram is None:
+            return None
+        constants = read_engram_constants(self._source, self._config)
+        return constants if self._options.layers is None else constants.sliced(*self._options.layers)
+
+    @property
+    def _engram_encoding(self) -> str | None:
+        engram = self._config.engram
+        return None if engram is None else encoding_name(self._options.engram, engram.head_dim)
 
 
 def _output_folder(out: Path | None) -> Path:
@@ -136,7 +158,7 @@ def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> st
 
 
 def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if checkpoint.draft is Draft.DSPARK:
+    if checkpoint.draft is Draft.DSPARK and checkpoint.config.num_nextn_predict_layers != checkpoint.n_draft:
         return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
     return ()
 

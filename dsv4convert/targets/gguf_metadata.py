@@ -16,9 +16,10 @@ from gguf import GGUFValueType
 
 from ..checkpoint.model_card import ModelCard
 from ..checkpoint.tokenizer import Tokenizer
-from ..containers.gguf_write import ARRAY, BOOL, F32, I32, STRING, U32, KeyValue
+from ..containers.gguf_write import ARRAY, BOOL, F32, I32, STRING, U32, U64, KeyValue
 from ..errors import ConfigError, UnsupportedError
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, Version
+from ..model.engram import EngramConstants
 
 # The version of ggml's quantisation formats, which every quantised file names.
 QUANTIZATION_VERSION = 2
@@ -163,13 +164,59 @@ DIALECTS: dict[str, Dialect] = {
     ),
 }
 
+# V4.1, as llama.cpp's pending converter has it: V4's fields without two, and what finds the rows of the n-gram tables.
+_ENGRAM_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
+    ("engram_head_count", U32, None),
+    ("engram_key_length", U32, None),
+    ("engram_max_ngram_size", U32, None),
+    ("engram_layer_ids", ARRAY, I32),
+    ("engram_multipliers", ARRAY, U64),
+    ("engram_primes", ARRAY, U64),
+    ("engram_offsets", ARRAY, U64),
+    ("engram_token_map", ARRAY, I32),
+    ("engram_pad_id", U32, None),
+    ("engram_encoding", STRING, None),
+)
+# Roles of layers, which that converter leaves to be told by tensors. The keys of forks where they have some.
+_ROLE_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
+    ("kv_source_layers", ARRAY, I32),
+    ("index_source_layers", ARRAY, I32),
+    ("candidate_source_layer", U32, None),
+    ("candidate_topk_blocks", U32, None),
+    ("candidate_block_size", U32, None),
+)
+V41_FIELDS = (
+    *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
+    *_ENGRAM_FIELDS,
+    *_ROLE_FIELDS,
+)
+_V41_KEYS = {
+    **_LLAMA_CPP_KEYS,
+    **{field: field.replace("engram_", "engram.", 1) for field, _, _ in _ENGRAM_FIELDS},
+    "kv_source_layers": "attention.kv_source_layers",
+    "index_source_layers": "attention.index_source_layers",
+    "candidate_source_layer": "attention.indexer.candidate_source_layer",
+    "candidate_topk_blocks": "attention.indexer.candidate_topk_blocks",
+    "candidate_block_size": "attention.indexer.candidate_block_size",
+}
+DIALECTS_V41 = {"llama.cpp": Dialect("deepseek41", _V41_KEYS)}
+
 # llama.cpp's architecture for DSpark drafts: the text model's fields, and the draft's own.
 DRAFT_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
     *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
     ("block_size", U32, None),
     ("target_layers", ARRAY, I32),
+    ("target_architecture", STRING, None),
 )
-DRAFT_DIALECT = Dialect("dflash", {**_LLAMA_CPP_KEYS, "block_size": "block_size", "target_layers": "target_layers"})
+DRAFT_DIALECT = Dialect(
+    "dflash",
+    {
+        **_LLAMA_CPP_KEYS,
+        "block_size": "block_size",
+        "target_layers": "target_layers",
+        "target_architecture": "target_model_architecture",
+    },
+)
 
 # The architecture of vision towers, what the key values mean there, and what the file states beside config keys:
 # the tower's own epsilon, not the text model's, and how pixels are normalised where no file says otherwise.
@@ -177,8 +224,12 @@ MMPROJ_ARCHITECTURE = "clip"
 MMPROJ_PROJECTOR = "deepseek4v"
 MMPROJ_EPSILON = 1e-6
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+MMPROJ_PROJECTOR_V41 = "deepseek41v"
 # llama.cpp's program has no key for these and takes them as here.
-MMPROJ_FIXED = {"vision_max_n_token": 384, "vision_max_wh_ratio": 8}
+MMPROJ_FIXED: Mapping[Version, Mapping[str, int | None]] = {
+    Version.V4: {"vision_max_n_token": 384, "vision_max_wh_ratio": 8},
+    Version.V41: {"vision_max_n_token": 1024, "vision_max_wh_ratio": None},
+}
 # image_size is only what a warm-up uses: so many patches wide, merged ones.
 WARM_UP_PATCHES = 16
 
@@ -283,18 +334,26 @@ def model_metadata(
     mtp: bool = False,
     name: str | None = None,
     dialect: str = "llama.cpp",
+    engram: EngramConstants | None = None,
+    engram_encoding: str | None = None,
 ) -> list[KeyValue]:
     """Return the key-values of a GGUF file, in order; those that say how a file is split are not among them.
 
     ``block_count`` counts the draft layers of an MTP file too. ``name`` overrides the model's name.
-    ``chat_template`` is used unless the tokenizer's folder has one of its own.
+    ``chat_template`` is used unless the tokenizer's folder has one of its own. ``engram`` finds the rows of V4.1's
+    n-gram tables, and ``engram_encoding`` names their bytes where they are no type of ggml's.
 
     Raises:
         ConfigError: a value that the key's type cannot hold.
     """
+    values = _field_values(config, block_count, mtp)
+    keys, fields = DIALECTS[dialect] if config.version is Version.V4 else DIALECTS_V41[dialect], MODEL_FIELDS
+    if config.version is Version.V41:
+        fields = V41_FIELDS
+        values |= _role_values(config) | _engram_values(config, engram, engram_encoding)
     return [
-        *_head(DIALECTS[dialect].architecture, "model", config, card, counts, name),
-        *_model(_field_values(config, block_count, mtp), DIALECTS[dialect], MODEL_FIELDS),
+        *_head(keys.architecture, "model", config, card, counts, name),
+        *_model(values, keys, fields),
         KeyValue("general.file_type", U32, file_type),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
         *_vocabulary(tokenizer),
@@ -318,14 +377,16 @@ def dspark_metadata(
         ConfigError: a ``dspark_*`` key is missing, or a value that the key's type cannot hold.
     """
     noise = _dspark_value(config, "dspark_noise_token_id", 0)
-    targets = config.raw.get("dspark_target_layer_ids")
+    targets = config.flat.get("dspark_target_layer_ids")
     if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
         raise ConfigError("key dspark_target_layer_ids: missing or no list of layers", got=targets)
     values = _field_values(config, config.num_hidden_layers, False) | {
         "block_size": _dspark_value(config, "dspark_block_size", 1),
-        # The outputs of these layers, which are the inputs of the ones behind them.
-        "target_layers": [layer + 1 for layer in targets],
+        # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
+        "target_layers": [layer + (config.version is Version.V4) for layer in targets],
     }
+    if config.version is Version.V41:
+        values["target_architecture"] = DIALECTS_V41["llama.cpp"].architecture
     return [
         *_head(DRAFT_DIALECT.architecture, "model", config, card, counts, name),
         *_model(values, DRAFT_DIALECT, DRAFT_FIELDS),
@@ -338,7 +399,7 @@ def dspark_metadata(
 
 
 def _dspark_value(config: ModelConfig, key: str, least: int) -> int:
-    value = config.raw.get(key)
+    value = config.flat.get(key)
     if type(value) is not int or value < least:
         raise ConfigError(f"key {key}: missing or no number", expected=f"{least} or more", got=value)
     return value
@@ -360,8 +421,8 @@ def mmproj_metadata(
         ConfigError: a ``vision_*`` key is missing or no number.
         UnsupportedError: a value that llama.cpp takes for granted is another.
     """
-    raw = config.raw
-    for key, fixed in MMPROJ_FIXED.items():
+    raw = config.flat
+    for key, fixed in MMPROJ_FIXED[config.version].items():
         if raw.get(key) != fixed:
             raise UnsupportedError(
                 f"key {key}: llama.cpp's vision code knows one value only", expected=fixed, got=raw.get(key)
@@ -385,7 +446,7 @@ def mmproj_metadata(
         ("vision.attention.head_count", U32, size("vision_n_heads")),
         ("vision.image_mean", ARRAY, list(image_mean)),
         ("vision.image_std", ARRAY, list(image_std)),
-        ("projector_type", STRING, MMPROJ_PROJECTOR),
+        ("projector_type", STRING, MMPROJ_PROJECTOR if config.version is Version.V4 else MMPROJ_PROJECTOR_V41),
         ("vision.attention.layer_norm_epsilon", F32, MMPROJ_EPSILON),
         ("use_silu", BOOL, True),
         ("vision.projector.scale_factor", U32, merge),
@@ -525,6 +586,38 @@ def _model(
         for field, kind, sub_type in fields
         if field in values
     ]
+
+
+def _role_values(config: ModelConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "kv_source_layers": list(config.kv_source_layer_ids),
+        "index_source_layers": list(config.index_source_layer_ids),
+    }
+    if config.candidates is not None:
+        values |= {
+            "candidate_source_layer": config.candidates.source_layer_id,
+            "candidate_topk_blocks": config.candidates.topk_blocks,
+            "candidate_block_size": config.candidates.block_size,
+        }
+    return values
+
+
+def _engram_values(config: ModelConfig, constants: EngramConstants | None, encoding: str | None) -> dict[str, Any]:
+    engram = config.engram
+    if engram is None or constants is None:
+        return {}
+    values = {
+        "engram_head_count": engram.n_heads,
+        "engram_key_length": engram.head_dim,
+        "engram_max_ngram_size": engram.max_ngram_size,
+        "engram_layer_ids": list(constants.layer_ids),
+        "engram_multipliers": [factor for row in constants.multipliers for factor in row],
+        "engram_primes": [prime for row in constants.primes for prime in row],
+        "engram_offsets": [offset for row in constants.offsets for offset in row],
+        "engram_token_map": constants.token_map.tolist(),
+        "engram_pad_id": constants.pad_id,
+    }
+    return values if encoding is None else {**values, "engram_encoding": encoding}
 
 
 def _field_values(config: ModelConfig, block_count: int, mtp: bool) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
 from ..errors import UsageError
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, Version
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from .claims import Claims
+from .engram_tables import ENGRAM_TYPES, table_tensors, table_type
 from .gguf_metadata import ParameterCounts, count_parameters
 from .segments import (
     BF16,
@@ -91,6 +92,20 @@ DIALECTS = {
     ),
 }
 
+DIALECTS_V41 = {"llama.cpp": replace(DIALECTS["llama.cpp"], architecture="deepseek41")}
+
+
+def tensor_dialect(config: ModelConfig, name: str) -> TensorDialect:
+    """Return the dialect ``name`` for models of the config's version.
+
+    Raises:
+        UsageError: no reader of that dialect knows the version.
+    """
+    known = DIALECTS_V41 if config.version is Version.V41 else DIALECTS
+    if name not in known:
+        raise UsageError(f"--dialect {name} is not for DeepSeek-{config.version.value}", expected=" or ".join(known))
+    return known[name]
+
 
 # DSpark's draft stages in llama.cpp's own architecture for such drafts, whose routers know no images.
 DFLASH = TensorDialect(
@@ -118,7 +133,8 @@ class GgufOptions:
     """The choices that decide a GGUF's bytes; None takes the dialect's default.
 
     ``draft`` (drop, only, split, keep) is for MTP layers and DSpark stages, ``mmproj`` (drop, only,
-    split) for the vision tower.
+    split) for the vision tower. ``engram`` is how the n-gram tables are stored, ``engram_last`` whether they come
+    behind all other tensors.
     """
 
     dense: str | None = None
@@ -128,6 +144,8 @@ class GgufOptions:
     layers: tuple[int, int] | None = None
     dialect: str = "llama.cpp"
     split_max_bytes: int | None = None
+    engram: str = "q8_0"
+    engram_last: bool = False
 
 
 class Kind(str, Enum):
@@ -150,6 +168,7 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     type: ElementType
     segments: Sequence[Segment]
+    is_table: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -185,11 +204,12 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
     for option, value, known in (
         ("--dense", options.dense, DENSE_TYPES),
         ("--experts", options.experts, EXPERT_TYPES),
-        ("--dialect", options.dialect, tuple(DIALECTS)),
+        ("--dialect", options.dialect, tuple({**DIALECTS, **DIALECTS_V41})),
+        ("--engram", options.engram, ENGRAM_TYPES),
     ):
         if value is not None and value not in known:
             raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
-    dialect = DIALECTS[options.dialect]
+    dialect = tensor_dialect(checkpoint.config, options.dialect)
     weights = list(checkpoint.weights.values())
     drafts = [w for w in weights if w.is_draft]
     tower = [w for w in weights if is_vision_name(w.name)]
@@ -212,6 +232,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         if draft_mode == KEEP:
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
+        if options.engram_last:
+            tensors.sort(key=lambda tensor: tensor.is_table)
         models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), types.experts_name(trunk)))
     if draft_mode in (ONLY, SPLIT):
         if checkpoint.draft is Draft.DSPARK:
@@ -227,7 +249,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
     if tower_mode in (ONLY, SPLIT):
         tensors = _tower_tensors(tower, types, claims)
         main = next(tensor.type.name for tensor in tensors if len(tensor.shape) == MATRIX_DIMENSIONS)
-        models.append(GgufModel(Kind.MMPROJ, config, config.raw["vision_n_layers"], tuple(tensors), main))
+        models.append(GgufModel(Kind.MMPROJ, config, config.flat["vision_n_layers"], tuple(tensors), main))
     if not has_text:
         claims.drop("the text model", "--draft only" if draft_mode == ONLY else "--mmproj only", trunk)
     if draft_mode == DROP:
@@ -241,7 +263,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
 def _dspark_model(checkpoint: Checkpoint, drafts: list[Weight], options: GgufOptions, claims: Claims) -> GgufModel:
     """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
     stages = checkpoint.n_draft
-    config = replace(checkpoint.config, num_hidden_layers=stages, num_hash_layers=0, compress_ratios=(0,) * stages)
+    config = checkpoint.config.of_draft(stages)
     types = _Types(DFLASH, options, config.o_groups)
     tensors = _block_tensors(drafts, types, claims, shift=0)
     return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), types.experts_name(drafts))
@@ -290,6 +312,7 @@ class _Types:
         self._o_groups = o_groups
         self._dense = ELEMENT_TYPES[options.dense] if options.dense else None
         self._experts = ELEMENT_TYPES[options.experts] if options.experts else None
+        self.engram = options.engram
 
     def of(self, weight: Weight) -> ElementType:
         store = weight.row.store
@@ -297,6 +320,8 @@ class _Types:
             return self._experts or self.dialect.default_experts[weight.encoding]
         if store is Store.TABLE:
             return I32
+        if store is Store.ENGRAM:
+            return table_type(self.engram)
         # Norms, sinks, biases and everything of the hyper-connections keep full precision, always.
         if store is Store.F32 or len(weight.shape) == 1:
             return F32
@@ -344,6 +369,8 @@ def _block_tensors(weights: Sequence[Weight], types: _Types, claims: Claims | No
             specs.append(TensorSpec(name, (len(group), *group[0].shape), to, stack_segments(group, to)))
         elif len(group) > 1:
             specs.append(_joined(name, group, to))
+        elif group[0].row.store is Store.ENGRAM:
+            specs += [TensorSpec(*table, is_table=True) for table in table_tensors(name, group[0], types.engram)]
         else:
             weight = group[0]
             shape = types.shape_of(weight)
@@ -385,12 +412,14 @@ def gguf_files(
     """Return the files of a model: one, or splits of at most ``split_max_bytes`` of tensors each.
 
     The metadata goes into the first split; every split carries ``split.no``, ``split.count`` and
-    ``split.tensors.count``. A tensor larger than the limit gets a split of its own.
+    ``split.tensors.count``. A tensor larger than the limit gets a split of its own, and so does an n-gram table,
+    which a runtime may leave on disk.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for tensor in tensors:
-        if split_max_bytes is not None and groups[-1] and size + tensor.nbytes > split_max_bytes:
+        alone = tensor.is_table or (bool(groups[-1]) and groups[-1][-1].is_table)
+        if split_max_bytes is not None and groups[-1] and (alone or size + tensor.nbytes > split_max_bytes):
             groups.append([])
             size = 0
         groups[-1].append(tensor)

@@ -11,7 +11,20 @@ from pathlib import Path
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME, GgmlType
-from ..plan import KEEP, Convert, CopySegments, Keep, MadeSegments, Operand, Segment, Source, Target, convert
+from ..model.tensors import Store
+from ..plan import (
+    COPY_SEGMENT_BYTES,
+    KEEP,
+    Convert,
+    CopySegments,
+    Keep,
+    MadeSegments,
+    Operand,
+    Segment,
+    Source,
+    Target,
+    convert,
+)
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
@@ -132,7 +145,36 @@ def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int 
     if isinstance(segment.operation, Keep):
         source = segment.operands[0]
         return CopySegments(source.file, source.offset, segment.nbytes)
-    return (segment,)
+    return RowSegments(segment) if weight.row.store is Store.ENGRAM else (segment,)
+
+
+class RowSegments(MadeSegments):
+    """A segment cut into runs of rows of about ``COPY_SEGMENT_BYTES``, so that a run can go on inside a huge table."""
+
+    __slots__ = ("_rows", "_whole")
+
+    def __init__(self, whole: Segment) -> None:
+        self._whole = whole
+        heights = math.lcm(*(operand.rows_per for operand in whole.operands))
+        self._rows = max(1, COPY_SEGMENT_BYTES // whole.row_bytes // heights) * heights
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many output bytes the segments make."""
+        return self._whole.nbytes
+
+    def __len__(self) -> int:
+        return -(-self._whole.rows // self._rows)
+
+    def _make(self, number: int) -> Segment:
+        first = number * self._rows
+        return self._whole._replace(
+            operands=tuple(
+                operand._replace(offset=operand.offset + first // operand.rows_per * operand.row_bytes)
+                for operand in self._whole.operands
+            ),
+            rows=min(self._rows, self._whole.rows - first),
+        )
 
 
 class StackedSegments(MadeSegments):
@@ -171,6 +213,8 @@ def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segme
         InventoryError: the row length of one is no multiple of the type's block.
     """
     pieces = [convert_segments(weight, to) for weight in weights]
+    if len(pieces) == 1:
+        return pieces[0]
     segments = [segment for piece in pieces for segment in piece]
     if len(segments) > 1 and len({_without_places(segment) for segment in segments}) == 1:
         return StackedSegments(segments)

@@ -1,0 +1,158 @@
+"""Which element type each tensor of a GGUF gets: the dialect's defaults, options, recipes, and what is protected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ..checkpoint.weights import Encoding, Weight
+from ..errors import UsageError
+from ..formats.ggml_types import BY_NAME, GgmlType, fitting_type
+from ..model.tensors import Store
+from .recipes import Recipe, Rule
+from .segments import BF16, F16, F32, I32, matrix_shape
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+# Rows that score experts: errors here change which experts a token meets.
+ROUTERS = ("ffn_gate_inp.weight",)
+
+
+@dataclass(frozen=True)
+class TypeOptions:
+    """The choices about element types; None takes the default.
+
+    ``rules`` are rows of a recipe and ``--tensor-type`` options, the last match winning; those from ``named`` on are
+    the user's own, which must each name a tensor. ``pure`` gives ``dense`` to every tensor that may be quantised,
+    embedding, output, compressors and indexer included.
+    """
+
+    dense: str | None = None
+    experts: str | None = None
+    output: str | None = None
+    embedding: str | None = None
+    pure: bool = False
+    rules: tuple[Rule, ...] = ()
+    named: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe | None,
+        *,
+        dense: str | None,
+        experts: str | None,
+        output: str | None,
+        embedding: str | None,
+        pure: bool,
+        rules: tuple[Rule, ...],
+    ) -> TypeOptions:
+        """Return a recipe's types with the user's own options over them.
+
+        Raises:
+            UsageError: ``pure`` without a type.
+        """
+        base = recipe or Recipe("")
+        chosen = cls(
+            dense or base.dense,
+            experts or base.experts,
+            output or base.output,
+            embedding or base.embedding,
+            pure,
+            (*base.rules, *rules),
+            len(base.rules),
+        )
+        if pure and chosen.dense is None:
+            raise UsageError("--pure: no type to give to every tensor", expected="--dense TYPE or a recipe with one")
+        return chosen
+
+
+@dataclass
+class TypeChoice:
+    """The element types of one model's tensors, and what is worth telling about them.
+
+    ``dense`` and ``experts`` are the dialect's types by the source's encoding, ``n_layers`` counts the blocks that
+    a recipe's shares are of.
+    """
+
+    options: TypeOptions
+    dense: Mapping[Encoding, GgmlType]
+    experts: Mapping[Encoding, GgmlType]
+    n_layers: int
+    fallbacks: list[str] = field(default_factory=list)
+    overridden: list[str] = field(default_factory=list)
+    _used: set[int] = field(default_factory=set)
+
+    def of(self, weight: Weight, name: str, layer: int | None) -> GgmlType:
+        """Return the type of the tensor ``name``, which ``weight`` of block ``layer`` makes (or is a part of)."""
+        _, columns = matrix_shape(weight.shape)
+        default = self._unnamed(weight, name)
+        rule = self._rule(name, layer)
+        if rule is None or weight.row.store is Store.TABLE or len(weight.shape) == 1:
+            # ggml computes with vectors in F32 and looks up integers: as in llama.cpp, a row that names them is void.
+            wanted = default
+        else:
+            wanted = BY_NAME[rule.type]
+            if wanted is not default and is_protected(weight, name) and name not in self.overridden:
+                self.overridden.append(name)
+        kind = fitting_type(wanted, columns)
+        if kind is not wanted:
+            note = f"{name}: rows of {columns} are no multiple of {wanted.elements}: {kind.name} for {wanted.name}"
+            if note not in self.fallbacks:
+                self.fallbacks.append(note)
+        return kind
+
+    def _unnamed(self, weight: Weight, name: str) -> GgmlType:
+        """Return the type of a tensor that no row names."""
+        options, store = self.options, weight.row.store
+        if store is Store.EXPERT:
+            return BY_NAME[options.experts] if options.experts else self.experts[weight.encoding]
+        if store is Store.TABLE:
+            return I32
+        # Norms, sinks, biases and everything of the hyper-connections keep full precision.
+        if store is Store.F32 or len(weight.shape) == 1:
+            return F32
+        if name == EMBEDDING and options.embedding:
+            return BY_NAME[options.embedding]
+        if name == OUTPUT and options.output:
+            return BY_NAME[options.output]
+        dense = BY_NAME[options.dense] if options.dense else None
+        if store is Store.DENSE:
+            return dense or self.dense[weight.encoding]
+        # Embedding, output, router, compressors and the vision tower are stored in BF16.
+        if dense in (F16, F32) or (dense is not None and options.pure and not is_protected(weight, name)):
+            return dense
+        return {Encoding.F32: F32, Encoding.F16: F16}.get(weight.encoding, BF16)
+
+    def _rule(self, name: str, layer: int | None) -> Rule | None:
+        found = None
+        for number, rule in enumerate(self.options.rules):
+            if rule.holds(name, layer, self.n_layers):
+                self._used.add(number)
+                found = rule
+        return found
+
+    def used(self) -> set[int]:
+        """Return the numbers of the rows that named a tensor."""
+        return self._used
+
+
+def is_protected(weight: Weight, name: str) -> bool:
+    """Return whether a tensor keeps its precision unless a row names it."""
+    return weight.row.store in (Store.F32, Store.TABLE) or len(weight.shape) == 1 or name.endswith(ROUTERS)
+
+
+def check_rules_used(options: TypeOptions, choices: Iterable[TypeChoice]) -> None:
+    """Check that each ``--tensor-type`` of the user's named a tensor of some file.
+
+    Raises:
+        UsageError: one did not.
+    """
+    used: set[int] = set()
+    for choice in choices:
+        used |= choice.used()
+    for number, rule in enumerate(options.rules[options.named :], start=options.named):
+        if number not in used:
+            raise UsageError(
+                f"--tensor-type {rule.pattern.pattern}={rule.type}: no tensor has such a name",
+                hint="inspect shows the names of a GGUF's tensors",
+            )

@@ -13,13 +13,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ...errors import FileFormatError, InputMissingError, InputOutputError
-from ...formats.base import GROUP, Scratch, Tally
+from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
 from ...formats.e2m1 import fp4_to_f32
 from ...formats.e4m3 import fp8_to_f32
-from ...formats.mxfp4 import BLOCK_BYTES as MXFP4_BLOCK_BYTES
+from ...formats.ggml_types import BY_NAME
 from ...formats.mxfp4 import mxfp4_to_f32
-from ...formats.q8_0 import BLOCK_BYTES as Q8_0_BLOCK_BYTES
 from ...formats.q8_0 import q8_0_to_f32
 from .protocol import Array
 
@@ -31,18 +30,8 @@ F32_BYTES = 4
 THREADED_BYTES = 8 * 2**20
 MAX_THREADS = 8
 
-# Bytes per group of 32 elements in a row, by kind of storage.
-GROUP_BYTES = {
-    "fp4": GROUP // 2,
-    "fp8": GROUP,
-    "mxfp4": MXFP4_BLOCK_BYTES,
-    "q8_0": Q8_0_BLOCK_BYTES,
-    "bf16": GROUP * 2,
-    "f16": GROUP * 2,
-    "f32": GROUP * 4,
-    "i32": GROUP * 4,
-    "i64": GROUP * 8,
-}
+# Bytes of a row by kind of storage: those of ggml's types, and of the two that carry scales beside them.
+GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1", "q8_k", "i8", "i16", "f64", "q1_0")}
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"F8_E8M0": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
 
@@ -69,8 +58,10 @@ class Matrix(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of a row; a width that is no multiple of 32 occurs only in plain kinds."""
-        return self.columns * GROUP_BYTES[self.kind] // GROUP
+        """Return the bytes of a row."""
+        if self.kind == "fp4":
+            return self.columns // 2
+        return self.columns if self.kind == "fp8" else GGML_KINDS[self.kind].row_bytes(self.columns)
 
     @property
     def is_table(self) -> bool:
@@ -169,8 +160,19 @@ def _decode(
             out[:] = raw.view("<f2")
         case "f32":
             out[:] = raw.view("<f4")
-        case _:
+        case "i32" | "i64":
             out[:] = raw.view(TABLE_DTYPES[matrix.kind])
+        case _:
+            out[:] = _dequantised(raw, matrix.kind)
+
+
+def _dequantised(raw: Array, kind: str) -> Array:
+    """Return the float32 values of rows of a low-bit type, as the gguf package decodes it."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values: Array = dequantize(raw, GGMLQuantizationType(GGML_KINDS[kind].number))
+    return values
 
 
 def _present(scales: Array | None, matrix: Matrix) -> Array:

@@ -12,7 +12,7 @@ from ...targets.gguf_metadata import DIALECTS as KEY_DIALECTS
 from ...targets.gguf_metadata import GATING_FUNCTIONS
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
 from ...targets.gguf_tensors import TensorDialect
-from .decode import GROUP_BYTES, Matrix, gather_rows, read_rows
+from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
 from .protocol import Array, missing_weight
 
 # config.json key by metadata field: what has one value and the same meaning on both sides.
@@ -224,11 +224,11 @@ def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig,
 
 
 def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Location:
-    if tensor.type not in GROUP_BYTES:
+    if tensor.type not in GGML_KINDS:
         raise UnsupportedError(
             f"tensor {tensor.name}: a type that is not decoded here",
             where=tensor.file,
-            expected=" or ".join(GROUP_BYTES),
+            expected=" or ".join(GGML_KINDS),
             got=tensor.type,
         )
     rows, columns = expected.shape if len(expected.shape) == 2 else (1, expected.shape[0])

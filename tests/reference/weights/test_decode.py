@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from dsv4convert.errors import FileFormatError, InputMissingError
 from dsv4convert.formats.base import Scratch, Tally
 from dsv4convert.formats.e2m1 import quantise_fp4
 from dsv4convert.formats.e4m3 import quantise_fp8
+from dsv4convert.formats.ggml import find_quantiser
+from dsv4convert.formats.ggml_types import BY_NAME, QUANTISED
 from dsv4convert.formats.mxfp4 import f32_to_mxfp4
 from dsv4convert.formats.q8_0 import f32_to_q8_0
 from dsv4convert.reference.weights import decode as stored
@@ -132,3 +135,17 @@ def test_a_file_that_became_shorter_is_refused(tmp_path: Path, monkeypatch: pyte
     matrix.file.unlink()
     with pytest.raises(InputMissingError, match="no such file"):
         read_rows(matrix)
+
+
+@pytest.mark.parametrize("kind", [name for name in QUANTISED if name != "q1_0"])
+def test_low_bit_types_decode_as_in_the_gguf_package(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    values = np.random.default_rng(5).standard_normal((9, 512), dtype=np.float32)
+    stored = np.empty((9, BY_NAME[kind].row_bytes(512)), np.uint8)
+    find_quantiser().quantise(kind, values, stored, np.ones(512, np.float32))
+    (tmp_path / "weights").write_bytes(b"xyz" + stored.tobytes())
+    matrix = Matrix(tmp_path / "weights", 3, kind, 9, 512)
+    expected = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType(BY_NAME[kind].number))
+    assert np.array_equal(read_rows(matrix), expected)
+    assert np.array_equal(read_rows(matrix, 2, 5), expected[2:5])
+    assert np.array_equal(gather_rows(matrix, np.array([8, 0, 3])), expected[[8, 0, 3]])

@@ -20,6 +20,12 @@ COPY_SEGMENT_BYTES = 64 * 2**20
 # What bytes of a checkpoint, and of an output, hold.
 Source: TypeAlias = Literal["fp4", "fp8", "bf16", "f16", "f32", "i64", "i32"]
 Target: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "mxfp4", "i32"]
+# What ggml's library makes.
+LowBit: TypeAlias = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
+    "tq1_0", "tq2_0", "nvfp4", "q1_0",
+]  # fmt: skip
 Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 
 # Every conversion that there is a codec for.
@@ -63,11 +69,41 @@ class Convert:
 
 
 @dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums of squares of activations, an operand of their own: weights of columns once divided by ``count``.
+
+    A row of float32, one a column; ``is_legacy`` says what a count of 0 means (see ``containers.imatrix``).
+    """
+
+    count: int
+    is_legacy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredWeights:
+    """Weights of columns without activations: the sum over all rows of the matrix of each element's square."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """Elements of a low-bit type, made by ggml's library at ``library``: operands as of ``Convert``, then those of sums.
+
+    ``importance`` None leaves all columns alike. ``SquaredWeights`` wants all rows of a matrix in one segment.
+    """
+
+    source: Source
+    target: LowBit
+    block: Block | None
+    library: str
+    importance: Sums | SquaredWeights | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Beside:
     """The rows of two operations next to each other; the first one's take ``left_bytes``, and half of the operands."""
 
-    left: Keep | Convert
-    right: Keep | Convert
+    left: Keep | Convert | Quantise
+    right: Keep | Convert | Quantise
     left_bytes: int
 
 
@@ -121,6 +157,7 @@ Operation: TypeAlias = (
     Copy
     | Keep
     | Convert
+    | Quantise
     | Beside
     | Columns
     | Join

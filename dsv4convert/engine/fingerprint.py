@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
             for segment in tensor.segments:
                 digest.update(f"{segment.operation} {segment.rows} {segment.row_bytes}\n".encode())
                 for operand in segment.operands:
-                    name = operand.file.name
+                    # A file beside the model, such as an importance matrix, goes by its whole path.
+                    inside = operand.file.parent == plan.source
+                    name = operand.file.name if inside else os.path.abspath(operand.file)
                     if name not in sources:
                         with os_errors(operand.file, "read"):
                             status = operand.file.stat()

@@ -7,17 +7,20 @@ What a codec does is in ``formats/``. An operation takes the operands' tiles and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InventoryError
+from ..containers.imatrix import importance
+from ..errors import InventoryError, LossyError
 from ..formats.backend import Codecs
 from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e2m1 import FP8_TILE
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
+from ..formats.ggml import Quantiser
 from ..plan import (
     AllEqual,
     Beside,
@@ -32,9 +35,14 @@ from ..plan import (
     Join,
     Keep,
     Operation,
+    Quantise,
     Source,
+    SquaredWeights,
+    Sums,
     Target,
 )
+
+FP4_PER_BYTE = 2
 
 Bytes = NDArray[np.uint8]
 Inputs = Sequence[NDArray[Any]]
@@ -91,6 +99,8 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
     match operation:
         case Convert():
             _convert(operation, codecs, inputs, out, scratch, tally)
+        case Quantise():
+            _quantise(operation, codecs, inputs, out, scratch, tally)
         case Keep():
             out[...] = inputs[0].view(np.uint8)
         case Beside():
@@ -121,7 +131,7 @@ def divides_blocks(operation: Operation) -> bool:
 
     Tiles of the others are whole blocks.
     """
-    return isinstance(operation, Beside) or (isinstance(operation, Convert) and operation.source == "fp8")
+    return isinstance(operation, Beside | Quantise) or (isinstance(operation, Convert) and operation.source == "fp8")
 
 
 def _never(operation: NoReturn) -> NoReturn:
@@ -141,7 +151,7 @@ def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scr
         _by_way_of_f32(operation, codecs, inputs, made, scratch, tally)
 
 
-def _block(operation: Convert) -> Block:
+def _block(operation: Convert | Quantise) -> Block:
     if operation.block is None:
         raise TypeError(f"{operation!r} has no scales")
     return operation.block
@@ -150,17 +160,64 @@ def _block(operation: Convert) -> Block:
 def _by_way_of_f32(
     operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally
 ) -> None:
-    wide = scratch.array("by way of f32", inputs[0].shape, np.float32)
     decoding, quantising = Tally(), Tally()
-    kind: tuple[Source, Target] = (operation.source, "f32")
-    if kind in SCALED:
-        SCALED[kind](codecs)(inputs[0], inputs[1], _block(operation), wide, scratch, decoding)
-    else:
-        PLAIN[kind](codecs)(inputs[0], wide, scratch, decoding)
+    wide = as_f32(operation, codecs, inputs, scratch, decoding)
     PLAIN["f32", operation.target](codecs)(wide, out, scratch, quantising)
     # What is no number or infinite after the first step is counted by the second; what vanished is not.
     quantising.underflow = max(quantising.underflow, decoding.underflow)
     tally.add(quantising)
+
+
+def as_f32(
+    operation: Convert | Quantise, codecs: Codecs, inputs: Inputs, scratch: Scratch, tally: Tally
+) -> NDArray[np.float32]:
+    """Return the source's elements of a tile as float32 [rows, columns], and count what decoding counts."""
+    source = operation.source
+    if source == "f32":
+        return inputs[0]
+    columns = inputs[0].shape[1] * (FP4_PER_BYTE if source == "fp4" else 1)
+    wide: NDArray[np.float32] = scratch.array("by way of f32", (len(inputs[0]), columns), np.float32)
+    if (source, "f32") in SCALED:
+        SCALED[source, "f32"](codecs)(inputs[0], inputs[1], _block(operation), wide, scratch, tally)
+    else:
+        PLAIN[source, "f32"](codecs)(inputs[0], wide, scratch, tally)
+    return wide
+
+
+def squares(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the sum over rows of the squares of each column, in float64."""
+    total: NDArray[np.float64] = np.einsum("rc,rc->c", values, values, dtype=np.float64)
+    return total
+
+
+def _quantise(
+    operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally
+) -> None:
+    wide = as_f32(operation, codecs, inputs, scratch, tally)
+    if not np.isfinite(wide).all():
+        row, column = np.argwhere(~np.isfinite(wide))[0]
+        raise LossyError(
+            f"a value that is NaN or infinite has no place in {operation.target}",
+            expected="finite values",
+            got=f"{wide[row, column]} in column {column}",
+            hint="is the checkpoint sound? dsv4convert check MODEL says; another --tensor-type keeps such values",
+        )
+    weights = None
+    if isinstance(operation.importance, Sums):
+        weights = importance(inputs[-1].reshape(-1), operation.importance.count, operation.importance.is_legacy)
+    elif isinstance(operation.importance, SquaredWeights):
+        weights = inputs[-1].reshape(-1)
+    loaded_quantiser(operation.library).quantise(operation.target, wide, out, weights)
+
+
+@cache
+def loaded_quantiser(library: str) -> Quantiser:
+    """Return ggml's quantisers of a library, loaded once.
+
+    Raises:
+        DeviceError: it cannot be used.
+    """
+    return Quantiser(library)
 
 
 def _beside(operation: Beside, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:

@@ -15,9 +15,9 @@ from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Tally
 from ..formats.triton.pipeline import scratch_for
-from ..plan import Copy, Operand, Segment
+from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .kernel_copy import KernelCopier
-from .operations import divides_blocks, make_tile
+from .operations import as_f32, divides_blocks, make_tile, squares
 from .outputs import DescriptorCache, os_errors, write_all
 
 # Source plus output bytes of a tile: small enough for the caches, large enough that two writers seldom wait
@@ -65,18 +65,35 @@ class Worker:
     def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
         digest = xxhash.xxh3_128()
         step = rows_per_tile(segment, self._tile_bytes)
+        operation = segment.operation
+        weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
         for first in range(0, segment.rows, step):
             if self.stopped:
                 break
             rows = min(step, segment.rows - first)
-            inputs = [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+            inputs = [*self._inputs(segment, first, rows), *weights]
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
-            make_tile(segment.operation, self._codecs, inputs, out, self._scratch, tally)
+            make_tile(operation, self._codecs, inputs, out, self._scratch, tally)
             digest.update(out.data)
             with os_errors(path, "written"):
                 write_all(output, out.data, offset + first * segment.row_bytes)
             self.done_bytes += out.nbytes
         return digest.digest()
+
+    def _inputs(self, segment: Segment, first: int, rows: int) -> list[NDArray[Any]]:
+        return [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+
+    def _squared_weights(self, segment: Segment, operation: Quantise, step: int) -> tuple[NDArray[np.float32], ...]:
+        """Return the weights of the columns where they come from the segment's own elements, read once before."""
+        if not isinstance(operation.importance, SquaredWeights):
+            return ()
+        total: NDArray[np.float64] | float = 0.0
+        for first in range(0, segment.rows, step):
+            if self.stopped:
+                break
+            inputs = self._inputs(segment, first, min(step, segment.rows - first))
+            total = total + squares(as_f32(operation, self._codecs, inputs, self._scratch, Tally()))
+        return (np.asarray(total, np.float32).reshape(-1),)
 
     def _read(self, index: int, operand: Operand, first: int, rows: int) -> NDArray[Any]:
         """Return the rows of an operand that serve output rows first..first+rows."""

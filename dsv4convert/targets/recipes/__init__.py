@@ -26,8 +26,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ...containers.untrusted import read_at_most
-from ...errors import FileFormatError, InputMissingError, UsageError
+from ...containers.untrusted import read_whole
+from ...errors import FileFormatError, UsageError
 from ...formats.ggml_types import BY_NAME
 
 if sys.version_info >= (3, 11):
@@ -99,13 +99,7 @@ def load_recipe(name: str) -> Recipe:
         text = (resources.files(__package__) / (name + SUFFIX)).read_bytes()
         return parse_recipe(name, text, name)
     path = Path(name)
-    try:
-        content = read_at_most(path, MAX_RECIPE_BYTES)
-    except OSError as error:
-        raise InputMissingError(f"the recipe cannot be read ({error.strerror})", where=path) from None
-    if len(content) > MAX_RECIPE_BYTES:
-        raise FileFormatError("too large for a recipe", where=path, expected=f"at most {MAX_RECIPE_BYTES} bytes")
-    return parse_recipe(path.stem, content, path)
+    return parse_recipe(path.stem, read_whole(path, MAX_RECIPE_BYTES), path)
 
 
 def parse_recipe(name: str, content: bytes, where: object) -> Recipe:

@@ -1,0 +1,138 @@
+"""Segments of low-bit tensors: cut so that threads share them, each with the importance of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from ..checkpoint.weights import Weight
+from ..containers.imatrix import F32_BYTES, Entry, Imatrix
+from ..errors import InventoryError, UsageError
+from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
+from ..plan import LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
+from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
+
+LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
+
+# Elements of a segment at most: of the slowest type some seconds' work, so that little is lost with a kill.
+SEGMENT_ELEMENTS = 2**22
+# One row of sums serves all rows of a matrix: more than any has, and a power of two, so that tiles may have any height.
+ALL_ROWS = 2**40
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+MAX_NAMED = 5
+
+
+@dataclass
+class LowBitMaker:
+    """Makes the segments of one conversion's low-bit tensors.
+
+    ``library`` is the path of ggml's library; importance comes from ``imatrix``, from the weights' own squares where
+    ``squared``, or is the same for all columns. Missing and unused entries are gathered for the summary.
+    """
+
+    library: str
+    imatrix: Imatrix | None = None
+    squared: bool = False
+    missing: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    def segments(self, name: str, entry_name: str, weights: Sequence[Weight], to: GgmlType) -> Sequence[Segment]:
+        """Return the segments of the tensor ``name``: one weight, or a layer's experts in order.
+
+        ``entry_name`` is the tensor's name in a file of the whole model, which importance matrices use.
+
+        Raises:
+            UsageError: the type needs importance, and there is none.
+            InventoryError: the entry has another size.
+        """
+        entry = self._entry(name, entry_name, weights, to)
+        made: list[Segment] = []
+        for number, weight in enumerate(weights):
+            made += self._of_matrix(weight, to, entry, number)
+        if len(made) > 1 and len({(s.operation, s.rows, s.row_bytes, _shape(s)) for s in made}) == 1:
+            return StackedSegments(made)
+        return tuple(made)
+
+    def _entry(self, name: str, entry_name: str, weights: Sequence[Weight], to: GgmlType) -> Entry | None:
+        entry = None if self.imatrix is None else self.imatrix.entries.get(entry_name)
+        _, columns = matrix_shape(weights[0].shape)
+        if self.imatrix is not None and entry is not None:
+            self.used.add(entry_name)
+            wanted = columns * len(weights)
+            if entry.values != wanted or (not entry.is_legacy and len(entry.counts) not in (1, len(weights))):
+                raise InventoryError(
+                    f"importance of {entry_name}: another size",
+                    where=self.imatrix.path,
+                    expected=f"{len(weights)} x {columns} values" if len(weights) > 1 else f"{columns} values",
+                    got=f"{len(entry.counts)} x {entry.columns}" if len(entry.counts) > 1 else entry.values,
+                    hint="was it made of another model?",
+                )
+            return entry
+        if not self.squared and to.name in NEED_IMPORTANCE:
+            what = f"tensor {name}: {to.name} needs importance"
+            if self.imatrix is not None:
+                raise UsageError(f"{what}, and the matrix has no entry", where=self.imatrix.path, hint=_OTHER_TYPE)
+            raise UsageError(what, hint=f"pass --imatrix FILE or --importance weights; {_OTHER_TYPE}")
+        if self.imatrix is not None:
+            self.missing.append(entry_name)
+        return None
+
+    def _of_matrix(self, weight: Weight, to: GgmlType, entry: Entry | None, number: int) -> list[Segment]:
+        rows, columns = matrix_shape(weight.shape)
+        importance: Sums | SquaredWeights | None = None
+        sums: tuple[Operand, ...] = ()
+        if entry is not None:
+            count = entry.counts[number] if len(entry.counts) > 1 else entry.counts[0]
+            importance = Sums(count, entry.is_legacy)
+            row_bytes = columns * F32_BYTES
+            sums = (Operand(entry.file, entry.offset + number * row_bytes, row_bytes, ALL_ROWS, "<f4"),)
+        elif self.squared:
+            importance = SquaredWeights()
+        operation = Quantise(SOURCES[weight.encoding], LOW_BIT[to.name], weight.block, self.library, importance)
+        height = 1 if weight.block is None else weight.block[0]
+        step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height)
+        row_bytes = shared(to.row_bytes(columns))
+        return [
+            Segment(operation, (*operands(weight, first), *sums), min(step, rows - first), row_bytes)
+            for first in range(0, rows, step)
+        ]
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what of the importance matrix was not used, and what it did not have."""
+        notes = []
+        if self.missing:
+            notes.append(
+                f"no importance for {len(self.missing)} tensors, whose columns count alike: {_some(self.missing)}"
+            )
+        if self.imatrix is not None:
+            unused = [name for name in self.imatrix.entries if name not in self.used]
+            if unused:
+                notes.append(f"{len(unused)} entries of {self.imatrix.path.name} were not needed: {_some(unused)}")
+        return tuple(notes)
+
+
+_OTHER_TYPE = "or choose another type for it with --tensor-type"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:MAX_NAMED], *(["…"] if names[MAX_NAMED:] else [])])
+
+
+def _shape(segment: Segment) -> tuple[tuple[int, int, str], ...]:
+    return tuple((operand.row_bytes, operand.rows_per, operand.dtype) for operand in segment.operands)
+
+
+def _rows_of_a_segment(rows: int, columns: int, height: int) -> int:
+    """Return the rows of equal segments: whole scale blocks, the last one shorter where it must be.
+
+    A stack of experts wants all segments of a tensor equal, so parts that divide the rows come first.
+    """
+    most = max(1, SEGMENT_ELEMENTS // columns)
+    if rows <= most:
+        return rows
+    for parts in range(-(-rows // most), 4 * -(-rows // most)):
+        if rows % parts == 0 and (rows // parts) % height == 0:
+            return rows // parts
+    return max(height, most // height * height)

@@ -46,6 +46,14 @@ def convert_gguf(
     *,
     dense: str | None = None,
     experts: str | None = None,
+    recipe: str | None = None,
+    tensor_type: Iterable[str] = (),
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    pure: bool = False,
+    imatrix: StrPath | None = None,
+    importance: str | None = None,
+    ggml_lib: StrPath | None = None,
     draft: str | None = None,
     mmproj: str | None = None,
     max_file_size: int | str | None = None,
@@ -66,7 +74,8 @@ def convert_gguf(
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
 
     ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
-    Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3".
+    Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3". Types are ggml's names in lower case;
+    ``tensor_type`` are "REGEX=TYPE", the last match winning.
     ``engram`` is how V4.1's n-gram tables are stored: q8_0, mxfp4, bf16, or as published, i8-row264 or i8-split;
     ``engram_last`` puts them behind all other tensors.
 
@@ -79,6 +88,14 @@ def convert_gguf(
     options = GgufOptions(
         dense=dense,
         experts=experts,
+        output=output_type,
+        embedding=embedding_type,
+        pure=pure,
+        recipe=recipe,
+        tensor_types=tuple(tensor_type),
+        imatrix=None if imatrix is None else os.path.abspath(imatrix),
+        importance=importance,
+        ggml_lib=None if ggml_lib is None else os.fspath(ggml_lib),
         draft=draft,
         mmproj=mmproj,
         layers=None if layers is None else parse_layers(layers),

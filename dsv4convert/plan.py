@@ -86,7 +86,7 @@ class SquaredWeights:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """Elements of a low-bit type, made by ggml's library at ``library``: operands as of ``Convert``, then those of sums.
+    """Elements of a low-bit type, made by ggml's library at ``library``: operands of ``Convert``, then those of sums.
 
     ``importance`` None leaves all columns alike. ``SquaredWeights`` wants all rows of a matrix in one segment.
     """
@@ -102,8 +102,8 @@ class Quantise:
 class Beside:
     """The rows of two operations next to each other; the first one's take ``left_bytes``, and half of the operands."""
 
-    left: Keep | Convert | Quantise
-    right: Keep | Convert | Quantise
+    left: Keep | Convert
+    right: Keep | Convert
     left_bytes: int
 
 

@@ -27,15 +27,50 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
 )
 @option(
     "--dense",
-    type=click.Choice(["q8_0", "bf16", "f16", "f32"]),
+    metavar="TYPE",
     panel=TYPES,
-    help="Type of the dense linear layers; by default q8_0 for FP8, otherwise the source's.",
+    help="Type of attention and shared experts, e.g. q8_0, bf16, q4_k; by default q8_0 for FP8, otherwise the source's.",
 )
 @option(
     "--experts",
-    type=click.Choice(["mxfp4", "q8_0", "bf16", "f16", "f32"]),
+    metavar="TYPE",
     panel=TYPES,
-    help="Type of the routed experts; by default mxfp4 for FP4, q8_0 for FP8, otherwise the source's.",
+    help="Type of the routed experts, e.g. mxfp4, q2_k, iq2_xxs; by default mxfp4 for FP4, q8_0 for FP8, otherwise the "
+    "source's.",
+)
+@option(
+    "--recipe",
+    metavar="NAME|FILE.toml",
+    panel=TYPES,
+    help="Recipe of types, e.g. q2_k, q4_k_m, iq2_xxs; other type options go over it.",
+)
+@option(
+    "--tensor-type",
+    metavar="REGEX=TYPE",
+    multiple=True,
+    panel=TYPES,
+    help="Type of the tensors whose name matches, e.g. ffn_down_exps=q4_k; repeatable, the last match wins.",
+)
+@option("--output-type", metavar="TYPE", panel=TYPES, help="Type of output.weight; by default the source's.")
+@option("--embedding-type", metavar="TYPE", panel=TYPES, help="Type of token_embd.weight; by default the source's.")
+@option("--pure", is_flag=True, panel=TYPES, help="Give the type of --dense to each matrix that may be quantised.")
+@option(
+    "--imatrix",
+    type=PATH,
+    panel=TYPES,
+    help="Importance matrix for low-bit types, in either of llama.cpp's forms.",
+)
+@option(
+    "--importance",
+    type=click.Choice(["weights"]),
+    panel=TYPES,
+    help="Importance without a matrix: the sum of squares of each column's weights.",
+)
+@option(
+    "--ggml-lib",
+    type=PATH,
+    panel=TYPES,
+    help="Library of ggml, for low-bit types; by default that of an installed llama-cpp-python.",
 )
 @option(
     "--engram",
@@ -94,6 +129,14 @@ def hf_to_gguf(
     out: Path | None,
     dense: str | None,
     experts: str | None,
+    recipe: str | None,
+    tensor_type: tuple[str, ...],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    imatrix: Path | None,
+    importance: str | None,
+    ggml_lib: Path | None,
     draft: str | None,
     mmproj: str | None,
     layers: str | None,
@@ -117,6 +160,14 @@ def hf_to_gguf(
         out,
         dense=dense,
         experts=experts,
+        recipe=recipe,
+        tensor_type=tensor_type,
+        output_type=output_type,
+        embedding_type=embedding_type,
+        pure=pure,
+        imatrix=imatrix,
+        importance=importance,
+        ggml_lib=ggml_lib,
         draft=draft,
         mmproj=mmproj,
         max_file_size=max_file_size,

@@ -36,6 +36,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_ENTRIES = 2**16
 MAX_NAME_BYTES = 2**12
 MAX_COUNT = 2**53  # exact in a float64
+MAX_OVERRIDE_BYTES = 127
 F32_BYTES = 4
 CHECK_VALUES = 2**18  # values looked at together
 
@@ -67,6 +68,16 @@ class Imatrix:
     entries: Mapping[str, Entry] = field(repr=False)
     datasets: tuple[str, ...]
     chunks: int
+
+    def key_values(self) -> list[KeyValue]:
+        """Return the metadata that a model made with this matrix states, as llama.cpp's ``quantize`` does."""
+        keys = [KeyValue("quantize.imatrix.file", STRING, _clipped(str(self.path)))]
+        if self.datasets:
+            keys.append(KeyValue("quantize.imatrix.dataset", STRING, _clipped(self.datasets[0])))
+        keys.append(KeyValue("quantize.imatrix.entries_count", U32, len(self.entries)))
+        if self.chunks > 0:
+            keys.append(KeyValue("quantize.imatrix.chunks_count", U32, self.chunks))
+        return keys
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -101,6 +112,11 @@ def importance(sums: NDArray[np.float32], count: int, is_legacy: bool) -> NDArra
         weights: NDArray[np.float32] = sums / np.float32(count)
         return weights
     return sums if is_legacy else np.ones_like(sums)
+
+
+def _clipped(text: str) -> str:
+    """Return a text of at most as many UTF-8 bytes as llama.cpp keeps of an override."""
+    return text.encode("utf-8", "replace")[:MAX_OVERRIDE_BYTES].decode("utf-8", "ignore")
 
 
 def _check_values(name: str, entry: Entry, file: BinaryIO) -> None:

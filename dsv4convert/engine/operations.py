@@ -190,9 +190,7 @@ def squares(values: NDArray[np.float32]) -> NDArray[np.float64]:
     return total
 
 
-def _quantise(
-    operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally
-) -> None:
+def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     wide = as_f32(operation, codecs, inputs, scratch, tally)
     if not np.isfinite(wide).all():
         row, column = np.argwhere(~np.isfinite(wide))[0]

@@ -50,7 +50,9 @@ def plan_gguf(
         Dsv4Error: whatever is wrong with the source, the options or the names.
     """
     checkpoint = open_folder(source, versions=tuple(Version))
-    models, dropped = gguf_models(checkpoint, options)
+    made = gguf_models(checkpoint, options)
+    models, low_bit = made.models, made.low_bit
+    imatrix_keys = low_bit.imatrix.key_values() if low_bit.imatrix is not None else []
     describe = _Describer(checkpoint, options, tokenizer_pre, name)
     files: list[OutputFile] = []
     folder = _output_folder(out)
@@ -60,17 +62,24 @@ def plan_gguf(
             model.config, describe.card, counts, experts=model.main_type, prefix=FILE_PREFIX[model.kind], name=name
         )
         stem = _stem(out, default, model, len(models))
-        files += gguf_files(model.tensors, describe.metadata(model, counts), stem, options.split_max_bytes)
+        files += gguf_files(
+            model.tensors, [*describe.metadata(model, counts), *imatrix_keys], stem, options.split_max_bytes
+        )
     return Plan(
         target="gguf",
         source=source,
         destination=folder,
         is_folder=False,
         files=tuple(files),
-        dropped=dropped,
-        options={**asdict(options), "tokenizer_pre": tokenizer_pre, "name": name},
+        dropped=made.dropped,
+        options={
+            **asdict(options),
+            "tokenizer_pre": tokenizer_pre,
+            "name": name,
+            **({"ggml": low_bit.quantiser.version} if low_bit.is_used else {}),
+        },
         source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_draft_note(checkpoint), *_rounding_note(checkpoint, options)),
+        notes=(*checkpoint.notes, *_draft_note(checkpoint), *_rounding_note(checkpoint, options), *made.notes),
     )
 
 

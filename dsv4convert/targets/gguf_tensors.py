@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -20,15 +21,18 @@ from ..model.config import ModelConfig, Version
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from .claims import Claims
-from .engram_tables import ENGRAM_TYPES, table_tensors, table_type
+from .engram_tables import ENGRAM_TYPES, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
+from .gguf_types import TypeChoice, TypeOptions, check_rules_used
+from .low_bit import LOW_BIT, LowBitMaker
+from .recipes import OUTPUT_TYPES, load_recipe, tensor_type_rules
 from .segments import (
     BF16,
     F16,
     F32,
-    I32,
     MXFP4,
     Q8_0,
+    TARGETS,
     ElementType,
     codec_segment,
     convert_segments,
@@ -47,6 +51,10 @@ WO_A_SHAPE = ("G*o_lora", "Hd/G")
 PATCH_SHAPE = ("vd", "3pp")
 IMAGE_CHANNELS = 3
 MATRIX_DIMENSIONS = 2
+
+# Where importance comes from when there is no matrix of it.
+WEIGHTS = "weights"
+IMPORTANCE_MODES = (WEIGHTS,)
 
 # What an MTP file takes from the trunk.
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
@@ -123,18 +131,16 @@ DFLASH = TensorDialect(
 DROP, ONLY, SPLIT, KEEP = "drop", "only", "split", "keep"
 
 
-# Types that dense linears and routed experts can be asked for in.
-DENSE_TYPES = ("q8_0", "bf16", "f16", "f32")
-EXPERT_TYPES = ("mxfp4", *DENSE_TYPES)
-
-
 @dataclass(frozen=True)
 class GgufOptions:
     """The choices that decide a GGUF's bytes; None takes the dialect's default.
 
     ``draft`` (drop, only, split, keep) is for MTP layers and DSpark stages, ``mmproj`` (drop, only,
-    split) for the vision tower. ``engram`` is how the n-gram tables are stored, ``engram_last`` whether they come
-    behind all other tensors.
+    split) for the vision tower. ``dense``, ``experts``, ``output`` and ``embedding`` are element types, ``recipe`` is
+    a recipe's name or file, ``tensor_types`` are "REGEX=TYPE" and the last match wins; ``pure`` gives ``dense`` to all
+    that may be quantised. ``imatrix`` is the file of an importance matrix, ``importance`` "weights" the fallback, and
+    ``ggml_lib`` the library that makes low-bit types. ``engram`` is how the n-gram tables are
+    stored, ``engram_last`` whether they come behind all other tensors.
     """
 
     dense: str | None = None
@@ -146,6 +152,14 @@ class GgufOptions:
     split_max_bytes: int | None = None
     engram: str = "q8_0"
     engram_last: bool = False
+    output: str | None = None
+    embedding: str | None = None
+    pure: bool = False
+    recipe: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    imatrix: str | None = None
+    importance: str | None = None
+    ggml_lib: str | None = None
 
 
 class Kind(str, Enum):
@@ -194,16 +208,28 @@ class GgufModel:
         return count_parameters((tensor.name, tensor.shape) for tensor in self.tensors)
 
 
-def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[GgufModel], tuple[Dropped, ...]]:
-    """Return the GGUF models that ``options`` ask for, and what they leave out.
+class GgufModels(NamedTuple):
+    """The models that a conversion makes, what they leave out, and how their low-bit tensors are made."""
+
+    models: list[GgufModel]
+    dropped: tuple[Dropped, ...]
+    low_bit: LowBitMaker
+    notes: tuple[str, ...]
+
+
+def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
+    """Return the GGUF models that ``options`` ask for, what they leave out, and what is worth a note.
 
     Raises:
         UsageError: options that do not go together, or a type that the dialect lacks.
         InventoryError: a shape that the asked type cannot hold, or a weight nobody claims.
     """
     for option, value, known in (
-        ("--dense", options.dense, DENSE_TYPES),
-        ("--experts", options.experts, EXPERT_TYPES),
+        ("--dense", options.dense, OUTPUT_TYPES),
+        ("--experts", options.experts, OUTPUT_TYPES),
+        ("--output-type", options.output, OUTPUT_TYPES),
+        ("--embedding-type", options.embedding, OUTPUT_TYPES),
+        ("--importance", options.importance, IMPORTANCE_MODES),
         ("--dialect", options.dialect, tuple({**DIALECTS, **DIALECTS_V41})),
         ("--engram", options.engram, ENGRAM_TYPES),
     ):
@@ -220,7 +246,10 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
     first, last = options.layers or (0, checkpoint.config.num_hidden_layers - 1)
     config = checkpoint.config if options.layers is None else checkpoint.config.sliced(first, last)
     claims = Claims(checkpoint)
-    types = _Types(dialect, options, config.o_groups)
+    low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
+    type_options = type_options_of(options)
+    types = _Types(dialect, type_options, checkpoint.config, low_bit, options.engram)
+    choices = [types.choice]
     outside = [w for w in trunk if w.layer is not None and not first <= w.layer <= last]
     trunk = [w for w in trunk if w.layer is None or first <= w.layer <= last]
     claims.drop("layers outside the slice", f"--layers {first}-{last}", outside)
@@ -234,17 +263,19 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
             block_count += checkpoint.n_draft
         if options.engram_last:
             tensors.sort(key=lambda tensor: tensor.is_table)
-        models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), types.experts_name(trunk)))
+        models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), _experts_type(tensors)))
     if draft_mode in (ONLY, SPLIT):
         if checkpoint.draft is Draft.DSPARK:
-            models.append(_dspark_model(checkpoint, drafts, options, claims))
+            model, choice = _dspark_model(checkpoint, drafts, type_options, low_bit, options.engram, claims)
+            models.append(model)
+            choices.append(choice)
         else:
             shared = [w for w in trunk if w.name in SHARED_WITH_MTP]
             # The trunk's own file has claimed them where there is one.
             tensors = _block_tensors(shared, types, None if has_text else claims, shift=0)
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count = config.num_hidden_layers + checkpoint.n_draft
-            models.append(GgufModel(Kind.MTP, config, block_count, tuple(tensors), types.experts_name(drafts)))
+            models.append(GgufModel(Kind.MTP, config, block_count, tuple(tensors), _experts_type(tensors)))
             trunk = [w for w in trunk if w.name not in SHARED_WITH_MTP]
     if tower_mode in (ONLY, SPLIT):
         tensors = _tower_tensors(tower, types, claims)
@@ -257,16 +288,25 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> tuple[list[Gguf
         claims.drop(f"mtp.* ({layers})", _drop_reason("--draft", options.draft, dialect), drafts)
     if tower_mode == DROP:
         claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
-    return models, claims.close()
+    check_rules_used(type_options, choices)
+    notes = [note for choice in choices for note in choice.notes()]
+    return GgufModels(models, claims.close(), low_bit, (*notes, *low_bit.notes()))
 
 
-def _dspark_model(checkpoint: Checkpoint, drafts: list[Weight], options: GgufOptions, claims: Claims) -> GgufModel:
+def _dspark_model(
+    checkpoint: Checkpoint,
+    drafts: list[Weight],
+    options: TypeOptions,
+    low_bit: LowBitMaker,
+    engram: str,
+    claims: Claims,
+) -> tuple[GgufModel, TypeChoice]:
     """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
     stages = checkpoint.n_draft
     config = checkpoint.config.of_draft(stages)
-    types = _Types(DFLASH, options, config.o_groups)
+    types = _Types(DFLASH, options, config, low_bit, engram)
     tensors = _block_tensors(drafts, types, claims, shift=0)
-    return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), types.experts_name(drafts))
+    return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), _experts_type(tensors)), types.choice
 
 
 def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
@@ -305,32 +345,37 @@ def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
 
 
 class _Types:
-    """Which element type a weight gets: the precision rules."""
+    """Which element type and which shape a weight gets in one model."""
 
-    def __init__(self, dialect: TensorDialect, options: GgufOptions, o_groups: int) -> None:
+    def __init__(
+        self,
+        dialect: TensorDialect,
+        options: TypeOptions,
+        config: ModelConfig,
+        low_bit: LowBitMaker,
+        engram: str,
+    ) -> None:
         self.dialect = dialect
-        self._o_groups = o_groups
-        self._dense = ELEMENT_TYPES[options.dense] if options.dense else None
-        self._experts = ELEMENT_TYPES[options.experts] if options.experts else None
-        self.engram = options.engram
+        self.engram = engram
+        self.low_bit = low_bit
+        self.choice = TypeChoice(options, dialect.default_dense, dialect.default_experts, config.num_hidden_layers)
+        self._o_groups = config.o_groups
+        self._n_layers = config.num_hidden_layers
 
-    def of(self, weight: Weight) -> ElementType:
-        store = weight.row.store
-        if store is Store.EXPERT:
-            return self._experts or self.dialect.default_experts[weight.encoding]
-        if store is Store.TABLE:
-            return I32
-        if store is Store.ENGRAM:
-            return table_type(self.engram)
-        # Norms, sinks, biases and everything of the hyper-connections keep full precision, always.
-        if store is Store.F32 or len(weight.shape) == 1:
-            return F32
-        if store is Store.DENSE:
-            return self._dense or self.dialect.default_dense[weight.encoding]
-        # Embedding, head, router, compressors and the vision tower are stored in BF16: q8_0 and bf16 leave them so.
-        if self._dense in (F16, F32):
-            return self._dense
-        return F32 if weight.encoding is Encoding.F32 else ELEMENT_TYPES[weight.encoding.value]
+    def layer_of(self, weight: Weight) -> int | None:
+        """Return the block of a weight in a file of the whole model, whose draft layers follow the trunk's."""
+        if weight.layer is None or not weight.is_draft or self.dialect is DFLASH:
+            return weight.layer
+        return weight.layer + self._n_layers
+
+    def of(self, weight: Weight, name: str) -> ElementType:
+        return self.choice.of(weight, name, self.layer_of(weight))
+
+    def segments(self, weights: Sequence[Weight], name: str, base: str, to: ElementType) -> Sequence[Segment]:
+        """Return the segments that make one weight, or a stack of experts; ``base`` is the name without its block."""
+        if to.name in LOW_BIT:
+            return self.low_bit.segments(name, gguf_name(base, self.layer_of(weights[0])), weights, to)
+        return stack_segments(weights, to) if weights[0].expert is not None else convert_segments(weights[0], to)
 
     def shape_of(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape under which a weight is listed: wo_a by output group where the dialect wants it."""
@@ -339,42 +384,59 @@ class _Types:
             return self._o_groups, rows // self._o_groups, columns
         return weight.shape
 
-    def _name(self, weights: Iterable[Weight], store: Store) -> str:
-        return next((self.of(weight).name for weight in weights if weight.row.store is store), "")
 
-    def experts_name(self, weights: Iterable[Weight]) -> str:
-        """Return the type of the routed experts among ``weights``."""
-        return self._name(weights, Store.EXPERT)
+def _experts_type(tensors: Iterable[TensorSpec]) -> str:
+    """Return the type of most elements of the routed experts."""
+    elements: Counter[str] = Counter()
+    for tensor in tensors:
+        if "_exps." in tensor.name:
+            elements[tensor.type.name] += math.prod(tensor.shape)
+    return max(elements, key=lambda name: elements[name], default="")
+
+
+def type_options_of(options: GgufOptions) -> TypeOptions:
+    """Return the choices about element types, the recipe read.
+
+    Raises:
+        UsageError, FileFormatError, InputMissingError: an option or the recipe is malformed.
+    """
+    return TypeOptions.of(
+        load_recipe(options.recipe) if options.recipe is not None else None,
+        dense=options.dense,
+        experts=options.experts,
+        output=options.output,
+        embedding=options.embedding,
+        pure=options.pure,
+        rules=tensor_type_rules(options.tensor_types),
+    )
 
 
 def _block_tensors(weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int) -> list[TensorSpec]:
     """Return the tensors of ``weights``: blocks renumbered by ``shift``, experts stacked, e_proj and h_proj joined."""
     specs: list[TensorSpec] = []
-    groups: dict[str, list[Weight]] = {}
+    groups: dict[tuple[str, str], list[Weight]] = {}
     unnamed: list[Weight] = []
     for weight in weights:
-        name = types.dialect.name_of(weight.row)
-        if name is None:
+        base = types.dialect.name_of(weight.row)
+        if base is None:
             unnamed.append(weight)
             continue
-        name = gguf_name(name, None if weight.layer is None else weight.layer + shift)
-        groups.setdefault(name, []).append(weight if claims is None else claims.take(weight))
+        name = gguf_name(base, None if weight.layer is None else weight.layer + shift)
+        groups.setdefault((name, base), []).append(weight if claims is None else claims.take(weight))
     if claims is not None:
         for row in dict.fromkeys(weight.row for weight in unnamed):
             reason = LEFT_OUT_REASONS.get(row.when, f"not part of the {types.dialect.name} layout")
             claims.drop(row.name, reason, [weight for weight in unnamed if weight.row == row])
-    for name, group in groups.items():
-        to = types.of(group[0])
-        if group[0].expert is not None:
-            specs.append(TensorSpec(name, (len(group), *group[0].shape), to, stack_segments(group, to)))
-        elif len(group) > 1:
-            specs.append(_joined(name, group, to))
-        elif group[0].row.store is Store.ENGRAM:
+    for (name, base), group in groups.items():
+        if group[0].row.store is Store.ENGRAM:
             specs += [TensorSpec(*table, is_table=True) for table in table_tensors(name, group[0], types.engram)]
-        else:
-            weight = group[0]
-            shape = types.shape_of(weight)
-            specs.append(TensorSpec(name, shape, to, convert_segments(weight, to)))
+            continue
+        to = types.of(group[0], name)
+        if len(group) > 1 and group[0].expert is None:
+            specs.append(_joined(name, group, to))
+            continue
+        shape = types.shape_of(group[0]) if group[0].expert is None else (len(group), *group[0].shape)
+        specs.append(TensorSpec(name, shape, to, types.segments(group, name, base, to)))
     return specs
 
 
@@ -387,7 +449,11 @@ def _tower_tensors(weights: Sequence[Weight], types: _Types, claims: Claims) -> 
         rows, columns = matrix_shape(weight.shape)
         share = rows // len(names)
         shape: tuple[int, ...] = weight.shape if len(weight.shape) == 1 else (share, columns)
-        to = types.of(weight)
+        to = types.choice.of(weight, names[0], None)
+        if to.name not in TARGETS:
+            raise UsageError(
+                f"tensor {names[0]}: the vision tower is not made in {to.name}", expected=", ".join(TARGETS)
+            )
         if weight.row.shape == PATCH_SHAPE:
             side = math.isqrt(columns // IMAGE_CHANNELS)
             shape, to = (rows, IMAGE_CHANNELS, side, side), F32
@@ -398,7 +464,17 @@ def _tower_tensors(weights: Sequence[Weight], types: _Types, claims: Claims) -> 
 
 
 def _joined(name: str, group: list[Weight], to: ElementType) -> TensorSpec:
-    """Return two weights joined along their input, the first one's columns first."""
+    """Return two weights joined along their input, the first one's columns first.
+
+    Raises:
+        UsageError: a low-bit type; halves of a row are made by themselves.
+    """
+    if to.name not in TARGETS:
+        raise UsageError(
+            f"tensor {name}: joined of two weights, it is not made in {to.name}",
+            expected=", ".join(TARGETS),
+            hint="add --tensor-type eh_proj=q8_0",
+        )
     left, right = (codec_segment(weight, to) for weight in group)
     rows, columns = matrix_shape(group[0].shape)
     beside = Beside(row_operation(group[0], to), row_operation(group[1], to), left.row_bytes)

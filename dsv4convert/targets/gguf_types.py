@@ -12,6 +12,8 @@ from ..model.tensors import Store
 from .recipes import Recipe, Rule
 from .segments import BF16, F16, F32, I32, matrix_shape
 
+MAX_LISTED = 5
+
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Rows that score experts: errors here change which experts a token meets.
 ROUTERS = ("ffn_gate_inp.weight",)
@@ -130,6 +132,16 @@ class TypeChoice:
                 self._used.add(number)
                 found = rule
         return found
+
+    def notes(self) -> list[str]:
+        """Return what the user should know: types that did not fit, and protected tensors that a row named."""
+        notes = list(self.fallbacks[:MAX_LISTED])
+        if self.fallbacks[MAX_LISTED:]:
+            notes.append(f"{len(self.fallbacks) - MAX_LISTED} more tensors have such rows")
+        if self.overridden:
+            names = ", ".join([*self.overridden[:MAX_LISTED], *(["…"] if self.overridden[MAX_LISTED:] else [])])
+            notes.append(f"{len(self.overridden)} protected tensors do not keep their precision, as asked: {names}")
+        return notes
 
     def used(self) -> set[int]:
         """Return the numbers of the rows that named a tensor."""

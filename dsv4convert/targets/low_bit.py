@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import get_args
 
 from ..checkpoint.weights import Weight
-from ..containers.imatrix import F32_BYTES, Entry, Imatrix
+from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
 from ..errors import InventoryError, UsageError
+from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..plan import LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
@@ -20,7 +23,6 @@ SEGMENT_ELEMENTS = 2**22
 # One row of sums serves all rows of a matrix: more than any has, and a power of two, so that tiles may have any height.
 ALL_ROWS = 2**40
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 MAX_NAMED = 5
 
 
@@ -28,15 +30,31 @@ MAX_NAMED = 5
 class LowBitMaker:
     """Makes the segments of one conversion's low-bit tensors.
 
-    ``library`` is the path of ggml's library; importance comes from ``imatrix``, from the weights' own squares where
-    ``squared``, or is the same for all columns. Missing and unused entries are gathered for the summary.
+    ``ggml_lib`` is ggml's library where the user names one. Importance comes from the file ``imatrix_file``, from the
+    weights' own squares where ``squared``, or is the same for all columns. Library and matrix are opened when the
+    first tensor wants them; missing and unused entries are gathered for the summary.
     """
 
-    library: str
-    imatrix: Imatrix | None = None
+    ggml_lib: str | None = None
+    imatrix_file: str | None = None
     squared: bool = False
     missing: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+
+    @property
+    def is_used(self) -> bool:
+        """Return whether any tensor wanted the library."""
+        return "quantiser" in self.__dict__
+
+    @cached_property
+    def quantiser(self) -> Quantiser:
+        """Return ggml's quantisers."""
+        return find_quantiser(None if self.ggml_lib is None else Path(self.ggml_lib))
+
+    @cached_property
+    def imatrix(self) -> Imatrix | None:
+        """Return the importance matrix, if there is one."""
+        return None if self.imatrix_file is None else read_imatrix(Path(self.imatrix_file))
 
     def segments(self, name: str, entry_name: str, weights: Sequence[Weight], to: GgmlType) -> Sequence[Segment]:
         """Return the segments of the tensor ``name``: one weight, or a layer's experts in order.
@@ -90,7 +108,7 @@ class LowBitMaker:
             sums = (Operand(entry.file, entry.offset + number * row_bytes, row_bytes, ALL_ROWS, "<f4"),)
         elif self.squared:
             importance = SquaredWeights()
-        operation = Quantise(SOURCES[weight.encoding], LOW_BIT[to.name], weight.block, self.library, importance)
+        operation = Quantise(SOURCES[weight.encoding], LOW_BIT[to.name], weight.block, self.quantiser.path, importance)
         height = 1 if weight.block is None else weight.block[0]
         step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height)
         row_bytes = shared(to.row_bytes(columns))

@@ -17,10 +17,12 @@ from dsv4convert.checkpoint.model_card import ModelCard, read_model_card
 from dsv4convert.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from dsv4convert.containers.gguf_write import KeyValue, encode_key_values
 from dsv4convert.errors import ConfigError, FileFormatError, UnsupportedError
+from dsv4convert.formats.ggml_types import QUANTISED
 from dsv4convert.model.config import ModelConfig, parse_config
 from dsv4convert.synth.tokenizer import write_synth_tokenizer
 from dsv4convert.targets.gguf_metadata import (
     DIALECTS,
+    FILE_TYPES,
     MODEL_FIELDS,
     ParameterCounts,
     count_parameters,
@@ -339,9 +341,15 @@ def test_file_type_follows_the_experts(experts: str, number: int) -> None:
     assert number in [int(kind) for kind in gguf.LlamaFileType]
 
 
+def test_each_file_type_has_the_number_and_name_of_llama_cpp() -> None:
+    theirs = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
+    assert all(theirs[number] == name for number, name in FILE_TYPES.values())
+    assert FILE_TYPES.keys() >= set(QUANTISED)
+
+
 def test_unknown_expert_type_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="got q4_k"):
-        file_type("q4_k")
+    with pytest.raises(UnsupportedError, match="got q8_1"):
+        file_type("q8_1")
 
 
 @pytest.mark.parametrize(

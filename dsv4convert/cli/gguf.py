@@ -29,7 +29,8 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     "--dense",
     metavar="TYPE",
     panel=TYPES,
-    help="Type of attention and shared experts, e.g. q8_0, bf16, q4_k; by default q8_0 for FP8, otherwise the source's.",
+    help="Type of attention and shared experts, e.g. q8_0, bf16, q4_k; by default q8_0 for FP8, otherwise the "
+    "source's.",
 )
 @option(
     "--experts",
@@ -62,7 +63,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
 )
 @option(
     "--importance",
-    type=click.Choice(["weights"]),
+    metavar="weights",
     panel=TYPES,
     help="Importance without a matrix: the sum of squares of each column's weights.",
 )

@@ -23,9 +23,9 @@ WHOLE = {
     "hidden_size": 256,
     "moe_intermediate_size": 256,
     "q_lora_rank": 256,
+    "o_lora_rank": 64,
     "num_attention_heads": 2,
     "o_groups": 2,
-    "o_lora_rank": 64,
     "num_experts_per_tok": 1,
 }
 SHAPES = {"whole": WHOLE, "ragged": {**WHOLE, "moe_intermediate_size": 96, "q_lora_rank": 96}}
@@ -85,27 +85,40 @@ def compare(ours: Path, wide: Path, folder: Path, imatrix: dict[str, np.ndarray]
         assert made[name] == expected[name], name
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+# What takes the library tens of microseconds an element is tried on one tensor of whole rows.
+SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
+RECIPES = ("q2_k_s", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq2_xxs", "iq3_xxs", "iq4_xs")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in SLOW])
 def test_every_type_with_importance(
     kind: str, source: Path, wide: Path, imatrix: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
     path, given = imatrix
     ours = tmp_path / "ours.gguf"
     convert_gguf(source, ours, dense=kind, experts=kind, imatrix=path, threads=2)
-    compare(ours, wide, tmp_path, given, least=12)
-    assert any(made == kind for made, _, _ in tensors(ours).values())
+    compare(ours, wide, tmp_path, given, least=3)
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_slow_types_with_importance(
+    kind: str, source: Path, wide: Path, imatrix: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    path, given = imatrix
+    ours = tmp_path / "ours.gguf"
+    convert_gguf(source, ours, experts="q4_k", tensor_type=[f"ffn_gate_exps={kind}"], imatrix=path, threads=2)
+    compare(ours, wide, tmp_path, given, least=3)
+    assert tensors(ours)["blk.0.ffn_gate_exps.weight"][0] == kind
 
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANTISED if kind not in NEED_IMPORTANCE])
 def test_every_type_without_importance(kind: str, source: Path, wide: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours.gguf"
     convert_gguf(source, ours, dense=kind, experts=kind, pure=True, threads=2)
-    compare(ours, wide, tmp_path, None, least=12)
+    compare(ours, wide, tmp_path, None, least=3)
 
 
-@pytest.mark.parametrize(
-    "recipe", ["q2_k_s", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq1_m", "iq2_xxs", "iq3_xxs", "iq4_xs"]
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(
     recipe: str, source: Path, wide: Path, imatrix: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:

@@ -143,6 +143,30 @@ def test_answers_to_options_of_llama_cpp_name_options_that_exist() -> None:
         assert set(re.findall(r"--[a-z-]+", answer)) <= ours
 
 
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], {"rich", "numpy", "jsonschema", "pydantic"}),
+        (["hf-to-gguf", "-h"], {"rich", "numpy", "jsonschema", "pydantic"}),
+        (["inspect", "{source}"], {"rich", "pydantic", "torch"}),
+        (["hf-to-gguf", "{source}", "{out}", "-q"], {"rich", "pydantic", "torch"}),
+    ],
+    ids=lambda value: " ".join(sorted(value)),
+)
+def test_commands_load_nothing_that_they_do_not_need(
+    arguments: list[str], absent: set[str], tiny: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(source=tiny, out=tmp_path / "a.gguf") for argument in arguments]
+    program = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('dsv4convert', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        f"print('loaded:', *(set({sorted(absent)}) & sys.modules.keys()))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, *filled], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "loaded:"
+
+
 def complete(words: str, shell: str = "bash") -> list[str]:
     """Return what a shell is told when it completes the last of ``words``."""
     environment = {cli.COMPLETION_VARIABLE: f"{shell}_complete", "COMP_WORDS": words}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .parsing import (
     command,
     option,
 )
+from .tables import Block, Table
 
 if TYPE_CHECKING:
     from ..checkpoint.tokenizer import Tokenizer
@@ -243,6 +244,7 @@ def compare(
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
     from ..reference.compare import compare as compare_runs
     from .report import print_json
+    from .tables import print_blocks
 
     runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, layers, activation_rounding)
     comparison = compare_runs(*runs)
@@ -265,7 +267,7 @@ def compare(
             }
         )
     else:
-        _print_comparison(comparison)
+        print_blocks(_describe(comparison))
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 
@@ -444,22 +446,29 @@ def _check_same_shapes(a: Model, b: Model) -> None:
         raise UsageError("the models differ in compress_ratios", expected=ratios[0], got=ratios[1])
 
 
-def _print_comparison(comparison: Comparison) -> None:
-    click.echo(f"{'sub-block':<44} {'RMSE':>9} {'relative':>9} {'median':>9} {'1 - cosine':>10} {'largest':>9}")
-    for d in comparison.differences:
-        if d.agreement is not None:
-            click.echo(f"{d.name:<44} {d.agreement:.4%} of the choices agree")
-        else:
-            click.echo(
-                f"{d.name:<44} {d.rmse:9.2e} {d.relative_rmse:9.2e} {d.median_relative_rmse:9.2e} "
-                f"{1 - (d.cosine or 0):10.2e} {d.largest:9.2e}"
-            )
+def _describe(comparison: Comparison) -> Iterator[Block]:
+    """Yield a comparison as a table and a line."""
+    yield Table(
+        ("sub-block", "RMSE", "relative", "median", "1 - cosine", "largest"),
+        [_row(difference) for difference in comparison.differences if difference.agreement is None],
+        frozenset(range(1, 6)),
+    )
+    yield Table(
+        ("choices", "agreement"),
+        [(d.name, f"{d.agreement:.4%}") for d in comparison.differences if d.agreement is not None],
+        frozenset({1}),
+    )
     logits = comparison.logits
-    click.echo(
+    yield (
         f"next token of {logits.positions} positions: argmax agrees in {logits.argmax_agreement:.2%}; "
         f"KL(A||B) mean {logits.kl_mean:.3g}, largest {logits.kl_max:.3g} nats; "
         f"cosine median {logits.cosine_median:.7f}, smallest {logits.cosine_min:.7f}"
     )
+
+
+def _row(d: Difference) -> tuple[str, ...]:
+    numbers = d.rmse, d.relative_rmse, d.median_relative_rmse, 1 - (d.cosine or 0), d.largest
+    return d.name, *(f"{number:.2e}" for number in numbers)
 
 
 def _verdict(comparison: Comparison, beyond: Difference | None, tolerance: float, median: bool, *, quiet: bool) -> None:

@@ -14,10 +14,12 @@ import click
 
 from ..errors import escape_control
 from .options import RunOptions
+from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
     from ..api import Progress
     from ..engine.conversion import Summary
+    from ..engine.dry_run import DryRun
 
 SummaryT = TypeVar("SummaryT", bound="Summary")
 
@@ -35,7 +37,7 @@ def human_bytes(size: float) -> str:
     """
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:#.3g} {unit}"
         size /= 1000
     return ""
 
@@ -141,23 +143,32 @@ def print_summary(summary: Summary) -> None:
     )
 
 
-def print_plan(document: dict[str, Any]) -> None:
-    """Print a dry run, as ``DryRun.as_json`` gives it."""
-    for file in document["files"]:
-        click.echo(
-            f"would write {escape_control(file['path'])}  {human_bytes(file['bytes'])}, {file['tensors']} tensors"
-        )
-    for entry in document["dropped"]:
-        size = human_bytes(entry["nbytes"])
-        click.echo(f"would leave out {entry['what']}: {entry['count']} tensors, {size} ({entry['reason']})")
-    for note in document["notes"]:
-        click.echo(f"note: {escape_control(note)}")
-    for what, needed, there in (
-        ("disk", document["disk_needed"], document["disk_free"]),
-        ("memory", document["memory_needed"], document["memory_available"]),
-    ):
-        verdict = "enough" if needed <= there else "NOT ENOUGH"
-        click.echo(f"{what}: needs {human_bytes(needed)}, {human_bytes(there)} there: {verdict}")
+def describe_plan(plan: DryRun) -> Iterator[Block]:
+    """Yield a dry run as tables: files, what is left out, and the disk and memory that the run needs."""
+    yield Table(
+        ("file to write", "size", "tensors"),
+        [(file.path, human_bytes(file.bytes), f"{file.tensors:,}") for file in plan.files],
+        frozenset({1, 2}),
+    )
+    yield Table(
+        ("to leave out", "size", "tensors", "reason"),
+        [(entry.what, human_bytes(entry.nbytes), f"{entry.count:,}", entry.reason) for entry in plan.dropped],
+        frozenset({1, 2}),
+    )
+    for note in plan.notes:
+        yield f"note: {note}"
+    needs = (
+        ("disk", plan.disk_needed, plan.disk_free),
+        ("memory", plan.memory_needed, plan.memory_available),
+    )
+    yield Table(
+        ("resource", "needed", "available", "verdict"),
+        [
+            (name, human_bytes(needed), human_bytes(there), "enough" if needed <= there else "NOT ENOUGH")
+            for name, needed, there in needs
+        ],
+        frozenset({1, 2}),
+    )
 
 
 def run_conversion(
@@ -179,8 +190,8 @@ def run_conversion(
         )
     if run.as_json:
         print_json(summary.as_json())
-    elif run.dry_run:
-        print_plan(summary.as_json())
+    elif summary.dry_run is not None:
+        print_blocks(describe_plan(summary.dry_run))
     elif not run.quiet:
         print_summary(summary)
     return summary

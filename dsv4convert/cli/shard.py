@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from .options import (
     source_argument,
 )
 from .parsing import CONTENT, CONVERT, FOLDER, TYPES, argument, command, option
+from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
     from ..targets.shard_tensors import ShardCosts
@@ -54,7 +56,8 @@ def shard(
 
     summary = run_conversion(shard_folder, run, source, out, mp=mp, rank=rank or None, experts=experts, draft=draft)
     if summary.dry_run is not None and not run.as_json:
-        _print_costs(summary.costs)
+        click.echo()
+        print_blocks(_describe(summary.costs))
 
 
 @command("unshard", panel=CONVERT, example="dsv4convert unshard DeepSeek-V4-Flash-mp8 DeepSeek-V4-Flash")
@@ -78,22 +81,26 @@ def unshard(source: Path, out: Path, max_file_size: str, wo_a: str, *, run: RunO
     run_conversion(unshard_folder, run, source, out, wo_a=wo_a, max_file_size=max_file_size)
 
 
-def _print_costs(costs: ShardCosts) -> None:
-    """Print what each rank takes, what every rank holds whole, and what that costs."""
+def _describe(costs: ShardCosts) -> Iterator[Block]:
+    """Yield what each rank takes, what every rank holds whole, and what that costs."""
     from .report import human_bytes
 
-    for rank, size in costs.rank_bytes.items():
-        click.echo(f"rank {rank} of {costs.mp}: {human_bytes(size)} ({size} bytes)")
+    yield Table(
+        ("rank", "size", "bytes"),
+        [(f"{rank} of {costs.mp}", human_bytes(size), f"{size:,}") for rank, size in costs.rank_bytes.items()],
+        frozenset({1, 2}),
+    )
     kinds = list(costs.replicated.items())
     rest = sum(size for _, size in kinds[LISTED_KINDS:])
     listed = kinds[:LISTED_KINDS] + ([("others", rest)] if rest else [])
-    click.echo(
-        f"on every rank whole: {human_bytes(costs.replicated_bytes)} "
-        f"({', '.join(f'{kind} {human_bytes(size)}' for kind, size in listed)})"
+    yield Table(
+        ("whole on every rank", "size"),
+        [*((kind, human_bytes(size)) for kind, size in listed), ("sum", human_bytes(costs.replicated_bytes))],
+        frozenset({1}),
     )
-    click.echo(
-        f"which costs {human_bytes(costs.extra_bytes)} beside the first copy, "
-        f"{costs.extra_bytes / costs.source_bytes:.1%} of the checkpoint"
+    yield (
+        f"Their copies on the other ranks cost {human_bytes(costs.extra_bytes)}, "
+        f"{costs.extra_bytes / costs.source_bytes:.1%} of the checkpoint."
     )
 
 

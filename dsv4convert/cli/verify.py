@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import UsageError, VerifyError, escape_control
 from .options import json_option, quiet_option, threads_option
 from .parsing import CHECK, COMPARISON, PATH, argument, command, option
+from .tables import Block, Table
+
+if TYPE_CHECKING:
+    from ..verification import Report
 
 MAX_LISTED = 20
 
@@ -74,6 +80,7 @@ def verify(
         raise UsageError("no output to verify", hint="dsv4convert verify SRC OUT, or verify --manifest OUT")
     from ..api import verify as verify_output
     from .report import print_json, progress_display
+    from .tables import print_blocks
 
     with progress_display(quiet or as_json, "verifying") as progress:
         report = verify_output(
@@ -89,8 +96,7 @@ def verify(
     if as_json:
         print_json(report.as_json())
     elif not quiet:
-        for line in report.lines():
-            click.echo(line)
+        print_blocks(describe(report))
     if not report.ok:
         first = report.problems[0]
         more = f" (and {len(report.problems) - 1} more problems)" if report.problems[1:] else ""
@@ -129,6 +135,42 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
         raise VerifyError(f"not what its manifest says: {where}: {first.what}", where=output)
     if not as_json and not quiet:
         click.echo("verified")
+
+
+def describe(report: Report) -> Iterator[Block]:
+    """Yield a report as lines and tables."""
+    verdicts = report.verdicts()
+    yield (
+        f"{report.layout}: {len(report.results):,} tensors compared, {verdicts['exact']:,} exact, "
+        f"{verdicts['rounded']:,} rounded as the format does, {verdicts['wrong']:,} wrong"
+    )
+    if report.sample is not None:
+        elements = sum(result.elements for result in report.results.values())
+        compared = sum(result.compared for result in report.results.values())
+        yield f"sample of {report.sample:.3g}: {compared:,} of {elements:,} elements, seed {report.seed}"
+    ignored = f", ignored: {', '.join(report.ignored_keys)}" if report.ignored_keys else ""
+    yield f"{report.keys:,} keys compared{ignored}"
+    yield Table(
+        ("rounded", "to", "elements", "of", "largest error"),
+        [
+            (source, output, f"{total.rounded:,}", f"{total.compared:,}", f"{total.largest_error:.3g}")
+            for (source, output), total in report.rounding().items()
+        ],
+        frozenset({2, 3, 4}),
+    )
+    yield Table(
+        ("left out", "tensors", "reason"),
+        [(entry.what, f"{entry.tensors:,}", entry.reason) for entry in report.left_out],
+        frozenset({1}),
+    )
+    for note in report.notes:
+        yield f"note: {note}"
+    for problem in report.problems[:MAX_LISTED]:
+        yield f"{problem.kind}: {problem}"
+    if len(report.problems) > MAX_LISTED:
+        yield f"{len(report.problems) - MAX_LISTED:,} more problems (see --json)"
+    rate = report.bytes_read / report.seconds / 1e6 if report.seconds else 0.0
+    yield f"{report.seconds:.1f} s, {rate:,.0f} MB/s read"
 
 
 COMMANDS = (verify,)

@@ -17,7 +17,7 @@ from ..errors import ConfigError, InputMissingError, InventoryError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
-from .description import Description, EncodingUse, EngramTable, Layer, _ranges
+from .description import Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, _name_variant, family_of
 
 DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
@@ -114,7 +114,7 @@ def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
     if not numbers:
         return Draft.NONE.value, 0
     if len(numbers) != max(numbers) + 1:
-        found.unexpected.append(f"draft layers {_ranges(sorted(numbers))}: not numbered from 0 without a gap")
+        found.unexpected.append(f"draft layers {ranges(sorted(numbers))}: not numbered from 0 without a gap")
     return (Draft.DSPARK if is_dspark else Draft.MTP).value, len(numbers)
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..errors import escape_control
-
-MAX_LISTED = 20
 
 # Kinds of problems.
 TENSOR = "tensor"  # elements that are not what the source says
@@ -157,40 +154,8 @@ class Report:
             "notes": self.notes,
         }
 
-    def lines(self) -> Iterator[str]:
-        """Yield the report as lines of text, control characters escaped."""
-        return map(escape_control, self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        verdicts = self.verdicts()
-        elements = sum(result.elements for result in self.results.values())
-        compared = sum(result.compared for result in self.results.values())
-        yield (
-            f"{self.layout}: {len(self.results):,} tensors compared, {verdicts['exact']:,} exact, "
-            f"{verdicts['rounded']:,} rounded as the format does, {verdicts['wrong']:,} wrong"
-        )
-        if self.sample is not None:
-            yield f"a sample of {self.sample:.3g}: {compared:,} of {elements:,} elements, seed {self.seed}"
-        for (source, output), worst in self._rounding().items():
-            yield (
-                f"rounded {source} to {output}: {worst.rounded:,} elements of {worst.compared:,}, "
-                f"largest error {worst.largest_error:.3g}"
-            )
-        yield f"{self.keys:,} keys compared" + (
-            f", ignored: {', '.join(self.ignored_keys)}" if self.ignored_keys else ""
-        )
-        for entry in self.left_out:
-            yield f"left out {entry.what}: {entry.tensors:,} tensors ({entry.reason})"
-        for note in self.notes:
-            yield f"note: {note}"
-        for problem in self.problems[:MAX_LISTED]:
-            yield f"{problem.kind}: {problem}"
-        if len(self.problems) > MAX_LISTED:
-            yield f"{len(self.problems) - MAX_LISTED:,} more problems (see --json)"
-        rate = self.bytes_read / self.seconds / 1e6 if self.seconds else 0.0
-        yield f"{self.seconds:.1f} s, {rate:,.0f} MB/s read"
-
-    def _rounding(self) -> dict[tuple[str, str], TensorResult]:
+    def rounding(self) -> dict[tuple[str, str], TensorResult]:
+        """Return what was rounded: the sum of the tensors of each (source type, output type)."""
         sums: dict[tuple[str, str], TensorResult] = {}
         for result in self.results.values():
             if result.verdict == "rounded":

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.engine.conversion import execute
-from dsv4convert.errors import FileFormatError, InputMissingError, UsageError
+from dsv4convert.errors import FileFormatError, InputMissingError, UsageError, escape_control
 from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.inspection.description import Description
 from dsv4convert.inspection.naming import family_of
@@ -29,6 +29,7 @@ from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
 from ..checkpoints import MakeCheckpoint
+from ..command_line import run_cli
 from ..oracles.gguf_bytes import Info, RawGguf, text
 from ..oracles.safetensors_bytes import RawSafetensors, RawTensor
 
@@ -127,13 +128,20 @@ def test_published_models_are_recognised_whatever_the_folder_is_called(
 
 
 def test_flash_layers_are_told_in_a_few_lines(make_checkpoint: MakeCheckpoint) -> None:
-    lines = list(inspect_path(make_checkpoint("flash", headers_only=True, variant=None)).lines())
-    assert [line for line in lines if line.startswith("layers ")] == [
-        "layers 0-1: sliding attention, hash routing (2)",
-        "layers 2: CSA attention, hash routing (1)",
-        "layers 3-41/2: HCA attention, learned routing (20)",
-        "layers 4-42/2: CSA attention, learned routing (20)",
+    lines = run_cli("inspect", make_checkpoint("flash", headers_only=True, variant=None)).out.splitlines()
+    start = lines.index("layers  attention  routing  count")
+    assert lines[start + 1 : start + 6] == [
+        "0-1     sliding    hash         2",
+        "2       CSA        hash         1",
+        "3-41/2  HCA        learned     20",
+        "4-42/2  CSA        learned     20",
+        "",
     ]
+    assert "46 files, 69,187 tensors, 159,609,485,896 bytes, 290,944,616,402 elements" in lines
+    assert "routed experts      66,048   147 GB  33,792 fp4, F8_E8M0 scale per 1x32" in lines
+    assert "attention              473  4.60 GB  215 fp8, F8_E8M0 scale per 128x128" in lines
+    assert "                                     43 f32" in lines
+    assert "I8        33,792   142 GB" in lines
     assert lines[-1] == "nothing unexpected"
 
 
@@ -199,7 +207,7 @@ def test_what_is_wrong_is_listed_and_the_rest_described(
     check_schema(found)
     assert any(message in line for line in found.unexpected), found.unexpected
     assert [layer._asdict() for layer in found.layers] == TINY_LAYERS
-    assert f"unexpected: {found.unexpected[0]}" in list(found.lines())
+    assert escape_control(f"unexpected: {found.unexpected[0]}") in run_cli("inspect", folder).out.splitlines()
 
 
 def test_a_file_that_is_missing_is_named_and_the_others_described(tiny: Path, tmp_path: Path) -> None:
@@ -249,7 +257,7 @@ def test_a_header_that_cannot_be_read_is_an_error(tiny: Path, tmp_path: Path) ->
 def test_names_from_files_cannot_drive_the_terminal(tiny: Path, tmp_path: Path) -> None:
     folder = editable(tiny, tmp_path)
     edit(folder, lambda tensors: tensors.update({"a\x1b[31m\nb": tensors["norm.weight"]}))
-    output = "\n".join(inspect_path(folder).lines())
+    output = run_cli("inspect", folder).out
     assert "\x1b" not in output
     assert "a\\x1b[31m\\nb" in output
 
@@ -365,7 +373,7 @@ def test_shards_are_described(tiny: Path, tmp_path: Path) -> None:
     assert document["layers"] == TINY_LAYERS
     assert document["unexpected"] == []
     assert encoding(found, "routed experts") == {("fp4", "F8_E8M0", (1, 32))}
-    assert "2 ranks" in list(found.lines())[1]
+    assert "2 ranks" in run_cli("inspect", tmp_path / "shards").out.splitlines()[1]
     assert found.elements == inspect_path(tiny).elements
 
 

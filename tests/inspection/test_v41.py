@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,28 +13,30 @@ from dsv4convert.containers.json_object import schema_path
 from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.synth.write import write_synth
 
+from ..command_line import run_cli
 from ..v41 import TINY
 
 
 def test_a_folder_shows_attention_sources_and_tables() -> None:
     found = inspect_path(TINY["tiny-b"])
-    lines = list(found.lines())
+    lines = run_cli("inspect", TINY["tiny-b"]).out.splitlines()
     assert lines[0].endswith("checkpoint folder, custom (vision tower, DSpark draft, fp4 experts, F8_E8M0 scales)")
     for line in (
-        "layers 0-1: sliding attention, learned routing (2)",
-        "layers 2-3: CSA/2 attention, learned routing (2)",
-        "layers 4-7: CSA/1 attention, learned routing (4)",
+        "0-1     sliding    learned      2",
+        "2-3     CSA/2      learned      2",
+        "4-7     CSA/1      learned      4",
         "KV sources: layers 2, 4",
         "index sources: layers 2, 4, 6, 7",
         "candidate source: layer 4",
         "engram table: layer 1, 660 rows of 32",
         "engram table: layer 5, 864 rows of 32",
         "draft: DSpark, 3 layers",
-        "encoding of engram: fp8, F8_E8M0 scales, blocks 1x32 (2 weights)",
-        "encoding of shared experts: fp8, F8_E8M0 scales, blocks 32x32 (24 weights)",
         "nothing unexpected",
     ):
         assert line in lines
+    engram = next(i for i, line in enumerate(lines) if line.startswith("engram  "))
+    assert any(line.endswith(" 2 fp8, F8_E8M0 scale per 1x32") for line in lines[engram : engram + 3])
+    assert any(re.fullmatch("shared experts +.* 24 fp8, F8_E8M0 scale per 32x32", line) for line in lines)
     document = json.loads(json.dumps(found.as_json()))
     Draft202012Validator(json.loads(schema_path("inspect.schema.json").read_text())).validate(document)
     assert document["engram"][1] == {"layer": 5, "rows": 864, "columns": 32}

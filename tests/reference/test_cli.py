@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +203,8 @@ def test_a_model_equals_itself(tiny: Path) -> None:
     lines = ok("compare", tiny, tiny, "--tokens", PROMPT).splitlines()
     assert lines[-1] == "the same within 1e-05: the largest relative RMSE is 0 (embed)"
     assert "argmax agrees in 100.00%" in lines[-2]
-    assert any(line.startswith("layers.3.ffn.gate.experts ") and "100.0000%" in line for line in lines)
+    assert any(re.fullmatch(r"layers\.3\.ffn\.gate\.experts +100\.0000%", line) for line in lines)
+    assert any(re.fullmatch(r"layers\.3\.attn\.q( +0\.00e\+00){5}", line) for line in lines)
 
 
 def test_a_quantised_model_differs_and_the_exit_code_says_so(tiny: Path, gguf: Path) -> None:

@@ -47,8 +47,8 @@ def test_a_good_output_says_so_and_exits_with_0(small: Path, outputs: Make) -> N
     assert lines[0].startswith("GGUF: ")
     assert lines[0].endswith(" 0 wrong")
     assert lines[-1] == "verified"
-    assert any(line.startswith("rounded fp8 to q8_0: ") for line in lines)
-    assert any(line.startswith("left out the draft layers: ") for line in lines)
+    assert any(line.split()[:2] == ["fp8", "q8_0"] for line in lines)
+    assert any(line.startswith("the draft layers ") for line in lines)
     assert done.stderr == ""
 
 
@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_read_is_a_verdict(small: Path, copy_of: Make) 
 def test_a_sample_is_said_to_be_one(small: Path, outputs: Make) -> None:
     done = run(small, outputs("gguf"), "--sample", "2%", "--seed", "3")
     assert done.returncode == 0, done
-    assert "a sample of 0.02: " in done.stdout
+    assert "sample of 0.02: " in done.stdout
     report = json.loads(run(small, outputs("gguf"), "--sample", "2%", "--seed", "3", "--json").stdout)
     check_schema(report)
     assert (report["sample"], report["seed"]) == (0.02, 3)

@@ -15,7 +15,8 @@ from dsv4convert.cli import app
 from .command_line import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+ROOT_PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = sorted([*ROOT_PAGES, *(ROOT / "docs").glob("*.md")])
 
 
 def test_command_line_reference_is_up_to_date() -> None:

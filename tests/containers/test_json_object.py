@@ -108,6 +108,7 @@ OTHER_PARSERS = {
     "engine/journal.py": "lines of our own with a checksum",
     "inspection/naming.py": "a config of the package",
     "synth/presets.py": "a config of the package, and what was encoded on the same line",
+    "synth/write.py": "the tokenizer that it has just written",
 }
 
 

@@ -126,8 +126,20 @@ class AllEqual:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Bytes of one value, without an operand."""
+
+    byte: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fp4ToFp8Codes:
-    """The e4m3 codes of packed FP4: operands are the weight and, in one row for a tile's rows, its scales."""
+    """The e4m3 codes of packed FP4: operands are the weight and, in one row for a tile's rows, its scales.
+
+    ``side`` rows and columns make a tile, which shares a scale.
+    """
+
+    side: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +147,7 @@ class Fp4ToFp8Scales:
     """The e8m0 scales of those codes; the operand's rows hold ``groups`` FP4 scales for each row of a tile."""
 
     groups: int
+    side: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +175,19 @@ Operation: TypeAlias = (
     | Columns
     | Join
     | AllEqual
+    | Fill
     | Fp4ToFp8Codes
     | Fp4ToFp8Scales
     | Bf16ToFp8Codes
     | Bf16ToFp8Scales
 )
 
-COPY, REPEATED_COPY, KEEP, JOIN, ALL_EQUAL, FP4_TO_FP8_CODES = (
+COPY, REPEATED_COPY, KEEP, JOIN, ALL_EQUAL = (
     Copy(),
     Copy(is_repeated=True),
     Keep(),
     Join(),
     AllEqual(),
-    Fp4ToFp8Codes(),
 )
 
 
@@ -222,10 +235,7 @@ class Segment(NamedTuple):
 
 
 class OutputTensor(NamedTuple):
-    """A tensor of an output file: ``nbytes`` at ``offset`` from the file's start, made by ``segments`` in order.
-
-    All segments have the same size save the last, which may be shorter.
-    """
+    """A tensor of an output file: ``nbytes`` at ``offset`` from the file's start, made by ``segments`` in order."""
 
     name: str
     dtype: str

@@ -105,6 +105,10 @@ FOLDERS = {
 SHARDS = {
     **{f"mp{mp}/eight": f"shard {{synth/eight}} {{out}} --mp {mp}" for mp in (1, 2, 4, 8)},
     **{f"mp{mp}-fp8/eight": f"shard {{synth/eight}} {{out}} --mp {mp} --experts fp8" for mp in (1, 2, 4, 8)},
+    **{f"mp{mp}/v41-tiny": f"shard {{synth/v41-tiny}} {{out}} --mp {mp}" for mp in (1, 2, 4, 8)},
+    "mp4-fp8/v41-tiny": "shard {synth/v41-tiny} {out} --mp 4 --experts fp8",
+    "mp2-without-draft/v41-tiny": "shard {synth/v41-tiny} {out} --mp 2 --draft drop",
+    "unshard-wo_a-fp8/v41-tiny": "unshard {mp8/v41-tiny} {out} --wo-a fp8",
     "mp2-fp4/tiny": "shard {synth/tiny} {out} --mp 2 --experts fp4",
     "mp4-ranks/tiny": "shard {synth/tiny} {out} --mp 4 --rank 1 --rank 3",
     "mp2-draft/dspark": "shard {synth/dspark} {out} --mp 2 --draft keep",

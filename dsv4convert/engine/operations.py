@@ -17,7 +17,6 @@ from ..containers.imatrix import importance
 from ..errors import InventoryError, LossyError
 from ..formats.backend import Codecs
 from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
-from ..formats.e2m1 import FP8_TILE
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
@@ -30,6 +29,7 @@ from ..plan import (
     Columns,
     Convert,
     Copy,
+    Fill,
     Fp4ToFp8Codes,
     Fp4ToFp8Scales,
     Join,
@@ -111,10 +111,12 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             np.concatenate(inputs, axis=1, out=out)
         case AllEqual():
             _all_equal(inputs, out)
-        case Fp4ToFp8Codes():
-            _fp4_to_fp8_codes(codecs, inputs, out, scratch, tally)
-        case Fp4ToFp8Scales(groups):
-            codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, groups), out, scratch, tally)
+        case Fill(byte):
+            out[...] = byte
+        case Fp4ToFp8Codes(side):
+            _fp4_to_fp8_codes(codecs, inputs, out, side, scratch, tally)
+        case Fp4ToFp8Scales(groups, side):
+            codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, groups), out, scratch, tally, side)
         case Bf16ToFp8Codes(block):
             out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), block)[0]
         case Bf16ToFp8Scales(columns, as_f32, block):
@@ -239,9 +241,9 @@ def _all_equal(inputs: Inputs, out: Bytes) -> None:
     out[...] = inputs[0]
 
 
-def _fp4_to_fp8_codes(codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+def _fp4_to_fp8_codes(codecs: Codecs, inputs: Inputs, out: Bytes, side: int, scratch: Scratch, tally: Tally) -> None:
     """An operand row holds the FP4 scales of all rows of a tile; the FP8 scales are another output."""
     rows, columns = out.shape
     scale = inputs[1].reshape(-1, columns // GROUP)
-    unused = scratch.array("fp8 scales", (-(-rows // FP8_TILE), -(-columns // FP8_TILE)), np.uint8)
-    codecs.fp4_to_fp8(inputs[0], scale, out, unused, scratch, tally)
+    unused = scratch.array("fp8 scales", (-(-rows // side), -(-columns // side)), np.uint8)
+    codecs.fp4_to_fp8(inputs[0], scale, out, unused, scratch, tally, side)

@@ -9,7 +9,7 @@ from functools import cache
 
 from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
-from dsv4convert.formats.base import BlockwiseCodec, PlainCodec, RescalingCodec, ScaledCodec
+from dsv4convert.formats.base import BlockwiseCodec, PlainCodec, RescalingCodec, ScaledCodec, TileScalesCodec
 from dsv4convert.formats.compiled.library import library_path
 
 # Set to 0 to stay with numpy although the compiled codecs are there.
@@ -32,7 +32,7 @@ class Codecs:
     fp4_to_bf16: ScaledCodec = e2m1.fp4_to_bf16
     fp4_to_f16: ScaledCodec = e2m1.fp4_to_f16
     fp4_to_fp8: RescalingCodec = e2m1.fp4_to_fp8
-    fp4_to_fp8_scales: PlainCodec = e2m1.fp4_to_fp8_scales
+    fp4_to_fp8_scales: TileScalesCodec = e2m1.fp4_to_fp8_scales
     fp4_to_mxfp4: BlockwiseCodec = mxfp4.fp4_to_mxfp4
     fp4_to_q8_0: ScaledCodec = q8_0.fp4_to_q8_0
     f32_to_bf16: PlainCodec = bf16.f32_to_bf16

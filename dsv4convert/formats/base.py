@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Block: TypeAlias = tuple[int, int]
 
 GROUP = 32  # elements that share a scale along a row, in packed FP4, MXFP4 and Q8_0 alike
+FP8_TILE = 128  # rows and columns that share a scale once FP4 is written as FP8; of V4.1 they are GROUP
 
 # One NaN per format, whatever the sign and payload of the input.
 F32_NAN_BITS = np.uint32(0x7FC0_0000)  # 0 1111_1111 1000...
@@ -104,8 +105,30 @@ ScaledCodec: TypeAlias = Callable[[Array, Array, Block, Array, Scratch, Tally], 
 PlainCodec: TypeAlias = Callable[[Array, Array, Scratch, Tally], None]
 # Packed FP4 whose blocks are those of the output: (packed, scale, out, scratch, tally).
 BlockwiseCodec: TypeAlias = Callable[[Array, Array, Array, Scratch, Tally], None]
-# Packed FP4 to codes and scales: (packed, scale, out, scale out, scratch, tally).
-RescalingCodec: TypeAlias = Callable[[Array, Array, Array, Array, Scratch, Tally], None]
+
+
+class RescalingCodec(Protocol):
+    """Packed FP4 to codes and scales of tiles."""
+
+    def __call__(
+        self,
+        packed: Array,
+        scale: Array,
+        out: Array,
+        out_scale: Array,
+        scratch: Scratch,
+        tally: Tally,
+        side: int = FP8_TILE,
+        /,
+    ) -> None: ...
+
+
+class TileScalesCodec(Protocol):
+    """FP4 scales to those of tiles."""
+
+    def __call__(
+        self, scale: Array, out_scale: Array, scratch: Scratch, tally: Tally, side: int = FP8_TILE, /
+    ) -> None: ...
 
 
 @lru_cache(maxsize=256)

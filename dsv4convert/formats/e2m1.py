@@ -22,6 +22,7 @@ from dsv4convert.formats.base import (
     BF16_NAN_BITS,
     F16_NAN_BITS,
     F32_NAN_BITS,
+    FP8_TILE,
     GROUP,
     Array,
     ArrayF16,
@@ -46,7 +47,6 @@ VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4,
 VALUES.flags.writeable = False
 MAX = 6.0
 MIN_EXPONENT = -1  # 0.5, the smallest positive value
-FP8_TILE = 128  # rows and columns that share a scale once FP4 is written as FP8
 # The tile's scale is its largest FP4 scale divided by this: 6 * 2^6 = 384 still fits under 448.
 FP8_HEADROOM_EXPONENT = 6
 
@@ -153,9 +153,16 @@ def fp4_to_f16(packed: ArrayU8, scale: Array, block: Block, out: ArrayF16, scrat
 
 
 def fp4_to_fp8(
-    packed: ArrayU8, scale: ArrayU8, out: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally
+    packed: ArrayU8,
+    scale: ArrayU8,
+    out: ArrayU8,
+    out_scale: ArrayU8,
+    scratch: Scratch,
+    tally: Tally,
+    side: int = FP8_TILE,
+    /,
 ) -> None:
-    """Re-encode packed FP4 [R, C/2], scales [R, C/32], as e4m3 [R, C] with one scale per 128x128 tile.
+    """Re-encode packed FP4 [R, C/2], scales [R, C/32], as e4m3 [R, C] with one scale per tile of ``side`` both ways.
 
     The tile's e8m0 scale is its largest scale / 2^6 and each element becomes value * (its scale / the
     tile's). Lossless while the scales of a tile spread by at most 2^14; below that an element rounds to
@@ -165,11 +172,11 @@ def fp4_to_fp8(
     """
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns))
-    if out_scale.shape != (-(-rows // FP8_TILE), -(-columns // FP8_TILE)):
-        raise ValueError(f"scales of a {rows}x{columns} tile in blocks of {FP8_TILE}: got {out_scale.shape}")
+    if out_scale.shape != (-(-rows // side), -(-columns // side)):
+        raise ValueError(f"scales of a {rows}x{columns} tile in blocks of {side}: got {out_scale.shape}")
     if packed.size == 0:
         return
-    lifted = _tile_scales(scale, out_scale)
+    lifted = _tile_scales(scale, out_scale, side)
     index = _byte_index(packed, lifted, (1, GROUP), scratch)
     pairs, loss = fp8_pair_tables()
     np.take(pairs, index, out=out.view(np.uint16), mode="clip")
@@ -180,29 +187,31 @@ def fp4_to_fp8(
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
 
-def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Fill the scales [ceil(R/128), ceil(C/128)] that `fp4_to_fp8` makes from FP4 scales [R, C/32]; counts nothing.
+def fp4_to_fp8_scales(
+    scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally, side: int = FP8_TILE, /
+) -> None:
+    """Fill the scales that `fp4_to_fp8` makes of tiles of ``side`` from FP4 scales [R, C/32]; counts nothing.
 
     Raises ValueError on shapes that do not fit.
     """
-    check_fp8_scales(scale, out_scale)
+    check_fp8_scales(scale, out_scale, side)
     if scale.size:
-        _fill_tile_scales(scale, out_scale)
+        _fill_tile_scales(scale, out_scale, side)
 
 
-def check_fp8_scales(scale: ArrayU8, out_scale: ArrayU8) -> None:
+def check_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, side: int = FP8_TILE) -> None:
     """Refuse scales that are not those of one matrix, in groups of 32 and in tiles."""
-    want = (-(-scale.shape[0] // FP8_TILE), -(-scale.shape[1] * GROUP // FP8_TILE))
+    want = (-(-scale.shape[0] // side), -(-scale.shape[1] * GROUP // side))
     if out_scale.shape != want:
         raise ValueError(f"tiles of {scale.shape} groups have {want} scales, got {out_scale.shape}")
     check_contiguous(out_scale)
 
 
-def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> npt.NDArray[np.int16]:
+def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8, side: int) -> npt.NDArray[np.int16]:
     """Fill the tiles' scales; return them as numbers, 0 where all scales of a tile are NaN."""
     ranked = scale + np.uint8(1)  # NaN wraps to 0, below all others
-    tall = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], FP8_TILE), axis=0)
-    largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], FP8_TILE // GROUP), axis=1)
+    tall = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], side), axis=0)
+    largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], side // GROUP), axis=1)
     tile: npt.NDArray[np.int16] = largest.astype(np.int16) - np.int16(1 + FP8_HEADROOM_EXPONENT)
     np.maximum(tile, 0, out=tile)
     np.copyto(out_scale, np.where(largest == 0, NAN_BYTE, tile), casting="unsafe")
@@ -214,10 +223,10 @@ def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> npt.NDArray[np.int1
 FP8_FIRST_LOSSLESS_LIFT = E4M3_MIN_EXPONENT - MIN_EXPONENT
 
 
-def _tile_scales(scale: ArrayU8, out_scale: ArrayU8) -> ArrayU8:
+def _tile_scales(scale: ArrayU8, out_scale: ArrayU8, side: int) -> ArrayU8:
     """Fill the tiles' scale bytes and return each group's scale relative to them, as e8m0 bytes."""
-    tile = _fill_tile_scales(scale, out_scale)
-    spread = spread_blocks(tile, (FP8_TILE, FP8_TILE // GROUP), scale.shape)
+    tile = _fill_tile_scales(scale, out_scale, side)
+    spread = spread_blocks(tile, (side, side // GROUP), scale.shape)
     lifted = np.maximum(scale.astype(np.int16) - spread + E8M0_BIAS, 0)
     codes: ArrayU8 = np.where(scale == NAN_BYTE, NAN_BYTE, lifted).astype(np.uint8)
     return codes

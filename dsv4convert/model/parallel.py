@@ -8,8 +8,15 @@ from ..errors import UsageError
 from .config import ModelConfig
 from .tensors import Split
 
-# What MP must divide, whatever the tensors hold.
-DIVIDED_KEYS = ("vocab_size", "num_attention_heads", "index_n_heads", "o_groups", "n_routed_experts")
+# What MP must divide, whatever the tensors hold: fields of a ModelConfig, with the config's keys.
+DIVIDED_KEYS = (
+    ("vocab_size", "vocab_size"),
+    ("num_attention_heads", "num_attention_heads"),
+    ("index_n_heads", "index_n_heads"),
+    ("o_groups", "o_groups"),
+    ("n_routed_experts", "n_routed_experts"),
+    ("draft_n_routed_experts", "dspark_n_routed_experts"),
+)
 
 # The config keys whose product a split dimension is.
 DIMENSION_KEYS = {
@@ -43,8 +50,8 @@ def check_divides(config: ModelConfig, mp: int, where: object) -> None:
     """
     if mp < 1:
         raise UsageError("--mp: not a number of ranks", expected="1 or more", got=mp)
-    for key in DIVIDED_KEYS:
-        value = getattr(config, key)
+    for field, key in DIVIDED_KEYS:
+        value = getattr(config, field)
         if value % mp:
             raise UsageError(
                 f"key {key}: {value} cannot be divided among {mp} ranks",
@@ -76,8 +83,19 @@ def check_blocks(name: str, symbol: str, length: int, block: int, mp: int, where
 
 def local_shape(shape: tuple[int, ...], split: Split, mp: int) -> tuple[int, ...]:
     """Return the shape of one rank's part of a weight."""
+    if split is Split.RUNS:
+        return (run_length(shape[0], mp), *shape[1:])
     axis = SPLIT_AXIS[split]
     return shape if axis is None else (*shape[:axis], shape[axis] // mp, *shape[axis + 1 :])
+
+
+def run_length(rows: int, mp: int) -> int:
+    """Return the rows of a table that each of ``mp`` ranks has, those included that fill up the last ones.
+
+    >>> run_length(384016682, 4)
+    96004171
+    """
+    return -(-rows // mp)
 
 
 def expert_rank(expert: int, n_experts: int, mp: int) -> int:

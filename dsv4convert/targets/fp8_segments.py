@@ -1,4 +1,4 @@
-"""Segments that make FP8 in 128x128 blocks: codes and scales, each an output of its own."""
+"""Segments that make FP8 in square blocks: codes and scales, each an output of its own."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import NamedTuple, cast
 
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
 from ..errors import InventoryError
-from ..plan import FP4_TO_FP8_CODES, Bf16ToFp8Codes, Bf16ToFp8Scales, Fp4ToFp8Scales, MadeSegments, Operand, Segment
+from ..model.config import Version
+from ..plan import Bf16ToFp8Codes, Bf16ToFp8Scales, Fp4ToFp8Codes, Fp4ToFp8Scales, MadeSegments, Operand, Segment
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
+FP8_BLOCKS = {Version.V4: FP8_BLOCK, Version.V41: 32}
 
 CODES_PER_BYTE = 2
 BF16_BYTES = 2
@@ -22,13 +24,13 @@ SCALE_BYTES = {"F8_E8M0": 1, "F32": 4}
 
 
 @lru_cache(maxsize=64)
-def fp8_scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of the scales of a matrix of ``shape``."""
+def fp8_scale_shape(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Return the shape of the scales of a matrix of ``shape`` in blocks of ``side`` both ways."""
     rows, columns = shape
-    return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    return -(-rows // side), -(-columns // side)
 
 
-def row_blocks(rows: int, height: int = FP8_BLOCK) -> Iterator[tuple[int, int, int]]:
+def row_blocks(rows: int, height: int) -> Iterator[tuple[int, int, int]]:
     """Yield (first row, rows, height of a block): all whole blocks, then the ragged one."""
     whole = rows // height * height
     if whole:
@@ -38,13 +40,14 @@ def row_blocks(rows: int, height: int = FP8_BLOCK) -> Iterator[tuple[int, int, i
 
 
 class PackedFp4(NamedTuple):
-    """A packed FP4 weight of ``shape`` where it lies: all that its FP8 segments are made from."""
+    """A packed FP4 weight of ``shape`` where it lies, and the ``side`` of the blocks of the FP8 made from it."""
 
     file: Path
     offset: int
     scale_file: Path
     scale_offset: int
     shape: tuple[int, int]
+    side: int
 
 
 class _SegmentsOf(MadeSegments):
@@ -56,10 +59,10 @@ class _SegmentsOf(MadeSegments):
         self._source = source
 
     def __len__(self) -> int:
-        return sum(1 for _ in row_blocks(self._source.shape[0]))
+        return sum(1 for _ in row_blocks(self._source.shape[0], self._source.side))
 
     def _make(self, number: int) -> Segment:
-        return self._of_block(*list(row_blocks(self._source.shape[0]))[number])
+        return self._of_block(*list(row_blocks(self._source.shape[0], self._source.side))[number])
 
     @abstractmethod
     def _of_block(self, first: int, count: int, tall: int) -> Segment:
@@ -79,7 +82,7 @@ class _CodeSegments(_SegmentsOf):
         packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
         scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, tall, "u1")
-        return Segment(FP4_TO_FP8_CODES, (weights, scales), count, columns)
+        return Segment(codes_operation(source.side), (weights, scales), count, columns)
 
 
 class _ScaleSegments(_SegmentsOf):
@@ -87,19 +90,27 @@ class _ScaleSegments(_SegmentsOf):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(fp8_scale_shape(self._source.shape))
+        return math.prod(fp8_scale_shape(self._source.shape, self._source.side))
 
     def _of_block(self, first: int, count: int, tall: int) -> Segment:
         source = self._source
         groups = source.shape[1] // FP4_BLOCK
         scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, 1, "u1")
-        return Segment(Fp4ToFp8Scales(groups), (scales,), count // tall, fp8_scale_shape(source.shape)[1])
+        columns = fp8_scale_shape(source.shape, source.side)[1]
+        return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // tall, columns)
 
 
-def fp4_to_fp8_segments(weight: Weight) -> tuple[Sequence[Segment], Sequence[Segment]]:
+@lru_cache
+def codes_operation(side: int) -> Fp4ToFp8Codes:
+    """Return the operation for blocks of ``side``, one object for all segments."""
+    return Fp4ToFp8Codes(side)
+
+
+def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], Sequence[Segment]]:
     """Return the segments of the e4m3 codes [R, C] and of the e8m0 scales that a packed FP4 weight becomes.
 
-    An operand row that holds the scales of a whole block of rows keeps the tiles to whole blocks.
+    ``side`` rows and columns share a scale. An operand row that holds the scales of a whole block of rows keeps the
+    tiles to whole blocks.
 
     Raises:
         InventoryError: the weight is not packed FP4.
@@ -110,7 +121,7 @@ def fp4_to_fp8_segments(weight: Weight) -> tuple[Sequence[Segment], Sequence[Seg
             f"tensor {weight.name}: not packed FP4", where=weight.stored.file, got=weight.encoding.value
         )
     shape = cast("tuple[int, int]", weight.shape)
-    source = PackedFp4(weight.stored.file, weight.stored.offset, scale.file, scale.offset, shape)
+    source = PackedFp4(weight.stored.file, weight.stored.offset, scale.file, scale.offset, shape, side)
     return _CodeSegments(source), _ScaleSegments(source)
 
 

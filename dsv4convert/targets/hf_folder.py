@@ -11,10 +11,11 @@ from ..checkpoint.weights import Encoding, Weight
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
 from ..model.config import CONFIG_NAME
+from ..model.config_v41 import TEXT
 from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Segment, total_bytes
 from .claims import Claims
-from .fp8_segments import fp4_to_fp8_segments, fp8_scale_shape
+from .fp8_segments import FP8_BLOCKS, fp4_to_fp8_segments, fp8_scale_shape
 from .safetensors_files import safetensors_file, safetensors_index, whole_file
 from .segments import BF16, F16, F32, I32, I64, ElementType, shared, stack_segments
 
@@ -115,16 +116,17 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputT
 
 
 def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
-    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in 128x128 blocks, all else as it is.
+    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in blocks of its version's, all else as it is.
 
     Drains ``checkpoint``.
     """
     claims = Claims(checkpoint)
+    side = FP8_BLOCKS[checkpoint.config.version]
     tensors: list[OutputTensor] = []
     for weight in checkpoint.drain():
         claims.take(weight)
         if is_fp4_expert(weight):
-            tensors += _fp8_pair(weight)
+            tensors += _fp8_pair(weight, side)
             continue
         tensors.append(_verbatim(weight.name, weight.stored))
         if weight.scale is not None:
@@ -142,12 +144,12 @@ def _verbatim(name: str, stored: Stored) -> OutputTensor:
     return _tensor(name, stored.dtype, stored.shape, segments)
 
 
-def _fp8_pair(weight: Weight) -> tuple[OutputTensor, OutputTensor]:
+def _fp8_pair(weight: Weight, side: int) -> tuple[OutputTensor, OutputTensor]:
     """Return the e4m3 codes and the e8m0 scales of a packed FP4 weight."""
-    codes, scales = fp4_to_fp8_segments(weight)
+    codes, scales = fp4_to_fp8_segments(weight, side)
     return (
         _tensor(weight.name, "F8_E4M3", weight.shape, codes),
-        _tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape), scales),
+        _tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape, side), scales),
     )
 
 
@@ -193,7 +195,8 @@ def dequantized_config(raw: Mapping[str, Any], dtype: str, names: str) -> Output
 
 def repacked_config(raw: Mapping[str, Any]) -> OutputFile:
     """Return config.json of a folder with FP8 experts."""
-    config = {**raw, EXPERT_DTYPE_KEY: "fp8"}
+    # V4.1 says it in one place, V4 at the top level in any case.
+    config = dict(raw) if TEXT in raw else {**raw, EXPERT_DTYPE_KEY: "fp8"}
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and EXPERT_DTYPE_KEY in quantization:
         config["quantization_config"] = {**quantization, EXPERT_DTYPE_KEY: "fp8"}

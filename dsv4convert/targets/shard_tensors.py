@@ -13,7 +13,8 @@ from ..checkpoint.weights import Encoding, Weight
 from ..containers.safetensors import Stored
 from ..errors import UsageError
 from ..model.config import CONFIG_NAME
-from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, shard_name
+from ..model.config_v41 import TEXT
+from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
 from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
 from ..plan import (
     ALL_EQUAL,
@@ -23,6 +24,7 @@ from ..plan import (
     Columns,
     CopySegments,
     Dropped,
+    Fill,
     Operand,
     OutputFile,
     OutputTensor,
@@ -30,13 +32,16 @@ from ..plan import (
     total_bytes,
 )
 from .claims import Claims
-from .fp8_segments import FP8_BLOCK, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
+from .fp8_segments import FP8_BLOCK, FP8_BLOCKS, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .safetensors_files import safetensors_file
 from .segments import BF16, codec_segment
 
 EXPERT_DTYPES = ("fp4", "fp8")
 DRAFT_MODES = ("keep", "drop")
 WO_A_DTYPES = ("bf16", "fp8")
+
+# The bytes of rows beyond a table's last: e4m3 and e8m0 codes of 0 and 1, or zeros of another type.
+TABLE_PADDING, SCALE_PADDING = 0x00, 0x7F
 
 DTYPES = {Encoding.FP4: "F4", Encoding.FP8: "F8_E4M3"}
 E8M0 = "F8_E8M0"
@@ -93,6 +98,7 @@ def shard_files(
     ranks = _chosen_ranks(options)
     _check_options(checkpoint, options)
     claims = Claims(checkpoint)
+    side = FP8_BLOCKS[checkpoint.config.version]
     source_bytes = checkpoint.nbytes
     replicated: Counter[str] = Counter()
     tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
@@ -104,7 +110,7 @@ def shard_files(
         claims.take(weight)
         _check_split(weight, mp)
         if weight.row.split is Split.COPY:
-            copied = list(_rank_tensors(weight, 0, options))
+            copied = list(_rank_tensors(weight, 0, options, side))
             for rank in ranks:
                 tensors[rank] += copied
             kind = ".".join(weight.row.name.removesuffix(".weight").split(".")[:2])
@@ -112,10 +118,10 @@ def shard_files(
             continue
         holders: Sequence[int] = ranks
         if weight.expert is not None and weight.row.split is Split.EXPERT:
-            holder = expert_rank(weight.expert, checkpoint.config.n_routed_experts, mp)
+            holder = expert_rank(weight.expert, checkpoint.config.n_experts(weight.is_draft), mp)
             holders = [holder] if holder in tensors else []
         for rank in holders:
-            tensors[rank] += _rank_tensors(weight, rank, options)
+            tensors[rank] += _rank_tensors(weight, rank, options, side)
     claims.drop("mtp.*", "--draft drop", draft)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
@@ -164,14 +170,17 @@ def _check_options(checkpoint: Checkpoint, options: ShardOptions) -> None:
 def _check_split(weight: Weight, mp: int) -> None:
     """Check that no scale block would be cut; a codec could not start in its middle either."""
     axis = SPLIT_AXIS[weight.row.split]
-    if axis is not None and weight.block is not None:
+    if axis is not None and weight.block is not None and weight.row.split is not Split.RUNS:
         check_blocks(
             weight.name, weight.row.shape[axis], weight.shape[axis], weight.block[axis], mp, weight.stored.file
         )
 
 
-def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[OutputTensor]:
-    """Yield what a rank holds of a weight: its part, and the scales of the part."""
+def _rank_tensors(weight: Weight, rank: int, options: ShardOptions, side: int) -> Iterator[OutputTensor]:
+    """Yield what a rank holds of a weight: its part, and the scales of the part.
+
+    ``side`` rows and columns share a scale where FP4 becomes FP8.
+    """
     mp, split = options.mp, weight.row.split
     shape = local_shape(weight.shape, split, mp)
     if weight.row.name in BF16_IN_SHARDS and weight.encoding is Encoding.FP8:
@@ -180,9 +189,12 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
         yield _tensor(weight.name, "BF16", shape, (segment,))
         return
     if weight.encoding is Encoding.FP4 and options.experts == "fp8":
-        codes, scales = fp4_to_fp8_segments(weight)
+        codes, scales = fp4_to_fp8_segments(weight, side)
         yield _tensor(weight.name, DTYPES[Encoding.FP8], shape, codes)
-        yield _tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape), scales)
+        yield _tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape, side), scales)
+        return
+    if split is Split.RUNS:
+        yield from _table_tensors(weight, rank, mp)
         return
     dtype = DTYPES.get(weight.encoding, weight.stored.dtype)
     yield _tensor(weight.name, dtype, shape, _split(weight.stored, split, rank, mp))
@@ -197,6 +209,23 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions) -> Iterator[
 
 def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     return OutputTensor(name, dtype, shape, 0, total_bytes(segments), segments)
+
+
+def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]:
+    """Yield a rank's run of a table's rows and of their scales; beyond the last row are zeros, with scales of 1."""
+    parts = [(weight.name, weight.stored, TABLE_PADDING)]
+    if weight.scale is not None:
+        parts.append((scale_name(weight.name), weight.scale, SCALE_PADDING))
+    for name, stored, padding in parts:
+        rows, width = weight.shape[0], stored.nbytes // weight.shape[0]
+        share = run_length(rows, mp)
+        real = max(0, min(rows - rank * share, share))
+        segments: tuple[Segment, ...] = tuple(
+            CopySegments(stored.file, stored.offset + rank * share * width, real * width)
+        )
+        if real < share:
+            segments += (Segment(Fill(padding), (), share - real, width),)
+        yield _tensor(name, stored.dtype, (share, *stored.shape[1:]), segments)
 
 
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
@@ -215,6 +244,8 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
 
 def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json without the keys of draft layers."""
+    if TEXT in raw:
+        return {**raw, TEXT: config_without_draft(raw[TEXT])}
     config = {key: value for key, value in raw.items() if not key.startswith("dspark_")}
     config["num_nextn_predict_layers"] = 0
     if "compress_ratios" in raw:
@@ -275,12 +306,16 @@ def _joined(weight: ShardedWeight) -> Iterator[OutputTensor]:
 
 def _whole_shape(stored: Sequence[Stored], weight: ShardedWeight) -> tuple[int, ...]:
     shape, axis = stored[0].shape, weight.axis
+    if weight.row.split is Split.RUNS:
+        return (weight.shape[0], *shape[1:])
     return shape if axis is None else (*shape[:axis], shape[axis] * len(stored), *shape[axis + 1 :])
 
 
 def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     """Return the segments that put the ranks' bytes together again."""
     first = stored[0]
+    if weight.row.split is Split.RUNS:
+        return _without_padding(stored, weight.shape[0])
     if len(stored) == 1:
         return CopySegments(first.file, first.offset, first.nbytes)
     if weight.axis == 1:
@@ -303,6 +338,16 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
             1,
         )
         for begin in range(0, first.nbytes, COPY_SEGMENT_BYTES)
+    )
+
+
+def _without_padding(stored: Sequence[Stored], rows: int) -> tuple[Segment, ...]:
+    """Return the segments that join the ranks' runs of a table of ``rows`` rows, without those beyond its last."""
+    share, width = stored[0].shape[0], stored[0].nbytes // stored[0].shape[0]
+    return tuple(
+        segment
+        for rank, part in enumerate(stored)
+        for segment in CopySegments(part.file, part.offset, max(0, min(rows - rank * share, share)) * width)
     )
 
 

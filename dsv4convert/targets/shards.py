@@ -13,7 +13,8 @@ from ..containers.json_object import MAX_CONFIG_BYTES
 from ..containers.untrusted import read_whole
 from ..engine.conversion import Summary
 from ..errors import UsageError
-from ..model.config import CONFIG_NAME
+from ..model.config import CONFIG_NAME, Version
+from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
 from .companions import auxiliary_files, check_apart
@@ -23,6 +24,9 @@ from .shard_tensors import ShardCosts, ShardOptions, config_without_draft, shard
 
 SHARD = "shard"
 UNSHARD = "unshard"
+
+# V4.1's config in the published inference code's own form.
+INFERENCE_CONFIG_NAME = "inference_config.json"
 
 # Without these nobody can run what is in the folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -58,16 +62,19 @@ def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
     """
     if is_shard_folder(source):
         raise UsageError("is a folder of shards already", where=source, hint="unshard it first")
-    checkpoint = open_folder(source)
+    checkpoint = open_folder(source, versions=tuple(Version))
     out = check_apart(checkpoint.folder, checkpoint.files, out)
-    config, notes, source_bytes = _shard_config(checkpoint, options), checkpoint.notes, checkpoint.nbytes
+    configs = [_shard_config(checkpoint, options)]
+    if checkpoint.config.version is Version.V41:
+        configs.append(_inference_config(checkpoint, options))
+    notes, source_bytes = checkpoint.notes, checkpoint.nbytes
     files, dropped, costs = shard_files(checkpoint, options)
     plan = Plan(
         target=SHARD,
         source=source,
         destination=out,
         is_folder=True,
-        files=(*files, config, *auxiliary_files(source)),
+        files=(*files, *configs, *auxiliary_files(source)),
         dropped=dropped,
         options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
         source_bytes=source_bytes,
@@ -85,7 +92,7 @@ def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes:
         UsageError: folders that overlap, or an unknown ``wo_a``.
         Dsv4Error: whatever else is wrong with the source.
     """
-    shards = open_shards(source)
+    shards = open_shards(source, versions=tuple(Version))
     out = check_apart(shards.folder, shards.files, out)
     tensors, notes = unshard_tensors(shards, wo_a)
     return Plan(
@@ -133,6 +140,16 @@ def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
 
 def _same_config(source: Path) -> OutputFile:
     return whole_file(CONFIG_NAME, read_whole(source / CONFIG_NAME, MAX_CONFIG_BYTES))
+
+
+def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
+    """Return V4.1's config in the flat form that the published inference code reads."""
+    encodings = {w.encoding.value for w in checkpoint.weights.values() if w.row.store is Store.EXPERT}
+    experts = options.experts or ("fp4" if "fp4" in encodings else "fp8")
+    flat = inference_config(
+        checkpoint.config.flat, experts, with_draft=options.draft == "keep" and checkpoint.n_draft > 0
+    )
+    return whole_file(INFERENCE_CONFIG_NAME, (json.dumps(flat, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _missing_tokenizer(source: Path) -> tuple[str, ...]:

@@ -13,26 +13,30 @@ from dsv4convert.formats.base import Scratch, Tally
 from tests.oracles import plain_codecs as plain
 
 
-def convert(codecs: Codecs, packed, scale, scratch: Scratch) -> tuple[np.ndarray, np.ndarray, Tally]:
+def convert(codecs: Codecs, packed, scale, scratch: Scratch, side: int = 128) -> tuple[np.ndarray, np.ndarray, Tally]:
     rows, columns = packed.shape[0], packed.shape[1] * 2
     out = np.full((rows, columns), 0xAA, np.uint8)
-    out_scale = np.full((-(-rows // 128), -(-columns // 128)), 0xAA, np.uint8)
+    out_scale = np.full((-(-rows // side), -(-columns // side)), 0xAA, np.uint8)
     tally = Tally()
-    codecs.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
+    codecs.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally, side)
+    alone = np.empty_like(out_scale)
+    codecs.fp4_to_fp8_scales(scale, alone, scratch, Tally(), side)
+    np.testing.assert_array_equal(alone, out_scale)
     return out, out_scale, tally
 
 
-def expected(packed: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, Tally]:
+def expected(packed: np.ndarray, scale: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, Tally]:
     """Tile by tile, in float64; ml_dtypes rounds to e4m3."""
     rows, columns = packed.shape[0], packed.shape[1] * 2
     value = plain.fp4_values(packed)
     out = np.empty((rows, columns), np.uint8)
-    out_scale = np.empty((-(-rows // 128), -(-columns // 128)), np.uint8)
+    out_scale = np.empty((-(-rows // side), -(-columns // side)), np.uint8)
     tally = Tally()
     for r in range(out_scale.shape[0]):
         for c in range(out_scale.shape[1]):
-            part = np.s_[r * 128 : (r + 1) * 128, c * 128 : (c + 1) * 128]
-            bytes_ = scale[r * 128 : (r + 1) * 128, c * 4 : (c + 1) * 4].astype(int)
+            part = np.s_[r * side : (r + 1) * side, c * side : (c + 1) * side]
+            groups = side // 32
+            bytes_ = scale[r * side : (r + 1) * side, c * groups : (c + 1) * groups].astype(int)
             real = bytes_[bytes_ != 255]
             tile = max(int(real.max()) - 6, 0) if real.size else 255
             out_scale[r, c] = tile
@@ -47,21 +51,24 @@ def expected(packed: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndar
     return out, out_scale, tally
 
 
-def check(codecs: Codecs, packed, scale, scratch: Scratch) -> Tally:
-    out, out_scale, tally = convert(codecs, packed, scale, scratch)
-    want, want_scale, count = expected(packed, scale)
+def check(codecs: Codecs, packed, scale, scratch: Scratch, side: int = 128) -> Tally:
+    out, out_scale, tally = convert(codecs, packed, scale, scratch, side)
+    want, want_scale, count = expected(packed, scale, side)
     np.testing.assert_array_equal(out_scale, want_scale)
     np.testing.assert_array_equal(out, want)
     assert tally == count
     return tally
 
 
+@pytest.mark.parametrize("side", [128, 32])
 @pytest.mark.parametrize("largest", [0, 1, 5, 6, 7, 20, 127, 200, 254])
-def test_every_packed_byte_with_every_scale_below_the_largest(codecs: Codecs, scratch: Scratch, largest: int):
+def test_every_packed_byte_with_every_scale_below_the_largest(
+    codecs: Codecs, scratch: Scratch, largest: int, side: int
+):
     packed = np.tile(np.arange(256, dtype=np.uint8), (largest + 1, 1))
     scale = np.repeat(np.arange(largest + 1, dtype=np.uint8)[:, None], 16, axis=1)
-    scale[::128] = largest  # one group of each tile is enough
-    check(codecs, packed, np.ascontiguousarray(scale), scratch)
+    scale[::side] = largest  # one group of each tile is enough
+    check(codecs, packed, np.ascontiguousarray(scale), scratch, side)
 
 
 @pytest.mark.parametrize(("spread", "lossless"), [(0, True), (14, True), (15, False)])
@@ -91,14 +98,18 @@ def test_nan_scales_make_nan_codes_and_stay_out_of_the_tiles_scale(codecs: Codec
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.integers(1, 300), st.integers(1, 12), st.sampled_from([(100, 115), (0, 256), (0, 9), (90, 110)]), st.integers(0)
+    st.integers(1, 300),
+    st.integers(1, 12),
+    st.sampled_from([(100, 115), (0, 256), (0, 9), (90, 110)]),
+    st.sampled_from([128, 32]),
+    st.integers(0),
 )
-def test_any_number_of_rows_and_groups(rows: int, groups: int, span: tuple[int, int], seed: int):
+def test_any_number_of_rows_and_groups(rows: int, groups: int, span: tuple[int, int], side: int, seed: int):
     rng = np.random.default_rng(seed)
     packed = rng.integers(0, 256, (rows, groups * 16), dtype=np.uint8)
     scale = rng.integers(*span, (rows, groups), dtype=np.uint8)
     for codecs in (numpy_codecs(), compiled_codecs()):
-        check(codecs, packed, scale, _SCRATCH)
+        check(codecs, packed, scale, _SCRATCH, side)
 
 
 @pytest.mark.parametrize("half", [1, 17, 50])

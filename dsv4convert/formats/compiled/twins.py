@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.base import (
+    FP8_TILE,
     GROUP,
     Array,
     ArrayF16,
@@ -144,25 +145,34 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
     tally.nan += GROUP * nan
 
 
-def fp4_to_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.fp4_to_fp8_scales`."""
-    e2m1.check_fp8_scales(scale, out_scale)
-    if _fp4_to_fp8_scales(np.ascontiguousarray(scale), out_scale, *scale.shape) == NEEDS_FALLBACK:
-        e2m1.fp4_to_fp8_scales(scale, out_scale, scratch, tally)
+def fp4_to_fp8_scales(
+    scale: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally, side: int = FP8_TILE, /
+) -> None:
+    """Twin of `e2m1.fp4_to_fp8_scales`; the C has tiles of 128 only."""
+    e2m1.check_fp8_scales(scale, out_scale, side)
+    if side != FP8_TILE or _fp4_to_fp8_scales(np.ascontiguousarray(scale), out_scale, *scale.shape) == NEEDS_FALLBACK:
+        e2m1.fp4_to_fp8_scales(scale, out_scale, scratch, tally, side)
 
 
 def fp4_to_fp8(
-    packed: ArrayU8, scale: ArrayU8, out: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally
+    packed: ArrayU8,
+    scale: ArrayU8,
+    out: ArrayU8,
+    out_scale: ArrayU8,
+    scratch: Scratch,
+    tally: Tally,
+    side: int = FP8_TILE,
+    /,
 ) -> None:
-    """Twin of `e2m1.fp4_to_fp8`."""
+    """Twin of `e2m1.fp4_to_fp8`; the C has tiles of 128 only."""
     rows, half = packed.shape
-    if half % _PACKED_BYTES == 0:
+    if side == FP8_TILE and half % _PACKED_BYTES == 0:
         check_tile(rows, 2 * half, scale, (1, GROUP), out, (rows, 2 * half))
         e2m1.check_fp8_scales(scale, out_scale)
         arrays = np.ascontiguousarray(packed), np.ascontiguousarray(scale), out, out_scale
         if _fp4_to_fp8(*arrays, *scale.shape) != NEEDS_FALLBACK:
             return
-    e2m1.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
+    e2m1.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally, side)
 
 
 # --- to Q8_0 --------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from ...errors import DeviceError
 from ..backend import Codecs, default_codecs
-from ..base import Array, ArrayU8, Block, Scratch, Tally
-from ..e2m1 import FP8_TILE
+from ..base import FP8_TILE, Array, ArrayU8, Block, Scratch, Tally
 
 MIB = 2**20
 # Source plus output bytes of a tile: enough chunks to fill the slots, and few launches.
@@ -179,11 +178,19 @@ class CudaCodecs:
         return self._run(kernel, [Rows(packed, 1), Rows(scale, 1)], [Rows(out, 1)], 1, tally)
 
     def fp4_to_fp8(
-        self, packed: ArrayU8, scale: ArrayU8, out: ArrayU8, out_scale: ArrayU8, scratch: Scratch, tally: Tally
+        self,
+        packed: ArrayU8,
+        scale: ArrayU8,
+        out: ArrayU8,
+        out_scale: ArrayU8,
+        scratch: Scratch,
+        tally: Tally,
+        side: int = FP8_TILE,
+        /,
     ) -> None:
-        """Re-encode packed e2m1; as ``formats.e2m1.fp4_to_fp8``."""
-        if _stays(packed, scale, out):
-            return self._host.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally)
+        """Re-encode packed e2m1; as ``formats.e2m1.fp4_to_fp8``. The kernel has tiles of 128 only."""
+        if side != FP8_TILE or _stays(packed, scale, out):
+            return self._host.fp4_to_fp8(packed, scale, out, out_scale, scratch, tally, side)
         from .fp8 import fp4_to_fp8
 
         def kernel(inputs: list[Any], outputs: list[Any], counts: Any) -> None:

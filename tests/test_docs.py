@@ -11,6 +11,7 @@ import click
 import pytest
 
 from dsv4convert.cli import app
+from dsv4convert.cli.llama_cpp import LLAMA_CPP_OPTIONS
 
 from .command_line import run_cli
 
@@ -97,3 +98,26 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:dsv4convert|tests|benchmarks|docs|fixtures|schemas|scripts)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+# Options of other programs that pages speak of.
+OTHERS_OPTIONS = {"--mtp", "--target-model-dir", "--dspark", "--nproc-per-node", "--rounds", *LLAMA_CPP_OPTIONS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_a_page_names_are_accepted(page: Path) -> None:
+    accepted = {
+        flag
+        for parameters in accepted_by_the_parser().values()
+        for parameter in parameters
+        for flag in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text(encoding="utf-8")))
+    assert named <= accepted | OTHERS_OPTIONS

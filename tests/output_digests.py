@@ -90,6 +90,11 @@ FOLDERS = {
     "bf16/fp8": "dequantize {fp8/tiny} {out}",
     "f32/bf16": "dequantize {bf16/tiny} {out} --dtype f32",
     "bf16/stacked": "dequantize {bf16-stacked/tiny} {out}",
+    **{
+        f"{dtype}/v41-tiny": f"dequantize {{synth/v41-tiny}} {{out}} --dtype {dtype}"
+        for dtype in ("bf16", "f16", "f32")
+    },
+    "fp8/v41-tiny": "repack {synth/v41-tiny} {out} --experts fp8",
     "fp8/tiny": "repack {synth/tiny} {out} --experts fp8",
     "fp8-lossless/tiny": "repack {synth/tiny} {out} --experts fp8 --strict",
     "fp8-files/tiny": "repack {synth/tiny} {out} --experts fp8 --max-file-size 700K",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.folder import open_folder
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
+from ..model.config import Version
 from ..plan import Plan
 from .companions import auxiliary_files, check_apart
 from .hf_folder import (
@@ -32,11 +33,14 @@ def plan_dequantize(
 
     Raises:
         UsageError: an unknown ``dtype`` or ``names``, or folders that overlap.
+        UnsupportedError: transformers' names, which V4.1 does not have.
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--names", names, NAMES)
-    checkpoint = open_folder(source)
+    checkpoint = open_folder(source, versions=tuple(Version))
+    if names != NAMES[0] and checkpoint.config.version is Version.V41:
+        raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     config, source_bytes = checkpoint.config.raw, checkpoint.nbytes
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)

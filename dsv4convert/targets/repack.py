@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.folder import open_folder
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError
+from ..model.config import Version
 from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
 from .dequantize import _one_of
@@ -35,7 +36,7 @@ def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--experts", experts, EXPERT_DTYPES)
-    checkpoint = open_folder(source)
+    checkpoint = open_folder(source, versions=tuple(Version))
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}

@@ -17,6 +17,7 @@ from ..checkpoint.folder import Checkpoint, open_folder
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..containers.gguf import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
+from ..model.config import Version
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys
@@ -91,7 +92,7 @@ def prepare(
         Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
     """
     started = time.monotonic()
-    checkpoint = open_folder(source)
+    checkpoint = open_folder(source, versions=tuple(Version))
     if not output.exists():
         raise InputMissingError("no such file or folder", where=output)
     if source.resolve() == output.resolve():

@@ -143,7 +143,7 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
     kinds = {piece.output.encoding, piece.source.encoding}
     wide, step = columns, 1
     if piece.source.encoding == "fp4" and piece.output.encoding == "fp8":
-        elements, step = TILED_BLOCK_ELEMENTS, FP8_TILE
+        elements, step = TILED_BLOCK_ELEMENTS, _tile(piece)
     else:
         moved = len(kinds) == 1 or kinds == {"fp4", "mxfp4"}
         elements = SAME_BLOCK_ELEMENTS if moved else BLOCK_ELEMENTS
@@ -169,7 +169,7 @@ def _compare(
     result: TensorResult, piece: Piece, corner: tuple[int, int], original: Bits, found: Bits, foreign: bool
 ) -> None:
     source, output = piece.source.encoding, piece.output.encoding
-    same, exact = _same(source, output, original, found, foreign)
+    same, exact = _same(piece, original, found, foreign)
     if exact and same.all():
         return
     before, after = values_of(source, original), values_of(output, found)
@@ -194,9 +194,10 @@ def _compare(
         result.first_index = tuple(int(i) for i in np.unravel_index(flat, piece.shape or (1,)))
 
 
-def _same(source: str, output: str, original: Bits, found: Bits, foreign: bool) -> tuple[Mask, bool]:
+def _same(piece: Piece, original: Bits, found: Bits, foreign: bool) -> tuple[Mask, bool]:
     """Return where an output is what it must be, and whether what must be is the source's very value."""
-    if source == output or {source, output} <= {"fp4", "mxfp4"}:
+    source, output = piece.source.encoding, piece.output.encoding
+    if source == output or {source, output} <= {"fp4", "mxfp4"} or {source, output} <= {"fp8", "fp8/row"}:
         same = np.equal(original, found)
         if foreign and not same.all() and source in SCALED:
             same |= values_of(source, original) == values_of(output, found)
@@ -205,7 +206,7 @@ def _same(source: str, output: str, original: Bits, found: Bits, foreign: bool) 
         if source in INTEGERS and output in INTEGERS:
             return np.equal(original, found), True
         return np.zeros(found.shape, np.bool_), False
-    expected, exact = _expected(source, output, original, found)
+    expected, exact = _expected(piece, original, found)
     same = np.equal(expected, found)
     if not same.all():
         before = values_of(source, original)
@@ -216,14 +217,21 @@ def _same(source: str, output: str, original: Bits, found: Bits, foreign: bool) 
     return same, exact
 
 
-def _expected(source: str, output: str, original: Bits, found: Bits) -> tuple[Bits, bool]:
+def _tile(piece: Piece) -> int:
+    """Return the rows and columns that share a scale in the FP8 of a piece."""
+    scale = piece.output.scale
+    return FP8_TILE if scale is None else scale.block[0]
+
+
+def _expected(piece: Piece, original: Bits, found: Bits) -> tuple[Bits, bool]:
     """Return the bits that an output must have, and whether they are known to have the source's values.
 
     FP8 of FP4 follows the tile rule. No rule says how to choose the scales of BF16 weights: where a
     stored element has the source's value, it is what it must be.
     """
+    source, output = piece.source.encoding, piece.output.encoding
     if source == "fp4" and output == "fp8":
-        return fp4_as_fp8_bits(original)
+        return fp4_as_fp8_bits(original, _tile(piece))
     if output in ("fp8", "fp8/f32"):
         equal = values_of(source, original) == values_of(output, found)
         return np.where(equal, found, found + found.dtype.type(1)), True

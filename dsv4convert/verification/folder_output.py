@@ -12,12 +12,13 @@ from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers, rea
 from ..checkpoint.weights import Weight
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
-from ..errors import ConfigError, InputMissingError, UnsupportedError
-from ..model.config import CONFIG_NAME, parse_config
+from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
+from ..model.config import CONFIG_NAME, Version, parse_config
+from ..model.config_v41 import inference_config
 from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, stored_matrix, weight_matrix
-from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, LeftOut, Report
+from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
 
 SHARD_FILE = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
 
@@ -27,6 +28,11 @@ SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
 # The weight that shards hold in BF16, whatever the source has, and the one that concatenates over ranks
 # along its columns.
 DEQUANTISED_IN_SHARDS = "attn.wo_a.weight"
+
+INFERENCE_CONFIG_NAME = "inference_config.json"
+
+# Rows and columns that share a scale where FP4 becomes FP8.
+FP8_SIDE = {Version.V4: 128, Version.V41: 32}
 
 FLOATS = ("bf16", "f16", "f32")
 QUANTISED = ("fp8", "fp8/f32", "fp4")
@@ -102,7 +108,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     for weight in present:
         groups.setdefault((_transformers_name(weight) or "") if transformers else weight.name, []).append(weight)
     for name, weights in groups.items():
-        pieces += _folder_tensor(name, weights, tensors, report)
+        pieces += _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report)
     for name in tensors.names():
         report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
     _check_config(folder, checkpoint, pieces, report)
@@ -110,7 +116,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     return pieces
 
 
-def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, report: Report) -> Iterator[Piece]:
+def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, side: int, report: Report) -> Iterator[Piece]:
     """Yield the pieces of a tensor that holds a weight, or the experts of a layer one above the other."""
     found = tensors.take(name)
     if found is None:
@@ -123,7 +129,7 @@ def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, report: R
         weights = sorted(weights, key=lambda weight: (weight.expert or 0, weight.row.name))
         experts = len({weight.expert for weight in weights})
         shape = (experts, len(weights) // experts * first.shape[0], first.shape[1])
-    matrix = _checked(name, found, shape, weights, report)
+    matrix = _checked(name, found, shape, weights, side, report)
     if matrix is None:
         return
     for number, weight in enumerate(weights):
@@ -133,9 +139,17 @@ def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, report: R
 
 
 def _checked(
-    name: str, found: tuple[Stored, Stored | None], shape: tuple[int, ...], weights: list[Weight], report: Report
+    name: str,
+    found: tuple[Stored, Stored | None],
+    shape: tuple[int, ...],
+    weights: list[Weight],
+    side: int,
+    report: Report,
 ) -> Matrix | None:
-    """Return the stored matrix if its shape and type are what they may be, and report them if not."""
+    """Return the stored matrix if its shape and type are what they may be, and report them if not.
+
+    ``side``: the rows and columns of the blocks of FP8 that is made here.
+    """
     stored, scale = found
     where = f"tensor {name}"
     matrix = stored_matrix(name, stored, scale)
@@ -152,7 +166,7 @@ def _checked(
     if matrix.encoding not in allowed:
         report.problem(LAYOUT, where, f"expected {' or '.join(allowed)}, got {matrix.encoding}")
     elif matrix.encoding in QUANTISED and matrix.scale is not None and weights[0].block is not None:
-        block = weights[0].block if matrix.encoding == weight_matrix(weights[0]).encoding else (128, 128)
+        block = weights[0].block if matrix.encoding == weight_matrix(weights[0]).encoding else (side, side)
         if matrix.scale.block != block and not report.foreign:
             report.problem(LAYOUT, where, f"expected blocks {list(block)}, got {list(matrix.scale.block)}")
     return matrix
@@ -234,6 +248,8 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     if len(ranks) > 1:
         report.left_out = list(dict.fromkeys(report.left_out))
     _check_config(folder, checkpoint, pieces, report)
+    if checkpoint.config.version is Version.V41 and not report.foreign:
+        _check_inference_config(folder, checkpoint, pieces, report)
     _check_files(folder, checkpoint.folder, report)
     return pieces
 
@@ -241,20 +257,24 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
 def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report: Report) -> Iterator[Piece]:
     stored = read_header(path)
     tensors = Tensors(stored)
-    experts = checkpoint.config.n_routed_experts // mp
+    config = checkpoint.config
     for weight in _without_absent_drafts(list(checkpoint.weights.values()), stored, report):
-        if weight.expert is not None and weight.row.split is Split.EXPERT and weight.expert // max(1, experts) != rank:
+        experts = max(1, (config.draft_n_routed_experts if weight.is_draft else config.n_routed_experts) // mp)
+        if weight.expert is not None and weight.row.split is Split.EXPERT and weight.expert // experts != rank:
             continue
         source = weight_matrix(weight)
         found = tensors.take(weight.name)
         if found is None:
             report.problem(MISSING, f"rank {rank}: tensor {weight.name}", "not in the shard")
             continue
+        if weight.row.split is Split.RUNS:
+            yield from _run_piece(rank, mp, weight, found, report)
+            continue
         axis = {Split.ROWS: 0, Split.COLUMNS: 1}.get(weight.row.split)
         shape = weight.shape
         if axis is not None:
             shape = (*shape[:axis], shape[axis] // mp, *shape[axis + 1 :])
-        matrix = _checked(f"rank{rank}:{weight.name}", found, shape, [weight], report)
+        matrix = _checked(f"rank{rank}:{weight.name}", found, shape, [weight], FP8_SIDE[config.version], report)
         if matrix is None:
             continue
         dequantised = weight.row.name == DEQUANTISED_IN_SHARDS and source.encoding in QUANTISED
@@ -268,6 +288,37 @@ def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report:
         yield Piece(matrix, shape, (0, 0), source, at, (matrix.rows, matrix.columns))
     for name in tensors.names():
         report.problem(EXTRA, f"rank {rank}: tensor {name}", "the source has nothing that belongs here")
+
+
+def _run_piece(
+    rank: int, mp: int, weight: Weight, found: tuple[Stored, Stored | None], report: Report
+) -> Iterator[Piece]:
+    """Yield a rank's run of a table's rows; what fills up the last ranks must be zeros with scales of 1."""
+    rows = weight.shape[0]
+    share = (rows + mp - 1) // mp
+    shape = (share, *weight.shape[1:])
+    name = f"rank{rank}:{weight.name}"
+    matrix = _checked(name, found, shape, [weight], FP8_SIDE[Version.V41], report)
+    if matrix is None:
+        return
+    real = max(0, min(rows - rank * share, share))
+    for stored, byte in zip(found, (b"\0", b"\x7f"), strict=True):
+        if stored is not None and real < share:
+            width = stored.nbytes // share
+            if _read_at(stored.file, stored.offset + real * width, (share - real) * width).strip(byte):
+                what = f"expected rows {real} to {share} to be filled with {byte.hex()}"
+                report.problem(PADDING, f"rank {rank}: tensor {weight.name}", what)
+    if real:
+        yield Piece(matrix, shape, (0, 0), weight_matrix(weight), (rank * share, 0), (real, matrix.columns))
+
+
+def _read_at(path: Path, offset: int, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
 
 
 # Beside tensors
@@ -326,6 +377,24 @@ def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece],
             report.problem(KEY, path, f"key {key}: expected {left}, got {right}")
 
 
+def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
+    """Report the keys of V4.1's config in the inference code's form that are not what the source says."""
+    path = folder / INFERENCE_CONFIG_NAME
+    try:
+        found = read_json_object(path)
+    except (ConfigError, InputMissingError) as error:
+        report.problem(FILE, path, str(error))
+        return
+    has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
+    with_draft = checkpoint.n_draft > 0 and not any(entry.what == "the draft layers" for entry in report.left_out)
+    expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
+    for key in sorted(set(expected) | set(found)):
+        report.keys += 1
+        left, right = _json(expected, key), _json(found, key)
+        if left != right:
+            report.problem(KEY, path, f"key {key}: expected {left}, got {right}")
+
+
 def _json(document: Mapping[str, Any], key: str) -> str:
     if key not in document:
         return "no such key"
@@ -345,7 +414,8 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         for key in ("torch_dtype", "dtype"):
             config[key] = DTYPE_NAMES[floats[0]]
     elif any(p.source.encoding == "fp4" and p.output.encoding == "fp8" for p in pieces):
-        config["expert_dtype"] = "fp8"
+        if "text_config" not in config:  # V4.1 says it in one place
+            config["expert_dtype"] = "fp8"
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
@@ -354,10 +424,12 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     ):
         config = {key: value for key, value in config.items() if not key.startswith("vision_")}
     if checkpoint.n_draft and any(entry.what == "the draft layers" for entry in report.left_out):
-        config = {key: value for key, value in config.items() if not key.startswith("dspark_")}
-        config["num_nextn_predict_layers"] = 0
-        if "compress_ratios" in config:
-            config["compress_ratios"] = config["compress_ratios"][: config["num_hidden_layers"]]
+        nested = config.get("text_config")
+        text = {key: value for key, value in (nested or config).items() if not key.startswith("dspark_")}
+        text["num_nextn_predict_layers"] = 0
+        if "compress_ratios" in text:
+            text["compress_ratios"] = text["compress_ratios"][: text["num_hidden_layers"]]
+        config = {**config, "text_config": text} if nested else text
     return config
 
 

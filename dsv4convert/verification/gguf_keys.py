@@ -11,19 +11,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoint.engram import read_token_map
 from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
 from ..checkpoint.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer, recognise_pre
 from ..containers.gguf import GgufModelFile
 from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
-from ..model.config import ModelConfig
-from .gguf_output import CLIP, DFLASH, LLAMA_CPP, MTP, PORT, GgufContent
+from ..model.config import ModelConfig, Version, load_config
+from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
+from .numbers import BLOCK
 from .report import KEY, Report
 
 
@@ -92,12 +95,10 @@ PORT_NAMES = {
 NOT_IN_DRAFTS = ("embedding_length_out", "vocab_size")
 DRAFT_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
     ("block_size", "u32", lambda raw: raw.get("dspark_block_size")),
-    ("target_layers", "[i32]", lambda raw: [layer + 1 for layer in raw.get("dspark_target_layer_ids", [])]),
 )
 # The vision tower's keys below "clip.", from config.json.
 TOWER_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
     ("has_vision_encoder", "bool", lambda raw: True),
-    ("projector_type", "str", lambda raw: "deepseek4v"),
     ("use_silu", "bool", lambda raw: True),
     ("vision.projection_dim", "u32", lambda raw: raw["hidden_size"]),
     ("vision.image_size", "u32", lambda raw: 16 * raw["vision_patch_size"] * raw["vision_downsample_ratio"]),
@@ -110,6 +111,7 @@ TOWER_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
     ("vision.projector.scale_factor", "u32", lambda raw: raw["vision_downsample_ratio"]),
     ("vision.image_min_pixels", "u32", lambda raw: raw["vision_min_pixels"]),
 )
+PROJECTORS = {Version.V4: "deepseek4v", Version.V41: "deepseek41v"}
 # How pixels are normalised where no processor's file says otherwise, and those files.
 PIXEL_DEFAULTS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
@@ -137,6 +139,7 @@ SAMPLING = {
 LARGEST = {"i32": 2**31 - 1, "f32": float(np.finfo(np.float32).max)}
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 
 # Characters of a value that a problem shows.
 MAX_SHOWN = 80
@@ -194,17 +197,20 @@ def _expected(
     yield from _sampling(source)
     yield from _identity(model, source)
     if architecture == CLIP:
-        yield from _tower_keys(content.config.raw, source)
+        yield from _tower_keys(content.config, source)
         return
     yield from _from_config(content, architecture)
-    yield from _vocabulary(source, content.config.vocab_size, report)
+    if architecture == LLAMA_CPP_V41:
+        yield from _of_v41(model, content.config, source)
+    yield from _vocabulary(source, content.config, report)
     if architecture == DFLASH:
-        yield MASK_TOKEN_KEY, Expected("u32", content.config.raw.get("dspark_noise_token_id"))
+        yield MASK_TOKEN_KEY, Expected("u32", content.config.flat.get("dspark_noise_token_id"))
 
 
-def _tower_keys(raw: Mapping[str, Any], source: Path) -> Iterator[tuple[str, Expected]]:
+def _tower_keys(config: ModelConfig, source: Path) -> Iterator[tuple[str, Expected]]:
     for key, kind, value in TOWER_KEYS:
-        yield f"{CLIP}.{key}", Expected(kind, value(raw))
+        yield f"{CLIP}.{key}", Expected(kind, value(config.flat))
+    yield f"{CLIP}.projector_type", Expected("str", PROJECTORS[config.version])
     pixels = dict(PIXEL_DEFAULTS)
     read_image_normalisation(source)  # malformed files end here, with their own error
     for name, nested in PROCESSOR_FILES:
@@ -223,12 +229,18 @@ def _from_config(content: GgufContent, architecture: str) -> Iterator[tuple[str,
     config = content.config
     yield named("block_count"), Expected("u32", content.block_count)
     for key, kind, value in CONFIG_KEYS:
-        if architecture != DFLASH or key not in NOT_IN_DRAFTS:
+        if architecture not in (DFLASH, LLAMA_CPP_V41) or key not in NOT_IN_DRAFTS:
             # The embedding's rows say the vocabulary's size as well, and llama.cpp's converter leaves it at that.
             yield named(key), Expected(kind, value(config), optional=key == "vocab_size")
     if architecture == DFLASH:
         for key, kind, draft_value in DRAFT_KEYS:
-            yield named(key), Expected(kind, draft_value(config.raw))
+            yield named(key), Expected(kind, draft_value(config.flat))
+        # V4 names the layers behind those whose outputs it records, V4.1 the layers whose inputs it records.
+        behind = config.version is Version.V4
+        targets = [layer + behind for layer in config.flat.get("dspark_target_layer_ids", [])]
+        yield named("target_layers"), Expected("[i32]", targets)
+        if config.version is Version.V41:
+            yield named("target_model_architecture"), Expected("str", LLAMA_CPP_V41)
     if config.yarn is not None:
         for key, kind, value in YARN_KEYS:
             yield named(key), Expected(kind, value(config.yarn))
@@ -236,6 +248,65 @@ def _from_config(content: GgufContent, architecture: str) -> Iterator[tuple[str,
         yield named(key), Expected("[f32]", [config.swiglu_limit] * content.block_count)
     if content.kind == MTP:
         yield named("nextn_predict_layers"), Expected("u32", config.num_nextn_predict_layers)
+
+
+def _of_v41(model: GgufModelFile, config: ModelConfig, source: Path) -> Iterator[tuple[str, Expected]]:
+    """Yield the roles of layers, and what finds the rows of the n-gram tables, worked out anew from the definition."""
+
+    def named(key: str) -> str:
+        return f"{LLAMA_CPP_V41}.{key}"
+
+    yield named("attention.kv_source_layers"), Expected("[i32]", list(config.kv_source_layer_ids))
+    yield named("attention.index_source_layers"), Expected("[i32]", list(config.index_source_layer_ids))
+    if config.candidates is not None:
+        for key, value in (
+            ("source_layer", config.candidates.source_layer_id),
+            ("topk_blocks", config.candidates.topk_blocks),
+            ("block_size", config.candidates.block_size),
+        ):
+            yield named(f"attention.indexer.candidate_{key}"), Expected("u32", value)
+    engram, whole = config.engram, load_config(source).engram
+    if engram is None or whole is None:
+        return
+    # The layers of a slice were others of the whole model, whose numbers the constants hang on: told by their rows.
+    kept = [whole.num_embeddings.index(rows) for rows in engram.num_embeddings]
+    columns = whole.rows_per_token
+    runs = list(islice(_primes_from(whole.vocab_size), columns * len(whole.layer_ids)))
+    primes = [runs[at * columns : (at + 1) * columns] for at in kept]
+    factors = [
+        np.random.default_rng(10007 * whole.layer_ids[at]).integers(
+            0, max(1, (2**63 - 1) // whole.compressed_vocab_size // 2), whole.max_ngram_size, np.int64
+        )
+        for at in kept
+    ]
+    token_map = read_token_map(source, config.vocab_size)
+    yield named("engram.head_count"), Expected("u32", whole.n_heads)
+    yield named("engram.key_length"), Expected("u32", whole.head_dim)
+    yield named("engram.max_ngram_size"), Expected("u32", whole.max_ngram_size)
+    yield named("engram.layer_ids"), Expected("[i32]", list(engram.layer_ids))
+    yield named("engram.multipliers"), Expected("[u64]", [2 * int(draw) + 1 for row in factors for draw in row])
+    yield named("engram.primes"), Expected("[u64]", [prime for run in primes for prime in run])
+    yield named("engram.offsets"), Expected("[u64]", [sum(run[:at]) for run in primes for at in range(columns)])
+    yield named("engram.token_map"), Expected("[i32]", token_map.tolist())
+    yield named("engram.pad_id"), Expected("u32", int(token_map[whole.pad_token_id]))
+    table = model.tensors.get(f"blk.{engram.layer_ids[0]}.engram_embd.weight")
+    if table is not None and table.type == "i8":
+        width = whole.head_dim + whole.head_dim // BLOCK
+        split = any("engram_embd_scale." in name for name in model.tensors)
+        layout = "split" if split else f"row{width}"
+        yield named("engram.encoding"), Expected("str", f"e4m3_e8m0_{BLOCK}_{layout}")
+
+
+def _primes_from(start: int) -> Iterator[int]:
+    """Yield the primes from ``start`` on, by a sieve of one stretch after the other."""
+    stretch = 4096
+    while True:
+        composite = np.zeros(stretch, np.bool_)
+        for factor in range(2, math.isqrt(start + stretch) + 1):
+            first = max(factor * factor, -(-start // factor) * factor)
+            composite[first - start :: factor] = True
+        yield from (start + int(at) for at in np.flatnonzero(~composite) if start + at > 1)
+        start += stretch
 
 
 def _sampling(source: Path) -> Iterator[tuple[str, Expected]]:
@@ -309,11 +380,11 @@ def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expecte
     yield from ((key, value) for key, value in _recorded(writer) if key not in SAMPLING)
 
 
-def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple[str, Expected]]:
+def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[tuple[str, Expected]]:
     """Yield the tokenizer's keys: tokens from the file itself, merges and special tokens as gguf reads them."""
     import gguf
 
-    path = source / "tokenizer.json"
+    path, vocab_size, version = source / "tokenizer.json", config.vocab_size, config.version
     load_tokenizer(source, vocab_size, "given")  # malformed files end here, with their own error
     document = read_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     yield "tokenizer.ggml.model", Expected("str", "gpt2")
@@ -340,7 +411,7 @@ def _vocabulary(source: Path, vocab_size: int, report: Report) -> Iterator[tuple
             raise TokenizerError(f"gguf's own reader cannot read it ({reason})"[:300], where=path) from None
     yield from _recorded(writer)
     if special.chat_template is None:
-        ours = resources.files("dsv4convert.model") / "chat_template.jinja"
+        ours = resources.files("dsv4convert.model") / TEMPLATES[version]
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,16 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.gguf import GgufModelFile, GgufTensor
 from ..errors import InputOutputError, InventoryError, UnsupportedError
-from ..model.config import ModelConfig
-from ..model.tensors import Draft, When, gguf_name, is_vision_name
+from ..model.config import ModelConfig, Version
+from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
 from .compare import Piece
-from .matrix import STORAGE, Matrix, as_matrix, read_bits, weight_matrix
+from .matrix import STORAGE, Matrix, Scale, as_matrix, read_bits, weight_matrix
+from .numbers import BLOCK
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
 
-LLAMA_CPP, PORT, DFLASH, CLIP = "deepseek4", "deepseek-v4", "dflash", "clip"
+LLAMA_CPP, LLAMA_CPP_V41, PORT, DFLASH, CLIP = "deepseek4", "deepseek41", "deepseek-v4", "dflash", "clip"
+# The architectures of text models of each version.
+TEXT_ARCHITECTURES = {Version.V4: (LLAMA_CPP, PORT), Version.V41: (LLAMA_CPP_V41,)}
 
 # What a file holds.
 TEXT, MTP, DSPARK, TOWER = "the text model", "the MTP layer", "the DSpark draft", "the vision tower"
@@ -36,6 +39,7 @@ MATRIX_TYPES = {
     "bf16": FLOAT_TYPES,
     "f32": ("f32",),
     "table": ("i32",),
+    "engram table": ("q8_0", "mxfp4", *FLOAT_TYPES),
 }
 VECTOR_TYPES = ("f32",)
 
@@ -63,19 +67,20 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
         InventoryError: the file holds a part of a model that the source does not have.
     """
     architecture = model.architecture
-    if architecture not in (LLAMA_CPP, PORT, DFLASH, CLIP):
+    known = (*TEXT_ARCHITECTURES[checkpoint.config.version], DFLASH, CLIP)
+    if architecture not in known:
         raise UnsupportedError(
             "cannot verify this architecture",
             where=model.files[0],
-            expected=f"{LLAMA_CPP}, {PORT}, {DFLASH} or {CLIP}",
+            expected=f"{', '.join(known[:-1])} or {known[-1]}",
             got=repr(architecture)[:100],
         )
     config, kind, block_count = checkpoint.config, _kind(model, checkpoint), checkpoint.config.num_hidden_layers
     if kind == TOWER:
-        block_count, wanted = config.raw.get("vision_n_layers", 0), _tower_weights(checkpoint)
+        block_count, wanted = config.flat.get("vision_n_layers", 0), _tower_weights(checkpoint)
     elif kind == DSPARK:
         block_count, wanted = checkpoint.n_draft, _dspark_weights(checkpoint)
-        config = replace(config, num_hidden_layers=block_count, num_hash_layers=0, compress_ratios=(0,) * block_count)
+        config = config.of_draft(block_count)
     elif kind == MTP:
         wanted = _mtp_file_weights(checkpoint)
         block_count += checkpoint.n_draft
@@ -157,7 +162,7 @@ def _trunk_weights(
     """Return the weights of each tensor of a text model whose block 0 is layer ``first``."""
     wanted: dict[str, list[Weight]] = {}
     for weight in checkpoint.weights.values():
-        name = weight.row.gguf if architecture == LLAMA_CPP else weight.row.port
+        name = weight.row.port if architecture == PORT else weight.row.gguf
         if weight.is_draft:
             if inline:
                 _want(wanted, weight, name, checkpoint.config.num_hidden_layers)
@@ -229,6 +234,9 @@ def _pieces(
             report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
             continue
         weights = _in_order(weights)
+        if tensor.type == "i8" and weights[0].row.store is Store.ENGRAM:
+            yield from _lossless_table(model, tensor, weights[0], report)
+            continue
         shape = _expected_shape(weights, config, architecture)
         if tensor.shape != shape:
             report.problem(LAYOUT, f"tensor {name}", f"expected shape {list(shape)}, got {list(tensor.shape)}")
@@ -250,8 +258,31 @@ def _pieces(
             at = (number * size[0], 0) if stacked else (0, number * size[1])
             yield Piece(matrix, tensor.shape, at, source, (0, 0), size)
     for name in model.tensors:
-        if name not in wanted:
+        if name not in wanted and _table_of_scales(name) not in wanted:
             report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+
+
+def _table_of_scales(name: str) -> str:
+    """Return the name of the table whose scales a tensor of this name holds; another if it is none such."""
+    return name.replace("engram_embd_scale.", "engram_embd.")
+
+
+def _lossless_table(model: GgufModelFile, tensor: GgufTensor, weight: Weight, report: Report) -> Iterator[Piece]:
+    """Yield the piece of an n-gram table that is stored as bytes: rows with their scales, or scales of their own."""
+    rows, columns = weight.shape
+    scales = columns // BLOCK
+    beside = model.tensors.get(tensor.name.replace("engram_embd.", "engram_embd_scale."))
+    shape = (rows, columns) if beside is not None else (rows, columns + scales)
+    for found, wanted in ((tensor, shape), (beside, (rows, scales))):
+        if found is not None and (found.shape != wanted or found.type != "i8"):
+            what = f"expected i8 {list(wanted)}, got {found.type} {list(found.shape)}"
+            report.problem(LAYOUT, f"tensor {found.name}", what)
+            return
+    encoding, scale = "fp8/row", None
+    if beside is not None:
+        encoding, scale = "fp8", Scale(beside.file, beside.offset, "F8_E8M0", rows, scales, (1, BLOCK))
+    matrix = Matrix(tensor.name, tensor.file, tensor.offset, encoding, rows, columns, scale)
+    yield Piece(matrix, weight.shape, (0, 0), weight_matrix(weight), (0, 0), (rows, columns))
 
 
 def _tower_piece(matrix: Matrix, tensor: GgufTensor, weight: Weight) -> Piece:

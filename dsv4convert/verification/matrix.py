@@ -25,6 +25,7 @@ STORAGE = {
     "i64": (8, 1),
     "fp8": (1, 1),
     "fp8/f32": (1, 1),
+    "fp8/row": (BLOCK + 1, BLOCK),  # the codes of a row, then its scales
     "fp4": (1, 2),
     "mxfp4": (17, BLOCK),
     "q8_0": (34, BLOCK),
@@ -212,6 +213,9 @@ def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
         blocks = raw.reshape(count, -1, nbytes)
         d = np.ascontiguousarray(blocks[:, :, :2]).view("<u2").astype(np.uint32)
         return ((d << np.uint32(8)) | blocks[:, :, 2:]).reshape(count, -1)
+    if matrix.encoding == "fp8/row":
+        width = columns[1] - columns[0]
+        return (np.repeat(raw[:, width:], BLOCK, axis=1).astype(np.uint16) << np.uint16(8)) | raw[:, :width]
     if matrix.encoding in ("fp4", "mxfp4"):
         codes, scales = _fp4_parts(matrix, rows, columns)
         return (np.repeat(scales, BLOCK, axis=1).astype(np.uint16) << np.uint16(4)) | codes

@@ -11,12 +11,14 @@ f16      16 bits                          itself
 bf16     16 bits                          the float32 with these upper 16 bits
 i32, i64 the integer                      itself
 fp8      scale << 8 | code                e4m3(code) * scale
+fp8/row  the same as fp8                  the same
 fp4      scale << 4 | code                e2m1(code) * 2^(scale - 127)
 mxfp4    the same as fp4                  the same
 q8_0     d << 8 | q                       f16(d) * int8(q)
 ======== ================================ =====================================
 
-The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32").
+The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32"). Rows of fp8/row have their scales,
+one for 32 elements, behind their codes.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ F16_NAN = 0x7E00
 INTEGERS = ("i32", "i64")
 FLOATS = ("f32", "f16", "bf16")
 # Elements whose value is not what is stored, but is worked out from code and scale.
-SCALED = ("fp8", "fp8/f32", "fp4", "mxfp4", "q8_0")
+SCALED = ("fp8", "fp8/row", "fp8/f32", "fp4", "mxfp4", "q8_0")
 
 
 def e4m3_value(code: int) -> float:
@@ -82,7 +84,7 @@ def e8m0_values(scale: Bits) -> Values:
 
 
 # Encodings of at most 16 bits have all their values worked out once, and looked up from then on.
-TABLE_BITS = {"f16": 16, "bf16": 16, "fp8": 16, "fp4": 12, "mxfp4": 12}
+TABLE_BITS = {"f16": 16, "bf16": 16, "fp8": 16, "fp8/row": 16, "fp4": 12, "mxfp4": 12}
 
 
 @cache
@@ -122,7 +124,7 @@ def _values(encoding: str, bits: Bits) -> Any:
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     if encoding in ("fp4", "mxfp4"):
         return E2M1[bits & 0xF] * e8m0_values(bits >> 4)
-    if encoding == "fp8":
+    if encoding in ("fp8", "fp8/row"):
         return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
     if encoding == "fp8/f32":
         scale = (bits >> np.uint64(8)).astype(np.uint32).view(np.float32).astype(np.float64)
@@ -233,17 +235,19 @@ def _mxfp4_bits(values: Values) -> Any:
     return bits.astype(np.uint16).reshape(rows, columns)
 
 
-def fp4_as_fp8_bits(bits: Bits) -> tuple[Bits, bool]:
-    """Return FP4 [rows, columns] that begin a 128x128 tile as FP8 under the tile's scale, and whether exactly.
+def fp4_as_fp8_bits(bits: Bits, side: int = FP8_TILE) -> tuple[Bits, bool]:
+    """Return FP4 [rows, columns] that begin a tile as FP8 under the tile's scale, and whether exactly.
+
+    A tile has ``side`` rows and columns.
 
     The scale is the tile's largest FP4 scale / 2^6 (2^-127 at least); a NaN scale has no part in it.
     """
     scale, code = (bits >> 4).astype(np.int32), bits & 0xF
     out = np.zeros(bits.shape, np.uint16)
     smallest = NAN_LIFT
-    for top in range(0, bits.shape[0], FP8_TILE):
-        for left in range(0, bits.shape[1], FP8_TILE):
-            tile = (slice(top, top + FP8_TILE), slice(left, left + FP8_TILE))
+    for top in range(0, bits.shape[0], side):
+        for left in range(0, bits.shape[1], side):
+            tile = (slice(top, top + side), slice(left, left + side))
             largest = int(np.max(scale[tile], where=scale[tile] != E8M0_NAN, initial=-1))
             shared = E8M0_NAN if largest < 0 else max(largest - FP8_HEADROOM, 0)
             lift = np.where(scale[tile] == E8M0_NAN, NAN_LIFT, np.maximum(scale[tile] - shared, MIN_LIFT))

@@ -41,7 +41,7 @@ SHARD_OPTIONS: dict[str, dict[str, Any]] = {
     "shards-2": {"mp": 2},
     "shards-4": {"mp": 4},
     "shards-fp8": {"mp": 2, "experts": "fp8"},
-    "shards-without-draft": {"mp": 2, "mtp": "drop"},
+    "shards-without-draft": {"mp": 2, "draft": "drop"},
     "shards-rank": {"mp": 2, "ranks": (1,)},
 }
 KINDS = (*GGUF_OPTIONS, *FOLDER_OPTIONS, "fp8", *SHARD_OPTIONS, "unsharded", "unsharded-fp8")

@@ -9,21 +9,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..containers.gguf import GgufModelFile, open_gguf
-from ..model.config import ATTENTION_BY_RATIO
+from ..model.config import ATTENTION_BY_RATIO, Version
 from ..model.tensors import (
     DSPARK_ROWS,
     EXPERT_ROWS,
-    LAYER_ROWS,
     MTP_ROWS,
-    TOP_ROWS,
+    TABLES,
     VISION_BLOCK_ROWS,
     VISION_ROWS,
     Draft,
     LayerKind,
     Row,
+    Tables,
     applies,
 )
-from .description import Description, EncodingUse, Layer
+from .description import Description, EncodingUse, EngramTable, Layer
 from .naming import OTHER, SHOWN_KEYS, _name_variant, family_of
 
 
@@ -92,7 +92,8 @@ GGUF_SIZE_KEYS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("context_length",),
 }
-TEXT_ARCHITECTURES = ("deepseek4", "deepseek-v4")
+V41_ARCHITECTURE = "deepseek41"
+TEXT_ARCHITECTURES = ("deepseek4", "deepseek-v4", V41_ARCHITECTURE)
 
 
 class _Numbers:
@@ -120,6 +121,14 @@ class _Numbers:
         return []
 
 
+# The scales of an n-gram table whose bytes are stored as published, in a tensor of their own.
+TABLE_SCALES = "engram_embd_scale.weight"
+
+
+def _tables(architecture: str | None) -> Tables:
+    return TABLES[Version.V41 if architecture == V41_ARCHITECTURE else Version.V4]
+
+
 def _gguf_rows(architecture: str | None) -> dict[str, str]:
     """Return official names by GGUF name (below ``blk.N.`` for layers) of an architecture's layout."""
 
@@ -129,10 +138,13 @@ def _gguf_rows(architecture: str | None) -> dict[str, str]:
     rows: dict[str, str] = {}
     if architecture not in (*TEXT_ARCHITECTURES, "dflash", "clip"):
         return rows
-    for row in TOP_ROWS:
+    tables = _tables(architecture)
+    for row in tables.top:
         rows[name_of(row) or ""] = row.name
-    for row in LAYER_ROWS:
+    for row in tables.layer:
         rows[name_of(row) or ""] = f"layers.0.{row.name}"
+    if architecture == V41_ARCHITECTURE:
+        rows[TABLE_SCALES] = "layers.0.engram.embed.scale"
     for row in EXPERT_ROWS:
         rows[name_of(row) or ""] = f"layers.0.ffn.experts.0.{row.name}"
     for row in MTP_ROWS + (DSPARK_ROWS if architecture == "dflash" else ()):
@@ -174,18 +186,53 @@ def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers
             found.unexpected.append(f"compress_ratios: layer {number} has the unknown ratio {ratio}")
         attention = kind.value if kind is not None else f"ratio {ratio}"
         found.layers.append(Layer(number, attention, "hash" if number < hash_layers else "learned"))
+    if model.architecture == V41_ARCHITECTURE:
+        _describe_roles(found, model, numbers)
     if found.draft == Draft.NONE.value or model.architecture == "deepseek-v4":
-        wanted = _text_tensors(model, found.layers, ratios)
+        wanted = _text_tensors(model, found.layers, ratios, found.roles, numbers.list("engram.layer_ids"))
         found.unexpected += [f"tensor {name}: missing" for name in wanted if name not in model.tensors]
 
 
-def _text_tensors(model: GgufModelFile, layers: Iterable[Layer], ratios: list[int]) -> Iterator[str]:
+def _describe_roles(found: Description, model: GgufModelFile, numbers: _Numbers) -> None:
+    """Describe V4.1's sources and tables; where no keys say which layers are sources, the tensors do."""
+    for role, suffix, mark in (
+        ("KV sources", "attention.kv_source_layers", "attn_compressor_kv.weight"),
+        ("index sources", "attention.index_source_layers", "indexer.proj.weight"),
+    ):
+        told = [int(match[1]) for name in model.tensors if (match := BLOCK.match(name)) and name.endswith("." + mark)]
+        said = numbers.list(suffix)
+        if said and sorted(told) != sorted(said):
+            found.unexpected.append(f"key {suffix}: {said}, and the tensors are those of {sorted(told)}")
+        if said or told:
+            found.roles[role] = said or sorted(told)
+    source = numbers.get("attention.indexer.candidate_source_layer")
+    if source is not None:
+        found.roles["candidate source"] = [source]
+    width = numbers.get("engram.key_length") or 0
+    for layer in numbers.list("engram.layer_ids"):
+        table = model.tensors.get(f"blk.{layer}.engram_embd.weight")
+        if table is not None:
+            found.engram.append(EngramTable(layer, table.shape[0], width))
+
+
+def _text_tensors(
+    model: GgufModelFile, layers: Iterable[Layer], ratios: list[int], roles: Mapping[str, list[int]], engram: list[int]
+) -> Iterator[str]:
     """Yield the names of all tensors of a text model's trunk."""
     port = model.architecture == "deepseek-v4"
     has_vision = any("exp_probs_b_vl" in name for name in model.tensors)
-    yield from (name for row in TOP_ROWS if (name := row.port if port else row.gguf) is not None)
+    tables = _tables(model.architecture)
+    yield from (name for row in tables.top if (name := row.port if port else row.gguf) is not None)
     for layer in layers:
-        for row in LAYER_ROWS + EXPERT_ROWS:
+        kind = LayerKind(
+            ratios[layer.number],
+            layer.routing == "hash",
+            has_vision,
+            kv_source=layer.number in roles.get("KV sources", ()),
+            index_source=layer.number in roles.get("index sources", ()),
+            engram=layer.number in engram,
+        )
+        for row in tables.layer + EXPERT_ROWS:
             name = row.port if port else row.gguf
-            if name and applies(row.when, LayerKind(ratios[layer.number], layer.routing == "hash", has_vision)):
+            if name and applies(row.when, kind):
                 yield f"blk.{layer.number}.{name}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..checkpoint.shards import open_shards
 from ..containers.safetensors import read_header
 from ..errors import InputMissingError, InventoryError, UsageError
+from ..model.config import Version
 from ..model.parallel import SHARD_NAME
 from .description import Description
 from .folder import _count_encodings, _describe_config, _draft_of, _lenient_config
@@ -33,7 +34,7 @@ def _describe_shards(folder: Path) -> Description:
     if config is not None:
         _describe_config(found, config)
         try:
-            weights = open_shards(folder).weights.values()
+            weights = open_shards(folder, versions=tuple(Version)).weights.values()
         except (InputMissingError, InventoryError, UsageError) as error:
             found.unexpected.append(str(error))
         else:

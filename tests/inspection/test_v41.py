@@ -7,11 +7,17 @@ import re
 import shutil
 from pathlib import Path
 
+import gguf
 from jsonschema import Draft202012Validator
 
 from dsv4convert.containers.json_object import schema_path
+from dsv4convert.engine.conversion import execute
 from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.synth.write import write_synth
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.shard_tensors import ShardOptions
+from dsv4convert.targets.shards import plan_shards
 
 from ..command_line import run_cli
 from ..v41 import TINY
@@ -63,3 +69,35 @@ def test_roles_and_tables_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     found = inspect_path(folder)
     assert "the table of layer 2 does not fit its hash functions" in found.unexpected[0]
     assert found.tensors == inspect_path(TINY["tiny-a"]).tensors
+
+
+def test_ggufs_and_shards_are_described_alike(tmp_path: Path) -> None:
+    write_synth(tmp_path / "s", "v41-tiny")
+    options = GgufOptions(draft="split", mmproj="split", engram="i8-split")
+    execute(plan_gguf(tmp_path / "s", tmp_path / "m.gguf", options))
+    execute(plan_shards(tmp_path / "s", tmp_path / "mp4", ShardOptions(mp=4)).plan)
+    folder, shards = inspect_path(tmp_path / "s"), inspect_path(tmp_path / "mp4")
+    text, draft, tower = (inspect_path(tmp_path / f"{part}m.gguf") for part in ("", "dspark-", "mmproj-"))
+    for found in (folder, shards, text, draft, tower):
+        assert found.unexpected == []
+        check = json.loads(json.dumps(found.as_json()))
+        Draft202012Validator(json.loads(schema_path("inspect.schema.json").read_text())).validate(check)
+    for found in (shards, text):
+        assert (found.layers, found.roles, found.engram) == (folder.layers, folder.roles, folder.engram)
+    assert text.families["engram"].tensors == 2 * 5  # a table in two tensors, and what mixes its rows in
+    assert (draft.draft, draft.draft_layers) == ("DSpark", 3)
+
+
+def test_roles_of_a_gguf_that_fit_no_tensors_are_listed(tmp_path: Path) -> None:
+    write_synth(tmp_path / "s", "v41-tiny")
+    plan = plan_gguf(tmp_path / "s", tmp_path / "m.gguf", GgufOptions())
+    execute(plan)
+    path = tmp_path / "m.gguf"
+    field = gguf.GGUFReader(path).fields["deepseek41.attention.kv_source_layers"]
+    position = field.offset + sum(part.nbytes for part in field.parts[: field.data[-1]])
+    data = bytearray(path.read_bytes())
+    data[position] = 2  # layer 3 becomes layer 2
+    path.write_bytes(data)
+    unexpected = inspect_path(path).unexpected
+    assert "key attention.kv_source_layers: [1, 2], and the tensors are those of [1, 3]" in unexpected
+    assert "tensor blk.2.attn_compressor_kv.weight: missing" in unexpected

@@ -59,7 +59,7 @@ def convert_gguf(
     max_file_size: int | str | None = None,
     layers: str | None = None,
     dialect: str = "llama.cpp",
-    engram: str = "q8_0",
+    engram: str | None = None,
     engram_last: bool = False,
     tokenizer_pre: str | None = None,
     name: str | None = None,
@@ -76,8 +76,8 @@ def convert_gguf(
     ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
     Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3". Types are ggml's names in lower case;
     ``tensor_type`` are "REGEX=TYPE", the last match winning.
-    ``engram`` is how V4.1's n-gram tables are stored: q8_0, mxfp4, bf16, or as published, i8-row264 or i8-split;
-    ``engram_last`` puts them behind all other tensors.
+    ``engram`` is how V4.1's n-gram tables are stored: q8_0 (the default), mxfp4, bf16, or as published, i8-row264 or
+    i8-split; ``engram_last`` puts them behind all other tensors.
 
     Raises:
         Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.

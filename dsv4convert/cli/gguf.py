@@ -76,11 +76,9 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
 @option(
     "--engram",
     type=click.Choice(["q8_0", "mxfp4", "bf16", "i8-row264", "i8-split"]),
-    default="q8_0",
-    show_default=True,
     panel=TYPES,
-    help="Type of V4.1's n-gram tables; i8-row264 and i8-split keep the published bytes, with the scales at the end "
-    "of each row or in a tensor of their own.",
+    help="Type of V4.1's n-gram tables; by default q8_0. i8-row264 and i8-split keep the published bytes, with the "
+    "scales at the end of each row or in a tensor of their own.",
 )
 @draft_option(
     "keep",
@@ -106,7 +104,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
 @option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables behind all other tensors.")
 @option(
     "--dialect",
-    type=click.Choice(["llama.cpp", "deepseek-v4"]),
+    type=click.Choice(["llama.cpp", "deepseek-v4", "ds4"]),
     default="llama.cpp",
     show_default=True,
     panel=METADATA,
@@ -143,7 +141,7 @@ def hf_to_gguf(
     layers: str | None,
     max_file_size: str | None,
     dialect: str,
-    engram: str,
+    engram: str | None,
     engram_last: bool,
     tokenizer_pre: str | None,
     name: str | None,

@@ -53,7 +53,9 @@ class TensorInfo(NamedTuple):
     offset: int
 
 
-def gguf_header(entries: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> bytes:
+def gguf_header(
+    entries: Sequence[KeyValue], tensors: Sequence[TensorInfo], alignment: int = DEFAULT_ALIGNMENT
+) -> bytes:
     """Return the header of a GGUF v3 file, zeros up to the data's start included.
 
     Layout: magic, version (u32), number of tensors and of key-values (u64 each), the key-values, the tensors' entries.
@@ -63,7 +65,7 @@ def gguf_header(entries: Sequence[KeyValue], tensors: Sequence[TensorInfo]) -> b
     """
     counts = struct.pack("<IQQ", VERSION, len(tensors), len(entries))
     head = MAGIC + counts + encode_key_values(entries) + b"".join(map(_tensor_info, tensors))
-    return head.ljust(align_up(len(head), DEFAULT_ALIGNMENT), b"\0")
+    return head.ljust(align_up(len(head), alignment), b"\0")
 
 
 def _tensor_info(tensor: TensorInfo) -> bytes:

@@ -23,6 +23,7 @@ from ..model.tensors import (
     Tables,
     applies,
 )
+from ..targets.ds4_v41 import NAMES as DS4_NAMES
 from .description import Description, EncodingUse, EngramTable, Layer
 from .naming import OTHER, SHOWN_KEYS, _name_variant, family_of
 
@@ -35,7 +36,7 @@ def _describe_gguf(path: Path) -> Description:
     found.traits.append(f"architecture {architecture}")
     rows = _gguf_rows(architecture)
     numbers = _Numbers(model, found)
-    blocks = numbers.get("block_count") or 0
+    blocks = numbers.get("block_count", "num_hidden_layers") or 0
     mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if MTP_TENSOR.match(name)}
     uses: Counter[tuple[str, str]] = Counter()
     for name, tensor in model.tensors.items():
@@ -59,7 +60,7 @@ def _describe_gguf(path: Path) -> Description:
         found.draft, found.draft_layers = Draft.DSPARK.value, blocks
     if architecture in TEXT_ARCHITECTURES:
         _describe_blocks(found, model, numbers, blocks)
-    sizes = {key: numbers.get(*suffixes) for key, suffixes in GGUF_SIZE_KEYS.items()}
+    sizes = {key: numbers.get(*suffixes, key) for key, suffixes in GGUF_SIZE_KEYS.items()}
     sizes["num_hidden_layers"] = len(found.layers)
     if sizes["vocab_size"] is None:  # llama.cpp's converter leaves it out
         tokens = model.metadata.get("tokenizer.ggml.tokens")
@@ -145,6 +146,7 @@ def _gguf_rows(architecture: str | None) -> dict[str, str]:
         rows[name_of(row) or ""] = f"layers.0.{row.name}"
     if architecture == V41_ARCHITECTURE:
         rows[TABLE_SCALES] = "layers.0.engram.embed.scale"
+        rows |= {other: rows[name] for name, other in DS4_NAMES.items()}
     for row in EXPERT_ROWS:
         rows[name_of(row) or ""] = f"layers.0.ffn.experts.0.{row.name}"
     for row in MTP_ROWS + (DSPARK_ROWS if architecture == "dflash" else ()):
@@ -195,23 +197,24 @@ def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers
 
 def _describe_roles(found: Description, model: GgufModelFile, numbers: _Numbers) -> None:
     """Describe V4.1's sources and tables; where no keys say which layers are sources, the tensors do."""
-    for role, suffix, mark in (
-        ("KV sources", "attention.kv_source_layers", "attn_compressor_kv.weight"),
-        ("index sources", "attention.index_source_layers", "indexer.proj.weight"),
+    for role, suffixes, mark in (
+        ("KV sources", ("attention.kv_source_layers", "kv_source_layer_ids"), "attn_compressor_kv.weight"),
+        ("index sources", ("attention.index_source_layers", "index_source_layer_ids"), "indexer.proj.weight"),
     ):
         told = [int(match[1]) for name in model.tensors if (match := BLOCK.match(name)) and name.endswith("." + mark)]
-        said = numbers.list(suffix)
+        said = numbers.list(*suffixes)
         if said and sorted(told) != sorted(said):
-            found.unexpected.append(f"key {suffix}: {said}, and the tensors are those of {sorted(told)}")
+            found.unexpected.append(f"key {suffixes[0]}: {said}, and the tensors are those of {sorted(told)}")
         if said or told:
             found.roles[role] = said or sorted(told)
-    source = numbers.get("attention.indexer.candidate_source_layer")
+    source = numbers.get("attention.indexer.candidate_source_layer", "candidate_source_layer_id")
     if source is not None:
         found.roles["candidate source"] = [source]
-    width = numbers.get("engram.key_length") or 0
     for layer in numbers.list("engram.layer_ids"):
         table = model.tensors.get(f"blk.{layer}.engram_embd.weight")
         if table is not None:
+            # A row that ends in its scales has one for 32 elements.
+            width = numbers.get("engram.key_length") or table.shape[1] * 32 // 33
             found.engram.append(EngramTable(layer, table.shape[0], width))
 
 
@@ -234,5 +237,7 @@ def _text_tensors(
         )
         for row in tables.layer + EXPERT_ROWS:
             name = row.port if port else row.gguf
+            if name in DS4_NAMES and f"blk.{layer.number}.{DS4_NAMES[name]}" in model.tensors:
+                name = DS4_NAMES[name]
             if name and applies(row.when, kind):
                 yield f"blk.{layer.number}.{name}"

@@ -19,6 +19,7 @@ from ..model.config import Version
 from ..model.engram import EngramConstants
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
+from .ds4_v41 import ARCHITECTURE, ds4_keys
 from .engram_tables import encoding_name
 from .gguf_metadata import (
     ParameterCounts,
@@ -27,8 +28,9 @@ from .gguf_metadata import (
     file_type,
     mmproj_metadata,
     model_metadata,
+    text_metadata,
 )
-from .gguf_tensors import FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models
+from .gguf_tensors import DS4, FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models, tensor_dialect
 from .segments import MXFP4
 
 CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
@@ -63,7 +65,11 @@ def plan_gguf(
         )
         stem = _stem(out, default, model, len(models))
         files += gguf_files(
-            model.tensors, [*describe.metadata(model, counts), *imatrix_keys], stem, options.split_max_bytes
+            model.tensors,
+            [*describe.metadata(model, counts), *imatrix_keys],
+            stem,
+            options.split_max_bytes,
+            alignment=model.alignment,
         )
     return Plan(
         target="gguf",
@@ -113,6 +119,21 @@ class _Describer:
                 chat_template=self._template,
                 name=self._name,
             )
+        if self._options.dialect == DS4:
+            calibration = "none" if self._options.imatrix is None else Path(self._options.imatrix).name
+            calibration = self._options.importance or calibration
+            config_keys = ds4_keys(model.config, self._engram, self._engram_encoding, model.main_type, calibration)
+            return text_metadata(
+                model.config,
+                self._tokenizer,
+                self.card,
+                config_keys,
+                architecture=ARCHITECTURE,
+                counts=counts,
+                file_type=kind,
+                chat_template=self._template,
+                name=self._name,
+            )
         return model_metadata(
             model.config,
             self._tokenizer,
@@ -146,9 +167,13 @@ class _Describer:
         return constants if self._options.layers is None else constants.sliced(*self._options.layers)
 
     @property
+    def _engram_type(self) -> str:
+        return self._options.engram or tensor_dialect(self._config, self._options.dialect).engram
+
+    @property
     def _engram_encoding(self) -> str | None:
         engram = self._config.engram
-        return None if engram is None else encoding_name(self._options.engram, engram.head_dim)
+        return None if engram is None else encoding_name(self._engram_type, engram.head_dim)
 
 
 def _output_folder(out: Path | None) -> Path:

@@ -373,9 +373,35 @@ def model_metadata(
     if config.version is Version.V41:
         fields = V41_FIELDS
         values |= _role_values(config) | _engram_values(config, engram, engram_encoding)
+    return text_metadata(
+        config,
+        tokenizer,
+        card,
+        _model(values, keys, fields),
+        architecture=keys.architecture,
+        counts=counts,
+        file_type=file_type,
+        chat_template=chat_template,
+        name=name,
+    )
+
+
+def text_metadata(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    config_keys: Sequence[KeyValue],
+    *,
+    architecture: str,
+    counts: ParameterCounts,
+    file_type: int,
+    chat_template: str | None,
+    name: str | None,
+) -> list[KeyValue]:
+    """Return the key-values of a text model's file around those that follow from its config."""
     return [
-        *_head(keys.architecture, "model", config, card, counts, name),
-        *_model(values, keys, fields),
+        *_head(architecture, "model", config, card, counts, name),
+        *config_keys,
         KeyValue("general.file_type", U32, file_type),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
         *_vocabulary(tokenizer),

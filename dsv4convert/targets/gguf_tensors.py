@@ -20,8 +20,9 @@ from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from . import ds4_v41
 from .claims import Claims
-from .engram_tables import ENGRAM_TYPES, table_tensors
+from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
 from .gguf_types import TypeChoice, TypeOptions, check_rules_used
 from .low_bit import LOW_BIT, LowBitMaker
@@ -59,6 +60,7 @@ IMPORTANCE_MODES = (WEIGHTS,)
 # What an MTP file takes from the trunk.
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
 
+ALIGNMENT_KEY = "general.alignment"
 SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
 
 
@@ -66,7 +68,9 @@ SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
 class TensorDialect:
     """How one family of readers wants the file: names, architecture, types and what becomes of MTP.
 
-    ``default_dense`` and ``default_experts`` give the output type by the source's encoding.
+    ``default_dense`` and ``default_experts`` give the output type by the source's encoding, ``type_of`` that of
+    tensors whose name decides, ``expert_types`` those that routed experts may have (any, where there are none), and
+    ``engram`` that of n-gram tables.
     """
 
     name: str
@@ -76,7 +80,13 @@ class TensorDialect:
     default_experts: Mapping[Encoding, ElementType]
     mtp_inline: bool
     grouped_wo_a: bool
+    type_of: Callable[[str], str | None] = lambda name: None
+    expert_types: tuple[str, ...] = ()
+    alignment: int = ALIGNMENT
+    engram: str = "q8_0"
 
+
+DS4 = "ds4"
 
 _PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
 DIALECTS = {
@@ -100,7 +110,19 @@ DIALECTS = {
     ),
 }
 
-DIALECTS_V41 = {"llama.cpp": replace(DIALECTS["llama.cpp"], architecture="deepseek41")}
+DIALECTS_V41 = {
+    "llama.cpp": replace(DIALECTS["llama.cpp"], architecture="deepseek41"),
+    DS4: replace(
+        DIALECTS["llama.cpp"],
+        name=DS4,
+        architecture=ds4_v41.ARCHITECTURE,
+        name_of=lambda row: None if row.gguf is None else ds4_v41.NAMES.get(row.gguf, row.gguf),
+        type_of=ds4_v41.type_of,
+        expert_types=ds4_v41.EXPERT_TYPES,
+        alignment=ds4_v41.ALIGNMENT,
+        engram=ROW264,
+    ),
+}
 
 
 def tensor_dialect(config: ModelConfig, name: str) -> TensorDialect:
@@ -150,7 +172,7 @@ class GgufOptions:
     layers: tuple[int, int] | None = None
     dialect: str = "llama.cpp"
     split_max_bytes: int | None = None
-    engram: str = "q8_0"
+    engram: str | None = None
     engram_last: bool = False
     output: str | None = None
     embedding: str | None = None
@@ -202,6 +224,7 @@ class GgufModel:
     block_count: int
     tensors: tuple[TensorSpec, ...]
     main_type: str
+    alignment: int = ALIGNMENT
 
     def parameters(self) -> ParameterCounts:
         """Return the parameter counts that size labels are made of."""
@@ -248,7 +271,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     claims = Claims(checkpoint)
     low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
     type_options = type_options_of(options)
-    types = _Types(dialect, type_options, checkpoint.config, low_bit, options.engram)
+    engram = _engram_type(options, dialect)
+    types = _Types(dialect, type_options, checkpoint.config, low_bit, engram)
     choices = [types.choice]
     outside = [w for w in trunk if w.layer is not None and not first <= w.layer <= last]
     trunk = [w for w in trunk if w.layer is None or first <= w.layer <= last]
@@ -261,12 +285,15 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
         if draft_mode == KEEP:
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
-        if options.engram_last:
+        _check_experts(tensors, dialect)
+        if options.engram_last or dialect.name == DS4:
             tensors.sort(key=lambda tensor: tensor.is_table)
-        models.append(GgufModel(Kind.TEXT, config, block_count, tuple(tensors), _experts_type(tensors)))
+        models.append(
+            GgufModel(Kind.TEXT, config, block_count, tuple(tensors), _experts_type(tensors), dialect.alignment)
+        )
     if draft_mode in (ONLY, SPLIT):
         if checkpoint.draft is Draft.DSPARK:
-            model, choice = _dspark_model(checkpoint, drafts, type_options, low_bit, options.engram, claims)
+            model, choice = _dspark_model(checkpoint, drafts, type_options, low_bit, engram, claims)
             models.append(model)
             choices.append(choice)
         else:
@@ -291,6 +318,27 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     check_rules_used(type_options, choices)
     notes = [note for choice in choices for note in choice.notes()]
     return GgufModels(models, claims.close(), low_bit, (*notes, *low_bit.notes()))
+
+
+def _engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
+    """Return how n-gram tables are stored.
+
+    Raises:
+        UsageError: in a way that the dialect's reader does not read.
+    """
+    if options.engram is not None and dialect.name == DS4 and options.engram != dialect.engram:
+        raise UsageError(f"--engram {options.engram} is not for dialect {DS4}", expected=dialect.engram)
+    return options.engram or dialect.engram
+
+
+def _check_experts(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> None:
+    for tensor in tensors:
+        if dialect.expert_types and "_exps." in tensor.name and tensor.type.name not in dialect.expert_types:
+            raise UsageError(
+                f"--experts {tensor.type.name} is not for dialect {dialect.name}",
+                expected=" or ".join(dialect.expert_types),
+                hint="--experts or --recipe chooses one",
+            )
 
 
 def _dspark_model(
@@ -358,7 +406,9 @@ class _Types:
         self.dialect = dialect
         self.engram = engram
         self.low_bit = low_bit
-        self.choice = TypeChoice(options, dialect.default_dense, dialect.default_experts, config.num_hidden_layers)
+        self.choice = TypeChoice(
+            options, dialect.default_dense, dialect.default_experts, config.num_hidden_layers, dialect.type_of
+        )
         self._o_groups = config.o_groups
         self._n_layers = config.num_hidden_layers
 
@@ -483,13 +533,18 @@ def _joined(name: str, group: list[Weight], to: ElementType) -> TensorSpec:
 
 
 def gguf_files(
-    tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue], stem: str, split_max_bytes: int | None
+    tensors: Sequence[TensorSpec],
+    metadata: Sequence[KeyValue],
+    stem: str,
+    split_max_bytes: int | None,
+    alignment: int = ALIGNMENT,
 ) -> list[OutputFile]:
     """Return the files of a model: one, or splits of at most ``split_max_bytes`` of tensors each.
 
     The metadata goes into the first split; every split carries ``split.no``, ``split.count`` and
     ``split.tensors.count``. A tensor larger than the limit gets a split of its own, and so does an n-gram table,
-    which a runtime may leave on disk.
+    which a runtime may leave on disk. Tensors begin at multiples of ``alignment``, which the metadata must name if
+    it is not the usual one.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -501,8 +556,9 @@ def gguf_files(
         groups[-1].append(tensor)
         size += tensor.nbytes
     if len(groups) == 1:
-        return [_gguf_file(f"{stem}.gguf", groups[0], metadata)]
+        return [_gguf_file(f"{stem}.gguf", groups[0], metadata, alignment)]
     files = []
+    aligned = [entry for entry in metadata if entry.key == ALIGNMENT_KEY]
     for number, group in enumerate(groups):
         split = [
             KeyValue("split.no", GGUF_U16, number),
@@ -510,17 +566,17 @@ def gguf_files(
             KeyValue("split.tensors.count", GGUF_I32, len(tensors)),
         ]
         name = SPLIT_NAME.format(stem=stem, number=number + 1, count=len(groups))
-        files.append(_gguf_file(name, group, [*metadata, *split] if number == 0 else split))
+        files.append(_gguf_file(name, group, [*(metadata if number == 0 else aligned), *split], alignment))
     return files
 
 
-def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue]) -> OutputFile:
+def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue], alignment: int) -> OutputFile:
     placed = list(
-        place([OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors], 0, ALIGNMENT)
+        place([OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors], 0, alignment)
     )
     infos = [TensorInfo(t.name, t.shape, ELEMENT_TYPES[t.dtype].number, t.offset) for t in placed]
-    header = gguf_header(list(metadata), infos)
+    header = gguf_header(list(metadata), infos, alignment)
     start = len(header)
     moved = tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed)
-    end = align_up(moved[-1].offset + moved[-1].nbytes, ALIGNMENT) if moved else start
+    end = align_up(moved[-1].offset + moved[-1].nbytes, alignment) if moved else start
     return OutputFile(name, header, moved, end)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..checkpoint.weights import Encoding, Weight
@@ -72,7 +72,8 @@ class TypeOptions:
 class TypeChoice:
     """The element types of one model's tensors, and what is worth telling about them.
 
-    ``dense`` and ``experts`` are the dialect's types by the source's encoding, ``n_layers`` counts the blocks that
+    ``dense`` and ``experts`` are the dialect's types by the source's encoding, ``by_name`` those of tensors whose
+    name decides, ``n_layers`` counts the blocks that
     a recipe's shares are of.
     """
 
@@ -80,6 +81,7 @@ class TypeChoice:
     dense: Mapping[Encoding, GgmlType]
     experts: Mapping[Encoding, GgmlType]
     n_layers: int
+    by_name: Callable[[str], str | None] = lambda name: None
     fallbacks: list[str] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
     _used: set[int] = field(default_factory=set)
@@ -110,6 +112,13 @@ class TypeChoice:
             return BY_NAME[options.experts] if options.experts else self.experts[weight.encoding]
         if store is Store.TABLE:
             return I32
+        own = self.by_name(name)
+        if (
+            own is not None
+            and not (name == EMBEDDING and options.embedding)
+            and not (name == OUTPUT and options.output)
+        ):
+            return BY_NAME[own]
         # Norms, sinks, biases and everything of the hyper-connections keep full precision.
         if store is Store.F32 or len(weight.shape) == 1:
             return F32

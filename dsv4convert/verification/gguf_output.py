@@ -75,6 +75,8 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
             expected=f"{', '.join(known[:-1])} or {known[-1]}",
             got=repr(architecture)[:100],
         )
+    if f"{LLAMA_CPP_V41}.hidden_size" in model.metadata:
+        raise UnsupportedError("cannot verify V4.1 in dialect ds4", where=model.files[0])
     config, kind, block_count = checkpoint.config, _kind(model, checkpoint), checkpoint.config.num_hidden_layers
     if kind == TOWER:
         block_count, wanted = config.flat.get("vision_n_layers", 0), _tower_weights(checkpoint)

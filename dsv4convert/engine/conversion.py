@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from ..errors import Dsv4Error, InputOutputError, ResumeError, RunInterruptedError, SpaceError, UsageError
+from ..errors import (
+    Dsv4Error,
+    InputOutputError,
+    OutputExistsError,
+    ResumeError,
+    RunInterruptedError,
+    SpaceError,
+    UsageError,
+)
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .dry_run import DryRun, foresee
 from .fingerprint import check_same, check_unchanged, fingerprint
 from .journal import Journal, journal_path
-from .manifest import finished_before, manifest_path, write_manifest
-from .outputs import Outputs
+from .manifest import check_claimed, finished_before, manifest_path, write_manifest
+from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path
 from .resources import check_space, default_threads
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 from .worker import TILE_BYTES
@@ -71,44 +82,50 @@ def execute(
     progress: Callable[[int], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     record_seconds: float = RECORD_SECONDS,
+    lock: bool = True,
 ) -> Summary:
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
     The finished output comes with a manifest of checksums. A run that ends early, however it ends,
     leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
+    ``lock`` False leaves out the locks, for file systems where even a lock file fails.
 
     Raises:
-        OutputExistsError: an output is there and ``overwrite`` is false.
+        UsageError: ``resume`` with ``fresh``, or an output that is a file of the source.
+        OutputExistsError: an output is there and ``overwrite`` is false, or something took its name meanwhile.
         LockedError: another run is writing this output.
         ResumeError: an interrupted run is there and neither ``resume`` nor ``fresh`` was given, or it
             cannot go on.
         SpaceError: no room.
         Dsv4Error: see ``run_plan``.
     """
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other", hint="one goes on with the work, one discards it")
     threads = default_threads() if threads is None else threads
     codecs, tile_bytes = device_codecs(device, plan)
-    outputs = Outputs(plan)
-    path = journal_path(plan)
+    outputs = outputs_of(plan, lock=lock)
+    path, manifest = journal_path(plan), manifest_path(plan)
     mark = fingerprint(plan)
-    if not path.exists():
+    check_sources_stay(plan, mark, outputs)
+    check_claimed(manifest)
+    if not os.path.lexists(path):
         if resume and finished_before(plan, mark):
             report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
             return summarize(plan, report)
         outputs.check_absent(overwrite)
-    with contextlib.closing(outputs), Journal(path, forget=fresh) as journal:
+    with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
         if journal.is_new:
             _start(plan, outputs, journal, mark, overwrite, fresh)
         elif resume:
-            _go_on(plan, outputs, journal, mark)
+            _resume(plan, outputs, journal, mark, threads)
         else:
             raise ResumeError(
                 "an interrupted run left work here",
                 where=path,
                 hint="give --resume to go on with it, or --fresh to start over",
             )
-        manifest = manifest_path(plan)
 
-        def last_look(report: RunReport) -> None:
+        def before_rename(report: RunReport) -> None:
             check_unchanged(plan, mark)
             if before_finish is not None:
                 before_finish(report)
@@ -123,18 +140,18 @@ def execute(
                 progress=progress,
                 recorder=journal,
                 record_seconds=record_seconds,
-                before_finish=last_look,
+                before_finish=before_rename,
             )
             write_manifest(manifest, plan, report, mark)
         except KeyboardInterrupt:
             raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
-        except (RunInterruptedError, SpaceError, InputOutputError) as error:
+        except (RunInterruptedError, SpaceError, InputOutputError, OutputExistsError) as error:
             raise type(error)(
                 error.what,
                 where=error.where,
                 expected=error.expected,
                 got=error.got,
-                hint=(f"{error.hint}; " if error.hint else "") + RESUME_HINT,
+                hint=error.hint if "--resume" in (error.hint or "") else _and(error.hint, RESUME_HINT),
             ) from None
         except Dsv4Error:
             outputs.discard()
@@ -164,7 +181,7 @@ def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any],
             journal.remove()
         raise
     try:
-        journal.begin(mark)
+        journal.begin(mark, outputs.replaces)
         outputs.create()
         journal.note_inodes(outputs.inodes())
     except BaseException:
@@ -173,24 +190,63 @@ def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any],
         raise
 
 
-def _go_on(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any]) -> None:
-    """Take over the work of an interrupted run.
+def _and(hint: str | None, more: str) -> str:
+    return f"{hint}; {more}" if hint else more
 
-    Files that are not the very ones which that run wrote (a disk was changed, an older output has the
-    name) count only if every finished segment has its checksum.
+
+def _resume(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], threads: int) -> None:
+    """Take over the work of an interrupted run: every finished segment counts only with its checksum.
+
+    Neither name nor inode number nor size prove that a file is as it was left: a stale copy can be put back, and a
+    freed inode number be given to the next file.
     """
     check_same(journal.fingerprint or {}, mark, journal.path)
     journal.check_plan(plan)
     started = journal.started_files()
-    outputs.reopen(started, journal.complete_files(plan))
+    outputs.replaces = journal.replaces
+    outputs.reopen(started, journal.complete_files(plan), journal.inodes)
     check_space(plan, outputs.allocated_bytes())
-    inodes = outputs.inodes()
-    known = journal.inodes or []
-    for index in sorted(started):
-        if known[index : index + 1] != inodes[index : index + 1]:
-            journal.check_bytes(plan, index, outputs.paths[index])
-    journal.go_on()
-    journal.note_inodes(inodes)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda index: journal.check_bytes(plan, index, outputs.paths[index]), sorted(started)):
+            pass
+    journal.resume()
+    journal.note_inodes(outputs.inodes())
+
+
+def check_sources_stay(plan: Plan, mark: dict[str, Any], outputs: Outputs) -> None:
+    """Check that no name that the run writes, renames or removes stands for a file of the source.
+
+    Links are followed on both sides, and files compared by device and inode.
+
+    Raises:
+        UsageError: one does.
+        InputOutputError: the source cannot be looked at.
+    """
+    sources = [plan.source / name for name in mark["source"]]
+    with os_errors(plan.source, "read"):
+        if plan.source.is_dir():
+            sources += plan.source.iterdir()
+    inputs = {(status.st_dev, status.st_ino): path for path in sources if (status := _status(path)) is not None}
+    manifest = manifest_path(plan)
+    written = [*plan.final_paths(), *outputs.temporary(), *outputs.paths, journal_path(plan), manifest]
+    written += [partial_path(manifest), replaced_path(plan.output_path())]
+    for path in written:
+        status = _status(path)
+        source = None if status is None else inputs.get((status.st_dev, status.st_ino))
+        if source is not None:
+            raise UsageError(
+                "is a file of the source, which the conversion would replace",
+                where=path,
+                got=f"the same file as {source}",
+                hint="give another name or folder for the output",
+            )
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
 
 
 def device_codecs(device: str, plan: Plan) -> tuple[Codecs, int]:

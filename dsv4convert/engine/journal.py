@@ -2,14 +2,12 @@
 
 It lies beside the output as ``OUT.journal`` and holds one line per fact, each behind a checksum of its
 own, so that a line torn by a power loss is told from one that is whole. The first line is the
-fingerprint of the plan; the others are finished segments. The file is locked while a run uses it, by
-the kernel, which drops the lock when the process dies however it dies.
+fingerprint of the plan, and by its form says whose the file is; the others are finished segments. The file is
+locked while a run uses it (see ``locks``).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -22,20 +20,26 @@ from typing import Any
 
 import xxhash
 
-from ..errors import LockedError, ResumeError
+from ..errors import LockedError, OutputExistsError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
 from .ledger import DIGEST_BYTES
-from .outputs import FRESH_HINT, os_errors, sync_folder, write_all
+from .locks import LOCK_SUFFIX, LockFile, try_lock
+from .names import Identity, is_same_file
+from .outputs import FRESH_HINT, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
 JOURNAL_SUFFIX = ".journal"
-FORMAT = 1
+FORMAT = 2
 
 # A journal of V4-Pro has some 75,000 lines of about 120 bytes.
 MAX_JOURNAL_BYTES = 2**28
 MAX_LINE_BYTES = 2**24
 READ_BYTES = 2**22
+
+# How a journal of ours begins: the first line's checksum and its first key. A power loss can cut it short.
+CLAIM = b'0123456789abcdef {"journal":'
+HEX, HEX_BYTES = frozenset(b"0123456789abcdef"), 16
 
 Key = tuple[int, int, int]
 
@@ -49,25 +53,30 @@ def journal_path(plan: Plan) -> Path:
 class Journal:
     """An open, locked journal; use it as a context manager.
 
-    With ``forget`` it is not read: whatever it says, even damaged, the run starts over.
+    With ``forget`` it is not read: whatever it says, even damaged, the run starts over. ``lock`` False leaves out
+    the lock.
 
     Raises:
         LockedError: another run holds it; says which.
+        OutputExistsError: a file of that name that is no journal of ours.
         ResumeError: it is damaged.
     """
 
-    def __init__(self, path: Path, forget: bool = False) -> None:
+    def __init__(self, path: Path, forget: bool = False, lock: bool = True) -> None:
         self.path = path
         self.fingerprint: dict[str, Any] | None = None
-        self.inodes: list[int] | None = None
+        self.inodes: list[int] = []
+        self.replaces: list[Identity | None] = []
         self._finished: dict[Key, Finished] = {}
-        self._descriptor = self._lock()
+        self._lock_file: LockFile | None = None
+        self._descriptor = self._open(lock)
         self._end = 0
         try:
+            self._check_claim()
             if not forget:
                 self._end = self._read()
         except BaseException:
-            os.close(self._descriptor)
+            self._close()
             raise
 
     def __enter__(self) -> Journal:
@@ -76,7 +85,12 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         os.close(self._descriptor)
+        if self._lock_file is not None:
+            self._lock_file.release()
 
     @property
     def is_new(self) -> bool:
@@ -139,25 +153,27 @@ class Journal:
             counts[file] -= 1
         return {index for index, count in enumerate(counts) if not count}
 
-    def begin(self, fingerprint: Mapping[str, Any]) -> None:
-        """Start over with a plan's fingerprint, forgetting whatever was there."""
+    def begin(self, fingerprint: Mapping[str, Any], replaces: Sequence[Identity | None]) -> None:
+        """Start over with a plan's fingerprint and what stands under the final names, forgetting whatever was there."""
         with os_errors(self.path, "written"):
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
-            self.inodes = None
+            self.inodes = []
+            self.replaces = list(replaces)
             self.fingerprint = dict(fingerprint)
-            self._append([{"journal": FORMAT, "fingerprint": self.fingerprint}, _holder()])
+            first = {"journal": FORMAT, "fingerprint": self.fingerprint}
+            self._append([first, {"replaces": self.replaces}, _holder()])
             sync_folder(self.path.parent)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Note that this process has taken over; a torn last line goes."""
         with os_errors(self.path, "written"):
             os.ftruncate(self._descriptor, self._end)
         self._append([_holder()])
 
     def note_inodes(self, inodes: list[int]) -> None:
-        """Keep the inode numbers of the output's temporary files, by which they are known again."""
+        """Keep the inode numbers of the output's files, by which they are found again under their final names."""
         self.inodes = inodes
         self._append([{"inodes": inodes}])
 
@@ -170,28 +186,56 @@ class Journal:
         with os_errors(self.path, "removed"):
             self.path.unlink(missing_ok=True)
 
-    def _lock(self) -> int:
+    def _open(self, lock: bool) -> int:
         while True:
             with os_errors(self.path, "opened"):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                if lock and not try_lock(descriptor, self.path):
+                    self._lock_file = LockFile(self.path.with_suffix(LOCK_SUFFIX))
+            except BlockingIOError:
                 holder = _last_holder(descriptor)
                 os.close(descriptor)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise LockedError(f"cannot be locked ({error.strerror})", where=self.path) from None
                 raise LockedError(
                     "another run is writing this output", where=self.path, got=holder, hint="wait for it or stop it"
                 ) from None
+            except OSError as error:
+                self._give_up(descriptor)
+                raise LockedError(
+                    f"cannot be locked ({error.strerror})",
+                    where=self.path,
+                    hint="pass --no-lock where no other run can write this output",
+                ) from None
+            except BaseException:
+                self._give_up(descriptor)
+                raise
             # The holder before us may have removed the file between our open and our lock.
-            try:
-                same = os.stat(self.path).st_ino == os.fstat(descriptor).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
+            if is_same_file(self.path, descriptor):
                 return descriptor
             os.close(descriptor)
+            if self._lock_file is not None:
+                self._lock_file.release()
+
+    def _give_up(self, descriptor: int) -> None:
+        """Close a journal that was not locked, and remove it where this run made it."""
+        try:
+            if not os.fstat(descriptor).st_size and is_same_file(self.path, descriptor):
+                self.path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+    def _check_claim(self) -> None:
+        """Check that what is in the file is a journal of ours, or nothing: a power loss can leave zeros.
+
+        Raises:
+            OutputExistsError: it is something else.
+        """
+        with os_errors(self.path, "read"):
+            start = os.pread(self._descriptor, len(CLAIM), 0).rstrip(b"\0")
+        if not all(byte in (HEX if number < HEX_BYTES else (CLAIM[number],)) for number, byte in enumerate(start)):
+            raise OutputExistsError(
+                "exists and is no journal of dsv4convert", where=self.path, hint="move it away or give another name"
+            )
 
     def _read(self) -> int:
         """Read all lines; return where the next one goes. A torn last line is cut off, any other damage refused."""
@@ -229,6 +273,8 @@ class Journal:
                 if len(digest) != DIGEST_BYTES:
                     raise ValueError
                 self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])))
+            elif "replaces" in fact:
+                self.replaces = [Identity.from_json(value) for value in fact["replaces"]]
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -21,15 +21,18 @@ import xxhash
 
 from ..containers.json_object import parse_json_object, validate_schema
 from ..containers.untrusted import open_regular, read_whole
-from ..errors import ConfigError, FileFormatError, InputMissingError
+from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
 from ..plan import OutputFile, OutputTensor, Plan
 from .ledger import combine_digests
-from .outputs import os_errors, partial_path, sync_folder, write_all
+from .names import Identity, rename_new
+from .outputs import appeared, open_file, os_errors, partial_path, sync_folder, write_all
 from .run import RunReport
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
 CHECKSUM = "xxh3_128"
+# How a manifest of ours begins.
+CLAIM = b'{"manifest": '
 
 # The shards of V4-Pro for 16 ranks are 180,000 tensors: 41 MB.
 MAX_MANIFEST_BYTES = 2**26
@@ -117,11 +120,40 @@ def file_checksum(header: str, tensors: list[str]) -> str:
     return str(xxhash.xxh3_128_hexdigest(bytes.fromhex(header + "".join(tensors))))
 
 
+def check_claimed(path: Path) -> None:
+    """Check that a manifest's name is free, or that of a manifest of ours; the same for its temporary name.
+
+    Raises:
+        OutputExistsError: something else has the name.
+        InputOutputError: it cannot be looked at.
+    """
+    for name in (path, partial_path(path)):
+        with os_errors(name, "looked at"):
+            if not os.path.lexists(name):
+                continue
+            descriptor = open_file(name, os.O_RDONLY)
+            try:
+                start = os.pread(descriptor, len(CLAIM), 0)
+            finally:
+                os.close(descriptor)
+        if start.strip(b"\0") and start != CLAIM:
+            raise OutputExistsError(
+                "exists and is no manifest of dsv4convert", where=name, hint="move it away or give another name"
+            )
+
+
 def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:
-    """Write the manifest of a finished run; it appears under its name whole."""
+    """Write the manifest of a finished run; it appears under its name whole, in place of an older manifest of ours.
+
+    Raises:
+        OutputExistsError: something else took its name meanwhile.
+        SpaceError, InputOutputError: the system refused.
+    """
     partial = partial_path(path)
+    check_claimed(path)
     with os_errors(path, "written"):
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        partial.unlink(missing_ok=True)
+        descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             position = 0
             for lines in _batches(manifest_text(plan, report, fingerprint)):
@@ -130,7 +162,14 @@ def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mappi
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(partial, path)
+        if Identity.of(path) is None:
+            try:
+                rename_new(partial, path)
+            except FileExistsError:
+                raise appeared(path) from None
+        else:
+            check_claimed(path)
+            os.replace(partial, path)
     sync_folder(path.parent)
 
 
@@ -238,7 +277,11 @@ def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
 
 
 def _source_entry(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {"bytes": size, "mtime_ns": mtime} for name, (size, mtime) in fingerprint["source"].items()}
+    # By name alone: a manifest holds no path.
+    return {
+        os.path.basename(name): {"bytes": size, "mtime_ns": mtime}
+        for name, (size, mtime) in fingerprint["source"].items()
+    }
 
 
 @dataclass(frozen=True)

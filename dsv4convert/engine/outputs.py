@@ -1,27 +1,36 @@
-"""Output files: written under a temporary name, made durable, and renamed when all is done."""
+"""Output files: written under a temporary name, made durable, and given their names when all is done.
+
+An output is a folder that appears whole (``FolderOutput``) or files that appear one by one (``FileOutputs``). Each
+temporary file stays open and locked while the run lasts, and workers write through that very descriptor: whatever
+happens to names meanwhile, the bytes go where they belong, and a name is given only to the file that was written.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
+import resource
 import shutil
 import stat
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import InputOutputError, LockedError, OutputExistsError, ResumeError, SpaceError
 from ..plan import Plan
+from .locks import try_lock
+from .names import Identity, check_can_be_renamed, check_name_fits, exchange, is_same_file, rename_new
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 
 # The next step where an interrupted run cannot go on.
 FRESH_HINT = "give --fresh to start over"
+APPEARED_HINT = "move it away and run again with --resume"
 
 # The unit of st_blocks, whatever the file system's own blocks are.
 STAT_BLOCK_BYTES = 512
@@ -89,54 +98,35 @@ class DescriptorCache:
         self._open.clear()
 
 
-class Outputs:
-    """The files of a plan while they are being made."""
+class Outputs(ABC):
+    """The files of a plan while they are being made.
 
-    def __init__(self, plan: Plan) -> None:
+    ``paths`` are their names as they are now, ``replaces`` what stood under each final name when the run began (under
+    that of the folder): only that is ever replaced.
+    """
+
+    def __init__(self, plan: Plan, *, lock: bool = True) -> None:
         self._plan = plan
-        self._root = partial_path(plan.destination) if plan.is_folder else plan.destination
-        self.paths = [
-            self._root / file.name if plan.is_folder else partial_path(self._root / file.name) for file in plan.files
-        ]
-        self._held: dict[Path, int] = {}
-        self._is_ours = False
+        self._lock = lock
+        self.paths: list[Path] = []
+        self.replaces: list[Identity | None] = []
+        self.without_locks = False  # whether the file system refused every kind of lock
+        self._open: dict[int, int] = {}
+        self._made: set[Path] = set()
 
+    # ---- before the run
+
+    @abstractmethod
     def check_absent(self, overwrite: bool) -> None:
-        """Check that nothing is replaced unasked.
+        """Check that nothing is replaced unasked, and keep in mind what will be replaced.
 
         Raises:
-            OutputExistsError: an output is there and ``overwrite`` is false, or is of the wrong kind.
+            OutputExistsError: an output is there and ``overwrite`` is false, or what is there can never be replaced.
         """
-        plan = self._plan
-        for path in [plan.destination] if plan.is_folder else plan.final_paths():
-            if path.is_symlink() or path.exists():
-                if path.is_dir() != plan.is_folder or (plan.is_folder and path.is_symlink()):
-                    raise OutputExistsError("is there, and cannot be replaced by this output", where=path)
-                if plan.is_folder:
-                    self._check_replaceable(path, overwrite)
-                if not plan.is_folder and not overwrite:
-                    raise OutputExistsError("is there", where=path, hint="give --overwrite to replace it")
-        if plan.is_folder and (old := replaced_path(plan.destination)).exists():
-            raise OutputExistsError(
-                "an older output that a killed run left under this name", where=old, hint="rename or remove it"
-            )
-        parent = plan.destination.parent if plan.is_folder else plan.destination
-        if not parent.is_dir():
-            raise OutputExistsError("no such folder for the output", where=parent, hint="make it first")
 
-    def _check_replaceable(self, folder: Path, overwrite: bool) -> None:
-        """Check that a folder may be replaced: it is empty, or unasked-for things are not lost with it."""
-        entries = list(folder.iterdir())
-        if entries and not overwrite:
-            raise OutputExistsError("is there and not empty", where=folder, hint="give --overwrite to replace it")
-        ours = {file.name for file in self._plan.files}
-        for entry in entries:
-            if entry.is_dir() or (entry.name not in ours and not CHECKPOINT_FILE.fullmatch(entry.name)):
-                raise OutputExistsError(
-                    f"holds {entry.name}, which no conversion wrote",
-                    where=folder,
-                    hint="move it away or give another folder",
-                )
+    @abstractmethod
+    def temporary(self) -> list[Path]:
+        """Return the names that the work of a run has before its end."""
 
     def check_no_work(self) -> None:
         """Check that no temporary file is there, whose work would be lost.
@@ -144,156 +134,45 @@ class Outputs:
         Raises:
             ResumeError: one is.
         """
-        for path in [self._root] if self._plan.is_folder else self.paths:
-            if path.is_symlink() or path.exists():
+        for path in self.temporary():
+            if os.path.lexists(path):
                 raise ResumeError(
                     "unfinished work of another run, or of one whose journal is gone",
                     where=path,
                     hint="finish that run, or give --fresh to discard its work",
                 )
 
+    @abstractmethod
     def create(self) -> None:
         """Make the temporary files at their full size, with their headers; leftovers of an older run go.
 
         Raises:
             LockedError: another run holds one of them.
-            OutputExistsError: a folder with the temporary name holds files that are not ours.
+            OutputExistsError: something else has a temporary name.
             SpaceError, InputOutputError: the system refused.
         """
-        if self._plan.is_folder:
-            self._create_folder()
-        self._is_ours = True
-        for index, path in enumerate(self.paths):
-            if not self._plan.is_folder:
-                self._remove_leftover(path)
-            self._make(index)
-        self._sync_names()
 
-    def _create_folder(self) -> None:
-        root = self._root
-        if root.is_symlink() or (root.exists() and not root.is_dir()):
-            raise OutputExistsError("is there and is no folder of ours", where=root, hint="remove it")
-        names = {file.name for file in self._plan.files}
-        with os_errors(root, "created"):
-            root.mkdir(exist_ok=True)
-            entries = list(root.iterdir())
-            for entry in entries:
-                if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):
-                    raise OutputExistsError(
-                        f"holds {entry.name}, which is not of this output", where=root, hint="remove it"
-                    )
-            for entry in entries:
-                entry.unlink()
-
-    def _remove_leftover(self, path: Path) -> None:
-        """Remove a temporary file of an older run, unless a run still has it."""
-        with os_errors(path, "removed"):
-            try:
-                descriptor = self._open_held(path, os.O_RDONLY)
-            except FileNotFoundError:
-                return
-            # Made anew before the old one is closed, so that both cannot have one inode (see ``inodes``).
-            path.unlink()
-            del self._held[path]
-            try:
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-            finally:
-                os.close(descriptor)
-
-    def _make(self, index: int) -> None:
-        """Make a temporary file anew, or give the one that is there its size and its header."""
-        path, file = self.paths[index], self._plan.files[index]
-        with os_errors(path, "created"):
-            descriptor = self._open_held(path, os.O_RDWR | os.O_CREAT)
-            try:
-                if os.fstat(descriptor).st_size != file.nbytes:
-                    os.ftruncate(descriptor, 0)
-                    os.ftruncate(descriptor, file.nbytes)
-                write_all(descriptor, memoryview(file.header), 0)
-            finally:
-                if self._plan.is_folder:
-                    os.close(descriptor)
-
-    def _open_held(self, path: Path, flags: int) -> int:
-        """Open a temporary file and lock it until the end of the run; a folder is locked by its journal alone.
-
-        Outputs of different names can share files (a model with its MTP file, and the MTP file alone).
-        """
-        while True:
-            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            if self._plan.is_folder:
-                return descriptor
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise LockedError(
-                    "another run is writing this file", where=path, hint="wait for it or stop it"
-                ) from None
-            # The holder before us may have given the file its final name between our open and our lock.
-            if _is_still(path, descriptor):
-                self._held[path] = descriptor
-                return descriptor
-            os.close(descriptor)
-
-    def _sync_names(self) -> None:
-        """Make the names of the temporary files durable, before a journal speaks of their bytes."""
-        sync_folder(self._root)
-        if self._plan.is_folder:
-            sync_folder(self._root.parent)
-
-    def close(self) -> None:
-        """Let go of the locks."""
-        while self._held:
-            os.close(self._held.popitem()[1])
-
-    def reopen(self, started: Collection[int], finished: Collection[int]) -> None:
+    @abstractmethod
+    def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
         """Take over the temporary files of an interrupted run.
 
-        ``started`` are the files of which anything is finished, ``finished`` those that miss nothing. A run
-        can die before it has made a file, and between the renames at its end, so a file may be missing or
-        have its final name. Whether the bytes are those of that run is for the caller to see (``inodes``).
+        ``started`` are the files of which anything is finished, ``finished`` those that miss nothing, ``inodes`` the
+        numbers that the files had. A run can die before it has made a file, and between the renames at its end, so a
+        file may be missing or have its final name. Whether the bytes are those of that run is for the caller to see.
 
         Raises:
             ResumeError: a file of which something was finished is gone or of the wrong size.
         """
-        plan = self._plan
-        if plan.is_folder:
-            if not self._root.exists() and started and len(finished) == len(self.paths):
-                self._root = plan.destination
-                self.paths = [self._root / file.name for file in plan.files]
-            elif self._root.is_symlink() or (self._root.exists() and not self._root.is_dir()):
-                raise ResumeError("is no folder of ours", where=self._root, hint=FRESH_HINT)
-            with os_errors(self._root, "created"):
-                self._root.mkdir(exist_ok=True)
-        self._is_ours = True
-        for index, (file, final) in enumerate(zip(plan.files, plan.final_paths(), strict=True)):
-            if not plan.is_folder and index in started and index in finished and not self.paths[index].exists():
-                self.paths[index] = final
-            path = self.paths[index]
-            size = _size_of_regular(path)
-            if size != file.nbytes and index in started:
-                raise ResumeError(
-                    "what the interrupted run wrote is not there as it was left",
-                    where=path,
-                    expected=f"{file.nbytes} bytes",
-                    got="no file" if size is None else f"{size} bytes",
-                    hint=FRESH_HINT,
-                )
-            if path != final:
-                self._make(index)
-            elif not plan.is_folder:
-                with os_errors(path, "opened"):
-                    self._open_held(path, os.O_RDONLY)
-        self._sync_names()
+
+    # ---- during the run
+
+    def descriptor(self, index: int) -> int:
+        """Return the descriptor of a file, open for reading and writing until the end of the run."""
+        return self._open[index]
 
     def inodes(self) -> list[int]:
         """Return the inode numbers of the files: the same file keeps its own through renames."""
-        inodes = []
-        for path in self.paths:
-            with os_errors(path, "read"):
-                inodes.append(path.lstat().st_ino)
-        return inodes
+        return [os.fstat(self._open[index]).st_ino for index in range(len(self.paths))]
 
     def allocated_bytes(self) -> int:
         """Return the bytes of disk that the temporary files take already."""
@@ -303,55 +182,449 @@ class Outputs:
         """Make what was written to the given files durable."""
         for index in sorted(indexes):
             with os_errors(self.paths[index], "flushed"):
-                descriptor = os.open(self.paths[index], os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fdatasync(descriptor)
-                finally:
-                    os.close(descriptor)
+                os.fdatasync(self._open[index])
 
+    # ---- after the run
+
+    @abstractmethod
     def finish(self) -> None:
         """Make all files durable and give them their names.
 
-        Several files that are no folder are renamed in reverse order, so that the first file, by which
-        readers find the others, appears last.
+        Raises:
+            OutputExistsError: something else took a name meanwhile; it stays, and so does the work.
+            InputOutputError: a temporary file is not the one that was written any more, or the system refused.
         """
-        self.sync(set(range(len(self.paths))))
-        plan = self._plan
-        if plan.is_folder:
-            sync_folder(self._root)
-            with os_errors(plan.destination, "renamed"):
-                _replace_folder(self._root, plan.destination)
-            sync_folder(plan.destination.parent)
-            return
-        for path, final in reversed(list(zip(self.paths, plan.final_paths(), strict=True))):
-            if path != final:
-                with os_errors(final, "renamed"):
-                    os.replace(path, final)
-        sync_folder(plan.destination)
 
+    @abstractmethod
     def discard(self) -> None:
         """Remove the temporary files that are ours; what has its final name stays."""
-        if self._plan.is_folder:
-            if self._is_ours and self._root != self._plan.destination:
-                shutil.rmtree(self._root, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files, and so let go of their locks."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    # ---- shared steps
+
+    def _check_written(self) -> None:
+        """Check that each temporary name still stands for the file that was written, whole.
+
+        Raises:
+            InputOutputError: it does not.
+        """
+        for index, (path, file) in enumerate(zip(self.paths, self._plan.files, strict=True)):
+            with os_errors(path, "looked at"):
+                same = is_same_file(path, self._open[index])
+                size = os.fstat(self._open[index]).st_size
+            if not same:
+                raise InputOutputError(
+                    "is not the file that was written any more",
+                    where=path,
+                    hint="something moved or replaced it; give it its name back",
+                )
+            if size != file.nbytes:
+                raise InputOutputError(
+                    "does not have the size that was written", where=path, expected=file.nbytes, got=size
+                )
+
+    def _keep_open(self, index: int, flags: int) -> int:
+        """Open a file and lock it until the end of the run.
+
+        Raises:
+            LockedError: another run has it.
+            OSError: the system refused.
+        """
+        path = self.paths[index]
+        while True:
+            descriptor = open_file(path, flags)
+            try:
+                self._lock_open(descriptor, path)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            # The holder before us may have given the file its final name between our open and our lock.
+            if is_same_file(path, descriptor):
+                self._open[index] = descriptor
+                return descriptor
+            os.close(descriptor)
+
+    def _lock_open(self, descriptor: int, path: Path) -> None:
+        if not self._lock:
             return
-        finals = set(self._plan.final_paths())
-        for path in self._held:
-            if path not in finals:
+        try:
+            self.without_locks |= not try_lock(descriptor, path)
+        except BlockingIOError:
+            raise LockedError("another run is writing this file", where=path, hint="wait for it or stop it") from None
+
+    def _size_up(self, index: int) -> None:
+        """Give an open file its size and its header."""
+        descriptor, file = self._open[index], self._plan.files[index]
+        if os.fstat(descriptor).st_size != file.nbytes:
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, file.nbytes)
+        write_all(descriptor, memoryview(file.header), 0)
+
+    def _check_size(self, index: int, started: Collection[int]) -> None:
+        path, file = self.paths[index], self._plan.files[index]
+        size = _size_of_regular(path)
+        if size != file.nbytes and index in started:
+            raise ResumeError(
+                "what the interrupted run wrote is not there as it was left",
+                where=path,
+                expected=f"{file.nbytes} bytes",
+                got="no file" if size is None else f"{size} bytes",
+                hint=FRESH_HINT,
+            )
+
+
+class FolderOutput(Outputs):
+    """The files of one folder, which appears whole; it is made as ``OUT.partial``."""
+
+    def __init__(self, plan: Plan, *, lock: bool = True) -> None:
+        super().__init__(plan, lock=lock)
+        self._final = plan.destination
+        self._root = partial_path(plan.destination)
+        self.paths = [self._root / file.name for file in plan.files]
+        self._folder: int | None = None
+
+    def temporary(self) -> list[Path]:
+        """Return the folder's temporary name."""
+        return [self._root]
+
+    def check_absent(self, overwrite: bool) -> None:
+        """Check that the folder is not there, is empty, or may be replaced."""
+        final = self._final
+        check_parent(final)
+        check_name_fits(final, (PARTIAL_SUFFIX, REPLACED_SUFFIX, *COMPANION_SUFFIXES))
+        if os.path.lexists(final):
+            if final.is_symlink() or not final.is_dir():
+                what = "is a link" if final.is_symlink() else "already exists, and is no folder"
+                hint = f"give its target, {os.path.realpath(final)}" if final.is_symlink() else "give another name"
+                raise OutputExistsError(what, where=final, hint=hint)
+            check_can_be_renamed(final)
+            self._check_replaceable(final, overwrite)
+        old = replaced_path(final)
+        if os.path.lexists(old):
+            raise OutputExistsError(
+                "an older output that a killed run left under this name", where=old, hint="rename or remove it"
+            )
+        self.replaces = [Identity.of(final)]
+
+    def _check_replaceable(self, folder: Path, overwrite: bool) -> None:
+        """Check that a folder may be replaced: it is empty, or unasked-for things are not lost with it."""
+        with os_errors(folder, "read"):
+            entries = list(folder.iterdir())
+        if entries and not overwrite:
+            raise OutputExistsError(
+                "already exists and is not empty", where=folder, hint="pass --overwrite to replace it"
+            )
+        ours = {file.name for file in self._plan.files}
+        for entry in entries:
+            if entry.is_dir() or (entry.name not in ours and not CHECKPOINT_FILE.fullmatch(entry.name)):
+                raise OutputExistsError(
+                    f"holds {entry.name}, which no conversion wrote",
+                    where=folder,
+                    hint="move it away or give another folder",
+                )
+
+    def create(self) -> None:
+        """Make the folder and its files."""
+        root = self._root
+        if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+            raise OutputExistsError("exists and is no folder of ours", where=root, hint="remove it")
+        names = {file.name for file in self._plan.files}
+        with os_errors(root, "created"):
+            existed = root.exists()
+            root.mkdir(exist_ok=True)
+            if not existed:
+                self._made.add(root)
+            self._hold_folder(root)
+            entries = list(root.iterdir())
+            for entry in entries:
+                if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):
+                    raise OutputExistsError(
+                        f"holds {entry.name}, which is not of this output", where=root, hint="remove it"
+                    )
+            self._made.add(root)
+            for entry in entries:
+                entry.unlink()
+            for index in range(len(self.paths)):
+                self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._size_up(index)
+        self._sync_names()
+
+    def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
+        """Take over the folder, under its temporary or, after a late kill, its final name."""
+        root, final = self._root, self._final
+        in_place = len(finished) == len(self.paths) and _inode(final / self._plan.files[0].name) in inodes[:1]
+        if in_place:
+            self._root = root = final
+            self.paths = [root / file.name for file in self._plan.files]
+        elif os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+            raise ResumeError("is no folder of ours", where=root, hint=FRESH_HINT)
+        with os_errors(root, "created"):
+            root.mkdir(exist_ok=True)
+            self._hold_folder(root)
+        self._made.add(root)
+        for index in range(len(self.paths)):
+            self._check_size(index, started)
+            with os_errors(self.paths[index], "opened"):
+                self._keep_open(index, os.O_RDWR if in_place else os.O_RDWR | os.O_CREAT)
+                if not in_place:
+                    self._size_up(index)
+        if not in_place:
+            self._sync_names()
+
+    def _hold_folder(self, root: Path) -> None:
+        """Lock the folder, so that no other run makes its files anew while this one writes them."""
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            self._lock_open(descriptor, root)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._folder = descriptor
+
+    def _sync_names(self) -> None:
+        """Make the names of the temporary files durable, before a journal speaks of their bytes."""
+        sync_folder(self._root)
+        sync_folder(self._root.parent)
+
+    def finish(self) -> None:
+        """Give the folder its name; an older one leaves in the same step, where the system can."""
+        self.sync(set(range(len(self.paths))))
+        root, final, old = self._root, self._final, self.replaces[0] if self.replaces else None
+        sync_folder(root)
+        self._check_written()
+        if self._folder is None or not is_same_file(root, self._folder):
+            raise InputOutputError("is not the folder that was written any more", where=root, hint=APPEARED_HINT)
+        with os_errors(final, "renamed"):
+            if root != final:
+                self._take_name(root, final, old)
+            self._clear_up(old)
+        sync_folder(final.parent)
+
+    def _take_name(self, root: Path, final: Path, old: Identity | None) -> None:
+        now = Identity.of(final)
+        if now is not None and now != old:
+            raise appeared(final)
+        if now is None:
+            try:
+                rename_new(root, final)
+            except FileExistsError:
+                raise appeared(final) from None
+        elif not exchange(root, final):
+            rename_new(final, replaced_path(final))
+            rename_new(root, final)
+        elif Identity.of(root) != old:  # somebody was quicker than the look: both get their names back
+            exchange(root, final)
+            raise appeared(final)
+
+    def _clear_up(self, old: Identity | None) -> None:
+        """Remove the older output, under whichever name it has now; nothing else has its identity."""
+        for path in (partial_path(self._final), replaced_path(self._final)):
+            if old is not None and Identity.of(path) == old:
+                shutil.rmtree(path)
+
+    def discard(self) -> None:
+        """Remove the temporary folder."""
+        root = self._root
+        if root in self._made and root != self._final and (self._folder is None or is_same_file(root, self._folder)):
+            shutil.rmtree(root, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files and the folder."""
+        super().close()
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+
+class FileOutputs(Outputs):
+    """Files that appear one by one in a folder that is there; each is made as ``NAME.partial``."""
+
+    def __init__(self, plan: Plan, *, lock: bool = True) -> None:
+        super().__init__(plan, lock=lock)
+        self._finals = plan.final_paths()
+        self._partials = [partial_path(final) for final in self._finals]
+        self.paths = list(self._partials)
+
+    def temporary(self) -> list[Path]:
+        """Return the files' temporary names."""
+        return self._partials
+
+    def check_absent(self, overwrite: bool) -> None:
+        """Check that no file is there, or that it may be replaced."""
+        for final in self._finals:
+            check_parent(final)
+            check_name_fits(final, (PARTIAL_SUFFIX, REPLACED_SUFFIX, *COMPANION_SUFFIXES))
+            if not os.path.lexists(final):
+                continue
+            if final.is_dir() or not (final.is_symlink() or final.is_file()):
+                raise OutputExistsError("already exists, and is no file", where=final, hint="give another name")
+            if not overwrite:
+                raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace it")
+            check_can_be_renamed(final)
+        old = replaced_path(self._finals[0])
+        if os.path.lexists(old):
+            raise OutputExistsError(
+                "an older output that a killed run left under this name", where=old, hint="rename or remove it"
+            )
+        self.replaces = [Identity.of(final) for final in self._finals]
+
+    def create(self) -> None:
+        """Make the files."""
+        for index, path in enumerate(self.paths):
+            self._remove_leftover(index)
+            with os_errors(path, "created"):
+                # Into the set first: whatever fails after the file is made, it goes again.
+                self._made.add(path)
+                self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._size_up(index)
+        self._sync_names()
+
+    def _remove_leftover(self, index: int) -> None:
+        """Remove a temporary file of an older run, unless a run still has it."""
+        path = self.paths[index]
+        with os_errors(path, "removed"):
+            if not os.path.lexists(path):
+                return
+            if path.is_symlink() or not path.is_file():
+                raise OutputExistsError("exists and is no file of ours", where=path, hint="remove it")
+            descriptor = self._keep_open(index, os.O_RDONLY)
+            del self._open[index]
+            try:
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+    def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
+        """Take over the files, each under its temporary or, after a late kill, its final name."""
+        for index, (partial, final) in enumerate(zip(self._partials, self._finals, strict=True)):
+            in_place = index in finished and index in started and _inode(final) in inodes[index : index + 1]
+            self.paths[index] = final if in_place else partial
+            self._check_size(index, started)
+            with os_errors(self.paths[index], "opened"):
+                if not in_place:
+                    self._made.add(partial)
+                self._keep_open(index, os.O_RDWR if in_place else os.O_RDWR | os.O_CREAT)
+                if not in_place:
+                    self._size_up(index)
+        self._sync_names()
+
+    def _sync_names(self) -> None:
+        """Make the names of the temporary files durable, before a journal speaks of their bytes."""
+        sync_folder(self._plan.destination)
+
+    def finish(self) -> None:
+        """Give the files their names.
+
+        Readers find the parts of a split by the first one. An older first part leaves before any new part comes, and
+        the new one comes last, so that no reader takes a mixture.
+        """
+        self.sync(set(range(len(self.paths))))
+        self._check_written()
+        replaces = self.replaces or [None] * len(self.paths)
+        for path, final, old in zip(self.paths, self._finals, replaces, strict=True):
+            now = Identity.of(final)
+            if path != final and now is not None and now != old:
+                raise appeared(final)
+        first, first_old = self._finals[0], replaces[0]
+        is_split = len(self.paths) > 1
+        with os_errors(first, "renamed"):
+            if is_split and first_old is not None and self.paths[0] != first and Identity.of(first) == first_old:
+                rename_new(first, replaced_path(first))
+                sync_folder(self._plan.destination)
+        for path, final, old in reversed(list(zip(self.paths, self._finals, replaces, strict=True))):
+            with os_errors(final, "renamed"):
+                if path != final:
+                    _take_file_name(path, final, old)
+                elif old is not None and Identity.of(partial_path(final)) == old:
+                    partial_path(final).unlink()  # a kill came after the two changed places
+        sync_folder(self._plan.destination)
+        with os_errors(first, "removed"):
+            if first_old is not None and Identity.of(replaced_path(first)) == first_old:
+                replaced_path(first).unlink()
+
+    def discard(self) -> None:
+        """Remove the temporary files."""
+        for index, path in enumerate(self.paths):
+            if path not in self._made:
+                continue
+            descriptor = self._open.get(index)
+            if descriptor is None or is_same_file(path, descriptor):
                 path.unlink(missing_ok=True)
 
 
-def replaced_path(folder: Path) -> Path:
-    """Return the name that an output folder has while its successor takes its place."""
-    return folder.with_name(folder.name + REPLACED_SUFFIX)
+# Names beside an output that are made with it.
+COMPANION_SUFFIXES = (".journal", ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, ".lock")
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Return whether ``path`` still names the file that ``descriptor`` has open."""
+def outputs_of(plan: Plan, *, lock: bool = True) -> Outputs:
+    """Return the outputs of a plan: a folder, or files."""
+    return FolderOutput(plan, lock=lock) if plan.is_folder else FileOutputs(plan, lock=lock)
+
+
+def appeared(path: Path) -> OutputExistsError:
+    """Return the error of a name that something else took while the run lasted."""
+    return OutputExistsError(
+        "appeared or changed while the output was made, and is left as it is", where=path, hint=APPEARED_HINT
+    )
+
+
+def check_parent(path: Path) -> None:
+    """Check that the folder in which an output will appear is there, and lets files be made.
+
+    Raises:
+        OutputExistsError: it is not.
+        InputOutputError: it cannot be looked at.
+    """
+    with os_errors(path.parent, "looked at"):
+        status = path.parent.stat() if os.path.exists(path.parent) else None
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        raise OutputExistsError("no such folder for the output", where=path.parent, hint="make it first")
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a regular file of ours; a pipe or a device under its name is refused.
+
+    Raises:
+        OutputExistsError: it is no regular file.
+        OSError: the system refused.
+    """
     try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
-    except FileNotFoundError:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.EMFILE and _raise_open_files():
+            return open_file(path, flags)
+        if error.errno in (errno.ENXIO, errno.ELOOP, errno.ENODEV, errno.EISDIR):
+            raise OutputExistsError("exists and is no regular file", where=path, hint="move it away") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OutputExistsError("exists and is no regular file", where=path, hint="move it away")
+    return descriptor
+
+
+def _raise_open_files() -> bool:
+    """Let this process open as many files as it may at all; return whether that is more than before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
         return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name that an older output has while its successor takes its place."""
+    return path.with_name(path.name + REPLACED_SUFFIX)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
 
 
 def _size_of_regular(path: Path) -> int | None:
@@ -363,18 +636,24 @@ def _size_of_regular(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _replace_folder(new: Path, final: Path) -> None:
-    """Give folder ``new`` the name ``final``; an old ``final`` leaves only once the new one is in place.
-
-    A run that goes on after a kill between these steps finds ``new`` in place, and only clears up.
-    """
-    old = replaced_path(final)
-    if new != final:
-        if final.exists():
-            os.replace(final, old)
-        os.replace(new, final)
-    if old.exists():
-        shutil.rmtree(old)
+def _take_file_name(path: Path, final: Path, old: Identity | None) -> None:
+    """Give a file its final name, in place of ``old`` where that is what stands there."""
+    now = Identity.of(final)
+    if now is None:
+        try:
+            rename_new(path, final)
+        except FileExistsError:
+            raise appeared(final) from None
+        return
+    if now != old:
+        raise appeared(final)
+    if not exchange(path, final):
+        os.replace(path, final)
+    elif Identity.of(path) != old:  # somebody was quicker than the look: both get their names back
+        exchange(path, final)
+        raise appeared(final)
+    else:
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -246,7 +246,9 @@ def _work(
                     return
                 lane, task = found
                 try:
-                    digest, tally = worker.run(_segment(plan, task), outputs.paths[task.file], task.offset)
+                    digest, tally = worker.run(
+                        _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
+                    )
                 except Exception as error:
                     raise _with_tensor(error, plan, task) from error
                 # A worker that was stopped may have left the segment half done.

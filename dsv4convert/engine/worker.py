@@ -50,14 +50,15 @@ class Worker:
         self.done_bytes = 0
         self.stopped = False
 
-    def run(self, segment: Segment, path: Path, offset: int) -> tuple[bytes, Tally]:
-        """Make ``segment`` at ``offset`` of ``path``; return its xxh3-128 digest and what was counted.
+    def run(self, segment: Segment, output: int, path: Path, offset: int) -> tuple[bytes, Tally]:
+        """Make ``segment`` at ``offset`` of an open file; return its xxh3-128 digest and what was counted.
+
+        ``path`` is the file's name, for errors.
 
         Raises:
             InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
         """
         tally = Tally()
-        output = self._descriptors.get(path, os.O_RDWR)
         if isinstance(segment.operation, Copy):
             return self._copy(segment, segment.operation, path, output, offset), tally
         return self._convert(segment, path, output, offset, tally), tally

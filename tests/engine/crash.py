@@ -22,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv4convert.engine import names
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import manifest_path
+from dsv4convert.engine.worker import Worker
 from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
@@ -45,8 +47,10 @@ PLANS: dict[str, Callable[[Path, Path], Plan]] = {
 RECORD_SECONDS = 0.002
 THREADS = 2
 CHILD_SECONDS = 60.0
+SEGMENT_SECONDS = 0.0005
 
 WATCHED = ("open", "pwrite", *KERNEL_COPIES, "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir")
+OLD = b'{"manifest": "of an older run"}'
 
 
 class Killer:
@@ -62,6 +66,8 @@ class Killer:
     def install(self) -> None:
         for name in WATCHED:
             setattr(os, name, lambda *args, _name=name, **options: self.call(_name, *args, **options))
+        self.real["renameat2"] = names._renameat2
+        names._renameat2 = lambda *args: self.call("renameat2", *args)
         if self.power is not None:
 
             def refuse(*args: Any, **options: Any) -> int:
@@ -134,6 +140,13 @@ class Killer:
             os.link(path, kept)
             self.changed(_folder_of(path), lambda: os.rename(kept, path))
 
+    def note_renameat2(self, old: Any, new: Any, flags: int) -> None:
+        if flags == names.RENAME_EXCHANGE:
+            if os.path.lexists(old) and os.path.lexists(new):
+                self.changed(_folder_of(new), lambda: self.real["renameat2"](old, new, flags))
+        elif not os.path.lexists(new):
+            self.changed(_folder_of(new), lambda: os.rename(new, old))
+
     def note_replace(self, old: Any, new: Any) -> None:
         kept = f"{new}.kept{len(self.undo)}"
         had = os.path.isfile(new)
@@ -168,6 +181,17 @@ def recorded_bytes(plan: Plan) -> int:
         return 0
     with Journal(journal_path(plan)) as journal:
         return sum(plan.files[f].tensors[t].segments[s].nbytes for f, t, s in journal.finished())
+
+
+def slow_down() -> None:
+    """Let each segment take a moment, so that a run has moments to die in with something recorded."""
+    run = Worker.run
+
+    def slow(self: Worker, *arguments: Any) -> Any:
+        time.sleep(SEGMENT_SECONDS)
+        return run(self, *arguments)
+
+    Worker.run = slow  # type: ignore[method-assign]
 
 
 def child(plan: Plan, killer: Killer | None, overwrite: bool) -> tuple[int, int]:
@@ -225,6 +249,7 @@ def main() -> None:
     out = arguments.folder / "out"
     out.mkdir(parents=True)
     plan = PLANS[arguments.target](arguments.source, out)
+    slow_down()
     began = time.monotonic()
     execute(plan, threads=THREADS, record_seconds=RECORD_SECONDS)
     whole_run = time.monotonic() - began
@@ -243,7 +268,7 @@ def main() -> None:
         old = contents(plan) if overwrite else {}
         if overwrite:
             for path in (*plan.final_paths(), manifest_path(plan)):
-                path.write_bytes(old.setdefault("old", b"")[:0] + b"old")
+                path.write_bytes(OLD)
             old = contents(plan)
         while True:
             killer, delay = None, None

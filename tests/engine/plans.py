@@ -42,12 +42,12 @@ def interrupt(plan: Plan, after: int, **options: object) -> Dsv4Error:
     """Carry out a plan until ``after`` segments are finished, then fail as a bad disk would; return the error."""
     run, count = Worker.run, 0
 
-    def failing(self: Worker, segment: object, path: Path, offset: int) -> object:
+    def failing(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
         nonlocal count
         count += 1
         if count > after:
             raise InputOutputError("cannot be read (a bad block)", where="the test")
-        return run(self, segment, path, offset)  # type: ignore[arg-type]
+        return run(self, segment, output, path, offset)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "run", failing)

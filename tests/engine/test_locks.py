@@ -12,7 +12,7 @@ import pytest
 
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
-from dsv4convert.engine.outputs import Outputs
+from dsv4convert.engine.outputs import outputs_of
 from dsv4convert.errors import LockedError
 from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
@@ -31,7 +31,7 @@ def plan(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> Plan:
 def test_the_second_run_is_told_who_holds_the_output(plan: Plan, how: dict[str, bool]) -> None:
     interrupt(plan, 30)
     with Journal(journal_path(plan)) as journal:
-        journal.go_on()
+        journal.resume()
         before = journal_path(plan).read_bytes()
         with pytest.raises(LockedError, match="another run is writing this output") as caught:
             execute(plan, **how)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def test_outputs_that_share_a_file_exclude_each_other(tiny: Path, tmp_path: Path
     both = plan_gguf(tiny, tmp_path / "model.gguf", GgufOptions(draft="split"))
     alone = plan_gguf(tiny, tmp_path / "mtp-model.gguf", GgufOptions(draft="only"))
     assert both.files[1].name == alone.files[0].name
-    held = Outputs(both)
+    held = outputs_of(both)
     held.create()
     size = held.paths[1].stat().st_size
     with pytest.raises(LockedError, match=r"mtp-model\.gguf\.partial: another run is writing this file"):

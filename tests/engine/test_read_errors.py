@@ -36,12 +36,12 @@ def go_bad(monkeypatch: pytest.MonkeyPatch, happen: Any) -> None:
     """Have something happen to the source once some segments are done."""
     run, count = Worker.run, 0
 
-    def counting(self: Worker, segment: Segment, path: Path, offset: int) -> Any:
+    def counting(self: Worker, segment: Segment, output: int, path: Path, offset: int) -> Any:
         nonlocal count
         count += 1
         if count == BEFORE_IT_GOES_BAD:
             happen()
-        return run(self, segment, path, offset)
+        return run(self, segment, output, path, offset)
 
     monkeypatch.setattr(Worker, "run", counting)
 

@@ -14,7 +14,7 @@ from dsv4convert.engine import fingerprint as fingerprint_module
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_path
-from dsv4convert.engine.outputs import Outputs
+from dsv4convert.engine.outputs import FileOutputs, outputs_of
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import InputOutputError, OutputExistsError, ResumeError
 from dsv4convert.plan import Plan
@@ -51,9 +51,9 @@ def made_again(plan: Plan, **options: object) -> set[tuple[str, int]]:
     made = set()
     run = Worker.run
 
-    def noting(self: Worker, segment: object, path: Path, offset: int) -> object:
+    def noting(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
         made.add((path.name, offset))
-        return run(self, segment, path, offset)  # type: ignore[arg-type]
+        return run(self, segment, output, path, offset)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "run", noting)
@@ -202,12 +202,12 @@ def test_a_source_that_changes_during_the_run_is_not_believed(tiny: Path, tmp_pa
     shard = sorted(source.glob("*.safetensors"))[0]
     run, first = Worker.run, True
 
-    def touching(self: Worker, segment: object, path: Path, offset: int) -> object:
+    def touching(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
         nonlocal first
         if first:
             os.utime(shard, ns=(0, 12345))
         first = False
-        return run(self, segment, path, offset)  # type: ignore[arg-type]
+        return run(self, segment, output, path, offset)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "run", touching)
@@ -220,7 +220,7 @@ def test_a_source_that_changes_during_the_run_is_not_believed(tiny: Path, tmp_pa
 @pytest.mark.parametrize("damage", ["gone", "shorter"])
 def test_a_temporary_file_that_is_not_as_it_was_left_is_refused(gguf: Plan, damage: str) -> None:
     interrupt(gguf, AFTER)
-    partial = Outputs(gguf).paths[0]
+    partial = outputs_of(gguf).paths[0]
     if damage == "gone":
         partial.unlink()
     else:
@@ -243,7 +243,7 @@ def test_work_that_was_moved_to_another_disk_goes_on(tiny: Path, tmp_path: Path)
 def test_moved_work_with_other_bytes_is_refused(tiny: Path, tmp_path: Path) -> None:
     plan = PLANS["gguf"](tiny, tmp_path)
     interrupt(plan, AFTER)
-    partial = Outputs(plan).paths[0]
+    partial = outputs_of(plan).paths[0]
     data = bytearray(partial.read_bytes())
     data[plan.files[0].tensors[0].offset] ^= 1
     partial.with_name("other").write_bytes(data)
@@ -259,18 +259,18 @@ def test_an_older_output_is_not_taken_for_a_finished_file(tiny: Path, tmp_path: 
     segments = sum(len(tensor.segments) for tensor in plan.files[0].tensors)
     final.write_bytes(bytes(plan.nbytes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Outputs, "finish", _bad_disk)
+        patch.setattr(FileOutputs, "finish", _bad_disk)
         with pytest.raises(InputOutputError):
             execute(plan, threads=1, overwrite=True)
     with Journal(journal_path(plan)) as journal:
         assert len(journal.finished()) == segments
-    Outputs(plan).paths[0].unlink()
-    with pytest.raises(ResumeError, match="not what the interrupted run wrote"):
+    outputs_of(plan).paths[0].unlink()
+    with pytest.raises(ResumeError, match="not there as it was left"):
         execute(plan, resume=True, overwrite=True)
     assert final.read_bytes() == bytes(plan.nbytes)
 
 
-def _bad_disk(self: Outputs) -> None:
+def _bad_disk(self: FileOutputs) -> None:
     raise InputOutputError("cannot be renamed (a bad block)", where="the test")
 
 
@@ -330,12 +330,12 @@ def test_every_converting_command_resumes(
     arguments = (command, tiny, tmp_path / out, *options, "--threads", "1", "--json")
     run, count = Worker.run, 0
 
-    def failing(self: Worker, segment: object, path: Path, offset: int) -> object:
+    def failing(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
         nonlocal count
         count += 1
         if count > AFTER:
             raise InputOutputError("cannot be read (a bad block)", where="the test")
-        return run(self, segment, path, offset)  # type: ignore[arg-type]
+        return run(self, segment, output, path, offset)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "run", failing)

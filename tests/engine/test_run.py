@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import xxhash
 
-from dsv4convert.engine import kernel_copy
+from dsv4convert.engine import kernel_copy, names
 from dsv4convert.engine import worker as tiles
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.kernel_copy import KernelCopier
 from dsv4convert.engine.ledger import Ledger
-from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache, Outputs, os_errors, write_all
+from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache, os_errors, outputs_of, write_all
 from dsv4convert.engine.run import RunReport, run_plan
 from dsv4convert.engine.worker import Worker, rows_per_tile
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
@@ -45,7 +45,7 @@ def copying_plan(source: Path, folder: Path) -> Plan:
 
 def carry_out(plan: Plan, **options: Any) -> RunReport:
     """Make the files of a plan."""
-    outputs = Outputs(plan)
+    outputs = outputs_of(plan)
     with contextlib.closing(outputs):
         outputs.create()
         return run_plan(plan, outputs, **options)
@@ -220,7 +220,7 @@ def test_an_error_of_a_copy_is_that_of_the_file_that_has_it(
     """A failing disk fails the kernel's copy and ours alike, and ours says which of the two files it was."""
     (tmp_path / "source").write_bytes(bytes(100))
     plan = copying_plan(tmp_path / "source", tmp_path)
-    outputs = Outputs(plan)
+    outputs = outputs_of(plan)
     with contextlib.closing(outputs):
         outputs.create()
 
@@ -338,10 +338,15 @@ def test_the_files_of_a_split_output_are_all_or_the_last_ones(tiny: Path, tmp_pa
     """Renamed from the last to the first, by which readers find the others."""
     plan = PLANS["split gguf"](tiny, tmp_path)
     renamed: list[str] = []
-    real = os.replace
+    real = names._renameat2
+
+    def noting(old: Path, new: Path, flags: int) -> None:
+        renamed.append(new.name)
+        real(old, new, flags)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", lambda a, b: (renamed.append(Path(b).name), real(a, b))[1])  # type: ignore[func-returns-value]
+        patch.setattr(names, "_renameat2", noting)
         execute(plan, threads=2)
-    names = [file.name for file in plan.files]
-    assert renamed[: len(names)] == names[::-1]
-    assert contents(plan).keys() >= set(names)
+    finals = [file.name for file in plan.files]
+    assert renamed[: len(finals)] == finals[::-1]
+    assert contents(plan).keys() >= set(finals)

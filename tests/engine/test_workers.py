@@ -29,12 +29,12 @@ def failing_after(count: int, error: BaseException, monkeypatch: pytest.MonkeyPa
     """Have the tile after ``count`` segments raise ``error``."""
     run, left = Worker.run, count
 
-    def run_or_fail(self: Worker, segment: Segment, path: Path, offset: int) -> Any:
+    def run_or_fail(self: Worker, segment: Segment, output: int, path: Path, offset: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             raise error
-        return run(self, segment, path, offset)
+        return run(self, segment, output, path, offset)
 
     monkeypatch.setattr(Worker, "run", run_or_fail)
 
@@ -80,7 +80,7 @@ def test_the_other_workers_stop_at_the_next_tile(plan: Plan, monkeypatch: pytest
     first = threading.Event()
     tiles_made = 0
 
-    def one_fails(self: Worker, segment: Segment, path: Path, offset: int) -> Any:
+    def one_fails(self: Worker, segment: Segment, output: int, path: Path, offset: int) -> Any:
         nonlocal tiles_made
         if not first.is_set():
             first.set()
@@ -89,7 +89,7 @@ def test_the_other_workers_stop_at_the_next_tile(plan: Plan, monkeypatch: pytest
         while not self.stopped:  # a segment of very many tiles
             tiles_made += 1
             time.sleep(0.01)
-        return run(self, segment, path, offset)
+        return run(self, segment, output, path, offset)
 
     monkeypatch.setattr(Worker, "run", one_fails)
     began = time.monotonic()
@@ -103,13 +103,13 @@ def test_a_segment_that_was_stopped_in_the_middle_is_not_recorded(plan: Plan, mo
     run = Worker.run
     begun = threading.Barrier(2)
 
-    def half(self: Worker, segment: Segment, path: Path, offset: int) -> Any:
+    def half(self: Worker, segment: Segment, output: int, path: Path, offset: int) -> Any:
         number = begun.wait(10)
         if number == 0:
             raise SpaceError("full")
         while not self.stopped:
             time.sleep(0.001)
-        return run(self, segment, path, offset)
+        return run(self, segment, output, path, offset)
 
     monkeypatch.setattr(Worker, "run", half)
     with pytest.raises(SpaceError):

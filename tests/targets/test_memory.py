@@ -33,11 +33,11 @@ from dsv4convert.formats.base import Tally
 
 really, seen = Worker.run, set()
 
-def run(self, segment, path, offset):
+def run(self, segment, output, path, offset):
     kind = id(self), segment.operation, segment.row_bytes
     if kind not in seen and segment.nbytes < 2**26:
         seen.add(kind)
-        return really(self, segment, path, offset)
+        return really(self, segment, output, path, offset)
     time.sleep(5e-5)  # let the main thread record what is finished, as it can when the work is real
     return offset.to_bytes(16, "little"), Tally()
 

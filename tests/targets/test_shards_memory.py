@@ -30,12 +30,12 @@ from dsv4convert.plan import REPEATED_COPY
 really, record, calls = Worker.run, Journal.record, set()
 made = recorded = 0
 
-def run(self, segment, path, offset):
+def run(self, segment, output, path, offset):
     global made
     kind = self, segment.operation, segment.row_bytes
     if segment.nbytes < 2**27 and kind not in calls:
         calls.add(kind)
-        return really(self, segment, path, offset)
+        return really(self, segment, output, path, offset)
     made += 1
     digest = offset.to_bytes(16, "little")
     if segment.operation == REPEATED_COPY:

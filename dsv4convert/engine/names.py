@@ -1,0 +1,176 @@
+"""Names of files and folders, changed without harm to what is somebody else's.
+
+A name is taken only where nothing stands under it, or where what stands there is the very thing that is to be
+replaced. The kernel decides that in the same step where it can (renameat2); elsewhere a hard link, which refuses an
+existing name, or a look just before the rename.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import OutputExistsError
+
+AT_FDCWD = -100
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+# What an old kernel, or a file system without the flags, answers to renameat2.
+_WITHOUT_FLAGS = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
+
+
+class Identity(NamedTuple):
+    """What stands under a name: device, inode, and when its content last changed, in ns (of a folder, its entries)."""
+
+    device: int
+    inode: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Identity | None:
+        """Return the identity of what ``path`` names itself, links not followed; None where there is nothing."""
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return None
+        return cls(status.st_dev, status.st_ino, status.st_mtime_ns)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Identity | None:
+        """Return the identity in a journal's line, None where it says that there was nothing.
+
+        Raises:
+            ValueError, TypeError: it is neither.
+        """
+        return None if value is None else cls(*map(int, value))
+
+
+def is_same_file(path: Path, descriptor: int) -> bool:
+    """Return whether ``path`` names the file that ``descriptor`` has open; links are not followed."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file or folder to a name under which nothing stands.
+
+    Raises:
+        FileExistsError: something stands there; it is left alone, and ``source`` keeps its name.
+        OSError: the system refused.
+    """
+    try:
+        _renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in _WITHOUT_FLAGS:
+            raise
+    else:
+        return
+    if not stat.S_ISDIR(source.lstat().st_mode):
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except OSError:
+            pass  # a file system without hard links
+        else:
+            os.unlink(source)
+            return
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; return False, with nothing done, where the system cannot.
+
+    Raises:
+        OSError: the system refused for another reason.
+    """
+    try:
+        _renameat2(one, other, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in _WITHOUT_FLAGS:
+            raise
+        return False
+    return True
+
+
+def check_can_be_renamed(path: Path) -> None:
+    """Check that what stands at ``path`` could give its name away: no mount point, in a folder that lets go of it.
+
+    Raises:
+        OutputExistsError: it could not, whatever is done.
+    """
+    if _is_mount_point(path):
+        raise OutputExistsError("a mount point cannot be replaced", where=path, hint="give a name inside it")
+    status, parent = path.lstat(), path.parent.lstat() if not path.parent.is_symlink() else path.parent.stat()
+    user = os.geteuid()
+    if parent.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, parent.st_uid):
+        raise OutputExistsError(
+            "belongs to another user in a folder where only owners rename (sticky)",
+            where=path,
+            hint="give another name",
+        )
+
+
+def check_name_fits(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Check that the file system takes a name with each suffix.
+
+    Raises:
+        OutputExistsError: one is too long.
+    """
+    try:
+        most = os.pathconf(path.parent if path.parent.is_dir() else ".", "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return
+    longest = max((path.name + suffix for suffix in suffixes), key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(longest)) > most:
+        raise OutputExistsError(
+            "the name is too long with what is added to it while it is made",
+            where=path,
+            expected=f"at most {most - len(os.fsencode(longest)) + len(os.fsencode(path.name))} bytes",
+            got=len(os.fsencode(path.name)),
+            hint="give a shorter name",
+        )
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Return whether something is mounted on ``path``, a bind-mounted file too."""
+    if path.is_dir() and os.path.ismount(path):
+        return True
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            points = [line.split(" ")[4] for line in file]
+    except (OSError, IndexError):
+        return False
+    # Blanks, tabs, newlines and backslashes are octal there.
+    wanted = os.path.realpath(path)
+    for character in "\\ \t\n":
+        wanted = wanted.replace(character, f"\\{ord(character):03o}")
+    return wanted in points
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    call = _libc_renameat2()
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def _libc_renameat2() -> Any:
+    """Return the C library's renameat2, None where it has none (before glibc 2.28)."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    call.restype = ctypes.c_int
+    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return call

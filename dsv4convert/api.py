@@ -63,6 +63,7 @@ def convert_gguf(
     engram_last: bool = False,
     tokenizer_pre: str | None = None,
     name: str | None = None,
+    strict: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -104,7 +105,8 @@ def convert_gguf(
         engram=engram,
         engram_last=engram_last,
     )
-    plan = plan_gguf(Path(source), None if out is None else Path(out), options, tokenizer_pre=tokenizer_pre, name=name)
+    target = None if out is None else Path(out)
+    plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict)
     return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
 
 
@@ -116,6 +118,7 @@ def shard(
     rank: Iterable[int] | None = None,
     experts: str | None = None,
     draft: str = "keep",
+    strict: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -138,7 +141,7 @@ def shard(
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
-    plan, costs = plan_shards(Path(source), Path(out), options)
+    plan, costs = plan_shards(Path(source), Path(out), options, strict=strict)
     summary = _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
     return ShardSummary(**summary.__dict__, costs=costs)
 
@@ -149,6 +152,7 @@ def unshard(
     *,
     wo_a: str = "bf16",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    strict: bool = False,
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -164,7 +168,7 @@ def unshard(
     """
     from .targets.shards import plan_unshard
 
-    plan = plan_unshard(Path(source), Path(out), wo_a=wo_a, max_file_bytes=parse_size(max_file_size))
+    plan = plan_unshard(Path(source), Path(out), wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
     return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
 
 
@@ -192,7 +196,9 @@ def dequantize(
     """
     from .targets.dequantize import plan_dequantize
 
-    plan = plan_dequantize(Path(source), Path(out), dtype=dtype, names=names, max_file_bytes=parse_size(max_file_size))
+    plan = plan_dequantize(
+        Path(source), Path(out), dtype=dtype, names=names, max_file_bytes=parse_size(max_file_size), strict=strict
+    )
     return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
 
 
@@ -219,7 +225,9 @@ def repack(
     """
     from .targets.repack import plan_repack, summarize_repack
 
-    plan = plan_repack(Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size))
+    plan = plan_repack(
+        Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size), strict=strict
+    )
     return summarize_repack(
         plan, _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
     )
@@ -288,6 +296,7 @@ def verify(
     seed: int = 0,
     foreign: bool = False,
     ignore_key: Iterable[str] = (),
+    strict: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -304,7 +313,13 @@ def verify(
     threads = _checked_threads(threads)
     fraction = None if sample is None else parse_sample(sample)
     prepared = prepare(
-        Path(source), Path(out), sample=fraction, seed=seed, foreign=foreign, ignore_keys=tuple(ignore_key)
+        Path(source),
+        Path(out),
+        sample=fraction,
+        seed=seed,
+        foreign=foreign,
+        ignore_keys=tuple(ignore_key),
+        strict=strict,
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
 

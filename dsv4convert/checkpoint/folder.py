@@ -18,8 +18,15 @@ from ..containers.safetensors import Stored, read_header
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError, UnsupportedError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.engram import check_rows
-from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, checkpoint_tensors, is_vision_name, scale_name
-from .renaming import official_tensors
+from ..model.tensors import (
+    DRAFT_PREFIX,
+    UNUSED_DRAFT_SUFFIXES,
+    Draft,
+    checkpoint_tensors,
+    is_vision_name,
+    scale_name,
+)
+from .renaming import official_name, official_tensors
 from .weights import Weight, pair
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -75,8 +82,10 @@ class Checkpoint:
             yield self.weights.pop(name)
 
 
-def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,)) -> Checkpoint:
+def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,), draft_wanted: bool = True) -> Checkpoint:
     """Open the checkpoint in ``folder``, of one of the ``versions`` that the caller knows what to do with.
+
+    Without ``draft_wanted``, a draft that is not whole is listed as unused: it cannot block the trunk.
 
     Raises:
         InputMissingError: the folder or a file of it is not there.
@@ -87,7 +96,33 @@ def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,)) -
     config = load_config(folder)
     check_version(config, versions, folder)
     stored, files, notes = read_folder_headers(folder)
-    return resolve(folder, config, stored, files, notes)
+    if draft_wanted:
+        return resolve(folder, config, stored, files, notes)
+    return _resolve_without_blocking_draft(folder, config, stored, files, notes)
+
+
+def _resolve_without_blocking_draft(
+    folder: Path,
+    config: ModelConfig,
+    stored: dict[str, Stored],
+    files: tuple[Path, ...],
+    notes: tuple[str, ...],
+) -> Checkpoint:
+    """Resolve a folder; where its draft is what is wrong, resolve the rest and list the draft as unused."""
+    try:
+        return resolve(folder, config, stored, files, notes)
+    except (ConfigError, InventoryError) as error:
+        draft = {name: tensor for name, tensor in stored.items() if official_name(name).startswith(DRAFT_PREFIX)}
+        if not draft:
+            raise
+        trunk = {name: tensor for name, tensor in stored.items() if name not in draft}
+        reason = f"a draft that is not whole ({error.what})"
+        try:
+            found = resolve(folder, config, trunk, files, notes)
+        except (ConfigError, InventoryError):
+            raise error from None
+    unused = Unused(tuple(draft), sum(tensor.nbytes for tensor in draft.values()), reason)
+    return replace(found, unused=(*found.unused, unused), n_tensors=len(stored))
 
 
 def check_version(config: ModelConfig, versions: Container[Version], where: object) -> None:
@@ -258,13 +293,6 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
     if len(numbers) != n_draft:
         absent = next(number for number in range(n_draft) if number not in numbers)
         raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
-    if n_draft > config.n_draft_ratios and "compress_ratios" in config.flat:
-        raise ConfigError(
-            "key compress_ratios: list too short for the draft layers",
-            where=folder / CONFIG_NAME,
-            expected=f"{config.num_hidden_layers + n_draft} entries",
-            got=len(config.compress_ratios),
-        )
     is_dspark = any(name.startswith("mtp.") and name.endswith(DSPARK_MARKS) for name in tensors)
     return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
 
@@ -302,7 +330,7 @@ def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Pa
 
 
 def with_draft_ratios(config: ModelConfig, n_draft: int) -> ModelConfig:
-    """Return ``config`` with a ratio for every draft layer, which transformers' form of a config does not list."""
+    """Return ``config`` with a ratio for every draft layer: transformers' form and many a folder list none."""
     lacking = max(0, n_draft - config.n_draft_ratios)
     return replace(config, compress_ratios=config.compress_ratios + (0,) * lacking) if lacking else config
 

@@ -25,7 +25,8 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     "--strict",
     is_flag=True,
     panel=TYPES,
-    help="Fail if a value leaves the range of the type or is rounded.",
+    help="Fail if a value leaves the range of the type or is rounded, or the source has values that are not finite, "
+    "or tensors that are all zero.",
 )
 @option(
     "--names",
@@ -58,7 +59,8 @@ def dequantize(
     aliases=["--require-lossless"],
     is_flag=True,
     panel=TYPES,
-    help="Fail if the conversion changes an element.",
+    help="Fail if the conversion changes an element, or the source has values that are not finite, or tensors that "
+    "are all zero.",
 )
 @max_tensor_file_size_option
 @run_options

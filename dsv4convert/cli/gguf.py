@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from .llama_cpp import LLAMA_CPP_OPTIONS
-from .options import LAYERS_METAVAR, RunOptions, draft_option, max_file_size_option, run_options, source_argument
+from .options import (
+    LAYERS_METAVAR,
+    RunOptions,
+    draft_option,
+    max_file_size_option,
+    run_options,
+    source_argument,
+    strict_option,
+)
 from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command, option
 
 
@@ -122,6 +130,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     panel=METADATA,
     help="Value of general.name; by default from the model card or the folder's name.",
 )
+@strict_option
 @run_options
 def hf_to_gguf(
     source: Path,
@@ -145,6 +154,7 @@ def hf_to_gguf(
     engram_last: bool,
     tokenizer_pre: str | None,
     name: str | None,
+    strict: bool,
     *,
     run: RunOptions,
 ) -> None:
@@ -176,6 +186,7 @@ def hf_to_gguf(
         engram_last=engram_last,
         tokenizer_pre=tokenizer_pre,
         name=name,
+        strict=strict,
     )
 
 

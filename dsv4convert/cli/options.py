@@ -56,6 +56,12 @@ threads_option = option(
     help="Number of worker threads; by default one per processor, 16 at most.",
 )
 overwrite_option = option("--overwrite", is_flag=True, panel=RUN, help="Replace an existing output.")
+strict_option = option(
+    "--strict",
+    is_flag=True,
+    panel=RUN,
+    help="Fail if the source has NaN or infinite values, or tensors or files that are all zero, instead of noting it.",
+)
 quiet_option = option("--quiet", "-q", is_flag=True, panel=REPORT, help="Print errors only.")
 json_option = option("--json", "as_json", is_flag=True, panel=REPORT, help="Print the summary as JSON.")
 

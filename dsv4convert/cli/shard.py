@@ -15,6 +15,7 @@ from .options import (
     out_folder_argument,
     run_options,
     source_argument,
+    strict_option,
 )
 from .parsing import CONTENT, CONVERT, FOLDER, TYPES, argument, command, option
 from .tables import Block, Table, print_blocks
@@ -46,15 +47,26 @@ LISTED_KINDS = 6
     panel=TYPES,
     help="Type of the routed experts, by default the source's; fp8 converts FP4 experts.",
 )
+@strict_option
 @run_options
 def shard(
-    source: Path, out: Path, mp: int, rank: tuple[int, ...], draft: str, experts: str | None, *, run: RunOptions
+    source: Path,
+    out: Path,
+    mp: int,
+    rank: tuple[int, ...],
+    draft: str,
+    experts: str | None,
+    strict: bool,
+    *,
+    run: RunOptions,
 ) -> None:
     """Divide a checkpoint among ranks, in the layout that the published inference code loads."""
     from ..api import shard as shard_folder
     from .report import run_conversion
 
-    summary = run_conversion(shard_folder, run, source, out, mp=mp, rank=rank or None, experts=experts, draft=draft)
+    summary = run_conversion(
+        shard_folder, run, source, out, mp=mp, rank=rank or None, experts=experts, draft=draft, strict=strict
+    )
     if summary.dry_run is not None and not run.as_json:
         click.echo()
         print_blocks(_describe(summary.costs))
@@ -72,13 +84,14 @@ def shard(
     panel=TYPES,
     help="Type of wo_a: bf16, as the shards hold it, or fp8 with scales, an error where that is inexact.",
 )
+@strict_option
 @run_options
-def unshard(source: Path, out: Path, max_file_size: str, wo_a: str, *, run: RunOptions) -> None:
+def unshard(source: Path, out: Path, max_file_size: str, wo_a: str, strict: bool, *, run: RunOptions) -> None:
     """Join model-parallel shards into a checkpoint folder."""
     from ..api import unshard as unshard_folder
     from .report import run_conversion
 
-    run_conversion(unshard_folder, run, source, out, wo_a=wo_a, max_file_size=max_file_size)
+    run_conversion(unshard_folder, run, source, out, wo_a=wo_a, max_file_size=max_file_size, strict=strict)
 
 
 def _describe(costs: ShardCosts) -> Iterator[Block]:

@@ -80,7 +80,10 @@ from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
 )
 @option("--seed", type=int, metavar="N", default=0, show_default=True, panel=CONTENT, help="Random seed.")
 @option(
-    "--headers-only", is_flag=True, panel=CONTENT, help="Write sparse files: true headers and sizes without payload."
+    "--headers-only",
+    is_flag=True,
+    panel=CONTENT,
+    help="Write sparse files: true headers, sizes and routing tables, no other payload.",
 )
 @overwrite_option
 @quiet_option

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import json_option, quiet_option, threads_option
+from .options import json_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, COMPARISON, PATH, argument, command, option
 from .tables import Block, Table
 
@@ -55,6 +55,7 @@ MAX_LISTED = 20
     panel=COMPARISON,
     help="Check only the checksums in OUT.manifest.json; needs no source.",
 )
+@strict_option
 @threads_option
 @quiet_option
 @json_option
@@ -66,6 +67,7 @@ def verify(
     foreign: bool,
     ignore_key: tuple[str, ...],
     manifest: bool,
+    strict: bool,
     threads: int | None,
     quiet: bool,
     as_json: bool,
@@ -90,6 +92,7 @@ def verify(
             seed=seed,
             foreign=foreign,
             ignore_key=ignore_key,
+            strict=strict,
             threads=threads,
             progress=progress,
         )

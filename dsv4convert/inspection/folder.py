@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import DSPARK_MARKS, INDEX_NAME, check_roles_of_tensors, read_folder_headers, vision_kind
+from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
@@ -70,7 +71,7 @@ def _describe_folder(folder: Path) -> Description:
             check_rows(config.engram, folder / CONFIG_NAME)
     except ConfigError as error:
         found.unexpected.append(str(error))
-    _describe_weights(found, config, tensors)
+    _describe_meaning(found, config, _describe_weights(found, config, tensors), folder)
     _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found
 
@@ -118,8 +119,21 @@ def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
     return (Draft.DSPARK if is_dspark else Draft.MTP).value, len(numbers)
 
 
-def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
-    """Hold the tensors against the tables: encodings of those that fit, a line for each that does not."""
+def _describe_meaning(found: Description, config: ModelConfig, weights: list[Weight], folder: Path) -> None:
+    """Add what tables, small tensors and file tails mean, and what config.json says and is not so."""
+    files = sorted({weight.stored.file for weight in weights})
+    try:
+        found.notes += check_meaning(config, weights, files, where=folder)
+    except InventoryError as error:
+        found.unexpected.append(str(error))
+    found.notes += config_notes(config, weights, Draft(found.draft))
+
+
+def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[str, Stored]) -> list[Weight]:
+    """Hold the tensors against the tables: encodings of those that fit, a line for each that does not.
+
+    Returns those that fit.
+    """
     left = dict(tensors)
     weights: list[Weight] = []
     missing: list[str] = []
@@ -144,6 +158,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
     found.unexpected += [f"tensor {name}: missing" for name in missing]
     found.unexpected += [f"tensor {name}: unknown" for name in left if name not in set(copies)]
+    return weights
 
 
 def _chain(

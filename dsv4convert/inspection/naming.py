@@ -46,6 +46,9 @@ WIDTH_KEYS = (
 )
 DEPTH_KEYS = ("num_hidden_layers", "n_routed_experts", "vocab_size")
 V41_FLASH = "V4.1-Flash"
+
+# The releases of V4 that came with a DSpark draft, by size.
+DSPARK_RELEASES = {"V4-Flash": "-0731", "V4-Pro": "-0813"}
 PUBLISHED_SIZES = {"V4-Flash": "v4-flash.json", "V4-Pro": "v4-pro.json", V41_FLASH: "v4.1-flash.json"}
 
 # What of the config a description shows.
@@ -90,7 +93,7 @@ def _name_variant(found: Description, sizes: Mapping[str, Any]) -> None:
         suffix += "" if V41_FLASH in size else " Vision-Exp"
         found.traits.append("vision tower")
     elif V41_FLASH not in size and found.draft == Draft.DSPARK.value:
-        suffix += "-0731"
+        suffix += DSPARK_RELEASES.get(size.removeprefix("slice of "), "-0731")
     found.variant = size + suffix if size in PUBLISHED_SIZES else size
     if found.draft != Draft.NONE.value:
         found.traits.append(f"{found.draft} draft")

@@ -16,6 +16,14 @@ from typing import Any
 
 from ..containers.json_object import read_json_object, validate_schema
 from ..errors import ConfigError, InputMissingError, UnsupportedError
+from .agreement import (
+    RATIO_BY_LAYER_TYPE,
+    check_hash_layers,
+    check_ratios,
+    check_rotary_factor,
+    check_spellings,
+    disagree,
+)
 from .config_v41 import (
     Candidates,
     EngramConfig,
@@ -59,11 +67,6 @@ ATTENTION_BY_RATIO = {
     128: Attention.HCA,
 }
 RATIOS = {Version.V4: (0, 4, 128), Version.V41: (0, 1, 2)}
-RATIO_BY_LAYER_TYPE = {
-    "sliding_attention": 0,
-    "compressed_sparse_attention": 4,
-    "heavily_compressed_attention": 128,
-}
 
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_COMPRESS_ROPE_THETA = 160000.0
@@ -290,8 +293,10 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
     version = _version(raw, where)
     file, raw = raw, flat_view(raw, where) if version is Version.V41 else raw
     validate_schema(raw, "config.schema.json", where)
+    check_spellings(raw, where)
+    check_rotary_factor(raw, where)
     layers = raw["num_hidden_layers"]
-    ratios = _compress_ratios(raw, where)
+    ratios = _compress_ratios(raw, version, where)
     theta, compress_theta, yarn = _rope(raw, where)
     eos = raw.get("eos_token_id")
     config = ModelConfig(
@@ -366,34 +371,38 @@ def _version(raw: Mapping[str, Any], where: object) -> Version:
     )
 
 
-def _compress_ratios(raw: Mapping[str, Any], where: object) -> tuple[int, ...]:
-    layers = raw["num_hidden_layers"]
+def _compress_ratios(raw: Mapping[str, Any], version: Version, where: object) -> tuple[int, ...]:
+    """Return the ratio of every layer, trunk first; draft layers that have no entry are ratio 0, as all of them are."""
+    layers: int = raw["num_hidden_layers"]
     if "compress_ratios" in raw:
         key, ratios = "compress_ratios", tuple(raw["compress_ratios"])
     elif "layer_types" in raw:
         key, ratios = "layer_types", tuple(RATIO_BY_LAYER_TYPE[kind] for kind in raw["layer_types"])
     else:
         raise ConfigError("key compress_ratios: missing", where=where, hint="layer_types would do as well")
-    # The transformers form knows no draft layers: they are sliding-window layers (ratio 0).
-    if key == "layer_types" and len(ratios) == layers:
-        ratios += (0,) * raw.get("num_nextn_predict_layers", 0)
-    needed = layers + raw.get("num_nextn_predict_layers", 0)
-    if len(ratios) < needed:
+    if version is Version.V4:
+        # One entry a token is not compressed: some folders say 1 where the published ones say 0.
+        ratios = tuple(0 if ratio == 1 else ratio for ratio in ratios)
+    if len(ratios) < layers:
         raise ConfigError(
             f"key {key}: list too short",
             where=where,
-            expected=f"at least {needed} entries (num_hidden_layers + num_nextn_predict_layers)",
+            expected=f"at least {layers} entries (num_hidden_layers)",
             got=len(ratios),
         )
     if any(ratios[layers:]):
         raise ConfigError(
             f"key {key}: draft layers have no compressor", where=where, expected=0, got=max(ratios[layers:])
         )
-    return ratios
+    if version is Version.V4:
+        check_ratios(raw, ratios[:layers], where)
+    needed: int = layers + raw.get("num_nextn_predict_layers", 0)
+    return ratios + (0,) * (needed - len(ratios))
 
 
 def _num_hash_layers(raw: Mapping[str, Any], where: object) -> int:
     layers: int = raw["num_hidden_layers"]
+    check_hash_layers(raw, where)
     if "num_hash_layers" in raw:
         count: int = raw["num_hash_layers"]
         if count > layers:
@@ -429,34 +438,48 @@ def _rope_head_dim(raw: Mapping[str, Any], where: object) -> int:
 
 def _rope(raw: Mapping[str, Any], where: object) -> tuple[float, float, YarnScaling | None]:
     """Return (rope_theta, compress_rope_theta, YaRN of the compressed layers)."""
-    theta = float(raw.get("rope_theta", DEFAULT_ROPE_THETA))
-    compress_theta = float(raw.get("compress_rope_theta", DEFAULT_COMPRESS_ROPE_THETA))
-    scaling = raw.get("rope_scaling")
-    parameters = raw.get("rope_parameters")
-    if scaling is None and isinstance(parameters, dict):
+    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    main = compress = None
+    if isinstance(parameters, dict) and parameters:
         main, compress = parameters.get("main"), parameters.get("compress")
         if not isinstance(main, dict) or not isinstance(compress, dict):
             raise ConfigError("key rope_parameters: needs the objects main and compress", where=where)
-        theta = float(main.get("rope_theta", theta))
-        compress_theta = float(compress.get("rope_theta", compress_theta))
-        scaling = compress
-    if scaling is None:
+    theta = float(raw.get("rope_theta", (main or {}).get("rope_theta", DEFAULT_ROPE_THETA)))
+    compress_theta = float(
+        raw.get("compress_rope_theta", (compress or {}).get("rope_theta", DEFAULT_COMPRESS_ROPE_THETA))
+    )
+    found = [
+        (key, _yarn(values, key, where))
+        for key, values in (("rope_scaling", scaling), ("rope_parameters.compress", compress))
+        if values is not None
+    ]
+    if not found:
         return theta, compress_theta, None
+    (left, yarn), (right, other) = found[0], found[-1]
+    if yarn != other:
+        for name in YarnScaling.__dataclass_fields__ if yarn is not None and other is not None else ():
+            if getattr(yarn, name) != getattr(other, name):
+                disagree(f"{left}.{name}", getattr(yarn, name), f"{right}.{name}", getattr(other, name), where)
+        disagree(left, "yarn" if yarn else "no scaling", right, "yarn" if other else "no scaling", where)
+    return theta, compress_theta, yarn
+
+
+def _yarn(scaling: Mapping[str, Any], key: str, where: object) -> YarnScaling | None:
+    """Return the YaRN parameters that ``key`` holds, None where it says that nothing is scaled."""
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind in (None, "default"):
-        return theta, compress_theta, None
+        return None
     if kind != "yarn":
-        raise ConfigError("key rope_scaling.type: unknown", where=where, expected="yarn", got=kind)
-    missing = [key for key in ("factor", "original_max_position_embeddings") if key not in scaling]
+        raise ConfigError(f"key {key}.type: unknown", where=where, expected="yarn", got=kind)
+    missing = [name for name in ("factor", "original_max_position_embeddings") if name not in scaling]
     if missing:
-        raise ConfigError(f"key rope_scaling.{missing[0]}: missing", where=where)
-    yarn = YarnScaling(
+        raise ConfigError(f"key {key}.{missing[0]}: missing", where=where)
+    return YarnScaling(
         factor=float(scaling["factor"]),
         original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
         beta_fast=float(scaling.get("beta_fast", 32)),
         beta_slow=float(scaling.get("beta_slow", 1)),
     )
-    return theta, compress_theta, yarn
 
 
 def _check_divisions(config: ModelConfig, where: object) -> None:

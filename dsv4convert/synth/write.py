@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,8 +210,8 @@ def write_plan(
     """Write the checkpoint folder ``out``; it appears under its name when it is complete.
 
     One file is named model.safetensors and has no index, several are numbered and have one.
-    ``headers_only`` leaves the files sparse: true headers and sizes, zeros for payload. ``progress`` is
-    told the payload bytes written so far.
+    ``headers_only`` leaves the files sparse: true headers, sizes and routing tables, zeros for all other payload.
+    ``progress`` is told the payload bytes written so far.
 
     Raises:
         UsageError: a vocabulary too small for a tokenizer.
@@ -400,8 +401,10 @@ def _write_files(
             _write_all(file.write, memoryview(header))
             if headers_only:
                 file.truncate(len(header) + sum(tensor.nbytes for tensor in ordered))
-                continue
             for tensor in ordered:
+                if headers_only and tensor.recipe.kind is not Kind.HASH_TABLE:
+                    file.seek(tensor.nbytes, os.SEEK_CUR)
+                    continue
                 for piece in tensor_stream(tensor.recipe, tensor.name, tensor.shape, seed):
                     _write_all(file.write, piece)
                     done += len(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.folder import open_folder
+from ..checkpoint.meaning import open_checked
 from ..errors import UnsupportedError, UsageError
 from ..model.config import Version
 from ..plan import Plan
@@ -17,6 +17,7 @@ from .hf_folder import (
     dequantized_tensors,
     hf_files,
 )
+from .output_config import true_config
 
 DEQUANTIZE = "dequantize"
 
@@ -28,6 +29,7 @@ def plan_dequantize(
     dtype: str = "bf16",
     names: str = "official",
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    strict: bool = False,
 ) -> Plan:
     """Plan ``dequantize``: the folder ``out`` with the weights of ``source`` in ``dtype``, without scales.
 
@@ -38,11 +40,11 @@ def plan_dequantize(
     """
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--names", names, NAMES)
-    checkpoint = open_folder(source, versions=tuple(Version))
+    checkpoint = open_checked(source, strict=strict)
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
-    config, source_bytes = checkpoint.config.raw, checkpoint.nbytes
+    config, source_bytes = true_config(checkpoint), checkpoint.nbytes
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
     notes = (*checkpoint.notes, *notes)
     return Plan(

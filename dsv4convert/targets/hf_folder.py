@@ -180,9 +180,9 @@ def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Se
     return OutputTensor(name, dtype, shape, 0, nbytes, segments)
 
 
-def _json_bytes(document: Mapping[str, Any]) -> bytes:
-    """Return a JSON document the way the published folders hold it."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+def json_file(name: str, document: Mapping[str, Any]) -> OutputFile:
+    """Return a file with a JSON document, the way the published folders hold it."""
+    return whole_file(name, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def dequantized_config(raw: Mapping[str, Any], dtype: str, names: str) -> OutputFile:
@@ -190,7 +190,7 @@ def dequantized_config(raw: Mapping[str, Any], dtype: str, names: str) -> Output
     config = {key: value for key, value in raw.items() if key not in (*QUANTIZATION_KEYS, *DTYPE_KEYS)}
     if names == "transformers":
         config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
-    return whole_file(CONFIG_NAME, _json_bytes(config | dict.fromkeys(DTYPE_KEYS, CONFIG_DTYPE[dtype])))
+    return json_file(CONFIG_NAME, config | dict.fromkeys(DTYPE_KEYS, CONFIG_DTYPE[dtype]))
 
 
 def repacked_config(raw: Mapping[str, Any]) -> OutputFile:
@@ -200,4 +200,4 @@ def repacked_config(raw: Mapping[str, Any]) -> OutputFile:
     quantization = raw.get("quantization_config")
     if isinstance(quantization, dict) and EXPERT_DTYPE_KEY in quantization:
         config["quantization_config"] = {**quantization, EXPERT_DTYPE_KEY: "fp8"}
-    return whole_file(CONFIG_NAME, _json_bytes(config))
+    return json_file(CONFIG_NAME, config)

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import open_folder
+from ..checkpoint.meaning import open_checked
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError
-from ..model.config import Version
 from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
 from .dequantize import _one_of
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
+from .output_config import true_config
 
 REPACK = "repack"
 EXPERT_DTYPES = ("fp8",)
@@ -27,7 +27,14 @@ class RepackSummary(Summary):
     changed_elements: int
 
 
-def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> Plan:
+def plan_repack(
+    source: Path,
+    out: Path,
+    *,
+    experts: str = "fp8",
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    strict: bool = False,
+) -> Plan:
     """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
 
     Raises:
@@ -36,7 +43,7 @@ def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--experts", experts, EXPERT_DTYPES)
-    checkpoint = open_folder(source, versions=tuple(Version))
+    checkpoint = open_checked(source, strict=strict)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
@@ -47,7 +54,7 @@ def plan_repack(source: Path, out: Path, *, experts: str = "fp8", max_file_bytes
             got=", ".join(sorted(held)),
             hint="dequantize makes BF16 of any checkpoint",
         )
-    config, source_bytes, notes = checkpoint.config.raw, checkpoint.nbytes, checkpoint.notes
+    config, source_bytes, notes = true_config(checkpoint), checkpoint.nbytes, checkpoint.notes
     tensors, dropped = repacked_tensors(checkpoint)
     return Plan(
         target=REPACK,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
@@ -13,7 +12,6 @@ from ..checkpoint.weights import Encoding, Weight
 from ..containers.safetensors import Stored
 from ..errors import UsageError
 from ..model.config import CONFIG_NAME
-from ..model.config_v41 import TEXT
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
 from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
 from ..plan import (
@@ -240,17 +238,6 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
         return (Segment(Columns(rank * part, (rank + 1) * part), (whole_rows,), rows, part),)
     return CopySegments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
-
-
-def config_without_draft(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without the keys of draft layers."""
-    if TEXT in raw:
-        return {**raw, TEXT: config_without_draft(raw[TEXT])}
-    config = {key: value for key, value in raw.items() if not key.startswith("dspark_")}
-    config["num_nextn_predict_layers"] = 0
-    if "compress_ratios" in raw:
-        config["compress_ratios"] = raw["compress_ratios"][: raw["num_hidden_layers"]]
-    return config
 
 
 def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTensor], tuple[str, ...]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.folder import Checkpoint, open_folder
-from ..checkpoint.shards import is_shard_folder, open_shards
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.meaning import check_meaning, config_notes, open_checked
+from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
 from ..containers.json_object import MAX_CONFIG_BYTES
 from ..containers.untrusted import read_whole
 from ..engine.conversion import Summary
@@ -18,9 +18,10 @@ from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
 from .companions import auxiliary_files, check_apart
-from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, repacked_config
+from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, json_file, repacked_config
+from .output_config import config_without_draft, true_config
 from .safetensors_files import whole_file
-from .shard_tensors import ShardCosts, ShardOptions, config_without_draft, shard_files, unshard_tensors
+from .shard_tensors import ShardCosts, ShardOptions, shard_files, unshard_tensors
 
 SHARD = "shard"
 UNSHARD = "unshard"
@@ -52,7 +53,7 @@ class ShardPlan(NamedTuple):
     costs: ShardCosts
 
 
-def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
+def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool = False) -> ShardPlan:
     """Plan ``shard``: the folder ``out`` with the shards of the chosen ranks, config and tokenizer beside them.
 
     Raises:
@@ -62,7 +63,7 @@ def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
     """
     if is_shard_folder(source):
         raise UsageError("is a folder of shards already", where=source, hint="unshard it first")
-    checkpoint = open_folder(source, versions=tuple(Version))
+    checkpoint = open_checked(source, draft_wanted=options.draft != "drop", strict=strict)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     configs = [_shard_config(checkpoint, options)]
     if checkpoint.config.version is Version.V41:
@@ -83,7 +84,14 @@ def plan_shards(source: Path, out: Path, options: ShardOptions) -> ShardPlan:
     return ShardPlan(plan, costs)
 
 
-def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> Plan:
+def plan_unshard(
+    source: Path,
+    out: Path,
+    *,
+    wo_a: str = "bf16",
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    strict: bool = False,
+) -> Plan:
     """Plan ``unshard``: the checkpoint folder ``out`` from the complete set of shards in ``source``.
 
     Raises:
@@ -94,6 +102,9 @@ def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes:
     """
     shards = open_shards(source, versions=tuple(Version))
     out = check_apart(shards.folder, shards.files, out)
+    parts = (part for weight in shards.weights.values() for part in weight.parts)
+    found = check_meaning(shards.config, parts, shards.files, where=source, strict=strict)
+    found = (*config_notes(shards.config, shards.weights.values(), shards.draft), *found)
     tensors, notes = unshard_tensors(shards, wo_a)
     return Plan(
         target=UNSHARD,
@@ -102,13 +113,13 @@ def plan_unshard(source: Path, out: Path, *, wo_a: str = "bf16", max_file_bytes:
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            _same_config(source),
+            _unsharded_config(shards),
             *auxiliary_files(source),
         ),
         dropped=(),
         options={"wo_a": wo_a, "max_file_bytes": max_file_bytes},
         source_bytes=shards.nbytes,
-        notes=(*shards.notes, *notes, *_missing_tokenizer(source)),
+        notes=(*shards.notes, *found, *notes, *_missing_tokenizer(source)),
     )
 
 
@@ -125,17 +136,23 @@ def costs_as_json(costs: ShardCosts) -> dict[str, Any]:
 
 def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
     """Return config.json: the source's own bytes, or changed where the shards hold another model."""
-    raw = checkpoint.config.raw
+    raw = true_config(checkpoint)
     has_fp4 = any(w.row.store is Store.EXPERT and w.encoding.value == "fp4" for w in checkpoint.weights.values())
     to_fp8 = options.experts == "fp8" and has_fp4
     without_draft = options.draft == "drop" and checkpoint.n_draft > 0
-    if not to_fp8 and not without_draft:
+    if not to_fp8 and not without_draft and raw is checkpoint.config.raw:
         return _same_config(checkpoint.folder)
     if without_draft:
         raw = config_without_draft(raw)
     if to_fp8:
         return repacked_config(raw)
-    return whole_file(CONFIG_NAME, (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode())
+    return json_file(CONFIG_NAME, raw)
+
+
+def _unsharded_config(shards: ShardCheckpoint) -> OutputFile:
+    """Return config.json: the shards' own bytes, or with what they say wrong put right."""
+    raw = true_config(shards)
+    return _same_config(shards.folder) if raw is shards.config.raw else json_file(CONFIG_NAME, raw)
 
 
 def _same_config(source: Path) -> OutputFile:
@@ -149,7 +166,7 @@ def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFi
     flat = inference_config(
         checkpoint.config.flat, experts, with_draft=options.draft == "keep" and checkpoint.n_draft > 0
     )
-    return whole_file(INFERENCE_CONFIG_NAME, (json.dumps(flat, indent=2, ensure_ascii=False) + "\n").encode())
+    return json_file(INFERENCE_CONFIG_NAME, flat)
 
 
 def _missing_tokenizer(source: Path) -> tuple[str, ...]:

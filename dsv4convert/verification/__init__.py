@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import Checkpoint, open_folder
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..containers.gguf import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
@@ -80,25 +81,27 @@ def prepare(
     seed: int = 0,
     foreign: bool = False,
     ignore_keys: Iterable[str] = (),
+    strict: bool = False,
 ) -> Verification:
     """Hold the headers of ``output`` against those of the checkpoint folder ``source``.
 
     ``sample`` is the fraction of each tensor to look at, None for everything. ``foreign`` accepts what
     another tool may do otherwise: any rounding within the format's half step, and other names and
-    wordings of metadata.
+    wordings of metadata. ``strict`` refuses a source with values that are not finite, or all zero.
 
     Raises:
         InputMissingError: source or output is not there.
         Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
     """
     started = time.monotonic()
-    checkpoint = open_folder(source, versions=tuple(Version))
+    checkpoint = open_checked(source, draft_wanted=False, strict=strict)
     if not output.exists():
         raise InputMissingError("no such file or folder", where=output)
     if source.resolve() == output.resolve():
         raise UsageError("source and output are the same", where=output)
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
+    report.notes += checkpoint.notes
     read_model_card(source)
     try:
         pieces = _pieces(layout, output, checkpoint, report)

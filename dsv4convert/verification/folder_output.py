@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ OTHER_FILES = (
 DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 PYTORCH_METADATA = {"format": "pt"}
 COPY_BYTES = 2**20
+
+# What config.json calls a field of ModelConfig, where it is not its name.
+KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
 
 
 class Tensors:
@@ -360,13 +364,18 @@ def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece],
     expected = _expected_config(checkpoint, list(pieces), report)
     if report.foreign:
         try:
-            same = parse_config(found, path) == parse_config(expected, path)
+            theirs, ours = parse_config(found, path), parse_config(expected, path)
         except (ConfigError, UnsupportedError) as error:
             report.problem(KEY, path, str(error))
             return
-        report.keys += 1
-        if not same:
-            report.problem(KEY, path, "describes another model than the source's config.json")
+        for field in fields(ours):
+            left, right = getattr(ours, field.name), getattr(theirs, field.name)
+            if field.compare and field.name not in report.ignored_keys:
+                report.keys += 1
+                if left != right:
+                    key = KEY_OF_FIELD.get(field.name, field.name)
+                    what = "describes another model than the source's config.json"
+                    report.problem(KEY, path, f"{what}: key {key}: expected {left!s:.200}, got {right!s:.200}")
         return
     for key in sorted(set(expected) | set(found)):
         if key in report.ignored_keys:
@@ -403,8 +412,8 @@ def _json(document: Mapping[str, Any], key: str) -> str:
 
 
 def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report) -> dict[str, Any]:
-    """Return the source's config as the tensors of the output say that it must have changed."""
-    config = dict(checkpoint.config.raw)
+    """Return the source's config as the tensors of source and output say that it must have changed."""
+    config = _borne_out(checkpoint)
     quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
     was_quantised = any(piece.source.encoding in QUANTISED for piece in pieces)
     if was_quantised and not quantised:
@@ -430,6 +439,33 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         if "compress_ratios" in text:
             text["compress_ratios"] = text["compress_ratios"][: text["num_hidden_layers"]]
         config = {**config, "text_config": text} if nested else text
+    return config
+
+
+def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the source's config without what its own tensors say is wrong."""
+    config = dict(checkpoint.config.raw)
+    if checkpoint.config.version is not Version.V4:
+        return config
+    layers = checkpoint.config.num_hidden_layers
+    if not checkpoint.n_draft and (
+        config.get("num_nextn_predict_layers") or any(key.startswith("dspark_") for key in config)
+    ):
+        config = {key: value for key, value in config.items() if not key.startswith("dspark_")}
+        config["num_nextn_predict_layers"] = 0
+        if "compress_ratios" in config:
+            config["compress_ratios"] = config["compress_ratios"][:layers]
+    if "compress_ratios" in config:
+        ratios = [0 if ratio == 1 else ratio for ratio in config["compress_ratios"]]
+        config["compress_ratios"] = ratios + [0] * (layers + checkpoint.n_draft - len(ratios))
+    held = {w.encoding.value for w in checkpoint.weights.values() if w.expert is not None and not w.is_draft}
+    if held in ({"fp4"}, {"fp8"}):
+        (dtype,) = held
+        quantization = config.get("quantization_config")
+        if config.get("expert_dtype") is not None:
+            config["expert_dtype"] = dtype
+        if isinstance(quantization, dict) and quantization.get("expert_dtype") is not None:
+            config["quantization_config"] = {**quantization, "expert_dtype": dtype}
     return config
 
 

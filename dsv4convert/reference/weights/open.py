@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Stored, Weight, open_folder
+from ...checkpoint import Checkpoint, Stored, Weight
+from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ...containers.gguf import is_gguf, open_gguf
 from ...errors import InputMissingError
@@ -135,4 +136,4 @@ def open_source(path: Path) -> WeightSource:
         return GgufSource(open_gguf(path))
     if is_shard_folder(path):
         return ShardSource(open_shards(path))
-    return HfSource(open_folder(path))
+    return HfSource(open_checked(path))

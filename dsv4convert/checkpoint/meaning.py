@@ -1,0 +1,305 @@
+"""Facts that right bytes can get wrong: tables, biases and norms, file tails, and config.json against the tensors.
+
+All of it is read before the first output byte: tables, small tensors, and a few KiB of each file and expert. What
+takes the whole of a checkpoint is in ``census``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..containers.safetensors import Stored
+from ..containers.untrusted import open_regular
+from ..errors import InputMissingError, InventoryError
+from ..model.config import CONFIG_NAME, ModelConfig, Version
+from ..model.tensors import Draft, Store
+from .folder import Checkpoint, open_folder
+from .shards import ShardedWeight
+from .weights import Encoding, Weight
+
+# A tensor of at most this many bytes is read whole: norms, biases, sinks, and the constants of hyper-connections.
+MAX_SMALL_BYTES = 64 * 2**10
+
+# Of the others, and of the ends of files, this much is looked at, in three places.
+PROBE_BYTES = 4096
+
+TABLE_CHUNK_BYTES = 4 * 2**20
+
+# How many names a note lists.
+MAX_NAMED = 3
+
+INTEGERS: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+
+# What makes a float no finite number: all bits of its exponent, by the unsigned integer that holds it.
+EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
+
+
+class Finding(NamedTuple):
+    """Something that a model may not mean: what it is, and the tensors or files that it was found in."""
+
+    what: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.names) - MAX_NAMED} more" if len(self.names) > MAX_NAMED else ""
+        return f"{self.what}: {', '.join(self.names[:MAX_NAMED])}{more}"
+
+
+def open_checked(
+    folder: Path,
+    *,
+    versions: Container[Version] = tuple(Version),
+    draft_wanted: bool = True,
+    strict: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint folder as ``open_folder`` does, and check what it means; notes say what is suspicious.
+
+    Raises:
+        Dsv4Error: as for ``open_folder`` and ``check_meaning``.
+    """
+    found = open_folder(folder, versions=versions, draft_wanted=draft_wanted)
+    weights = found.weights.values()
+    notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
+    return replace(found, notes=(*found.notes, *config_notes(found.config, weights, found.draft), *notes))
+
+
+def check_meaning(
+    config: ModelConfig, weights: Iterable[Weight], files: Iterable[Path], *, where: Path, strict: bool = False
+) -> tuple[str, ...]:
+    """Read tables, small tensors and probes of a checkpoint; return a note for all that is suspicious.
+
+    Raises:
+        InventoryError: a routing table that no model can have; or anything suspicious, if ``strict``.
+        InputMissingError: a file cannot be read.
+    """
+    held = list(weights)
+    with _Reader() as reader:
+        check_tables(config, held, reader)
+        found = [*_small_findings(held, reader), *_zero_experts(held, reader), *_zero_tails(held, files, reader)]
+    if strict and found:
+        refuse(found, where)
+    return tuple(map(str, found))
+
+
+def refuse(found: Sequence[Finding], where: object) -> NoReturn:
+    """Refuse a checkpoint for what was found in it.
+
+    Raises:
+        InventoryError: always.
+    """
+    more = f" (and {len(found) - 1} more findings)" if found[1:] else ""
+    raise InventoryError(f"{found[0]}{more}", where=where, hint="without --strict such findings are notes")
+
+
+class _Reader:
+    """Reads pieces of tensors, one file open at a time: tensors mostly come file by file."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, path: Path, offset: int, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes at ``offset`` of a file."""
+        try:
+            if path != self._path:
+                if self._file is not None:
+                    self._file.close()
+                self._path, self._file = path, open_regular(path)
+            self._file.seek(offset)
+            found: bytes = self._file.read(nbytes)
+        except OSError as error:
+            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        if len(found) != nbytes:
+            raise InputMissingError("became shorter while it was read", where=path)
+        return found
+
+    def stored(self, tensor: Stored) -> bytes:
+        """Return the bytes of a tensor."""
+        return self.read(tensor.file, tensor.offset, tensor.nbytes)
+
+    def looks_zero(self, tensor: Stored) -> bool:
+        """Return whether a tensor is zero at its start, in the middle and at its end; a small one everywhere."""
+        size = min(PROBE_BYTES, tensor.nbytes)
+        last = tensor.nbytes - size
+        places = (0, last // 2, last)
+        return size > 0 and not any(self.read(tensor.file, tensor.offset + at, size).strip(b"\0") for at in places)
+
+
+# Tables
+
+
+def check_tables(config: ModelConfig, weights: Iterable[Weight], reader: _Reader) -> None:
+    """Check that each row of each routing table has distinct ids of experts that there are.
+
+    Raises:
+        InventoryError: one has not; names the tensor, the row and the id.
+    """
+    for weight in weights:
+        if weight.row.store is Store.TABLE:
+            dtype = INTEGERS[weight.stored.dtype]
+            experts = config.n_experts(weight.is_draft)
+            rows, columns = weight.shape
+            step = max(1, TABLE_CHUNK_BYTES // (columns * dtype.itemsize))
+            for first in range(0, rows, step):
+                count = min(step, rows - first) * columns
+                offset = weight.stored.offset + first * columns * dtype.itemsize
+                found = reader.read(weight.stored.file, offset, count * dtype.itemsize)
+                check_table_rows(weight, np.frombuffer(found, dtype).reshape(-1, columns), first, experts)
+
+
+def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, experts: int) -> None:
+    """Check rows of a routing table, [rows, experts a token], of which ``first`` is the number of the first.
+
+    Raises:
+        InventoryError: a row has an id outside 0..experts-1, or one twice.
+    """
+    outside = (ids < 0) | (ids >= experts)
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise InventoryError(
+            f"tensor {weight.name}: row {first + row} names an expert that is not there",
+            where=weight.stored.file,
+            expected=f"ids of 0 to {experts - 1}",
+            got=int(ids[row, column]),
+            hint="were experts removed and this table left as it was?",
+        )
+    ordered = np.sort(ids, axis=1)
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    if twice.any():
+        row, column = np.argwhere(twice)[0]
+        raise InventoryError(
+            f"tensor {weight.name}: row {first + row} names an expert twice",
+            where=weight.stored.file,
+            expected=f"{ids.shape[1]} distinct ids",
+            got=f"{int(ordered[row, column])} in {ids[row].tolist()}",
+            hint="was this table lost when the weights were saved? take it from the published checkpoint",
+        )
+
+
+# Values
+
+
+def count_non_finite(dtype: str, content: bytes | memoryview) -> int:
+    """Return how many elements of a float tensor's bytes are NaN or infinite."""
+    kind, exponent = EXPONENTS[dtype]
+    bits = np.frombuffer(content, kind)
+    return int(np.count_nonzero((bits & exponent) == exponent))
+
+
+def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Finding]:
+    """Yield what is not finite, or all zero, in tensors that are small enough to be read whole."""
+    counted: list[str] = []
+    zero: list[str] = []
+    small = [w for w in weights if w.stored.dtype in EXPONENTS and w.expert is None and w.nbytes <= MAX_SMALL_BYTES]
+    for weight in sorted(small, key=_place):
+        content = reader.stored(weight.stored)
+        bad = count_non_finite(weight.stored.dtype, content)
+        if bad:
+            counted.append(f"{weight.name} ({bad} of {len(content) * 8 // _bits(weight)})")
+        elif content and not content.strip(b"\0"):
+            zero.append(weight.name)
+    if counted:
+        yield Finding(NOT_FINITE.format(count=_tensors(len(counted))), tuple(counted))
+    if zero:
+        yield Finding(ALL_ZERO.format(count=_tensors(len(zero))), tuple(zero))
+
+
+NOT_FINITE = "NaN or infinite values in {count}"
+ALL_ZERO = "all bytes are zero in {count}"
+
+
+def _tensors(count: int, what: str = "tensor") -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def _bits(weight: Weight) -> int:
+    return 32 if weight.encoding is Encoding.F32 else 16
+
+
+def _place(weight: Weight) -> tuple[Path, int]:
+    return weight.stored.file, weight.stored.offset
+
+
+def _zero_experts(weights: Iterable[Weight], reader: _Reader) -> Iterator[Finding]:
+    """Yield the routed experts whose matrices are zero wherever they are looked at: a lost rank leaves such."""
+    first = [w for w in weights if w.expert is not None and w.row.name == "w1.weight"]
+    zero = [w.name.removesuffix(".w1.weight") for w in sorted(first, key=_place) if reader.looks_zero(w.stored)]
+    if zero:
+        yield Finding(f"all bytes looked at are zero in {_tensors(len(zero), 'expert')}", tuple(zero))
+
+
+def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
+    """Yield the files that end in zero bytes, as a file does whose room was reserved for a download that stopped."""
+    suspects: dict[Path, list[tuple[int, str, Stored]]] = {}
+    for path in files:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        if size >= PROBE_BYTES and not reader.read(path, size - PROBE_BYTES, PROBE_BYTES).strip(b"\0"):
+            suspects[path] = []
+    if not suspects:
+        return
+    for weight in weights:
+        for stored in (weight.stored, weight.scale):
+            if stored is not None and stored.file in suspects:
+                suspects[stored.file].append((stored.offset, weight.name, stored))
+    for path, tensors in suspects.items():
+        zero: list[str] = []
+        for _, name, stored in sorted(tensors, reverse=True):
+            if not reader.looks_zero(stored):
+                break
+            zero.append(name)
+        if zero:
+            what = f"{path.name} ends in zero bytes, did its download stop? They begin in"
+            yield Finding(f"{what} the last {_tensors(len(zero))}", (zero[-1],))
+        elif tensors:
+            yield Finding(f"{path.name} ends in zero bytes, did its download stop? They begin in", (max(tensors)[1],))
+
+
+# config.json against the tensors
+
+
+def has_draft_keys(raw: Mapping[str, Any]) -> bool:
+    """Return whether a config speaks of draft layers."""
+    return bool(raw.get("num_nextn_predict_layers")) or any(key.startswith("dspark_") for key in raw)
+
+
+def stored_expert_dtype(weights: Iterable[Weight | ShardedWeight]) -> str | None:
+    """Return how the trunk's routed experts are stored, as ``expert_dtype`` spells it; None where it has no word."""
+    held = {w.encoding for w in weights if w.expert is not None and not w.is_draft}
+    names = {Encoding.FP4: "fp4", Encoding.FP8: "fp8"}
+    return names.get(held.pop()) if len(held) == 1 else None
+
+
+def stated_expert_dtypes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says of the experts' encoding, by key: it can say so in two places."""
+    quantization = raw.get("quantization_config")
+    inner = quantization.get("expert_dtype") if isinstance(quantization, dict) else None
+    stated = {"expert_dtype": raw.get("expert_dtype"), "quantization_config.expert_dtype": inner}
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def config_notes(config: ModelConfig, weights: Iterable[Weight | ShardedWeight], draft: Draft) -> tuple[str, ...]:
+    """Return notes on what config.json says and the tensors do not bear out; output configs say what is there."""
+    notes: list[str] = []
+    if config.version is Version.V4 and draft is Draft.NONE and has_draft_keys(config.raw):
+        notes.append(f"{CONFIG_NAME} speaks of draft layers and no tensor is of one: outputs say that there are none")
+    held = stored_expert_dtype(weights)
+    for key, value in stated_expert_dtypes(config.raw).items():
+        if held is not None and value != held:
+            notes.append(f"{CONFIG_NAME}: key {key} says {str(value)[:40]!r}, the experts are {held}: taken as such")
+    return tuple(notes)

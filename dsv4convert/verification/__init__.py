@@ -18,7 +18,6 @@ from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..containers.gguf import is_gguf, open_gguf
 from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
-from ..model.config import Version
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, is_shard_folder, shard_pieces
 from .gguf_keys import check_keys

@@ -14,10 +14,11 @@ import pytest
 
 from ..oracles.llama_cpp import llama_cpp_folder
 from .test_chat_template import ARGUMENTS, FIXTURES, HELLO, PUBLISHED, TEMPLATE, example, with_object_arguments
+from .test_chat_template_v41 import CASES, REFUSED, context
 
 pytestmark = pytest.mark.llama
 
-RenderAll = Callable[[list[dict[str, Any]]], list[str]]
+RenderAll = Callable[..., list[str]]
 LIBRARIES = ("llama-common", "llama", "ggml", "ggml-base")
 
 
@@ -38,9 +39,9 @@ def render_all(tmp_path_factory: pytest.TempPathFactory) -> RenderAll:
         check=True,
     )  # fmt: skip
 
-    def render(requests: list[dict[str, Any]]) -> list[str]:
+    def render(requests: list[dict[str, Any]], name: str = "chat_template.jinja") -> list[str]:
         requests_path.write_text(json.dumps(requests), encoding="utf-8")
-        with resources.as_file(resources.files("dsv4convert.model") / "chat_template.jinja") as template:
+        with resources.as_file(resources.files("dsv4convert.model") / name) as template:
             done = subprocess.run(
                 [str(program), str(template), str(requests_path)],
                 check=True,
@@ -66,6 +67,20 @@ def test_published_prompts_come_out_exactly(render_all: RenderAll) -> None:
             expected += [example(number)[1]] * 2
     assert len(contexts) == 4 * len(PUBLISHED) == 4 * len(list(FIXTURES.glob("input_*.json")))
     assert render_all([{"context": context} for context in contexts]) == expected
+
+
+def test_recorded_prompts_of_v41_come_out_exactly(render_all: RenderAll) -> None:
+    cases = [CASES[name] for name in sorted(CASES.keys() - REFUSED)]
+    requests = [{"context": {**context(case), "add_generation_prompt": True}} for case in cases]
+    assert render_all(requests, "chat_template_v41.jinja") == [case["prompt"] for case in cases]
+
+
+@pytest.mark.parametrize("effort", [0, 101, True, 50.5, "medium"])
+def test_efforts_that_v41_does_not_have_are_errors(render_all: RenderAll, effort: object) -> None:
+    request = {"messages": [{"role": "user", "content": "q"}], "enable_thinking": True, "reasoning_effort": effort}
+    (found,) = render_all([{"context": request}], "chat_template_v41.jinja")
+    assert found.startswith("ERROR")
+    assert "reasoning_effort" in found
 
 
 def conversations() -> list[dict[str, Any]]:

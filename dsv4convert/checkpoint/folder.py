@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..containers.json_object import read_json_object
@@ -63,7 +64,7 @@ class Checkpoint:
 
     folder: Path
     config: ModelConfig
-    weights: dict[str, Weight]
+    weights: Mapping[str, Weight]
     draft: Draft
     n_draft: int
     files: tuple[Path, ...]
@@ -75,11 +76,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Return the payload bytes of all weights and scales."""
         return sum(weight.nbytes for weight in self.weights.values())
-
-    def drain(self) -> Iterator[Weight]:
-        """Yield every weight and forget it, so that inventory and plan are never both in memory whole."""
-        for name in list(self.weights):
-            yield self.weights.pop(name)
 
 
 def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,), draft_wanted: bool = True) -> Checkpoint:
@@ -281,7 +277,7 @@ def resolve(
             hint=f"nothing is dropped in silence; is this a DeepSeek-{config.version.value} checkpoint?",
         )
     notes = (*notes, *_vision_note(config, has_tower))
-    return Checkpoint(folder, config, weights, draft, n_draft, files, len(stored), unused, notes)
+    return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
 
 
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored, read_header
@@ -198,7 +199,7 @@ def _resolve(
                 where=files[rank],
                 hint="are shards of two conversions mixed, or was a file renamed?",
             )
-    return ShardCheckpoint(folder, config, mp, weights, draft, n_draft, tuple(files), n_tensors)
+    return ShardCheckpoint(folder, config, mp, MappingProxyType(weights), draft, n_draft, tuple(files), n_tensors)
 
 
 def _take(expected: Expected, rank: int, ranks: list[dict[str, Stored]], files: list[Path]) -> Weight:

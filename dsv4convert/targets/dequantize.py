@@ -44,9 +44,7 @@ def plan_dequantize(
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
-    config, source_bytes = true_config(checkpoint), checkpoint.nbytes
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
-    notes = (*checkpoint.notes, *notes)
     return Plan(
         target=DEQUANTIZE,
         source=source,
@@ -54,13 +52,13 @@ def plan_dequantize(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            dequantized_config(config, dtype, names),
+            dequantized_config(true_config(checkpoint), dtype, names),
             *auxiliary_files(source),
         ),
         dropped=dropped,
         options={"dtype": dtype, "names": names, "max_file_bytes": max_file_bytes},
-        source_bytes=source_bytes,
-        notes=notes,
+        source_bytes=checkpoint.nbytes,
+        notes=(*checkpoint.notes, *notes),
     )
 
 

@@ -54,7 +54,7 @@ def dequantized_tensors(
     """Return the tensors of ``checkpoint`` without scales, what they leave out, and notes.
 
     ``dtype`` (bf16, f16, f32) is that of all weights but F32 and integer ones, which stay as they are.
-    ``names`` is official, or transformers with the experts of a layer stacked. Drains ``checkpoint``.
+    ``names`` is official, or transformers with the experts of a layer stacked.
 
     Raises:
         InventoryError: experts of one stack that differ in their dtype.
@@ -62,11 +62,11 @@ def dequantized_tensors(
     to = DTYPES[dtype]
     claims = Claims(checkpoint)
     if names == "official":
-        tensors = [_dequantized(weight.name, [claims.take(weight)], to) for weight in checkpoint.drain()]
+        tensors = [_dequantized(weight.name, [claims.take(weight)], to) for weight in checkpoint.weights.values()]
         return tensors, claims.close(), ()
     groups: dict[str, list[Weight]] = {}
     nameless: list[Weight] = []
-    for weight in checkpoint.drain():
+    for weight in checkpoint.weights.values():
         name = _transformers_name(weight)
         if name is None:
             nameless.append(weight)
@@ -116,14 +116,11 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputT
 
 
 def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
-    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in blocks of its version's, all else as it is.
-
-    Drains ``checkpoint``.
-    """
+    """Return the tensors of ``checkpoint`` with FP4 experts as FP8 in blocks of its version's, all else as it is."""
     claims = Claims(checkpoint)
     side = FP8_BLOCKS[checkpoint.config.version]
     tensors: list[OutputTensor] = []
-    for weight in checkpoint.drain():
+    for weight in checkpoint.weights.values():
         claims.take(weight)
         if is_fp4_expert(weight):
             tensors += _fp8_pair(weight, side)

@@ -54,7 +54,6 @@ def plan_repack(
             got=", ".join(sorted(held)),
             hint="dequantize makes BF16 of any checkpoint",
         )
-    config, source_bytes, notes = true_config(checkpoint), checkpoint.nbytes, checkpoint.notes
     tensors, dropped = repacked_tensors(checkpoint)
     return Plan(
         target=REPACK,
@@ -63,13 +62,13 @@ def plan_repack(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            repacked_config(config),
+            repacked_config(true_config(checkpoint)),
             *auxiliary_files(source),
         ),
         dropped=dropped,
         options={"experts": experts, "max_file_bytes": max_file_bytes},
-        source_bytes=source_bytes,
-        notes=notes,
+        source_bytes=checkpoint.nbytes,
+        notes=checkpoint.notes,
     )
 
 

@@ -85,7 +85,7 @@ class ShardCosts:
 def shard_files(
     checkpoint: Checkpoint, options: ShardOptions
 ) -> tuple[tuple[OutputFile, ...], tuple[Dropped, ...], ShardCosts]:
-    """Return the files of the chosen ranks, what they leave out, and what they cost. Drains ``checkpoint``.
+    """Return the files of the chosen ranks, what they leave out, and what they cost.
 
     Raises:
         UsageError: ranks that cannot share the model or are out of range, or an expert dtype that the
@@ -97,11 +97,10 @@ def shard_files(
     _check_options(checkpoint, options)
     claims = Claims(checkpoint)
     side = FP8_BLOCKS[checkpoint.config.version]
-    source_bytes = checkpoint.nbytes
     replicated: Counter[str] = Counter()
     tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
     draft: list[Weight] = []
-    for weight in checkpoint.drain():
+    for weight in checkpoint.weights.values():
         if weight.is_draft and options.draft == "drop":
             draft.append(weight)
             continue
@@ -127,7 +126,7 @@ def shard_files(
         mp,
         {rank: file.nbytes for rank, file in zip(ranks, files, strict=True)},
         dict(replicated.most_common()),
-        source_bytes,
+        checkpoint.nbytes,
     )
     return files, claims.close(), costs
 

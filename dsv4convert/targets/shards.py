@@ -68,7 +68,6 @@ def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool 
     configs = [_shard_config(checkpoint, options)]
     if checkpoint.config.version is Version.V41:
         configs.append(_inference_config(checkpoint, options))
-    notes, source_bytes = checkpoint.notes, checkpoint.nbytes
     files, dropped, costs = shard_files(checkpoint, options)
     plan = Plan(
         target=SHARD,
@@ -78,8 +77,8 @@ def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool 
         files=(*files, *configs, *auxiliary_files(source)),
         dropped=dropped,
         options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
-        source_bytes=source_bytes,
-        notes=(*notes, *_missing_tokenizer(source)),
+        source_bytes=checkpoint.nbytes,
+        notes=(*checkpoint.notes, *_missing_tokenizer(source)),
     )
     return ShardPlan(plan, costs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,8 @@ def test_transformers_names_hold_the_same_numbers(
 def test_experts_of_different_types_cannot_be_stacked(tiny: Path) -> None:
     checkpoint = open_folder(tiny)
     name = "layers.2.ffn.experts.1.w2.weight"
-    checkpoint.weights[name] = checkpoint.weights[name]._replace(encoding=Encoding.F32)
+    odd_one = checkpoint.weights[name]._replace(encoding=Encoding.F32)
+    checkpoint = replace(checkpoint, weights={**checkpoint.weights, name: odd_one})
     with pytest.raises(InventoryError, match=rf"tensor {name}: cannot be stacked with layers\.2\.ffn\.experts\.0"):
         dequantized_tensors(checkpoint, "bf16", "transformers")
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4convert.checkpoint import open_folder
+from dsv4convert.checkpoint.meaning import open_checked
+from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InventoryError
 from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, place
+from dsv4convert.targets import dequantize, gguf, repack, shards
 from dsv4convert.targets.claims import Claims
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.shard_tensors import ShardOptions
 
+from ..checkpoints import MakeCheckpoint
 from ..engine.plans import PLANS, MakePlan
+from .sharding import shard
 
 
 def test_a_weight_claimed_twice_is_an_error(tiny: Path) -> None:
@@ -49,6 +57,51 @@ def test_what_is_dropped_is_counted_with_its_scales(tiny: Path) -> None:
     (dropped,) = claims.close()
     assert dropped.count == sum(1 + (weight.scale is not None) for weight in draft)
     assert dropped.nbytes == sum(weight.nbytes for weight in draft)
+
+
+PLANNERS: dict[str, Callable[[Path, Path], object]] = {
+    "hf-to-gguf": lambda source, out: gguf.plan_gguf(source, out / "a.gguf", GgufOptions()),
+    "hf-to-gguf of drafts": lambda source, out: gguf.plan_gguf(source, out / "a.gguf", GgufOptions(draft="split")),
+    "dequantize": lambda source, out: dequantize.plan_dequantize(source, out / "o"),
+    "transformers": lambda source, out: dequantize.plan_dequantize(source, out / "o", names="transformers"),
+    "repack": lambda source, out: repack.plan_repack(source, out / "o"),
+    "shard": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2)),
+    "shard without drafts": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="drop")),
+    "unshard": lambda source, out: shards.plan_unshard(source, out / "o"),
+}
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_planning_leaves_the_checkpoint_as_it_was(
+    name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint("tiny")
+    if name == "unshard":
+        shard(source, tmp_path / "shards", mp=2)
+        source = tmp_path / "shards"
+    opened: list[tuple[Any, dict[str, Any], int]] = []
+
+    def remembered(open_: Callable[..., Any]) -> Callable[..., Any]:
+        def open_and_remember(*args: Any, **options: Any) -> Any:
+            checkpoint = open_(*args, **options)
+            opened.append((checkpoint, dict(checkpoint.weights), checkpoint.nbytes))
+            return checkpoint
+
+        return open_and_remember
+
+    for module in (gguf, dequantize, repack, shards):
+        monkeypatch.setattr(module, "open_checked", remembered(open_checked))
+    monkeypatch.setattr(shards, "open_shards", remembered(open_shards))
+    PLANNERS[name](source, tmp_path)
+    ((checkpoint, weights, nbytes),) = opened
+    assert dict(checkpoint.weights) == weights
+    assert list(checkpoint.weights) == list(weights)
+    assert checkpoint.nbytes == nbytes > 0
+
+
+def test_the_weights_of_a_checkpoint_cannot_be_taken_away(tiny: Path) -> None:
+    with pytest.raises(AttributeError):
+        open_folder(tiny).weights.pop("embed.weight")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", PLANS.values(), ids=list(PLANS))

@@ -296,7 +296,7 @@ def test_a_source_whose_files_are_links_into_the_output_is_refused(
 
 def test_an_output_with_content_needs_overwrite(tiny: Path, tmp_path: Path) -> None:
     dequantize(tiny, tmp_path / "out", dtype="f32")
-    with pytest.raises(OutputExistsError, match="give --overwrite"):
+    with pytest.raises(OutputExistsError, match="pass --overwrite"):
         dequantize(tiny, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
     dequantize(tiny, tmp_path / "out", overwrite=True)

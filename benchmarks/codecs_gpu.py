@@ -279,47 +279,6 @@ def environment(commit: str | None) -> dict[str, Any]:
     }
 
 
-def host_path(size_mib: int, threads: int, repeats: int, chunk_mib: int) -> dict[str, Any]:
-    """Time FP8 to BF16 from host memory to host memory through the engine's pipeline, on several threads."""
-    import threading
-
-    from dsv4convert.formats.triton import pipeline as cuda
-
-    cuda.CHUNK_BYTES = chunk_mib * MIB
-    codecs = cuda.codecs_on("cuda")
-    result: dict[str, Any] = {"source_mib": size_mib, "threads": threads, "chunk_mib": chunk_mib}
-    for kind in (Scratch, cuda.PinnedScratch):
-        rows = size_mib * MIB // COLUMNS // 128 * 128
-        scratches = [kind() for _ in range(threads)]
-        barrier = threading.Barrier(threads + 1)
-
-        def work(scratch: Scratch, rows: int = rows, barrier: threading.Barrier = barrier) -> None:
-            weight = scratch.array("weight", (rows, COLUMNS), np.uint8)
-            weight[:] = 0x3A
-            scale = np.full((rows // 128, COLUMNS // 128), 120, np.uint8)
-            out = scratch.array("out", (rows, COLUMNS), np.uint16)
-            out[:] = 0
-            codecs.fp8_to_bf16(weight, scale, TALL, out, scratch, Tally())
-            barrier.wait()
-            for _ in range(repeats):
-                codecs.fp8_to_bf16(weight, scale, TALL, out, scratch, Tally())
-            barrier.wait()
-
-        lives = [threading.Thread(target=work, args=(scratch,)) for scratch in scratches]
-        for life in lives:
-            life.start()
-        barrier.wait()
-        began = time.perf_counter()
-        barrier.wait()
-        seconds = (time.perf_counter() - began) / repeats
-        for life in lives:
-            life.join()
-        moved = rows * COLUMNS * threads
-        rates = {"in_gb_per_second": moved / seconds / 1e9, "out_gb_per_second": 2 * moved / seconds / 1e9}
-        result[kind.__name__] = rates
-    return result
-
-
 def main() -> None:
     """Check, time, print a table, save JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -333,7 +292,6 @@ def main() -> None:
     parser.add_argument("--tune-sizes", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--commit", help="the commit, where the checkout does not know it")
     parser.add_argument("--no-check", action="store_true")
-    parser.add_argument("--host", action="store_true", help="time the path from host memory to host memory too")
     options = parser.parse_args()
     chosen = [codec for codec in CODECS if codec.name in options.codecs]
     about = environment(options.commit)
@@ -369,13 +327,8 @@ def main() -> None:
                 flush=True,
             )
             torch.cuda.empty_cache()
-    host = []
-    if options.host:
-        for threads, chunk_mib in ((1, 4), (1, 8), (1, 16), (2, 8), (2, 16), (4, 16)):
-            host.append(host_path(21, threads, 20, chunk_mib))
-            print("host to host, fp8_to_bf16:", host[-1])
     if options.save:
-        record = {"environment": about, "results": rows, "host": host}
+        record = {"environment": about, "results": rows}
         options.save.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -68,7 +68,6 @@ def convert_gguf(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -107,7 +106,7 @@ def convert_gguf(
     )
     target = None if out is None else Path(out)
     plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict)
-    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
 
 
 def shard(
@@ -123,7 +122,6 @@ def shard(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ShardSummary:
@@ -142,7 +140,7 @@ def shard(
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
     plan, costs = plan_shards(Path(source), Path(out), options, strict=strict)
-    summary = _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
     return ShardSummary(**summary.__dict__, costs=costs)
 
 
@@ -157,7 +155,6 @@ def unshard(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -169,7 +166,7 @@ def unshard(
     from .targets.shards import plan_unshard
 
     plan = plan_unshard(Path(source), Path(out), wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
-    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
 
 
 def dequantize(
@@ -184,7 +181,6 @@ def dequantize(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -199,7 +195,7 @@ def dequantize(
     plan = plan_dequantize(
         Path(source), Path(out), dtype=dtype, names=names, max_file_bytes=parse_size(max_file_size), strict=strict
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict)
 
 
 def repack(
@@ -213,7 +209,6 @@ def repack(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> RepackSummary:
@@ -228,9 +223,7 @@ def repack(
     plan = plan_repack(
         Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size), strict=strict
     )
-    return summarize_repack(
-        plan, _carry_out(plan, threads, overwrite, resume, fresh, device, dry_run, progress, strict=strict)
-    )
+    return summarize_repack(plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict))
 
 
 def _carry_out(
@@ -239,7 +232,6 @@ def _carry_out(
     overwrite: bool,
     resume: bool,
     fresh: bool,
-    device: str,
     dry_run: bool,
     progress: Progress | None,
     *,
@@ -262,7 +254,6 @@ def _carry_out(
         overwrite=overwrite,
         resume=resume,
         fresh=fresh,
-        device=device,
         progress=_of_total(progress, plan.nbytes),
         before_finish=before_finish,
     )

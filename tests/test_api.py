@@ -223,7 +223,6 @@ def test_layers_of_a_model_are_a_range_from_the_first(tiny: Path) -> None:
         ({"max_file_size": 0}, "--max-file-size: not a size"),
         ({"max_file_size": -1}, "--max-file-size: not a size"),
         ({"layers": "3-"}, "--layers: not a range"),
-        ({"device": "tpu"}, "--device: unknown"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -74,7 +74,6 @@ class RunOptions:
     overwrite: bool
     resume: bool
     fresh: bool
-    device: str
     dry_run: bool
     quiet: bool
     as_json: bool
@@ -85,14 +84,6 @@ RUN_OPTIONS = (
     overwrite_option,
     option("--resume", is_flag=True, panel=RUN, help="Continue an interrupted run of the same conversion."),
     option("--fresh", is_flag=True, panel=RUN, help="Discard the work of an interrupted run and start over."),
-    option(
-        "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        default="cpu",
-        show_default=True,
-        panel=RUN,
-        help="Processor that converts the values; cuda needs an NVIDIA GPU.",
-    ),
     option("--dry-run", is_flag=True, panel=RUN, help="Print the plan with the disk and memory it needs, and stop."),
     quiet_option,
     json_option,

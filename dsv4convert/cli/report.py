@@ -183,7 +183,6 @@ def run_conversion(
             overwrite=run.overwrite,
             resume=run.resume,
             fresh=run.fresh,
-            device=run.device,
             dry_run=run.dry_run,
             progress=progress,
             **options,

@@ -19,7 +19,7 @@ from ..errors import (
     SpaceError,
     UsageError,
 )
-from ..formats.backend import Codecs, default_codecs
+from ..formats.backend import default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .dry_run import DryRun, foresee
@@ -29,7 +29,6 @@ from .manifest import check_claimed, finished_before, manifest_path, write_manif
 from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path
 from .resources import check_space, default_threads
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
-from .worker import TILE_BYTES
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
 
@@ -78,7 +77,6 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    device: str = "cpu",
     progress: Callable[[int], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     record_seconds: float = RECORD_SECONDS,
@@ -102,7 +100,7 @@ def execute(
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", hint="one goes on with the work, one discards it")
     threads = default_threads() if threads is None else threads
-    codecs, tile_bytes = device_codecs(device, plan)
+    codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
     path, manifest = journal_path(plan), manifest_path(plan)
     mark = fingerprint(plan)
@@ -136,7 +134,6 @@ def execute(
                 outputs,
                 threads=threads,
                 codecs=codecs,
-                tile_bytes=tile_bytes,
                 progress=progress,
                 recorder=journal,
                 record_seconds=record_seconds,
@@ -247,23 +244,6 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except (OSError, ValueError):
         return None
-
-
-def device_codecs(device: str, plan: Plan) -> tuple[Codecs, int]:
-    """Return the codecs of ``device`` ("cpu" or "cuda") and the tile size in bytes that suits them.
-
-    Raises:
-        UsageError: another device.
-        DeviceError: no GPU, or no torch and triton.
-    """
-    if device == "cpu":
-        return default_codecs(), TILE_BYTES
-    if device != "cuda":
-        raise UsageError("--device: unknown", expected="cpu or cuda", got=device)
-    from ..formats.triton.pipeline import cuda_codecs, preferred_tile_bytes, require_cuda
-
-    require_cuda()
-    return cuda_codecs(), preferred_tile_bytes()
 
 
 def summarize(plan: Plan, report: RunReport) -> Summary:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
-from ..formats.base import Tally
-from ..formats.triton.pipeline import scratch_for
+from ..formats.base import Scratch, Tally
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .kernel_copy import KernelCopier
 from .operations import as_f32, divides_blocks, make_tile, squares
@@ -44,7 +43,7 @@ class Worker:
         self._codecs = codecs
         self._descriptors = descriptors
         self._tile_bytes = tile_bytes
-        self._scratch = scratch_for(codecs)
+        self._scratch = Scratch()
         self._kernel = kernel
         self._digests = digests
         self.done_bytes = 0

@@ -19,11 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv4convert.errors import DeviceError
 from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
-from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
-from dsv4convert.formats.triton.pipeline import require_cuda
 
 BYTES = np.arange(256, dtype=np.uint8)
 # What no codec may leave in its output.
@@ -288,66 +285,6 @@ def tensors_off_the_16_byte_boundary_are_converted(device: Any) -> None:
 
 
 @case
-def host_tiles_go_through_the_pipeline_in_chunks(device: Any) -> None:
-    from dsv4convert.formats.triton import pipeline as cuda
-
-    rng = np.random.default_rng(8)
-    rows, columns = 600, 256
-    fp8 = sound_fp8(rng, (rows, columns))
-    fp8[571, 9] = 0x7F
-    fp4 = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
-    tall = scales_for(rng, fp8.shape, (128, 128), 112, 123)
-    flat = scales_for(rng, fp8.shape, (1, 32), 112, 123)
-    flat[3, 7] = flat[599, 5] = 255
-    codecs = cuda.codecs_on(device)
-    for name, inputs, shapes in (
-        ("fp8_to_bf16", [fp8, tall, (128, 128)], with_shape(fp8.shape)),
-        ("fp8_to_bf16", [fp8, np.exp2(tall.astype(np.float32) - 127), (128, 128)], with_shape(fp8.shape)),
-        ("fp4_to_bf16", [fp4, flat, (1, 32)], with_shape(fp8.shape)),
-        ("fp4_to_mxfp4", [fp4, flat], [((rows, columns // 32 * 17), np.uint8)]),
-        ("fp4_to_fp8", [fp4, flat], fp8_outputs(fp8.shape)),
-        ("fp8_to_q8_0", [fp8, tall, (128, 128)], [((rows, columns // 32 * 34), np.uint8)]),
-    ):
-        results = []
-        for function in (getattr(numpy_codecs(), name), getattr(codecs, name)):
-            # Few rows a chunk, so that every slot is used more than once, and no tile too small for it.
-            cuda.CHUNK_BYTES, cuda.WORTH_THE_WAY_BYTES = 2**16, 0
-            outputs = [np.full(shape, POISON, dtype) for shape, dtype in shapes]
-            tally = Tally()
-            function(*inputs, *outputs, Scratch(), tally)
-            results.append((outputs, tally))
-        (wanted, wanted_tally), (made, made_tally) = results
-        for one, other in zip(made, wanted, strict=True):
-            np.testing.assert_array_equal(one, other)
-        assert made_tally == wanted_tally
-        assert wanted_tally != Tally()
-
-
-@case
-def an_error_in_a_chunk_leaves_the_pipeline_usable(device: Any) -> None:
-    from dsv4convert.formats.triton.pipeline import CudaPipeline, Rows
-
-    source = np.arange(6000, dtype=np.uint8).reshape(600, 10)
-    out = np.zeros_like(source)
-    calls = []
-
-    def copies(inputs: list[Any], outputs: list[Any], counts: Any) -> None:
-        outputs[0].copy_(inputs[0])
-
-    def fails_later(inputs: list[Any], outputs: list[Any], counts: Any) -> None:
-        calls.append(inputs[0].shape[0])
-        if len(calls) == 3:
-            raise RuntimeError("no")
-
-    pipeline = CudaPipeline(device, chunk_bytes=1000)
-    with pytest.raises(RuntimeError, match="no"):
-        pipeline.run(fails_later, [Rows(source, 1)], [Rows(out, 1)], 4, Tally())
-    pipeline.run(copies, [Rows(source, 1)], [Rows(out, 1)], 4, Tally())
-    np.testing.assert_array_equal(out, source)
-    assert calls == [48, 48, 48]
-
-
-@case
 def counts_can_stay_on_the_device(device: Any) -> None:
     import torch
 
@@ -434,22 +371,6 @@ def test_triton(name: str, outcomes: dict[str, str | None]) -> None:
     pytest.importorskip("triton")
     failure = outcomes[name]
     assert failure is None, failure
-
-
-def test_without_torch_the_device_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match=r"--device cuda needs torch, which is not installed; install it with: pip"):
-        require_cuda()
-
-
-def test_without_a_gpu_the_device_error_says_so() -> None:
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(DeviceError, match="--device cuda needs") as error:
-        require_cuda()
-    assert "\n" not in str(error.value)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-"""The codecs as Triton kernels, and the pipeline that feeds them."""
+"""The codecs as Triton kernels, for tensors that are on the GPU already."""
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def plain_q8_0(values: Array) -> Array:
 
 def plain_fp4_to_fp8(w: dict[str, Array]) -> Array:
     rows, columns = w["x"].shape
-    tall, wide = -(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])
-    tile = w["fp4_scale"].reshape(tall, -1, wide, FP8_BLOCK[1] // GROUP).max(axis=(1, 3)) - 6
+    down, across = -(-rows // FP8_BLOCK[0]), -(-columns // FP8_BLOCK[1])
+    tile = w["fp4_scale"].reshape(down, -1, across, FP8_BLOCK[1] // GROUP).max(axis=(1, 3)) - 6
     ratio = spread(w["fp4_scale"], (1, GROUP), (rows, columns)) / spread(tile, FP8_BLOCK, (rows, columns))
     codes = np.stack([w["fp4"] & 15, w["fp4"] >> 4], axis=-1).reshape(rows, columns)
     return (FP4_VALUES[codes] * ratio).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)

@@ -183,7 +183,7 @@ def _resolve(
             holders = range(rank, rank + 1)
         local = expected._replace(shape=local_shape(expected.shape, split, mp))
         parts = tuple(_take(local, rank, ranks, files) for rank in holders)
-        _check_alike(expected.name, holders, parts)
+        _check_same_storage(expected.name, holders, parts)
         copied = split is Split.COPY
         weights[expected.name] = ShardedWeight(
             expected.name, expected.row, expected.shape, parts[:1] if copied else parts, parts[1:] if copied else ()
@@ -218,7 +218,7 @@ def _take(expected: Expected, rank: int, ranks: list[dict[str, Stored]], files: 
     return pair(expected, stored, scale)
 
 
-def _check_alike(name: str, holders: range, parts: tuple[Weight, ...]) -> None:
+def _check_same_storage(name: str, holders: range, parts: tuple[Weight, ...]) -> None:
     first = parts[0]
     for rank, part in zip(holders, parts, strict=True):
         if (part.stored.dtype, part.block) != (first.stored.dtype, first.block) or (

@@ -373,8 +373,8 @@ def _token_lists(
             by_id[token_id] = text.replace(SENTENCEPIECE_SPACE, " ")
     tokens = tuple(f"[PAD{i}]" if token is None else token for i, token in enumerate(by_id))
     normal = [text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL]
-    if strange := set("".join(normal)) - unicode_to_bytes().keys():
-        text = next(text for text in normal if strange & set(text))
+    if foreign := set("".join(normal)) - unicode_to_bytes().keys():
+        text = next(text for text in normal if foreign & set(text))
         raise TokenizerError(f"token {text[:60]!r}: characters outside the byte-level alphabet", where=where)
     _check_encodable(tokens, "token", where)
     return tokens, tuple(types)

@@ -80,14 +80,14 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
         )
 
 
-def check_unchanged(plan: Plan, mark: Mapping[str, Any]) -> None:
-    """Check that the source files are those of which the fingerprint ``mark`` was taken.
+def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
+    """Check that the source files are those of which ``fingerprint`` was taken.
 
     Raises:
         FileFormatError: one changed meanwhile; what was read of it may be of both.
         InputOutputError: one cannot be looked at.
     """
-    for name, before in mark["source"].items():
+    for name, before in fingerprint["source"].items():
         path = plan.source / name
         with os_errors(path, "read"):
             status = path.stat()

@@ -117,17 +117,17 @@ def run_plan(
         resumed += _segment(plan, entry.task).nbytes
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
     workers: list[Worker] = []
-    lives = [
+    worker_threads = [
         threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
         for _ in range(threads)
     ]
     keeper = _Keeper(shared, workers, outputs, done, recorder, record_seconds)
     try:
-        for life in (*lives, keeper):
-            life.start()
-        while any(life.is_alive() for life in lives):
-            for life in lives:
-                life.join(POLL_SECONDS / threads)
+        for thread in (*worker_threads, keeper):
+            thread.start()
+        while any(thread.is_alive() for thread in worker_threads):
+            for thread in worker_threads:
+                thread.join(POLL_SECONDS / threads)
             if progress is not None:
                 progress(resumed + sum(worker.done_bytes for worker in workers))
         keeper.finish()
@@ -137,9 +137,9 @@ def run_plan(
             raise shared.error
     except BaseException as error:
         _stop(shared, workers)
-        for life in lives:
-            if life.ident is not None:
-                life.join()
+        for thread in worker_threads:
+            if thread.ident is not None:
+                thread.join()
         keeper.finish()
         keeper.give_up_after(GRACE_SECONDS)
         if isinstance(error, KeyboardInterrupt):

@@ -210,8 +210,8 @@ def check_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, side: int = FP8_TILE) -
 def _fill_tile_scales(scale: ArrayU8, out_scale: ArrayU8, side: int) -> npt.NDArray[np.int16]:
     """Fill the tiles' scales; return them as numbers, 0 where all scales of a tile are NaN."""
     ranked = scale + np.uint8(1)  # NaN wraps to 0, below all others
-    tall = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], side), axis=0)
-    largest = np.maximum.reduceat(tall, np.arange(0, scale.shape[1], side // GROUP), axis=1)
+    by_rows = np.maximum.reduceat(ranked, np.arange(0, scale.shape[0], side), axis=0)
+    largest = np.maximum.reduceat(by_rows, np.arange(0, scale.shape[1], side // GROUP), axis=1)
     tile: npt.NDArray[np.int16] = largest.astype(np.int16) - np.int16(1 + FP8_HEADROOM_EXPONENT)
     np.maximum(tile, 0, out=tile)
     np.copyto(out_scale, np.where(largest == 0, NAN_BYTE, tile), casting="unsafe")

@@ -136,10 +136,10 @@ def quantise_fp8(values: ArrayF32, block: Block) -> tuple[ArrayU8, ArrayU8]:
     rows, columns = values.shape
     if not np.isfinite(values).all():
         raise ValueError("cannot quantise NaN or infinity")
-    tall, wide = -(-rows // block[0]), -(-columns // block[1])
-    padded = np.zeros((tall * block[0], wide * block[1]), np.float32)
+    down, across = -(-rows // block[0]), -(-columns // block[1])
+    padded = np.zeros((down * block[0], across * block[1]), np.float32)
     padded[:rows, :columns] = np.abs(values)
-    amax = padded.reshape(tall, block[0], wide, block[1]).max(axis=(1, 3))
+    amax = padded.reshape(down, block[0], across, block[1]).max(axis=(1, 3))
     fraction, exponent = np.frexp(np.maximum(amax, np.float32(MAX * 2.0**-126)))
     # amax = fraction * 2^exponent with fraction in [1/2, 1), and 448 = 0.875 * 2^9.
     limit_fraction, limit_exponent = np.frexp(np.float32(MAX))
@@ -274,14 +274,14 @@ def _decode_power_of_two(
 def _multiply_blocks(values: ArrayF32, factor: ArrayF32, block: Block, scratch: Scratch) -> None:
     """Multiply [R, C] in place by its block factors [ceil(R/br), ceil(C/bc)]."""
     rows, columns = values.shape
-    tall, width = block
-    if tall == 1 and columns % width == 0:
+    height, width = block
+    if height == 1 and columns % width == 0:
         groups = values.reshape(rows, columns // width, width)
         np.multiply(groups, factor[:, :, None], out=groups)
         return
     spread = spread_columns(factor, columns, width, scratch, "base.factor")
-    for index, start in enumerate(range(0, rows, tall)):
-        part = values[start : start + tall]
+    for index, start in enumerate(range(0, rows, height)):
+        part = values[start : start + height]
         np.multiply(part, spread[index], out=part)
 
 

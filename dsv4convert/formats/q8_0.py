@@ -96,9 +96,9 @@ def quantise_blocks(x: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally, n
         d = amax / np.float32(LEVELS)
         inverse = np.where(d == 0, np.float32(0), np.float32(1) / d)
         np.multiply(x, inverse[:, None], out=work)
-        strange = ~(np.isfinite(inverse) & np.isfinite(amax))
-        if strange.any():
-            work[strange] = 0
+        nonfinite = ~(np.isfinite(inverse) & np.isfinite(amax))
+        if nonfinite.any():
+            work[nonfinite] = 0
         # Half away from zero: what trunc drops is exact, and its double truncates to -1, 0 or 1.
         np.trunc(work, out=whole)
         np.subtract(work, whole, out=work)

@@ -65,8 +65,8 @@ class _SegmentsOf(MadeSegments):
         return self._of_block(*list(row_blocks(self._source.shape[0], self._source.side))[number])
 
     @abstractmethod
-    def _of_block(self, first: int, count: int, tall: int) -> Segment:
-        """Return the segment of ``count`` rows from ``first`` on, in blocks of ``tall`` rows."""
+    def _of_block(self, first: int, count: int, height: int) -> Segment:
+        """Return the segment of ``count`` rows from ``first`` on, in blocks of ``height`` rows."""
 
 
 class _CodeSegments(_SegmentsOf):
@@ -76,12 +76,12 @@ class _CodeSegments(_SegmentsOf):
     def nbytes(self) -> int:
         return math.prod(self._source.shape)
 
-    def _of_block(self, first: int, count: int, tall: int) -> Segment:
+    def _of_block(self, first: int, count: int, height: int) -> Segment:
         source = self._source
         columns = source.shape[1]
         packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
-        scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, tall, "u1")
+        scales = Operand(source.scale_file, source.scale_offset + first * groups, height * groups, height, "u1")
         return Segment(codes_operation(source.side), (weights, scales), count, columns)
 
 
@@ -92,12 +92,12 @@ class _ScaleSegments(_SegmentsOf):
     def nbytes(self) -> int:
         return math.prod(fp8_scale_shape(self._source.shape, self._source.side))
 
-    def _of_block(self, first: int, count: int, tall: int) -> Segment:
+    def _of_block(self, first: int, count: int, height: int) -> Segment:
         source = self._source
         groups = source.shape[1] // FP4_BLOCK
-        scales = Operand(source.scale_file, source.scale_offset + first * groups, tall * groups, 1, "u1")
+        scales = Operand(source.scale_file, source.scale_offset + first * groups, height * groups, 1, "u1")
         columns = fp8_scale_shape(source.shape, source.side)[1]
-        return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // tall, columns)
+        return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // height, columns)
 
 
 @lru_cache
@@ -142,15 +142,15 @@ def bf16_to_fp8_segments(
     scales_per_row = -(-columns // block[1])
     codes: list[Segment] = []
     scales: list[Segment] = []
-    for first, count, tall in row_blocks(rows, block[0]):
+    for first, count, height in row_blocks(rows, block[0]):
         start = weight.stored.offset + first * row_bytes
-        operand = Operand(weight.stored.file, start, tall * row_bytes, tall, "<u2")
+        operand = Operand(weight.stored.file, start, height * row_bytes, height, "<u2")
         codes.append(Segment(Bf16ToFp8Codes(block), (operand,), count, columns))
         scales.append(
             Segment(
                 Bf16ToFp8Scales(columns, scale_dtype == "F32", block),
                 (operand._replace(rows_per=1),),
-                count // tall,
+                count // height,
                 scales_per_row * SCALE_BYTES[scale_dtype],
             )
         )

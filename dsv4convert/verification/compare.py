@@ -118,30 +118,30 @@ def _nbytes(matrix: Matrix, size: tuple[int, int]) -> int:
 
 
 class Cut(NamedTuple):
-    """A rectangle cut into blocks of ``tall`` rows and ``wide`` columns."""
+    """A rectangle cut into blocks of ``height`` rows and ``width`` columns."""
 
     rows: int
     columns: int
-    tall: int
-    wide: int
+    height: int
+    width: int
 
     @property
     def blocks(self) -> int:
         """Return the number of blocks."""
-        return -(-self.rows // self.tall) * -(-self.columns // self.wide)
+        return -(-self.rows // self.height) * -(-self.columns // self.width)
 
     def block(self, number: int) -> tuple[int, int, int, int]:
         """Return (top, bottom, left, right) of a block."""
-        down, across = divmod(number, -(-self.columns // self.wide))
-        top, left = down * self.tall, across * self.wide
-        return top, min(top + self.tall, self.rows), left, min(left + self.wide, self.columns)
+        down, across = divmod(number, -(-self.columns // self.width))
+        top, left = down * self.height, across * self.width
+        return top, min(top + self.height, self.rows), left, min(left + self.width, self.columns)
 
 
 def _cut(piece: Piece, how: Comparison) -> Cut:
     """Cut a piece into blocks: whole rows if they are not too long, whole tiles where they share a scale."""
     rows, columns = piece.size
     kinds = {piece.output.encoding, piece.source.encoding}
-    wide, step = columns, 1
+    width, step = columns, 1
     if piece.source.encoding == "fp4" and piece.output.encoding == "fp8":
         elements, step = TILED_BLOCK_ELEMENTS, _tile(piece)
     else:
@@ -150,11 +150,11 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
     if how.sample is not None:
         elements = SAMPLE_BLOCK_ELEMENTS
     if step > 1:
-        wide = max(step, elements // step // step * step)
+        width = max(step, elements // step // step * step)
     elif columns > elements:
-        wide = elements // BLOCK * BLOCK
-    tall = max(step, elements // max(1, min(wide, columns)) // step * step)
-    return Cut(rows, columns, tall, max(1, wide))
+        width = elements // BLOCK * BLOCK
+    height = max(step, elements // max(1, min(width, columns)) // step * step)
+    return Cut(rows, columns, height, max(1, width))
 
 
 def _chosen(piece: Piece, cut: Cut, how: Comparison) -> Iterable[int]:

@@ -163,8 +163,8 @@ def same_bytes(left: Matrix, at: tuple[Span, Span], right: Matrix, right_at: tup
         return False
     if left.scale is None or right.scale is None:
         return left.scale is right.scale
-    (tall, wide), like = left.scale.block, left.scale.block == right.scale.block
-    shifted = any((a[0] - b[0]) % step for a, b, step in zip(at, right_at, (tall, wide), strict=True))
+    (height, width), like = left.scale.block, left.scale.block == right.scale.block
+    shifted = any((a[0] - b[0]) % step for a, b, step in zip(at, right_at, (height, width), strict=True))
     if not like or shifted or left.scale.dtype != right.scale.dtype:
         return False
     return np.array_equal(_read_grid(left.scale, *at), _read_grid(right.scale, *right_at))
@@ -178,10 +178,10 @@ def _read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
 
 def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
     """Return the scales that serve a region of elements, as integers."""
-    tall, wide = scale.block
+    height, width = scale.block
     item = np.dtype(SCALE_DTYPE[scale.dtype])
-    down = rows[0] // tall, (rows[1] - 1) // tall + 1
-    right = columns[0] // wide, (columns[1] - 1) // wide + 1
+    down = rows[0] // height, (rows[1] - 1) // height + 1
+    right = columns[0] // width, (columns[1] - 1) // width + 1
     row_bytes = scale.columns * item.itemsize
     return _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
 
@@ -227,9 +227,9 @@ def _with_scale(matrix: Matrix, codes: Bytes, rows: Span, columns: Span) -> Any:
     scale = matrix.scale
     if scale is None:
         raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
-    tall, wide = scale.block
-    row = np.arange(*rows) // tall - rows[0] // tall
-    column = np.arange(*columns) // wide - columns[0] // wide
+    height, width = scale.block
+    row = np.arange(*rows) // height - rows[0] // height
+    column = np.arange(*columns) // width - columns[0] // width
     spread = _read_grid(scale, rows, columns)[:, column][row]
     kind = np.uint16 if matrix.encoding == "fp8" else np.uint64
     return (spread.astype(kind) << kind(8)) | codes

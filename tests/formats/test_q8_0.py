@@ -104,8 +104,8 @@ def test_every_scale_byte_with_every_largest_magnitude(codecs: Codecs, scratch: 
         weight = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
         weight[(weight & 0x7F) == 0x7F] = 0x7E
         weight &= (0x80 | rng.integers(0, 128, (rows, columns // 32), dtype=np.uint8)).repeat(32, axis=1)
-        tall = -(-rows // block[0])
-        scale = ((first + np.arange(tall)) % 256).astype(np.uint8)[:, None].repeat(2, axis=1)
+        down = -(-rows // block[0])
+        scale = ((first + np.arange(down)) % 256).astype(np.uint8)[:, None].repeat(2, axis=1)
         scale = np.ascontiguousarray(scale)
         out, _ = quantise(codecs, "fp8_to_q8_0", weight, scale, block, shape=weight.shape, scratch=scratch)
         np.testing.assert_array_equal(out, plain_rows(decoded(weight, scale, block)))

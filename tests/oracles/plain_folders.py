@@ -76,8 +76,8 @@ def exact_values(weight: Raw, scale: Raw | None) -> Array:
         factors = scale.values.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
     else:
         factors = scale.values.view(np.float32).astype(np.float64)
-    tall, wide = (1, 32) if weight.dtype == "I8" else (128, 128)
-    spread = np.repeat(np.repeat(factors, tall, axis=0), wide, axis=1)
+    height, width = (1, 32) if weight.dtype == "I8" else (128, 128)
+    spread = np.repeat(np.repeat(factors, height, axis=0), width, axis=1)
     with np.errstate(invalid="ignore"):
         return values * spread[: values.shape[0], : values.shape[1]]
 

@@ -48,8 +48,8 @@ def values(tensors: Tensors, name: str) -> npt.NDArray[np.float32]:
         codes = plain.fp4_values(np.frombuffer(data, np.uint8).reshape(shape)).astype(np.float32)
     else:
         codes = np.frombuffer(data, ml_dtypes.float8_e4m3fn).astype(np.float32).reshape(shape)
-    tall, wide = (-(-a // b) for a, b in zip(codes.shape, scale.shape, strict=True))
-    spread = np.repeat(np.repeat(scale, tall, axis=0), wide, axis=1)
+    height, width = (-(-a // b) for a, b in zip(codes.shape, scale.shape, strict=True))
+    spread = np.repeat(np.repeat(scale, height, axis=0), width, axis=1)
     return codes * spread[: codes.shape[0], : codes.shape[1]]
 
 

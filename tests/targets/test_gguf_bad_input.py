@@ -257,7 +257,7 @@ def test_a_folder_under_the_name_of_the_output_is_not_replaced(tiny: Path, tmp_p
     arguments = ("hf-to-gguf", tiny, tmp_path / "model.gguf", "--max-file-size", "2M", "--overwrite")
     result = run_cli(*arguments)
     assert result.code == EXISTS
-    assert "cannot be replaced by this output" in result.error
+    assert "already exists, and is no file" in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00003.gguf"]
 
 

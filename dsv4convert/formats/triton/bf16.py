@@ -123,7 +123,7 @@ def _to_bf16(
     tile = tl.cast(tl.program_id(0), tl.int64)
     start = tile * (TILE * PER_VECTOR)
     stop = tl.minimum(start + TILE * PER_VECTOR, elements)
-    go_over = tl.full((), 1, tl.int32)
+    fall_back = tl.full((), 1, tl.int32)
     if VECTORS and stop - start == TILE * PER_VECTOR:
         lift: tl.constexpr = E2M1_LIFT if FP4 else E4M3_LIFT
         lowest: tl.constexpr = E2M1_LOWEST_BYTE if FP4 else E4M3_LOWEST_BYTE
@@ -132,7 +132,7 @@ def _to_bf16(
         word = vector * WORDS + tl.arange(0, WORDS)[None, :]
         held = scale_of_vectors(scale, tile, TILE, PER_VECTOR, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
         byte = scale_byte(held, FLOAT_SCALE)
-        strange = (byte < lowest) | (byte > highest)
+        needs_fallback = (byte < lowest) | (byte > highest)
         multiplier = power_of_two(byte - 127 + lift)[:, None]
         if FP4:
             group = tl.load(code_groups + tile * (TILE * WORDS) + word).to(tl.int32)
@@ -142,7 +142,7 @@ def _to_bf16(
             group = tl.load(code_groups + tile * (TILE * 2) + vector * 2 + tl.arange(0, 2)[None, :])
             # Only the magnitude 0x7F carries into the sign's place when 1 is added.
             carried = (group & 0x7F7F7F7F) + 0x01010101
-            strange |= (tl.reduce(carried, 1, either) & NAN_CARRY) != 0
+            needs_fallback |= (tl.reduce(carried, 1, either) & NAN_CARRY) != 0
             # Where the two elements of each output word start in an int32 of codes.
             to_top = 16 - (tl.arange(0, WORDS) % 2)[None, :] * 16
             group = tl.reshape(tl.join(group, group), [TILE, WORDS])
@@ -152,10 +152,10 @@ def _to_bf16(
         high_bits = high.to(tl.int32, bitcast=True)
         pair = ((low_bits >> 16) & 0xFFFF) | (high_bits & UPPER_HALF)
         tl.store(out_words + tile * (TILE * WORDS) + word, pair, cache_modifier=STORE_CACHE)
-        go_over = tl.max(strange.to(tl.int32), axis=0)
+        fall_back = tl.max(needs_fallback.to(tl.int32), axis=0)
         # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-    if go_over != 0:
+    if fall_back != 0:
         _carefully(
             codes, scale, out, counters, start, stop, FP4, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, CAREFUL
         )

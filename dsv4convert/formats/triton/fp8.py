@@ -158,13 +158,13 @@ def _fp4_to_fp8(
     tile = tl.cast(tl.program_id(0), tl.int64)
     start = tile * (TILE * PER_VECTOR)
     stop = tl.minimum(start + TILE * PER_VECTOR, elements)
-    go_over = tl.full((), 1, tl.int32)
+    fall_back = tl.full((), 1, tl.int32)
     if VECTORS and stop - start == TILE * PER_VECTOR:
         word = tl.arange(0, TILE)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
         byte = scale_of_vectors(scale, tile, TILE, PER_VECTOR, COLUMNS, 1, GROUP).to(tl.int32)
         tile_byte = scale_of_vectors(out_scale, tile, TILE, PER_VECTOR, COLUMNS, SIDE, SIDE).to(tl.int32)
         exponent = byte - tile_byte + REBIAS
-        strange = (exponent < LOWEST_EXPONENT) | (exponent > HIGHEST_EXPONENT) | (byte == E8M0_NAN)
+        needs_fallback = (exponent < LOWEST_EXPONENT) | (exponent > HIGHEST_EXPONENT) | (byte == E8M0_NAN)
         quad = tl.load(packed_quads + tile * (TILE * WORDS) + word).to(tl.int32)
         code = quad & 0xFFFF
         code = (code | (code << 8)) & LOW_BYTES
@@ -176,10 +176,10 @@ def _fp4_to_fp8(
         made = (magnitude << 2) + nonzero * ((exponent << 3) - 4)[:, None] + (from_one << 2)
         made |= (code & (ONES * 8)) << 4
         tl.store(out_words + tile * (TILE * WORDS) + word, made, cache_modifier=STORE_CACHE)
-        go_over = tl.max(strange.to(tl.int32), axis=0)
+        fall_back = tl.max(needs_fallback.to(tl.int32), axis=0)
         # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-    if go_over != 0:
+    if fall_back != 0:
         _carefully(packed, scale, out, out_scale, counters, start, stop, COLUMNS, GROUP, SIDE, CAREFUL)
 
 

@@ -184,7 +184,7 @@ def _fp8_to_q8_0(
     tile = tl.cast(tl.program_id(0), tl.int64)
     start = tile * (UNITS * UNIT_BLOCKS)
     stop = tl.minimum(start + UNITS * UNIT_BLOCKS, blocks)
-    go_over = tl.full((), 1, tl.int32)
+    fall_back = tl.full((), 1, tl.int32)
     if VECTORS and stop - start == UNITS * UNIT_BLOCKS:
         tile_blocks: tl.constexpr = UNITS * 2
         block = tl.arange(0, tile_blocks)
@@ -197,8 +197,8 @@ def _fp8_to_q8_0(
         largest = placed.to(tl.int32, bitcast=True) >> E4M3_SHIFT_OUT
         amax = placed * power_of_two(byte - 127 + E4M3_LIFT)
         d = tl.div_rn(amax, LEVELS).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        strange = (byte < LOWEST_BYTE) | (byte > HIGHEST_BYTE) | (largest == E4M3_NAN)
-        strange |= ((d == 0) & (largest > 0)) | (d == F16_INFINITY)
+        needs_fallback = (byte < LOWEST_BYTE) | (byte > HIGHEST_BYTE) | (largest == E4M3_NAN)
+        needs_fallback |= ((d == 0) & (largest > 0)) | (d == F16_INFINITY)
         multiplier = tl.load(multipliers + largest)[:, None]
         q0, q1, q2, q3 = _four(_quantised_words(a0, a1, a2, a3, multiplier), tile_blocks)
         q4, q5, q6, q7 = _four(_quantised_words(b0, b1, b2, b3, multiplier), tile_blocks)
@@ -217,10 +217,10 @@ def _fp8_to_q8_0(
         inner = tl.reshape(tl.join(even, odd), [UNITS, INNER_WORDS])
         target = out_words + tile * (UNITS * UNIT_WORDS)
         store_units(target, inner, d | (q0 << 16), UNITS, UNIT_BLOCKS, STORE_CACHE)
-        go_over = tl.max(strange.to(tl.int32), axis=0)
+        fall_back = tl.max(needs_fallback.to(tl.int32), axis=0)
         # The careful part overwrites what other threads of this program wrote.
         tl.debug_barrier()
-    if go_over != 0:
+    if fall_back != 0:
         _by_the_formula(
             weight, scale, out, counters, start, stop, FLOAT_SCALE, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS, PARTS
         )

@@ -94,9 +94,9 @@ def read_rows(matrix: Matrix, first: int = 0, last: int | None = None) -> Array:
 
 def _tiles(matrix: Matrix, first: int, last: int) -> list[tuple[int, int]]:
     """Cut rows into tiles that begin where scale blocks do; a first one inside a block is cut short."""
-    tall = 1 if matrix.scale is None else matrix.scale.block[0]
-    step = max(tall, TILE_BYTES // (matrix.columns * F32_BYTES) // tall * tall)
-    begins = [first, *range(first // tall * tall + step, last, step)]
+    height = 1 if matrix.scale is None else matrix.scale.block[0]
+    step = max(height, TILE_BYTES // (matrix.columns * F32_BYTES) // height * height)
+    begins = [first, *range(first // height * height + step, last, step)]
     return [(a, b) for a, b in zip(begins, [*begins[1:], last], strict=True) if a < b]
 
 
@@ -108,10 +108,10 @@ def _read_tiles(matrix: Matrix, tiles: list[tuple[int, int]], first: int, out: A
             raw = _read(file, matrix, matrix.offset + a * matrix.row_bytes, (b - a) * matrix.row_bytes)
             scales, block = None, (1, 1)
             if scale is not None:
-                tall, block = scale.block[0], scale.block
-                scales = _read_scales(scale, a // tall, -(-b // tall))
-                if a % tall:
-                    scales, block = scales[np.arange(a, b) // tall - a // tall], (1, block[1])
+                height, block = scale.block[0], scale.block
+                scales = _read_scales(scale, a // height, -(-b // height))
+                if a % height:
+                    scales, block = scales[np.arange(a, b) // height - a // height], (1, block[1])
             _decode(matrix, raw.reshape(b - a, -1), scales, block, out[a - first : b - first], scratch)
 
 

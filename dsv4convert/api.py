@@ -404,7 +404,7 @@ def parse_layers(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text.strip())
     if found is None:
-        raise UsageError("--layers: not a range", expected="such as 0-3", got=repr(text))
+        raise UsageError("--layers: not a range", expected="a range such as 0-3", got=repr(text))
     first = int(found[1])
     return first, int(found[2]) if found[2] is not None else first
 
@@ -423,7 +423,7 @@ def leading_layers(text: str | None) -> int | None:
     first, last = parse_layers(text)
     if first != 0:
         hint = f"--layers 0-{first - 1} takes the first {first} layers" if first == last else f"use --layers 0-{last}"
-        raise UsageError("--layers must start at layer 0", expected="such as 0-3", got=text, hint=hint)
+        raise UsageError("--layers must start at layer 0", expected="a range such as 0-3", got=text, hint=hint)
     return last + 1
 
 
@@ -442,5 +442,5 @@ def parse_sample(sample: float | str) -> float:
     else:
         fraction = float(sample)
     if not 0 < fraction <= 1:
-        raise UsageError("--sample: not a fraction", expected="such as 2% or 0.02", got=repr(sample))
+        raise UsageError("--sample: not a fraction", expected="a fraction such as 2% or 0.02", got=repr(sample))
     return fraction

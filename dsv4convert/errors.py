@@ -8,13 +8,13 @@ from typing import ClassVar
 def escape_control(text: str) -> str:
     """Return ``text`` with every control character shown as an escape, so that it stays on one line.
 
-    Names come out of files that nobody vouches for: a newline would forge a second line of output
-    and an escape sequence would drive the terminal.
+    Names come from untrusted files: a newline would forge a second line of output, and an escape sequence would
+    control the terminal.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-# Of each part of a message: values come out of files that nobody vouches for.
+# Limits of the parts of a message: values come from untrusted files.
 MAX_CHARACTERS = 400
 MAX_PATH_CHARACTERS = 4096
 
@@ -64,91 +64,91 @@ class Dsv4Error(Exception):
 
 
 class UsageError(Dsv4Error):
-    """An option or an argument that cannot be used as given."""
+    """A wrong option or argument."""
 
     exit_code = 2
 
 
 class InputMissingError(Dsv4Error):
-    """A folder or a file that is not there or cannot be read."""
+    """A missing or unreadable file or folder."""
 
     exit_code = 3
 
 
 class ConfigError(Dsv4Error):
-    """A ``config.json`` that is absent, malformed or inconsistent; the key is named."""
+    """A missing, malformed or inconsistent ``config.json``; the message names the key."""
 
     exit_code = 4
 
 
 class UnsupportedError(Dsv4Error):
-    """A model or a format that is recognised and not supported."""
+    """A recognised but unsupported model or format."""
 
     exit_code = 5
 
 
 class FileFormatError(Dsv4Error):
-    """A file whose bytes do not make a valid safetensors, GGUF, index, journal or manifest."""
+    """A malformed safetensors, GGUF, index, journal or manifest file."""
 
     exit_code = 6
 
 
 class InventoryError(Dsv4Error):
-    """Tensors that are missing, unknown, duplicate, or of the wrong shape or dtype."""
+    """Missing, unknown or duplicate tensors, or tensors of the wrong shape or dtype."""
 
     exit_code = 7
 
 
 class TokenizerError(Dsv4Error):
-    """A tokenizer that is missing, of an unknown kind, or does not fit the vocabulary."""
+    """A missing or unknown tokenizer, or one that does not fit the vocabulary."""
 
     exit_code = 8
 
 
 class OutputExistsError(Dsv4Error):
-    """The output is already there and ``--overwrite`` was not given."""
+    """An output that already exists, without ``--overwrite``."""
 
     exit_code = 9
 
 
 class SpaceError(Dsv4Error):
-    """Not enough room on the disk or in memory."""
+    """Not enough disk space or memory."""
 
     exit_code = 10
 
 
 class LossyError(Dsv4Error):
-    """A conversion that was required to be exact and is not."""
+    """An inexact conversion under ``--strict``."""
 
     exit_code = 11
 
 
 class VerifyError(Dsv4Error):
-    """An output that does not hold what its source says."""
+    """An output that differs from its source."""
 
     exit_code = 12
 
 
 class ResumeError(Dsv4Error):
-    """An interrupted conversion that cannot be continued as asked."""
+    """An interrupted conversion that cannot be resumed."""
 
     exit_code = 13
 
 
 class LockedError(Dsv4Error):
-    """Another run holds the output."""
+    """An output that another run is writing."""
 
     exit_code = 14
 
 
 class DeviceError(Dsv4Error):
-    """An accelerator or an optional dependency that was asked for and is not there."""
+    """A missing accelerator or optional package."""
 
     exit_code = 15
 
 
 class InputOutputError(Dsv4Error):
-    """The operating system refused a read or a write in the middle of a run."""
+    """A read or write that failed in the middle of a run."""
 
     exit_code = 16
 

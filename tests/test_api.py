@@ -217,7 +217,7 @@ def test_layers_of_a_model_are_a_range_from_the_first(tiny: Path) -> None:
         ({"dense": "q3"}, "--dense: unknown"),
         ({"experts": "q3"}, "--experts: unknown"),
         ({"dialect": "ollama"}, "--dialect: unknown"),
-        ({"draft": "hide"}, "--draft hide is not for dialect llama.cpp"),
+        ({"draft": "hide"}, "--draft hide is not supported by dialect llama.cpp"),
         ({"mmproj": "hide"}, "--mmproj: unknown"),
         ({"max_file_size": "lots"}, "--max-file-size: not a size"),
         ({"max_file_size": 0}, "--max-file-size: not a size"),

@@ -46,7 +46,7 @@ def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:
     """
     path = folder / TOKENIZER_NAME
     if not path.exists():
-        raise TokenizerError(f"no {path.name}", where=folder, hint="is the download complete?")
+        raise TokenizerError(f"{path.name} is missing", where=folder, hint="is the download complete?")
     text = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     key = sha256(text).hexdigest(), vocab_size
     if key not in _MAPS:
@@ -85,7 +85,7 @@ def _backend(text: bytes, path: Path) -> tuple[Any, Any]:
     try:
         backend = Tokenizer.from_buffer(text)
     except Exception as error:  # noqa: BLE001 - the binding raises bare Exception
-        raise TokenizerError(f"the package tokenizers cannot read it ({error})", where=path) from None
+        raise TokenizerError(f"not readable by the package tokenizers ({error})", where=path) from None
     steps = [
         normalizers.NFKC(),
         normalizers.NFD(),

@@ -151,7 +151,7 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
     if single.is_file():
         return read_header(single), (single,), _strays(folder, [SINGLE_NAME])
     if any(folder.glob("*.safetensors")):
-        raise InputMissingError(f"no {INDEX_NAME}", where=folder, hint="download the index file as well")
+        raise InputMissingError(f"{INDEX_NAME} is missing", where=folder, hint="download the index file as well")
     raise InputMissingError(
         "no safetensors files",
         where=folder,
@@ -170,7 +170,7 @@ def read_index(path: Path) -> dict[str, Any]:
     index = read_json_object(path, MAX_INDEX_BYTES, error=FileFormatError, hint="download the index again")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FileFormatError("key weight_map: missing, empty or not an object", where=path)
+        raise FileFormatError("key weight_map is missing, empty or not an object", where=path)
     for name, file_name in weight_map.items():
         if (
             not isinstance(file_name, str)
@@ -180,7 +180,7 @@ def read_index(path: Path) -> dict[str, Any]:
             or "\0" in file_name
         ):
             raise FileFormatError(
-                f"tensor {name!r}: its file is not a plain name in this folder",
+                f"tensor {name!r}: the file name is not a plain name",
                 where=path,
                 got=repr(file_name)[:100],
             )
@@ -195,7 +195,7 @@ def _merge_indexed(
         for name, tensor in header.items():
             if name in stored:
                 raise InventoryError(
-                    f"tensor {name}: there twice", where=tensor.file, got=f"also in {stored[name].file.name}"
+                    f"duplicate tensor {name}", where=tensor.file, got=f"also in {stored[name].file.name}"
                 )
             listed = weight_map.get(name)
             if listed != file_name:
@@ -210,7 +210,7 @@ def _merge_indexed(
     if len(stored) != len(weight_map):
         name = next(name for name in weight_map if name not in stored)
         raise InventoryError(
-            f"tensor {name}: listed in the index, not in its file",
+            f"tensor {name} is listed in the index and missing from the file",
             where=index_path,
             expected=f"in {weight_map[name]}",
             hint="download the index and the files from one revision",
@@ -258,13 +258,13 @@ def resolve(
     unused, unknown = _sort_leftovers(left)
     if missing:
         raise InventoryError(
-            f"tensor {missing[0]}: missing"
-            + (", its scale is there" if scale_name(missing[0]) in left else "")
+            f"tensor {missing[0]} is missing"
+            + (" (its scale is not)" if scale_name(missing[0]) in left else "")
             + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
             where=folder,
             expected=f"{len(weights) + len(missing)} weights" + (" or more" if len(missing) > MAX_MISSING else ""),
             got=len(weights),
-            hint="is the download complete, and does config.json belong to it?",
+            hint="check that the download is complete and that config.json belongs to these weights",
         )
     if unknown:
         name = unknown[0]
@@ -274,7 +274,7 @@ def resolve(
             + ("a scale without its weight" if orphan else "unknown")
             + (f" (and {len(unknown) - 1} more)" if unknown[1:] else ""),
             where=left[name].file,
-            hint=f"nothing is dropped in silence; is this a DeepSeek-{config.version.value} checkpoint?",
+            hint=f"check that this is a DeepSeek-{config.version.value} checkpoint; unknown tensors are never dropped",
         )
     notes = (*notes, *_vision_note(config, has_tower))
     return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
@@ -288,7 +288,7 @@ def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path)
     n_draft = max(numbers) + 1
     if len(numbers) != n_draft:
         absent = next(number for number in range(n_draft) if number not in numbers)
-        raise InventoryError(f"draft layer mtp.{absent}: missing", where=folder, got=f"mtp.{n_draft - 1} is there")
+        raise InventoryError(f"draft layer mtp.{absent} is missing", where=folder, got=f"mtp.{n_draft - 1}")
     is_dspark = any(name.startswith("mtp.") and name.endswith(DSPARK_MARKS) for name in tensors)
     return (Draft.DSPARK if is_dspark else Draft.MTP), n_draft
 
@@ -317,11 +317,11 @@ def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Pa
         layers, claimed = sorted(found[mark]), list(getattr(config, key))
         if layers != claimed:
             raise ConfigError(
-                f"key {key}: the layers that have {mark} are others",
+                f"key {key} and the layers that have {mark} disagree",
                 where=folder / CONFIG_NAME,
                 expected=layers,
                 got=claimed,
-                hint="is the download complete, and does config.json belong to it?",
+                hint="check that the download is complete and that config.json belongs to these weights",
             )
 
 

@@ -123,7 +123,7 @@ class _Reader:
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
         if len(found) != nbytes:
-            raise InputMissingError("became shorter while it was read", where=path)
+            raise InputMissingError("shrank while being read", where=path)
         return found
 
     def stored(self, tensor: Stored) -> bytes:

@@ -46,7 +46,10 @@ def read_model_card(folder: Path) -> ModelCard:
         folder_name=folder.resolve().name,
         front_matter=_front_matter(folder),
         generation=read_optional_json_object(
-            folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError, hint="correct it or take it out"
+            folder / GENERATION_CONFIG_NAME,
+            MAX_CARD_BYTES,
+            error=FileFormatError,
+            hint="correct or remove the front matter",
         ),
     )
 
@@ -71,7 +74,7 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FileFormatError(
-            f"front matter is not valid YAML ({reason})", where=path, hint="correct it or take it out"
+            f"front matter is not valid YAML ({reason})", where=path, hint="correct or remove the front matter"
         ) from None
     front_matter = {str(key): value for key, value in card.items()}
     _check(front_matter, path)
@@ -93,13 +96,15 @@ def _check(front_matter: Mapping[str, Any], path: Path) -> None:
             continue
         if id(value) in seen:
             raise FileFormatError(
-                "front matter: alias to a list or an object", where=path, hint="spell it out or take it out"
+                "front matter: alias to a list or an object", where=path, hint="write the value out or remove the key"
             )
         seen.add(id(value))
         left += value.values() if isinstance(value, dict) else value
     for key in ONE_TEXT:
         if isinstance(value := front_matter.get(key), (list, dict)):
-            raise FileFormatError(f"front matter: key {key}", where=path, expected="a text", got=value)
+            raise FileFormatError(f"front matter: key {key}", where=path, expected="a string", got=value)
     licences = front_matter.get(LICENCE)
     if isinstance(licences, list) and not all(isinstance(item, str) for item in licences):
-        raise FileFormatError(f"front matter: key {LICENCE}", where=path, expected="a text or texts", got=licences)
+        raise FileFormatError(
+            f"front matter: key {LICENCE}", where=path, expected="a string or a list of strings", got=licences
+        )

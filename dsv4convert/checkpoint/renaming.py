@@ -72,7 +72,7 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], i
         for official in found:
             if official in tensors:
                 raise InventoryError(
-                    f"tensor {official}: there twice, under its own name and another",
+                    f"tensor {official}: stored under two names",
                     where=tensor.file,
                     got=name if name != official else None,
                 )

@@ -102,7 +102,7 @@ def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
         InventoryError: shards of several sets, or of ranks that the set does not have.
     """
     if not folder.is_dir():
-        raise InputMissingError("no such folder", where=folder, hint="give the folder that holds the shards")
+        raise InputMissingError("no such folder", where=folder, hint="pass the folder of the shards")
     found = {
         (int(match[2]), int(match[1])): path
         for path in sorted(folder.iterdir())
@@ -113,9 +113,9 @@ def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
         raise InventoryError(
             "shards of several conversions in one folder",
             where=folder,
-            expected="one set, such as " + shard_name(0, sizes[0]) + " and its like",
+            expected=f"one set, e.g. {shard_name(0, sizes[0])}",
             got=", ".join(f"mp{mp}" for mp in sizes),
-            hint="give each set its own folder",
+            hint="move each set to a folder of its own",
         )
     for (mp, rank), path in found.items():
         if rank >= mp:
@@ -143,12 +143,13 @@ def open_shards(folder: Path, *, versions: Container[Version] = (Version.V4,)) -
     mp, files = shard_files(folder)
     if not files:
         raise InputMissingError(
-            "no model-parallel shards", where=folder, expected="model0-mpN.safetensors and its like"
+            "no model-parallel shards", where=folder, expected="model0-mpN.safetensors, model1-mpN.safetensors, …"
         )
     absent = [rank for rank in range(mp) if rank not in files]
     if absent:
         raise InputMissingError(
-            f"rank {absent[0]} of {mp}: no shard" + (f" (and {len(absent) - 1} more)" if absent[1:] else ""),
+            f"the shard of rank {absent[0]} of {mp} is missing"
+            + (f" (and {len(absent) - 1} more)" if absent[1:] else ""),
             where=folder,
             expected=shard_name(absent[0], mp),
             got=f"{len(files)} of {mp} ranks",
@@ -156,7 +157,9 @@ def open_shards(folder: Path, *, versions: Container[Version] = (Version.V4,)) -
         )
     if not (folder / CONFIG_NAME).is_file():
         raise InputMissingError(
-            f"no {CONFIG_NAME}", where=folder, hint="copy it there from the checkpoint that the shards were made of"
+            f"{CONFIG_NAME} is missing",
+            where=folder,
+            hint="copy config.json from the checkpoint that the shards were made from",
         )
     config = load_config(folder)
     check_version(config, versions, folder)
@@ -209,10 +212,10 @@ def _take(expected: Expected, rank: int, ranks: list[dict[str, Stored]], files: 
     if stored is None:
         elsewhere = next((number for number, others in enumerate(ranks) if expected.name in others), None)
         raise InventoryError(
-            f"rank {rank}: tensor {expected.name}: missing",
+            f"rank {rank}: tensor {expected.name} is missing",
             where=files[rank],
-            got=None if elsewhere is None else f"it is in {files[elsewhere].name}",
-            hint="are shards of two conversions mixed, or does config.json not belong to them?",
+            got=None if elsewhere is None else f"a tensor of that name in {files[elsewhere].name}",
+            hint="are shards of two conversions mixed, or does config.json belong to another model?",
         )
     scale = tensors.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
     return pair(expected, stored, scale)

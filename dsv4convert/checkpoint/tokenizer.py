@@ -196,7 +196,7 @@ def recognise_pre(document: Mapping[str, Any], where: object) -> str:
     hint = "name llama.cpp's pre-tokenizer with --tokenizer-pre if it has one for this tokenizer"
     if normalizers:
         raise TokenizerError(
-            "unknown tokenizer: it normalises text first",
+            "unknown tokenizer: a normalizer changes the text first",
             where=where,
             expected="no normalizer",
             got=" + ".join(_kind(step) for step in normalizers)[:200],
@@ -247,14 +247,14 @@ def _is_plain_byte_level(step: Mapping[str, Any]) -> bool:
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if required and not path.exists():
-        raise TokenizerError(f"no {path.name}", where=path.parent, hint="is the download complete?")
+        raise TokenizerError(f"{path.name} is missing", where=path.parent, hint="is the download complete?")
     return read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
 
 
 def _section(document: Mapping[str, Any], key: str, where: object) -> Mapping[str, Any]:
     section = document.get(key)
     if not isinstance(section, dict):
-        raise TokenizerError(f"key {key}: missing or not an object", where=where)
+        raise TokenizerError(f"key {key} is missing or not an object", where=where)
     return section
 
 
@@ -275,7 +275,7 @@ def _check_kind(document: Mapping[str, Any], model: Mapping[str, Any], where: ob
 def _vocab(model: Mapping[str, Any], where: object) -> dict[str, int]:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
-        raise TokenizerError("key model.vocab: missing, empty or not an object", where=where)
+        raise TokenizerError("key model.vocab is missing, empty or not an object", where=where)
     for token, token_id in vocab.items():
         if type(token_id) is not int or token_id < 0:
             raise TokenizerError(
@@ -308,7 +308,7 @@ def _added_tokens(document: Mapping[str, Any], where: object) -> list[_AddedToke
         token_id = entry.get("id") if isinstance(entry, dict) else None
         text = entry.get("content") if isinstance(entry, dict) else None
         if type(token_id) is not int or token_id < 0 or not isinstance(text, str):
-            raise TokenizerError(f"key added_tokens[{i}]: needs an integer id and a text content", where=where)
+            raise TokenizerError(f"key added_tokens[{i}]: expected an integer id and a string content", where=where)
         added.append(_AddedToken(token_id, text, bool(entry.get("special", False))))
     return added
 
@@ -351,7 +351,7 @@ def _token_lists(
     types = [int(TokenType.UNUSED)] * vocab_size
     for text, token_id in vocab.items():
         if (other := by_id[token_id]) is not None:
-            raise TokenizerError(f"id {token_id} is there twice: {other[:60]!r} and {text[:60]!r}", where=where)
+            raise TokenizerError(f"duplicate id {token_id}: {other[:60]!r} and {text[:60]!r}", where=where)
         by_id[token_id] = text
         types[token_id] = int(TokenType.NORMAL)
     seen: dict[str, int] = {}
@@ -360,9 +360,7 @@ def _token_lists(
         if known != token.id:
             raise TokenizerError(f"token {token.text[:60]!r} has two ids", where=where, expected=known, got=token.id)
         if (other := by_id[token.id]) not in (None, token.text):
-            raise TokenizerError(
-                f"id {token.id} is there twice: {str(other)[:60]!r} and {token.text[:60]!r}", where=where
-            )
+            raise TokenizerError(f"duplicate id {token.id}: {str(other)[:60]!r} and {token.text[:60]!r}", where=where)
         seen[token.text] = token.id
         by_id[token.id] = token.text
     for text, token_id in seen.items():
@@ -396,13 +394,13 @@ def _merges(model: Mapping[str, Any], where: object) -> tuple[str, ...]:
     """Return the merges as "left right", from either of the forms that tokenizer.json has known."""
     merges = model.get("merges")
     if not isinstance(merges, list) or not merges:
-        raise TokenizerError("key model.merges: missing, empty or not a list", where=where)
+        raise TokenizerError("key model.merges is missing, empty or not a list", where=where)
     if all(isinstance(merge, str) for merge in merges):
         lines = merges
     else:
         for i, pair in enumerate(merges):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-                raise TokenizerError(f"key model.merges[{i}]: neither a text nor a pair of texts", where=where)
+                raise TokenizerError(f"key model.merges[{i}]: neither a string nor a pair of strings", where=where)
         # A space inside a part would end it; the byte-level alphabet has a character for it.
         space = chr(ord(" ") + BYTE_LEVEL_OFFSET)
         lines = [f"{a.replace(' ', space)} {b.replace(' ', space)}" for a, b in merges]
@@ -486,9 +484,10 @@ def _backend(path: Path) -> Any:
         from tokenizers import Tokenizer as Backend
     except ImportError:
         raise DeviceError(
-            "turning text into tokens needs the package tokenizers", hint="install it, or give token ids"
+            "turning text into tokens needs the package tokenizers",
+            hint="install dsv4convert[text], or pass token ids with --tokens",
         ) from None
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the binding raises bare Exception
-        raise TokenizerError(f"the package tokenizers cannot read it ({error})", where=path) from None
+        raise TokenizerError(f"not readable by the package tokenizers ({error})", where=path) from None

@@ -82,7 +82,7 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
     encoding, shape, block = _classify(expected.name, stored, scale)
     if encoding not in ALLOWED[expected.row.store]:
         raise InventoryError(
-            f"tensor {expected.name}: a dtype that this tensor cannot have",
+            f"tensor {expected.name}: wrong dtype",
             where=stored.file,
             expected=" or ".join(sorted(e.value for e in ALLOWED[expected.row.store])),
             got=stored.dtype,
@@ -117,18 +117,18 @@ def _classify(
     if plain is not None:
         if scale is not None:
             raise InventoryError(
-                f"tensor {scale_name(name)}: a scale beside a weight that needs none",
+                f"tensor {scale_name(name)}: unexpected scale",
                 where=scale.file,
                 got=f"a {stored.dtype} weight",
             )
         return plain, stored.shape, None
     if stored.dtype not in ("I8", "U8", "F4", "F8_E4M3") or len(stored.shape) != 2:
         raise InventoryError(
-            f"tensor {name}: no known encoding", where=stored.file, got=f"{stored.dtype} {list(stored.shape)}"
+            f"tensor {name}: unknown encoding", where=stored.file, got=f"{stored.dtype} {list(stored.shape)}"
         )
     if scale is None:
         raise InventoryError(
-            f"tensor {scale_name(name)}: missing, the scale of a {stored.dtype} weight",
+            f"tensor {scale_name(name)} is missing, the scale of a {stored.dtype} weight",
             where=stored.file,
             hint="is the download complete?",
         )
@@ -168,7 +168,7 @@ def _block(length: int, scales: int, name: str, scale: Stored) -> int:
             if -(-length // candidate) == scales and (candidate == power or length % scales == 0):
                 return candidate
     raise InventoryError(
-        f"tensor {scale_name(name)}: its shape fits no block size",
+        f"tensor {scale_name(name)}: the shape fits no block size",
         where=scale.file,
         expected=f"scales that divide {length} evenly",
         got=scales,

@@ -119,7 +119,9 @@ def main() -> None:
     except MemoryError:
         if _debug:
             raise
-        _fail(SpaceError("not enough memory", hint="give fewer --threads, or is a file not what its name says?"))
+        _fail(
+            SpaceError("not enough memory", hint="use fewer --threads; a corrupt file can also ask for too much memory")
+        )
     except BrokenPipeError:
         # Whoever read our output has enough; keep Python from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

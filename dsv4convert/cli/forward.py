@@ -159,14 +159,14 @@ def forward(
     from .report import print_json
 
     if record_last is not None and goldens is None:
-        raise UsageError("--record-last goes with --goldens")
+        raise UsageError("--record-last needs --goldens")
     _check_new(logits, overwrite)
     # Weights are wanted once per run, but again for every generated token.
     model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
     prompt = _prompt(tokens, text, chat, vocabulary)
     if prompt is None:
-        raise UsageError("no prompt", hint="give --tokens, --text or --chat")
+        raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
@@ -282,7 +282,7 @@ def _prompt(tokens: str | None, text: str | None, chat: Path | None, tokenizer: 
 
     given = [name for name, value in (("--tokens", tokens), ("--text", text), ("--chat", chat)) if value is not None]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} do not go together", hint="give one of them")
+        raise UsageError(f"{' and '.join(given)} cannot be combined", hint="pass only one of them")
     if tokens is not None:
         return parse_tokens(tokens)
     if text is not None:
@@ -292,7 +292,7 @@ def _prompt(tokens: str | None, text: str | None, chat: Path | None, tokenizer: 
 
 def _check_new(path: Path | None, overwrite: bool) -> None:
     if path is not None and path.exists() and not overwrite:
-        raise OutputExistsError("already there", where=path, hint="--overwrite replaces it")
+        raise OutputExistsError("already exists", where=path, hint="pass --overwrite to replace the file")
 
 
 def _save(path: Path, logits: Array) -> None:
@@ -370,8 +370,8 @@ def _runs(
     if recorded:
         if any(option is not None for option in (tokens, text, chat, random, layers)) or activation_rounding:
             raise UsageError(
-                "goldens bring their own tokens, layers and rounding",
-                hint="leave out --tokens, --text, --chat, --random, --layers and --activation-rounding",
+                "goldens contain their own tokens, layers and rounding",
+                hint="omit --tokens, --text, --chat, --random, --layers and --activation-rounding",
             )
         _check_same_run(recorded, a, b)
         golden = recorded[0]
@@ -407,10 +407,10 @@ def _comparison_prompt(
     prompt = _prompt(tokens, text, chat, find_tokenizer(path, vocab_size, tokenizer) if needs_text else None)
     if random is None:
         if prompt is None:
-            raise UsageError("no prompt", hint="give --tokens, --text, --chat or --random")
+            raise UsageError("prompt is missing", hint="pass --tokens, --text, --chat or --random")
         return prompt
     if prompt is not None:
-        raise UsageError("--random does not go together with another prompt", hint="give one of them")
+        raise UsageError("--random cannot be combined with another prompt", hint="pass only one of them")
     import numpy as np
 
     return [int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, random)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Option of convert_hf_to_gguf.py -> what to do instead. Those that hf-to-gguf has too stand in its own table.
 LLAMA_CPP_OPTIONS = {
-    "--outfile": "give the output after the source: dsv4convert hf-to-gguf SOURCE OUT.gguf",
+    "--outfile": "pass the output after the source: dsv4convert hf-to-gguf SOURCE OUT.gguf",
     "--outtype": "use --dense for the linear layers and --experts for the routed experts",
     "--fp8-as-q8": "FP8 weights become Q8_0 by default; use --dense and --experts for another type",
     "--model-name": "use --name",

@@ -75,11 +75,13 @@ def verify(
     """Compare a finished conversion with its source, element by element."""
     if manifest:
         if out is not None or sample is not None or foreign:
-            raise UsageError("--manifest takes the output alone", hint="dsv4convert verify --manifest OUT")
+            raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         _verify_manifest(source, quiet, as_json)
         return
     if out is None:
-        raise UsageError("no output to verify", hint="dsv4convert verify SRC OUT, or verify --manifest OUT")
+        raise UsageError(
+            "output is missing", hint="run dsv4convert verify SOURCE OUT, or dsv4convert verify --manifest OUT"
+        )
     from ..api import verify as verify_output
     from .report import print_json, progress_display
     from .tables import print_blocks
@@ -104,7 +106,7 @@ def verify(
         first = report.problems[0]
         more = f" (and {len(report.problems) - 1} more problems)" if report.problems[1:] else ""
         what = first.what if first.where == str(out) else str(first)
-        raise VerifyError(f"the output is not what its source says: {what}{more}", where=out)
+        raise VerifyError(f"the output differs from the source: {what}{more}", where=out)
     if not as_json and not quiet:
         click.echo("verified")
 
@@ -135,7 +137,7 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
     if not found.ok:
         first = found.mismatches[0]
         where = first.file if first.tensor is None else f"{first.file}: tensor {first.tensor}"
-        raise VerifyError(f"not what its manifest says: {where}: {first.what}", where=output)
+        raise VerifyError(f"the output differs from the manifest: {where}: {first.what}", where=output)
     if not as_json and not quiet:
         click.echo("verified")
 

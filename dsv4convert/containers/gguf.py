@@ -151,10 +151,10 @@ def open_gguf(path: Path) -> GgufModelFile:
         count = part.metadata.get(SPLIT_COUNT, 1)
         if count not in (0, 1):
             raise FileFormatError(
-                "one file of a split model under another name",
+                "renamed file of a split model",
                 where=path,
                 expected=f"NAME-00001-of-{count:05d}.gguf" if isinstance(count, int) else "a number of files",
-                hint="give it its name back, so that the other files can be found",
+                hint="restore the original name, so that the other files can be found",
             )
         return GgufModelFile((part,), part.tensors)
     return _open_split(path, found["stem"], int(found["count"]))
@@ -184,7 +184,7 @@ def _choose(folder: Path) -> Path:
     if len(models) > 1:
         names = ", ".join(path.name for path in models.values())
         raise UsageError(
-            f"several GGUF models in one folder: {names}"[:300], where=folder, hint="name one of the files"
+            f"several GGUF models in one folder: {names}"[:300], where=folder, hint="pass one of the files"
         )
     return next(iter(models.values()))
 
@@ -198,7 +198,7 @@ def _open_split(path: Path, stem: str, count: int) -> GgufModelFile:
         for key, expected in ((SPLIT_NO, number), (SPLIT_COUNT, count)):
             if part.metadata.get(key) != expected:
                 raise FileFormatError(
-                    f"key {key}: the file name says otherwise",
+                    f"key {key} contradicts the file name",
                     where=part.path,
                     expected=expected,
                     got=part.metadata.get(key, "no such key"),
@@ -206,7 +206,7 @@ def _open_split(path: Path, stem: str, count: int) -> GgufModelFile:
         for tensor in part.tensors.values():
             if tensor.name in tensors:
                 raise FileFormatError(
-                    f"tensor {tensor.name!r}: there twice",
+                    f"duplicate tensor {tensor.name!r}",
                     where=part.path,
                     got=f"also in {tensors[tensor.name].file.name}",
                 )
@@ -217,7 +217,7 @@ def _open_split(path: Path, stem: str, count: int) -> GgufModelFile:
     for part in parts:
         if part.metadata.get(SPLIT_TENSORS) != len(tensors):
             raise FileFormatError(
-                f"key {SPLIT_TENSORS}: the files hold another number of tensors",
+                f"key {SPLIT_TENSORS} contradicts the number of tensors in the files",
                 where=part.path,
                 expected=len(tensors),
                 got=part.metadata.get(SPLIT_TENSORS, "no such key"),
@@ -262,7 +262,7 @@ class _Header:
         if version != VERSION:
             swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
             raise self.error(
-                "big-endian, which is not supported" if swapped == VERSION else "another version of GGUF",
+                "big-endian GGUF is not supported" if swapped == VERSION else "unsupported version of GGUF",
                 expected=VERSION,
                 got=version,
             )
@@ -273,9 +273,9 @@ class _Header:
         for number in range(n_keys):
             key = self.text(f"key {number}", MAX_KEY_BYTES)
             if not key:
-                raise self.error(f"key {number}: without a name")
+                raise self.error(f"key {number} has no name")
             if key in metadata:
-                raise self.error(f"key {key!r}: there twice")
+                raise self.error(f"duplicate key {key!r}")
             types[key], metadata[key] = self.value(f"key {key!r}")
         alignment = self.alignment(metadata, types)
         infos = [self.tensor_info(number) for number in range(n_tensors)]
@@ -296,15 +296,15 @@ class _Header:
         if position + nbytes > self.limit:
             if position + nbytes > self.size:
                 raise self.error(
-                    f"{what}: ends after the file",
+                    f"{what} extends past the end of the file",
                     expected=f"at most {self.size - position} bytes",
                     got=nbytes,
-                    hint="truncated, or not what it says",
+                    hint="the file is truncated or corrupt",
                 )
             raise self.error(f"{what}: the header is too long", expected=f"at most {MAX_HEADER_BYTES} bytes")
         more = self.file.read(min(max(nbytes - have, CHUNK_BYTES), self.limit - position - have))
         if len(more) < nbytes - have:
-            raise self.error(f"{what}: the file became shorter while it was read")
+            raise self.error(f"{what}: the file shrank while being read")
         self.window = self.window[self.at :] + more
         self.start, self.at = position, 0
 
@@ -319,7 +319,7 @@ class _Header:
     def count(self, code: str, most: int, what: str) -> int:
         value: int = self.number(code, what)
         if value > most:
-            raise self.error(f"{what} cannot be right", expected=f"at most {most}", got=value)
+            raise self.error(f"{what} is out of range", expected=f"at most {most}", got=value)
         return value
 
     def text(self, what: str, most: int | None = None) -> str:
@@ -353,14 +353,14 @@ class _Header:
         if kind != BOOL:
             return list(values)
         if any(value > 1 for value in values):
-            raise self.error(f"{what}: not a truth value", expected="0 or 1", got=max(values))
+            raise self.error(f"{what}: not a boolean", expected="0 or 1", got=max(values))
         return [bool(value) for value in values]
 
     def array(self, what: str) -> tuple[str, list[Any]]:
         kind: int = self.number("I", what)
         length: int = self.number("Q", what)
         if kind == ARRAY:
-            raise self.error(f"{what}: an array of arrays, which no model of this kind has")
+            raise self.error(f"{what}: nested arrays are not supported")
         name, code = ("str", "Q") if kind == STRING else self.scalar(kind, what)
         item = struct.calcsize("<" + code)
         position = self.start + self.at
@@ -444,20 +444,20 @@ class _Header:
         position = end = 0
         for name, kind, shape, offset, nbytes in infos:
             if name in tensors:
-                raise self.error(f"tensor {name!r}: there twice")
+                raise self.error(f"duplicate tensor {name!r}")
             if offset != position:
                 raise self.error(
-                    f"tensor {name!r}: does not follow the tensor before it",
+                    f"tensor {name!r}: gap or overlap before the tensor",
                     expected=f"offset {position}",
                     got=offset,
                 )
             end = offset + nbytes
             if data_start + end > self.size:
                 raise self.error(
-                    f"tensor {name!r}: its bytes end after the file",
+                    f"tensor {name!r}: the data extends past the end of the file",
                     expected=f"{data_start + end} bytes",
                     got=self.size,
-                    hint="truncated: copy or download it again",
+                    hint="copy or download the file again",
                 )
             tensors[name] = GgufTensor(name, kind.name, shape, self.path, data_start + offset, nbytes)
             position = -(-end // alignment) * alignment

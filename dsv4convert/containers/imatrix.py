@@ -125,7 +125,7 @@ def _check_values(name: str, entry: Entry, file: BinaryIO) -> None:
         wanted = min(CHECK_VALUES, entry.values - first)
         values = np.frombuffer(file.read(wanted * F32_BYTES), "<f4")
         if values.size < wanted:
-            raise FileFormatError(f"entry {name!r}: the file became shorter while it was read", where=entry.file)
+            raise FileFormatError(f"entry {name!r}: the file shrank while being read", where=entry.file)
         wrong = ~((values >= 0) & (values < np.inf))
         if wrong.any():
             at = int(np.argmax(wrong))
@@ -146,7 +146,10 @@ def _read_gguf(path: Path, file: BinaryIO) -> Imatrix:
     for key, known in ((DATASETS_KEY, "[str]"), (CHUNKS_KEY, "u32"), (CHUNK_SIZE_KEY, "u32")):
         if part.types.get(key) != known:
             raise FileFormatError(
-                f"key {key}: missing or of another type", where=path, expected=known, got=part.types.get(key, "nothing")
+                f"key {key} is missing or of another type",
+                where=path,
+                expected=known,
+                got=part.types.get(key, "nothing"),
             )
     entries: dict[str, Entry] = {}
     counted: set[str] = set()
@@ -219,7 +222,7 @@ class _Legacy:
 
     def skip(self, nbytes: int, what: str) -> None:
         if not 0 <= nbytes <= self.left:
-            raise self.error(f"{what}: ends after the file", f"at most {self.left} bytes", nbytes)
+            raise self.error(f"{what} extends past the end of the file", f"at most {self.left} bytes", nbytes)
         self.left -= nbytes
         self.file.seek(nbytes, os.SEEK_CUR)
 
@@ -229,7 +232,7 @@ class _Legacy:
         self.file.seek(at)
         data = self.file.read(nbytes)
         if len(data) < nbytes:
-            raise self.error(f"{what}: the file became shorter while it was read", None, None)
+            raise self.error(f"{what}: the file shrank while being read", None, None)
         return data
 
     def number(self, what: str) -> int:

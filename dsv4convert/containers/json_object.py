@@ -94,7 +94,7 @@ def parse_json(
     except RecursionError:
         raise error(f"{subject or 'JSON'} nested too deeply", where=where) from None
     except MemoryError:
-        raise error(f"not enough memory for its {subject or 'JSON'}", where=where, got=f"{len(text)} bytes") from None
+        raise error(f"not enough memory for the {subject or 'JSON'}", where=where, got=f"{len(text)} bytes") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as reason:
         raise error(f"{said}not valid JSON ({reason})", where=where, hint=hint) from None
     except ValueError as reason:  # integers of thousands of digits

@@ -127,7 +127,7 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
     for name, entry in header.items():
         if len(name) > MAX_NAME_CHARACTERS:
             raise FileFormatError(
-                f"tensor {name[:60]!r}…: its name is too long",
+                f"tensor {name[:60]!r}…: name too long",
                 where=path,
                 expected=f"at most {MAX_NAME_CHARACTERS} characters",
                 got=len(name),
@@ -162,7 +162,7 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
             )
         if end > payload:
             raise FileFormatError(
-                f"tensor {name!r}: truncated, its bytes end after the file",
+                f"tensor {name!r}: truncated, the data extends past the end of the file",
                 where=path,
                 expected=f"{data_start + end} bytes",
                 got=f"{size}",

@@ -49,7 +49,7 @@ def safetensors_header(
             "too many tensors for one safetensors file",
             expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
             got=len(text),
-            hint="give a smaller maximum size of a file",
+            hint="use a smaller --max-file-size",
         )
     header = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
     return header, [len(header) + start for start in starts]

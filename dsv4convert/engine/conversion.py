@@ -120,7 +120,7 @@ def execute(
             raise ResumeError(
                 "an interrupted run left work here",
                 where=path,
-                hint="give --resume to go on with it, or --fresh to start over",
+                hint="pass --resume to continue the interrupted run, or --fresh to start over",
             )
 
         def before_rename(report: RunReport) -> None:
@@ -235,7 +235,7 @@ def check_sources_stay(plan: Plan, mark: dict[str, Any], outputs: Outputs) -> No
                 "is a file of the source, which the conversion would replace",
                 where=path,
                 got=f"the same file as {source}",
-                hint="give another name or folder for the output",
+                hint="choose another name or folder for the output",
             )
 
 

@@ -74,9 +74,9 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
         changes.append("the source's config, tokenizer or tensors changed")
     if changes:
         raise ResumeError(
-            "the interrupted run cannot go on: " + "; ".join(changes[:5]),
+            "the interrupted run cannot be resumed: " + "; ".join(changes[:5]),
             where=where,
-            hint=f"undo that, or {FRESH_HINT}",
+            hint=f"undo the changes, or {FRESH_HINT}",
         )
 
 
@@ -93,5 +93,5 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
             status = path.stat()
         if [status.st_size, status.st_mtime_ns] != before:
             raise FileFormatError(
-                "changed while it was converted", where=path, hint="run again when nothing writes to it any more"
+                "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

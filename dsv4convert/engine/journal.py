@@ -118,7 +118,9 @@ class Journal:
                 and 0 <= tensor < len(plan.files[file].tensors)
                 and 0 <= segment < len(plan.files[file].tensors[tensor].segments)
             ):
-                raise ResumeError("names a segment that the plan does not have", where=self.path, hint=FRESH_HINT)
+                raise ResumeError(
+                    "the journal names a segment that the plan does not have", where=self.path, hint=FRESH_HINT
+                )
 
     def check_bytes(self, plan: Plan, file: int, path: Path) -> None:
         """Check that ``path`` holds the header of output file ``file`` and its finished segments.
@@ -130,7 +132,7 @@ class Journal:
         with os_errors(path, "read"), path.open("rb", buffering=0) as stream:
             header = plan.files[file].header
             if stream.read(len(header)) != header:
-                raise ResumeError("is not what the interrupted run wrote", where=path, hint=FRESH_HINT)
+                raise ResumeError("differs from what the interrupted run wrote", where=path, hint=FRESH_HINT)
             for entry in self._finished.values():
                 if entry.task.file != file:
                     continue
@@ -139,7 +141,7 @@ class Journal:
                 offset = tensor.offset + sum(sizes[: entry.task.segment])
                 if _digest(stream.fileno(), offset, sizes[entry.task.segment]) != entry.digest:
                     raise ResumeError(
-                        f"tensor {tensor.name}: not as the interrupted run wrote it", where=path, hint=FRESH_HINT
+                        f"tensor {tensor.name} differs from what the interrupted run wrote", where=path, hint=FRESH_HINT
                     )
 
     def started_files(self) -> set[int]:
@@ -197,7 +199,10 @@ class Journal:
                 holder = _last_holder(descriptor)
                 os.close(descriptor)
                 raise LockedError(
-                    "another run is writing this output", where=self.path, got=holder, hint="wait for it or stop it"
+                    "another run is writing this output",
+                    where=self.path,
+                    got=holder,
+                    hint="wait for the other run or stop it",
                 ) from None
             except OSError as error:
                 self._give_up(descriptor)
@@ -234,7 +239,9 @@ class Journal:
             start = os.pread(self._descriptor, len(CLAIM), 0).rstrip(b"\0")
         if not all(byte in (HEX if number < HEX_BYTES else (CLAIM[number],)) for number, byte in enumerate(start)):
             raise OutputExistsError(
-                "exists and is no journal of dsv4convert", where=self.path, hint="move it away or give another name"
+                "already exists and is not a journal of dsv4convert",
+                where=self.path,
+                hint="move that file away or choose another name",
             )
 
     def _read(self) -> int:

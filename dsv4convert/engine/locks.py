@@ -89,11 +89,15 @@ class LockFile:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise OutputExistsError(f"is no lock of ours ({error.strerror})", where=self.path) from None
+            raise OutputExistsError(f"not a lock of dsv4convert ({error.strerror})", where=self.path) from None
         with open(descriptor, "rb") as file:
             lines = file.read(MAX_LOCK_BYTES).decode("utf-8", "replace").split("\n")
         if lines[0] != CLAIM:
-            raise OutputExistsError("is no lock of ours", where=self.path, hint="move it away or give another name")
+            raise OutputExistsError(
+                "already exists and is not a lock of dsv4convert",
+                where=self.path,
+                hint="move that file away or choose another name",
+            )
         pid, host, boot = (*lines[1:4], "", "", "")[:3]
         if host == socket.gethostname() and (boot != _boot() or not _is_alive(pid)):
             with contextlib.suppress(FileNotFoundError):
@@ -103,7 +107,7 @@ class LockFile:
             "another run is writing this output",
             where=self.path,
             got=f"process {pid} on {host}",
-            hint="wait for it; if it is gone for certain, remove this file",
+            hint="wait for that run; if that process is certainly gone, remove this file",
         )
 
 

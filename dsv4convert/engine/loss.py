@@ -28,7 +28,7 @@ def refuse_loss(option: str) -> Callable[[RunReport], None]:
             where=worst.file,
             expected="every element as in the source",
             got=", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),
-            hint=f"without {option} they are counted and listed",
+            hint=f"without {option} such elements are counted and listed",
         )
 
     return check

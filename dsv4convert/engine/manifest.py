@@ -138,7 +138,9 @@ def check_claimed(path: Path) -> None:
                 os.close(descriptor)
         if start.strip(b"\0") and start != CLAIM:
             raise OutputExistsError(
-                "exists and is no manifest of dsv4convert", where=name, hint="move it away or give another name"
+                "already exists and is not a manifest of dsv4convert",
+                where=name,
+                hint="move that file away or choose another name",
             )
 
 
@@ -192,7 +194,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FileFormatError: it is not a manifest.
     """
     if not path.exists():
-        raise InputMissingError("no manifest", where=path, hint="only outputs of dsv4convert have one")
+        raise InputMissingError("manifest is missing", where=path, hint="only outputs of dsv4convert have one")
     try:
         text = read_whole(path, MAX_MANIFEST_BYTES, error=ConfigError)
         # Objects take more memory than text: a manifest, of long lines, has few for its length.
@@ -204,7 +206,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise FileFormatError(f"not a manifest: {error.what}", where=path) from None
     for file in manifest["files"]:
         if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
-            raise FileFormatError("not a manifest: a file name that is no plain name", where=path, got=file["name"])
+            raise FileFormatError("not a manifest: a file name that is not a plain name", where=path, got=file["name"])
     return manifest
 
 

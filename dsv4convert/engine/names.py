@@ -108,14 +108,16 @@ def check_can_be_renamed(path: Path) -> None:
         OutputExistsError: it could not, whatever is done.
     """
     if _is_mount_point(path):
-        raise OutputExistsError("a mount point cannot be replaced", where=path, hint="give a name inside it")
+        raise OutputExistsError(
+            "a mount point cannot be replaced", where=path, hint="choose a name inside the mount point"
+        )
     status, parent = path.lstat(), path.parent.lstat() if not path.parent.is_symlink() else path.parent.stat()
     user = os.geteuid()
     if parent.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, parent.st_uid):
         raise OutputExistsError(
             "belongs to another user in a folder where only owners rename (sticky)",
             where=path,
-            hint="give another name",
+            hint="choose another name",
         )
 
 
@@ -132,11 +134,11 @@ def check_name_fits(path: Path, suffixes: tuple[str, ...]) -> None:
     longest = max((path.name + suffix for suffix in suffixes), key=lambda name: len(os.fsencode(name)))
     if len(os.fsencode(longest)) > most:
         raise OutputExistsError(
-            "the name is too long with what is added to it while it is made",
+            "the name is too long with the suffixes of unfinished outputs",
             where=path,
             expected=f"at most {most - len(os.fsencode(longest)) + len(os.fsencode(path.name))} bytes",
             got=len(os.fsencode(path.name)),
-            hint="give a shorter name",
+            hint="choose a shorter name",
         )
 
 

@@ -29,8 +29,8 @@ PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 
 # The next step where an interrupted run cannot go on.
-FRESH_HINT = "give --fresh to start over"
-APPEARED_HINT = "move it away and run again with --resume"
+FRESH_HINT = "pass --fresh to start over"
+APPEARED_HINT = "move that output away and run again with --resume"
 
 # The unit of st_blocks, whatever the file system's own blocks are.
 STAT_BLOCK_BYTES = 512
@@ -139,7 +139,7 @@ class Outputs(ABC):
                 raise ResumeError(
                     "unfinished work of another run, or of one whose journal is gone",
                     where=path,
-                    hint="finish that run, or give --fresh to discard its work",
+                    hint="finish that run, or pass --fresh to discard its work",
                 )
 
     @abstractmethod
@@ -218,13 +218,13 @@ class Outputs(ABC):
                 size = os.fstat(self._open[index]).st_size
             if not same:
                 raise InputOutputError(
-                    "is not the file that was written any more",
+                    "no longer the file that was written",
                     where=path,
-                    hint="something moved or replaced it; give it its name back",
+                    hint="restore the file that was moved or replaced",
                 )
             if size != file.nbytes:
                 raise InputOutputError(
-                    "does not have the size that was written", where=path, expected=file.nbytes, got=size
+                    "the size differs from what was written", where=path, expected=file.nbytes, got=size
                 )
 
     def _keep_open(self, index: int, flags: int) -> int:
@@ -254,7 +254,9 @@ class Outputs(ABC):
         try:
             self.without_locks |= not try_lock(descriptor, path)
         except BlockingIOError:
-            raise LockedError("another run is writing this file", where=path, hint="wait for it or stop it") from None
+            raise LockedError(
+                "another run is writing this file", where=path, hint="wait for the other run or stop it"
+            ) from None
 
     def _size_up(self, index: int) -> None:
         """Give an open file its size and its header."""
@@ -269,7 +271,7 @@ class Outputs(ABC):
         size = _size_of_regular(path)
         if size != file.nbytes and index in started:
             raise ResumeError(
-                "what the interrupted run wrote is not there as it was left",
+                "file of the interrupted run is missing or changed",
                 where=path,
                 expected=f"{file.nbytes} bytes",
                 got="no file" if size is None else f"{size} bytes",
@@ -299,14 +301,18 @@ class FolderOutput(Outputs):
         if os.path.lexists(final):
             if final.is_symlink() or not final.is_dir():
                 what = "is a link" if final.is_symlink() else "already exists, and is no folder"
-                hint = f"give its target, {os.path.realpath(final)}" if final.is_symlink() else "give another name"
+                hint = (
+                    f"pass the target of the link, {os.path.realpath(final)}"
+                    if final.is_symlink()
+                    else "choose another name"
+                )
                 raise OutputExistsError(what, where=final, hint=hint)
             check_can_be_renamed(final)
             self._check_replaceable(final, overwrite)
         old = replaced_path(final)
         if os.path.lexists(old):
             raise OutputExistsError(
-                "an older output that a killed run left under this name", where=old, hint="rename or remove it"
+                "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
             )
         self.replaces = [Identity.of(final)]
 
@@ -316,22 +322,24 @@ class FolderOutput(Outputs):
             entries = list(folder.iterdir())
         if entries and not overwrite:
             raise OutputExistsError(
-                "already exists and is not empty", where=folder, hint="pass --overwrite to replace it"
+                "already exists and is not empty", where=folder, hint="pass --overwrite to replace the output"
             )
         ours = {file.name for file in self._plan.files}
         for entry in entries:
             if entry.is_dir() or (entry.name not in ours and not CHECKPOINT_FILE.fullmatch(entry.name)):
                 raise OutputExistsError(
-                    f"holds {entry.name}, which no conversion wrote",
+                    f"contains {entry.name}, which no conversion wrote",
                     where=folder,
-                    hint="move it away or give another folder",
+                    hint="move that file away or choose another folder",
                 )
 
     def create(self) -> None:
         """Make the folder and its files."""
         root = self._root
         if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
-            raise OutputExistsError("exists and is no folder of ours", where=root, hint="remove it")
+            raise OutputExistsError(
+                "already exists and is not a working folder of dsv4convert", where=root, hint="remove that folder"
+            )
         names = {file.name for file in self._plan.files}
         with os_errors(root, "created"):
             existed = root.exists()
@@ -343,7 +351,9 @@ class FolderOutput(Outputs):
             for entry in entries:
                 if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):
                     raise OutputExistsError(
-                        f"holds {entry.name}, which is not of this output", where=root, hint="remove it"
+                        f"contains {entry.name}, which does not belong to this output",
+                        where=root,
+                        hint="remove that file",
                     )
             self._made.add(root)
             for entry in entries:
@@ -361,7 +371,7 @@ class FolderOutput(Outputs):
             self._root = root = final
             self.paths = [root / file.name for file in self._plan.files]
         elif os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
-            raise ResumeError("is no folder of ours", where=root, hint=FRESH_HINT)
+            raise ResumeError("not a working folder of dsv4convert", where=root, hint=FRESH_HINT)
         with os_errors(root, "created"):
             root.mkdir(exist_ok=True)
             self._hold_folder(root)
@@ -397,7 +407,7 @@ class FolderOutput(Outputs):
         sync_folder(root)
         self._check_written()
         if self._folder is None or not is_same_file(root, self._folder):
-            raise InputOutputError("is not the folder that was written any more", where=root, hint=APPEARED_HINT)
+            raise InputOutputError("no longer the folder that was written", where=root, hint=APPEARED_HINT)
         with os_errors(final, "renamed"):
             if root != final:
                 self._take_name(root, final, old)
@@ -461,14 +471,14 @@ class FileOutputs(Outputs):
             if not os.path.lexists(final):
                 continue
             if final.is_dir() or not (final.is_symlink() or final.is_file()):
-                raise OutputExistsError("already exists, and is no file", where=final, hint="give another name")
+                raise OutputExistsError("already exists and is not a file", where=final, hint="choose another name")
             if not overwrite:
-                raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace it")
+                raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace the output")
             check_can_be_renamed(final)
         old = replaced_path(self._finals[0])
         if os.path.lexists(old):
             raise OutputExistsError(
-                "an older output that a killed run left under this name", where=old, hint="rename or remove it"
+                "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
             )
         self.replaces = [Identity.of(final) for final in self._finals]
 
@@ -490,7 +500,9 @@ class FileOutputs(Outputs):
             if not os.path.lexists(path):
                 return
             if path.is_symlink() or not path.is_file():
-                raise OutputExistsError("exists and is no file of ours", where=path, hint="remove it")
+                raise OutputExistsError(
+                    "already exists and is not a working file of dsv4convert", where=path, hint="remove that file"
+                )
             descriptor = self._keep_open(index, os.O_RDONLY)
             del self._open[index]
             try:
@@ -582,7 +594,7 @@ def check_parent(path: Path) -> None:
     with os_errors(path.parent, "looked at"):
         status = path.parent.stat() if os.path.exists(path.parent) else None
     if status is None or not stat.S_ISDIR(status.st_mode):
-        raise OutputExistsError("no such folder for the output", where=path.parent, hint="make it first")
+        raise OutputExistsError("output folder is missing", where=path.parent, hint="create the folder first")
 
 
 def open_file(path: Path, flags: int) -> int:
@@ -598,11 +610,13 @@ def open_file(path: Path, flags: int) -> int:
         if error.errno == errno.EMFILE and _raise_open_files():
             return open_file(path, flags)
         if error.errno in (errno.ENXIO, errno.ELOOP, errno.ENODEV, errno.EISDIR):
-            raise OutputExistsError("exists and is no regular file", where=path, hint="move it away") from None
+            raise OutputExistsError(
+                "already exists and is not a regular file", where=path, hint="move that file away"
+            ) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OutputExistsError("exists and is no regular file", where=path, hint="move it away")
+        raise OutputExistsError("already exists and is not a regular file", where=path, hint="move that file away")
     return descriptor
 
 

@@ -48,9 +48,9 @@ def check_space(plan: Plan, already: int = 0) -> None:
     free = free_bytes(plan.destination)
     if free < plan.nbytes - already:
         raise SpaceError(
-            "no room on the disk for the output",
+            "not enough disk space for the output",
             where=plan.destination,
             expected=f"{plan.nbytes - already} bytes free",
             got=free,
-            hint="free some space or give another folder",
+            hint="free some space or choose another folder",
         )

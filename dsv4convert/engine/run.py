@@ -278,7 +278,7 @@ def _with_tensor(error: Exception, plan: Plan, task: Task) -> Exception:
     """Return the error with the tensor's name in it."""
     name = plan.files[task.file].tensors[task.tensor].name
     if isinstance(error, MemoryError):
-        return SpaceError(f"not enough memory to make tensor {name}", hint="give fewer --threads")
+        return SpaceError(f"not enough memory for tensor {name}", hint="use fewer --threads")
     if not isinstance(error, Dsv4Error):
         return RuntimeError(f"while making tensor {name}: {type(error).__name__}: {error}")
     return type(error)(

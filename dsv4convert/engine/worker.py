@@ -111,7 +111,7 @@ class Worker:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:
                     raise InputOutputError(
-                        "the file became shorter while it was read",
+                        "the file shrank while being read",
                         where=file,
                         hint="was it replaced during the run?",
                     )

@@ -33,7 +33,7 @@ def bf16_to_fp8_exactly(bits: ArrayU16, block: Block) -> tuple[ArrayU8, ArrayU8]
     scratch = Scratch()
     bf16_to_f32(bits, values, scratch, Tally())
     if not np.isfinite(values).all():
-        raise LossyError("cannot be FP8: NaN or infinity", hint="leave it in BF16")
+        raise LossyError("cannot be FP8: NaN or infinity", hint="keep the tensor in BF16")
     codes, scale = quantise_fp8(values, block)
     again = np.empty_like(bits)
     fp8_to_bf16(codes, scale, block, again, scratch, Tally())
@@ -44,6 +44,6 @@ def bf16_to_fp8_exactly(bits: ArrayU16, block: Block) -> tuple[ArrayU8, ArrayU8]
             "cannot be FP8 without rounding",
             expected=f"{block[0]}x{block[1]} blocks of e4m3 values times a power of two",
             got=f"{values[row, column]!r} at row {row}, column {column} of a tile ({len(differ)} such elements)",
-            hint="leave it in BF16",
+            hint="keep the tensor in BF16",
         )
     return codes, scale

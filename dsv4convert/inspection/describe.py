@@ -36,7 +36,7 @@ def inspect_path(path: Path) -> Description:
     if path.is_dir():
         return _describe_folder(path)
     raise InputMissingError(
-        "neither a checkpoint folder nor a GGUF", where=path, hint="give a folder with config.json or a .gguf file"
+        "neither a checkpoint folder nor a GGUF", where=path, hint="pass a folder with config.json or a .gguf file"
     )
 
 

@@ -156,7 +156,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
     copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_LAYER.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
-    found.unexpected += [f"tensor {name}: missing" for name in missing]
+    found.unexpected += [f"tensor {name} is missing" for name in missing]
     found.unexpected += [f"tensor {name}: unknown" for name in left if name not in set(copies)]
     return weights
 

@@ -192,7 +192,7 @@ def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers
         _describe_roles(found, model, numbers)
     if found.draft == Draft.NONE.value or model.architecture == "deepseek-v4":
         wanted = _text_tensors(model, found.layers, ratios, found.roles, numbers.list("engram.layer_ids"))
-        found.unexpected += [f"tensor {name}: missing" for name in wanted if name not in model.tensors]
+        found.unexpected += [f"tensor {name} is missing" for name in wanted if name not in model.tensors]
 
 
 def _describe_roles(found: Description, model: GgufModelFile, numbers: _Numbers) -> None:

@@ -276,10 +276,12 @@ def load_config(folder: Path) -> ModelConfig:
         UnsupportedError: another architecture.
     """
     if not folder.is_dir():
-        raise InputMissingError("no such folder", where=folder, hint="give the folder that holds config.json")
+        raise InputMissingError("no such folder", where=folder, hint="pass the folder that holds config.json")
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise InputMissingError("no config.json", where=folder, hint="is this a checkpoint folder, fully downloaded?")
+        raise InputMissingError(
+            "config.json is missing", where=folder, hint="is this a checkpoint folder, fully downloaded?"
+        )
     return parse_config(read_json_object(path), path)
 
 
@@ -356,7 +358,7 @@ def _version(raw: Mapping[str, Any], where: object) -> Version:
     architectures = raw.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError(
-            "key architectures: missing or not a list",
+            "key architectures is missing or not a list",
             where=where,
             expected=" or ".join(f'["{name}"]' for name in VERSION_BY_ARCHITECTURE),
         )
@@ -364,7 +366,7 @@ def _version(raw: Mapping[str, Any], where: object) -> Version:
         if name in VERSION_BY_ARCHITECTURE:
             return VERSION_BY_ARCHITECTURE[name]
     raise UnsupportedError(
-        "another architecture",
+        "unsupported architecture",
         where=where,
         expected=" or ".join(VERSION_BY_ARCHITECTURE),
         got=", ".join(map(str, architectures))[:100],
@@ -379,7 +381,7 @@ def _compress_ratios(raw: Mapping[str, Any], version: Version, where: object) ->
     elif "layer_types" in raw:
         key, ratios = "layer_types", tuple(RATIO_BY_LAYER_TYPE[kind] for kind in raw["layer_types"])
     else:
-        raise ConfigError("key compress_ratios: missing", where=where, hint="layer_types would do as well")
+        raise ConfigError("key compress_ratios is missing", where=where, hint="layer_types is accepted instead")
     if version is Version.V4:
         # One entry a token is not compressed: some folders say 1 where the published ones say 0.
         ratios = tuple(0 if ratio == 1 else ratio for ratio in ratios)
@@ -415,7 +417,7 @@ def _num_hash_layers(raw: Mapping[str, Any], where: object) -> int:
         return count
     kinds = raw.get("mlp_layer_types")
     if kinds is None:
-        raise ConfigError("key num_hash_layers: missing", where=where, hint="mlp_layer_types would do as well")
+        raise ConfigError("key num_hash_layers is missing", where=where, hint="mlp_layer_types is accepted instead")
     count = kinds.count("hash_moe")
     if len(kinds) != layers or kinds[:count] != ["hash_moe"] * count:
         raise ConfigError(
@@ -432,7 +434,9 @@ def _rope_head_dim(raw: Mapping[str, Any], where: object) -> int:
         return int(raw["qk_rope_head_dim"])
     factor = raw.get("partial_rotary_factor")
     if factor is None:
-        raise ConfigError("key qk_rope_head_dim: missing", where=where, hint="partial_rotary_factor would do as well")
+        raise ConfigError(
+            "key qk_rope_head_dim is missing", where=where, hint="partial_rotary_factor is accepted instead"
+        )
     return int(raw["head_dim"] * factor)
 
 
@@ -473,7 +477,7 @@ def _yarn(scaling: Mapping[str, Any], key: str, where: object) -> YarnScaling | 
         raise ConfigError(f"key {key}.type: unknown", where=where, expected="yarn", got=kind)
     missing = [name for name in ("factor", "original_max_position_embeddings") if name not in scaling]
     if missing:
-        raise ConfigError(f"key {key}.{missing[0]}: missing", where=where)
+        raise ConfigError(f"key {key}.{missing[0]} is missing", where=where)
     return YarnScaling(
         factor=float(scaling["factor"]),
         original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),

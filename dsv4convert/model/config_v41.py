@@ -192,7 +192,7 @@ def engram_config(flat: Mapping[str, Any], where: object) -> EngramConfig | None
     keys = ("max_ngram_size", "vocab_size", "n_heads", "head_dim", "compressed_vocab_size", "pad_token_id")
     for key in ("num_embeddings", *keys):
         if f"engram_{key}" not in flat:
-            raise ConfigError(f"key engram_{key}: missing", where=where)
+            raise ConfigError(f"key engram_{key} is missing", where=where)
     rows = flat["engram_num_embeddings"]
     if len(rows) != len(layer_ids):
         raise ConfigError(
@@ -220,7 +220,7 @@ def candidates(flat: Mapping[str, Any], where: object) -> Candidates | None:
     keys = ("candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size")
     for key in keys:
         if key not in flat:
-            raise ConfigError(f"key {key}: missing", where=where)
+            raise ConfigError(f"key {key} is missing", where=where)
     return Candidates(*(flat[key] for key in keys))
 
 

@@ -104,8 +104,8 @@ def _in_step(
         if x is None or y is None or x[0] != y[0]:
             raise VerifyError(
                 "the runs do not consist of the same sub-blocks",
-                expected="its end" if x is None else x[0],
-                got="its end" if y is None else y[0],
+                expected="the end of the run" if x is None else x[0],
+                got="the end of the run" if y is None else y[0],
             )
         if x[1].shape != y[1].shape:
             raise VerifyError(

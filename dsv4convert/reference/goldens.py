@@ -101,9 +101,11 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         if not present:
             return
         if not is_goldens(folder):
-            raise OutputExistsError("holds other files", where=folder, hint="name a new or empty folder")
+            raise OutputExistsError("contains other files", where=folder, hint="choose a new or empty folder")
         if not overwrite:
-            raise OutputExistsError("holds goldens already", where=folder, hint="--overwrite replaces them")
+            raise OutputExistsError(
+                "goldens already exist", where=folder, hint="pass --overwrite to replace the goldens"
+            )
         for path in present:
             if path.suffix == ".npy" or path.name == INDEX_NAME:
                 path.unlink()
@@ -120,7 +122,7 @@ def open_goldens(folder: Path) -> Goldens:
     """
     path = folder / INDEX_NAME
     if not path.exists():
-        raise InputMissingError(f"no {INDEX_NAME}", where=folder)
+        raise InputMissingError(f"{INDEX_NAME} is missing", where=folder)
     index = read_json(path, MAX_INDEX_BYTES, error=FileFormatError, hint="record the goldens again")
     if not _is_index(index):
         raise FileFormatError(

@@ -183,7 +183,7 @@ class Model:
         """Return ``tokens`` as int64 [T], or say what is wrong with them."""
         tokens_T = np.asarray(tokens, dtype=np.int64).reshape(-1)
         if not tokens_T.size:
-            raise UsageError("the prompt is empty", hint="give at least one token")
+            raise UsageError("the prompt is empty", hint="pass at least one token")
         outside = tokens_T[(tokens_T < 0) | (tokens_T >= self.config.vocab_size)]
         if outside.size:
             ids = f"0 to {self.config.vocab_size - 1}"

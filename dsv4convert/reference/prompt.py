@@ -30,7 +30,9 @@ def parse_tokens(text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise UsageError("--tokens: not a list of token ids", expected="such as 1,2,3", got=repr(text[:100])) from None
+        raise UsageError(
+            "--tokens: not a list of token ids", expected="a list such as 1,2,3", got=repr(text[:100])
+        ) from None
 
 
 def find_tokenizer(model: Path, vocab_size: int, folder: Path | None = None) -> Tokenizer | None:
@@ -80,8 +82,8 @@ def encode_text(text: str, tokenizer: Tokenizer | None) -> list[int]:
     """
     if tokenizer is None or tokenizer.path.name != TOKENIZER_NAME:
         raise UsageError(
-            f"no {TOKENIZER_NAME} to turn text into tokens",
-            hint="name a folder that holds one with --tokenizer, or give token ids with --tokens",
+            f"{TOKENIZER_NAME} is missing",
+            hint="pass its folder with --tokenizer, or token ids with --tokens",
         )
     ids = tokenizer.encode(text)
     if tokenizer.add_special.get("bos") and tokenizer.bos_token_id is not None:
@@ -105,7 +107,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise DeviceError("a conversation needs the package jinja2", hint="install it, or use --text") from None
+        raise DeviceError("--chat needs the package jinja2", hint="install dsv4convert[text], or use --text") from None
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
@@ -117,7 +119,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
     try:
         prompt = environment.from_string(source).render(**inputs)
     except (TemplateError, TypeError, ValueError) as error:
-        raise FileFormatError(f"not a conversation that the chat template takes ({error})", where=path) from None
+        raise FileFormatError(f"conversation not accepted by the chat template ({error})", where=path) from None
     # The prompt spells out its begin-of-sentence token.
     if tokenizer is not None:
         bos = tokenizer.bos_token_id

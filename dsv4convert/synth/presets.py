@@ -221,7 +221,7 @@ def synth_config(
         holders = ((raw, key), (file, key), (file.get(VISION_OBJECT, {}), VISION_NAMES.get(key, key)))
         holder, name = next(((holder, name) for holder, name in holders if name in holder), ({}, ""))
         if not name:
-            raise UsageError(f"no config key {key} to set", hint="see config.json of the preset")
+            raise UsageError(f"--set: unknown config key {key}", hint="see config.json of the preset")
         holder[name] = value
     if experts is not None:
         raw["num_experts_per_tok"] = min(raw["num_experts_per_tok"], experts)

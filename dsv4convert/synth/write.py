@@ -225,7 +225,9 @@ def write_plan(
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if not headers_only and free < plan.payload_bytes:
-            raise SpaceError("not enough room", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free)
+            raise SpaceError(
+                "not enough disk space", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
+            )
         _remove_checkpoint(partial)
         partial.mkdir()
         try:
@@ -435,12 +437,12 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         if not path.exists() and not path.is_symlink():
             continue
         if path == out and not overwrite:
-            raise OutputExistsError("already there", where=out, hint="--overwrite replaces it")
+            raise OutputExistsError("already exists", where=out, hint="pass --overwrite to replace the folder")
         if path.is_symlink() or not path.is_dir() or not _holds_only_a_checkpoint(path):
             raise OutputExistsError(
-                "not a folder that holds only a checkpoint, so it is not replaced",
+                "not replaced: contains files besides a checkpoint",
                 where=path,
-                hint="remove it yourself",
+                hint="remove the folder first",
             )
 
 

@@ -40,16 +40,20 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
     """
     absolute = Path(os.path.abspath(out))
     if not absolute.name:
-        raise UsageError("the output is no folder name", where=out)
+        raise UsageError("the output must be a folder name", where=out)
     source = folder.resolve()
     # The output's own name, those under which it is made and an older one leaves.
     for suffix in ("", PARTIAL_SUFFIX, REPLACED_SUFFIX):
         target = absolute.with_name(absolute.name + suffix).resolve()
         for path in (source, *(file.resolve() for file in files)):
             if target == path or target in path.parents:
-                raise UsageError("the source lies inside the output", where=out, got=path, hint="give another folder")
+                raise UsageError(
+                    "the source lies inside the output", where=out, got=path, hint="choose another output folder"
+                )
         if source in target.parents:
-            raise UsageError("the output lies inside the source", where=out, got=source, hint="give another folder")
+            raise UsageError(
+                "the output lies inside the source", where=out, got=source, hint="choose another output folder"
+            )
     return out if out.name == absolute.name else absolute
 
 
@@ -73,7 +77,7 @@ def auxiliary_files(source: Path) -> list[OutputFile]:
                 "too large to be copied",
                 where=path,
                 expected=f"at most {MAX_AUXILIARY_BYTES} bytes of tokenizer and generation files",
-                hint="is it what its name says?",
+                hint="check that the file is what the name says",
             ) from None
         left -= len(content)
         files.append(whole_file(name, content))

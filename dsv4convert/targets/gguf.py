@@ -190,7 +190,7 @@ def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> st
     if out is None or out.is_dir():
         return default.removesuffix(".gguf")
     if out.suffix != ".gguf":
-        raise UsageError("the output is no .gguf name and no folder that is there", where=out, hint="end it in .gguf")
+        raise UsageError("the output must end in .gguf or be an existing folder", where=out)
     return (FILE_PREFIX[model.kind] if n_models > 1 else "") + out.stem
 
 

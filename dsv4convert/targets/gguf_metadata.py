@@ -427,7 +427,7 @@ def dspark_metadata(
     noise = _dspark_value(config, "dspark_noise_token_id", 0)
     targets = config.flat.get("dspark_target_layer_ids")
     if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
-        raise ConfigError("key dspark_target_layer_ids: missing or no list of layers", got=targets)
+        raise ConfigError("key dspark_target_layer_ids is missing or not a list of layers", got=targets)
     values = _field_values(config, config.num_hidden_layers, False) | {
         "block_size": _dspark_value(config, "dspark_block_size", 1),
         # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
@@ -449,7 +449,7 @@ def dspark_metadata(
 def _dspark_value(config: ModelConfig, key: str, least: int) -> int:
     value = config.flat.get(key)
     if type(value) is not int or value < least:
-        raise ConfigError(f"key {key}: missing or no number", expected=f"{least} or more", got=value)
+        raise ConfigError(f"key {key} is missing or not a number", expected=f"{least} or more", got=value)
     return value
 
 
@@ -473,13 +473,13 @@ def mmproj_metadata(
     for key, fixed in MMPROJ_FIXED[config.version].items():
         if raw.get(key) != fixed:
             raise UnsupportedError(
-                f"key {key}: llama.cpp's vision code knows one value only", expected=fixed, got=raw.get(key)
+                f"key {key}: llama.cpp's vision code supports only one value", expected=fixed, got=raw.get(key)
             )
 
     def size(key: str) -> int:
         value = raw.get(key)
         if type(value) is not int or value < 1:
-            raise ConfigError(f"key {key}: missing or no size", expected="a positive integer", got=value)
+            raise ConfigError(f"key {key} is missing or not a size", expected="a positive integer", got=value)
         return value
 
     patch, merge = size("vision_patch_size"), size("vision_downsample_ratio")

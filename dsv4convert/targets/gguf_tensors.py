@@ -327,7 +327,7 @@ def _engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
         UsageError: in a way that the dialect's reader does not read.
     """
     if options.engram is not None and dialect.name == DS4 and options.engram != dialect.engram:
-        raise UsageError(f"--engram {options.engram} is not for dialect {DS4}", expected=dialect.engram)
+        raise UsageError(f"--engram {options.engram} is not supported by dialect {DS4}", expected=dialect.engram)
     return options.engram or dialect.engram
 
 
@@ -335,7 +335,7 @@ def _check_experts(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> Non
     for tensor in tensors:
         if dialect.expert_types and "_exps." in tensor.name and tensor.type.name not in dialect.expert_types:
             raise UsageError(
-                f"--experts {tensor.type.name} is not for dialect {dialect.name}",
+                f"--experts {tensor.type.name} is not supported by dialect {dialect.name}",
                 expected=" or ".join(dialect.expert_types),
                 hint="--experts or --recipe chooses one",
             )
@@ -360,18 +360,18 @@ def _dspark_model(
 def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
     if asked is not None or dialect.mtp_inline:
         return f"{option} drop"
-    return f"{option} drop (the default); {option} split writes it beside the model"
+    return f"{option} drop (the default); {option} split writes a file of its own"
 
 
 def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
     mode = options.draft or (KEEP if dialect.mtp_inline else DROP)
     allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP, ONLY, SPLIT)
     if mode not in allowed:
-        raise UsageError(f"--draft {mode} is not for dialect {dialect.name}", expected=" or ".join(allowed))
+        raise UsageError(f"--draft {mode} is not supported by dialect {dialect.name}", expected=" or ".join(allowed))
     if options.layers is not None and mode != DROP:
         if options.draft is None:
             return DROP
-        raise UsageError(f"--draft {mode} does not go with --layers", hint="a slice has no draft")
+        raise UsageError(f"--draft {mode} cannot be combined with --layers", hint="a slice has no draft")
     if mode in (ONLY, SPLIT) and checkpoint.draft is Draft.NONE:
         raise UsageError(f"--draft {mode}: the checkpoint has no draft", where=checkpoint.folder)
     if mode == KEEP and checkpoint.draft is not Draft.MTP:
@@ -386,7 +386,7 @@ def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
     if mode == DROP:
         return mode
     if dialect.mtp_inline:
-        raise UsageError(f"--mmproj {mode} is not for dialect {dialect.name}", expected=DROP)
+        raise UsageError(f"--mmproj {mode} is not supported by dialect {dialect.name}", expected=DROP)
     if not has_tower:
         raise UsageError(f"--mmproj {mode}: the checkpoint has no vision tower", where=checkpoint.folder)
     return mode

@@ -52,7 +52,7 @@ def plan_repack(
             where=source,
             expected="fp4",
             got=", ".join(sorted(held)),
-            hint="dequantize makes BF16 of any checkpoint",
+            hint="use dequantize for BF16",
         )
     tensors, dropped = repacked_tensors(checkpoint)
     return Plan(

@@ -62,7 +62,7 @@ def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool 
         Dsv4Error: whatever is wrong with the source.
     """
     if is_shard_folder(source):
-        raise UsageError("is a folder of shards already", where=source, hint="unshard it first")
+        raise UsageError("already a folder of shards", where=source, hint="run unshard first")
     checkpoint = open_checked(source, draft_wanted=options.draft != "drop", strict=strict)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     configs = [_shard_config(checkpoint, options)]

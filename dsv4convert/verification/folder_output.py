@@ -114,7 +114,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     for name, weights in groups.items():
         pieces += _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report)
     for name in tensors.names():
-        report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+        report.problem(EXTRA, f"tensor {name}", "not in the source")
     _check_config(folder, checkpoint, pieces, report)
     _check_files(folder, checkpoint.folder, report)
     return pieces
@@ -237,7 +237,7 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     mp = sizes[0]
     for path in sorted(folder.glob("*.safetensors")):
         if path not in files.values():
-            report.problem(FILE, path, "no shard, and not expected beside shards")
+            report.problem(FILE, path, "unexpected file next to shards")
     ranks = {rank: path for (size, rank), path in files.items() if size == mp}
     absent = [rank for rank in range(mp) if rank not in ranks]
     if absent:
@@ -291,7 +291,7 @@ def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report:
             at = (0, rank * matrix.columns) if vector or axis == 1 else (rank * matrix.rows, 0)
         yield Piece(matrix, shape, (0, 0), source, at, (matrix.rows, matrix.columns))
     for name in tensors.names():
-        report.problem(EXTRA, f"rank {rank}: tensor {name}", "the source has nothing that belongs here")
+        report.problem(EXTRA, f"rank {rank}: tensor {name}", "not in the source")
 
 
 def _run_piece(
@@ -477,7 +477,7 @@ def _check_files(folder: Path, source: Path, report: Report) -> None:
             continue
         if not copy.is_file():
             if name in NEEDED_FILES and not report.foreign:
-                report.problem(FILE, copy, "missing; the source has it")
+                report.problem(FILE, copy, "missing from the output")
             continue
         if report.foreign:
             continue

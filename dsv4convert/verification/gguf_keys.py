@@ -408,7 +408,7 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
             special.add_to_gguf(writer, quiet=True)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise TokenizerError(f"gguf's own reader cannot read it ({reason})"[:300], where=path) from None
+            raise TokenizerError(f"not readable by the gguf package ({reason})"[:300], where=path) from None
     yield from _recorded(writer)
     if special.chat_template is None:
         ours = resources.files("dsv4convert.model") / TEMPLATES[version]

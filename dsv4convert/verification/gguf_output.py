@@ -123,7 +123,7 @@ def _kind(model: GgufModelFile, checkpoint: Checkpoint) -> str:
         TOWER: any(map(is_vision_name, checkpoint.weights)),
     }
     if not has[kind]:
-        raise InventoryError(f"holds {kind}, and the source has none", where=model.files[0])
+        raise InventoryError(f"contains {kind}, which the source lacks", where=model.files[0])
     return kind
 
 
@@ -261,7 +261,7 @@ def _pieces(
             yield Piece(matrix, tensor.shape, at, source, (0, 0), size)
     for name in model.tensors:
         if name not in wanted and _table_of_scales(name) not in wanted:
-            report.problem(EXTRA, f"tensor {name}", "the source has nothing that belongs here")
+            report.problem(EXTRA, f"tensor {name}", "not in the source")
 
 
 def _table_of_scales(name: str) -> str:
@@ -346,7 +346,7 @@ def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
             while start < stop:
                 chunk = file.read(min(CHUNK_BYTES, stop - start))
                 if not chunk:
-                    raise InputOutputError("became shorter while it was read", where=path)
+                    raise InputOutputError("shrank while being read", where=path)
                 if chunk.strip(b"\0"):
                     yield start + len(chunk) - len(chunk.lstrip(b"\0"))
                     return

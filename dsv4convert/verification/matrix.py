@@ -262,5 +262,5 @@ def _fill(descriptor: int, view: memoryview, position: int, file: Path) -> None:
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], position + done)
         if got == 0:
-            raise InputOutputError("became shorter while it was read", where=file)
+            raise InputOutputError("shrank while being read", where=file)
         done += got

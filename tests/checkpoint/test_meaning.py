@@ -288,7 +288,7 @@ def test_a_draft_that_nobody_asks_for_does_not_block_the_trunk(editable: MakeEdi
     lacking = Rewritten(source)
     lacking.remove(name)
     assert index.is_file()
-    assert f"tensor {name}: missing" in run_cli("shard", source, tmp_path / "s", "--mp", "1").error
+    assert f"tensor {name} is missing" in run_cli("shard", source, tmp_path / "s", "--mp", "1").error
     for command in (["hf-to-gguf", "a.gguf"], ["shard", "s", "--mp", "1", "--draft", "drop"]):
         out = tmp_path / command[1]
         result = run_cli(command[0], source, out, "--json", *command[2:])

@@ -176,7 +176,7 @@ def second_id(document: Document) -> None:
 
 
 BROKEN: list[Any] = [
-    pytest.param(lambda d: d.pop("model"), "key model: missing", id="no model"),
+    pytest.param(lambda d: d.pop("model"), "key model is missing", id="no model"),
     pytest.param(lambda d: d["model"].update(type="Unigram"), "got Unigram with ByteLevel", id="unigram"),
     pytest.param(lambda d: d.update(decoder={"type": "Metaspace"}), "BPE with Metaspace", id="decoder"),
     pytest.param(lambda d: d["model"].update(byte_fallback=True), "unknown kind", id="byte fallback"),
@@ -198,11 +198,11 @@ BROKEN: list[Any] = [
     pytest.param(lambda d: d["model"]["vocab"].update(zz=True), "token 'zz'", id="boolean id"),
     pytest.param(lambda d: d["model"]["vocab"].update({"世": 699}), "byte-level alphabet", id="raw character"),
     pytest.param(lambda d: d["model"]["vocab"].pop("!"), "none for byte 0x21", id="byte without token"),
-    pytest.param(taken_id, "is there twice: ", id="one id for two"),
+    pytest.param(taken_id, "duplicate id ", id="one id for two"),
     pytest.param(second_id, "has two ids", id="two ids for one"),
     pytest.param(forged_id, "expected ids below vocab_size 700, got 1000000000000", id="too large"),
     pytest.param(lambda d: d.update(added_tokens={}), "key added_tokens: not a list", id="added no list"),
-    pytest.param(lambda d: d["added_tokens"].append(3), "needs an integer id", id="added no object"),
+    pytest.param(lambda d: d["added_tokens"].append(3), "expected an integer id", id="added no object"),
     pytest.param(lambda d: d["added_tokens"][-1].update(content="\ud800"), "surrogate", id="surrogate"),
     pytest.param(lambda d: d["model"].update(merges=[]), "key model.merges", id="no merges"),
     pytest.param(lambda d: d["model"].update(merges=["ab"]), "merges[0]: not two parts", id="merge of one"),
@@ -239,7 +239,7 @@ def test_tokenizer_that_is_no_json_object_is_refused(folder: Path, text: str, me
 
 
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json; is the download complete"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing; is the download complete"):
         load_tokenizer(tmp_path, VOCAB)
 
 

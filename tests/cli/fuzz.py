@@ -323,7 +323,7 @@ class Fuzz:
     def verify(source: Path, plan: Plan) -> None:
         if plan.target == UNSHARD:  # what verify compares with is the checkpoint, not its shards
             if not check_manifest(plan.output_path()).ok:
-                raise AssertionError("the output is not what its manifest says")
+                raise AssertionError("the output differs from the manifest")
             return
         report = verify(source, plan.output_path())
         if not report.ok:

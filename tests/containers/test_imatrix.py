@@ -95,13 +95,13 @@ def test_the_legacy_tail_may_be_missing(tmp_path: Path, tail: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        pytest.param(b"", "ends after the file", id="empty"),
+        pytest.param(b"", "extends past the end of the file", id="empty"),
         pytest.param(struct.pack("<i", -3), "the number of entries", id="negative count"),
         pytest.param(struct.pack("<i", 2**30), "the number of entries", id="absurd count"),
         pytest.param(b"\x89PNG\r\n\x1a\n" * 4, "the number of entries", id="another file"),
         pytest.param(legacy({DENSE: (1, SUMS[DENSE])}, name_length=lambda _: 2**30), "length of the name", id="name"),
         pytest.param(legacy({DENSE: (-1, SUMS[DENSE])}), "calls and values", id="negative calls"),
-        pytest.param(legacy({DENSE: (1, SUMS[DENSE])})[:-1], "ends after the file", id="truncated"),
+        pytest.param(legacy({DENSE: (1, SUMS[DENSE])})[:-1], "extends past the end of the file", id="truncated"),
         pytest.param(legacy({DENSE: (1, np.array([1, np.nan]))}), "value 1 is not a sum", id="NaN"),
         pytest.param(legacy({DENSE: (1, np.array([np.inf]))}), "value 0 is not a sum", id="infinite"),
         pytest.param(legacy({DENSE: (1, np.array([-1.0]))}), "value 0 is not a sum", id="negative"),
@@ -147,7 +147,7 @@ def test_a_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
     [
         pytest.param({"kind": "model"}, "not an importance matrix", id="a model"),
         pytest.param({"kind": None}, "not an importance matrix", id="no kind"),
-        pytest.param({"datasets": False}, "imatrix.datasets: missing", id="no data sets"),
+        pytest.param({"datasets": False}, "imatrix.datasets is missing", id="no data sets"),
         pytest.param({"tensors": {DENSE + ".counts": None}}, r"counts' is missing", id="no counts"),
         pytest.param({"tensors": {DENSE + ".in_sum2": None}}, r"in_sum2' is missing", id="no sums"),
         pytest.param({"tensors": {"other": SUMS[DENSE]}}, "unknown", id="another tensor"),

@@ -56,7 +56,7 @@ def test_packed_fp4_counts_elements_in_its_shape_and_half_of_them_in_bytes(tmp_p
         pytest.param({"w": entry("F32", [1], 0, 4), "v": entry("F32", [1], 3, 7)}, 7, "tensor 'v': overlaps the tensor before it: expected offset 4, got 3", id="overlap"),
         pytest.param({"w": entry("F32", [1], 0, 4), "v": entry("F32", [1], 5, 9)}, 9, "tensor 'v': leaves a hole before it: expected offset 4, got 5", id="hole"),
         pytest.param({"w": entry("F32", [1], 0, 4)}, 9, "bytes after the last tensor", id="trailing bytes"),
-        pytest.param({"w": entry("F32", [1], 0, 4)}, 3, "tensor 'w': truncated, its bytes end after the file", id="truncated"),
+        pytest.param({"w": entry("F32", [1], 0, 4)}, 3, "tensor 'w': truncated, the data extends past the end of the file", id="truncated"),
         pytest.param({"w": entry("F32", [2], 0, 4)}, 4, "tensor 'w': bytes do not match dtype F32 and shape [2]: expected 8, got 4", id="shape"),
         pytest.param({"w": entry("F32", [-1], 0, 4)}, 4, "shape and offsets must be integers of 0 or more", id="negative"),
         pytest.param({"w": entry("F32", [True], 0, 4)}, 4, "shape and offsets must be integers", id="truth value"),

@@ -49,7 +49,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_too_small_for_the_plan_is_told_before_anything_is_written(tiny: Path, small_disk: Path) -> None:
     result = run_cli("hf-to-gguf", tiny, small_disk / "model.gguf")
     assert result.code == 10
-    assert "no room on the disk for the output: expected 4" in result.error
+    assert "not enough disk space for the output: expected 4" in result.error
     assert list(small_disk.iterdir()) == []
 
 

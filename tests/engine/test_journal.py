@@ -128,7 +128,7 @@ def test_a_journal_damaged_anywhere_is_refused_or_read_right(plan: Plan, kind: s
                 if path.is_file():
                     shutil.copy2(path, tmp_path)
     assert refused + went_on == DAMAGES
-    next_step = re.compile("--fresh|no journal of dsv4convert; move it away")
+    next_step = re.compile("--fresh|not a journal of dsv4convert; move that file away")
     assert all(str(tmp_path) in message and next_step.search(message) for message in messages)
     assert not any(b"\n" in damaged.rstrip(b"\0") for damaged in lost_work)
     assert went_on > 0
@@ -186,13 +186,13 @@ def test_a_forged_line_is_refused(plan: Plan, fact: object) -> None:
 )
 def test_a_journal_of_another_kind_is_refused(plan: Plan, first: object) -> None:
     journal_path(plan).write_bytes(line(first))
-    with pytest.raises((ResumeError, OutputExistsError), match=r"--fresh|no journal of dsv4convert"):
+    with pytest.raises((ResumeError, OutputExistsError), match=r"--fresh|not a journal of dsv4convert"):
         execute(plan, resume=True)
 
 
 def test_a_journal_that_is_a_link_is_not_followed(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     journal_path(plan).symlink_to(tmp_path / "mine")
-    with pytest.raises(OutputExistsError, match="no regular file"):
+    with pytest.raises(OutputExistsError, match="not a regular file"):
         execute(plan, fresh=True)
     assert (tmp_path / "mine").read_text() == "mine"

@@ -131,7 +131,7 @@ def test_an_output_without_manifest_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     result = run_cli("verify", "--manifest", tmp_path / "model.gguf")
     assert result.code == 3
-    assert "model.gguf.manifest.json: no manifest" in result.error
+    assert "model.gguf.manifest.json: manifest is missing" in result.error
     with pytest.raises(InputMissingError):
         check_manifest(tmp_path / "model.gguf")
 

@@ -116,7 +116,9 @@ def test_counts_of_an_interrupted_run_are_in_the_summary_of_the_next(tiny: Path,
 def test_without_resume_or_fresh_the_work_is_left_alone(plan: Plan) -> None:
     interrupt(plan, AFTER)
     before = journal_path(plan).read_bytes()
-    with pytest.raises(ResumeError, match=r"left work here; give --resume to go on with it, or --fresh to start over"):
+    with pytest.raises(
+        ResumeError, match=r"left work here; pass --resume to continue the interrupted run, or --fresh to start over"
+    ):
         execute(plan, threads=1)
     assert journal_path(plan).read_bytes() == before
 
@@ -213,7 +215,7 @@ def test_a_source_that_changes_during_the_run_is_not_believed(tiny: Path, tmp_pa
         patch.setattr(Worker, "run", touching)
         result = run_cli("hf-to-gguf", source, plan.final_paths()[0])
     assert result.code == 6
-    assert f"{shard.name}: changed while it was converted" in result.error
+    assert f"{shard.name}: changed during the conversion" in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -225,7 +227,7 @@ def test_a_temporary_file_that_is_not_as_it_was_left_is_refused(gguf: Plan, dama
         partial.unlink()
     else:
         os.truncate(partial, 1000)
-    with pytest.raises(ResumeError, match="not there as it was left") as caught:
+    with pytest.raises(ResumeError, match="missing or changed") as caught:
         execute(gguf, resume=True)
     assert partial.name in str(caught.value)
 
@@ -249,7 +251,7 @@ def test_moved_work_with_other_bytes_is_refused(tiny: Path, tmp_path: Path) -> N
     partial.with_name("other").write_bytes(data)
     os.replace(partial.with_name("other"), partial)
     name = plan.files[0].tensors[0].name
-    with pytest.raises(ResumeError, match=f"tensor {name}: not as the interrupted run wrote it"):
+    with pytest.raises(ResumeError, match=f"tensor {name} differs from what the interrupted run wrote"):
         execute(plan, resume=True)
 
 
@@ -265,7 +267,7 @@ def test_an_older_output_is_not_taken_for_a_finished_file(tiny: Path, tmp_path: 
     with Journal(journal_path(plan)) as journal:
         assert len(journal.finished()) == segments
     outputs_of(plan).paths[0].unlink()
-    with pytest.raises(ResumeError, match="not there as it was left"):
+    with pytest.raises(ResumeError, match="missing or changed"):
         execute(plan, resume=True, overwrite=True)
     assert final.read_bytes() == bytes(plan.nbytes)
 
@@ -291,7 +293,7 @@ def test_a_temporary_folder_that_is_a_link_is_not_followed(tiny: Path, tmp_path:
     plan = PLANS["dequantize"](tiny, tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "bf16.partial").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputExistsError, match="no folder of ours"):
+    with pytest.raises(OutputExistsError, match="not a working folder of dsv4convert"):
         execute(plan, fresh=True)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -300,7 +302,7 @@ def test_a_folder_under_the_name_of_the_replaced_one_is_not_lost(tiny: Path, tmp
     plan = PLANS["dequantize"](tiny, tmp_path)
     (tmp_path / "bf16.replaced").mkdir()
     (tmp_path / "bf16.replaced" / "mine").write_text("mine")
-    with pytest.raises(OutputExistsError, match="rename or remove it"):
+    with pytest.raises(OutputExistsError, match="rename or remove that file"):
         execute(plan)
     assert (tmp_path / "bf16.replaced" / "mine").read_text() == "mine"
 

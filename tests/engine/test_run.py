@@ -238,7 +238,7 @@ def test_a_source_that_was_cut_short_is_an_error_of_the_source(tmp_path: Path) -
     source.write_bytes(bytes(2**21))
     plan = copying_plan(source, tmp_path)
     os.truncate(source, 2**20 + 5)
-    with pytest.raises(InputOutputError, match=r"source: the file became shorter while it was read"):
+    with pytest.raises(InputOutputError, match=r"source: the file shrank while being read"):
         carry_out(plan, threads=1)
 
 

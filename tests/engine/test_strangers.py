@@ -119,7 +119,7 @@ def test_files_under_our_names_that_are_not_ours_stay(
     plan: Plan, which: Callable[[Plan], Path], how: dict[str, bool]
 ) -> None:
     which(plan).write_bytes(THESIS)
-    with pytest.raises(OutputExistsError, match=r"is no (journal|manifest) of dsv4convert"):
+    with pytest.raises(OutputExistsError, match=r"not a (journal|manifest) of dsv4convert"):
         execute(plan, threads=2, **how)  # type: ignore[arg-type]
     assert which(plan).read_bytes() == THESIS
     assert not plan.output_path().exists()
@@ -138,14 +138,14 @@ def test_folders_pipes_and_links_under_our_names_are_refused_at_once(
     else:
         (tmp_path / "mine").write_bytes(THESIS)
         path.symlink_to(tmp_path / "mine")
-    with pytest.raises(OutputExistsError, match="no regular file"):
+    with pytest.raises(OutputExistsError, match="not a regular file"):
         execute(plan, threads=2, overwrite=True)
     assert os.path.lexists(path)
     assert kind != "link" or (tmp_path / "mine").read_bytes() == THESIS
 
 
 def test_a_manifest_that_appears_during_the_run_stays(plan: Plan) -> None:
-    with pytest.raises(OutputExistsError, match="no manifest of dsv4convert"):
+    with pytest.raises(OutputExistsError, match="not a manifest of dsv4convert"):
         execute(plan, threads=2, before_finish=during(lambda: manifest_path(plan).write_bytes(THESIS)))
     assert manifest_path(plan).read_bytes() == THESIS
 
@@ -193,7 +193,7 @@ def test_work_that_is_not_as_it_was_left_is_refused(plan: Plan, trick: str) -> N
         other = path.with_name("copy")
         other.write_bytes(data)
         os.replace(other, path)
-    with pytest.raises(ResumeError, match="not as the interrupted run wrote it"):
+    with pytest.raises(ResumeError, match="differs from what the interrupted run wrote"):
         execute(plan, threads=2, resume=True)
     assert not plan.output_path().exists() or plan.is_folder is False
 
@@ -206,14 +206,14 @@ def test_a_temporary_file_that_was_replaced_gets_no_name(plan: Plan) -> None:
         path.rename(path.with_name("moved"))
         path.write_bytes(b"garbage!")
 
-    with pytest.raises(InputOutputError, match="not the file that was written any more"):
+    with pytest.raises(InputOutputError, match="no longer the file that was written"):
         execute(plan, threads=2, before_finish=during(replace))
     assert not os.path.lexists(plan.output_path())
 
 
 def test_a_temporary_file_that_was_cut_gets_no_name(plan: Plan) -> None:
     path = outputs_of(plan).paths[0]
-    with pytest.raises(InputOutputError, match="does not have the size that was written"):
+    with pytest.raises(InputOutputError, match="the size differs from what was written"):
         execute(plan, threads=2, before_finish=during(lambda: os.truncate(path, 8)))
     assert not os.path.lexists(plan.output_path())
 
@@ -332,7 +332,7 @@ def test_a_mounted_folder_is_known_for_one() -> None:
 def test_an_output_that_is_a_link_to_a_folder_names_its_target(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "bf16").symlink_to(tmp_path / "real")
-    with pytest.raises(OutputExistsError, match=r"is a link; give its target, .*/real"):
+    with pytest.raises(OutputExistsError, match=r"is a link; pass the target of the link, .*/real"):
         execute(PLANS["dequantize"](tiny, tmp_path), threads=2)
 
 
@@ -378,7 +378,7 @@ def test_the_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypat
     with pytest.raises(LockedError, match="another-host"):
         locks.LockFile(path)
     path.write_bytes(THESIS)
-    with pytest.raises(OutputExistsError, match="is no lock of ours"):
+    with pytest.raises(OutputExistsError, match="not a lock of dsv4convert"):
         locks.LockFile(path)
     assert path.read_bytes() == THESIS
 

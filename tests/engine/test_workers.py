@@ -61,7 +61,7 @@ def test_a_bug_in_a_codec_is_told_with_the_tensors_name(plan: Plan, monkeypatch:
 
 def test_too_little_memory_is_an_error_of_ours(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_after(10, MemoryError(), monkeypatch)
-    with pytest.raises(SpaceError, match=r"not enough memory to make tensor \S+; give fewer --threads"):
+    with pytest.raises(SpaceError, match=r"not enough memory for tensor \S+; use fewer --threads"):
         execute(plan, threads=1)
 
 

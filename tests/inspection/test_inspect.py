@@ -182,18 +182,18 @@ def edit(folder: Path, change: Callable[[dict[str, RawTensor]], None]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, RawTensor]], Any], str]] = {
-    "missing": (lambda t: t.pop("layers.1.attn.attn_sink"), "tensor layers.1.attn.attn_sink: missing"),
+    "missing": (lambda t: t.pop("layers.1.attn.attn_sink"), "tensor layers.1.attn.attn_sink is missing"),
     "unknown": (
         lambda t: t.update({"layers.0.attn.wq.weight": t["norm.weight"]}),
         "tensor layers.0.attn.wq.weight: unknown",
     ),
-    "scale_missing": (lambda t: t.pop("layers.0.attn.wq_a.scale"), "tensor layers.0.attn.wq_a.scale: missing"),
+    "scale_missing": (lambda t: t.pop("layers.0.attn.wq_a.scale"), "tensor layers.0.attn.wq_a.scale is missing"),
     "scale_left": (lambda t: t.pop("layers.0.attn.wq_a.weight"), "tensor layers.0.attn.wq_a.scale: unknown"),
     "wrong_shape": (
         lambda t: setattr(t["embed.weight"], "shape", [160, 512]),
         "tensor embed.weight: wrong shape: expected [512, 160], got [160, 512]",
     ),
-    "wrong_dtype": (lambda t: setattr(t["norm.weight"], "dtype", "I16"), "tensor norm.weight: no known encoding"),
+    "wrong_dtype": (lambda t: setattr(t["norm.weight"], "dtype", "I16"), "tensor norm.weight: unknown encoding"),
 }
 
 
@@ -225,7 +225,7 @@ def test_a_folder_without_config_is_counted(tiny: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     found = inspect_path(folder)
     check_schema(found)
-    assert "no config.json" in found.unexpected[0]
+    assert "config.json is missing" in found.unexpected[0]
     assert found.families["routed experts"].tensors > 0
     assert found.draft == "MTP"
 
@@ -311,7 +311,7 @@ def test_drafts_and_towers_of_their_own_are_described(make_checkpoint: MakeCheck
 GGUF_FAULTS: dict[str, tuple[Callable[[RawGguf], Any], str]] = {
     "missing": (
         lambda raw: raw.infos.remove(raw.info("blk.2.exp_probs_b.bias")),
-        "tensor blk.2.exp_probs_b.bias: missing",
+        "tensor blk.2.exp_probs_b.bias is missing",
     ),
     "unknown": (
         lambda raw: raw.infos.append(Info("blk.0.attn_x.weight", (32,), 0, bytes(128))),

@@ -62,7 +62,7 @@ def test_roles_and_tables_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     config["text_config"]["index_source_layer_ids"] = [1, 3]
     (folder / "config.json").write_text(json.dumps(config))
     found = inspect_path(folder)
-    assert "key index_source_layer_ids: the layers that have attn.indexer.weights_proj.weight" in found.unexpected[0]
+    assert "key index_source_layer_ids and the layers that have attn.indexer.weights_proj.weight" in found.unexpected[0]
     config["text_config"]["index_source_layer_ids"] = [1, 3, 5]
     config["text_config"]["engram_num_embeddings"] = [660, 860]
     (folder / "config.json").write_text(json.dumps(config))
@@ -100,4 +100,4 @@ def test_roles_of_a_gguf_that_fit_no_tensors_are_listed(tmp_path: Path) -> None:
     path.write_bytes(data)
     unexpected = inspect_path(path).unexpected
     assert "key attention.kv_source_layers: [1, 2], and the tensors are those of [1, 3]" in unexpected
-    assert "tensor blk.2.attn_compressor_kv.weight: missing" in unexpected
+    assert "tensor blk.2.attn_compressor_kv.weight is missing" in unexpected

@@ -65,7 +65,10 @@ def test_a_slice_keeps_the_layers_asked_for(raw: dict[str, Any]) -> None:
         ({"vocab_size": 10**300}, "key vocab_size"),
         ({"routed_scaling_factor": 10**400}, "key routed_scaling_factor"),
         ({"hc_eps": 0}, "key hc_eps"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "key rope_scaling.original_max_position_embeddings: missing"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "key rope_scaling.original_max_position_embeddings is missing",
+        ),
         ({"eos_token_id": []}, "key eos_token_id"),
         ({"norm_topk_prob": "yes"}, "key norm_topk_prob"),
         ({"scoring_func": "softmax"}, "key scoring_func"),

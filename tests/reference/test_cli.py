@@ -79,7 +79,7 @@ def test_forward_writes_logits(tiny: Path, tmp_path: Path) -> None:
     logits = np.load(out)
     assert logits.shape == (4, 512)
     assert logits.dtype == np.float32
-    assert "already there" in str(error("forward", tiny, "--tokens", PROMPT, "--logits", out))
+    assert "already exists" in str(error("forward", tiny, "--tokens", PROMPT, "--logits", out))
     ok("forward", tiny, "--tokens", PROMPT, "--logits", out, "--overwrite")
 
 
@@ -138,8 +138,11 @@ def test_layers_runs_the_first_ones_only(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        ("2", "--layers must start at layer 0: expected such as 0-3, got 2; --layers 0-1 takes the first 2 layers"),
-        ("1-3", "--layers must start at layer 0: expected such as 0-3, got 1-3; use --layers 0-3"),
+        (
+            "2",
+            "--layers must start at layer 0: expected a range such as 0-3, got 2; --layers 0-1 takes the first 2",
+        ),
+        ("1-3", "--layers must start at layer 0: expected a range such as 0-3, got 1-3; use --layers 0-3"),
         ("all", "--layers: not a range"),
     ],
 )
@@ -150,13 +153,13 @@ def test_layers_of_a_forward_pass_start_at_the_first(tiny: Path, layers: str, sa
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ([], "no prompt; give --tokens, --text or --chat"),
+        ([], "prompt is missing; pass --tokens, --text or --chat"),
         (["--tokens", ""], "the prompt is empty"),
         (["--tokens", "1,512"], "token id out of range: expected 0 to 511, got 512"),
-        (["--tokens", "1,x"], "--tokens: not a list of token ids: expected such as 1,2,3, got '1,x'"),
-        (["--tokens", "1", "--text", "a"], "--tokens and --text do not go together"),
+        (["--tokens", "1,x"], "--tokens: not a list of token ids: expected a list such as 1,2,3, got '1,x'"),
+        (["--tokens", "1", "--text", "a"], "--tokens and --text cannot be combined"),
         (["--chat", "nowhere.json"], "nowhere.json: no such file"),
-        (["--tokens", "1", "--record-last", "2"], "--record-last goes with --goldens"),
+        (["--tokens", "1", "--record-last", "2"], "--record-last needs --goldens"),
         (["--tokens", ",".join(["1"] * 4097)], "more tokens than the model's context: expected at most 4096"),
     ],
     ids=["none", "empty", "range", "letters", "two", "no-chat", "record", "context"],
@@ -244,7 +247,7 @@ def test_goldens_stand_in_for_either_side(tiny: Path, gguf: Path, tmp_path: Path
     assert "the same" in ok("compare", tiny, goldens)
     assert "the same" in ok("compare", goldens, goldens)
     assert error("compare", goldens, gguf).exit_code == 12
-    assert "goldens bring their own tokens" in str(error("compare", goldens, tiny, "--tokens", "1"))
+    assert "goldens contain their own tokens" in str(error("compare", goldens, tiny, "--tokens", "1"))
     other = tmp_path / "other"
     ok("forward", tiny, "--tokens", "1,2", "--goldens", other)
     assert "recorded different runs: tokens" in str(error("compare", goldens, other))
@@ -266,8 +269,8 @@ def test_models_of_different_shapes_are_refused_by_the_key(tiny: Path, make_chec
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ([], "no prompt; give --tokens, --text, --chat or --random"),
-        (["--random", "3", "--tokens", "1"], "--random does not go together with another prompt"),
+        ([], "prompt is missing; pass --tokens, --text, --chat or --random"),
+        (["--random", "3", "--tokens", "1"], "--random cannot be combined with another prompt"),
     ],
     ids=["none", "two"],
 )

@@ -99,7 +99,7 @@ def test_other_sub_blocks_or_shapes_are_refused_by_name() -> None:
     x, logits = ("x", values([1, 2])), ("logits", values([1, 2]))
     with pytest.raises(VerifyError, match="same sub-blocks: expected x, got logits"):
         compare([x, logits], [logits])
-    with pytest.raises(VerifyError, match="same sub-blocks: expected its end, got logits"):
+    with pytest.raises(VerifyError, match="same sub-blocks: expected the end of the run, got logits"):
         compare([x], [x, logits])
     with pytest.raises(VerifyError, match=r"x: the runs have different shapes: expected \[1, 2\], got \[1, 3\]"):
         compare([x, logits], [("x", values([1, 2, 3])), logits])
@@ -145,14 +145,14 @@ def test_recorded_positions_are_those_of_the_whole_run(recorded: tuple[Path, Mod
 
 def test_goldens_replace_only_goldens_and_only_when_told(recorded: tuple[Path, Model, list[int]]) -> None:
     folder, model, tokens = recorded
-    with pytest.raises(OutputExistsError, match="holds goldens already"):
+    with pytest.raises(OutputExistsError, match="goldens already exist"):
         write_goldens(folder, model, tokens)
     write_goldens(folder, model, tokens[:5], overwrite=True)
     assert len(list(folder.iterdir())) == 1 + len(open_goldens(folder).entries)
     other = folder.parent / "other"
     other.mkdir()
     (other / "precious.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="holds other files"):
+    with pytest.raises(OutputExistsError, match="contains other files"):
         write_goldens(other, model, tokens, overwrite=True)
     assert (other / "precious.txt").read_text() == "mine"
 
@@ -197,5 +197,5 @@ def test_missing_and_broken_files_are_named(recorded: tuple[Path, Model, list[in
     (folder / "0000.embed.npy").unlink()
     with pytest.raises(InputMissingError, match=r"0000\.embed\.npy: no such file"):
         list(open_goldens(folder).activations())
-    with pytest.raises(InputMissingError, match=r"no goldens\.json"):
+    with pytest.raises(InputMissingError, match=r"goldens\.json is missing"):
         open_goldens(folder / "nowhere")

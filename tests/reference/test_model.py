@@ -188,7 +188,7 @@ def test_an_expert_named_twice_for_a_token_counts_twice() -> None:
 @pytest.mark.parametrize(
     ("prompt", "line"),
     [
-        ([], "the prompt is empty; give at least one token"),
+        ([], "the prompt is empty; pass at least one token"),
         ([3, 211], "token id out of range: expected 0 to 210, got 211"),
         ([-1], "token id out of range: expected 0 to 210, got -1"),
         (

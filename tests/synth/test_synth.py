@@ -525,7 +525,7 @@ def test_bad_vision_key_is_named(value: object) -> None:
         ({"files": 10**6}, UsageError, "--files out of range: expected 1 to 427"),
         ({"vocab": 3}, UsageError, "vocabulary too small"),
         ({"overrides": {"hidden_size": 100}}, UsageError, "hidden_size cannot hold FP4 blocks"),
-        ({"overrides": {"hiden_size": 128}}, UsageError, "no config key hiden_size"),
+        ({"overrides": {"hiden_size": 128}}, UsageError, "unknown config key hiden_size"),
         ({"overrides": {"hidden_size": "big"}}, ConfigError, "hidden_size"),
         ({"overrides": {"o_groups": 3}}, ConfigError, "o_groups"),
         ({"variant": "dspark", "layers": 2}, UsageError, "too few layers for a DSpark draft"),
@@ -571,7 +571,7 @@ def test_overwrite_removes_nothing_but_a_checkpoint(kind: str, tmp_path: Path) -
         else:
             (out / "thesis.tex").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputExistsError, match="remove it yourself"):
+    with pytest.raises(OutputExistsError, match="files besides a checkpoint; remove the folder first"):
         write_synth(out, "tiny", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 

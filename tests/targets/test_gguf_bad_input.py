@@ -133,7 +133,7 @@ def beyond(header: dict[str, Any]) -> None:
 CASES = [
     Case("no such folder", MISSING, ("no such folder",), lambda d: shutil.rmtree(d.folder)),
     Case("a file for a folder", MISSING, ("source",), lambda d: (shutil.rmtree(d.folder), d.folder.write_text(""))),  # type: ignore[func-returns-value]
-    Case("no config.json", MISSING, ("config.json",), lambda d: (d.folder / "config.json").unlink()),
+    Case("config.json is missing", MISSING, ("config.json",), lambda d: (d.folder / "config.json").unlink()),
     Case("config.json is no JSON", CONFIG, ("config.json: not valid JSON",), lambda d: (d.folder / "config.json").write_text("{")),
     Case("config.json is empty", CONFIG, ("config.json: not valid JSON",), lambda d: (d.folder / "config.json").write_text("")),
     Case("config.json is a list", CONFIG, ("config.json: not a JSON object: got list",), lambda d: (d.folder / "config.json").write_text("[]")),
@@ -146,50 +146,50 @@ CASES = [
     Case("groups that do not divide the heads", CONFIG, ("key o_groups",), lambda d: d.config(o_groups=3)),
     Case("more experts a token than experts", CONFIG, ("key num_experts_per_tok",), lambda d: d.config(num_experts_per_tok=9999)),
     Case("an unknown rope scaling", CONFIG, ("key rope_scaling.type", "linear"), lambda d: d.config(rope_scaling={"type": "linear"})),
-    Case("another architecture", UNSUPPORTED, ("another architecture: expected DeepseekV4ForCausalLM or DeepseekV41ForCausalLM, got LlamaForCausalLM",), lambda d: d.config(architectures=["LlamaForCausalLM"])),
+    Case("unsupported architecture", UNSUPPORTED, ("unsupported architecture: expected DeepseekV4ForCausalLM or DeepseekV41ForCausalLM, got LlamaForCausalLM",), lambda d: d.config(architectures=["LlamaForCausalLM"])),
     Case("V4.1 by name alone", CONFIG, ("kv_source_layer_ids",), lambda d: d.config(architectures=["DeepseekV41ForCausalLM"])),
     Case("no architectures", CONFIG, ("key architectures",), lambda d: d.drop_config("architectures")),
     Case("no safetensors at all", MISSING, ("no safetensors files",), lambda d: [p.unlink() for p in (*d.shards, d.folder / "model.safetensors.index.json")]),  # type: ignore[func-returns-value,misc]
-    Case("no index", MISSING, ("no model.safetensors.index.json",), lambda d: (d.folder / "model.safetensors.index.json").unlink()),
+    Case("no index", MISSING, ("model.safetensors.index.json is missing",), lambda d: (d.folder / "model.safetensors.index.json").unlink()),
     Case("the index is no JSON", FORMAT, ("index.json: not valid JSON",), lambda d: (d.folder / "model.safetensors.index.json").write_text("nothing")),
     Case("the index has no weight_map", FORMAT, ("key weight_map",), lambda d: d.edit_json("model.safetensors.index.json", lambda i: i.pop("weight_map"))),
-    Case("the index leads out of the folder", FORMAT, ("not a plain name in this folder", "../../etc/passwd"), lambda d: d.index(lambda m: m.update({NORM: "../../etc/passwd"}))),
-    Case("the index has an absolute path", FORMAT, ("not a plain name in this folder", "/etc/passwd"), lambda d: d.index(lambda m: m.update({NORM: "/etc/passwd"}))),
+    Case("the index leads out of the folder", FORMAT, ("the file name is not a plain name", "../../etc/passwd"), lambda d: d.index(lambda m: m.update({NORM: "../../etc/passwd"}))),
+    Case("the index has an absolute path", FORMAT, ("the file name is not a plain name", "/etc/passwd"), lambda d: d.index(lambda m: m.update({NORM: "/etc/passwd"}))),
     Case("the index names another file", INVENTORY, ("the index and the file disagree", NORM), lambda d: d.index(lambda m: m.update({NORM: next(p.name for p in d.shards if p != d.file_of(NORM))}))),
-    Case("the index lists what no file holds", INVENTORY, ("listed in the index, not in its file", "norm.extra"), lambda d: d.index(lambda m: m.update({"norm.extra": d.file_of(NORM).name}))),
+    Case("the index lists what no file holds", INVENTORY, ("listed in the index and missing from the file", "norm.extra"), lambda d: d.index(lambda m: m.update({"norm.extra": d.file_of(NORM).name}))),
     Case("a tensor that the index does not list", INVENTORY, ("the index and the file disagree", "not listed"), lambda d: d.index(lambda m: m.pop(NORM))),
     Case("a file is missing", MISSING, ("no such file", "model-00001"), lambda d: d.shards[0].unlink()),
     Case("a file is empty", FORMAT, ("truncated: expected at least 8 bytes, got 0",), lambda d: d.shards[0].write_bytes(b"")),
     Case("a file is cut in its header", FORMAT, ("header longer than the file",), lambda d: d.shards[0].write_bytes(d.shards[0].read_bytes()[:100])),
-    Case("a file is cut in its payload", FORMAT, ("truncated, its bytes end after the file",), lambda d: d.shards[0].write_bytes(d.shards[0].read_bytes()[:-5])),
+    Case("a file is cut in its payload", FORMAT, ("truncated, the data extends past the end of the file",), lambda d: d.shards[0].write_bytes(d.shards[0].read_bytes()[:-5])),
     Case("a file has bytes too many", FORMAT, ("bytes after the last tensor",), lambda d: d.shards[0].write_bytes(d.shards[0].read_bytes() + b"x")),
     Case("a header that is no JSON", FORMAT, ("header is not valid JSON",), lambda d: d.shards[0].write_bytes((4).to_bytes(8, "little") + b"{oh}")),
     Case("a header that is a list", FORMAT, ("header is not a JSON object: got list",), lambda d: d.shards[0].write_bytes((2).to_bytes(8, "little") + b"[]")),
     Case("a header that is no UTF-8", FORMAT, ("header is not valid JSON", "utf-8"), lambda d: d.shards[0].write_bytes((4).to_bytes(8, "little") + b'"\xff\xfe"')),
     Case("overlapping offsets", FORMAT, ("overlaps the tensor before it",), lambda d: d.header(NORM, swap_first_two)),
-    Case("offsets beyond the file", FORMAT, ("truncated, its bytes end after the file",), lambda d: d.header(NORM, beyond)),
+    Case("offsets beyond the file", FORMAT, ("truncated, the data extends past the end of the file",), lambda d: d.header(NORM, beyond)),
     Case("offsets that do not fit the shape", FORMAT, (f"tensor '{NORM}': bytes do not match",), lambda d: d.header(NORM, lambda h: h[NORM].update(shape=[1]))),
     Case("an unknown dtype", FORMAT, (f"tensor '{NORM}': unknown dtype: got 'F12'",), lambda d: d.header(NORM, lambda h: h[NORM].update(dtype="F12"))),
-    Case("a tensor is missing", INVENTORY, (f"tensor {GATE}: missing",), lambda d: d.remove(GATE)),
+    Case("a tensor is missing", INVENTORY, (f"tensor {GATE} is missing",), lambda d: d.remove(GATE)),
     Case("an unknown tensor", INVENTORY, ("tensor layers.0.attn.wq_c.weight: unknown",), lambda d: d.add("layers.0.attn.wq_c.weight", "F32", [1], 4, NORM)),
     Case("a wrong shape", INVENTORY, (f"tensor {SINK}: wrong shape",), lambda d: d.header(SINK, lambda h: h[SINK].update(shape=[1, *h[SINK]["shape"]]))),
-    Case("a wrong dtype", INVENTORY, (f"tensor {SINK}: a dtype that this tensor cannot have", "got I32"), lambda d: d.header(SINK, lambda h: h[SINK].update(dtype="I32"))),
-    Case("a tensor twice, once prefixed", INVENTORY, ("there twice",), lambda d: d.add(f"model.{NORM}", "F32", [1], 4, NORM)),
-    Case("a tensor in two files", INVENTORY, ("there twice", NORM), lambda d: duplicate(d, NORM)),
-    Case("a scale without weight", INVENTORY, ("tensor layers.0.attn.wq_a.weight: missing, its scale is there",), lambda d: d.remove("layers.0.attn.wq_a.weight")),
+    Case("a wrong dtype", INVENTORY, (f"tensor {SINK}: wrong dtype", "got I32"), lambda d: d.header(SINK, lambda h: h[SINK].update(dtype="I32"))),
+    Case("a tensor twice, once prefixed", INVENTORY, ("stored under two names",), lambda d: d.add(f"model.{NORM}", "F32", [1], 4, NORM)),
+    Case("a tensor in two files", INVENTORY, (f"duplicate tensor {NORM}",), lambda d: duplicate(d, NORM)),
+    Case("a scale without weight", INVENTORY, ("tensor layers.0.attn.wq_a.weight is missing (its scale is not)",), lambda d: d.remove("layers.0.attn.wq_a.weight")),
     Case("an unknown scale without weight", INVENTORY, ("tensor layers.0.attn.wq_c.scale: a scale without its weight",), lambda d: d.add("layers.0.attn.wq_c.scale", "F8_E8M0", [1, 1], 1, NORM)),
-    Case("a scale beside a weight that needs none", INVENTORY, ("tensor norm.scale: a scale beside a weight that needs none",), lambda d: d.add("norm.scale", "F8_E8M0", [1], 1, NORM)),
-    Case("a weight without scale", INVENTORY, (f"tensor {EXPERT}.scale: missing, the scale of a I8 weight",), lambda d: d.remove(f"{EXPERT}.scale")),
+    Case("unexpected scale", INVENTORY, ("tensor norm.scale: unexpected scale",), lambda d: d.add("norm.scale", "F8_E8M0", [1], 1, NORM)),
+    Case("a weight without scale", INVENTORY, (f"tensor {EXPERT}.scale is missing, the scale of a I8 weight",), lambda d: d.remove(f"{EXPERT}.scale")),
     Case("a scale of a wrong shape", INVENTORY, (f"tensor {EXPERT}.scale: not the scale of packed FP4",), lambda d: d.header(f"{EXPERT}.scale", lambda h: flatten(h[f"{EXPERT}.scale"]))),
-    Case("an expert missing from a stack", INVENTORY, (f"tensor {EXPERT}.weight: missing (and 2 more)",), lambda d: [d.remove(f"layers.1.ffn.experts.0.{w}.{part}") for w in ("w1", "w2", "w3") for part in ("weight", "scale")]),  # type: ignore[func-returns-value,misc]
-    Case("no tokenizer", TOKENIZER, ("no tokenizer.json",), lambda d: (d.folder / "tokenizer.json").unlink()),
+    Case("an expert missing from a stack", INVENTORY, (f"tensor {EXPERT}.weight is missing (and 2 more)",), lambda d: [d.remove(f"layers.1.ffn.experts.0.{w}.{part}") for w in ("w1", "w2", "w3") for part in ("weight", "scale")]),  # type: ignore[func-returns-value,misc]
+    Case("no tokenizer", TOKENIZER, ("tokenizer.json is missing",), lambda d: (d.folder / "tokenizer.json").unlink()),
     Case("a tokenizer that is no JSON", TOKENIZER, ("tokenizer.json: not valid JSON",), lambda d: (d.folder / "tokenizer.json").write_text("{")),
     Case("a tokenizer of another kind", TOKENIZER, ("unknown kind of tokenizer: expected BPE", "got Unigram"), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram"))),
     Case("an unknown pre-tokenizer", TOKENIZER, ("unknown pre-tokenizer", "--tokenizer-pre"), lambda d: d.edit_json("tokenizer.json", lambda t: t.update(pre_tokenizer={"type": "Whitespace"}))),
     Case("a tokenizer larger than the vocabulary", TOKENIZER, ("tokenizer larger than the vocabulary",), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"]["vocab"].update({"Ġtoo": 10**9}))),
     Case("generation_config.json is no JSON", FORMAT, ("generation_config.json: not valid JSON",), lambda d: (d.folder / "generation_config.json").write_text("{")),
-    Case("an output of another name", USAGE, ("no .gguf name",), lambda d: d.options.append("out:model.bin")),
-    Case("no folder for the output", EXISTS, ("no such folder for the output",), lambda d: d.options.append("out:nowhere/model.gguf")),
+    Case("an output of another name", USAGE, ("must end in .gguf",), lambda d: d.options.append("out:model.bin")),
+    Case("no folder for the output", EXISTS, ("output folder is missing",), lambda d: d.options.append("out:nowhere/model.gguf")),
     Case("layers that the model does not have", CONFIG, ("layers outside the model", "0-99"), lambda d: d.options.extend(["--layers", "0-99"])),
     Case("layers that are no range", USAGE, ("--layers: not a range",), lambda d: d.options.extend(["--layers", "all"])),
     Case("a size that is none", USAGE, ("--max-file-size: not a size",), lambda d: d.options.extend(["--max-file-size", "big"])),
@@ -267,8 +267,8 @@ def test_no_room_on_the_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(resources, "free_bytes", lambda folder: 1000)
     result = run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf")
     assert result.code == SPACE
-    assert "no room on the disk for the output: expected " in result.error
-    assert "got 1000; free some space or give another folder" in result.error
+    assert "not enough disk space for the output: expected " in result.error
+    assert "got 1000; free some space or choose another folder" in result.error
     assert list(tmp_path.iterdir()) == []
 
 

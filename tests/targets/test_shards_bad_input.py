@@ -84,7 +84,7 @@ def test_fp8_experts_cannot_become_fp4(make_checkpoint: MakeCheckpoint, tmp_path
 
 
 def test_shards_cannot_be_sharded(shards: MakeShards, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="shards already"):
+    with pytest.raises(UsageError, match="already a folder of shards"):
         shard(shards(2), tmp_path / "out", 2)
 
 
@@ -110,7 +110,9 @@ def test_a_missing_rank_is_named(shards: MakeShards) -> None:
     folder = shards(4)
     (folder / "model1-mp4.safetensors").unlink()
     (folder / "model3-mp4.safetensors").unlink()
-    with pytest.raises(InputMissingError, match=r"rank 1 of 4: no shard \(and 1 more\).*model1-mp4\.safetensors"):
+    with pytest.raises(
+        InputMissingError, match=r"the shard of rank 1 of 4 is missing \(and 1 more\).*model1-mp4\.safetensors"
+    ):
         open_shards(folder)
 
 
@@ -133,7 +135,9 @@ def test_files_that_changed_places_are_named(shards: MakeShards) -> None:
     (folder / "model0-mp2.safetensors").rename(folder / "x")
     (folder / "model1-mp2.safetensors").rename(folder / "model0-mp2.safetensors")
     (folder / "x").rename(folder / "model1-mp2.safetensors")
-    with pytest.raises(InventoryError, match=r"rank 0: tensor .*experts\.0.* missing: got it is in model1-mp2"):
+    with pytest.raises(
+        InventoryError, match=r"rank 0: tensor .*experts\.0.* missing: got a tensor of that name in model1-mp2"
+    ):
         open_shards(folder)
 
 
@@ -178,7 +182,9 @@ def test_a_missing_tensor_is_named(shards: MakeShards) -> None:
     tensors = load_file(path)
     del tensors["layers.3.attn.indexer.weights_proj.weight"]
     save_file(tensors, path)
-    with pytest.raises(InventoryError, match=r"rank 1: tensor layers\.3\.attn\.indexer\.weights_proj\.weight: missing"):
+    with pytest.raises(
+        InventoryError, match=r"rank 1: tensor layers\.3\.attn\.indexer\.weights_proj\.weight is missing"
+    ):
         open_shards(folder)
 
 
@@ -193,7 +199,7 @@ def test_a_truncated_shard_is_named(shards: MakeShards) -> None:
 def test_shards_without_a_config_say_where_to_get_one(shards: MakeShards) -> None:
     folder = shards(2)
     (folder / "config.json").unlink()
-    with pytest.raises(InputMissingError, match="copy it there from the checkpoint"):
+    with pytest.raises(InputMissingError, match=r"copy config\.json from the checkpoint"):
         open_shards(folder)
 
 

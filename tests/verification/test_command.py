@@ -73,7 +73,7 @@ def test_a_bad_output_is_listed_and_exits_with_12(small: Path, copy_of: Make) ->
     assert "tensor: tensor blk.0.attn_sinks.weight: 8 of 8 elements are wrong (f32 to f32)" in done.stdout
     assert "verified" not in done.stdout
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {path}: the output is not what its source says: ")
+    assert done.stderr.startswith(f"error: {path}: the output differs from the source: ")
     assert "more problem" in done.stderr
 
 
@@ -98,7 +98,7 @@ def test_an_output_that_cannot_be_read_is_a_verdict(small: Path, copy_of: Make) 
     assert done.returncode == 12
     report = json.loads(done.stdout)
     check_schema(report)
-    assert "ends after the file" in report["problems"][0]["what"]
+    assert "extends past the end of the file" in report["problems"][0]["what"]
 
 
 def test_a_sample_is_said_to_be_one(small: Path, outputs: Make) -> None:
@@ -119,13 +119,13 @@ def test_quiet_says_nothing(small: Path, outputs: Make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("SMALL",), 2, "no output to verify"),
+        (("SMALL",), 2, "output is missing"),
         (("SMALL", "nowhere.gguf"), 3, "nowhere.gguf: no such file or folder"),
         (("nowhere", "OUT"), 3, "nowhere: no such folder"),
         (("SMALL", "SMALL"), 2, "source and output are the same"),
         (("SMALL", "OUT", "--sample", "0%"), 2, "--sample: not a fraction"),
         (("SMALL", "OUT", "--sample", "150%"), 2, "--sample: not a fraction"),
-        (("SMALL", "OUT", "--manifest"), 2, "--manifest takes the output alone"),
+        (("SMALL", "OUT", "--manifest"), 2, "--manifest takes only the output"),
         (("OUT", "OUT"), 3, "no such folder"),
     ],
     ids=["no_output", "no_such_output", "no_such_source", "same", "sample_0", "sample_150", "manifest", "not_a_source"],
@@ -186,7 +186,7 @@ def test_manifest_names_the_tensor_that_changed(kind: str, outputs: Make, tmp_pa
     done = run("--manifest", output)
     assert done.returncode == 12
     assert done.stdout.splitlines()[1].endswith(": the bytes differ")
-    assert "not what its manifest says" in done.stderr
+    assert "the output differs from the manifest" in done.stderr
     assert done.stderr.count("\n") == 1
     report = json.loads(run("--manifest", output, "--json").stdout)
     check_schema(report, "verify-manifest.schema.json")
@@ -197,4 +197,4 @@ def test_without_a_manifest_the_error_says_so(outputs: Make, tmp_path: Path) -> 
     output = shutil.copy(outputs("gguf"), tmp_path / "lonely.gguf")
     done = run("--manifest", output)
     assert done.returncode == 3
-    assert "no manifest" in done.stderr
+    assert "manifest is missing" in done.stderr

@@ -149,9 +149,9 @@ def test_a_normalisation_that_the_file_lacks_is_a_finding(source: Path, made: Pa
 @pytest.mark.parametrize(
     ("front_matter", "message"),
     [
-        ("name: [a]", "key name: expected a text"),
-        ("version: {a: 1}", "key version: expected a text"),
-        ("license: [1, 2]", "key license: expected a text or texts"),
+        ("name: [a]", "key name: expected a string"),
+        ("version: {a: 1}", "key version: expected a string"),
+        ("license: [1, 2]", "key license: expected a string or a list of strings"),
         ("tags: &a [*a]", "alias"),
         ("a: &a [x, x]\nb: [*a, *a]", "alias"),
     ],

@@ -153,7 +153,7 @@ def test_a_part_that_the_source_does_not_have_is_a_problem(parts: tuple[Path, Pa
     for name, what in (("dspark-x.gguf", "DSpark draft"), ("mmproj-x.gguf", "vision tower")):
         report = verify(small, parts[1] / name)
         assert [problem.kind for problem in report.problems] == ["file"]
-        assert f"holds the {what}, and the source has none" in report.problems[0].what
+        assert f"contains the {what}, which the source lacks" in report.problems[0].what
 
 
 def test_experts_rounded_to_mxfp4_verify(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

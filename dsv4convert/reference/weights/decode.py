@@ -197,7 +197,7 @@ def _read(file: BinaryIO, matrix: Matrix | Scale, offset: int, nbytes: int) -> A
     raw = np.fromfile(file, np.uint8, nbytes)
     if len(raw) < nbytes:
         expected = f"{offset + nbytes} bytes"
-        raise FileFormatError("truncated", where=matrix.file, expected=expected, hint="download it again")
+        raise FileFormatError("truncated", where=matrix.file, expected=expected, hint="download the file again")
     return raw
 
 

@@ -127,7 +127,7 @@ def _dialect(file: GgufModelFile) -> TensorDialect:
         if dialect.architecture == file.architecture:
             return dialect
     raise UnsupportedError(
-        "another architecture",
+        "unsupported architecture",
         where=file.files[0],
         expected=" or ".join(dialect.architecture for dialect in TENSOR_DIALECTS.values()),
         got=repr(file.architecture)[:100],
@@ -152,7 +152,7 @@ class _Fields:
     def __getitem__(self, field: str) -> Any:
         value = self.get(field)
         if value is None:
-            raise FileFormatError(f"key {self.key(field)}: missing", where=self._path)
+            raise FileFormatError(f"key {self.key(field)} is missing", where=self._path)
         return value
 
 
@@ -189,7 +189,7 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
 def _rows_of(file: GgufModelFile, name: str) -> int:
     """Return the rows of a tensor; llama.cpp's converter leaves the vocabulary's size to the embedding."""
     if name not in file.tensors:
-        raise FileFormatError(f"tensor {name}: missing", where=file.files[0])
+        raise FileFormatError(f"tensor {name} is missing", where=file.files[0])
     return file.tensors[name].shape[0]
 
 

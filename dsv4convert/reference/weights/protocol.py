@@ -46,7 +46,7 @@ def missing_weight(name: str, where: object = None) -> InventoryError:
     return InventoryError(
         f"no weight {name}",
         where=where,
-        hint="is the checkpoint complete, and does config.json belong to it?",
+        hint="check that the checkpoint is complete and that config.json belongs to it",
     )
 
 

@@ -65,8 +65,8 @@ def test_what_is_left_out_by_default_is_said_with_its_reason(make_checkpoint: Ma
     left_out = dropped(plan(make_checkpoint("tiny", variant="vision"), tmp_path / "m.gguf"))
     assert left_out == {
         "ffn.gate.bias": ("unused: hash layers route text by tid2eid and images by bias_vl", 2),
-        "mtp.* (3 draft layers)": ("--draft drop (the default); --draft split writes it beside the model", 244),
-        "the vision tower": ("--mmproj drop (the default); --mmproj split writes it beside the model", 35),
+        "mtp.* (3 draft layers)": ("--draft drop (the default); --draft split writes a file of its own", 244),
+        "the vision tower": ("--mmproj drop (the default); --mmproj split writes a file of its own", 35),
     }
 
 
@@ -140,9 +140,13 @@ def test_damage_to_a_draft_or_a_tower_is_found(make_checkpoint: MakeCheckpoint, 
     [
         (None, {"mmproj": "split"}, "--mmproj split: the checkpoint has no vision tower"),
         ("dspark", {"mmproj": "only"}, "--mmproj only: the checkpoint has no vision tower"),
-        ("dspark", {"draft": "keep"}, "--draft keep is not for dialect llama.cpp"),
-        ("dspark", {"draft": "split", "layers": (0, 1)}, "--draft split does not go with --layers"),
-        ("vision", {"mmproj": "split", "dialect": "deepseek-v4"}, "--mmproj split is not for dialect deepseek-v4"),
+        ("dspark", {"draft": "keep"}, "--draft keep is not supported by dialect llama.cpp"),
+        ("dspark", {"draft": "split", "layers": (0, 1)}, "--draft split cannot be combined with --layers"),
+        (
+            "vision",
+            {"mmproj": "split", "dialect": "deepseek-v4"},
+            "--mmproj split is not supported by dialect deepseek-v4",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -175,10 +179,10 @@ def changed(source: Path, out: Path, **keys: Any) -> Path:
 @pytest.mark.parametrize(
     ("options", "keys", "kind", "message"),
     [
-        ({"draft": "only"}, {"dspark_block_size": None}, ConfigError, "key dspark_block_size: missing"),
+        ({"draft": "only"}, {"dspark_block_size": None}, ConfigError, "key dspark_block_size is missing"),
         ({"draft": "only"}, {"dspark_target_layer_ids": "x"}, ConfigError, "key dspark_target_layer_ids"),
         ({"draft": "only"}, {"dspark_noise_token_id": -1}, ConfigError, "key dspark_noise_token_id"),
-        ({"mmproj": "only"}, {"vision_n_heads": None}, ConfigError, "key vision_n_heads: missing"),
+        ({"mmproj": "only"}, {"vision_n_heads": None}, ConfigError, "key vision_n_heads is missing"),
         ({"mmproj": "only"}, {"vision_min_pixels": 0}, ConfigError, "key vision_min_pixels"),
         ({"mmproj": "only"}, {"vision_max_n_token": 385}, UnsupportedError, "key vision_max_n_token"),
     ],

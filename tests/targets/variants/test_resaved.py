@@ -337,7 +337,7 @@ def test_scale_blocks_across_gate_and_up_are_refused(make_checkpoint: MakeCheckp
 def test_a_stack_beside_its_single_experts_is_named(wide: Path, tmp_path: Path) -> None:
     single = read_tensors(wide)["layers.1.ffn.experts.3.w1.weight"]
     again = broken(wide, tmp_path / "b", lambda t: t.update({"layers.1.ffn.experts.3.w1.weight": single}))
-    with pytest.raises(InventoryError, match=r"layers\.1\.ffn\.experts\.3\.w1\.weight: there twice"):
+    with pytest.raises(InventoryError, match=r"layers\.1\.ffn\.experts\.3\.w1\.weight: stored under two names"):
         open_folder(again)
 
 
@@ -364,7 +364,7 @@ def test_a_config_of_vision_without_any_of_its_tensors_is_noted(
 def test_half_a_vision_tower_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     vision = make_checkpoint("tiny", variant="vision")
     tensors = {n: t for n, t in read_tensors(vision).items() if n != "aligner.w1.bias"}
-    with pytest.raises(InventoryError, match=r"aligner\.w1\.bias: missing"):
+    with pytest.raises(InventoryError, match=r"aligner\.w1\.bias is missing"):
         open_folder(write_folder(vision, tmp_path / "half", tensors))
 
 

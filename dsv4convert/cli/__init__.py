@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 import click
+import typer
 
 from .. import __version__
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError, UsageError, escape_control
@@ -54,7 +55,7 @@ def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) ->
     if wanted:
         from ..formats.backend import describe_codecs
 
-        click.echo(f"{PROGRAM} {__version__}, {describe_codecs()}")
+        typer.echo(f"{PROGRAM} {__version__}, {describe_codecs()}")
         ctx.exit()
 
 
@@ -65,7 +66,7 @@ def _print_completion(ctx: click.Context, option: click.Parameter, shell: str | 
         kind = get_completion_class(shell)
         if kind is None:
             raise UsageError(f"no completion for {shell}", expected=", ".join(SHELLS))
-        click.echo(kind(app, {}, PROGRAM, COMPLETION_VARIABLE).source())
+        typer.echo(kind(app, {}, PROGRAM, COMPLETION_VARIABLE).source())
         ctx.exit()
 
 
@@ -75,7 +76,7 @@ def _keep_debug(ctx: click.Context, option: click.Parameter, debug: bool) -> Non
 
 
 app = Commands(
-    PROGRAM,
+    name=PROGRAM,
     modules=MODULES,
     help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -151,7 +152,7 @@ def run(arguments: list[str]) -> None:
     try:
         with app.make_context(PROGRAM, arguments or ["--help"]) as context:
             app.invoke(context)
-    except click.exceptions.Exit as end:
+    except typer.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
         raise_usage_error(error)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import typer
 
 from .parsing import TRY, command, option
 
@@ -22,25 +23,25 @@ def demo(seed: int) -> None:
     with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:
         folder = Path(name)
         made = write_synth(folder / "checkpoint", "tiny", seed=seed)
-        click.echo(
+        typer.echo(
             f"1. made a DeepSeek-V4 checkpoint of {made.tensors} tensors, {human_bytes(made.payload_bytes)}, "
             f"in {made.files} safetensors files"
         )
-        click.echo("2. converted it:")
+        typer.echo("2. converted it:")
         out = folder / "model.gguf"
         print_summary(convert_gguf(folder / "checkpoint", out, threads=2))
         model = open_gguf(out)
         kinds: dict[str, int] = {}
         for tensor in model.tensors.values():
             kinds[tensor.type] = kinds.get(tensor.type, 0) + 1
-        click.echo(
+        typer.echo(
             f"3. read it back: {model.metadata['general.architecture']}, {len(model.metadata)} keys, "
             + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         )
         report = verify(folder / "checkpoint", out, threads=1)
-        click.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
+        typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
         if not report.ok:
-            raise click.exceptions.Exit(12)
+            raise typer.Exit(12)
 
 
 COMMANDS = (demo,)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import typer
 
 from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyError, escape_control
 from .options import LAYERS_METAVAR, json_option, overwrite_option
@@ -170,7 +171,7 @@ def forward(
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
-        click.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
+        typer.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
         if logits is None and not generate:
             return
     state = model.new_state()
@@ -186,11 +187,11 @@ def forward(
         print_json(document)
         return
     for position in positions:
-        click.echo(_position_line(position))
+        typer.echo(_position_line(position))
     if generate:
-        click.echo("generated: " + ",".join(map(str, continuation)))
+        typer.echo("generated: " + ",".join(map(str, continuation)))
         if vocabulary is not None:
-            click.echo(escape_control(_text_of(continuation, vocabulary) or ""))
+            typer.echo(escape_control(_text_of(continuation, vocabulary) or ""))
 
 
 @command(
@@ -480,6 +481,6 @@ def _verdict(comparison: Comparison, beyond: Difference | None, tolerance: float
             got=f"{beyond.error(median):.3g}",
         )
     if not quiet:
-        click.echo(
+        typer.echo(
             f"the same within {tolerance:g}: the largest relative RMSE is {worst.error(median):.3g} ({worst.name})"
         )

@@ -1,4 +1,4 @@
-"""The parts that commands are declared with: click's, with options in panels, hidden aliases and one line an error."""
+"""The parts that commands are declared with: typer's, with options in panels, hidden aliases and one line an error."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from ..errors import RunInterruptedError, UsageError
 
@@ -26,11 +27,15 @@ MATRIX_THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Option(click.Option):
+class Option(TyperOption):
     """An option that help shows in a panel, and that has ``aliases``, which are accepted and not shown."""
 
-    def __init__(self, *args: Any, panel: str = OPTIONS, aliases: Sequence[str] = (), **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
+    def __init__(
+        self, declarations: Sequence[str], *, panel: str = OPTIONS, aliases: Sequence[str] = (), **attributes: Any
+    ) -> None:
+        if attributes.get("is_flag"):
+            attributes.setdefault("default", False)
+        super().__init__(param_decls=list(declarations), rich_help_panel=panel, **attributes)
         self.panel = panel
         self.aliases = tuple(aliases)
 
@@ -59,13 +64,21 @@ class Option(click.Option):
         return f"{text} Default: {self.default}." if self.show_default else text
 
 
-class Argument(click.Argument):
+class Argument(TyperArgument):
     """An argument with a help text."""
 
     panel = ARGUMENTS
 
-    def __init__(self, *args: Any, description: str, **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
+    def __init__(
+        self, declarations: Sequence[str], *, description: str, required: bool = True, **attributes: Any
+    ) -> None:
+        super().__init__(
+            param_decls=list(declarations),
+            help=description,
+            required=required,
+            rich_help_panel=ARGUMENTS,
+            **attributes,
+        )
         self.description = description
 
     def flags(self, ctx: click.Context) -> str:
@@ -78,7 +91,7 @@ class Argument(click.Argument):
 
 
 class _Described(click.Command):
-    """A command whose help comes from ``help_text``: panels on a terminal, aligned plain text elsewhere."""
+    """What has a help text: it comes from ``help_text``: panels on a terminal, aligned plain text elsewhere."""
 
     def get_help(self, ctx: click.Context) -> str:
         """Return the help text for the place that it is printed to."""
@@ -88,7 +101,7 @@ class _Described(click.Command):
         return help_text(self, ctx, rich=is_terminal())
 
 
-class Command(_Described):
+class Command(_Described, TyperCommand):
     """A command, with an example for the end of its help, and answers to options that belong to another program."""
 
     def __init__(
@@ -115,11 +128,11 @@ class Command(_Described):
             raise UsageError(f"{error.option_name} is an option of convert_hf_to_gguf.py", hint=answer) from None
 
 
-class Commands(_Described, click.Group):
+class Commands(_Described, TyperGroup):
     """The commands, each imported when it is asked for."""
 
-    def __init__(self, *args: Any, modules: Mapping[str, str], **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
+    def __init__(self, *, modules: Mapping[str, str], **attributes: Any) -> None:
+        super().__init__(**attributes)
         self.modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
+import typer
 
 from ..errors import escape_control
 from .options import RunOptions
@@ -56,7 +56,7 @@ def human_seconds(seconds: float) -> str:
 
 def print_json(document: Any) -> None:
     """Print a JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def _plain_lines() -> Progress:
             return
         last = now
         rate = done / (now - started)
-        click.echo(
+        typer.echo(
             f"{done / total:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {human_bytes(rate)}/s  "
             f"{human_seconds((total - done) / rate)} left",
             err=True,
@@ -120,24 +120,24 @@ def print_summary(summary: Summary) -> None:
     from ..formats.backend import NUMPY, describe_codecs
 
     if summary.resumed_bytes == summary.written_bytes:
-        click.echo("finished by an earlier run; nothing was left to do")
+        typer.echo("finished by an earlier run; nothing was left to do")
     for path, size in summary.files:
-        click.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
-    click.echo(f"{summary.tensors} tensors")
+        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
+    typer.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
-        click.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
+        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
     for note in summary.notes:
-        click.echo(f"note: {escape_control(note)}")
+        typer.echo(f"note: {escape_control(note)}")
     for counted in summary.counted[:MAX_COUNTED_LINES]:
         kinds = ", ".join(
             f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key]
         )
-        click.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
+        typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
     if len(summary.counted) > MAX_COUNTED_LINES:
-        click.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
+        typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
     if summary.backend == NUMPY:
-        click.echo(f"note: {describe_codecs()}")
-    click.echo(
+        typer.echo(f"note: {describe_codecs()}")
+    typer.echo(
         f"{human_seconds(summary.seconds)}, {human_bytes(summary.bytes_per_second)}/s, "
         f"peak memory {human_bytes(summary.peak_memory_bytes)}"
     )

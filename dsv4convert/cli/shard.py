@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import typer
 
 from .options import (
     RunOptions,
@@ -68,7 +69,7 @@ def shard(
         shard_folder, run, source, out, mp=mp, rank=rank or None, experts=experts, draft=draft, strict=strict
     )
     if summary.dry_run is not None and not run.as_json:
-        click.echo()
+        typer.echo()
         print_blocks(_describe(summary.costs))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import typer
 
 from ..errors import UsageError, escape_control
 from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
@@ -144,7 +145,7 @@ def synth(
         )
     elif not quiet:
         kind = ", headers only" if summary.headers_only else ""
-        click.echo(
+        typer.echo(
             f"wrote {escape_control(str(summary.folder))}: {summary.tensors} tensors in {summary.files} file"
             f"{'s' if summary.files > 1 else ''}, {human_bytes(summary.payload_bytes)}{kind}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import click
+import typer
 
 from ..errors import escape_control
 from .terminal import is_terminal
@@ -35,7 +35,7 @@ def print_blocks(blocks: Iterable[Block]) -> None:
         _draw(blocks)
     else:
         for line in plain(blocks):
-            click.echo(line)
+            typer.echo(line)
 
 
 def plain(blocks: Iterable[Block]) -> Iterator[str]:

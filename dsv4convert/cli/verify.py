@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+import typer
 
 from ..errors import UsageError, VerifyError, escape_control
 from .options import json_option, quiet_option, strict_option, threads_option
@@ -108,7 +108,7 @@ def verify(
         what = first.what if first.where == str(out) else str(first)
         raise VerifyError(f"the output differs from the source: {what}{more}", where=out)
     if not as_json and not quiet:
-        click.echo("verified")
+        typer.echo("verified")
 
 
 def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
@@ -130,16 +130,16 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
             }
         )
     elif not quiet:
-        click.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
+        typer.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
         for mismatch in found.mismatches[:MAX_LISTED]:
             where = mismatch.file if mismatch.tensor is None else f"{mismatch.file}: tensor {mismatch.tensor}"
-            click.echo(escape_control(f"{where}: {mismatch.what}"))
+            typer.echo(escape_control(f"{where}: {mismatch.what}"))
     if not found.ok:
         first = found.mismatches[0]
         where = first.file if first.tensor is None else f"{first.file}: tensor {first.tensor}"
         raise VerifyError(f"the output differs from the manifest: {where}: {first.what}", where=output)
     if not as_json and not quiet:
-        click.echo("verified")
+        typer.echo("verified")
 
 
 def describe(report: Report) -> Iterator[Block]:

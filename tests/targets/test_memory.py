@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv4convert.targets.engram_tables import ENGRAM_TYPES
+
 from ..checkpoints import MakeCheckpoint
 
 MEBIBYTE = 2**20
@@ -69,3 +71,30 @@ def test_a_hundred_and_forty_thousand_tensors(command: str, make_checkpoint: Mak
     source = make_checkpoint("pro", headers_only=True)
     arguments, out, limit = COMMANDS[command]
     assert peak_bytes(["-c", PRETEND], [*arguments, str(source), str(tmp_path / out)]) < limit * MEBIBYTE
+
+
+# V4.1: the whole model's plan and journal, and an n-gram table of a quarter of a gigabyte in every encoding.
+V41_COMMANDS = {
+    "gguf": (["hf-to-gguf", "--engram", "i8-row264"], "out.gguf", 300),
+    "shards": (["shard", "--mp", "8"], "out", 300),
+    "dequantize": (["dequantize"], "out", 300),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", V41_COMMANDS)
+def test_the_whole_of_v41(command: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("v41-flash", headers_only=True)
+    arguments, out, limit = V41_COMMANDS[command]
+    assert peak_bytes(["-c", PRETEND], [*arguments, str(source), str(tmp_path / out)]) < limit * MEBIBYTE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ENGRAM_TYPES)
+def test_an_n_gram_table_of_a_quarter_of_a_gigabyte(
+    encoding: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    overrides = {"engram_head_dim": 256, "engram_n_heads": 8, "engram_max_ngram_size": 4}
+    source = make_checkpoint("v41-tiny", layers=1, mtp=False, experts=2, engram_rows=10**6, overrides=overrides)
+    arguments = ["hf-to-gguf", "--engram", encoding, str(source), str(tmp_path / "out.gguf")]
+    assert peak_bytes(["-m", "dsv4convert"], arguments) < 160 * MEBIBYTE

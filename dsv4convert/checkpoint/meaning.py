@@ -28,6 +28,7 @@ MAX_SMALL_BYTES = 64 * 2**10
 
 # Of the others, and of the ends of files, this much is looked at, in three places.
 PROBE_BYTES = 4096
+ZEROS = bytes(PROBE_BYTES)
 
 TABLE_CHUNK_BYTES = 4 * 2**20
 
@@ -134,8 +135,10 @@ class _Reader:
         """Return whether a tensor is zero at its start, in the middle and at its end; a small one everywhere."""
         size = min(PROBE_BYTES, tensor.nbytes)
         last = tensor.nbytes - size
-        places = (0, last // 2, last)
-        return size > 0 and not any(self.read(tensor.file, tensor.offset + at, size).strip(b"\0") for at in places)
+        # A small tensor is all of these at once; comparing is many times as fast as stripping zeros.
+        places = dict.fromkeys((0, last // 2, last))
+        zeros = ZEROS[:size]
+        return size > 0 and all(self.read(tensor.file, tensor.offset + at, size) == zeros for at in places)
 
 
 # Tables
@@ -249,7 +252,7 @@ def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reade
             size = path.stat().st_size
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-        if size >= PROBE_BYTES and not reader.read(path, size - PROBE_BYTES, PROBE_BYTES).strip(b"\0"):
+        if size >= PROBE_BYTES and reader.read(path, size - PROBE_BYTES, PROBE_BYTES) == ZEROS:
             suspects[path] = []
     if not suspects:
         return
@@ -296,7 +299,7 @@ def stated_expert_dtypes(raw: Mapping[str, Any]) -> dict[str, Any]:
 def config_notes(config: ModelConfig, weights: Iterable[Weight | ShardedWeight], draft: Draft) -> tuple[str, ...]:
     """Return notes on what config.json says and the tensors do not bear out; output configs say what is there."""
     notes: list[str] = []
-    if config.version is Version.V4 and draft is Draft.NONE and has_draft_keys(config.raw):
+    if draft is Draft.NONE and has_draft_keys(config.flat):
         notes.append(f"{CONFIG_NAME} speaks of draft layers and no tensor is of one: outputs say that there are none")
     held = stored_expert_dtype(weights)
     for key, value in stated_expert_dtypes(config.raw).items():

@@ -18,12 +18,11 @@ def true_config(checkpoint: Checkpoint | ShardCheckpoint) -> Mapping[str, Any]:
 
     The very object of the source where nothing is to be put right.
     """
-    raw = config = checkpoint.config.raw
-    if checkpoint.config.version is not Version.V4:
-        return raw
-    if checkpoint.draft is Draft.NONE and has_draft_keys(raw):
+    config = checkpoint.config.raw
+    if checkpoint.draft is Draft.NONE and has_draft_keys(checkpoint.config.flat):
         config = config_without_draft(config)
-    ratios = config.get("compress_ratios")
+    # V4.1 lies in a nested form, whose ratios must be as published to be read at all.
+    ratios = config.get("compress_ratios") if checkpoint.config.version is Version.V4 else None
     if ratios is not None:
         # The list has an entry for every layer, and 0 where nothing is compressed: readers index it with no more ado.
         needed = checkpoint.config.num_hidden_layers + checkpoint.n_draft

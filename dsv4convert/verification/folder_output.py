@@ -433,29 +433,30 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     ):
         config = {key: value for key, value in config.items() if not key.startswith("vision_")}
     if checkpoint.n_draft and any(entry.what == "the draft layers" for entry in report.left_out):
-        nested = config.get("text_config")
-        text = {key: value for key, value in (nested or config).items() if not key.startswith("dspark_")}
-        text["num_nextn_predict_layers"] = 0
-        if "compress_ratios" in text:
-            text["compress_ratios"] = text["compress_ratios"][: text["num_hidden_layers"]]
-        config = {**config, "text_config": text} if nested else text
+        config = _without_draft(config)
     return config
+
+
+def _without_draft(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without what it says of draft layers, in V4.1's object of the text model too."""
+    nested = config.get("text_config")
+    text = {key: value for key, value in (nested or config).items() if not key.startswith("dspark_")}
+    text["num_nextn_predict_layers"] = 0
+    if "compress_ratios" in text:
+        text["compress_ratios"] = text["compress_ratios"][: text["num_hidden_layers"]]
+    return {**config, "text_config": text} if nested else text
 
 
 def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the source's config without what its own tensors say is wrong."""
     config = dict(checkpoint.config.raw)
-    if checkpoint.config.version is not Version.V4:
-        return config
     layers = checkpoint.config.num_hidden_layers
+    said = config.get("text_config", config)
     if not checkpoint.n_draft and (
-        config.get("num_nextn_predict_layers") or any(key.startswith("dspark_") for key in config)
+        said.get("num_nextn_predict_layers") or any(key.startswith("dspark_") for key in said)
     ):
-        config = {key: value for key, value in config.items() if not key.startswith("dspark_")}
-        config["num_nextn_predict_layers"] = 0
-        if "compress_ratios" in config:
-            config["compress_ratios"] = config["compress_ratios"][:layers]
-    if "compress_ratios" in config:
+        config = _without_draft(config)
+    if "compress_ratios" in config and checkpoint.config.version is Version.V4:
         ratios = [0 if ratio == 1 else ratio for ratio in config["compress_ratios"]]
         config["compress_ratios"] = ratios + [0] * (layers + checkpoint.n_draft - len(ratios))
     held = {w.encoding.value for w in checkpoint.weights.values() if w.expert is not None and not w.is_draft}

@@ -12,6 +12,7 @@ import pytest
 from safetensors import deserialize
 
 from dsv4convert.checkpoint.shards import open_shards
+from dsv4convert.containers.safetensors_write import safetensors_header
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import InventoryError, UsageError
 from dsv4convert.model.config import Version
@@ -20,6 +21,7 @@ from dsv4convert.plan import Fill
 from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import INFERENCE_CONFIG_NAME, plan_shards, plan_unshard
+from dsv4convert.verification import verify
 
 from ..v41 import TINY, recorded
 
@@ -188,3 +190,23 @@ def test_a_table_with_rows_of_another_rank_is_refused(made: Any, tmp_path: Path)
         InventoryError, match=r"engram\.embed\.weight: wrong shape: expected \[345, 32\], got \[330, 32\]"
     ):
         open_shards(folder, versions=tuple(Version))
+
+
+def test_a_draft_that_was_stripped_is_not_in_the_output_configs(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY["tiny-a"], tmp_path / "s")
+    kept = {name: tensor for name, tensor in folder_tensors(folder).items() if not name.startswith("mtp.")}
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    entries = [(name, dtype, tuple(shape), len(data)) for name, (dtype, shape, data) in kept.items()]
+    header, _ = safetensors_header(entries)
+    (folder / "model.safetensors").write_bytes(header + b"".join(data for _, _, data in kept.values()))
+    plan = plan_shards(folder, tmp_path / "o", ShardOptions(mp=2)).plan
+    assert any("speaks of draft layers and no tensor is of one" in note for note in plan.notes)
+    execute(plan)
+    for name, config in (
+        ("config.json", json.loads((tmp_path / "o" / "config.json").read_text())["text_config"]),
+        (INFERENCE_CONFIG_NAME, json.loads((tmp_path / "o" / INFERENCE_CONFIG_NAME).read_text())),
+    ):
+        assert not any(key.startswith("dspark_") for key in config), name
+        assert config.get("num_nextn_predict_layers", config.get("n_mtp_layers")) == 0
+    assert [str(problem) for problem in verify(folder, tmp_path / "o").problems] == []

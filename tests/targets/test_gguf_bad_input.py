@@ -246,7 +246,7 @@ def test_an_output_that_is_there_stays_as_it_is(tiny: Path, tmp_path: Path) -> N
     (tmp_path / "model.gguf").write_text("precious")
     result = run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf")
     assert result.code == EXISTS
-    assert "model.gguf: already exists; pass --overwrite to replace it" in result.error
+    assert "model.gguf: already exists; pass --overwrite to replace the output" in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     assert (tmp_path / "model.gguf").read_text() == "precious"
     assert run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf", "--overwrite").code == 0
@@ -257,7 +257,7 @@ def test_a_folder_under_the_name_of_the_output_is_not_replaced(tiny: Path, tmp_p
     arguments = ("hf-to-gguf", tiny, tmp_path / "model.gguf", "--max-file-size", "2M", "--overwrite")
     result = run_cli(*arguments)
     assert result.code == EXISTS
-    assert "already exists, and is no file" in result.error
+    assert "already exists and is not a file" in result.error
     assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00003.gguf"]
 
 

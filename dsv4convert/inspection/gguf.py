@@ -7,9 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..containers.gguf import GgufModelFile, open_gguf
 from ..model.config import ATTENTION_BY_RATIO, Version
+from ..model.gguf_keys import DRAFT, KEYS, LLAMA_CPP, LLAMA_CPP_V41, PORT, TOWER, key_name
 from ..model.tensors import (
     DSPARK_ROWS,
     EXPERT_ROWS,
@@ -56,11 +58,11 @@ def _describe_gguf(path: Path) -> Description:
         found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks)
         if not any(BLOCK.match(name) and not name.startswith(f"blk.{max(mtp_blocks)}.") for name in model.tensors):
             found.notes.append("a draft's own file: the layers are those of the model that it belongs to")
-    elif architecture == "dflash":
+    elif architecture == DRAFT:
         found.draft, found.draft_layers = Draft.DSPARK.value, blocks
     if architecture in TEXT_ARCHITECTURES:
         _describe_blocks(found, model, numbers, blocks)
-    sizes = {key: numbers.get(*suffixes, key) for key, suffixes in GGUF_SIZE_KEYS.items()}
+    sizes = {key: numbers.get(name, key) for key, name in SIZE_KEYS.items()}
     sizes["num_hidden_layers"] = len(found.layers)
     if sizes["vocab_size"] is None:  # llama.cpp's converter leaves it out
         tokens = model.metadata.get("tokenizer.ggml.tokens")
@@ -76,47 +78,33 @@ BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 # Layers that a description lists; metadata that speak of more are not a model's.
 MAX_LAYERS = 10_000
 
-# config.json keys and what they are called below the architecture's name, in either dialect.
-GGUF_SIZE_KEYS: dict[str, tuple[str, ...]] = {
-    "hidden_size": ("embedding_length",),
-    "num_hidden_layers": ("block_count",),
-    "num_attention_heads": ("attention.head_count",),
-    "head_dim": ("attention.key_length",),
-    "q_lora_rank": ("attention.q_lora_rank",),
-    "o_groups": ("attention.output_group_count", "o_groups"),
-    "o_lora_rank": ("attention.output_lora_rank", "o_lora_rank"),
-    "moe_intermediate_size": ("expert_feed_forward_length",),
-    "n_routed_experts": ("expert_count",),
-    "num_experts_per_tok": ("expert_used_count",),
-    "index_n_heads": ("attention.indexer.head_count",),
-    "index_head_dim": ("attention.indexer.key_length",),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("context_length",),
-}
-V41_ARCHITECTURE = "deepseek41"
-TEXT_ARCHITECTURES = ("deepseek4", "deepseek-v4", V41_ARCHITECTURE)
+TEXT_ARCHITECTURES = (LLAMA_CPP, PORT, LLAMA_CPP_V41)
+
+# Sizes, by what config.json calls them.
+SIZE_KEYS = {key.in_config: key.name for key in KEYS if key.in_config is not None and key.type == "u32"}
 
 
 class _Numbers:
-    """Integers of the metadata below the architecture's name; what is none is listed as unexpected."""
+    """Integers of the metadata by llama.cpp's names, or other ones; what is no integer is listed as unexpected."""
 
     def __init__(self, model: GgufModelFile, found: Description) -> None:
         self._model = model
         self._found = found
 
-    def get(self, *suffixes: str) -> int | None:
-        for suffix in suffixes:
-            key = f"{self._model.architecture}.{suffix}"
-            value = self._model.metadata.get(key)
+    def _values(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        for key in dict.fromkeys(key_name(self._model.architecture or "", name) for name in names):
+            if key in self._model.metadata:
+                yield key, self._model.metadata[key]
+
+    def get(self, *names: str) -> int | None:
+        for key, value in self._values(names):
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-            if value is not None:
-                self._found.unexpected.append(f"key {key}: no integer")
+            self._found.unexpected.append(f"key {key}: no integer")
         return None
 
-    def list(self, *suffixes: str) -> list[int]:
-        for suffix in suffixes:
-            value = self._model.metadata.get(f"{self._model.architecture}.{suffix}")
+    def list(self, *names: str) -> list[int]:
+        for _, value in self._values(names):
             if isinstance(value, list) and all(isinstance(item, int) for item in value):
                 return value
         return []
@@ -127,31 +115,31 @@ TABLE_SCALES = "engram_embd_scale.weight"
 
 
 def _tables(architecture: str | None) -> Tables:
-    return TABLES[Version.V41 if architecture == V41_ARCHITECTURE else Version.V4]
+    return TABLES[Version.V41 if architecture == LLAMA_CPP_V41 else Version.V4]
 
 
 def _gguf_rows(architecture: str | None) -> dict[str, str]:
     """Return official names by GGUF name (below ``blk.N.`` for layers) of an architecture's layout."""
 
     def name_of(row: Row) -> str | None:
-        return row.port if architecture == "deepseek-v4" else row.gguf
+        return row.port if architecture == PORT else row.gguf
 
     rows: dict[str, str] = {}
-    if architecture not in (*TEXT_ARCHITECTURES, "dflash", "clip"):
+    if architecture not in (*TEXT_ARCHITECTURES, DRAFT, TOWER):
         return rows
     tables = _tables(architecture)
     for row in tables.top:
         rows[name_of(row) or ""] = row.name
     for row in tables.layer:
         rows[name_of(row) or ""] = f"layers.0.{row.name}"
-    if architecture == V41_ARCHITECTURE:
+    if architecture == LLAMA_CPP_V41:
         rows[TABLE_SCALES] = "layers.0.engram.embed.scale"
         rows |= {other: rows[name] for name, other in DS4_NAMES.items()}
     for row in EXPERT_ROWS:
         rows[name_of(row) or ""] = f"layers.0.ffn.experts.0.{row.name}"
-    for row in MTP_ROWS + (DSPARK_ROWS if architecture == "dflash" else ()):
+    for row in MTP_ROWS + (DSPARK_ROWS if architecture == DRAFT else ()):
         rows.setdefault(name_of(row) or "", f"mtp.0.{row.name}")
-    if architecture == "clip":
+    if architecture == TOWER:
         for row in VISION_ROWS + VISION_BLOCK_ROWS:
             for name in (row.gguf or "").split():
                 rows[name] = f"vision.{row.name}"
@@ -173,7 +161,7 @@ def _gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) ->
 def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers, blocks: int) -> None:
     """Describe the trunk's layers, and list tensors that they should have and keys that do not fit."""
     ratios = numbers.list("attention.compress_ratios", "compress_ratios")
-    hash_layers = numbers.get("hash_layer_count", "n_hash_layers") or 0
+    hash_layers = numbers.get("hash_layer_count") or 0
     trunk = max(0, blocks - found.draft_layers)
     present = [int(match[1]) for name in model.tensors if (match := BLOCK.match(name))]
     if max(present, default=0) >= max(blocks, 1):
@@ -188,9 +176,9 @@ def _describe_blocks(found: Description, model: GgufModelFile, numbers: _Numbers
             found.unexpected.append(f"compress_ratios: layer {number} has the unknown ratio {ratio}")
         attention = kind.value if kind is not None else f"ratio {ratio}"
         found.layers.append(Layer(number, attention, "hash" if number < hash_layers else "learned"))
-    if model.architecture == V41_ARCHITECTURE:
+    if model.architecture == LLAMA_CPP_V41:
         _describe_roles(found, model, numbers)
-    if found.draft == Draft.NONE.value or model.architecture == "deepseek-v4":
+    if found.draft == Draft.NONE.value or model.architecture == PORT:
         wanted = _text_tensors(model, found.layers, ratios, found.roles, numbers.list("engram.layer_ids"))
         found.unexpected += [f"tensor {name} is missing" for name in wanted if name not in model.tensors]
 
@@ -222,7 +210,7 @@ def _text_tensors(
     model: GgufModelFile, layers: Iterable[Layer], ratios: list[int], roles: Mapping[str, list[int]], engram: list[int]
 ) -> Iterator[str]:
     """Yield the names of all tensors of a text model's trunk."""
-    port = model.architecture == "deepseek-v4"
+    port = model.architecture == PORT
     has_vision = any("exp_probs_b_vl" in name for name in model.tensors)
     tables = _tables(model.architecture)
     yield from (name for row in tables.top if (name := row.port if port else row.gguf) is not None)

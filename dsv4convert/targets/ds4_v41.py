@@ -17,8 +17,9 @@ from ..errors import UnsupportedError
 from ..model.config import ModelConfig
 from ..model.config_v41 import TEXT
 from ..model.engram import EngramConstants
+from ..model.gguf_keys import LLAMA_CPP_V41
 
-ARCHITECTURE = "deepseek41"
+ARCHITECTURE = LLAMA_CPP_V41  # as llama.cpp, with other keys
 ALIGNMENT = 16384
 
 # Names of the llama.cpp layout that are others here.

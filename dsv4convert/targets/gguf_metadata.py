@@ -1,12 +1,12 @@
 """The GGUF key-values of a DeepSeek-V4 model: which keys, their types, their values, their bytes.
 
-Keys, value types and the derivation of the ``general.*`` ones follow llama.cpp's converter; a dialect
-is a table from field to key.
+Keys, value types and the derivation of the ``general.*`` ones follow llama.cpp's converter; those that follow from
+config.json are the table of ``model/gguf_keys.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import PurePath
@@ -20,6 +20,20 @@ from ..containers.gguf_write import ARRAY, BOOL, F32, I32, STRING, U32, U64, Key
 from ..errors import ConfigError, UnsupportedError
 from ..model.config import ModelConfig, Version
 from ..model.engram import EngramConstants
+from ..model.gguf_keys import (
+    COMMON_KEYS,
+    DRAFT,
+    ENGRAM_ENCODING,
+    ENGRAM_KEYS,
+    KEYS,
+    LLAMA_CPP_V41,
+    NEXTN_KEY,
+    ROLE_KEYS,
+    TOWER,
+    GgufKey,
+    KeyType,
+    key_name,
+)
 
 # The version of ggml's quantisation formats, which every quantised file names.
 QUANTIZATION_VERSION = 2
@@ -56,12 +70,6 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
     "q1_0": (40, "Q1_0"),
 }
 
-# deepseek4.expert_gating_func: sqrt(softplus(x)).
-GATING_FUNCTIONS = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
-
-# Every query head shares one key-value head.
-KV_HEADS = 1
-
 
 @dataclass(frozen=True)
 class ParameterCounts:
@@ -73,176 +81,19 @@ class ParameterCounts:
     expert_count: int
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """An architecture name and the key, below that name, of each field."""
-
-    architecture: str
-    keys: Mapping[str, str]
-
-
-# Field, value type, element type; in the order in which llama.cpp's converter writes them.
-MODEL_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
-    ("block_count", U32, None),
-    ("context_length", U32, None),
-    ("embedding_length", U32, None),
-    ("embedding_length_out", U32, None),
-    ("vocab_size", U32, None),
-    ("head_count", U32, None),
-    ("head_count_kv", U32, None),
-    ("rope_scaling_type", STRING, None),
-    ("rope_scaling_factor", F32, None),
-    ("rope_scaling_original_context_length", U32, None),
-    ("rope_scaling_yarn_beta_fast", F32, None),
-    ("rope_scaling_yarn_beta_slow", F32, None),
-    ("rope_freq_base", F32, None),
-    ("rope_dimension_count", U32, None),
-    ("layer_norm_rms_epsilon", F32, None),
-    ("expert_count", U32, None),
-    ("expert_used_count", U32, None),
-    ("expert_shared_count", U32, None),
-    ("expert_feed_forward_length", U32, None),
-    ("expert_gating_func", U32, None),
-    ("expert_weights_scale", F32, None),
-    ("expert_weights_norm", BOOL, None),
-    ("swiglu_clamp_exp", ARRAY, F32),
-    ("swiglu_clamp_shexp", ARRAY, F32),
-    ("key_length", U32, None),
-    ("value_length", U32, None),
-    ("q_lora_rank", U32, None),
-    ("output_lora_rank", U32, None),
-    ("output_group_count", U32, None),
-    ("sliding_window", U32, None),
-    ("compress_ratios", ARRAY, I32),
-    ("compress_rope_freq_base", F32, None),
-    ("indexer_head_count", U32, None),
-    ("indexer_key_length", U32, None),
-    ("indexer_top_k", U32, None),
-    ("hyper_connection_count", U32, None),
-    ("hyper_connection_sinkhorn_iterations", U32, None),
-    ("hyper_connection_epsilon", F32, None),
-    ("hash_layer_count", U32, None),
-    ("nextn_predict_layers", U32, None),
-)
-
-_LLAMA_CPP_KEYS: dict[str, str] = {
-    "block_count": "block_count",
-    "context_length": "context_length",
-    "embedding_length": "embedding_length",
-    "embedding_length_out": "embedding_length_out",
-    "vocab_size": "vocab_size",
-    "head_count": "attention.head_count",
-    "head_count_kv": "attention.head_count_kv",
-    "rope_scaling_type": "rope.scaling.type",
-    "rope_scaling_factor": "rope.scaling.factor",
-    "rope_scaling_original_context_length": "rope.scaling.original_context_length",
-    "rope_scaling_yarn_beta_fast": "rope.scaling.yarn_beta_fast",
-    "rope_scaling_yarn_beta_slow": "rope.scaling.yarn_beta_slow",
-    "rope_freq_base": "rope.freq_base",
-    "rope_dimension_count": "rope.dimension_count",
-    "layer_norm_rms_epsilon": "attention.layer_norm_rms_epsilon",
-    "expert_count": "expert_count",
-    "expert_used_count": "expert_used_count",
-    "expert_shared_count": "expert_shared_count",
-    "expert_feed_forward_length": "expert_feed_forward_length",
-    "expert_gating_func": "expert_gating_func",
-    "expert_weights_scale": "expert_weights_scale",
-    "expert_weights_norm": "expert_weights_norm",
-    "swiglu_clamp_exp": "swiglu_clamp_exp",
-    "swiglu_clamp_shexp": "swiglu_clamp_shexp",
-    "key_length": "attention.key_length",
-    "value_length": "attention.value_length",
-    "q_lora_rank": "attention.q_lora_rank",
-    "output_lora_rank": "attention.output_lora_rank",
-    "output_group_count": "attention.output_group_count",
-    "sliding_window": "attention.sliding_window",
-    "compress_ratios": "attention.compress_ratios",
-    "compress_rope_freq_base": "attention.compress_rope_freq_base",
-    "indexer_head_count": "attention.indexer.head_count",
-    "indexer_key_length": "attention.indexer.key_length",
-    "indexer_top_k": "attention.indexer.top_k",
-    "hyper_connection_count": "hyper_connection.count",
-    "hyper_connection_sinkhorn_iterations": "hyper_connection.sinkhorn_iterations",
-    "hyper_connection_epsilon": "hyper_connection.epsilon",
-    "hash_layer_count": "hash_layer_count",
-    "nextn_predict_layers": "nextn_predict_layers",
+# Value types, and element types of lists, by what the table of keys calls them.
+VALUE_TYPES: Mapping[KeyType, tuple[GGUFValueType, GGUFValueType | None]] = {
+    "bool": (BOOL, None),
+    "u32": (U32, None),
+    "f32": (F32, None),
+    "str": (STRING, None),
+    "[i32]": (ARRAY, I32),
+    "[f32]": (ARRAY, F32),
+    "[u64]": (ARRAY, U64),
 }
 
-DIALECTS: dict[str, Dialect] = {
-    "llama.cpp": Dialect("deepseek4", _LLAMA_CPP_KEYS),
-    "deepseek-v4": Dialect(
-        "deepseek-v4",
-        {
-            **_LLAMA_CPP_KEYS,
-            "output_lora_rank": "o_lora_rank",
-            "output_group_count": "o_groups",
-            "compress_ratios": "compress_ratios",
-            "compress_rope_freq_base": "compress_rope_freq_base",
-            "hyper_connection_count": "hyperconnections.count",
-            "hyper_connection_sinkhorn_iterations": "hyperconnections.sinkhorn_iterations",
-            "hyper_connection_epsilon": "hyperconnections.epsilon",
-            "hash_layer_count": "n_hash_layers",
-        },
-    ),
-}
-
-# V4.1, as llama.cpp's pending converter has it: V4's fields without two, and what finds the rows of the n-gram tables.
-_ENGRAM_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
-    ("engram_head_count", U32, None),
-    ("engram_key_length", U32, None),
-    ("engram_max_ngram_size", U32, None),
-    ("engram_layer_ids", ARRAY, I32),
-    ("engram_multipliers", ARRAY, U64),
-    ("engram_primes", ARRAY, U64),
-    ("engram_offsets", ARRAY, U64),
-    ("engram_token_map", ARRAY, I32),
-    ("engram_pad_id", U32, None),
-    ("engram_encoding", STRING, None),
-)
-# Roles of layers, which that converter leaves to be told by tensors. The keys of forks where they have some.
-_ROLE_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
-    ("kv_source_layers", ARRAY, I32),
-    ("index_source_layers", ARRAY, I32),
-    ("candidate_source_layer", U32, None),
-    ("candidate_topk_blocks", U32, None),
-    ("candidate_block_size", U32, None),
-)
-V41_FIELDS = (
-    *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
-    *_ENGRAM_FIELDS,
-    *_ROLE_FIELDS,
-)
-_V41_KEYS = {
-    **_LLAMA_CPP_KEYS,
-    **{field: field.replace("engram_", "engram.", 1) for field, _, _ in _ENGRAM_FIELDS},
-    "kv_source_layers": "attention.kv_source_layers",
-    "index_source_layers": "attention.index_source_layers",
-    "candidate_source_layer": "attention.indexer.candidate_source_layer",
-    "candidate_topk_blocks": "attention.indexer.candidate_topk_blocks",
-    "candidate_block_size": "attention.indexer.candidate_block_size",
-}
-DIALECTS_V41 = {"llama.cpp": Dialect("deepseek41", _V41_KEYS)}
-
-# llama.cpp's architecture for DSpark drafts: the text model's fields, and the draft's own.
-DRAFT_FIELDS: tuple[tuple[str, GGUFValueType, GGUFValueType | None], ...] = (
-    *(row for row in MODEL_FIELDS if row[0] not in ("embedding_length_out", "vocab_size", "nextn_predict_layers")),
-    ("block_size", U32, None),
-    ("target_layers", ARRAY, I32),
-    ("target_architecture", STRING, None),
-)
-DRAFT_DIALECT = Dialect(
-    "dflash",
-    {
-        **_LLAMA_CPP_KEYS,
-        "block_size": "block_size",
-        "target_layers": "target_layers",
-        "target_architecture": "target_model_architecture",
-    },
-)
-
-# The architecture of vision towers, what the key values mean there, and what the file states beside config keys:
+# What the key values of vision towers mean, and what the file states beside config keys:
 # the tower's own epsilon, not the text model's, and how pixels are normalised where no file says otherwise.
-MMPROJ_ARCHITECTURE = "clip"
 MMPROJ_PROJECTOR = "deepseek4v"
 MMPROJ_EPSILON = 1e-6
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
@@ -349,13 +200,13 @@ def model_metadata(
     tokenizer: Tokenizer,
     card: ModelCard,
     *,
+    architecture: str,
     counts: ParameterCounts,
     file_type: int,
     block_count: int,
     chat_template: str | None,
     mtp: bool = False,
     name: str | None = None,
-    dialect: str = "llama.cpp",
     engram: EngramConstants | None = None,
     engram_encoding: str | None = None,
 ) -> list[KeyValue]:
@@ -368,17 +219,20 @@ def model_metadata(
     Raises:
         ConfigError: a value that the key's type cannot hold.
     """
-    values = _field_values(config, block_count, mtp)
-    keys, fields = DIALECTS[dialect] if config.version is Version.V4 else DIALECTS_V41[dialect], MODEL_FIELDS
-    if config.version is Version.V41:
-        fields = V41_FIELDS
-        values |= _role_values(config) | _engram_values(config, engram, engram_encoding)
+    if config.version is Version.V4:
+        keys = [*_config_keys(config, architecture, block_count, (*KEYS, NEXTN_KEY) if mtp else KEYS)]
+    else:
+        keys = [
+            *_config_keys(config, architecture, block_count, COMMON_KEYS),
+            *_engram_keys(config, architecture, engram, engram_encoding),
+            *_config_keys(config, architecture, block_count, ROLE_KEYS),
+        ]
     return text_metadata(
         config,
         tokenizer,
         card,
-        _model(values, keys, fields),
-        architecture=keys.architecture,
+        keys,
+        architecture=architecture,
         counts=counts,
         file_type=file_type,
         chat_template=chat_template,
@@ -428,16 +282,18 @@ def dspark_metadata(
     targets = config.flat.get("dspark_target_layer_ids")
     if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
         raise ConfigError("key dspark_target_layer_ids is missing or not a list of layers", got=targets)
-    values = _field_values(config, config.num_hidden_layers, False) | {
-        "block_size": _dspark_value(config, "dspark_block_size", 1),
-        # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
-        "target_layers": [layer + (config.version is Version.V4) for layer in targets],
-    }
+    # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
+    targets = [layer + (config.version is Version.V4) for layer in targets]
+    own = [
+        _entry(DRAFT, "block_size", "u32", _dspark_value(config, "dspark_block_size", 1)),
+        _entry(DRAFT, "target_layers", "[i32]", targets),
+    ]
     if config.version is Version.V41:
-        values["target_architecture"] = DIALECTS_V41["llama.cpp"].architecture
+        own.append(_entry(DRAFT, "target_model_architecture", "str", LLAMA_CPP_V41))
     return [
-        *_head(DRAFT_DIALECT.architecture, "model", config, card, counts, name),
-        *_model(values, DRAFT_DIALECT, DRAFT_FIELDS),
+        *_head(DRAFT, "model", config, card, counts, name),
+        *_config_keys(config, DRAFT, config.num_hidden_layers, COMMON_KEYS),
+        *own,
         KeyValue("general.file_type", U32, file_type),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
         *(entry for entry in _vocabulary(tokenizer) if entry.key != MASK_TOKEN_KEY),
@@ -501,12 +357,9 @@ def mmproj_metadata(
         ("vision.image_min_pixels", U32, size("vision_min_pixels")),
     )
     return [
-        *_head(MMPROJ_ARCHITECTURE, "mmproj", config, card, counts, name),
+        *_head(TOWER, "mmproj", config, card, counts, name),
         KeyValue("general.file_type", U32, file_type),
-        *(
-            KeyValue(f"{MMPROJ_ARCHITECTURE}.{key}", kind, value, F32 if kind == ARRAY else None)
-            for key, kind, value in own
-        ),
+        *(KeyValue(f"{TOWER}.{key}", kind, value, F32 if kind == ARRAY else None) for key, kind, value in own),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
     ]
 
@@ -626,100 +479,28 @@ def _origins(origins: Sequence[Mapping[str, Any]] | None, prefix: str) -> list[K
     return entries
 
 
-def _model(
-    values: Mapping[str, Any], dialect: Dialect, fields: Iterable[tuple[str, GGUFValueType, GGUFValueType | None]]
+def _entry(architecture: str, name: str, kind: KeyType, value: Any) -> KeyValue:
+    value_type, element_type = VALUE_TYPES[kind]
+    return KeyValue(key_name(architecture, name), value_type, value, element_type)
+
+
+def _config_keys(
+    config: ModelConfig, architecture: str, block_count: int, keys: Iterable[GgufKey]
+) -> Iterator[KeyValue]:
+    for key in keys:
+        value = key.of(config, block_count)
+        if value is not None:
+            yield _entry(architecture, key.name, key.type, value)
+
+
+def _engram_keys(
+    config: ModelConfig, architecture: str, constants: EngramConstants | None, encoding: str | None
 ) -> list[KeyValue]:
-    return [
-        KeyValue(f"{dialect.architecture}.{dialect.keys[field]}", kind, values[field], sub_type)
-        for field, kind, sub_type in fields
-        if field in values
-    ]
-
-
-def _role_values(config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "kv_source_layers": list(config.kv_source_layer_ids),
-        "index_source_layers": list(config.index_source_layer_ids),
-    }
-    if config.candidates is not None:
-        values |= {
-            "candidate_source_layer": config.candidates.source_layer_id,
-            "candidate_topk_blocks": config.candidates.topk_blocks,
-            "candidate_block_size": config.candidates.block_size,
-        }
-    return values
-
-
-def _engram_values(config: ModelConfig, constants: EngramConstants | None, encoding: str | None) -> dict[str, Any]:
     engram = config.engram
     if engram is None or constants is None:
-        return {}
-    values = {
-        "engram_head_count": engram.n_heads,
-        "engram_key_length": engram.head_dim,
-        "engram_max_ngram_size": engram.max_ngram_size,
-        "engram_layer_ids": list(constants.layer_ids),
-        "engram_multipliers": [factor for row in constants.multipliers for factor in row],
-        "engram_primes": [prime for row in constants.primes for prime in row],
-        "engram_offsets": [offset for row in constants.offsets for offset in row],
-        "engram_token_map": constants.token_map.tolist(),
-        "engram_pad_id": constants.pad_id,
-    }
-    return values if encoding is None else {**values, "engram_encoding": encoding}
-
-
-def _field_values(config: ModelConfig, block_count: int, mtp: bool) -> dict[str, Any]:
-    gating = GATING_FUNCTIONS.get(config.scoring_func)
-    if gating is None:
-        raise ConfigError("key scoring_func: unknown", expected=" or ".join(GATING_FUNCTIONS), got=config.scoring_func)
-    clamps = [config.swiglu_limit] * block_count
-    values: dict[str, Any] = {
-        "block_count": block_count,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "embedding_length_out": config.hidden_size * config.hc_mult,
-        "vocab_size": config.vocab_size,
-        "head_count": config.num_attention_heads,
-        "head_count_kv": KV_HEADS,
-        "rope_freq_base": config.rope_theta,
-        "rope_dimension_count": config.qk_rope_head_dim,
-        "layer_norm_rms_epsilon": config.rms_norm_eps,
-        "expert_count": config.n_routed_experts,
-        "expert_used_count": config.num_experts_per_tok,
-        "expert_shared_count": config.n_shared_experts,
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_gating_func": gating,
-        "expert_weights_scale": config.routed_scaling_factor,
-        "expert_weights_norm": config.norm_topk_prob,
-        "swiglu_clamp_exp": clamps,
-        "swiglu_clamp_shexp": clamps,
-        "key_length": config.head_dim,
-        "value_length": config.head_dim,
-        "q_lora_rank": config.q_lora_rank,
-        "output_lora_rank": config.o_lora_rank,
-        "output_group_count": config.o_groups,
-        "sliding_window": config.sliding_window,
-        "compress_ratios": list(config.compress_ratios),
-        "compress_rope_freq_base": config.compress_rope_theta,
-        "indexer_head_count": config.index_n_heads,
-        "indexer_key_length": config.index_head_dim,
-        "indexer_top_k": config.index_topk,
-        "hyper_connection_count": config.hc_mult,
-        "hyper_connection_sinkhorn_iterations": config.hc_sinkhorn_iters,
-        "hyper_connection_epsilon": config.hc_eps,
-        "hash_layer_count": config.num_hash_layers,
-    }
-    if config.yarn is not None:
-        values |= {
-            "rope_scaling_type": "yarn",
-            "rope_scaling_factor": config.yarn.factor,
-            "rope_scaling_original_context_length": config.yarn.original_max_position_embeddings,
-            "rope_scaling_yarn_beta_fast": config.yarn.beta_fast,
-            "rope_scaling_yarn_beta_slow": config.yarn.beta_slow,
-        }
-    if mtp:
-        values["nextn_predict_layers"] = config.num_nextn_predict_layers
-    return values
+        return []
+    entries = [_entry(architecture, name, kind, value(engram, constants)) for name, kind, value in ENGRAM_KEYS]
+    return entries if encoding is None else [*entries, _entry(architecture, ENGRAM_ENCODING, "str", encoding)]
 
 
 # What the roles of special tokens are called in keys ("seperator" is how the key is spelled).

@@ -18,6 +18,7 @@ from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
 from ..errors import UsageError
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
+from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from . import ds4_v41
@@ -92,7 +93,7 @@ _PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
 DIALECTS = {
     "llama.cpp": TensorDialect(
         name="llama.cpp",
-        architecture="deepseek4",
+        architecture=LLAMA_CPP,
         name_of=lambda row: row.gguf,
         default_dense={**_PLAIN_TYPES, Encoding.FP8: Q8_0},
         default_experts={**_PLAIN_TYPES, Encoding.FP4: MXFP4, Encoding.FP8: Q8_0},
@@ -101,7 +102,7 @@ DIALECTS = {
     ),
     "deepseek-v4": TensorDialect(
         name="deepseek-v4",
-        architecture="deepseek-v4",
+        architecture=PORT,
         name_of=lambda row: row.port,
         default_dense={**_PLAIN_TYPES, Encoding.FP8: BF16},
         default_experts={**_PLAIN_TYPES, Encoding.FP4: BF16, Encoding.FP8: BF16},
@@ -111,7 +112,7 @@ DIALECTS = {
 }
 
 DIALECTS_V41 = {
-    "llama.cpp": replace(DIALECTS["llama.cpp"], architecture="deepseek41"),
+    "llama.cpp": replace(DIALECTS["llama.cpp"], architecture=LLAMA_CPP_V41),
     DS4: replace(
         DIALECTS["llama.cpp"],
         name=DS4,
@@ -140,7 +141,7 @@ def tensor_dialect(config: ModelConfig, name: str) -> TensorDialect:
 # DSpark's draft stages in llama.cpp's own architecture for such drafts, whose routers know no images.
 DFLASH = TensorDialect(
     name="dflash",
-    architecture="dflash",
+    architecture=DRAFT,
     name_of=lambda row: None if row.when is When.VISION else row.gguf,
     default_dense=DIALECTS["llama.cpp"].default_dense,
     default_experts=DIALECTS["llama.cpp"].default_experts,

@@ -19,11 +19,10 @@ from dsv4convert.containers.gguf_write import KeyValue, encode_key_values
 from dsv4convert.errors import ConfigError, FileFormatError, UnsupportedError
 from dsv4convert.formats.ggml_types import QUANTISED
 from dsv4convert.model.config import ModelConfig, parse_config
+from dsv4convert.model.gguf_keys import KEYS, LLAMA_CPP, LLAMA_CPP_V41, NEXTN_KEY, PORT, PORT_NAMES, ROLE_KEYS, key_name
 from dsv4convert.synth.tokenizer import write_synth_tokenizer
 from dsv4convert.targets.gguf_metadata import (
-    DIALECTS,
     FILE_TYPES,
-    MODEL_FIELDS,
     ParameterCounts,
     count_parameters,
     default_output_name,
@@ -100,6 +99,7 @@ def metadata(
     config: ModelConfig, tokenizer: Tokenizer, card: ModelCard | None = None, **options: Any
 ) -> list[KeyValue]:
     arguments: dict[str, Any] = {
+        "architecture": LLAMA_CPP,
         "counts": NO_COUNTS,
         "file_type": 38,
         "block_count": config.num_hidden_layers,
@@ -204,15 +204,25 @@ def test_unknown_gating_function_is_refused(flash: ModelConfig, tokenizer: Token
         metadata(replace(flash, scoring_func="relu"), tokenizer)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_every_dialect_has_a_key_for_every_field(dialect: str) -> None:
-    keys = DIALECTS[dialect].keys
-    assert list(keys) == [field for field, _, _ in MODEL_FIELDS] or set(keys) == {f for f, _, _ in MODEL_FIELDS}
-    assert len(set(keys.values())) == len(keys)
+@pytest.mark.parametrize("architecture", [LLAMA_CPP, LLAMA_CPP_V41, PORT])
+def test_no_architecture_has_one_name_for_two_keys(architecture: str) -> None:
+    names = [key_name(architecture, key.name) for key in (*KEYS, NEXTN_KEY, *ROLE_KEYS)]
+    assert len(set(names)) == len(names)
+
+
+def test_every_key_that_the_port_spells_its_way_is_in_the_table() -> None:
+    assert PORT_NAMES.keys() <= {key.name for key in KEYS}
+
+
+def test_keys_that_are_read_back_have_names_of_config_json(flash: ModelConfig) -> None:
+    names = [key.in_config for key in KEYS if key.in_config is not None]
+    assert len(set(names)) == len(names)
+    scaling = {f"yarn.{key}" for key in flash.raw["rope_scaling"]}
+    assert set(names) <= flash.raw.keys() | scaling
 
 
 def test_early_port_spells_its_keys_its_way(flash: ModelConfig, tokenizer: Tokenizer) -> None:
-    found = as_dict(metadata(flash, tokenizer, dialect="deepseek-v4"))
+    found = as_dict(metadata(flash, tokenizer, architecture=PORT))
     assert found["general.architecture"] == ("STRING", "deepseek-v4")
     own = {
         "o_lora_rank": "attention.output_lora_rank",

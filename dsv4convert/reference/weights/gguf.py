@@ -7,50 +7,14 @@ from typing import Any, NamedTuple
 from ...containers.gguf import GgufModelFile, GgufTensor
 from ...errors import FileFormatError, InventoryError, UnsupportedError
 from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
+from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, NEXTN_KEY, YARN, key_name
 from ...model.tensors import Draft, Expected, expected_tensors
-from ...targets.gguf_metadata import DIALECTS as KEY_DIALECTS
-from ...targets.gguf_metadata import GATING_FUNCTIONS
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
 from ...targets.gguf_tensors import TensorDialect
 from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
 from .protocol import Array, missing_weight
 
-# config.json key by metadata field: what has one value and the same meaning on both sides.
-CONFIG_KEYS = {
-    "embedding_length": "hidden_size",
-    "head_count": "num_attention_heads",
-    "key_length": "head_dim",
-    "rope_dimension_count": "qk_rope_head_dim",
-    "q_lora_rank": "q_lora_rank",
-    "output_group_count": "o_groups",
-    "output_lora_rank": "o_lora_rank",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_count": "n_routed_experts",
-    "expert_shared_count": "n_shared_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_weights_scale": "routed_scaling_factor",
-    "expert_weights_norm": "norm_topk_prob",
-    "hash_layer_count": "num_hash_layers",
-    "sliding_window": "sliding_window",
-    "indexer_head_count": "index_n_heads",
-    "indexer_key_length": "index_head_dim",
-    "indexer_top_k": "index_topk",
-    "hyper_connection_count": "hc_mult",
-    "hyper_connection_sinkhorn_iterations": "hc_sinkhorn_iters",
-    "hyper_connection_epsilon": "hc_eps",
-    "layer_norm_rms_epsilon": "rms_norm_eps",
-    "rope_freq_base": "rope_theta",
-    "compress_rope_freq_base": "compress_rope_theta",
-    "compress_ratios": "compress_ratios",
-    "context_length": "max_position_embeddings",
-}
-YARN_KEYS = {
-    "rope_scaling_factor": "factor",
-    "rope_scaling_original_context_length": "original_max_position_embeddings",
-    "rope_scaling_yarn_beta_fast": "beta_fast",
-    "rope_scaling_yarn_beta_slow": "beta_slow",
-}
-CLAMP_FIELDS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
+CLAMPS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
 
 # What llama.cpp's separate MTP file shares with the trunk; all other trunk tensors are not in it.
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
@@ -135,24 +99,23 @@ def _dialect(file: GgufModelFile) -> TensorDialect:
 
 
 class _Fields:
-    """Metadata by field name, whatever a dialect calls the key."""
+    """Metadata by llama.cpp's names, whatever a dialect calls the key."""
 
     def __init__(self, file: GgufModelFile, dialect: TensorDialect) -> None:
         self._metadata = file.metadata
         self._architecture = dialect.architecture
-        self._keys = KEY_DIALECTS[dialect.name].keys
         self._path = file.files[0]
 
-    def key(self, field: str) -> str:
-        return f"{self._architecture}.{self._keys[field]}"
+    def key(self, name: str) -> str:
+        return key_name(self._architecture, name)
 
-    def get(self, field: str, default: Any = None) -> Any:
-        return self._metadata.get(self.key(field), default)
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._metadata.get(self.key(name), default)
 
-    def __getitem__(self, field: str) -> Any:
-        value = self.get(field)
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
         if value is None:
-            raise FileFormatError(f"key {self.key(field)} is missing", where=self._path)
+            raise FileFormatError(f"key {self.key(name)} is missing", where=self._path)
         return value
 
 
@@ -160,7 +123,7 @@ def _draft_layers(fields: _Fields, file: GgufModelFile, dialect: TensorDialect) 
     """Return how many of the blocks are draft layers; the port counts them nowhere, but their names tell."""
     if dialect.mtp_inline:
         return sum(name.endswith(".mtp.enorm.weight") for name in file.tensors)
-    count = fields.get("nextn_predict_layers", 0)
+    count = fields.get(NEXTN_KEY.name, 0)
     return count if isinstance(count, int) else 0
 
 
@@ -170,7 +133,10 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     blocks = fields["block_count"]
     if not isinstance(blocks, int) or not 0 <= n_draft < blocks:
         raise FileFormatError(f"key {fields.key('block_count')}: no count of layers", where=path, got=blocks)
-    raw: dict[str, Any] = {key: fields[field] for field, key in CONFIG_KEYS.items()}
+    same = {key.in_config: key.name for key in KEYS if key.in_config is not None}
+    scaling = {key.removeprefix(YARN): same.pop(key) for key in list(same) if key.startswith(YARN)}
+    del same["vocab_size"]  # llama.cpp's converter leaves it to the embedding
+    raw: dict[str, Any] = {key: fields[name] for key, name in same.items()}
     raw["architectures"] = [ARCHITECTURES[Version.V4]]
     raw["num_hidden_layers"] = blocks - n_draft
     raw["num_nextn_predict_layers"] = n_draft
@@ -178,26 +144,26 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     raw["swiglu_limit"] = _clamp(fields, path)
     gating = fields["expert_gating_func"]
     raw["scoring_func"] = {number: name for name, number in GATING_FUNCTIONS.items()}.get(gating, gating)
-    if fields.get("rope_scaling_type") is not None:
-        raw["rope_scaling"] = {key: fields[field] for field, key in YARN_KEYS.items()}
-        raw["rope_scaling"]["type"] = fields["rope_scaling_type"]
+    if fields.get("rope.scaling.type") is not None:
+        raw["rope_scaling"] = {key: fields[name] for key, name in scaling.items()}
+        raw["rope_scaling"]["type"] = fields["rope.scaling.type"]
     for role in ("bos", "eos"):
         raw[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
     return parse_config(raw, path)
 
 
 def _rows_of(file: GgufModelFile, name: str) -> int:
-    """Return the rows of a tensor; llama.cpp's converter leaves the vocabulary's size to the embedding."""
+    """Return the rows of a tensor."""
     if name not in file.tensors:
         raise FileFormatError(f"tensor {name} is missing", where=file.files[0])
     return file.tensors[name].shape[0]
 
 
 def _clamp(fields: _Fields, path: object) -> float:
-    limits = {limit for field in CLAMP_FIELDS for limit in fields[field]}
+    limits = {limit for name in CLAMPS for limit in fields[name]}
     if len(limits) != 1:
         raise UnsupportedError(
-            f"key {fields.key(CLAMP_FIELDS[0])}: a limit that differs by layer",
+            f"key {fields.key(CLAMPS[0])}: a limit that differs by layer",
             where=path,
             got=sorted(limits)[:4],
         )

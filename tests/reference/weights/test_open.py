@@ -190,5 +190,5 @@ def test_a_gguf_without_a_key_is_refused_by_the_key(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(FileFormatError, match=r"key deepseek4\.embedding_length is missing"):
+    with pytest.raises(FileFormatError, match=r"key deepseek4\.context_length is missing"):
         open_source(tmp_path / "bare.gguf")

@@ -64,6 +64,7 @@ def convert_gguf(
     tokenizer_pre: str | None = None,
     name: str | None = None,
     strict: bool = False,
+    index: str = "file",
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -105,7 +106,7 @@ def convert_gguf(
         engram_last=engram_last,
     )
     target = None if out is None else Path(out)
-    plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict)
+    plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
 
 
@@ -118,6 +119,7 @@ def shard(
     experts: str | None = None,
     draft: str = "keep",
     strict: bool = False,
+    index: str = "file",
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -139,7 +141,7 @@ def shard(
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
-    plan, costs = plan_shards(Path(source), Path(out), options, strict=strict)
+    plan, costs = plan_shards(Path(source), Path(out), options, strict=strict, index=index)
     summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
     return ShardSummary(**summary.__dict__, costs=costs)
 
@@ -177,6 +179,7 @@ def dequantize(
     names: str = "official",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
+    index: str = "file",
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -193,7 +196,13 @@ def dequantize(
     from .targets.dequantize import plan_dequantize
 
     plan = plan_dequantize(
-        Path(source), Path(out), dtype=dtype, names=names, max_file_bytes=parse_size(max_file_size), strict=strict
+        Path(source),
+        Path(out),
+        dtype=dtype,
+        names=names,
+        max_file_bytes=parse_size(max_file_size),
+        strict=strict,
+        index=index,
     )
     return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict)
 
@@ -205,6 +214,7 @@ def repack(
     experts: str = "fp8",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
+    index: str = "file",
     threads: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -221,7 +231,7 @@ def repack(
     from .targets.repack import plan_repack, summarize_repack
 
     plan = plan_repack(
-        Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size), strict=strict
+        Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size), strict=strict, index=index
     )
     return summarize_repack(plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict))
 
@@ -288,6 +298,7 @@ def verify(
     foreign: bool = False,
     ignore_key: Iterable[str] = (),
     strict: bool = False,
+    index: str = "file",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -311,6 +322,7 @@ def verify(
         foreign=foreign,
         ignore_keys=tuple(ignore_key),
         strict=strict,
+        index=index,
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
 
@@ -331,7 +343,7 @@ def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> Manife
 # ---- reading ------------------------------------------------------------------------------------------
 
 
-def inspect(path: StrPath) -> Description:
+def inspect(path: StrPath, *, index: str = "file") -> Description:
     """Describe a checkpoint folder, a GGUF or a folder of shards, from headers alone.
 
     Raises:
@@ -339,7 +351,7 @@ def inspect(path: StrPath) -> Description:
     """
     from .inspection.describe import inspect_path
 
-    return inspect_path(Path(path))
+    return inspect_path(Path(path), index)
 
 
 def open_checkpoint(folder: StrPath) -> Checkpoint:

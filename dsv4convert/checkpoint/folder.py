@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,15 @@ from typing import Any
 
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
-from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError, UnsupportedError
+from ..errors import (
+    ConfigError,
+    Dsv4Error,
+    FileFormatError,
+    InputMissingError,
+    InventoryError,
+    UnsupportedError,
+    UsageError,
+)
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.engram import check_rows
 from ..model.tensors import (
@@ -27,14 +36,26 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
+from .layouts import looks_like_hub_id, name_layout
 from .renaming import official_name, official_tensors
-from .weights import Weight, pair
+from .weights import Weight, needs_scale, pair
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 # More than V4-Pro has; a forged config could ask for hundreds of millions.
 MAX_MISSING = 200_000
+
+# How to find out which file holds a tensor: by the index where there is one, or by the headers of all files.
+BY_INDEX, BY_HEADERS = INDEX_MODES = ("file", "headers")
+NUMBERED_FILE = re.compile(r"(.*?)(\d{1,6})-of-(\d{1,6})\.safetensors")
+MAX_NUMBERED = 10_000
+
+# How many files, and kinds of tensors, an error names.
+MAX_HOLDERS = 3
+MAX_KINDS = 3
+CHECK_DOWNLOAD = "check that the download is complete and that config.json belongs to these weights"
+GO_BY_HEADERS = "download index and files from one revision, or go by the files with --index headers"
 
 # 145,116 names of V4-Pro make 13 MB.
 MAX_INDEX_BYTES = 32 * 2**20
@@ -78,10 +99,18 @@ class Checkpoint:
         return sum(weight.nbytes for weight in self.weights.values())
 
 
-def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,), draft_wanted: bool = True) -> Checkpoint:
+def open_folder(
+    folder: Path,
+    *,
+    versions: Container[Version] = (Version.V4,),
+    draft_wanted: bool = True,
+    index: str = BY_INDEX,
+) -> Checkpoint:
     """Open the checkpoint in ``folder``, of one of the ``versions`` that the caller knows what to do with.
 
-    Without ``draft_wanted``, a draft that is not whole is listed as unused: it cannot block the trunk.
+    Without ``draft_wanted``, a draft that is not whole is listed as unused: it cannot block the trunk. ``index``
+    "headers" goes by the headers of all files, whatever an index says. Folders in a layout that is known and not
+    read are named as such.
 
     Raises:
         InputMissingError: the folder or a file of it is not there.
@@ -89,12 +118,23 @@ def open_folder(folder: Path, *, versions: Container[Version] = (Version.V4,), d
         FileFormatError: a malformed index or safetensors file.
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
-    config = load_config(folder)
-    check_version(config, versions, folder)
-    stored, files, notes = read_folder_headers(folder)
-    if draft_wanted:
-        return resolve(folder, config, stored, files, notes)
-    return _resolve_without_blocking_draft(folder, config, stored, files, notes)
+    try:
+        config = load_config(folder)
+        check_version(config, versions, folder)
+        stored, files, notes = read_folder_headers(folder, index)
+        if draft_wanted:
+            return resolve(folder, config, stored, files, notes)
+        return _resolve_without_blocking_draft(folder, config, stored, files, notes)
+    except UsageError:
+        raise
+    except Dsv4Error as error:
+        if not os.path.lexists(folder) and looks_like_hub_id(folder):
+            raise InputMissingError(
+                "no such folder, but it looks like a name on the hub",
+                where=folder,
+                hint=f"download it first: hf download {folder} --local-dir {folder.name}",
+            ) from None
+        raise name_layout(folder, error) from None
 
 
 def _resolve_without_blocking_draft(
@@ -131,13 +171,24 @@ def check_version(config: ModelConfig, versions: Container[Version], where: obje
         raise UnsupportedError(f"DeepSeek-{config.version.value} is not supported here yet", where=where)
 
 
-def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
+def read_folder_headers(
+    folder: Path, index: str = BY_INDEX
+) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
     """Return (tensors by name as stored, files, notes) of a folder with or without an index.
+
+    Without one, a complete set of numbered files, or a single file, is read by its headers; ``index`` "headers" reads
+    every safetensors file of the folder so, whatever an index says.
 
     Raises:
         InputMissingError, FileFormatError, InventoryError: as for ``open_folder``.
+        UsageError: ``index`` is none of ``INDEX_MODES``.
     """
+    if index not in INDEX_MODES:
+        raise UsageError("--index: unknown", expected=" or ".join(INDEX_MODES), got=index)
     index_path = folder / INDEX_NAME
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if index == BY_HEADERS and names:
+        return (*_by_headers(folder, names), (f"all {len(names)} safetensors files are read, by their headers",))
     if index_path.is_file():
         weight_map = read_index(index_path)["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -147,17 +198,62 @@ def read_folder_headers(folder: Path) -> tuple[dict[str, Stored], tuple[Path, ..
             tuple(folder / n for n in names),
             _strays(folder, names),
         )
-    single = folder / SINGLE_NAME
-    if single.is_file():
-        return read_header(single), (single,), _strays(folder, [SINGLE_NAME])
-    if any(folder.glob("*.safetensors")):
+    if SINGLE_NAME in names or (len(names) == 1 and NUMBERED_FILE.fullmatch(names[0]) is None):
+        single = SINGLE_NAME if SINGLE_NAME in names else names[0]
+        return read_header(folder / single), (folder / single,), _strays(folder, [single])
+    if not names:
+        raise InputMissingError(
+            "no safetensors files",
+            where=folder,
+            expected=f"{INDEX_NAME} or {SINGLE_NAME}",
+            hint="is the download complete?",
+        )
+    numbered = _complete_set(folder, names)
+    note = f"no {INDEX_NAME}: {len(numbered)} numbered files are read by their headers"
+    return (*_by_headers(folder, numbered), (note, *_strays(folder, numbered)))
+
+
+def _by_headers(folder: Path, names: Sequence[str]) -> tuple[dict[str, Stored], tuple[Path, ...]]:
+    """Return the tensors of files, and the files."""
+    stored: dict[str, Stored] = {}
+    for name in names:
+        for tensor_name, tensor in read_header(folder / name).items():
+            if tensor_name in stored:
+                raise InventoryError(
+                    f"duplicate tensor {tensor_name}",
+                    where=tensor.file,
+                    got=f"also in {stored[tensor_name].file.name}",
+                    hint="move the file that does not belong here out of the folder",
+                )
+            stored[tensor_name] = tensor
+    return stored, tuple(folder / name for name in names)
+
+
+def _complete_set(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the files of the one numbered set that there is.
+
+    Raises:
+        InputMissingError: no set of numbered files, several, or one that is not complete.
+    """
+    sets: dict[tuple[str, int], dict[int, str]] = {}
+    for name in names:
+        found = NUMBERED_FILE.fullmatch(name)
+        if found is not None:
+            sets.setdefault((found[1], int(found[3])), {})[int(found[2])] = name
+    if len(sets) != 1:
         raise InputMissingError(f"{INDEX_NAME} is missing", where=folder, hint="download the index file as well")
-    raise InputMissingError(
-        "no safetensors files",
-        where=folder,
-        expected=f"{INDEX_NAME} or {SINGLE_NAME}",
-        hint="is the download complete?",
-    )
+    ((stem, count), files) = next(iter(sets.items()))
+    absent = [number for number in range(1, count + 1) if number not in files] if count <= MAX_NUMBERED else [count]
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if absent[1:] else ""
+        raise InputMissingError(
+            f"file {absent[0]} of {count} is missing{more}",
+            where=folder,
+            expected=f"{stem}N-of-{count}.safetensors for N from 1 to {count}",
+            got=f"{len(files)} files, without {INDEX_NAME}",
+            hint="is the download complete?",
+        )
+    return [files[number] for number in range(1, count + 1)]
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -204,7 +300,7 @@ def _merge_indexed(
                     where=index_path,
                     expected=f"in {file_name}",
                     got="not listed" if listed is None else f"in {listed}",
-                    hint="download the index and the files from one revision",
+                    hint=GO_BY_HEADERS,
                 )
             stored[name] = tensor
     if len(stored) != len(weight_map):
@@ -213,15 +309,56 @@ def _merge_indexed(
             f"tensor {name} is listed in the index and missing from the file",
             where=index_path,
             expected=f"in {weight_map[name]}",
-            hint="download the index and the files from one revision",
+            hint=GO_BY_HEADERS,
         )
     return stored
 
 
 def _strays(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
-    """Return notes on safetensors files that the index does not name."""
-    strays = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in set(used))
-    return tuple(f"{name}: not named by the index, not read" for name in strays)
+    """Return notes on safetensors files that the index does not name, and on what they hold."""
+    notes: list[str] = []
+    for name in sorted({path.name for path in folder.glob("*.safetensors")} - set(used)):
+        held = list(_stray_names(folder / name))
+        holds = f" ({len(held):,} tensors such as {held[0]}; --index headers reads it)" if held else ""
+        notes.append(f"{name}: not named by the index, not read{holds}")
+    return tuple(notes)
+
+
+def _stray_names(path: Path) -> Iterator[str]:
+    """Yield the official names of the tensors of a file, none where it cannot be read."""
+    try:
+        yield from map(official_name, read_header(path))
+    except Dsv4Error:
+        return
+
+
+def _holders(folder: Path, files: Iterable[Path], missing: Iterable[str]) -> str | None:
+    """Return which files that nobody reads hold what is missing."""
+    used, wanted = {path.name for path in files}, set(missing)
+    found: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        count = 0 if path.name in used else len(wanted & set(_stray_names(path)))
+        if count:
+            found.append(f"{path.name} holds {count:,} of them")
+    return f"{' and '.join(found[:MAX_HOLDERS])}: --index headers reads it" if found else None
+
+
+def _describe_missing(missing: Sequence[str], expected: Counter[str]) -> str:
+    """Return how many tensors are missing and of which kinds: "96 tensors missing, all experts' scales"."""
+    kinds = Counter(map(_kind, missing)).most_common()
+    parts = [f"all {kind}" if count == expected[kind] else f"{kind} ({count:,})" for kind, count in kinds[:MAX_KINDS]]
+    more = ["others"] if kinds[MAX_KINDS:] else []
+    return f"{len(missing):,} tensors missing, {', '.join([*parts, *more])}: {missing[0]} and others"
+
+
+def _kind(name: str) -> str:
+    """Return which kind of tensor a name is of, for counting."""
+    draft = "the draft's " if name.startswith(DRAFT_PREFIX) else ""
+    is_scale = name.endswith(".scale")
+    if ".ffn.experts." in name:
+        return f"{draft}experts' {'scales' if is_scale else 'weights'}"
+    rest = re.sub(r"^(?:layers|mtp|vision\.blocks)\.\d+\.", "", name)
+    return f"{draft}{rest}" if draft or rest == name else f"{rest} of layers"
 
 
 def resolve(
@@ -243,10 +380,14 @@ def resolve(
         check_rows(config.engram, folder / CONFIG_NAME)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
+    first_unscaled: Stored | None = None
     left = dict(tensors)
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(tensors)
+    kinds: Counter[str] = Counter()
+    scale_fmt = stated_scale_fmt(config)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
+        kinds[_kind(expected.name)] += 1
         weight = left.pop(expected.name, None)
         if weight is None:
             missing.append(expected.name)
@@ -254,17 +395,27 @@ def resolve(
                 break
             continue
         scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
-        weights[expected.name] = pair(expected, weight, scale)
+        if needs_scale(weight):
+            kinds[_kind(scale_name(expected.name))] += 1
+            if scale is None:
+                missing.append(scale_name(expected.name))
+                first_unscaled = first_unscaled or weight
+                continue
+        weights[expected.name] = pair(expected, weight, scale, scale_fmt=scale_fmt)
     unused, unknown = _sort_leftovers(left)
     if missing:
+        if len(missing) > 1:
+            what = _describe_missing(missing, kinds)
+        elif missing[0].endswith(".scale") and first_unscaled is not None:
+            what = f"tensor {missing[0]} is missing, the scale of a {first_unscaled.dtype} weight"
+        else:
+            what = f"tensor {missing[0]} is missing" + (" (its scale is not)" if scale_name(missing[0]) in left else "")
         raise InventoryError(
-            f"tensor {missing[0]} is missing"
-            + (" (its scale is not)" if scale_name(missing[0]) in left else "")
-            + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+            what,
             where=folder,
             expected=f"{len(weights) + len(missing)} weights" + (" or more" if len(missing) > MAX_MISSING else ""),
             got=len(weights),
-            hint="check that the download is complete and that config.json belongs to these weights",
+            hint=_holders(folder, files, missing) or CHECK_DOWNLOAD,
         )
     if unknown:
         name = unknown[0]
@@ -278,6 +429,13 @@ def resolve(
         )
     notes = (*notes, *_vision_note(config, has_tower))
     return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
+
+
+def stated_scale_fmt(config: ModelConfig) -> object:
+    """Return what config.json says of the format of scales, None where it says nothing."""
+    quantization = config.raw.get("quantization_config")
+    inner = quantization.get("scale_fmt") if isinstance(quantization, Mapping) else None
+    return inner if inner is not None else config.raw.get("scale_fmt")
 
 
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:

@@ -19,7 +19,7 @@ from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
 from ..model.config import CONFIG_NAME, ModelConfig, Version
 from ..model.tensors import Draft, Store
-from .folder import Checkpoint, open_folder
+from .folder import BY_INDEX, Checkpoint, open_folder
 from .shards import ShardedWeight
 from .weights import Encoding, Weight
 
@@ -58,13 +58,14 @@ def open_checked(
     versions: Container[Version] = tuple(Version),
     draft_wanted: bool = True,
     strict: bool = False,
+    index: str = BY_INDEX,
 ) -> Checkpoint:
     """Open a checkpoint folder as ``open_folder`` does, and check what it means; notes say what is suspicious.
 
     Raises:
         Dsv4Error: as for ``open_folder`` and ``check_meaning``.
     """
-    found = open_folder(folder, versions=versions, draft_wanted=draft_wanted)
+    found = open_folder(folder, versions=versions, draft_wanted=draft_wanted, index=index)
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
     return replace(found, notes=(*found.notes, *config_notes(found.config, weights, found.draft), *notes))

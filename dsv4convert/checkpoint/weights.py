@@ -33,6 +33,9 @@ PLAIN_ENCODINGS = {
     "I64": Encoding.I64,
     "I32": Encoding.I32,
 }
+PACKED_DTYPES = ("I8", "U8", "F4")
+SCALED_DTYPES = (*PACKED_DTYPES, "F8_E4M3")
+MATRIX_DIMENSIONS = 2
 FLOAT_ENCODINGS = frozenset({Encoding.BF16, Encoding.F16, Encoding.F32})
 ALLOWED = {
     Store.DENSE: FLOAT_ENCODINGS | {Encoding.FP8},
@@ -73,12 +76,17 @@ class Weight(NamedTuple):
         return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
 
-def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
+def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt: object = None) -> Weight:
     """Combine what the tables expect with what the files hold.
+
+    ``scale_fmt`` is what config.json says of the scales: "ue8m0" tells what bytes are that are stored as U8. The scale
+    of packed FP4 needs no telling: one byte for 32 elements is E8M0.
 
     Raises:
         InventoryError: a shape, a dtype or a scale that does not fit.
     """
+    if scale is not None and scale.dtype == "U8" and (scale_fmt == "ue8m0" or stored.dtype in PACKED_DTYPES):
+        scale = scale._replace(dtype="F8_E8M0")
     encoding, shape, block = _classify(expected.name, stored, scale)
     if encoding not in ALLOWED[expected.row.store]:
         raise InventoryError(
@@ -109,6 +117,11 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None) -> Weight:
     )
 
 
+def needs_scale(stored: Stored) -> bool:
+    """Return whether a stored weight means nothing without a scale."""
+    return stored.dtype in SCALED_DTYPES and len(stored.shape) == MATRIX_DIMENSIONS
+
+
 def _classify(
     name: str, stored: Stored, scale: Stored | None
 ) -> tuple[Encoding, tuple[int, ...], tuple[int, int] | None]:
@@ -122,7 +135,7 @@ def _classify(
                 got=f"a {stored.dtype} weight",
             )
         return plain, stored.shape, None
-    if stored.dtype not in ("I8", "U8", "F4", "F8_E4M3") or len(stored.shape) != 2:
+    if not needs_scale(stored):
         raise InventoryError(
             f"tensor {name}: unknown encoding", where=stored.file, got=f"{stored.dtype} {list(stored.shape)}"
         )

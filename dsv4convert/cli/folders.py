@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from .options import RunOptions, max_tensor_file_size_option, out_folder_argument, run_options, source_argument
+from .options import (
+    RunOptions,
+    index_option,
+    max_tensor_file_size_option,
+    out_folder_argument,
+    run_options,
+    source_argument,
+)
 from .parsing import CONTENT, CONVERT, TYPES, command, option
 
 
@@ -37,16 +44,25 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     help="Naming scheme of the tensors: the published names, or those of transformers with stacked experts.",
 )
 @max_tensor_file_size_option
+@index_option
 @run_options
 def dequantize(
-    source: Path, out: Path, dtype: str, strict: bool, names: str, max_file_size: str, *, run: RunOptions
+    source: Path, out: Path, dtype: str, strict: bool, names: str, max_file_size: str, index: str, *, run: RunOptions
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
     from ..api import dequantize as dequantize_folder
     from .report import run_conversion
 
     run_conversion(
-        dequantize_folder, run, source, out, dtype=dtype, names=names, max_file_size=max_file_size, strict=strict
+        dequantize_folder,
+        run,
+        source,
+        out,
+        dtype=dtype,
+        names=names,
+        max_file_size=max_file_size,
+        strict=strict,
+        index=index,
     )
 
 
@@ -63,13 +79,18 @@ def dequantize(
     "are all zero.",
 )
 @max_tensor_file_size_option
+@index_option
 @run_options
-def repack(source: Path, out: Path, experts: str, strict: bool, max_file_size: str, *, run: RunOptions) -> None:
+def repack(
+    source: Path, out: Path, experts: str, strict: bool, max_file_size: str, index: str, *, run: RunOptions
+) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
     from ..api import repack as repack_folder
     from .report import run_conversion
 
-    run_conversion(repack_folder, run, source, out, experts=experts, max_file_size=max_file_size, strict=strict)
+    run_conversion(
+        repack_folder, run, source, out, experts=experts, max_file_size=max_file_size, strict=strict, index=index
+    )
 
 
 COMMANDS = (dequantize, repack)

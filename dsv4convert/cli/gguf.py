@@ -11,6 +11,7 @@ from .options import (
     LAYERS_METAVAR,
     RunOptions,
     draft_option,
+    index_option,
     max_file_size_option,
     run_options,
     source_argument,
@@ -130,6 +131,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     panel=METADATA,
     help="Value of general.name; by default from the model card or the folder's name.",
 )
+@index_option
 @strict_option
 @run_options
 def hf_to_gguf(
@@ -154,6 +156,7 @@ def hf_to_gguf(
     engram_last: bool,
     tokenizer_pre: str | None,
     name: str | None,
+    index: str,
     strict: bool,
     *,
     run: RunOptions,
@@ -187,6 +190,7 @@ def hf_to_gguf(
         tokenizer_pre=tokenizer_pre,
         name=name,
         strict=strict,
+        index=index,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import json_option
+from .options import index_option, json_option
 from .parsing import CHECK, PATH, argument, command
 from .tables import Block, Table, print_blocks
 
@@ -18,13 +18,14 @@ MAX_LISTED = 20
 
 @command("inspect", panel=CHECK, example="dsv4convert inspect DeepSeek-V4-Flash.gguf")
 @argument("path", type=PATH, description="Checkpoint folder, .gguf file (any file of a split one) or folder of shards.")
+@index_option
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, index: str, as_json: bool) -> None:
     """Describe a checkpoint, a GGUF or a folder of shards from its headers alone."""
     from ..api import inspect as inspect_path
     from .report import print_json
 
-    description = inspect_path(path)
+    description = inspect_path(path, index=index)
     if as_json:
         print_json(description.as_json())
     else:

@@ -56,6 +56,14 @@ threads_option = option(
     help="Number of worker threads; by default one per processor, 16 at most.",
 )
 overwrite_option = option("--overwrite", is_flag=True, panel=RUN, help="Replace an existing output.")
+index_option = option(
+    "--index",
+    type=click.Choice(["file", "headers"]),
+    default="file",
+    show_default=True,
+    panel=CONTENT,
+    help="How to find tensors: by the index file, or by the headers of all safetensors files, whatever the index says.",
+)
 strict_option = option(
     "--strict",
     is_flag=True,

@@ -12,6 +12,7 @@ import typer
 from .options import (
     RunOptions,
     draft_option,
+    index_option,
     max_tensor_file_size_option,
     out_folder_argument,
     run_options,
@@ -48,6 +49,7 @@ LISTED_KINDS = 6
     panel=TYPES,
     help="Type of the routed experts, by default the source's; fp8 converts FP4 experts.",
 )
+@index_option
 @strict_option
 @run_options
 def shard(
@@ -57,6 +59,7 @@ def shard(
     rank: tuple[int, ...],
     draft: str,
     experts: str | None,
+    index: str,
     strict: bool,
     *,
     run: RunOptions,
@@ -66,7 +69,16 @@ def shard(
     from .report import run_conversion
 
     summary = run_conversion(
-        shard_folder, run, source, out, mp=mp, rank=rank or None, experts=experts, draft=draft, strict=strict
+        shard_folder,
+        run,
+        source,
+        out,
+        mp=mp,
+        rank=rank or None,
+        experts=experts,
+        draft=draft,
+        strict=strict,
+        index=index,
     )
     if summary.dry_run is not None and not run.as_json:
         typer.echo()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import json_option, quiet_option, strict_option, threads_option
+from .options import index_option, json_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, COMPARISON, PATH, argument, command, option
 from .tables import Block, Table
 
@@ -55,6 +55,7 @@ MAX_LISTED = 20
     panel=COMPARISON,
     help="Check only the checksums in OUT.manifest.json; needs no source.",
 )
+@index_option
 @strict_option
 @threads_option
 @quiet_option
@@ -67,6 +68,7 @@ def verify(
     foreign: bool,
     ignore_key: tuple[str, ...],
     manifest: bool,
+    index: str,
     strict: bool,
     threads: int | None,
     quiet: bool,
@@ -95,6 +97,7 @@ def verify(
             foreign=foreign,
             ignore_key=ignore_key,
             strict=strict,
+            index=index,
             threads=threads,
             progress=progress,
         )

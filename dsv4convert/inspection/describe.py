@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint.folder import BY_INDEX
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import is_gguf
 from ..errors import InputMissingError
@@ -17,7 +18,7 @@ from .gguf import _describe_gguf
 from .shards import _describe_shards
 
 
-def inspect_path(path: Path) -> Description:
+def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
     """Describe what there is at ``path``: a checkpoint folder, a GGUF or a folder of shards.
 
     Raises:
@@ -34,7 +35,7 @@ def inspect_path(path: Path) -> Description:
     if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
         return _describe_gguf(path)
     if path.is_dir():
-        return _describe_folder(path)
+        return _describe_folder(path, index)
     raise InputMissingError(
         "neither a checkpoint folder nor a GGUF", where=path, hint="pass a folder with config.json or a .gguf file"
     )

@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import DSPARK_MARKS, INDEX_NAME, check_roles_of_tensors, read_folder_headers, vision_kind
+from ..checkpoint.folder import (
+    DSPARK_MARKS,
+    INDEX_NAME,
+    check_roles_of_tensors,
+    read_folder_headers,
+    stated_scale_fmt,
+    vision_kind,
+)
+from ..checkpoint.layouts import known_layouts, name_layout
 from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
-from ..errors import ConfigError, InputMissingError, InventoryError
+from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
@@ -46,10 +54,22 @@ def _describe_config(found: Description, config: ModelConfig) -> None:
         found.engram = [EngramTable(layer, rows, config.engram.head_dim) for layer, rows in tables]
 
 
-def _describe_folder(folder: Path) -> Description:
+def _describe_folder(folder: Path, index: str) -> Description:
     found = Description(str(folder), "checkpoint folder")
+    try:
+        found = _described(found, folder, index)
+    except UsageError:
+        raise
+    except Dsv4Error as error:
+        raise name_layout(folder, error) from None
+    if found.unexpected:
+        found.notes += [f"{layout.name}: {seen}; {layout.advice}" for layout, seen in known_layouts(folder)]
+    return found
+
+
+def _described(found: Description, folder: Path, index: str) -> Description:
     config = _lenient_config(folder, found)
-    stored, files, notes = _lenient_headers(folder, found)
+    stored, files, notes = _lenient_headers(folder, found, index)
     found.files = len(files)
     found.notes += notes
     for name, tensor in stored.items():
@@ -84,10 +104,12 @@ def _lenient_config(folder: Path, found: Description) -> ModelConfig | None:
         return None
 
 
-def _lenient_headers(folder: Path, found: Description) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
+def _lenient_headers(
+    folder: Path, found: Description, index: str
+) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
     """Return the headers of a folder; where index and files disagree, those of all files that are there."""
     try:
-        return read_folder_headers(folder)
+        return read_folder_headers(folder, index)
     except (InputMissingError, InventoryError) as error:
         files = tuple(sorted(folder.glob("*.safetensors")))
         if not files:
@@ -146,7 +168,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
             continue
         scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
         try:
-            weight = pair(expected, stored, scale)
+            weight = pair(expected, stored, scale, scale_fmt=stated_scale_fmt(config))
         except InventoryError as error:
             found.unexpected.append(str(error))
             continue

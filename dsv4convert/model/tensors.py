@@ -237,7 +237,7 @@ RESAVED_LAYER_NAMES = {
 RESAVED_TOP_NAMES = {
     row.transformers.removeprefix(MODEL_PREFIX): row.name for row in TOP_ROWS if row.transformers is not None
 }
-RESAVED_SCALE_SUFFIXES = (".weight_scale_inv", "_scale_inv", ".scale")
+RESAVED_SCALE_SUFFIXES = (".weight_scale_inv", ".weight_scale", "_scale_inv", ".scale")
 
 # The weights of an expert that a stack of all experts of a layer holds, one above the other, by the stack's
 # name below ``experts.``.
@@ -254,6 +254,7 @@ V3_COMPONENT_ALIASES = {
     "self_attn": "attn",
     "mlp": "ffn",
     "weight_scale_inv": "scale",
+    "weight_scale": "scale",
     "e_score_correction_bias": "bias",
     "embed_tokens": "embed",
     "input_layernorm": "attn_norm",

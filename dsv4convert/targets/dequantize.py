@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint.folder import BY_INDEX
 from ..checkpoint.meaning import open_checked
 from ..errors import UnsupportedError, UsageError
 from ..model.config import Version
@@ -30,6 +31,7 @@ def plan_dequantize(
     names: str = "official",
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
+    index: str = BY_INDEX,
 ) -> Plan:
     """Plan ``dequantize``: the folder ``out`` with the weights of ``source`` in ``dtype``, without scales.
 
@@ -40,7 +42,7 @@ def plan_dequantize(
     """
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--names", names, NAMES)
-    checkpoint = open_checked(source, strict=strict)
+    checkpoint = open_checked(source, strict=strict, index=index)
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..checkpoint.engram import read_engram_constants
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import read_model_card
@@ -45,6 +45,7 @@ def plan_gguf(
     tokenizer_pre: str | None = None,
     name: str | None = None,
     strict: bool = False,
+    index: str = BY_INDEX,
 ) -> Plan:
     """Plan ``hf-to-gguf``: every output file of the GGUF of ``source``.
 
@@ -54,7 +55,7 @@ def plan_gguf(
         Dsv4Error: whatever is wrong with the source, the options or the names.
     """
     draft_wanted = options.draft not in (None, "drop") or (options.draft is None and options.dialect != "llama.cpp")
-    checkpoint = open_checked(source, draft_wanted=draft_wanted, strict=strict)
+    checkpoint = open_checked(source, draft_wanted=draft_wanted, strict=strict, index=index)
     made = gguf_models(checkpoint, options)
     models, low_bit = made.models, made.low_bit
     imatrix_keys = low_bit.imatrix.key_values() if low_bit.imatrix is not None else []

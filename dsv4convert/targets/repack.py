@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.folder import BY_INDEX
 from ..checkpoint.meaning import open_checked
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError
@@ -34,6 +35,7 @@ def plan_repack(
     experts: str = "fp8",
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
+    index: str = BY_INDEX,
 ) -> Plan:
     """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
 
@@ -43,7 +45,7 @@ def plan_repack(
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--experts", experts, EXPERT_DTYPES)
-    checkpoint = open_checked(source, strict=strict)
+    checkpoint = open_checked(source, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}

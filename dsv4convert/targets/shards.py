@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import check_meaning, config_notes, open_checked
 from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
 from ..containers.json_object import MAX_CONFIG_BYTES
@@ -53,7 +53,9 @@ class ShardPlan(NamedTuple):
     costs: ShardCosts
 
 
-def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool = False) -> ShardPlan:
+def plan_shards(
+    source: Path, out: Path, options: ShardOptions, *, strict: bool = False, index: str = BY_INDEX
+) -> ShardPlan:
     """Plan ``shard``: the folder ``out`` with the shards of the chosen ranks, config and tokenizer beside them.
 
     Raises:
@@ -63,7 +65,7 @@ def plan_shards(source: Path, out: Path, options: ShardOptions, *, strict: bool 
     """
     if is_shard_folder(source):
         raise UsageError("already a folder of shards", where=source, hint="run unshard first")
-    checkpoint = open_checked(source, draft_wanted=options.draft != "drop", strict=strict)
+    checkpoint = open_checked(source, draft_wanted=options.draft != "drop", strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     configs = [_shard_config(checkpoint, options)]
     if checkpoint.config.version is Version.V41:

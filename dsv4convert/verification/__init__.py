@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..containers.gguf import is_gguf, open_gguf
@@ -81,6 +81,7 @@ def prepare(
     foreign: bool = False,
     ignore_keys: Iterable[str] = (),
     strict: bool = False,
+    index: str = BY_INDEX,
 ) -> Verification:
     """Hold the headers of ``output`` against those of the checkpoint folder ``source``.
 
@@ -93,7 +94,7 @@ def prepare(
         Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
     """
     started = time.monotonic()
-    checkpoint = open_checked(source, draft_wanted=False, strict=strict)
+    checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index)
     if not output.exists():
         raise InputMissingError("no such file or folder", where=output)
     if source.resolve() == output.resolve():

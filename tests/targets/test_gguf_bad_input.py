@@ -150,7 +150,7 @@ CASES = [
     Case("V4.1 by name alone", CONFIG, ("kv_source_layer_ids",), lambda d: d.config(architectures=["DeepseekV41ForCausalLM"])),
     Case("no architectures", CONFIG, ("key architectures",), lambda d: d.drop_config("architectures")),
     Case("no safetensors at all", MISSING, ("no safetensors files",), lambda d: [p.unlink() for p in (*d.shards, d.folder / "model.safetensors.index.json")]),  # type: ignore[func-returns-value,misc]
-    Case("no index", MISSING, ("model.safetensors.index.json is missing",), lambda d: (d.folder / "model.safetensors.index.json").unlink()),
+    Case("no index, and a file missing", MISSING, ("file 1 of ", "without model.safetensors.index.json"), lambda d: [(d.folder / "model.safetensors.index.json").unlink(), d.shards[0].unlink()]),  # type: ignore[func-returns-value]
     Case("the index is no JSON", FORMAT, ("index.json: not valid JSON",), lambda d: (d.folder / "model.safetensors.index.json").write_text("nothing")),
     Case("the index has no weight_map", FORMAT, ("key weight_map",), lambda d: d.edit_json("model.safetensors.index.json", lambda i: i.pop("weight_map"))),
     Case("the index leads out of the folder", FORMAT, ("the file name is not a plain name", "../../etc/passwd"), lambda d: d.index(lambda m: m.update({NORM: "../../etc/passwd"}))),
@@ -181,7 +181,7 @@ CASES = [
     Case("unexpected scale", INVENTORY, ("tensor norm.scale: unexpected scale",), lambda d: d.add("norm.scale", "F8_E8M0", [1], 1, NORM)),
     Case("a weight without scale", INVENTORY, (f"tensor {EXPERT}.scale is missing, the scale of a I8 weight",), lambda d: d.remove(f"{EXPERT}.scale")),
     Case("a scale of a wrong shape", INVENTORY, (f"tensor {EXPERT}.scale: not the scale of packed FP4",), lambda d: d.header(f"{EXPERT}.scale", lambda h: flatten(h[f"{EXPERT}.scale"]))),
-    Case("an expert missing from a stack", INVENTORY, (f"tensor {EXPERT}.weight is missing (and 2 more)",), lambda d: [d.remove(f"layers.1.ffn.experts.0.{w}.{part}") for w in ("w1", "w2", "w3") for part in ("weight", "scale")]),  # type: ignore[func-returns-value,misc]
+    Case("an expert missing from a stack", INVENTORY, ("3 tensors missing, experts' weights (3)", f"{EXPERT}.weight"), lambda d: [d.remove(f"layers.1.ffn.experts.0.{w}.{part}") for w in ("w1", "w2", "w3") for part in ("weight", "scale")]),  # type: ignore[func-returns-value,misc]
     Case("no tokenizer", TOKENIZER, ("tokenizer.json is missing",), lambda d: (d.folder / "tokenizer.json").unlink()),
     Case("a tokenizer that is no JSON", TOKENIZER, ("tokenizer.json: not valid JSON",), lambda d: (d.folder / "tokenizer.json").write_text("{")),
     Case("a tokenizer of another kind", TOKENIZER, ("unknown kind of tokenizer: expected BPE", "got Unigram"), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram"))),

@@ -1,0 +1,440 @@
+"""Folders that are no checkpoint of ours and are known all the same: one row a layout, with what to do about it.
+
+The table is asked when a folder could not be opened, so that what can be read is never refused for its looks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..containers.json_object import read_json
+from ..containers.safetensors import Stored, read_header, read_metadata
+from ..containers.untrusted import open_regular
+from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UnsupportedError
+from ..model.config import CONFIG_NAME, VERSION_BY_ARCHITECTURE
+
+# Files whose first bytes are looked at, and how many of them.
+READ_SUFFIXES = (".safetensors", ".json", ".jinja")
+FIRST_BYTES = 512
+MAX_FILES = 4096
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+UNFINISHED_SUFFIXES = (".incomplete", ".aria2", ".crdownload", ".part", ".download")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+ROUTER = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:ffn|mlp)\.gate\.weight")
+EXPERT = re.compile(r"(?:model\.)?(layers|mtp)\.(\d+)\.(?:ffn|mlp)\.experts\.(\d+)\.(?:w1|gate_proj)\.")
+BITS_AND_BYTES = (".absmax", ".quant_map", ".SCB", ".weight_format")
+OFFICIAL = "take the published checkpoint (deepseek-ai) instead"
+UNQUANTISED = f"convert the checkpoint that it was made of; {OFFICIAL}"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What can be seen of a folder without believing any of it; nothing here raises."""
+
+    path: Path
+    files: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def at(cls, path: Path) -> Folder:
+        """Look at ``path``; a folder that cannot be listed looks empty."""
+        try:
+            names = sorted(entry.name for entry in path.iterdir())[:MAX_FILES]
+        except OSError:
+            names = []
+        return cls(path, tuple(names))
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return an object of JSON, empty where there is none that can be read."""
+        try:
+            found = read_json(self.path / name)
+        except Dsv4Error:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Return config.json with the keys of ``text_config`` at the top."""
+        found = self.json(CONFIG_NAME)
+        inner = found.get("text_config")
+        return found | inner if isinstance(inner, dict) else found
+
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """Return what the folder says of how it was quantised."""
+        found = self.config.get("quantization_config")
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def method(self) -> str:
+        """Return the name of the method that the folder says it was quantised with."""
+        return str(self.quantization.get("quant_method", ""))[:40].lower()
+
+    @cached_property
+    def first_bytes(self) -> dict[str, bytes]:
+        """Return the first bytes of the files that a reader would open."""
+        found: dict[str, bytes] = {}
+        for name in self.files:
+            if name.endswith(READ_SUFFIXES):
+                try:
+                    with open_regular(self.path / name) as file:
+                        found[name] = file.read(FIRST_BYTES)
+                except OSError:
+                    continue
+        return found
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """Return the tensors of every safetensors file that can be read."""
+        found: dict[str, Stored] = {}
+        for name in self.files:
+            if name.endswith(".safetensors"):
+                try:
+                    found |= read_header(self.path / name)
+                except Dsv4Error:
+                    continue
+        return found
+
+    def suffix(self, *suffixes: str) -> str | None:
+        """Return the first tensor whose name ends in one of ``suffixes``."""
+        return next((name for name in self.tensors if name.endswith(suffixes)), None)
+
+    def named(self, *suffixes: str) -> list[str]:
+        """Return the files whose names end in one of ``suffixes``."""
+        return [name for name in self.files if name.endswith(suffixes)]
+
+    def shape(self, *names: str) -> tuple[int, ...] | None:
+        """Return the shape of the first of some tensors that is there, a prefix ``model.`` aside."""
+        for name in names:
+            tensor = self.tensors.get(name) or self.tensors.get(f"model.{name}")
+            if tensor is not None:
+                return tensor.shape
+        return None
+
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """Return how many routed experts the router of each trunk layer chooses among."""
+        found = ((ROUTER.fullmatch(name), tensor) for name, tensor in self.tensors.items())
+        return {f"layer {match[1]}": tensor.shape[0] for match, tensor in found if match and tensor.shape}
+
+
+class Layout(NamedTuple):
+    """A layout: what tells it, as a function that returns what was seen or None, what to do, and the error's class."""
+
+    name: str
+    sees: Callable[[Folder], str | None]
+    advice: str
+    error: type[Dsv4Error] = UnsupportedError
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return names[0] + more
+
+
+def _starting(folder: Folder, *starts: bytes) -> list[str]:
+    return [name for name, begin in folder.first_bytes.items() if begin.lstrip().lower().startswith(starts)]
+
+
+def _lfs(folder: Folder) -> str | None:
+    found = _starting(folder, LFS_POINTER)
+    return _listed(found) if found else None
+
+
+def _error_page(folder: Folder) -> str | None:
+    """An HTML or XML page, or a line of text, under the name of a file of the model."""
+    found = _starting(folder, b"<!doctype", b"<html", b"<?xml", b"<error")
+    found += [n for n in _starting(folder, b'{"error"', b'{"message"') if n not in found]
+    for name, begin in folder.first_bytes.items():
+        if name.endswith(".safetensors") and name not in found and begin and begin.isascii():
+            text = begin.decode("ascii")
+            if all(character.isprintable() or character.isspace() for character in text):
+                found.append(name)
+    return (
+        f"{_listed(found)} begins {folder.first_bytes[found[0]].lstrip()[:24].decode('ascii', 'replace')!r}"
+        if found
+        else None
+    )
+
+
+def _unfinished(folder: Folder) -> str | None:
+    found = folder.named(*UNFINISHED_SUFFIXES)
+    cache = folder.path / ".cache" / "huggingface" / "download"
+    with suppress(OSError):
+        found += sorted(path.name for path in cache.glob("**/*.incomplete"))[:MAX_FILES]
+    return _listed(found) if found else None
+
+
+def _hub_repository(folder: Folder) -> str | None:
+    snapshots = folder.path / "snapshots"
+    try:
+        revisions = sorted(
+            (path for path in snapshots.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True
+        )
+        with open_regular(folder.path / "refs" / "main") as file:
+            main = file.read(FIRST_BYTES).decode("ascii", "replace").strip()
+    except OSError:
+        main = ""
+        if not snapshots.is_dir():
+            return None
+        revisions = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    chosen = next((path for path in revisions if path.name == main), revisions[0] if revisions else None)
+    return None if chosen is None else f"its snapshot is {chosen}"
+
+
+def _pickles(folder: Folder) -> str | None:
+    found = [] if folder.named(".safetensors") else folder.named(*PICKLE_SUFFIXES)
+    return _listed(found) if found else None
+
+
+def _other_framework(folder: Folder) -> str | None:
+    found = [n for n in folder.files if n.endswith((".distcp", ".msgpack", ".h5", ".onnx")) or n == "manifest.ocdbt"]
+    return _listed(found) if found and not folder.named(".safetensors") else None
+
+
+def _gguf(folder: Folder) -> str | None:
+    found = folder.named(".gguf")
+    return _listed(found) if found and not folder.named(".safetensors") else None
+
+
+def _other_model(folder: Folder) -> str | None:
+    names = folder.config.get("architectures")
+    found = [str(name) for name in names] if isinstance(names, list) else []
+    found = found or [str(folder.config.get("model_type", ""))]
+    if any(name in VERSION_BY_ARCHITECTURE or name.startswith("deepseek_v4") for name in found):
+        return None
+    return next((name[:80] for name in found if name.lower().startswith("deepseek")), None)
+
+
+def _modelopt(folder: Folder) -> str | None:
+    config = folder.config
+    producer = folder.quantization.get("producer")
+    for where in (config, folder.quantization, folder.json("hf_quant_config.json").get("quantization")):
+        if isinstance(where, Mapping):
+            for key in ("moe_quant_algo", "quant_algo"):
+                if "NVFP4" in str(where.get(key, "")) or (where.get(key) == "MIXED_PRECISION"):
+                    return f"{key} {where[key]}"
+    if isinstance(producer, Mapping) and producer.get("name") == "modelopt":
+        return "producer modelopt"
+    return folder.suffix(".weight_scale_2")
+
+
+def _compressed_tensors(folder: Folder) -> str | None:
+    if folder.method == "compressed-tensors":
+        return f"format {str(folder.quantization.get('format', 'not said'))[:60]}"
+    return folder.suffix(".weight_packed", ".weight_global_scale")
+
+
+def _gptq(folder: Folder) -> str | None:
+    if folder.method in ("gptq", "awq", "auto-round", "autoround", "gptqmodel"):
+        return f"quant_method {folder.method}"
+    return folder.suffix(".qweight", ".qzeros", ".g_idx")
+
+
+def _bitsandbytes(folder: Folder) -> str | None:
+    if (
+        folder.method == "bitsandbytes"
+        or folder.quantization.get("load_in_4bit")
+        or folder.quantization.get("load_in_8bit")
+    ):
+        return "quant_method bitsandbytes"
+    return next((n for n in folder.tensors if n.endswith(BITS_AND_BYTES) or ".quant_state." in n), None)
+
+
+def _gpt_oss(folder: Folder) -> str | None:
+    return folder.suffix("_proj_blocks", "_proj_scales")
+
+
+def _mlx(folder: Folder) -> str | None:
+    inner = folder.config.get("quantization")
+    if isinstance(inner, Mapping) and "group_size" in inner and "bits" in inner:
+        return f"{inner['bits']} bits in groups of {inner['group_size']}"[:60]
+    for name in folder.named(".safetensors")[:1]:
+        try:
+            found = read_metadata(folder.path / name)
+        except Dsv4Error:
+            continue
+        if isinstance(found, Mapping) and found.get("format") == "mlx":
+            return f"{name} says format mlx"
+    return next((name for name in folder.tensors if ".switch_mlp." in name), None) or folder.suffix(".biases")
+
+
+def _adapter(folder: Folder) -> str | None:
+    if "adapter_config.json" in folder.files:
+        return "adapter_config.json"
+    found = [n for n in folder.tensors if ".lora_" in n or n.startswith("base_model.model.")]
+    return _listed(found) if found else None
+
+
+def _adapter_leftovers(folder: Folder) -> str | None:
+    found = [n for n in folder.tensors if ".base_layer." in n or ".modules_to_save." in n or ".original_module." in n]
+    return _listed(found) if found else None
+
+
+def _other_method(folder: Folder) -> str | None:
+    return f"quant_method {folder.method}" if folder.method not in ("", "fp8", "none") else None
+
+
+def _uneven_experts(folder: Folder) -> str | None:
+    counts = Counter(folder.experts.values())
+    if len(counts) < 2:
+        return None
+    least, most = min(counts), max(counts)
+    layer = next(name for name, count in folder.experts.items() if count == least)
+    return f"{least} in {layer}, {most} in others"
+
+
+def _fewer_experts(folder: Folder) -> str | None:
+    counts, said = set(folder.experts.values()), folder.config.get("n_routed_experts")
+    if len(counts) != 1 or not isinstance(said, int) or said in counts:
+        return None
+    return f"routers choose among {counts.pop()}, n_routed_experts is {said}"
+
+
+def _other_top_k(folder: Folder) -> str | None:
+    shape = next((t.shape for name, t in folder.tensors.items() if name.endswith(".tid2eid")), None)
+    said = folder.config.get("num_experts_per_tok")
+    if shape is None or len(shape) != 2 or not isinstance(said, int) or shape[1] == said:
+        return None
+    return f"tables of {shape[1]} experts a token, num_experts_per_tok is {said}"
+
+
+def _other_vocabulary(folder: Folder) -> str | None:
+    said = folder.config.get("vocab_size")
+    rows = {
+        "embed": folder.shape("embed.weight", "embed_tokens.weight"),
+        "head": folder.shape("head.weight", "lm_head.weight"),
+        "tid2eid": next((t.shape for name, t in folder.tensors.items() if name.endswith(".tid2eid")), None),
+    }
+    other = [f"{name} has {shape[0]} rows" for name, shape in rows.items() if shape and shape[0] != said]
+    return f"{', '.join(other)}, vocab_size is {said}" if other and isinstance(said, int) else None
+
+
+def _half_width_experts(folder: Folder) -> str | None:
+    width = folder.config.get("hidden_size")
+    for name, tensor in folder.tensors.items():
+        if EXPERT.match(name) and name.endswith("weight") and tensor.dtype.startswith("F8_E4M3"):
+            if isinstance(width, int) and len(tensor.shape) == 2 and tensor.shape[1] * 2 == width:
+                return name
+            return None
+    return None
+
+
+def _unnumbered(folder: Folder) -> str | None:
+    """Several safetensors files, no index, and names that do not say whether they are all."""
+    found = folder.named(".safetensors")
+    return _listed(found) if len(found) > 1 and not folder.named(".index.json") else None
+
+
+# The first row that sees something is it: what spoils any folder first, then what it is, then what was done to it.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("Git LFS pointers instead of files", _lfs, "run git lfs pull in the folder", InputMissingError),
+    Layout(
+        "an error page saved under a file's name",
+        _error_page,
+        "download the file again; does the repository want you to log in?",
+        InputMissingError,
+    ),
+    Layout(
+        "the hub's repository folder, not a snapshot in it",
+        _hub_repository,
+        "give the snapshot's folder",
+        InputMissingError,
+    ),
+    Layout(
+        "a download that is not finished",
+        _unfinished,
+        "start the download again, it goes on where it stopped",
+        InputMissingError,
+    ),
+    Layout(
+        "a LoRA adapter, not a model", _adapter, "merge it into its base model first, in BF16 (dequantize makes that)"
+    ),
+    Layout("leftovers of a LoRA adapter", _adapter_leftovers, "merge and unload the adapter before you save the model"),
+    Layout(
+        "a model in PyTorch's pickles", _pickles, "save it as safetensors first: pickles can run code and are not read"
+    ),
+    Layout(
+        "the checkpoint of another framework", _other_framework, "export it to safetensors with the published names"
+    ),
+    Layout("GGUF already", _gguf, "inspect, forward and verify read it; conversions start from safetensors"),
+    Layout(
+        "another DeepSeek model",
+        _other_model,
+        "llama.cpp's convert_hf_to_gguf.py may know it; V4 and V4.1 are read here",
+    ),
+    Layout("ModelOpt's NVFP4", _modelopt, UNQUANTISED),
+    Layout("compressed-tensors", _compressed_tensors, UNQUANTISED),
+    Layout("GPTQ or AWQ", _gptq, UNQUANTISED),
+    Layout("bitsandbytes", _bitsandbytes, UNQUANTISED),
+    Layout(
+        "stacks of experts in gpt-oss's form", _gpt_oss, f"the order of gate and up in them is not known; {OFFICIAL}"
+    ),
+    Layout("MLX", _mlx, UNQUANTISED),
+    Layout("weights of another quantiser", _other_method, UNQUANTISED),
+    Layout(
+        "experts removed unevenly: layers have different numbers of them",
+        _uneven_experts,
+        "neither config.json nor a GGUF can say so; remove as many in every layer",
+        InventoryError,
+    ),
+    Layout(
+        "experts removed, and config.json as it was",
+        _fewer_experts,
+        "set n_routed_experts, and rewrite tid2eid, whose rows name experts",
+        InventoryError,
+    ),
+    Layout(
+        "another number of experts a token than the tables have",
+        _other_top_k,
+        "set num_experts_per_tok back, or cut the rows of tid2eid as well",
+        InventoryError,
+    ),
+    Layout(
+        "a resized vocabulary",
+        _other_vocabulary,
+        "vocab_size, embedding, head and tid2eid must have as many rows",
+        InventoryError,
+    ),
+    Layout("experts of half the width: packed FP4 that was read as FP8", _half_width_experts, OFFICIAL, InventoryError),
+    Layout(
+        "files without an index, and names that do not say how many",
+        _unnumbered,
+        "--index headers reads all of them",
+        InputMissingError,
+    ),
+)
+
+
+def known_layouts(folder: Path) -> Iterator[tuple[Layout, str]]:
+    """Yield the layouts that a folder looks like, with what was seen of each."""
+    looked = Folder.at(folder)
+    for layout in LAYOUTS:
+        seen = layout.sees(looked)
+        if seen is not None:
+            yield layout, seen
+
+
+def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
+    """Return the error that names the layout of a folder, or ``error`` where it is none that is known.
+
+    An error about a key of config.json says more than a layout that explains weights.
+    """
+    is_key = isinstance(error, ConfigError) and error.what.startswith("key")
+    for layout, seen in known_layouts(folder):
+        if layout.error is InputMissingError or not is_key:
+            return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
+    return error
+
+
+def looks_like_hub_id(path: Path) -> bool:
+    """Return whether a path that does not exist is written like a repository of the hub: OWNER/NAME."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)) is not None

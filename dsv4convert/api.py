@@ -151,6 +151,7 @@ def unshard(
     out: StrPath,
     *,
     wo_a: str = "bf16",
+    draft: str = "keep",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     threads: int | None = None,
@@ -167,7 +168,9 @@ def unshard(
     """
     from .targets.shards import plan_unshard
 
-    plan = plan_unshard(Path(source), Path(out), wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
+    plan = plan_unshard(
+        Path(source), Path(out), wo_a=wo_a, draft=draft, max_file_bytes=parse_size(max_file_size), strict=strict
+    )
     return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
 
 
@@ -177,6 +180,7 @@ def dequantize(
     *,
     dtype: str = "bf16",
     names: str = "official",
+    draft: str = "keep",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
@@ -200,6 +204,7 @@ def dequantize(
         Path(out),
         dtype=dtype,
         names=names,
+        draft=draft,
         max_file_bytes=parse_size(max_file_size),
         strict=strict,
         index=index,
@@ -212,6 +217,7 @@ def repack(
     out: StrPath,
     *,
     experts: str = "fp8",
+    draft: str = "keep",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
@@ -231,7 +237,13 @@ def repack(
     from .targets.repack import plan_repack, summarize_repack
 
     plan = plan_repack(
-        Path(source), Path(out), experts=experts, max_file_bytes=parse_size(max_file_size), strict=strict, index=index
+        Path(source),
+        Path(out),
+        experts=experts,
+        draft=draft,
+        max_file_bytes=parse_size(max_file_size),
+        strict=strict,
+        index=index,
     )
     return summarize_repack(plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict))
 

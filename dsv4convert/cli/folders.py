@@ -9,6 +9,7 @@ import click
 from .options import (
     RunOptions,
     index_option,
+    keep_or_drop_draft_option,
     max_tensor_file_size_option,
     out_folder_argument,
     run_options,
@@ -43,11 +44,21 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     panel=CONTENT,
     help="Naming scheme of the tensors: the published names, or those of transformers with stacked experts.",
 )
+@keep_or_drop_draft_option
 @max_tensor_file_size_option
 @index_option
 @run_options
 def dequantize(
-    source: Path, out: Path, dtype: str, strict: bool, names: str, max_file_size: str, index: str, *, run: RunOptions
+    source: Path,
+    out: Path,
+    dtype: str,
+    strict: bool,
+    names: str,
+    draft: str,
+    max_file_size: str,
+    index: str,
+    *,
+    run: RunOptions,
 ) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
     from ..api import dequantize as dequantize_folder
@@ -60,6 +71,7 @@ def dequantize(
         out,
         dtype=dtype,
         names=names,
+        draft=draft,
         max_file_size=max_file_size,
         strict=strict,
         index=index,
@@ -78,18 +90,35 @@ def dequantize(
     help="Fail if the conversion changes an element, or the source has values that are not finite, or tensors that "
     "are all zero.",
 )
+@keep_or_drop_draft_option
 @max_tensor_file_size_option
 @index_option
 @run_options
 def repack(
-    source: Path, out: Path, experts: str, strict: bool, max_file_size: str, index: str, *, run: RunOptions
+    source: Path,
+    out: Path,
+    experts: str,
+    strict: bool,
+    draft: str,
+    max_file_size: str,
+    index: str,
+    *,
+    run: RunOptions,
 ) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4."""
     from ..api import repack as repack_folder
     from .report import run_conversion
 
     run_conversion(
-        repack_folder, run, source, out, experts=experts, max_file_size=max_file_size, strict=strict, index=index
+        repack_folder,
+        run,
+        source,
+        out,
+        experts=experts,
+        draft=draft,
+        max_file_size=max_file_size,
+        strict=strict,
+        index=index,
     )
 
 

@@ -32,6 +32,11 @@ def draft_option(*modes: str, default: str | None = None, help: str) -> Callable
     )
 
 
+keep_or_drop_draft_option = draft_option(
+    "keep", "drop", default="keep", help="MTP layers or DSpark stages: keep or drop them."
+)
+
+
 def max_file_size_option(default: str | None, help: str) -> Callable[..., Any]:
     """Return the option that limits the size of output files."""
     return option(

@@ -11,8 +11,8 @@ import typer
 
 from .options import (
     RunOptions,
-    draft_option,
     index_option,
+    keep_or_drop_draft_option,
     max_tensor_file_size_option,
     out_folder_argument,
     run_options,
@@ -41,7 +41,7 @@ LISTED_KINDS = 6
     panel=CONTENT,
     help="Rank to write, by default all; can be repeated.",
 )
-@draft_option("keep", "drop", default="keep", help="MTP layers or DSpark stages: keep or drop them.")
+@keep_or_drop_draft_option
 @option(
     "--experts",
     aliases=["--expert-dtype"],
@@ -88,6 +88,7 @@ def shard(
 @command("unshard", panel=CONVERT, example="dsv4convert unshard DeepSeek-V4-Flash-mp8 DeepSeek-V4-Flash")
 @argument("source", type=FOLDER, description="Folder with config.json and the shards of all ranks.")
 @out_folder_argument
+@keep_or_drop_draft_option
 @max_tensor_file_size_option
 @option(
     "--wo-a",
@@ -99,12 +100,14 @@ def shard(
 )
 @strict_option
 @run_options
-def unshard(source: Path, out: Path, max_file_size: str, wo_a: str, strict: bool, *, run: RunOptions) -> None:
+def unshard(
+    source: Path, out: Path, draft: str, max_file_size: str, wo_a: str, strict: bool, *, run: RunOptions
+) -> None:
     """Join model-parallel shards into a checkpoint folder."""
     from ..api import unshard as unshard_folder
     from .report import run_conversion
 
-    run_conversion(unshard_folder, run, source, out, wo_a=wo_a, max_file_size=max_file_size, strict=strict)
+    run_conversion(unshard_folder, run, source, out, wo_a=wo_a, draft=draft, max_file_size=max_file_size, strict=strict)
 
 
 def _describe(costs: ShardCosts) -> Iterator[Block]:

@@ -10,6 +10,7 @@ from ..errors import UnsupportedError, UsageError
 from ..model.config import Version
 from ..plan import Plan
 from .companions import auxiliary_files, check_apart
+from .drafts import DROP, KEEP, apply_draft_option
 from .hf_folder import (
     DEFAULT_MAX_FILE_BYTES,
     DTYPES,
@@ -29,6 +30,7 @@ def plan_dequantize(
     *,
     dtype: str = "bf16",
     names: str = "official",
+    draft: str = KEEP,
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
     index: str = BY_INDEX,
@@ -36,13 +38,15 @@ def plan_dequantize(
     """Plan ``dequantize``: the folder ``out`` with the weights of ``source`` in ``dtype``, without scales.
 
     Raises:
-        UsageError: an unknown ``dtype`` or ``names``, or folders that overlap.
+        UsageError: an unknown ``dtype``, ``names`` or ``draft``, or folders that overlap.
         UnsupportedError: transformers' names, which V4.1 does not have.
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--names", names, NAMES)
-    checkpoint = open_checked(source, strict=strict, index=index)
+    checkpoint, left_out = apply_draft_option(
+        open_checked(source, draft_wanted=draft != DROP, strict=strict, index=index), draft
+    )
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
@@ -57,8 +61,8 @@ def plan_dequantize(
             dequantized_config(true_config(checkpoint), dtype, names),
             *auxiliary_files(source),
         ),
-        dropped=dropped,
-        options={"dtype": dtype, "names": names, "max_file_bytes": max_file_bytes},
+        dropped=(*dropped, *left_out),
+        options={"dtype": dtype, "names": names, "draft": draft, "max_file_bytes": max_file_bytes},
         source_bytes=checkpoint.nbytes,
         notes=(*checkpoint.notes, *notes),
     )

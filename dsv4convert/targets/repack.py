@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
 from .dequantize import _one_of
+from .drafts import DROP, KEEP, apply_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
 from .output_config import true_config
 
@@ -33,6 +34,7 @@ def plan_repack(
     out: Path,
     *,
     experts: str = "fp8",
+    draft: str = KEEP,
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
     index: str = BY_INDEX,
@@ -40,12 +42,14 @@ def plan_repack(
     """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
 
     Raises:
-        UsageError: an unknown ``experts``, or folders that overlap.
+        UsageError: an unknown ``experts`` or ``draft``, or folders that overlap.
         UnsupportedError: the experts are not FP4.
         Dsv4Error: whatever is wrong with the source.
     """
     _one_of("--experts", experts, EXPERT_DTYPES)
-    checkpoint = open_checked(source, strict=strict, index=index)
+    checkpoint, left_out = apply_draft_option(
+        open_checked(source, draft_wanted=draft != DROP, strict=strict, index=index), draft
+    )
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
@@ -67,8 +71,8 @@ def plan_repack(
             repacked_config(true_config(checkpoint)),
             *auxiliary_files(source),
         ),
-        dropped=dropped,
-        options={"experts": experts, "max_file_bytes": max_file_bytes},
+        dropped=(*dropped, *left_out),
+        options={"experts": experts, "draft": draft, "max_file_bytes": max_file_bytes},
         source_bytes=checkpoint.nbytes,
         notes=checkpoint.notes,
     )

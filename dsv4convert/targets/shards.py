@@ -18,6 +18,7 @@ from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
 from .companions import auxiliary_files, check_apart
+from .drafts import KEEP, apply_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, json_file, repacked_config
 from .output_config import config_without_draft, true_config
 from .safetensors_files import whole_file
@@ -90,6 +91,7 @@ def plan_unshard(
     out: Path,
     *,
     wo_a: str = "bf16",
+    draft: str = KEEP,
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
 ) -> Plan:
@@ -98,7 +100,7 @@ def plan_unshard(
     Raises:
         InputMissingError: a rank or the config is not there.
         InventoryError: a mixed set, or one that does not belong to the config.
-        UsageError: folders that overlap, or an unknown ``wo_a``.
+        UsageError: folders that overlap, or an unknown ``wo_a`` or ``draft``.
         Dsv4Error: whatever else is wrong with the source.
     """
     shards = open_shards(source, versions=tuple(Version))
@@ -106,6 +108,7 @@ def plan_unshard(
     parts = (part for weight in shards.weights.values() for part in weight.parts)
     found = check_meaning(shards.config, parts, shards.files, where=source, strict=strict)
     found = (*config_notes(shards.config, shards.weights.values(), shards.draft), *found)
+    shards, left_out = apply_draft_option(shards, draft)
     tensors, notes = unshard_tensors(shards, wo_a)
     return Plan(
         target=UNSHARD,
@@ -117,8 +120,8 @@ def plan_unshard(
             _unsharded_config(shards),
             *auxiliary_files(source),
         ),
-        dropped=(),
-        options={"wo_a": wo_a, "max_file_bytes": max_file_bytes},
+        dropped=left_out,
+        options={"wo_a": wo_a, "draft": draft, "max_file_bytes": max_file_bytes},
         source_bytes=shards.nbytes,
         notes=(*shards.notes, *found, *notes, *_missing_tokenizer(source)),
     )

@@ -70,6 +70,7 @@ def convert_gguf(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
@@ -107,7 +108,7 @@ def convert_gguf(
     )
     target = None if out is None else Path(out)
     plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
 
 
 def shard(
@@ -125,6 +126,7 @@ def shard(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
@@ -142,7 +144,7 @@ def shard(
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
     plan, costs = plan_shards(Path(source), Path(out), options, strict=strict, index=index)
-    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
+    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
     return ShardSummary(**summary.__dict__, costs=costs)
 
 
@@ -159,6 +161,7 @@ def unshard(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
     """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
@@ -171,7 +174,7 @@ def unshard(
     plan = plan_unshard(
         Path(source), Path(out), wo_a=wo_a, draft=draft, max_file_bytes=parse_size(max_file_size), strict=strict
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
 
 
 def dequantize(
@@ -189,6 +192,7 @@ def dequantize(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
@@ -209,7 +213,7 @@ def dequantize(
         strict=strict,
         index=index,
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
 def repack(
@@ -226,6 +230,7 @@ def repack(
     resume: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
+    lock: bool = True,
     progress: Progress | None = None,
 ) -> RepackSummary:
     """Write the checkpoint folder ``source`` with its FP4 experts in FP8.
@@ -245,7 +250,9 @@ def repack(
         strict=strict,
         index=index,
     )
-    return summarize_repack(plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, progress, strict=strict))
+    return summarize_repack(
+        plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    )
 
 
 def _carry_out(
@@ -255,6 +262,7 @@ def _carry_out(
     resume: bool,
     fresh: bool,
     dry_run: bool,
+    lock: bool,
     progress: Progress | None,
     *,
     strict: bool = False,
@@ -276,6 +284,7 @@ def _carry_out(
         overwrite=overwrite,
         resume=resume,
         fresh=fresh,
+        lock=lock,
         progress=_of_total(progress, plan.nbytes),
         before_finish=before_finish,
     )

@@ -153,6 +153,12 @@ class InputOutputError(Dsv4Error):
     exit_code = 16
 
 
+class ReportError(Dsv4Error):
+    """The work is done, and the report of it could not be told: stdout is closed, full, or nobody reads it."""
+
+    exit_code = 17
+
+
 class RunInterruptedError(Dsv4Error):
     """The user stopped the run; the finished work is kept."""
 

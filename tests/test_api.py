@@ -132,6 +132,9 @@ def test_keywords_are_the_options_with_the_same_defaults(name: str) -> None:
         for keyword, parameter in inspect.signature(COMMANDS[name]).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and keyword != "progress"
     }
+    if "lock" in keywords:  # an option can only switch it off
+        assert keywords.pop("lock") is True
+        options = [option for option in options if option.name != "no_lock"]
     assert keywords.keys() == {option.name for option in options} - NO_KEYWORDS
     arguments = ["in"] if name == "inspect" else ["in", "out"]
     for option in required.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_model_card(folder: Path) -> ModelCard:
         FileFormatError: the front matter is not usable YAML, or generation_config.json is not a JSON object.
     """
     return ModelCard(
-        folder_name=folder.resolve().name,
+        folder_name=Path(os.path.realpath(folder)).name,
         front_matter=_front_matter(folder),
         generation=read_optional_json_object(
             folder / GENERATION_CONFIG_NAME,

@@ -17,6 +17,7 @@ import typer
 from .. import __version__
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError, UsageError, escape_control
 from .parsing import Commands, Option, raise_usage_error
+from .saying import errors_of_the_system, say, silence_stdout
 
 PROGRAM = "dsv4convert"
 
@@ -124,15 +125,14 @@ def main() -> None:
             SpaceError("not enough memory", hint="use fewer --threads; a corrupt file can also ask for too much memory")
         )
     except BrokenPipeError:
-        # Whoever read our output has enough; keep Python from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()  # whoever read the output has enough
         sys.exit(0)
     except Exception as error:  # the last resort: a bug of ours, and still no traceback for the user
         if _debug:
             raise
-        sys.stderr.write(
+        say(
             f"internal error: {type(error).__name__}: {escape_control(str(error))}; "
-            "this is a bug: please report it with the output of --debug\n"
+            "this is a bug: please report it with the output of --debug"
         )
         sys.exit(INTERNAL_ERROR_CODE)
 
@@ -150,7 +150,7 @@ def run(arguments: list[str]) -> None:
 
         sys.exit(shell_complete(app, {}, PROGRAM, COMPLETION_VARIABLE, instruction))
     try:
-        with app.make_context(PROGRAM, arguments or ["--help"]) as context:
+        with errors_of_the_system(), app.make_context(PROGRAM, arguments or ["--help"]) as context:
             app.invoke(context)
     except typer.Exit as end:
         sys.exit(end.exit_code)
@@ -159,7 +159,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _fail(error: Dsv4Error) -> NoReturn:
-    sys.stderr.write(f"error: {error}\n")
+    say(f"error: {error}")
     sys.exit(error.exit_code)
 
 

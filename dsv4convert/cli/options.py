@@ -88,6 +88,7 @@ class RunOptions:
     resume: bool
     fresh: bool
     dry_run: bool
+    no_lock: bool
     quiet: bool
     as_json: bool
 
@@ -98,6 +99,12 @@ RUN_OPTIONS = (
     option("--resume", is_flag=True, panel=RUN, help="Continue an interrupted run of the same conversion."),
     option("--fresh", is_flag=True, panel=RUN, help="Discard the work of an interrupted run and start over."),
     option("--dry-run", is_flag=True, panel=RUN, help="Print the plan with the disk and memory it needs, and stop."),
+    option(
+        "--no-lock",
+        is_flag=True,
+        panel=RUN,
+        help="Take no locks, where the file system has none at all; make sure that no other run writes the output.",
+    ),
     quiet_option,
     json_option,
 )

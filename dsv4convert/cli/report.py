@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ import typer
 
 from ..errors import escape_control
 from .options import RunOptions
+from .saying import report_of_done_work, unimportant
 from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def print_json(document: Any) -> None:
 @contextmanager
 def progress_display(quiet: bool, what: str = "converting") -> Iterator[Progress | None]:
     """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr."""
-    if quiet:
+    if quiet or sys.stderr is None:
         yield None
     elif sys.stderr.isatty():
         with _bar(what) as update:
@@ -175,6 +177,7 @@ def run_conversion(
     convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
 ) -> SummaryT:
     """Call a conversion of the API with progress, and print its summary, or what a dry run found."""
+    lost: list[str] = []
     with progress_display(run.quiet or run.as_json or run.dry_run) as progress:
         summary = convert(
             source,
@@ -184,13 +187,18 @@ def run_conversion(
             resume=run.resume,
             fresh=run.fresh,
             dry_run=run.dry_run,
-            progress=progress,
+            progress=None if progress is None else unimportant(progress, lost),
+            lock=not run.no_lock,
             **options,
         )
-    if run.as_json:
-        print_json(summary.as_json())
-    elif summary.dry_run is not None:
-        print_blocks(describe_plan(summary.dry_run))
-    elif not run.quiet:
-        print_summary(summary)
+    summary = replace(summary, notes=(*summary.notes, *lost))
+    if run.quiet and not run.as_json and summary.dry_run is None:
+        return summary
+    with report_of_done_work():
+        if run.as_json:
+            print_json(summary.as_json())
+        elif summary.dry_run is not None:
+            print_blocks(describe_plan(summary.dry_run))
+        else:
+            print_summary(summary)
     return summary

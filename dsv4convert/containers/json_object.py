@@ -37,10 +37,13 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
     Raises:
         ConfigError: a key is missing or has a value that the schema does not allow; the key is named.
     """
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft202012Validator, validators
 
+    # JSON Schema counts 160.0 among the integers; whoever reads a count wants no float.
+    extend: Any = validators.extend
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     with schema_path(schema).open(encoding="utf-8") as file:
-        validator = Draft202012Validator(json.load(file))
+        validator = extend(Draft202012Validator, type_checker=types)(json.load(file))
     try:
         errors = islice(validator.iter_errors(document), MAX_SCHEMA_ERRORS)
         found = min(errors, key=lambda e: (len(e.absolute_path), e.json_path), default=None)

@@ -41,11 +41,11 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
     absolute = Path(os.path.abspath(out))
     if not absolute.name:
         raise UsageError("the output must be a folder name", where=out)
-    source = folder.resolve()
+    source = _real(folder)
     # The output's own name, those under which it is made and an older one leaves.
     for suffix in ("", PARTIAL_SUFFIX, REPLACED_SUFFIX):
-        target = absolute.with_name(absolute.name + suffix).resolve()
-        for path in (source, *(file.resolve() for file in files)):
+        target = _real(absolute.with_name(absolute.name + suffix))
+        for path in (source, *map(_real, files)):
             if target == path or target in path.parents:
                 raise UsageError(
                     "the source lies inside the output", where=out, got=path, hint="choose another output folder"
@@ -55,6 +55,11 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
                 "the output lies inside the source", where=out, got=source, hint="choose another output folder"
             )
     return out if out.name == absolute.name else absolute
+
+
+def _real(path: Path) -> Path:
+    """Return a path with its links followed as far as they lead; one that leads in a circle stays as it is."""
+    return Path(os.path.realpath(path))
 
 
 def auxiliary_files(source: Path) -> list[OutputFile]:

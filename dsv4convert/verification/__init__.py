@@ -7,6 +7,7 @@ the name tables.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def prepare(
     checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index)
     if not output.exists():
         raise InputMissingError("no such file or folder", where=output)
-    if source.resolve() == output.resolve():
+    if os.path.realpath(source) == os.path.realpath(output):
         raise UsageError("source and output are the same", where=output)
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))

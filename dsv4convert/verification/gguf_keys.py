@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -367,7 +368,7 @@ def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expecte
             stacks.append(tensor.shape[0])
         else:
             shared += elements
-    folder = source.resolve()
+    folder = Path(os.path.realpath(source))
     with _quiet_gguf():
         about = gguf.Metadata.load(None, folder, None, total)
         if about.name is None:

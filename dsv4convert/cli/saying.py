@@ -1,0 +1,115 @@
+"""What is told to people and to the shell, and what becomes of it where nobody can be told."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from ..errors import (
+    Dsv4Error,
+    FileFormatError,
+    InputMissingError,
+    InputOutputError,
+    ReportError,
+    SpaceError,
+    UsageError,
+    escape_control,
+)
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_TOO_MANY_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+
+
+def say(line: str) -> None:
+    """Write a line on stderr; where that is closed or full, nobody can be told, and the exit code has to do."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def silence_stdout() -> None:
+    """Keep Python from writing into a closed or full stdout when it exits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+@contextlib.contextmanager
+def report_of_done_work() -> Iterator[None]:
+    """Tell of work that is done: where stdout cannot take the words, the work stays done and the exit code says so.
+
+    Raises:
+        ReportError: stdout is closed or full, or nobody reads it.
+    """
+    if sys.stdout is None:
+        raise ReportError("the work is done, and stdout is closed: its report cannot be told", hint="use --quiet")
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        silence_stdout()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ReportError(f"the work is done, and its report could not be written to stdout ({reason})") from None
+
+
+def unimportant(update: Callable[[int, int], None], lost: list[str]) -> Callable[[int, int], None]:
+    """Return a progress function that never ends the work: what it cannot show is dropped, once noted in ``lost``."""
+
+    def shown(done: int, total: int) -> None:
+        if lost:
+            return
+        try:
+            update(done, total)
+        except (OSError, ValueError) as error:
+            lost.append(f"progress could not be shown ({getattr(error, 'strerror', None) or error})")
+
+    return shown
+
+
+@contextlib.contextmanager
+def errors_of_the_system() -> Iterator[None]:
+    """Turn what the system and Python refuse of a user's input into one of our errors, wherever it comes up.
+
+    Raises:
+        InputMissingError, InputOutputError, SpaceError, FileFormatError, UsageError: by what was refused.
+    """
+    try:
+        yield
+    except (BrokenPipeError, Dsv4Error):
+        raise
+    except OSError as error:
+        raise _of_system(error) from error
+    except UnicodeError as error:
+        raise FileFormatError(
+            f"a name or a text is not UTF-8 ({escape_control(str(error))})", hint="rename the file or mend the text"
+        ) from error
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise UsageError("a path holds a NUL", hint="check the arguments") from error
+    except OverflowError as error:
+        raise UsageError(f"a number is out of range ({error})", hint="check options and config.json") from error
+    except RecursionError as error:
+        raise FileFormatError("a file is nested too deeply", hint="is it what its name says?") from error
+
+
+def _of_system(error: OSError) -> Dsv4Error:
+    where = error.filename if isinstance(error.filename, (str, bytes)) else None
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    what = error.strerror or str(error) or type(error).__name__
+    what = what[:1].lower() + what[1:]
+    if isinstance(error, FileNotFoundError):
+        hint = None if where else "does the current folder still exist?"
+        return InputMissingError(what, where=where, hint=hint)
+    if isinstance(error, PermissionError):
+        return InputMissingError(what, where=where, hint="check the permissions of the file and of its folders")
+    if error.errno in _FULL:
+        return SpaceError(what, where=where, hint="free some space and run again")
+    if error.errno in _TOO_MANY_FILES:
+        return InputOutputError(what, where=where, hint="raise the limit with ulimit -n")
+    return InputOutputError(what, where=where)

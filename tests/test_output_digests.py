@@ -18,7 +18,7 @@ RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-
 
 # Commands with an output whose bytes have no record, and options that do not reach the bytes.
 WITHOUT_RECORD = {"verify"}
-WITHOUT_EFFECT: set[str] = set()
+WITHOUT_EFFECT = {"index"}
 # Choices whose bytes a library makes that not every machine has.
 NEED_GGML = {("hf-to-gguf", "ds4")}
 

@@ -288,7 +288,7 @@ def _carry_out(
         progress=_of_total(progress, plan.nbytes),
         before_finish=before_finish,
     )
-    if progress is not None:  # headers and padding are nobody's work: they are done when all is
+    if progress is not None:  # headers and padding are no worker's task: they are done when all is
         progress(plan.nbytes, plan.nbytes)
     return summary
 

@@ -80,7 +80,7 @@ def _backend(text: bytes, path: Path) -> tuple[Any, Any]:
         from tokenizers import Regex, Tokenizer, normalizers
     except ImportError:
         raise DeviceError(
-            "the token map of the engram tables needs the package tokenizers", hint="install it"
+            "the token map of the engram tables needs the package tokenizers", hint="install dsv4convert[text]"
         ) from None
     try:
         backend = Tokenizer.from_buffer(text)

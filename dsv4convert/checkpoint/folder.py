@@ -130,9 +130,9 @@ def open_folder(
     except Dsv4Error as error:
         if not os.path.lexists(folder) and looks_like_hub_id(folder):
             raise InputMissingError(
-                "no such folder, but it looks like a name on the hub",
+                "no such folder; the name looks like a repository on the hub",
                 where=folder,
-                hint=f"download it first: hf download {folder} --local-dir {folder.name}",
+                hint=f"run hf download {folder} --local-dir {folder.name}",
             ) from None
         raise name_layout(folder, error) from None
 
@@ -333,7 +333,7 @@ def _stray_names(path: Path) -> Iterator[str]:
 
 
 def _holders(folder: Path, files: Iterable[Path], missing: Iterable[str]) -> str | None:
-    """Return which files that nobody reads hold what is missing."""
+    """Return which unread files hold the missing tensors."""
     used, wanted = {path.name for path in files}, set(missing)
     found: list[str] = []
     for path in sorted(folder.glob("*.safetensors")):

@@ -189,7 +189,7 @@ def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, 
             where=weight.stored.file,
             expected=f"{ids.shape[1]} distinct ids",
             got=f"{int(ordered[row, column])} in {ids[row].tolist()}",
-            hint="was this table lost when the weights were saved? take it from the published checkpoint",
+            hint="was this table lost when the weights were saved? take the table from the published checkpoint",
         )
 
 

@@ -33,7 +33,7 @@ STACK_DIMENSIONS = 3
 
 
 def official_name(name: str) -> str:
-    """Return the official name of a tensor; that of a stack of experts, and one nobody knows, stays.
+    """Return the official name of a tensor; that of a stack of experts, and an unknown one, stays.
 
     >>> official_name("model.layers.3.self_attn.q_a_proj.weight_scale_inv")
     'layers.3.attn.wq_a.scale'

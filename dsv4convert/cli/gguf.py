@@ -52,18 +52,18 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     "--recipe",
     metavar="NAME|FILE.toml",
     panel=TYPES,
-    help="Recipe of types, e.g. q2_k, q4_k_m, iq2_xxs; other type options go over it.",
+    help="Recipe of types, e.g. q2_k, q4_k_m, iq2_xxs; other type options take precedence.",
 )
 @option(
     "--tensor-type",
     metavar="REGEX=TYPE",
     multiple=True,
     panel=TYPES,
-    help="Type of the tensors whose name matches, e.g. ffn_down_exps=q4_k; repeatable, the last match wins.",
+    help="Type of the tensors whose name matches, e.g. ffn_down_exps=q4_k; can be repeated, the last match wins.",
 )
 @option("--output-type", metavar="TYPE", panel=TYPES, help="Type of output.weight; by default the source's.")
 @option("--embedding-type", metavar="TYPE", panel=TYPES, help="Type of token_embd.weight; by default the source's.")
-@option("--pure", is_flag=True, panel=TYPES, help="Give the type of --dense to each matrix that may be quantised.")
+@option("--pure", is_flag=True, panel=TYPES, help="Apply the type of --dense to every matrix that can be quantised.")
 @option(
     "--imatrix",
     type=PATH,
@@ -74,7 +74,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     "--importance",
     metavar="weights",
     panel=TYPES,
-    help="Importance without a matrix: the sum of squares of each column's weights.",
+    help="Importance without a matrix: the sum of squares of the weights of each column.",
 )
 @option(
     "--ggml-lib",
@@ -110,7 +110,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     help="Range of layers to write, e.g. 0-3; a slice to try things with.",
 )
 @max_file_size_option(None, "Maximum file size, e.g. 45G; a larger model is split into several files.")
-@option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables behind all other tensors.")
+@option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables after all other tensors.")
 @option(
     "--dialect",
     type=click.Choice(["llama.cpp", "deepseek-v4", "ds4"]),

@@ -24,7 +24,7 @@ def safetensors_header(
 ) -> tuple[bytes, list[int]]:
     """Return the head of a file that holds ``tensors`` in the given order, and each one's offset in the file.
 
-    ``tensors`` are (name, safetensors dtype, shape, bytes). The format allows no gaps, so whoever wants
+    ``tensors`` are (name, safetensors dtype, shape, bytes). The format allows no gaps, so a caller that wants
     aligned tensors gives the widest elements first (``safetensors_file`` does).
 
     Raises:

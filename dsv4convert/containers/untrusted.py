@@ -1,4 +1,4 @@
-"""Opens files that nobody vouches for: regular files only, and no more of them than expected."""
+"""Opens untrusted files safely: regular files only, with a size limit."""
 
 from __future__ import annotations
 

@@ -98,7 +98,9 @@ def execute(
         Dsv4Error: see ``run_plan``.
     """
     if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", hint="one goes on with the work, one discards it")
+        raise UsageError(
+            "--resume and --fresh exclude each other", hint="--resume continues the work, --fresh discards the work"
+        )
     threads = default_threads() if threads is None else threads
     codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
@@ -232,7 +234,7 @@ def check_sources_stay(plan: Plan, mark: dict[str, Any], outputs: Outputs) -> No
         source = None if status is None else inputs.get((status.st_dev, status.st_ino))
         if source is not None:
             raise UsageError(
-                "is a file of the source, which the conversion would replace",
+                "the output would replace a file of the source",
                 where=path,
                 got=f"the same file as {source}",
                 hint="choose another name or folder for the output",

@@ -267,7 +267,7 @@ class Journal:
             if number == 0:
                 if fact["journal"] != FORMAT:
                     raise ResumeError(
-                        "another version of the journal",
+                        "unsupported version of the journal",
                         where=self.path,
                         expected=FORMAT,
                         got=str(fact["journal"])[:60],

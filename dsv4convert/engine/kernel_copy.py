@@ -1,6 +1,6 @@
 """Copies between files inside the kernel: bytes that only move never enter this process, save for a look at them.
 
-Bytes that nobody needs to see are moved by ``copy_file_range``. For a checksum they must be seen once: there,
+Bytes that need no look are moved by ``copy_file_range``. For a checksum they must be seen once: there,
 ``splice`` lays references to the source's pages into a pipe, ``tee`` doubles the references, and one of the
 two sets is written to the output while the other is read. So the checksum is of the very pages that were
 written, and the source is looked up once, not once for the copy and once for the checksum.

@@ -197,10 +197,10 @@ def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, s
     if not np.isfinite(wide).all():
         row, column = np.argwhere(~np.isfinite(wide))[0]
         raise LossyError(
-            f"a value that is NaN or infinite has no place in {operation.target}",
+            f"a NaN or infinite value cannot be stored as {operation.target}",
             expected="finite values",
             got=f"{wide[row, column]} in column {column}",
-            hint="is the checkpoint sound? dsv4convert check MODEL says; another --tensor-type keeps such values",
+            hint="pass --strict to find such values before a conversion, or choose a --tensor-type that keeps them",
         )
     weights = None
     if isinstance(operation.importance, Sums):

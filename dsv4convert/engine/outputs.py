@@ -200,7 +200,7 @@ class Outputs(ABC):
         """Remove the temporary files that are ours; what has its final name stays."""
 
     def close(self) -> None:
-        """Close the files, and so let go of their locks."""
+        """Close the files, which releases their locks."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -580,7 +580,7 @@ def outputs_of(plan: Plan, *, lock: bool = True) -> Outputs:
 def appeared(path: Path) -> OutputExistsError:
     """Return the error of a name that something else took while the run lasted."""
     return OutputExistsError(
-        "appeared or changed while the output was made, and is left as it is", where=path, hint=APPEARED_HINT
+        "appeared or changed during the conversion and is left in place", where=path, hint=APPEARED_HINT
     )
 
 

@@ -39,7 +39,7 @@ class Schedule(Generic[Task]):
         self._stopped = False
 
     def next(self, lane: Lane[Task] | None) -> tuple[Lane[Task], Task] | None:
-        """Return the next task and its lane: ``lane`` while it lasts, else a file that nobody is in.
+        """Return the next task and its lane: ``lane`` while it lasts, else a file that no worker is in.
 
         When every file has somebody in it, the one with the fewest is shared. None: all is given out.
         """

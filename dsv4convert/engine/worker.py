@@ -28,7 +28,7 @@ COPY_TILE_BYTES = 2**20
 class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
-    ``digests`` are those of repeated copies, which all workers share: whoever comes to one first takes its
+    ``digests`` are those of repeated copies, which all workers share: the first worker at one takes its
     checksum, and the others need not look at its bytes.
     """
 
@@ -113,7 +113,7 @@ class Worker:
                     raise InputOutputError(
                         "the file shrank while being read",
                         where=file,
-                        hint="was it replaced during the run?",
+                        hint="was the file replaced during the run?",
                     )
                 view = view[count:]
                 offset += count

@@ -195,5 +195,5 @@ def require_subnormals() -> None:
     if not (_SMALLEST_NORMAL * _HALF)[0]:
         raise DeviceError(
             "this thread flushes subnormal numbers to zero, so conversions would not be exact",
-            hint="some library switched the processor to flush-to-zero; run without it",
+            hint="run without the library that switched the processor to flush-to-zero",
         )

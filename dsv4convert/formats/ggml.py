@@ -110,7 +110,7 @@ def find_quantiser(path: Path | None = None) -> Quantiser:
             return Quantiser(str(installed))
     named = ctypes.util.find_library("ggml-base")
     if named is None:
-        raise DeviceError("types below Q8_0 and MXFP4 need ggml's library, which is not there", hint=INSTALL_HINT)
+        raise DeviceError("types below Q8_0 and MXFP4 need ggml's library, which is missing", hint=INSTALL_HINT)
     return Quantiser(named)
 
 

@@ -118,7 +118,7 @@ def disagree(left: str, a: object, right: str, b: object, where: object) -> NoRe
         where=where,
         expected=f"one value in both ({left} is {a})",
         got=f"{right} {b}",
-        hint="correct the one that is wrong, or take it out",
+        hint="correct or remove the wrong key",
     )
 
 

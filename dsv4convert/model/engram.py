@@ -74,7 +74,7 @@ def engram_constants(engram: EngramConfig, token_map: npt.NDArray[np.int32]) -> 
             "key engram_compressed_vocab_size: the tokenizer's token map has another size",
             expected=size,
             got=engram.compressed_vocab_size,
-            hint="is tokenizer.json of this model?",
+            hint="does tokenizer.json belong to this model?",
         )
     primes = row_primes(engram)
     return EngramConstants(

@@ -246,7 +246,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
 
     Raises:
         UsageError: options that do not go together, or a type that the dialect lacks.
-        InventoryError: a shape that the asked type cannot hold, or a weight nobody claims.
+        InventoryError: a shape that the asked type cannot hold, or a weight that no output tensor takes.
     """
     for option, value, known in (
         ("--dense", options.dense, OUTPUT_TYPES),

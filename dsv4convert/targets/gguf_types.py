@@ -64,7 +64,7 @@ class TypeOptions:
             len(base.rules),
         )
         if pure and chosen.dense is None:
-            raise UsageError("--pure: no type to give to every tensor", expected="--dense TYPE or a recipe with one")
+            raise UsageError("--pure needs a type for every tensor", expected="--dense TYPE or a recipe with one")
         return chosen
 
 

@@ -85,7 +85,7 @@ class LowBitMaker:
                     where=self.imatrix.path,
                     expected=f"{len(weights)} x {columns} values" if len(weights) > 1 else f"{columns} values",
                     got=f"{len(entry.counts)} x {entry.columns}" if len(entry.counts) > 1 else entry.values,
-                    hint="was it made of another model?",
+                    hint="was the matrix made from another model?",
                 )
             return entry
         if not self.squared and to.name in NEED_IMPORTANCE:

@@ -24,7 +24,7 @@ def true_config(checkpoint: Checkpoint | ShardCheckpoint) -> Mapping[str, Any]:
     # V4.1 lies in a nested form, whose ratios must be as published to be read at all.
     ratios = config.get("compress_ratios") if checkpoint.config.version is Version.V4 else None
     if ratios is not None:
-        # The list has an entry for every layer, and 0 where nothing is compressed: readers index it with no more ado.
+        # An entry for every layer, 0 where nothing is compressed: readers index the list without a check.
         needed = checkpoint.config.num_hidden_layers + checkpoint.n_draft
         true = list(checkpoint.config.compress_ratios)[: max(len(ratios), needed)]
         if ratios != true:

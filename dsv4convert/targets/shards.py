@@ -30,7 +30,7 @@ UNSHARD = "unshard"
 # V4.1's config in the published inference code's own form.
 INFERENCE_CONFIG_NAME = "inference_config.json"
 
-# Without these nobody can run what is in the folder.
+# Files without which the model in the folder cannot be run.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 

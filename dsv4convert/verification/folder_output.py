@@ -80,7 +80,7 @@ class Tensors:
         return self._left.pop(name, None) or self._left.pop(PREFIX + name, None)
 
     def names(self) -> list[str]:
-        """Return the names that nobody has taken."""
+        """Return the names that are not taken yet."""
         return list(self._left)
 
 

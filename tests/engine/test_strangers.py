@@ -70,7 +70,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 def test_what_takes_the_name_during_a_run_stays(plan: Plan, system: str, overwrite: bool) -> None:
     path: list[Path] = []
-    with pytest.raises(OutputExistsError, match="appeared or changed while the output was made") as caught:
+    with pytest.raises(OutputExistsError, match="appeared or changed during the conversion") as caught:
         execute(plan, threads=2, overwrite=overwrite, before_finish=during(lambda: path.append(put(plan))))
     assert "run again with --resume" in str(caught.value)
     assert path[0].read_bytes() == THESIS
@@ -300,7 +300,7 @@ def test_no_name_that_is_written_may_be_a_file_of_the_source(name: str, link: st
         (tmp_path / "out").symlink_to(source)
     plan = plan_gguf(source, tmp_path / "out" / "model.gguf", GgufOptions())
     for how in ({"overwrite": True}, {"fresh": True}, {"overwrite": True, "fresh": True}):
-        with pytest.raises(UsageError, match="is a file of the source"):
+        with pytest.raises(UsageError, match="the output would replace a file of the source"):
             execute(plan, threads=2, **how)  # type: ignore[arg-type]
     assert weights.read_bytes() == good
 

@@ -86,7 +86,7 @@ def test_caches_hold_a_window_and_whole_blocks(model: Model, tokens: Array) -> N
 
 def test_queries_in_small_blocks_give_the_same(model: Model, tokens: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.forward(tokens)
-    monkeypatch.setattr("dsv4convert.reference.model.QUERY_BLOCK", 7)
+    monkeypatch.setattr("dsv4convert.reference.attention.QUERY_BLOCK", 7)
     assert worst_position(model.forward(tokens), whole) <= TOLERANCE
 
 

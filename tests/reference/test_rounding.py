@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dsv4convert.api import load_model
 from dsv4convert.errors import UnsupportedError
 from dsv4convert.model.tensors import Draft, Store, expected_tensors
-from dsv4convert.reference import DictSource, Model
-from dsv4convert.reference.rounding import hadamard, round_to_e2m1, round_to_e4m3
+from dsv4convert.reference import Model, WeightSource
+from dsv4convert.reference.parameters import Parameters
+from dsv4convert.reference.rounding import hadamard, round_to_e2m1, round_to_e2m1_scaled_e4m3, round_to_e4m3
 
+from ..v41 import TINY
 from .random_model import random_source, random_tokens
 
 Array = npt.NDArray[Any]
@@ -85,27 +88,31 @@ def test_activation_rounding_moves_the_logits_a_little(shape: int, seed: int) ->
     assert 0.01 < np.median(error) < 0.5
 
 
-class NotingModel(Model):
+class NotingParameters(Parameters):
     """Remembers which weights saw rounded inputs and which did not."""
 
-    def __init__(self, source: DictSource) -> None:
+    def __init__(self, source: WeightSource) -> None:
         super().__init__(source, activation_rounding=True)
-        self.linear: set[str] = set()
-        self.project: set[str] = set()
+        object.__setattr__(self, "linears", set())
+        object.__setattr__(self, "projections", set())
 
-    def _linear(self, x: Array, name: str) -> Array:
-        self.linear.add(name)
-        return super()._linear(x, name)
+    linears: set[str]
+    projections: set[str]
 
-    def _project(self, x: Array, name: str) -> Array:
-        self.project.add(name)
-        return super()._project(x, name)
+    def linear(self, x: Array, name: str) -> Array:
+        self.linears.add(name)
+        return super().linear(x, name)
+
+    def project(self, x: Array, name: str) -> Array:
+        self.projections.add(name)
+        return super().project(x, name)
 
 
 def test_inputs_are_rounded_before_every_quantised_linear_and_no_other() -> None:
     source = random_source(0, 36)
     tokens = random_tokens(source.config, 150, 36)
-    model = NotingModel(source)
+    model = Model(source)
+    model.parameters = noted = NotingParameters(source)
     state = model.new_state()
     model.forward(tokens, state)
     assert state.streams is not None
@@ -114,12 +121,12 @@ def test_inputs_are_rounded_before_every_quantised_linear_and_no_other() -> None
     for expected in expected_tensors(source.config, Draft.MTP, 1):
         if len(expected.shape) != 2 or not source.has(expected.name):
             continue
-        if expected.expert is not None and expected.name not in model.linear:
+        if expected.expert is not None and expected.name not in noted.linears:
             continue  # no token was routed there
         (quantised if expected.row.store in (Store.DENSE, Store.EXPERT) else plain).add(expected.name)
     # The published code multiplies by wo_a in BF16.
-    assert model.linear == {name for name in quantised if not name.endswith("wo_a.weight")}
-    assert model.project <= plain
+    assert noted.linears == {name for name in quantised if not name.endswith("wo_a.weight")}
+    assert noted.projections <= plain
 
 
 def test_kv_keeps_its_rotary_part_and_rounds_the_rest() -> None:
@@ -132,3 +139,33 @@ def test_kv_keeps_its_rotary_part_and_rounds_the_rest() -> None:
         assert not np.array_equal(round_to_e4m3(kv[:, -r:], 64), kv[:, -r:]), name
     entries = trace["layers.2.attn.indexer.compressor.entries"]
     assert np.array_equal(round_to_e2m1(entries, 32), entries)
+
+
+def test_e2m1_with_e4m3_scales_equals_ml_dtypes() -> None:
+    x = np.random.default_rng(2).standard_normal((300, 64)).astype(np.float32) * np.float32(3)
+    blocks = x.reshape(300, 4, 16)
+    scale = (np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(6)).astype(ml_dtypes.float8_e4m3fn)
+    expected = (blocks / scale.astype(np.float32)).astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    expected *= scale.astype(np.float32)
+    assert np.array_equal(round_to_e2m1_scaled_e4m3(x, 16), expected.reshape(300, 64))
+
+
+def test_a_block_of_tiny_values_has_the_least_e4m3_scale() -> None:
+    x = np.full((1, 16), 2.0**-9, np.float32)
+    assert np.array_equal(round_to_e2m1_scaled_e4m3(x, 16), x)
+    assert not round_to_e2m1_scaled_e4m3(x / 8, 16).any()
+
+
+def test_v41_rounds_all_of_the_kv_and_compressed_entries_to_e2m1() -> None:
+    model = load_model(TINY["tiny-a"], activation_rounding=True)
+    model.parameters = noted = NotingParameters(model.source)
+    trace = dict(model.activations(range(40)))
+    kv = trace["layers.1.attn.kv"]
+    assert np.array_equal(round_to_e4m3(kv, 32), kv)
+    for layer in model.config.kv_source_layer_ids:
+        keys = trace[f"layers.{layer}.attn.indexer.keys"]
+        assert np.array_equal(round_to_e2m1(keys, 32), keys)
+        entries = trace[f"layers.{layer}.attn.compressor.entries"]
+        assert np.array_equal(round_to_e2m1_scaled_e4m3(entries, 16), entries)
+    assert "layers.0.engram.wkv.weight" in noted.linears
+    assert "layers.1.attn.compressor.wkv.weight" in noted.projections

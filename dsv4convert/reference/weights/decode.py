@@ -134,7 +134,7 @@ def gather_rows(matrix: Matrix, indices: Array) -> Array:
     raw = _mapped(matrix.file, matrix.offset, (matrix.rows, matrix.row_bytes))[indices]
     scales, block = None, (1, 1)
     if matrix.scale is not None:
-        scales = _read_scales(matrix.scale, 0, matrix.scale.shape[0])[indices // matrix.scale.block[0]]
+        scales = _gather_scales(matrix.scale, indices // matrix.scale.block[0])
         block = (1, matrix.scale.block[1])
     _decode(matrix, np.ascontiguousarray(raw), scales, block, out, Scratch())
     return out
@@ -207,6 +207,13 @@ def _read_scales(scale: Scale, first: int, last: int) -> Array:
     with _opened(scale.file) as file:
         raw = _read(file, scale, scale.offset + first * row_bytes, (last - first) * row_bytes)
     return raw.view(dtype).reshape(last - first, scale.shape[1])
+
+
+def _gather_scales(scale: Scale, indices: Array) -> Array:
+    """Return rows of scales, touching no others: those of an n-gram table take gigabytes."""
+    dtype = SCALE_DTYPES[scale.dtype]
+    raw = _mapped(scale.file, scale.offset, (scale.shape[0], scale.shape[1] * dtype.itemsize))[indices]
+    return np.ascontiguousarray(raw).view(dtype)
 
 
 def _mapped(path: Path, offset: int, shape: tuple[int, int]) -> Array:

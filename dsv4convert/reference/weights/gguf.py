@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ...containers.gguf import GgufModelFile, GgufTensor
 from ...errors import FileFormatError, InventoryError, UnsupportedError
 from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
-from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, NEXTN_KEY, YARN, key_name
+from ...model.engram import EngramConstants
+from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY, YARN, key_name
 from ...model.tensors import Draft, Expected, expected_tensors
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
-from ...targets.gguf_tensors import TensorDialect
+from ...targets.gguf_tensors import DIALECTS_V41, TensorDialect
 from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
-from .protocol import Array, missing_weight
+from .protocol import Array, missing_weight, no_engram_constants
+
+READABLE = (*TENSOR_DIALECTS.values(), DIALECTS_V41["llama.cpp"])
+
+# config.json key by metadata key of V4.1, which files may lack, and the tensor that tells a source where they do.
+SOURCE_KEYS = {
+    "attention.kv_source_layers": ("kv_source_layer_ids", "attn_compressor_kv.weight"),
+    "attention.index_source_layers": ("index_source_layer_ids", "indexer.attn_q_b.weight"),
+}
+CANDIDATE_KEYS = {
+    f"attention.indexer.{key}": f"{key}{suffix}"
+    for key, suffix in (("candidate_source_layer", "_id"), ("candidate_topk_blocks", ""), ("candidate_block_size", ""))
+}
 
 CLAMPS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
 
@@ -42,7 +57,8 @@ class GgufSource:
         dialect = _dialect(file)
         fields = _Fields(file, dialect)
         n_draft = _draft_layers(fields, file, dialect)
-        self._config = _config(fields, file, n_draft)
+        self._engram = _engram_constants(fields) if dialect.architecture == LLAMA_CPP_V41 else None
+        self._config = _config(fields, file, n_draft, self._engram)
         self._locations = _locations(file, dialect, self._config, n_draft)
 
     @property
@@ -72,6 +88,16 @@ class GgufSource:
         location = self._location(name)
         return _cut(gather_rows(location.matrix, indices), location)
 
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables, as the key-values hold it.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self._engram is None:
+            raise no_engram_constants(self._path)
+        return self._engram
+
     def _location(self, name: str) -> Location:
         try:
             return self._locations[name]
@@ -87,13 +113,13 @@ def _cut(rows: Array, location: Location) -> Array:
 
 
 def _dialect(file: GgufModelFile) -> TensorDialect:
-    for dialect in TENSOR_DIALECTS.values():
+    for dialect in READABLE:
         if dialect.architecture == file.architecture:
             return dialect
     raise UnsupportedError(
         "unsupported architecture",
         where=file.files[0],
-        expected=" or ".join(dialect.architecture for dialect in TENSOR_DIALECTS.values()),
+        expected=" or ".join(dialect.architecture for dialect in READABLE),
         got=repr(file.architecture)[:100],
     )
 
@@ -127,7 +153,7 @@ def _draft_layers(fields: _Fields, file: GgufModelFile, dialect: TensorDialect) 
     return count if isinstance(count, int) else 0
 
 
-def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
+def _config(fields: _Fields, file: GgufModelFile, n_draft: int, engram: EngramConstants | None) -> ModelConfig:
     """Return the config in its published form, validated as such."""
     path = file.files[0]
     blocks = fields["block_count"]
@@ -137,7 +163,8 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
     scaling = {key.removeprefix(YARN): same.pop(key) for key in list(same) if key.startswith(YARN)}
     del same["vocab_size"]  # llama.cpp's converter leaves it to the embedding
     raw: dict[str, Any] = {key: fields[name] for key, name in same.items()}
-    raw["architectures"] = [ARCHITECTURES[Version.V4]]
+    is_v41 = file.architecture == LLAMA_CPP_V41
+    raw["architectures"] = [ARCHITECTURES[Version.V41 if is_v41 else Version.V4]]
     raw["num_hidden_layers"] = blocks - n_draft
     raw["num_nextn_predict_layers"] = n_draft
     raw["vocab_size"] = fields.get("vocab_size") or _rows_of(file, "token_embd.weight")
@@ -149,7 +176,67 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int) -> ModelConfig:
         raw["rope_scaling"]["type"] = fields["rope.scaling.type"]
     for role in ("bos", "eos"):
         raw[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
+    if is_v41:
+        raw["compress_ratios"] = raw["compress_ratios"][
+            :blocks
+        ]  # those of the draft follow, which has a file of its own
+        raw |= _v41_values(fields, file, blocks, engram)
     return parse_config(raw, path)
+
+
+def _v41_values(fields: _Fields, file: GgufModelFile, blocks: int, engram: EngramConstants | None) -> dict[str, Any]:
+    """Return V4.1's own config keys; the tensors tell the roles of layers where no key has them."""
+    raw: dict[str, Any] = {}
+    for name, (key, tensor) in SOURCE_KEYS.items():
+        ids = fields.get(name)
+        raw[key] = [n for n in range(blocks) if f"blk.{n}.{tensor}" in file.tensors] if ids is None else ids
+    raw |= {key: fields[name] for name, key in CANDIDATE_KEYS.items() if fields.get(name) is not None}
+    if engram is not None:
+        raw |= {
+            "engram_layer_ids": list(engram.layer_ids),
+            "engram_num_embeddings": list(engram.rows),
+            "engram_max_ngram_size": fields["engram.max_ngram_size"],
+            "engram_vocab_size": engram.primes[0][0],
+            "engram_n_heads": fields["engram.head_count"],
+            "engram_head_dim": fields["engram.key_length"],
+            "engram_pad_token_id": engram.token_map.tolist().index(engram.pad_id),
+            "engram_compressed_vocab_size": int(engram.token_map.max()) + 1,
+        }
+    return raw
+
+
+def _engram_constants(fields: _Fields) -> EngramConstants | None:
+    """Return what finds the rows of n-gram tables, None where the file has none.
+
+    Raises:
+        FileFormatError: a key is missing, or its list is of another length than the others ask for.
+    """
+    layers = fields.get("engram.layer_ids")
+    if not layers:
+        return None
+    places = fields["engram.max_ngram_size"]
+    columns = (places - 1) * fields["engram.head_count"]
+
+    def by_layer(name: str, width: int) -> tuple[tuple[int, ...], ...]:
+        values = fields[name]
+        if width < 1 or len(values) != len(layers) * width:
+            raise FileFormatError(
+                f"key {fields.key(name)}: wrong length", expected=len(layers) * width, got=len(values)
+            )
+        return tuple(tuple(map(int, values[a : a + width])) for a in range(0, len(values), width))
+
+    token_map = np.asarray(fields["engram.token_map"], np.int32)
+    pad_id = int(fields["engram.pad_id"])
+    if pad_id not in token_map:
+        raise FileFormatError(f"key {fields.key('engram.pad_id')}: not in the token map", got=pad_id)
+    return EngramConstants(
+        tuple(map(int, layers)),
+        by_layer("engram.multipliers", places),
+        by_layer("engram.primes", columns),
+        by_layer("engram.offsets", columns),
+        token_map,
+        pad_id,
+    )
 
 
 def _rows_of(file: GgufModelFile, name: str) -> int:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import Checkpoint, Stored, Weight
+from ...checkpoint.engram import read_engram_constants
 from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ...containers.gguf import is_gguf, open_gguf
 from ...errors import InputMissingError
-from ...model.config import ModelConfig
+from ...model.config import ModelConfig, Version
+from ...model.engram import EngramConstants
 from .decode import Matrix, Scale, gather_rows, read_rows
 from .gguf import GgufSource
 from .protocol import Array, WeightSource, missing_weight
@@ -48,6 +50,14 @@ class HfSource:
             InventoryError: there is no such tensor.
         """
         return gather_rows(weight_matrix(self._weight(name)), indices)
+
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
+
+        Raises:
+            DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
+        """
+        return read_engram_constants(self._checkpoint.folder, self.config)
 
     def _weight(self, name: str) -> Weight:
         try:
@@ -101,6 +111,14 @@ class ShardSource:
             first += part.rows
         return pieces
 
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
+
+        Raises:
+            DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
+        """
+        return read_engram_constants(self._checkpoint.folder, self.config)
+
     def _weight(self, name: str) -> ShardedWeight:
         try:
             return self._checkpoint.weights[name]
@@ -135,5 +153,5 @@ def open_source(path: Path) -> WeightSource:
     if is_gguf(path):
         return GgufSource(open_gguf(path))
     if is_shard_folder(path):
-        return ShardSource(open_shards(path))
+        return ShardSource(open_shards(path, versions=tuple(Version)))
     return HfSource(open_checked(path))

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ...errors import InventoryError
+from ...errors import ConfigError, InventoryError
 from ...model.config import ModelConfig
+from ...model.engram import EngramConstants
 
 Array = npt.NDArray[Any]
 
@@ -40,6 +41,10 @@ class WeightSource(Protocol):
         """Return the rows ``indices`` of a matrix, decoding no others."""
         ...
 
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables; ConfigError where the model has none."""
+        ...
+
 
 def missing_weight(name: str, where: object = None) -> InventoryError:
     """Return the error of a tensor that the forward pass needs and the source does not hold."""
@@ -50,12 +55,20 @@ def missing_weight(name: str, where: object = None) -> InventoryError:
     )
 
 
+def no_engram_constants(where: object = None) -> ConfigError:
+    """Return the error of a model whose n-gram tables nothing finds the rows of."""
+    return ConfigError("the constants of the engram tables are missing", where=where)
+
+
 class DictSource:
     """Weights that already lie in memory as float32 arrays (``tid2eid`` as int64)."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Array]) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Array], engram: EngramConstants | None = None
+    ) -> None:
         self._config = config
         self._tensors = tensors
+        self._engram = engram
 
     @property
     def config(self) -> ModelConfig:
@@ -80,6 +93,16 @@ class DictSource:
     def rows(self, name: str, indices: Array) -> Array:
         """Return the rows ``indices`` of a matrix."""
         return self.tensor(name)[indices]
+
+    def engram_constants(self) -> EngramConstants:
+        """Return the constants that were given.
+
+        Raises:
+            ConfigError: none were.
+        """
+        if self._engram is None:
+            raise no_engram_constants()
+        return self._engram
 
 
 class CachedSource:
@@ -122,3 +145,7 @@ class CachedSource:
         if name in self._kept:
             return self._kept[name][indices]
         return self._source.rows(name, indices)
+
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables."""
+        return self._source.engram_constants()

@@ -1,0 +1,183 @@
+"""The forward pass of DeepSeek-V4.1 against what the published code computed from two tiny checkpoints.
+
+The recorded runs are float32 without activation rounding. Their indexers often score several entries
+exactly 0, where the published code's choice among them is arbitrary; a position whose choice is such a
+tie is left out in the layers that use the choice. So that one tie does not spoil all that follows,
+every sublayer gets the recorded outputs of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dsv4convert.api import convert_gguf, load_model, shard
+from dsv4convert.model.config_v41 import Candidates
+from dsv4convert.reference import Model, State
+from dsv4convert.reference import model as reference_model
+
+from ..v41 import RECORDED, TINY
+
+Array = npt.NDArray[Any]
+
+TOLERANCE = 1e-5
+# Relative to the largest score of the query.
+TIE = 1e-5
+
+
+def relative(ours: Array, theirs: Array) -> float:
+    return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
+
+
+class Run:
+    """A recorded run, and ours with the recorded outputs of every sublayer put in the place of our own."""
+
+    def __init__(self, name: str, patch: pytest.MonkeyPatch) -> None:
+        self.model = load_model(TINY[name], cached=True)
+        with np.load(RECORDED / f"{name}.npz") as file:
+            self.theirs: dict[str, Array] = dict(file)
+        self.tokens = self.theirs["tokens"]
+        self.ours: dict[str, Array] = {}
+        self.state: State = self.model.new_state()
+        attention, mixture = reference_model.attention, reference_model.mixture
+
+        def forced(sublayer: Callable[..., Array], at: Callable[..., str]) -> Callable[..., Array]:
+            def run(*arguments: Any) -> Array:
+                name = f"{at(*arguments)}output"
+                self.ours[name] = sublayer(*arguments)
+                return self.theirs[name]
+
+            return run
+
+        with patch.context() as inside:
+            inside.setattr(reference_model, "attention", forced(attention, lambda p, x, place, *_: place.at))
+            inside.setattr(reference_model, "mixture", forced(mixture, lambda p, x, t, i, at, *_: at))
+            self.ours["logits"] = self.model.forward(self.tokens[:-1], self.state, record=self._record)
+        assert self.state.main is not None
+        self.ours["main_hidden"] = self.state.main
+
+    def _record(self, name: str, value: Array) -> None:
+        if name.endswith(".ffn.streams"):
+            name = name.replace(".ffn.", ".")
+        if not name.endswith("ffn.output"):
+            self.ours.setdefault(name, value)
+
+    def tied(self, layer: int) -> Array:
+        """Return at which positions the choice that ``layer`` uses may go either way, bool [T]."""
+        config = self.model.config
+        source = config.index_source(layer)
+        if source is None:
+            return np.zeros(len(self.tokens) - 1, bool)
+        score = self.ours[f"layers.{source}.attn.indexer.score"]
+        tied = ties(score, config.index_topk)
+        candidates = config.candidates
+        if candidates is not None and source > candidates.source_layer_id:
+            of_blocks = self.ours[f"layers.{candidates.source_layer_id}.attn.indexer.score"]
+            tied |= ties(block_scores(of_blocks, candidates), candidates.topk_blocks)
+        return tied
+
+
+def ties(score_TS: Array, count: int) -> Array:
+    """Return where the last score kept and the first one left out are as good as equal."""
+    ordered = -np.sort(-score_TS, axis=1)
+    if ordered.shape[1] <= count:
+        return np.zeros(len(ordered), bool)
+    kept, left = ordered[:, count - 1], ordered[:, count]
+    largest = np.max(np.abs(np.where(np.isfinite(score_TS), score_TS, 0)), axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.isfinite(left) & (kept - left <= TIE * largest))
+
+
+def block_scores(score_TS: Array, candidates: Candidates) -> Array:
+    """Return the largest score of each block, with the newest visible block first of all."""
+    T, S = score_TS.shape
+    starts = range(0, S, candidates.block_size)
+    blocks = np.stack([score_TS[:, a : a + candidates.block_size].max(axis=1) for a in starts], axis=1)
+    visible = np.isfinite(score_TS).sum(axis=1)
+    for t in range(T):
+        if visible[t]:
+            blocks[t, (visible[t] - 1) // candidates.block_size] = np.inf
+    return blocks
+
+
+@pytest.fixture(scope="module", params=sorted(TINY))
+def run(request: pytest.FixtureRequest) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        return Run(request.param, patch)
+
+
+def test_every_sub_block_equals_the_published_codes(run: Run) -> None:
+    compared = 0
+    for name, theirs in run.theirs.items():
+        if name == "tokens" or name.startswith("decode."):
+            continue
+        kept = np.ones(len(theirs), bool)
+        if name.endswith("attn.output"):
+            kept = ~run.tied(int(name.split(".")[1]))
+        assert relative(run.ours[name][kept], theirs[kept]) <= TOLERANCE, name
+        compared += 1
+    assert compared == len(run.theirs) - 5
+
+
+def test_only_few_positions_are_left_out(run: Run) -> None:
+    layers = range(run.model.config.num_hidden_layers)
+    assert max(run.tied(layer).mean() for layer in layers) < 0.12
+
+
+def test_a_decoded_token_and_the_draft_from_it_equal_the_published_codes(run: Run) -> None:
+    state = run.state.copy()
+    draft_state = run.model.new_draft_state()
+    run.model.draft_sees(state.main, draft_state)
+    token = int(run.tokens[-1])
+    logits = run.model.forward([token], state)[0]
+    assert relative(logits, run.theirs["decode.0.logits"]) <= TOLERANCE
+    run.model.draft_sees(state.main, draft_state)
+    draft = run.model.draft(token, draft_state)
+    assert [token, *draft.tokens] == run.theirs["decode.0.draft.tokens"].tolist()
+    assert relative(draft.logits, run.theirs["decode.0.draft.logits"]) <= TOLERANCE
+    assert relative(draft.confidence, run.theirs["decode.0.draft.confidence"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "step"), [("tiny-a", 1), ("tiny-a", 3), ("tiny-b", 1)])
+def test_decoding_equals_prefill_at_every_position(name: str, step: int) -> None:
+    model = load_model(TINY[name], cached=True)
+    with np.load(RECORDED / f"{name}.npz") as file:
+        tokens = file["tokens"]
+    whole = model.forward(tokens)
+    state = model.new_state()
+    pieces = [model.forward(tokens[a : a + step], state) for a in range(0, len(tokens), step)]
+    for ours, theirs in zip(np.concatenate(pieces), whole, strict=True):
+        assert relative(ours, theirs) <= TOLERANCE
+
+
+def test_a_copied_state_advances_by_itself() -> None:
+    model: Model = load_model(TINY["tiny-a"], cached=True)
+    state = model.new_state()
+    model.prefill(range(20), state)
+    first = model.forward([7, 8, 9], state.copy())
+    assert np.array_equal(model.forward([7, 8, 9], state), first)
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+def test_shards_run_as_their_source_does(mp: int, tmp_path: Path) -> None:
+    shard(TINY["tiny-a"], tmp_path / "out", mp=mp)
+    tokens = np.arange(30)
+    ours, source = (load_model(path).forward(tokens) for path in (tmp_path / "out", TINY["tiny-a"]))
+    assert relative(ours, source) <= TOLERANCE
+
+
+@pytest.mark.parametrize("engram", ["q8_0", "bf16"])
+def test_a_gguf_without_lossy_types_runs_as_its_source_does(engram: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    convert_gguf(TINY["tiny-a"], path, dense="bf16", engram=engram, tokenizer_pre="joyai-llm")
+    tokens = np.arange(30)
+    ours, source = (load_model(model).forward(tokens) for model in (path, TINY["tiny-a"]))
+    if engram == "bf16":
+        assert relative(ours, source) <= TOLERANCE
+    else:
+        assert TOLERANCE < np.median([relative(a, b) for a, b in zip(ours, source, strict=True)]) < 0.1

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from .model import Model, State
-from .sampling import generate, greedy, gumbel_max
+from .sampling import Speculation, generate, generate_speculatively, greedy, gumbel_max
 from .weights.protocol import CachedSource, DictSource, WeightSource
 
-__all__ = ["CachedSource", "DictSource", "Model", "State", "WeightSource", "generate", "greedy", "gumbel_max"]
+__all__ = [
+    "CachedSource",
+    "DictSource",
+    "Model",
+    "Speculation",
+    "State",
+    "WeightSource",
+    "generate",
+    "generate_speculatively",
+    "greedy",
+    "gumbel_max",
+]

@@ -8,18 +8,25 @@ every sublayer gets the recorded outputs of those before it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from click.testing import CliRunner
 
 from dsv4convert.api import convert_gguf, load_model, shard
+from dsv4convert.cli import app
+from dsv4convert.errors import UnsupportedError, UsageError
 from dsv4convert.model.config_v41 import Candidates
-from dsv4convert.reference import Model, State
+from dsv4convert.reference import Model, Speculation, State, generate, generate_speculatively
 from dsv4convert.reference import model as reference_model
+from dsv4convert.reference.dspark import Draft, DraftState
+from dsv4convert.reference.parameters import Record
 
 from ..v41 import RECORDED, TINY
 
@@ -181,3 +188,68 @@ def test_a_gguf_without_lossy_types_runs_as_its_source_does(engram: str, tmp_pat
         assert relative(ours, source) <= TOLERANCE
     else:
         assert TOLERANCE < np.median([relative(a, b) for a, b in zip(ours, source, strict=True)]) < 0.1
+
+
+class HalfRight(Model):
+    """A model whose draft knows the next two tokens, and no more."""
+
+    known: list[int]
+
+    def draft(self, token: int, draft_state: DraftState, *, record: Record | None = None) -> Draft:
+        ours = super().draft(token, draft_state, record=record)
+        guesses = np.full(5, -1)
+        following = self.known[draft_state.position + 1 :][:2]
+        guesses[: len(following)] = following
+        guesses[guesses < 0] = (token + 1) % self.config.vocab_size
+        return replace(ours, tokens=guesses)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("right", [False, True])
+def test_speculation_generates_the_same_tokens(right: bool, temperature: float) -> None:
+    source = load_model(TINY["tiny-a"], cached=True).source
+    model = HalfRight(source) if right else Model(source)
+    prompt, count = list(range(3, 25)), 17
+    state = model.new_state()
+    logits = model.forward(prompt, state)[-1]
+    expected = list(generate(model, logits, state.copy(), count, temperature=temperature, seed=5))
+    if isinstance(model, HalfRight):
+        model.known = [*prompt, *expected]
+    counts = Speculation()
+    tokens = generate_speculatively(model, logits, state, count, temperature=temperature, seed=5, speculation=counts)
+    assert list(tokens) == expected
+    assert state.position == len(prompt)
+    if right:
+        assert counts.steps <= -(-(count - 1) // 3)
+        assert 0 < counts.accepted < counts.drafted
+
+
+def test_speculation_needs_a_prompt_run_in_one_call_and_all_layers() -> None:
+    model = load_model(TINY["tiny-a"], cached=True)
+    state = model.new_state()
+    model.prefill([1, 2, 3], state)
+    logits = model.forward([4], state)[-1]
+    with pytest.raises(UsageError, match="the draft has not seen the whole prompt: expected 4, got 1"):
+        list(generate_speculatively(model, logits, state, 3))
+    shallow = load_model(TINY["tiny-a"], layers="0-2")
+    state = shallow.new_state()
+    logits = shallow.forward([1, 2], state)[-1]
+    with pytest.raises(UsageError, match="the layers that the draft sees were not run"):
+        list(generate_speculatively(shallow, logits, state, 3))
+
+
+def test_a_model_without_a_dspark_draft_does_not_speculate(tiny: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no DSpark draft"):
+        load_model(tiny).new_draft_state()
+
+
+def test_the_command_speculates() -> None:
+    arguments = ["forward", str(TINY["tiny-a"]), "--tokens", "3,4,5,6", "--generate", "6", "--json"]
+    plain, speculative = (
+        CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False) for more in ([], ["--speculate"])
+    )
+    document = json.loads(speculative.stdout)
+    assert document["generated"] == json.loads(plain.stdout)["generated"]
+    assert document["speculation"]["steps"] > 0
+    refused = CliRunner().invoke(app, ["forward", str(TINY["tiny-a"]), "--tokens", "3", "--speculate"])
+    assert "--speculate needs --generate" in str(refused.exception)

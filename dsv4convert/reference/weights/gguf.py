@@ -177,9 +177,7 @@ def _config(fields: _Fields, file: GgufModelFile, n_draft: int, engram: EngramCo
     for role in ("bos", "eos"):
         raw[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{role}_token_id")
     if is_v41:
-        raw["compress_ratios"] = raw["compress_ratios"][
-            :blocks
-        ]  # those of the draft follow, which has a file of its own
+        raw["compress_ratios"] = raw["compress_ratios"][:blocks]  # the draft's follow; it has its own file
         raw |= _v41_values(fields, file, blocks, engram)
     return parse_config(raw, path)
 

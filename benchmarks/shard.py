@@ -1,7 +1,7 @@
 """shard on a Flash slice of about 4.5 GB, in alternation with a cp of as many bytes as the shards hold.
 
 python benchmarks/shard.py --rounds 7 --save benchmarks/results/shard.json
-python benchmarks/shard.py --rounds 7 --expert-dtype fp8 --save benchmarks/results/shard_fp8.json
+python benchmarks/shard.py --rounds 7 --experts fp8 --save benchmarks/results/shard_fp8.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--expert-dtype", choices=("fp4", "fp8"), default="fp4")
+    parser.add_argument("--experts", choices=("fp4", "fp8"), default="fp4")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
@@ -33,7 +33,7 @@ def main() -> None:
     if not source.is_dir():
         arguments.folder.mkdir(parents=True, exist_ok=True)
         write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
-    options = ShardOptions(arguments.mp, experts=arguments.expert_dtype)
+    options = ShardOptions(arguments.mp, experts=arguments.experts)
     plan = plan_shards(source, arguments.folder / "shards", options).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
     copy = arguments.folder / "copy"
@@ -48,7 +48,7 @@ def main() -> None:
 
     contenders = [
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
-        ours("shard", source, "shards", "--mp", mp, "--experts", arguments.expert_dtype),
+        ours("shard", source, "shards", "--mp", mp, "--experts", arguments.experts),
     ]
     alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
     result = record(
@@ -59,7 +59,7 @@ def main() -> None:
         source_bytes=plan.source_bytes,
         shard_bytes=plan.nbytes,
         mp=arguments.mp,
-        expert_dtype=arguments.expert_dtype,
+        expert_dtype=arguments.experts,
         threads=arguments.threads,
     )
     print_table(result)

@@ -189,7 +189,8 @@ def read_folder_headers(
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if index == BY_HEADERS and names:
         return (*_by_headers(folder, names), (f"all {len(names)} safetensors files are read, by their headers",))
-    if index_path.is_file():
+    # What has the index's name is read as one: a link that leads nowhere is an error, not a folder without an index.
+    if os.path.lexists(index_path):
         weight_map = read_index(index_path)["weight_map"]
         names = sorted(set(weight_map.values()))
         headers = {name: read_header(folder / name) for name in names}

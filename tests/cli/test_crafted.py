@@ -257,7 +257,7 @@ def test_a_link_under_a_temporary_name_is_not_followed(suffix: str, tiny: Path, 
     (tmp_path / "precious").write_text("precious")
     (tmp_path / f"model.gguf{suffix}").symlink_to(tmp_path / "precious")
     for option in ("--resume", "--fresh", "--overwrite"):
-        assert run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf", option).code in (13, 16)
+        assert run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf", option).code in (9, 13)
         assert (tmp_path / "precious").read_text() == "precious"
 
 
@@ -335,7 +335,7 @@ def test_a_config_of_a_model_far_larger_than_its_files_is_refused_in_seconds(sou
     header = json.dumps({"something": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}}).encode()
     (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    with pytest.raises(InventoryError, match=r"tensor embed\.weight is missing \(and 200000 more\)"):
+    with pytest.raises(InventoryError, match=r"200,001 tensors missing.* embed\.weight and others"):
         open_folder(source)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - began < 5
     assert convert(source, tmp_path).code == 7

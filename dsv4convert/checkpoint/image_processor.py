@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..containers.json_object import read_optional_json_object
-from ..errors import ConfigError
+from ..errors import Dsv4Error
 
 # Files that say how images are prepared, later ones first asked, and the object of each that may hold it.
 PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
@@ -19,27 +19,28 @@ COLOURS = 3
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def read_image_normalisation(source: Path) -> dict[str, list[float]]:
-    """Return ``image_mean`` and ``image_std``, three numbers each, as far as a processor's file says them.
+def read_image_normalisation(source: Path) -> tuple[dict[str, list[float]], tuple[str, ...]]:
+    """Return (``image_mean`` and ``image_std``, three numbers each, as far as a processor's file says them, notes).
 
-    Raises:
-        InputMissingError: such a file is there and cannot be read.
-        ConfigError: it is malformed.
+    A file or a value that cannot be used is noted; the converter's own values then stand.
     """
     found: dict[str, list[float]] = {}
+    notes: list[str] = []
     for name, nested in PROCESSOR_FILES:
-        path = source / name
-        settings = read_optional_json_object(path)
+        try:
+            settings = read_optional_json_object(source / name)
+        except Dsv4Error as error:
+            notes.append(f"{name}: not used: {error.what}")
+            continue
         inner = settings.get(nested)
         settings |= inner if isinstance(inner, dict) else {}
         for key in NORMALISATION_KEYS:
             value = settings.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, list) or len(value) != COLOURS or not all(map(_is_float32, value)):
-                raise ConfigError(f"key {key}", where=path, expected=f"a list of {COLOURS} numbers", got=value)
-            found[key] = value
-    return found
+            if isinstance(value, list) and len(value) == COLOURS and all(map(_is_float32, value)):
+                found[key] = value
+            elif value is not None:
+                notes.append(f"{name}: key {key} not used: not a list of {COLOURS} numbers")
+    return found, tuple(notes)
 
 
 def _is_float32(value: object) -> bool:

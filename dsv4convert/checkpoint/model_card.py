@@ -1,4 +1,8 @@
-"""Reads what a folder says about its model beside the weights: front matter, generation settings, name."""
+"""Reads what a folder says about its model beside the weights: front matter, generation settings, name.
+
+Anyone may have written these files, and no conversion is worth less for them: what cannot be used becomes a note.
+Converter and verifier read them here, so that they cannot differ over a card.
+"""
 
 from __future__ import annotations
 
@@ -9,103 +13,175 @@ from pathlib import Path
 from typing import Any
 
 from ..containers.json_object import read_optional_json_object
-from ..containers.untrusted import open_regular
-from ..errors import FileFormatError
+from ..containers.untrusted import read_whole
+from ..errors import Dsv4Error, FileFormatError
 
 MODEL_CARD_NAME = "README.md"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
-# A model card is some KiB of text.
+# A model card is some KiB of text, and its head a part of that. PyYAML parses about 100 KiB a second, and a head of
+# aliases to aliases grows ninefold a line, so that there are limits on size, on depth, on parts, and no aliases.
 MAX_CARD_BYTES = 2**20
+MAX_HEAD_CHARACTERS = 2**17
+MAX_DEPTH = 16
+MAX_EVENTS = 20_000
+FENCE = "---"
 
-# Keys of the front matter that hold one text, and one that may hold several.
-ONE_TEXT = ("name", "model_name", "version", "finetune", "basename")
-LICENCE = "license"
+# Keys of the front matter by what they hold; each text also with the prefix ``model_``.
+TEXTS = (
+    "name", "author", "version", "organization", "description", "finetune", "basename", "size_label", "url", "doi",
+    "uuid", "repo_url",
+)  # fmt: skip
+ONE_TEXT = frozenset(
+    {*TEXTS, *(f"model_{name}" for name in TEXTS), "model_creator", "model_type", "license_name", "license_link"}
+)
+LISTS = frozenset({"tags", "pipeline_tag", "languages", "language", "license"})
+ORIGINS = frozenset({"base_model", "base_models", "base_model_sources", "datasets", "dataset", "dataset_sources"})
+ORIGIN_PARTS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """What is known of a model beside its weights; any part may be empty.
 
-    ``front_matter`` is the YAML head of README.md, ``generation`` is generation_config.json, and
-    ``folder_name`` is the last part of the folder's absolute path.
+    ``front_matter`` is the YAML head of README.md, only with keys that a GGUF has a place for, and values of texts,
+    lists of texts, and origins. ``generation`` is generation_config.json, and ``folder_name`` the last part of the
+    folder's absolute path. ``notes`` say what could not be used.
     """
 
     folder_name: str
     front_matter: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class _UnusableError(Exception):
+    """Front matter that cannot be used, and why."""
 
 
 def read_model_card(folder: Path) -> ModelCard:
-    """Read README.md and generation_config.json of ``folder``; neither has to be there.
+    """Read README.md and generation_config.json of ``folder``; neither has to be there, and neither has to be sound."""
+    notes: list[str] = []
+    front_matter: dict[str, Any] = {}
+    try:
+        front_matter = _front_matter(folder / MODEL_CARD_NAME, notes)
+    except (_UnusableError, Dsv4Error) as error:
+        notes.append(f"{MODEL_CARD_NAME}: not used: {_reason(error)}")
+    generation: dict[str, Any] = {}
+    try:
+        generation = read_optional_json_object(folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError)
+    except Dsv4Error as error:
+        notes.append(f"{GENERATION_CONFIG_NAME}: not used: {_reason(error)}")
+    name = Path(os.path.realpath(folder)).name.encode("utf-8", "replace").decode()
+    return ModelCard(name or "model", front_matter, generation, tuple(notes))
+
+
+def _reason(error: Exception) -> str:
+    text = error.what if isinstance(error, Dsv4Error) else str(error)
+    return " ".join(text.split())[:200]
+
+
+def _front_matter(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the usable part of a card's front matter, and note what is not."""
+    if not os.path.lexists(path):
+        return {}
+    content = read_whole(path, MAX_CARD_BYTES)
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise _UnusableError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from None
+    if not lines or lines[0].rstrip() != FENCE:
+        return {}
+    end = next((number for number, line in enumerate(lines[1:], start=1) if line.rstrip() == FENCE), len(lines))
+    head = "\n".join(lines[1:end]).replace("\t", "  ") + "\n"
+    if len(head) > MAX_HEAD_CHARACTERS:
+        raise _UnusableError(f"front matter of {len(head)} characters, more than {MAX_HEAD_CHARACTERS}")
+    document = _load(head)
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise _UnusableError("front matter is no object")
+    found: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in document.items():
+        if not isinstance(key, str) or value is None or key not in ONE_TEXT | LISTS | ORIGINS:
+            continue
+        usable = _usable(key, value)
+        if usable is None:
+            dropped.append(key)
+        else:
+            found[key] = usable
+    if dropped:
+        notes.append(f"{MODEL_CARD_NAME}: keys not used, whose values have no usable form: {', '.join(dropped)}")
+    return found
+
+
+def _load(head: str) -> Any:
+    """Parse YAML that anyone may have written: no tags of Python, no aliases, bounded in depth and parts.
 
     Raises:
-        InputMissingError: a file is there and cannot be read.
-        FileFormatError: the front matter is not usable YAML, or generation_config.json is not a JSON object.
+        _UnusableError: it is not such YAML.
     """
-    return ModelCard(
-        folder_name=Path(os.path.realpath(folder)).name,
-        front_matter=_front_matter(folder),
-        generation=read_optional_json_object(
-            folder / GENERATION_CONFIG_NAME,
-            MAX_CARD_BYTES,
-            error=FileFormatError,
-            hint="correct or remove the front matter",
-        ),
-    )
-
-
-def _front_matter(folder: Path) -> dict[str, Any]:
-    path = folder / MODEL_CARD_NAME
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > MAX_CARD_BYTES:
-            raise FileFormatError("too large", where=path, expected=f"at most {MAX_CARD_BYTES} bytes")
-        with open_regular(path) as file:
-            if file.readline().strip() != b"---":
-                return {}  # no front matter: the YAML reader is not even loaded
-    except OSError as error:
-        raise FileFormatError(f"cannot be read ({error.strerror})", where=path) from None
     import yaml  # type: ignore[import-untyped]
+
+    try:
+        depth = 0
+        for number, event in enumerate(yaml.parse(head, Loader=yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise _UnusableError("front matter has an alias, write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or number > MAX_EVENTS:
+                raise _UnusableError("front matter is nested too deeply or has too many parts")
+        return yaml.safe_load(head)
+    except _UnusableError:
+        raise
+    except Exception as error:  # noqa: BLE001 - its constructors raise whatever int(), date() and base64 raise
+        raise _UnusableError(f"front matter is not valid YAML ({' '.join(str(error).split())})"[:200]) from None
+
+
+def _usable(key: str, value: object) -> Any:
+    """Return a value in the form that its key wants, None where it has no such form."""
+    if key in ORIGINS:
+        items = value if isinstance(value, list) else [value]
+        origins = [origin for item in items if (origin := _origin(item)) is not None]
+        return origins if len(origins) == len(items) else None
+    if key in LISTS and isinstance(value, list):
+        texts = [_text(item) for item in value]
+        return None if None in texts else texts
+    return _text(value)
+
+
+def _origin(value: object) -> str | dict[str, str] | None:
+    """Return a base model or data set: its name, or an object with the parts that there are keys for."""
+    if isinstance(value, dict):
+        parts = {key: value[key] for key in ORIGIN_PARTS if value.get(key) is not None}
+        texts = {key: text for key, part in parts.items() if (text := _text(part)) is not None}
+        return texts if len(texts) == len(parts) else None
+    text = _text(value) if isinstance(value, str) else None
+    if text is None:
+        return None
     from gguf import Metadata
 
     try:
-        card = Metadata.load_model_card(folder)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FileFormatError(
-            f"front matter is not valid YAML ({reason})", where=path, hint="correct or remove the front matter"
-        ) from None
-    front_matter = {str(key): value for key, value in card.items()}
-    _check(front_matter, path)
-    return front_matter
+        # The convention that takes names apart is written for names of the usual form.
+        Metadata.get_model_id_components(text)
+        Metadata.get_model_id_components(text, 10**9)
+    except (IndexError, ValueError):
+        return None
+    return text
 
 
-def _check(front_matter: Mapping[str, Any], path: Path) -> None:
-    """Refuse what the readers of model cards stumble over.
+def _text(value: object) -> str | None:
+    """Return YAML's scalar as a text: ``version: 4`` means "4"; None for what is none, or cannot be written as UTF-8.
 
-    Raises:
-        FileFormatError: an alias to a list or an object, which may hold itself or a billion others; or a value of
-            another type than its key has.
+    YAML 1.1 reads the language code of Norwegian as False.
     """
-    seen: set[int] = set()
-    left: list[object] = [*front_matter.values()]
-    while left:
-        value = left.pop()
-        if not isinstance(value, (list, dict)):
-            continue
-        if id(value) in seen:
-            raise FileFormatError(
-                "front matter: alias to a list or an object", where=path, hint="write the value out or remove the key"
-            )
-        seen.add(id(value))
-        left += value.values() if isinstance(value, dict) else value
-    for key in ONE_TEXT:
-        if isinstance(value := front_matter.get(key), (list, dict)):
-            raise FileFormatError(f"front matter: key {key}", where=path, expected="a string", got=value)
-    licences = front_matter.get(LICENCE)
-    if isinstance(licences, list) and not all(isinstance(item, str) for item in licences):
-        raise FileFormatError(
-            f"front matter: key {LICENCE}", where=path, expected="a string or a list of strings", got=licences
-        )
+    if value is None or isinstance(value, (list, dict, set, bytes, tuple)):
+        return None
+    try:
+        text = "no" if value is False else value if isinstance(value, str) else str(value)
+        text.encode()
+    except ValueError:  # half a surrogate pair, or an integer of thousands of digits
+        return None
+    return text

@@ -12,13 +12,17 @@ from typing import Any
 
 from ..containers.json_object import read_optional_json_object
 from ..containers.untrusted import read_whole
-from ..errors import DeviceError, TokenizerError
+from ..errors import DeviceError, Dsv4Error, TokenizerError
 from ..model.config import CONFIG_NAME
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 CHAT_TEMPLATE_JSON_NAME = "chat_template.json"
+TEMPLATES_FOLDER = "additional_chat_templates"
+TEMPLATE_SUFFIX = ".jinja"
+DEFAULT_TEMPLATE = "default"
+MAX_TEMPLATES = 256
 
 # The published tokenizer.json is 6 MiB; ten times that is no tokenizer of this model.
 MAX_TOKENIZER_BYTES = 32 * 2**20
@@ -65,7 +69,7 @@ class Tokenizer:
 
     ``tokens`` and ``token_types`` have one entry per row of the embedding. ``special_ids`` and
     ``add_special`` go by role ("bos", "eos", "pad"...). ``chat_templates`` are those of the folder, by
-    name; "default" is the one without a name.
+    name; "default" is the one without a name. ``notes`` say what of them could not be used.
     """
 
     model: str
@@ -77,6 +81,7 @@ class Tokenizer:
     add_special: Mapping[str, bool]
     chat_templates: Mapping[str, str] = field(repr=False)
     path: Path
+    notes: tuple[str, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -163,6 +168,7 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
     vocab = _vocab(model, path)
     added = _added_tokens(document, path)
     tokens, types = _token_lists(vocab, added, _special_texts(settings, added), vocab_size, path)
+    templates, notes = _chat_templates(folder, settings)
     special_ids = _special_ids(settings, added, _read_json(folder / CONFIG_NAME, required=False))
     for role, token_id in special_ids.items():
         if not 0 <= token_id < vocab_size:
@@ -180,8 +186,9 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
         merges=_merges(model, path),
         special_ids=special_ids,
         add_special=_add_special(document, settings),
-        chat_templates=_chat_templates(folder, settings),
+        chat_templates=templates,
         path=path,
+        notes=notes,
     )
 
 
@@ -457,25 +464,70 @@ def _special_token_of(part: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates that come with the tokenizer, by name ("default" for the main one)."""
-    template = settings.get("chat_template")
-    if isinstance(template, str):
-        return {"default": template}
-    if isinstance(template, list):
-        return {
-            str(entry["name"]): entry["template"]
-            for entry in template
-            if isinstance(entry, dict) and entry.get("name") and isinstance(entry.get("template"), str)
-        }
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return (the chat templates that come with the tokenizer, by name, notes); "default" is the main one.
+
+    As transformers has it: templates in files of their own leave those of tokenizer_config.json unread. A named
+    template that cannot be used is left out with a note; letters and digits are kept of names, as in llama.cpp.
+
+    Raises:
+        TokenizerError: the main template's file is not valid UTF-8, or too large.
+        InputMissingError: it cannot be read.
+    """
+    notes: list[str] = []
+    in_files: list[tuple[str, str]] = []
     path = folder / CHAT_TEMPLATE_NAME
     if os.path.lexists(path):
+        in_files.append((DEFAULT_TEMPLATE, _read_template(path)))
+    try:
+        named = sorted((folder / TEMPLATES_FOLDER).glob(f"*{TEMPLATE_SUFFIX}"))[:MAX_TEMPLATES]
+    except OSError:
+        named = []
+    for path in named:
         try:
-            return {"default": read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError).decode("utf-8")}
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"not valid UTF-8 ({error})", where=path) from None
-    template = _read_json(folder / CHAT_TEMPLATE_JSON_NAME, required=False).get("chat_template")
-    return {"default": template} if isinstance(template, str) else {}
+            in_files.append((path.name.removesuffix(TEMPLATE_SUFFIX), _read_template(path)))
+        except Dsv4Error as error:
+            notes.append(f"{TEMPLATES_FOLDER}/{path.name}: not used: {error.what}")
+    stated = _stated_templates(settings.get("chat_template"))
+    if not stated and not in_files:
+        legacy = _read_json(folder / CHAT_TEMPLATE_JSON_NAME, required=False).get("chat_template")
+        stated = _stated_templates(legacy if isinstance(legacy, str) else None)
+    if in_files and stated and dict(stated) != dict(in_files):
+        notes.append(f"chat templates are those of {CHAT_TEMPLATE_NAME} and its like, not {TOKENIZER_CONFIG_NAME}'s")
+    found: dict[str, str] = {}
+    for name, template in in_files or stated:
+        plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+        if not plain or plain in found or not _is_utf8(template):
+            notes.append(f"chat template {name[:60]!r}: not used: no name, one that is taken, or no UTF-8")
+        else:
+            found[plain] = template
+    return found, tuple(notes)
+
+
+def _stated_templates(value: object) -> list[tuple[str, str]]:
+    """Return (name, template) of what tokenizer_config.json has for chat_template."""
+    if isinstance(value, str):
+        return [(DEFAULT_TEMPLATE, value)]
+    entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+    return [(name, template) for name, template in pairs if isinstance(name, str) and isinstance(template, str)]
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"not valid UTF-8 ({error})", where=path) from None
+    # As Python's text files are read, and so by transformers: one kind of line end.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,13 @@ from .untrusted import read_whole
 # An escape that may be half a surrogate pair.
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
+# A string, or what people add to JSON: comments, and a comma before a closing bracket.
+STRING = rb'"(?:[^"\\]|\\.)*(?:"|\Z)'
+COMMENT = re.compile(STRING + rb"|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+TRAILING_COMMA = re.compile(STRING + rb"|,(?=\s*[}\]])", re.DOTALL)
+NOT_A_LINE_END = re.compile(rb"[^\r\n]")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 # A wrong list is wrong in every place; the first errors tell as much as all.
 MAX_SCHEMA_ERRORS = 100
 
@@ -125,6 +132,40 @@ def parse_json_object(
     return document
 
 
+def plain_json(text: bytes) -> bytes:
+    """Return JSON without a byte order mark, comments and commas before a closing bracket, each replaced by spaces.
+
+    Positions stay as they are, but for the mark. What stands inside strings is left alone; so is all that is not
+    understood, for the parser to name.
+
+    >>> plain_json(b'{"a": [1, 2,], // two' + b"\\n" + b'"b": "//"}')
+    b'{"a": [1, 2 ],       \\n"b": "//"}'
+    """
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    return TRAILING_COMMA.sub(_kept, COMMENT.sub(_kept, text))
+
+
+def _kept(match: re.Match[bytes]) -> bytes:
+    """Return a string as it is, and anything else as spaces that keep the lines."""
+    found = match[0]
+    return found if found.startswith(b'"') else NOT_A_LINE_END.sub(b" ", found)
+
+
+def parse_plain_json(text: bytes, where: object, *, error: type[Dsv4Error], hint: str | None) -> Any:
+    """Parse JSON as ``parse_json``, or as people write it where that fails: marks, comments, trailing commas.
+
+    Raises:
+        ``error``: neither reading gives JSON; names the position.
+    """
+    try:
+        return parse_json(text, where, error=error, hint=hint)
+    except Dsv4Error:
+        plain = plain_json(text)
+        if plain == text:
+            raise
+        return parse_json(plain, where, error=error, hint=hint)
+
+
 def read_json(
     path: Path,
     max_bytes: int = MAX_CONFIG_BYTES,
@@ -132,13 +173,13 @@ def read_json(
     error: type[Dsv4Error] = ConfigError,
     hint: str | None = FETCH_AGAIN,
 ) -> Any:
-    """Read JSON of at most ``max_bytes`` from a file that anyone may have written.
+    """Read JSON of at most ``max_bytes`` from a file that anyone may have written, by hand too (see ``plain_json``).
 
     Raises:
         InputMissingError: the file is not there or cannot be read.
         ``error``: it is too large or not valid JSON.
     """
-    return parse_json(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
+    return parse_plain_json(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
 
 
 def read_json_object(
@@ -154,7 +195,10 @@ def read_json_object(
         InputMissingError: the file is not there or cannot be read.
         ``error``: it is too large or not one JSON object.
     """
-    return parse_json_object(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
+    document = read_json(path, max_bytes, error=error, hint=hint)
+    if not isinstance(document, dict):
+        raise error("not a JSON object", where=path, got=type(document).__name__, hint=hint)
+    return document
 
 
 def read_optional_json_object(

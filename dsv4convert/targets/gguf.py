@@ -89,7 +89,13 @@ def plan_gguf(
             **({"ggml": low_bit.quantiser.version} if low_bit.is_used else {}),
         },
         source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_draft_note(checkpoint), *_rounding_note(checkpoint, options), *made.notes),
+        notes=(
+            *checkpoint.notes,
+            *_draft_note(checkpoint),
+            *_rounding_note(checkpoint, options),
+            *made.notes,
+            *describe.notes,
+        ),
     )
 
 
@@ -102,6 +108,7 @@ class _Describer:
         self._source = checkpoint.folder
         self._config = checkpoint.config
         self.card = read_model_card(self._source)
+        self._notes = [*self.card.notes]
         self._tokenizer_pre = tokenizer_pre
         self._name = name
         self._options = options
@@ -109,7 +116,8 @@ class _Describer:
     def metadata(self, model: GgufModel, counts: ParameterCounts) -> list[KeyValue]:
         kind = file_type(model.main_type)
         if model.kind is Kind.MMPROJ:
-            normalisation = read_image_normalisation(self._source)
+            normalisation, notes = read_image_normalisation(self._source)
+            self._notes += notes
             return mmproj_metadata(
                 model.config, self.card, counts=counts, file_type=kind, name=self._name, **normalisation
             )
@@ -155,7 +163,14 @@ class _Describer:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self._source, self._config.vocab_size, self._tokenizer_pre)
+        found = load_tokenizer(self._source, self._config.vocab_size, self._tokenizer_pre)
+        self._notes += found.notes
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what of the files beside the weights could not be used, as far as they have been read."""
+        return tuple(dict.fromkeys(self._notes))
 
     @cached_property
     def _template(self) -> str:

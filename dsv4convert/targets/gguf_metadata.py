@@ -6,7 +6,9 @@ config.json are the table of ``model/gguf_keys.py``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import PurePath
@@ -148,6 +150,10 @@ _AUTHORSHIP_KEYS: tuple[tuple[str, str], ...] = (
     ("source_uuid", "general.source.uuid"),
     ("source_repo_url", "general.source.repo_url"),
 )
+# What file names are built of, and how long a part of one may be: names of 255 bytes have suffixes to come.
+NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9._+-]+")
+MAX_NAME_CHARACTERS, MAX_PART_CHARACTERS = 80, 32
+
 # The parts of a base model or data set, in the order in which they are written.
 _ORIGIN_PARTS = (
     "name",
@@ -392,28 +398,31 @@ def default_output_name(
     Raises:
         UnsupportedError: no file type for these experts.
     """
-    from gguf import naming_convention
-
     about = _describe(config, card, counts, name)
-    stem = naming_convention(
-        about.name,
-        about.basename,
-        about.finetune,
-        about.version,
-        None if prefix else about.size_label,
-        _file_type(experts)[1],
-        None,
-    )
-    return f"{prefix}{stem}.gguf"
+    size = None if prefix else about.size_label
+    parts = (about.basename or about.name, size, about.finetune, about.version, _file_type(experts)[1])
+    limits = (MAX_NAME_CHARACTERS, *(MAX_PART_CHARACTERS for _ in parts[1:]))
+    safe = [file_name_part(str(part), most) for part, most in zip(parts, limits, strict=True) if part is not None]
+    return f"{prefix}{'-'.join(part for part in safe if part) or 'model'}.gguf"
+
+
+def file_name_part(text: str, most: int) -> str:
+    """Return a part of a file name: letters, digits and a few signs of ASCII, "-" for all else, at most ``most``.
+
+    Parts come out of cards, configs and folder names, and must not lead out of the folder.
+
+    >>> file_name_part("Flash/../../../secret/planted", 40)
+    'Flash-..-..-..-secret-planted'
+    """
+    return NOT_IN_FILE_NAMES.sub("-", text.strip())[:most].lstrip(".-").rstrip("-")
 
 
 def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, name: str | None) -> Any:
     """Return a gguf.Metadata with what card, config and folder name tell about the model's identity."""
     from gguf import Metadata, size_label
 
-    front_matter = {key: _as_texts(value) for key, value in card.front_matter.items()}
     about = Metadata.apply_metadata_heuristic(
-        Metadata(), front_matter, dict(config.raw), PurePath(card.folder_name), counts.total
+        Metadata(), deepcopy(dict(card.front_matter)), dict(config.raw), PurePath(card.folder_name), counts.total
     )
     if name is not None:
         about.name = name
@@ -422,18 +431,6 @@ def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, nam
     if about.size_label is None and counts.total > 0:
         about.size_label = size_label(counts.total, counts.shared, counts.expert, counts.expert_count)
     return about
-
-
-def _as_texts(value: object) -> object:
-    """Return YAML's scalars as the texts that the keys want: ``version: 4`` means "4".
-
-    YAML 1.1 reads the language code of Norwegian as False.
-    """
-    if isinstance(value, list):
-        return [_as_texts(item) for item in value]
-    if value is False:
-        return "no"
-    return value if value is None or isinstance(value, (str, dict)) else str(value)
 
 
 def _sampling(generation: Mapping[str, Any]) -> list[KeyValue]:
@@ -458,7 +455,8 @@ def _authorship(about: Any) -> list[KeyValue]:
         value = getattr(about, attribute)
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            entries.append(KeyValue(key, STRING, text))
+            if text:
+                entries.append(KeyValue(key, STRING, text))
     entries += _origins(about.base_models, "general.base_model")
     entries += _origins(about.datasets, "general.dataset")
     for attribute in ("tags", "languages"):
@@ -474,7 +472,7 @@ def _origins(origins: Sequence[Mapping[str, Any]] | None, prefix: str) -> list[K
     entries = [KeyValue(f"{prefix}.count", U32, len(origins))]
     for i, origin in enumerate(origins):
         for part in _ORIGIN_PARTS:
-            if origin.get(part) is not None:
+            if origin.get(part):
                 entries.append(KeyValue(f"{prefix}.{i}.{part}", STRING, str(origin[part])))
     return entries
 
@@ -534,9 +532,8 @@ def _vocabulary(tokenizer: Tokenizer) -> list[KeyValue]:
 
 
 def _chat_templates(tokenizer: Tokenizer, chat_template: str | None) -> list[KeyValue]:
-    templates = dict(tokenizer.chat_templates)
-    main = templates.pop("default", chat_template)
-    named = {"".join(c if c.isascii() and c.isalnum() else "_" for c in n): t for n, t in templates.items()}
+    named = dict(tokenizer.chat_templates)
+    main = named.pop("default", chat_template)
     entries = [KeyValue(f"tokenizer.chat_template.{n}", STRING, t) for n, t in named.items()]
     if named:
         entries.append(KeyValue("tokenizer.chat_templates", ARRAY, list(named), STRING))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import check_meaning, config_notes, open_checked
 from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
-from ..containers.json_object import MAX_CONFIG_BYTES
+from ..containers.json_object import MAX_CONFIG_BYTES, plain_json, read_json_object
 from ..containers.untrusted import read_whole
 from ..engine.conversion import Summary
 from ..errors import UsageError
@@ -160,7 +160,12 @@ def _unsharded_config(shards: ShardCheckpoint) -> OutputFile:
 
 
 def _same_config(source: Path) -> OutputFile:
-    return whole_file(CONFIG_NAME, read_whole(source / CONFIG_NAME, MAX_CONFIG_BYTES))
+    """Return the source's config.json: its very bytes, or as plain JSON where other readers would stumble over it."""
+    path = source / CONFIG_NAME
+    content = read_whole(path, MAX_CONFIG_BYTES)
+    if content == plain_json(content):
+        return whole_file(CONFIG_NAME, content)
+    return json_file(CONFIG_NAME, read_json_object(path))
 
 
 def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:

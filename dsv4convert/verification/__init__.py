@@ -103,7 +103,7 @@ def prepare(
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
     report.notes += checkpoint.notes
-    read_model_card(source)
+    report.notes += read_model_card(source).notes
     try:
         pieces = _pieces(layout, output, checkpoint, report)
     except (FileFormatError, InputMissingError, InventoryError) as error:

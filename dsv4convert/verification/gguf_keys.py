@@ -6,14 +6,16 @@ converter uses as well; what follows from config.json is a table.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib import resources
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,7 @@ from ..checkpoint.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer, recognis
 from ..containers.gguf import GgufModelFile
 from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
-from ..model.config import ModelConfig, Version, load_config
+from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
 from .numbers import BLOCK
 from .report import KEY, Report
@@ -115,7 +117,6 @@ TOWER_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
 PROJECTORS = {Version.V4: "deepseek4v", Version.V41: "deepseek41v"}
 # How pixels are normalised where no processor's file says otherwise, and those files.
 PIXEL_DEFAULTS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
 
 # general.file_type by the type of the routed experts.
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "mxfp4": 38}
@@ -140,6 +141,7 @@ SAMPLING = {
 LARGEST = {"i32": 2**31 - 1, "f32": float(np.finfo(np.float32).max)}
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+MAIN_TEMPLATE = "default"
 TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 
 # Characters of a value that a problem shows.
@@ -196,9 +198,9 @@ def _expected(
     if kind in FILE_TYPES:
         yield "general.file_type", Expected("u32", FILE_TYPES[kind])
     yield from _sampling(source)
-    yield from _identity(model, source)
+    yield from _identity(model, content.config, source)
     if architecture == CLIP:
-        yield from _tower_keys(content.config, source)
+        yield from _tower_keys(content.config, source, report)
         return
     yield from _from_config(content, architecture)
     if architecture == LLAMA_CPP_V41:
@@ -208,18 +210,13 @@ def _expected(
         yield MASK_TOKEN_KEY, Expected("u32", content.config.flat.get("dspark_noise_token_id"))
 
 
-def _tower_keys(config: ModelConfig, source: Path) -> Iterator[tuple[str, Expected]]:
+def _tower_keys(config: ModelConfig, source: Path, report: Report) -> Iterator[tuple[str, Expected]]:
     for key, kind, value in TOWER_KEYS:
         yield f"{CLIP}.{key}", Expected(kind, value(config.flat))
     yield f"{CLIP}.projector_type", Expected("str", PROJECTORS[config.version])
-    pixels = dict(PIXEL_DEFAULTS)
-    read_image_normalisation(source)  # malformed files end here, with their own error
-    for name, nested in PROCESSOR_FILES:
-        settings = read_optional_json_object(source / name)
-        inner = settings.get(nested)
-        settings |= inner if isinstance(inner, dict) else {}
-        pixels |= {key: settings[key] for key in pixels if settings.get(key) is not None}
-    for key, numbers in pixels.items():
+    stated, notes = read_image_normalisation(source)
+    report.notes += notes
+    for key, numbers in (PIXEL_DEFAULTS | stated).items():
         yield f"{CLIP}.vision.{key}", Expected("[f32]", numbers)
 
 
@@ -354,7 +351,7 @@ def _recorded(writer: Any) -> Iterator[tuple[str, Expected]]:
         yield key, Expected(kind, str(value) if kind == "str" else value)
 
 
-def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expected]]:
+def _identity(model: GgufModelFile, config: ModelConfig, source: Path) -> Iterator[tuple[str, Expected]]:
     """Yield the keys that say what the model is called, by and from whom: from model card and folder name."""
     import gguf
 
@@ -368,11 +365,13 @@ def _identity(model: GgufModelFile, source: Path) -> Iterator[tuple[str, Expecte
             stacks.append(tensor.shape[0])
         else:
             shared += elements
-    folder = Path(os.path.realpath(source))
+    card = read_model_card(source)
     with _quiet_gguf():
-        about = gguf.Metadata.load(None, folder, None, total)
+        about = gguf.Metadata.apply_metadata_heuristic(
+            gguf.Metadata(), deepcopy(dict(card.front_matter)), dict(config.raw), PurePath(card.folder_name), total
+        )
         if about.name is None:
-            about.name = folder.name
+            about.name = card.folder_name
         if about.size_label is None and total:
             about.size_label = gguf.size_label(total, shared, expert, sum(stacks) // len(stacks) if stacks else 0)
         writer = gguf.GGUFWriter(None, LLAMA_CPP)
@@ -386,7 +385,7 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
     import gguf
 
     path, vocab_size, version = source / "tokenizer.json", config.vocab_size, config.version
-    load_tokenizer(source, vocab_size, "given")  # malformed files end here, with their own error
+    templates = _templates(source, vocab_size, report)
     document = read_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     yield "tokenizer.ggml.model", Expected("str", "gpt2")
     try:
@@ -399,7 +398,7 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
     yield "tokenizer.ggml.token_type", Expected("[i32]", types)
     with _quiet_gguf():
         try:
-            special = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
+            special = _special_vocab(document, source, vocab_size)
             # The package does not know yet what llama.cpp's own copy of it does: a ByteLevel post-processor
             # adds nothing, whatever tokenizer_config.json says.
             kinds = _processors(document.get("post_processor"))
@@ -411,9 +410,44 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
             reason = f"{type(error).__name__}: {error}"
             raise TokenizerError(f"not readable by the gguf package ({reason})"[:300], where=path) from None
     yield from _recorded(writer)
-    if special.chat_template is None:
+    named = {name: text for name, text in templates.items() if name != MAIN_TEMPLATE}
+    for name, text in named.items():
+        yield f"{CHAT_TEMPLATE}.{name}", Expected("str", text)
+    if named:
+        yield f"{CHAT_TEMPLATE}s", Expected("[str]", list(named))
+    if MAIN_TEMPLATE in templates:
+        yield CHAT_TEMPLATE, Expected("str", templates[MAIN_TEMPLATE])
+    else:
         ours = resources.files("dsv4convert.model") / TEMPLATES[version]
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
+
+
+def _templates(source: Path, vocab_size: int, report: Report) -> Mapping[str, str]:
+    """Return the source's chat templates by name, and note those that cannot be used; malformed files end here."""
+    tokenizer = load_tokenizer(source, vocab_size, "given")
+    report.notes += tokenizer.notes
+    return tokenizer.chat_templates
+
+
+def _special_vocab(document: Mapping[str, Any], source: Path, vocab_size: int) -> Any:
+    """Return what gguf reads of the special tokens and merges, of plain JSON and without chat templates."""
+    import gguf
+
+    documents = {
+        "tokenizer.json": document,
+        "tokenizer_config.json": {key: value for key, value in _settings(source).items() if key != "chat_template"},
+        CONFIG_NAME: read_optional_json_object(source / CONFIG_NAME),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in documents.items():
+            if content or (source / name).exists():
+                (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
+        return gguf.SpecialVocab(Path(folder), load_merges=True, n_vocab=vocab_size)
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    path = source / "tokenizer_config.json"
+    return read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
 
 
 def _processors(step: Any) -> set[str]:
@@ -451,8 +485,7 @@ def _looks_like_control(text: str) -> bool:
 
 
 def _texts_called_special(source: Path) -> set[str]:
-    path = source / "tokenizer_config.json"
-    settings = read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
+    settings = _settings(source)
     values = [settings.get(f"{role}_token") for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     more = settings.get("additional_special_tokens", settings.get("extra_special_tokens"))
     values += more if isinstance(more, list) else []

@@ -6,6 +6,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .api import (
+        check,
         convert_gguf,
         dequantize,
         inspect,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
+    from .inspection.census import CheckReport
     from .inspection.description import Description
     from .reference.model import Model
     from .targets.repack import RepackSummary
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from .verification.report import Report
 
 __all__ = [
+    "CheckReport",
     "Checkpoint",
     "ConfigError",
     "Description",
@@ -76,6 +79,7 @@ __all__ = [
     "UsageError",
     "VerifyError",
     "__version__",
+    "check",
     "convert_gguf",
     "dequantize",
     "inspect",
@@ -92,6 +96,7 @@ __version__ = "0.1.0"
 
 # The modules of the classes; errors are in .errors, functions in .api.
 _CLASSES = {
+    "CheckReport": ".inspection.census",
     "Checkpoint": ".checkpoint.folder",
     "Description": ".inspection.description",
     "DryRun": ".engine.dry_run",

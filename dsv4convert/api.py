@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .engine.conversion import Summary
     from .engine.manifest import ManifestReport
     from .engine.run import RunReport
+    from .inspection.census import CheckReport
     from .inspection.description import Description
     from .plan import Plan
     from .reference import Model
@@ -346,6 +347,27 @@ def verify(
         index=index,
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
+
+
+def check(
+    model: StrPath,
+    *,
+    index: str = "file",
+    strict: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Read the whole checkpoint folder ``model`` once; ``report.findings`` says what cannot be right.
+
+    Raises:
+        InventoryError: a routing table that no model can have; or anything suspicious, if ``strict``.
+        Dsv4Error: the folder is no checkpoint that can be read.
+    """
+    from .inspection.census import prepare_check
+
+    threads = _checked_threads(threads)
+    census = prepare_check(Path(model), index=index, strict=strict)
+    return census.run(threads, _of_total(progress, max(1, census.nbytes)))
 
 
 def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> ManifestReport:

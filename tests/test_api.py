@@ -116,6 +116,7 @@ COMMANDS = {
     "repack": dsv4convert.repack,
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
+    "check": dsv4convert.check,
 }
 # Options about printing, and the one that has a function of its own.
 NO_KEYWORDS = {"quiet", "as_json", "help", "manifest"}
@@ -136,7 +137,7 @@ def test_keywords_are_the_options_with_the_same_defaults(name: str) -> None:
         assert keywords.pop("lock") is True
         options = [option for option in options if option.name != "no_lock"]
     assert keywords.keys() == {option.name for option in options} - NO_KEYWORDS
-    arguments = ["in"] if name == "inspect" else ["in", "out"]
+    arguments = ["in"] if name in ("inspect", "check") else ["in", "out"]
     for option in required.values():
         arguments += [option.opts[0], option.type.choices[0] if isinstance(option.type, click.Choice) else "1"]
     given = command.make_context(name, arguments).params

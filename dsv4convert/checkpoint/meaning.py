@@ -89,6 +89,19 @@ def check_meaning(
     return tuple(map(str, found))
 
 
+def file_findings(config: ModelConfig, weights: Iterable[Weight], files: Iterable[Path]) -> list[Finding]:
+    """Check the tables of a checkpoint, and return which of its files end in zero bytes.
+
+    Raises:
+        InventoryError: a routing table that no model can have.
+        InputMissingError: a file cannot be read.
+    """
+    held = list(weights)
+    with _Reader() as reader:
+        check_tables(config, held, reader)
+        return list(_zero_tails(held, files, reader))
+
+
 def refuse(found: Sequence[Finding], where: object) -> NoReturn:
     """Refuse a checkpoint for what was found in it.
 
@@ -205,27 +218,28 @@ def count_non_finite(dtype: str, content: bytes | memoryview) -> int:
 
 def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Finding]:
     """Yield what is not finite, or all zero, in tensors that are small enough to be read whole."""
-    counted: list[str] = []
+    bad_names: list[str] = []
     zero: list[str] = []
     small = [w for w in weights if w.stored.dtype in EXPONENTS and w.expert is None and w.nbytes <= MAX_SMALL_BYTES]
     for weight in sorted(small, key=_place):
         content = reader.stored(weight.stored)
         bad = count_non_finite(weight.stored.dtype, content)
         if bad:
-            counted.append(f"{weight.name} ({bad} of {len(content) * 8 // _bits(weight)})")
+            bad_names.append(f"{weight.name} ({bad} of {len(content) * 8 // _bits(weight)})")
         elif content and not content.strip(b"\0"):
             zero.append(weight.name)
-    if counted:
-        yield Finding(NOT_FINITE.format(count=_tensors(len(counted))), tuple(counted))
+    if bad_names:
+        yield Finding(NOT_FINITE.format(count=counted(len(bad_names))), tuple(bad_names))
     if zero:
-        yield Finding(ALL_ZERO.format(count=_tensors(len(zero))), tuple(zero))
+        yield Finding(ALL_ZERO.format(count=counted(len(zero))), tuple(zero))
 
 
 NOT_FINITE = "NaN or infinite values in {count}"
 ALL_ZERO = "all bytes are zero in {count}"
 
 
-def _tensors(count: int, what: str = "tensor") -> str:
+def counted(count: int, what: str = "tensor") -> str:
+    """Return a count with its noun."""
     return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
@@ -242,7 +256,7 @@ def _zero_experts(weights: Iterable[Weight], reader: _Reader) -> Iterator[Findin
     first = [w for w in weights if w.expert is not None and w.row.name == "w1.weight"]
     zero = [w.name.removesuffix(".w1.weight") for w in sorted(first, key=_place) if reader.looks_zero(w.stored)]
     if zero:
-        yield Finding(f"all bytes looked at are zero in {_tensors(len(zero), 'expert')}", tuple(zero))
+        yield Finding(f"all bytes looked at are zero in {counted(len(zero), 'expert')}", tuple(zero))
 
 
 def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
@@ -269,7 +283,7 @@ def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reade
             zero.append(name)
         if zero:
             what = f"{path.name} ends in zero bytes, did its download stop? They begin in"
-            yield Finding(f"{what} the last {_tensors(len(zero))}", (zero[-1],))
+            yield Finding(f"{what} the last {counted(len(zero))}", (zero[-1],))
         elif tensors:
             yield Finding(f"{path.name} ends in zero bytes, did its download stop? They begin in", (max(tensors)[1],))
 

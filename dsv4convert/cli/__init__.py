@@ -29,6 +29,7 @@ MODULES = {
     "dequantize": "folders",
     "repack": "folders",
     "verify": "verify",
+    "check": "check",
     "inspect": "inspect",
     "forward": "forward",
     "compare": "forward",

@@ -154,10 +154,14 @@ def test_chat_template_of_the_folder_is_kept(folder: Path, files: dict[str, str]
     assert load_tokenizer(folder, VOCAB).chat_templates == expected
 
 
-def test_chat_template_of_the_settings_comes_first(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("J")
+def test_a_template_in_a_file_comes_first_as_in_transformers(folder: Path) -> None:
     edit(folder, lambda d: d.update(chat_template="S"), "tokenizer_config.json")
     assert load_tokenizer(folder, VOCAB).chat_templates == {"default": "S"}
+    (folder / "chat_template.jinja").write_text("J")
+    found = load_tokenizer(folder, VOCAB)
+    assert found.chat_templates == {"default": "J"}
+    assert found.notes == ("chat templates are those of chat_template.jinja and its like, not tokenizer_config.json's",)
+    (folder / "chat_template.jinja").unlink()
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     edit(folder, lambda d: d.update(chat_template=named), "tokenizer_config.json")
     assert load_tokenizer(folder, VOCAB).chat_templates == {"default": "D", "tool_use": "T"}

@@ -7,38 +7,136 @@ import random
 import shutil
 from pathlib import Path
 
-# fmt: off
 KEYS = (
-    "name", "model_name", "version", "basename", "size_label", "finetune", "author", "organization", "description", "url",
-    "doi", "license", "license_name", "license_link", "tags", "pipeline_tag", "language", "languages", "base_model",
-    "base_models", "datasets", "dataset", "model_type", "model_creator", "library_name", "model-index", "?", "<<", "-",
-)  # fmt: skip
+    "name",
+    "model_name",
+    "version",
+    "basename",
+    "size_label",
+    "finetune",
+    "author",
+    "organization",
+    "description",
+    "url",
+    "doi",
+    "license",
+    "license_name",
+    "license_link",
+    "tags",
+    "pipeline_tag",
+    "language",
+    "languages",
+    "base_model",
+    "base_models",
+    "datasets",
+    "dataset",
+    "model_type",
+    "model_creator",
+    "library_name",
+    "model-index",
+    "?",
+    "<<",
+    "-",
+)
 VALUES = (
-    "a", "DeepSeek-V4", "deepseek-ai/DeepSeek-V4-Flash", "a/b/c", "/", "../../x", "./", "-", "--", "7b", "x-7b1", "x-\u00b2b",
-    "1.10", "4", "no", "yes", "null", "~", "2024-13-45", "2024-01-01", "0x" + "f" * 5000, "1" * 5000, "1e999", ".nan", "12:30:45",
-    "!!python/object/apply:os.system [x]", "!!binary aGk=", "!!binary x", "!!set {a, b}", "!foo bar", "&a b", "*a", "[]", "{}",
-    "[a, b]", "[1, null, [x]]", "[[a]]", "{a: 1}", "{name: x, version: 2}", "[{name: [1]}]", "[{name: x, organization: y}]",
-    "https://huggingface.co/a/b", "https://huggingface.co/a/b-", "http://", '"\\ud800"', '"\\0"', '"\\x07"', "'", '"', "[", "{", "]",
-    "|\n  text\n  more", ">-\n  folded", "\t", "x" * 3000, "\u6a21\u578b-7B", "\U0001f600", "con:", "a: b: c", "@x", "`x", "%x",
-    "Flash/../../../secret/planted", "a b  c", "  ", "#", "- x", "?", "\u2028", "\x85", "x-8x7B-Instruct", "A-7m-v", "v1.0-q4_0",
-)  # fmt: skip
+    "a",
+    "DeepSeek-V4",
+    "deepseek-ai/DeepSeek-V4-Flash",
+    "a/b/c",
+    "/",
+    "../../x",
+    "./",
+    "-",
+    "--",
+    "7b",
+    "x-7b1",
+    "x-\u00b2b",
+    "1.10",
+    "4",
+    "no",
+    "yes",
+    "null",
+    "~",
+    "2024-13-45",
+    "2024-01-01",
+    "0x" + "f" * 5000,
+    "1" * 5000,
+    "1e999",
+    ".nan",
+    "12:30:45",
+    "!!python/object/apply:os.system [x]",
+    "!!binary aGk=",
+    "!!binary x",
+    "!!set {a, b}",
+    "!foo bar",
+    "&a b",
+    "*a",
+    "[]",
+    "{}",
+    "[a, b]",
+    "[1, null, [x]]",
+    "[[a]]",
+    "{a: 1}",
+    "{name: x, version: 2}",
+    "[{name: [1]}]",
+    "[{name: x, organization: y}]",
+    "https://huggingface.co/a/b",
+    "https://huggingface.co/a/b-",
+    "http://",
+    '"\\ud800"',
+    '"\\0"',
+    '"\\x07"',
+    "'",
+    '"',
+    "[",
+    "{",
+    "]",
+    "|\n  text\n  more",
+    ">-\n  folded",
+    "\t",
+    "x" * 3000,
+    "\u6a21\u578b-7B",
+    "\U0001f600",
+    "con:",
+    "a: b: c",
+    "@x",
+    "`x",
+    "%x",
+    "Flash/../../../secret/planted",
+    "a b  c",
+    "  ",
+    "#",
+    "- x",
+    "?",
+    "\u2028",
+    "\x85",
+    "x-8x7B-Instruct",
+    "A-7m-v",
+    "v1.0-q4_0",
+)
 GAPS = (" ", " ", " ", "", "\n  ", "\n- ")
 HEADS = ("---\n", "---\r\n", "\ufeff---\n", "--- \n", "----\n", "\n---\n", "")
 ENDS = ("---\n# A model\n", "---", "", "...\n", "---\r\n")
 
 TEMPLATES = (
-    "{{ messages }}", "", "\ufeffx", "a\r\nb\rc", "{% broken", "\x00", "x" * 2000, "{{ '\u6a21' }}", "\ud7ff", " ",
-)  # fmt: skip
+    "{{ messages }}",
+    "",
+    "\ufeffx",
+    "a\r\nb\rc",
+    "{% broken",
+    "\x00",
+    "x" * 2000,
+    "{{ '\u6a21' }}",
+    "\ud7ff",
+    " ",
+)
 NAMES = ("rag", "tool_use", "default", "a.b", "a b", "\u6a21", "-", ".hidden", "UPPER", "x" * 60)
 
 
 def write_card(folder: Path, number: int) -> None:
     """Give a folder the README.md of case ``number``, and now and then a generation config or a processor's file."""
     chance = random.Random(number)
-    lines = [
-        f"{chance.choice(KEYS)}:{chance.choice(GAPS)}{chance.choice(VALUES)}"
-        for _ in range(chance.randrange(6))
-    ]
+    lines = [f"{chance.choice(KEYS)}:{chance.choice(GAPS)}{chance.choice(VALUES)}" for _ in range(chance.randrange(6))]
     if chance.random() < 0.03:
         lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(9)]
     if chance.random() < 0.03:

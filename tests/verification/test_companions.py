@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.targets.companions import AUXILIARY_FILES
 
 from ..checkpoints import MakeCheckpoint
@@ -43,6 +44,12 @@ READ = {
     "tokenizer_config.json": ("text.gguf", "dspark-text.gguf"),
     "chat_template.json": ("text.gguf", "dspark-text.gguf"),
 }
+
+# Those of them that no conversion is refused for: what cannot be used is noted.
+NOTED = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+
+# What is no JSON and read as such all the same.
+READ_AS_MEANT = ("byte order mark",)
 
 # Keys of companions, to be given values of other types.
 KEYS = {
@@ -97,15 +104,31 @@ def test_a_malformed_companion_is_an_error_where_it_is_read(name: str, content: 
     (source / name).write_bytes(MALFORMED[content])
     for output in OUTPUTS:
         result = verify(source, made / output)
-        if output in READ.get(name, ()):
+        if (
+            output in READ.get(name, ())
+            and name not in NOTED
+            and not (content in READ_AS_MEANT and name not in ("config.json", "tokenizer.json"))
+        ):
             assert result.code in (4, 6, 8), (output, result)
             assert result.error.startswith(f"{source / name}: ")
         else:
             assert result.code in (0, 12), (output, result)
 
 
+@pytest.mark.parametrize("content", sorted(set(MALFORMED) - {*READ_AS_MEANT}))
+@pytest.mark.parametrize("name", NOTED)
+def test_settings_that_cannot_be_used_are_noted(name: str, content: str, source: Path, tmp_path: Path) -> None:
+    (source / name).write_bytes(MALFORMED[content])
+    out = tmp_path / "out.gguf"
+    result = run_cli("hf-to-gguf", source, out, "--mmproj", "split", "--json")
+    assert result.code == 0, result.err
+    assert any(note.startswith(f"{name}: not used: ") for note in json.loads(result.out)["notes"])
+    for path in tmp_path.glob("*.gguf"):
+        assert run_cli("verify", source, path).code == 0
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
-@pytest.mark.parametrize("name", [name for name in READ if name in AUXILIARY_FILES])
+@pytest.mark.parametrize("name", [name for name in READ if name in AUXILIARY_FILES and name not in NOTED])
 def test_a_companion_that_is_no_file_is_an_error_where_it_is_read(
     name: str, make: Callable[[Path], None], source: Path, made: Path
 ) -> None:
@@ -129,14 +152,13 @@ def test_a_value_of_another_type_is_no_fault_of_the_program(name: str, key: str,
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 @pytest.mark.parametrize("value", [3, "x", [], [1, 2], [1, 2, 3, 4], [1, 2, True], [1, 2, None], [1, 2, 1e39]])
-def test_a_normalisation_that_is_not_three_numbers_is_refused(
-    name: str, value: object, source: Path, made: Path
+def test_a_normalisation_that_is_not_three_numbers_is_noted(
+    name: str, value: object, source: Path, tmp_path: Path
 ) -> None:
     (source / name).write_text(json.dumps({"image_std": value}))
-    for command in (("verify", source, made / "mmproj-text.gguf"), ("hf-to-gguf", source, "--mmproj", "only")):
-        result = run_cli(*command, "--quiet")
-        assert result.code == 4
-        assert result.error.startswith(f"{source / name}: key image_std: expected a list of 3 numbers")
+    result = run_cli("hf-to-gguf", source, tmp_path / "m.gguf", "--mmproj", "only", "--json")
+    assert f"{name}: key image_std not used: not a list of 3 numbers" in json.loads(result.out)["notes"]
+    assert run_cli("verify", source, tmp_path / "m.gguf").code == 0
 
 
 def test_a_normalisation_that_the_file_lacks_is_a_finding(source: Path, made: Path) -> None:
@@ -149,18 +171,88 @@ def test_a_normalisation_that_the_file_lacks_is_a_finding(source: Path, made: Pa
 @pytest.mark.parametrize(
     ("front_matter", "message"),
     [
-        ("name: [a]", "key name: expected a string"),
-        ("version: {a: 1}", "key version: expected a string"),
-        ("license: [1, 2]", "key license: expected a string or a list of strings"),
-        ("tags: &a [*a]", "alias"),
-        ("a: &a [x, x]\nb: [*a, *a]", "alias"),
+        ("name: [a]", "keys not used, whose values have no usable form: name"),
+        ("version: {a: 1}", "keys not used, whose values have no usable form: version"),
+        ("license: [1, [2]]", "keys not used, whose values have no usable form: license"),
+        ("base_model: [[a]]", "keys not used, whose values have no usable form: base_model"),
+        ("tags: &a [*a]", "not used: front matter has an alias"),
+        ("a: &a [x, x]\nb: [*a, *a]", "not used: front matter has an alias"),
+        ("a: [", "not used: front matter is not valid YAML"),
+        ("a: !!python/name:os.system x", "not used: front matter is not valid YAML"),
+        ("a: " + "[" * 5000, "not used: front matter is nested too deeply"),
+        ("- a", "not used: front matter is no object"),
+        ("a: \u00e9".encode("latin-1"), "not used: not valid UTF-8"),
     ],
+    ids=lambda value: str(value)[:20],
 )
-def test_front_matter_that_no_reader_can_use_is_refused(
-    front_matter: str, message: str, source: Path, made: Path
+def test_front_matter_that_no_reader_can_use_is_noted(
+    front_matter: str | bytes, message: str, source: Path, tmp_path: Path
 ) -> None:
+    content = front_matter.encode() if isinstance(front_matter, str) else front_matter
+    (source / "README.md").write_bytes(b"---\n" + content + b"\n---\n")
+    result = run_cli("hf-to-gguf", source, tmp_path / "out.gguf", "--json")
+    assert any(note.startswith(f"README.md: {message}") for note in json.loads(result.out)["notes"]), result.out
+    assert run_cli("verify", source, tmp_path / "out.gguf").code == 0
+
+
+@pytest.mark.parametrize(
+    "front_matter", ["size_label: Flash/../../../planted", "name: a/../../b", "basename: ..", "version: " + "9" * 400]
+)
+def test_no_card_leads_out_of_the_folder(front_matter: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / "c" / "out"
+    out.mkdir(parents=True)
     (source / "README.md").write_text(f"---\n{front_matter}\n---\n")
-    for command in (("verify", source, made / "text.gguf"), ("hf-to-gguf", source, made / "again.gguf", "--dry-run")):
-        result = run_cli(*command, "--quiet")
-        assert result.code == 6
-        assert result.error.startswith(f"{source / 'README.md'}: front matter: {message}")
+    assert run_cli("hf-to-gguf", source, out, "--quiet").code == 0
+    (made,) = out.glob("*.gguf")
+    assert made.parent == out
+    assert not list(tmp_path.glob("*.gguf")) + list(tmp_path.glob("a/**/planted*"))
+    assert run_cli("verify", source, made).code == 0
+
+
+def test_templates_in_files_are_named_and_go_before_those_of_the_config(source: Path, tmp_path: Path) -> None:
+    (source / "chat_template.jinja").write_text("main")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (source / "additional_chat_templates" / "rag-2.jinja").write_text("retrieval")
+    (source / "additional_chat_templates" / "bad.jinja").write_bytes(b"\xff")
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "another"}))
+    out = tmp_path / "out.gguf"
+    notes = json.loads(run_cli("hf-to-gguf", source, out, "--json").out)["notes"]
+    assert any(note.startswith("additional_chat_templates/bad.jinja: not used: not valid UTF-8") for note in notes)
+    assert any("chat templates are those of chat_template.jinja" in note for note in notes)
+    keys = open_gguf(out).metadata
+    assert keys["tokenizer.chat_template"] == "main"
+    assert keys["tokenizer.chat_template.tool_use"] == "tools"
+    assert keys["tokenizer.chat_template.rag_2"] == "retrieval"
+    assert keys["tokenizer.chat_templates"] == ["rag_2", "tool_use"]
+    assert run_cli("verify", source, out).code == 0
+
+
+HANDMADE = {
+    "byte order mark": b"\xef\xbb\xbf%s",
+    "line ends": b"\r\n%s\r\n",
+    "comments": b"// above\n/* and\n more */ %s // behind",
+}
+
+
+@pytest.mark.parametrize("form", [*HANDMADE, "commas"])
+def test_json_as_people_write_it_is_read_and_shards_have_it_plain(form: str, source: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"):
+        content = (source / name).read_bytes()
+        if form == "commas":
+            content = content.rstrip().removesuffix(b"}").rstrip() + b",\n}"
+        else:
+            content = HANDMADE[form] % content
+        (source / name).write_bytes(content)
+    assert run_cli("hf-to-gguf", source, tmp_path / "out.gguf", "--quiet").code == 0
+    assert run_cli("verify", source, tmp_path / "out.gguf").code == 0
+    assert run_cli("shard", source, tmp_path / "mp1", "--mp", "1", "--quiet").code == 0
+    json.loads((tmp_path / "mp1" / "config.json").read_text("utf-8"))
+    assert run_cli("verify", source, tmp_path / "mp1").code == 0
+
+
+def test_json_that_is_none_names_the_position(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text('{\n  // the width\n  "hidden_size": 7,\n  "x" 3\n}')
+    error = run_cli("dequantize", source, tmp_path / "d").error
+    assert "line 4 column 7" in error

@@ -1,0 +1,43 @@
+"""The command that reads the whole of a checkpoint and says whether it can be sound: check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import escape_control
+from .options import index_option, json_option, quiet_option, strict_option, threads_option
+from .parsing import CHECK, FOLDER, argument, command
+
+
+@command("check", panel=CHECK, example="dsv4convert check DeepSeek-V4-Flash")
+@argument("model", type=FOLDER, description="Checkpoint folder with config.json and safetensors files.")
+@index_option
+@strict_option
+@threads_option
+@quiet_option
+@json_option
+def check(model: Path, index: str, strict: bool, threads: int | None, quiet: bool, as_json: bool) -> None:
+    """Read a whole checkpoint once and report what cannot be right: tables, NaN, tensors and experts of zeros."""
+    from ..api import check as check_folder
+    from .report import human_bytes, human_seconds, print_json, progress_display
+
+    with progress_display(quiet or as_json, "checking") as progress:
+        report = check_folder(model, index=index, strict=strict, threads=threads, progress=progress)
+    if as_json:
+        print_json(report.as_json())
+        return
+    if quiet:
+        return
+    click.echo(f"{report.files} files, {report.tensors:,} tensors, {human_bytes(report.bytes_read)} read")
+    for note in report.notes:
+        click.echo(escape_control(f"note: {note}"))
+    for finding in report.findings:
+        click.echo(escape_control(f"suspicious: {finding}"))
+    rate = report.bytes_read / report.seconds if report.seconds else 0.0
+    click.echo(f"{human_seconds(report.seconds)}, {human_bytes(rate)}/s")
+    click.echo("nothing suspicious" if report.ok else f"{len(report.findings)} findings")
+
+
+COMMANDS = (check,)

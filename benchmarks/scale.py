@@ -1,0 +1,87 @@
+"""Each converting command with 1 to all threads, beside one and many processes of cp for the same bytes and files.
+
+    python benchmarks/scale.py --folder /dev/shm/scale --save benchmarks/results/scale.json
+
+The output of a first run is what cp copies: into as many files, by one process or by one for each file. Rounds of all
+contenders alternate; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from side_by_side import Contender, alternate, record, run_once, save
+
+from dsv4convert.synth.write import write_synth
+
+# Name: command, options, and whether the output is a folder of its own.
+COMMANDS = {
+    "hf-to-gguf, one file": ("hf-to-gguf", [], "model.gguf"),
+    "hf-to-gguf, eight files": ("hf-to-gguf", ["--max-file-size", "600M"], "model.gguf"),
+    "shard --mp 8": ("shard", ["--mp", "8"], "shards"),
+    "dequantize": ("dequantize", ["--max-file-size", "1500M"], "bf16"),
+    "repack": ("repack", ["--experts", "fp8", "--max-file-size", "900M"], "fp8"),
+}
+
+
+def ours(source: Path, target: Path, what: str, threads: int) -> Contender:
+    """Return a command with so many threads; a folder around its output goes with it."""
+    command, options, name = COMMANDS[what]
+    line = [sys.executable, "-m", "dsv4convert", command, str(source), str(target / name), "--quiet", *options]
+    return Contender(f"{threads} threads", [*line, "--threads", str(threads)], target, makes_folder_first=True)
+
+
+def copies(kept: Path, target: Path, processes: int) -> Contender:
+    """Return cp of a finished output, by so many processes, a file at a time."""
+    line = f"find '{kept}' -type f -print0 | xargs -0 -P {processes} -I% cp % '{target}'"
+    return Contender(f"cp, {processes} at once", ["sh", "-c", line], target, makes_folder_first=True)
+
+
+def measure(what: str, source: Path, folder: Path, threads: list[int], rounds: int) -> dict[str, Any]:
+    """Time one command with each number of threads; return the record."""
+    kept = ours(source, folder / "kept", what, max(threads))
+    run_once(kept)
+    files = [path for path in (folder / "kept").rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_size for path in files)
+    contenders = [copies(folder / "kept", folder / "copy", number) for number in (1, max(threads))]
+    contenders += [ours(source, folder / "ours", what, number) for number in threads]
+    alternate(contenders, 1, rounds, nbytes, say=lambda line: None)
+    result = record(contenders, contenders[1].name, nbytes, what=what, files=len(files), output_bytes=nbytes)
+    shutil.rmtree(folder / "kept")
+    print(f"\n{what}: {len(files)} files, {nbytes / 1e9:.2f} GB")
+    for row in result["results"]:
+        print(
+            f"  {row['name']:<16} {row['median_seconds']:6.2f} s  {row['gigabytes_per_second']:6.2f} GB/s  "
+            f"{row['relative']:5.2f} of the parallel cp  {row['peak_mebibytes']} MiB",
+            flush=True,
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-scale"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    most = len(os.sched_getaffinity(0))
+    threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
+    source = arguments.folder / "flash-slice"
+    if not source.is_dir():
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
+    results = [measure(what, source, arguments.folder, threads, arguments.rounds) for what in arguments.commands]
+    if arguments.save is not None:
+        save({"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "results": results}, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -63,6 +63,15 @@ tokenizer_option = option(
     panel=PROMPT,
     help="Folder with a tokenizer.json; by default the model's own tokenizer.",
 )
+image_option = option(
+    "--image",
+    "images",
+    type=PATH,
+    metavar="FILE",
+    multiple=True,
+    panel=PROMPT,
+    help="Image for the next image token of the prompt (V4.1); may be repeated.",
+)
 seed_option = option(
     "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, panel=PROMPT, help="Random seed."
 )
@@ -88,6 +97,7 @@ rounding_option = option(
 @text_option
 @chat_option
 @tokenizer_option
+@image_option
 @option(
     "--generate",
     type=click.IntRange(0),
@@ -147,6 +157,7 @@ def forward(
     text: str | None,
     chat: Path | None,
     tokenizer: Path | None,
+    images: tuple[Path, ...],
     generate: int,
     temperature: float,
     seed: int,
@@ -166,10 +177,13 @@ def forward(
     from ..reference import generate as generate_tokens
     from ..reference.goldens import write_goldens
     from ..reference.prompt import find_tokenizer
+    from ..reference.vision import embed_image, with_images
     from .report import print_json
 
     if record_last is not None and goldens is None:
         raise UsageError("--record-last needs --goldens")
+    if images and goldens is not None:
+        raise UsageError("--image and --goldens cannot be combined", hint="goldens record runs of token ids alone")
     if speculate and not generate:
         raise UsageError("--speculate needs --generate")
     _check_new(logits, overwrite)
@@ -179,6 +193,9 @@ def forward(
     prompt = _prompt(tokens, text, chat, vocabulary)
     if prompt is None:
         raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
+    embedded = [embed_image(model.parameters, image) for image in images]
+    if embedded:
+        prompt = with_images(prompt, embedded, model.config)
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
@@ -186,7 +203,7 @@ def forward(
         if logits is None and not generate:
             return
     state = model.new_state()
-    of_prompt = model.forward(prompt, state)
+    of_prompt = model.forward(prompt, state, images=embedded)
     if logits is not None:
         _save(logits, of_prompt)
     speculation = Speculation()

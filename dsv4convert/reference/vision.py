@@ -1,0 +1,223 @@
+"""Images of V4.1: the published resizing, the vision tower, and the aligner that makes embeddings of tokens.
+
+An image is a span of tokens: a start, rows of the aligner's grid each with a newline, and an end. All of
+them have the image token's id; the embeddings tell them apart.
+"""
+
+# numpy's arithmetic on arrays of any dtype is typed Any.
+# mypy: disable-error-code=no-any-return
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
+from ..model.config import ModelConfig
+from .arithmetic import product, rms_norm, silu, softmax
+from .parameters import Parameters
+from .weights.protocol import Array
+
+# The tower's own, not the text model's.
+TOWER_EPSILON = 1e-6
+# What fills the canvas around an image of another shape.
+GREY = (127, 127, 127)
+# Tokens of a span besides those of its rows.
+DELIMITERS = 2
+# Queries of a head that are scored at a time: 9216 patches of the largest image make 36 MiB.
+QUERY_BLOCK = 1024
+
+
+class ImagePlan(NamedTuple):
+    """The pixels that an image is resized to, and the rows and columns of tokens that they make."""
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the span."""
+        return self.rows * (self.columns + 1) + DELIMITERS
+
+
+def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
+    """Return how an image of ``width`` x ``height`` pixels is resized.
+
+    It gets at least ``min_pixels``, sides rounded up to whole patches, and where that makes more than
+    ``max_image_tokens``, the largest size of its shape that does not.
+
+    Raises:
+        UnsupportedError: the model has no vision tower of V4.1's.
+    """
+    flat = config.flat
+    patch, merged = int(flat["vision_patch_size"]), int(flat["vision_downsample_ratio"])
+    widest, least = flat.get("vision_max_wh_ratio"), int(flat["vision_min_pixels"])
+    most = int(flat["vision_max_n_token"])
+    if widest is not None and width > height * widest:
+        width = int(height * widest)
+    if width * height < least:
+        ratio = (least / (width * height)) ** 0.5
+        width, height = int(width * ratio), int(height * ratio)
+    plan = _planned(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch, patch, merged)
+    return plan if plan.tokens <= most else _planned(*_largest(height, width, patch, merged, most), patch, merged)
+
+
+def _planned(height: int, width: int, patch: int, merged: int) -> ImagePlan:
+    rows, columns = (math.ceil(side // patch / merged) for side in (height, width))
+    return ImagePlan(height, width, rows, columns)
+
+
+def _largest(height: int, width: int, patch: int, merged: int, most: int) -> tuple[int, int]:
+    """Return the height and width of the largest image of the same shape within ``most`` tokens.
+
+    With w columns and r·w rows, w is the root of r·w·(w + 1) + 2 = most.
+    """
+    cell = patch * merged
+    shape = height / width
+    columns = math.sqrt((most - DELIMITERS) / shape + 0.25) - 0.5
+    rows = columns * shape
+    if columns < 1:
+        return (most - DELIMITERS) // 2 * cell, cell
+    if rows < 1:
+        return cell, (most - DELIMITERS - 1) * cell
+    scale = min(math.floor(columns) * cell / width, math.floor(rows) * cell / height)
+    return tuple(math.floor(side * scale / patch) * patch for side in (height, width))  # type: ignore[return-value]
+
+
+def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
+    """Return an image's pixels, float32 [3, height, width] from -1 to 1, resized as planned.
+
+    Raises:
+        DeviceError: the package Pillow is not installed.
+        InputMissingError, FileFormatError: there is no such file, or it is no image.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise DeviceError("--image needs the package Pillow", hint="install dsv4convert[vision]") from None
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except FileNotFoundError:
+        raise InputMissingError("no such file", where=path) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileFormatError(f"not a readable image ({error})", where=path) from None
+    plan = plan_image(image.width, image.height, config)
+    size, widest = (plan.width, plan.height), config.flat.get("vision_max_wh_ratio")
+    if widest is not None and image.width >= widest * image.height:
+        resized = image.resize(size)
+    else:
+        resized = ImageOps.pad(image, size, color=GREY)
+    pixels = np.asarray(resized, np.float32).transpose(2, 0, 1)
+    return (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5), plan
+
+
+def embed_image(p: Parameters, path: Path) -> Array:
+    """Return the embeddings [tokens, D] of an image's span.
+
+    Raises:
+        UnsupportedError: the model has no vision tower of V4.1's.
+        DeviceError, InputMissingError, FileFormatError: as for ``read_image``.
+    """
+    if not p.is_v41 or not p.source.has("vision.patch_embed.proj.weight"):
+        raise UnsupportedError(
+            "the model has no vision tower that can be run", expected="a DeepSeek-V4.1 checkpoint with vision.* tensors"
+        )
+    pixels, plan = read_image(path, p.config)
+    patch = int(p.config.flat["vision_patch_size"])
+    x = tower(p, pixels)
+    grid = align(p, x.reshape(plan.height // patch, plan.width // patch, -1))
+    newline = np.broadcast_to(p.weight("image_newline"), (plan.rows, 1, grid.shape[-1]))
+    lines = np.concatenate([grid, newline], axis=1).reshape(-1, grid.shape[-1])
+    return np.concatenate([p.weight("image_start")[None], lines, p.weight("image_end")[None]])
+
+
+def tower(p: Parameters, pixels: Array) -> Array:
+    """Return the vision tower's output [patches, vd] of pixels [3, height, width], patches in reading order."""
+    flat = p.config.flat
+    patch, heads = int(flat["vision_patch_size"]), int(flat["vision_n_heads"])
+    rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
+    patches = pixels.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
+    x = p.project(patches, "vision.patch_embed.proj.weight") + p.weight("vision.patch_embed.proj.bias")
+    turn = _turns(rows, columns, x.shape[1] // heads // 2, float(flat["vision_rope_theta"]))
+    for n in range(int(flat["vision_n_layers"])):
+        at = f"vision.blocks.{n}."
+        x = x + _attention(p, rms_norm(x, p.weight(f"{at}norm1.weight"), TOWER_EPSILON), turn, heads, f"{at}attn.")
+        gate, up = np.split(
+            p.project(rms_norm(x, p.weight(f"{at}norm2.weight"), TOWER_EPSILON), f"{at}mlp.w1.weight"), 2, axis=1
+        )
+        x = x + p.project(silu(gate) * up, f"{at}mlp.w2.weight")
+    return rms_norm(x, p.weight("vision.norm.weight"), TOWER_EPSILON)
+
+
+def align(p: Parameters, x: Array) -> Array:
+    """Return the embeddings [rows, columns, D] that squares of the tower's output [h, w, vd] make.
+
+    A square's values go by channel, then by row and column; squares at the edges are filled up with zeros.
+    """
+    r = int(p.config.flat["vision_downsample_ratio"])
+    h, w, vd = x.shape
+    x = np.pad(x, [(0, -h % r), (0, -w % r), (0, 0)])
+    rows, columns = x.shape[0] // r, x.shape[1] // r
+    x = x.reshape(rows, r, columns, r, vd).transpose(0, 2, 4, 1, 3).reshape(rows, columns, vd * r * r)
+    y = gelu(p.project(x, "aligner.w1.weight") + p.weight("aligner.w1.bias"))
+    return p.project(y, "aligner.w2.weight") + p.weight("aligner.w2.bias")
+
+
+def gelu(x: Array) -> Array:
+    """Return x·Φ(x), with the error function itself."""
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+    return (x * (0.5 + 0.5 * erf(x.astype(np.float64) * 0.5**0.5))).astype(np.float32)
+
+
+def _turns(rows: int, columns: int, r: int, theta: float) -> Array:
+    """Return e^{i·angle} [patches, r]: the first half of the pairs turns by the row, the second by the column."""
+    f = 1 / np.float32(theta) ** (np.arange(0, r, 2, dtype=np.float32) / np.float32(r))
+    row, column = np.divmod(np.arange(rows * columns, dtype=np.int64), columns)
+    angle = np.concatenate([row.astype(np.float32)[:, None] * f, column.astype(np.float32)[:, None] * f], axis=1)
+    return np.exp(1j * angle.astype(np.float64)).astype(np.complex64)
+
+
+def _turned(x: Array, turn: Array) -> Array:
+    """Return ``x`` [patches, d] turned; elements i and i + d/2 make a pair."""
+    half = x.shape[1] // 2
+    z = (x[:, :half] + 1j * x[:, half:]) * turn
+    return np.concatenate([z.real, z.imag], axis=1).astype(np.float32)
+
+
+def _attention(p: Parameters, x: Array, turn: Array, heads: int, at: str) -> Array:
+    """Return full attention's output [patches, vd], head by head."""
+    d = x.shape[1] // heads
+    qkv = p.project(x, f"{at}wqkv.weight") + p.weight(f"{at}wqkv.bias")
+    q, k, v = (part.reshape(len(x), heads, d) for part in np.split(qkv, 3, axis=1))
+    o = np.empty_like(q)
+    for head in range(heads):
+        turned_q, turned_k = _turned(q[:, head], turn) * np.float32(d**-0.5), _turned(k[:, head], turn)
+        for a in range(0, len(x), QUERY_BLOCK):
+            scores = turned_q[a : a + QUERY_BLOCK] @ turned_k.T
+            o[a : a + QUERY_BLOCK, head] = softmax(scores, axis=1) @ v[:, head]
+    return product(o.reshape(len(x), -1), p.weight(f"{at}wo.weight")) + p.weight(f"{at}wo.bias")
+
+
+def with_images(tokens: Sequence[int], images: Sequence[Array], config: ModelConfig) -> list[int]:
+    """Return ``tokens`` with each image token repeated for the tokens of its image's span.
+
+    Raises:
+        UsageError: there are more or fewer image tokens than images.
+    """
+    image_token = config.flat.get("image_token_id")
+    found = sum(token == image_token for token in tokens)
+    if found != len(images):
+        raise UsageError(
+            "images and image tokens of the prompt",
+            expected=f"{len(images)} of id {image_token}, one for each --image",
+            got=found,
+        )
+    left = iter(images)
+    return [t for token in tokens for t in ([token] * len(next(left)) if token == image_token else [token])]

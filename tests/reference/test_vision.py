@@ -1,0 +1,187 @@
+"""Images of V4.1: the published resizing by its results, tower and aligner against torch's modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dsv4convert.api import load_model
+from dsv4convert.cli import app
+from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError
+from dsv4convert.reference import Model
+from dsv4convert.reference.vision import align, embed_image, gelu, plan_image, read_image, tower, with_images
+
+from ..v41 import TINY
+
+IMAGE_TOKEN = 510
+
+# (width, height) and what a port of the published processing makes of it: height, width, rows, columns.
+PLANS = [
+    ((640, 480), (490, 644, 12, 16)),
+    ((1, 1), (546, 546, 13, 13)),
+    ((544, 544), (546, 546, 13, 13)),
+    ((4000, 3000), (1134, 1512, 27, 36)),
+    ((3000, 4000), (1512, 1134, 36, 27)),
+    ((10, 5000), (12166, 28, 290, 1)),
+    ((5000, 10), (28, 12166, 1, 290)),
+    ((1344, 1344), (1302, 1302, 31, 31)),
+    ((1330, 1300), (1260, 1302, 30, 31)),
+    ((100, 20000), (8400, 42, 200, 1)),
+    ((20000, 100), (84, 16800, 2, 400)),
+    ((777, 333), (364, 840, 9, 20)),
+    ((1920, 1080), (966, 1708, 23, 41)),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(TINY["tiny-a"], cached=True)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    path = tmp_path / "picture.png"
+    image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("size", "expected"), PLANS, ids=lambda value: "x".join(map(str, value)))
+def test_images_are_resized_as_published(
+    model: Model, size: tuple[int, int], expected: tuple[int, int, int, int]
+) -> None:
+    plan = plan_image(*size, model.config)
+    assert plan == expected
+    assert plan.tokens <= 1024
+
+
+@pytest.mark.oracle
+def test_tower_and_aligner_equal_torch(model: Model) -> None:
+    import torch
+    from torch.nn import functional
+
+    def w(name: str) -> Any:
+        return torch.tensor(model.source.tensor(name), dtype=torch.float64)
+
+    flat = model.config.flat
+    heads, vd, rows, columns = flat["vision_n_heads"], flat["vision_dim"], 4, 5
+    pixels = np.random.default_rng(1).uniform(-1, 1, (3, rows * 14, columns * 14)).astype(np.float32)
+    x = functional.conv2d(
+        torch.tensor(pixels, dtype=torch.float64)[None],
+        w("vision.patch_embed.proj.weight").reshape(vd, 3, 14, 14),
+        w("vision.patch_embed.proj.bias"),
+        stride=14,
+    )
+    x = x.flatten(2)[0].T
+    d = vd // heads
+    f = flat["vision_rope_theta"] ** (-torch.arange(0, d // 2, 2, dtype=torch.float64) / (d // 2))
+    row = torch.arange(rows).repeat_interleave(columns)[:, None] * f
+    column = torch.arange(columns).repeat(rows)[:, None] * f
+    angle = torch.cat([row, column], dim=1)
+    cos, sin = (torch.cat([part, part], dim=1)[None] for part in (angle.cos(), angle.sin()))
+
+    def turned(t: Any) -> Any:
+        return t * cos + torch.cat([-t[..., d // 2 :], t[..., : d // 2]], dim=-1) * sin
+
+    for n in range(flat["vision_n_layers"]):
+        at = f"vision.blocks.{n}."
+        h = functional.rms_norm(x, (vd,), w(f"{at}norm1.weight"), 1e-6)
+        qkv = functional.linear(h, w(f"{at}attn.wqkv.weight"), w(f"{at}attn.wqkv.bias"))
+        q, k, v = qkv.reshape(rows * columns, 3, heads, d).permute(1, 2, 0, 3)
+        o = functional.scaled_dot_product_attention(turned(q)[None], turned(k)[None], v[None])[0]
+        o = o.transpose(0, 1).reshape(rows * columns, vd)
+        x = x + functional.linear(o, w(f"{at}attn.wo.weight"), w(f"{at}attn.wo.bias"))
+        h = functional.rms_norm(x, (vd,), w(f"{at}norm2.weight"), 1e-6)
+        gate, up = functional.linear(h, w(f"{at}mlp.w1.weight")).chunk(2, dim=1)
+        x = x + functional.linear(functional.silu(gate) * up, w(f"{at}mlp.w2.weight"))
+    x = functional.rms_norm(x, (vd,), w("vision.norm.weight"), 1e-6)
+    ours = tower(model.parameters, pixels)
+    assert relative(ours, x.numpy()) <= 1e-5
+
+    padded = functional.pad(x.T.reshape(1, vd, rows, columns), (0, 1, 0, 2))
+    y = functional.unfold(padded, 3, stride=3)[0].T
+    y = functional.gelu(functional.linear(y, w("aligner.w1.weight"), w("aligner.w1.bias")))
+    y = functional.linear(y, w("aligner.w2.weight"), w("aligner.w2.bias"))
+    aligned = align(model.parameters, ours.reshape(rows, columns, vd))
+    assert aligned.shape == (2, 2, model.config.hidden_size)
+    assert relative(aligned.reshape(4, -1), y.numpy()) <= 1e-5
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
+
+
+def test_gelu_is_the_exact_one() -> None:
+    assert gelu(np.array([0, 1, -1], np.float32)) == pytest.approx([0, 0.8413447, -0.1586553], abs=1e-6)
+
+
+def test_pixels_are_centred_on_grey(model: Model, picture: Path) -> None:
+    pixels, plan = read_image(picture, model.config)
+    assert pixels.shape == (3, plan.height, plan.width)
+    assert np.abs(pixels).max() <= 1
+    # The plan is 714 x 434 pixels, of which the image fills 714 x 428: grey lines remain above and below.
+    assert np.allclose(pixels[:, 0], 127 / 127.5 - 1, atol=1e-6)
+
+
+def test_an_image_is_a_span_of_delimiters_rows_and_newlines(model: Model, picture: Path) -> None:
+    embedding = embed_image(model.parameters, picture)
+    _, plan = read_image(picture, model.config)
+    assert len(embedding) == plan.tokens
+    tensor = model.source.tensor
+    assert np.array_equal(embedding[0], tensor("image_start"))
+    assert np.array_equal(embedding[-1], tensor("image_end"))
+    for row in range(plan.rows):
+        assert np.array_equal(embedding[(row + 1) * (plan.columns + 1)], tensor("image_newline"))
+
+
+def test_image_tokens_take_the_embeddings_another_bias_and_no_engram(model: Model, picture: Path) -> None:
+    image = embed_image(model.parameters, picture)
+    tokens = with_images([5, IMAGE_TOKEN, 7, 8], [image], model.config)
+    assert len(tokens) == len(image) + 3
+    trace: dict[str, Any] = {}
+    model.forward(tokens, images=[image], last_only=True, record=trace.__setitem__)
+    inside = slice(1, 1 + len(image))
+    assert np.array_equal(trace["embed"][inside], image)
+    before = np.repeat(trace["embed"][:, None], model.config.hc_mult, axis=1)
+    assert np.array_equal(trace["layers.0.engram.streams"][inside], before[inside])
+    assert not np.array_equal(trace["layers.0.engram.streams"][-1], before[-1])
+    biased = trace["layers.0.ffn.gate.affinity"] + model.source.tensor("layers.0.ffn.gate.bias_vl")
+    best = np.sort(np.argsort(-biased[inside], axis=1)[:, :2], axis=1)
+    assert np.array_equal(np.sort(trace["layers.0.ffn.gate.experts"][inside], axis=1), best)
+
+
+def test_images_and_image_tokens_must_fit(model: Model, picture: Path) -> None:
+    image = embed_image(model.parameters, picture)
+    with pytest.raises(UsageError, match="expected 1 of id 510, one for each --image, got 0"):
+        with_images([5, 7], [image], model.config)
+    with pytest.raises(UsageError, match="tokens of the images"):
+        model.forward([5, IMAGE_TOKEN], images=[image])
+
+
+def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(InputMissingError, match="no such file"):
+        read_image(tmp_path / "none.png", model.config)
+    path = tmp_path / "text.png"
+    path.write_text("no picture")
+    with pytest.raises(FileFormatError, match="not a readable image"):
+        read_image(path, model.config)
+
+
+def test_a_model_without_a_tower_takes_no_image(tiny: Path, picture: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no vision tower that can be run"):
+        embed_image(load_model(tiny).parameters, picture)
+
+
+def test_the_command_takes_images(picture: Path) -> None:
+    arguments = ["forward", str(TINY["tiny-a"]), "--tokens", f"5,{IMAGE_TOKEN},7", "--image", str(picture), "--json"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    document = json.loads(result.stdout)
+    assert document["tokens"].count(IMAGE_TOKEN) > 100
+    assert len(document["positions"]) == len(document["tokens"])

@@ -1,4 +1,4 @@
-"""The numpy forward pass on a Flash slice at full width: seconds per layer, and peak memory.
+"""The numpy forward pass on a slice of Flash or V4.1-Flash at full width: seconds per layer, and peak memory.
 
 python benchmarks/forward.py --save benchmarks/results/forward.json
 """
@@ -21,6 +21,9 @@ from dsv4convert.synth.write import write_synth
 RATIOS = (0, 4, 128, 4)
 EXPERTS = 48
 VOCAB = 32768
+# V4.1-Flash's first four layers hold an n-gram table and a KV source; the table is cut to 2.4 million rows.
+V41_LAYERS = 4
+V41_TABLE = {"engram_vocab_size": 100_000}
 
 
 def child(source: Path, length: int) -> None:
@@ -54,19 +57,25 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="a model that is there already, in any layout")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--experts", type=int, default=EXPERTS)
+    parser.add_argument("--v41", action="store_true", help="a slice of V4.1-Flash")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     # The slice of 48 experts is the one that the other benchmarks convert.
-    name = "flash-slice" if arguments.experts == EXPERTS else f"flash-slice-{arguments.experts}"
+    name = "v41-flash-slice" if arguments.v41 else "flash-slice"
+    name = name if arguments.experts == EXPERTS else f"{name}-{arguments.experts}"
     source = arguments.source or arguments.folder / name
     if arguments.child:
         child(source, arguments.tokens)
         return
     if not source.exists():
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=RATIOS, experts=arguments.experts, vocab=VOCAB)
+        if arguments.v41:
+            cut = {"layers": V41_LAYERS, "mtp": False, "overrides": V41_TABLE}
+            write_synth(source, "v41-flash", experts=arguments.experts, vocab=VOCAB, **cut)
+        else:
+            write_synth(source, "flash", ratios=RATIOS, experts=arguments.experts, vocab=VOCAB)
     command = [
         sys.executable, __file__, "--child", "--source", str(source), "--tokens", str(arguments.tokens),
     ]  # fmt: skip
@@ -76,7 +85,8 @@ def main() -> None:
         rounds.append(json.loads(done.stdout))
     seconds = {name: median(r["seconds"][name] for r in rounds) for name in rounds[0]["seconds"]}
     result = {
-        "command": f"python benchmarks/forward.py --experts {arguments.experts} --tokens {arguments.tokens}",
+        "command": f"python benchmarks/forward.py --experts {arguments.experts} --tokens {arguments.tokens}"
+        + (" --v41" if arguments.v41 else ""),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "rounds": arguments.rounds,
         "median_seconds": seconds,

@@ -133,7 +133,7 @@ def attention(p: Parameters, x_TD: Array, place: Place, state: LayerState, share
             keys_Sd = _compress(p, x_TD, f"{inner}compressor.", ratio, f, state.indexer, of_indexer=True)
             record(f"{inner}compressor.entries", keys_Sd)
             score_TS = _scores(q, w, keys_Sd, ratio, t0)
-            chosen_TS = _choose(score_TS, c.index_topk, inner, record)
+            chosen_TS = _choose(score_TS, None, c.index_topk, inner, record)
 
     # One head of kv is both key and value; it is kept for W tokens.
     kv_Nd = np.concatenate([state.window, kv_Td])
@@ -295,10 +295,10 @@ def _scores(q: Array, w: Array, keys_Sd: Array, ratio: int, t0: int) -> Array:
     return score_TS
 
 
-def _choose(score_TS: Array, topk: int, at: str, record: Record) -> Array:
-    """Return which of the entries each query attends to, bool [T, S]: the best of those that it sees."""
+def _choose(score_TS: Array, allowed_TS: Array | None, topk: int, at: str, record: Record) -> Array:
+    """Return which of the entries each query attends to, bool [T, S]: the best of those that it sees and may take."""
     record(f"{at}score", score_TS)
-    chosen_TS = _best(score_TS, topk)
+    chosen_TS = _best(score_TS if allowed_TS is None else np.where(allowed_TS, score_TS, -np.inf), topk)
     record(f"{at}chosen", chosen_TS)
     return chosen_TS
 
@@ -339,12 +339,10 @@ def _share(
     if layer in c.index_source_layer_ids and shared.keys is not None:
         q, w = index_queries(p, x_TD, qr, turn_Tr, inner, record)
         score_TS = _scores(q, w, shared.keys, ratio, place.t0)
+        shared.chosen = _choose(score_TS, shared.candidates, c.index_topk, inner, record)
         if c.candidates is not None and layer == c.candidates.source_layer_id:
             shared.candidates = _candidates(score_TS, c.candidates, ratio, place.t0)
             record(f"{inner}candidates", shared.candidates)
-        elif shared.candidates is not None:
-            score_TS = np.where(shared.candidates, score_TS, -np.inf)
-        shared.chosen = _choose(score_TS, c.index_topk, inner, record)
 
 
 def _candidates(score_TS: Array, candidates: Candidates, ratio: int, t0: int) -> Array:

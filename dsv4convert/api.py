@@ -109,7 +109,7 @@ def convert_gguf(
     )
     target = None if out is None else Path(out)
     plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
 def shard(
@@ -145,7 +145,7 @@ def shard(
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
     plan, costs = plan_shards(Path(source), Path(out), options, strict=strict, index=index)
-    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
+    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
     return ShardSummary(**summary.__dict__, costs=costs)
 
 
@@ -175,7 +175,7 @@ def unshard(
     plan = plan_unshard(
         Path(source), Path(out), wo_a=wo_a, draft=draft, max_file_bytes=parse_size(max_file_size), strict=strict
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
 def dequantize(
@@ -214,7 +214,7 @@ def dequantize(
         strict=strict,
         index=index,
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
 def repack(
@@ -252,7 +252,7 @@ def repack(
         index=index,
     )
     return summarize_repack(
-        plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+        plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
     )
 
 
@@ -267,18 +267,27 @@ def _carry_out(
     progress: Progress | None,
     *,
     strict: bool = False,
+    exact: bool = False,
 ) -> Summary:
-    """Carry out a plan, or only tell what it would write and need."""
+    """Carry out a plan, or only tell what it would write and need.
+
+    ``strict`` refuses values that are not finite, ``exact`` those that change.
+    """
     from .engine.conversion import execute, summarize_dry_run
 
     threads = _checked_threads(threads)
     if dry_run:
         return summarize_dry_run(plan, threads)
-    before_finish: Callable[[RunReport], None] | None = None
-    if strict:
-        from .engine.loss import refuse_loss
+    refuse: Callable[[RunReport], None] | None = None
+    if strict or exact:
+        from .engine.loss import refuse_loss, refuse_not_finite
 
-        before_finish = refuse_loss("--strict")
+        hooks = [*([refuse_loss("--strict")] if exact else []), *([refuse_not_finite("--strict")] if strict else [])]
+
+        def refuse(report: RunReport) -> None:
+            for hook in hooks:
+                hook(report)
+
     summary = execute(
         plan,
         threads=threads,
@@ -287,7 +296,7 @@ def _carry_out(
         fresh=fresh,
         lock=lock,
         progress=_of_total(progress, plan.nbytes),
-        before_finish=before_finish,
+        before_finish=refuse,
     )
     if progress is not None:  # headers and padding are no worker's task: they are done when all is
         progress(plan.nbytes, plan.nbytes)

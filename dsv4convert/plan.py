@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
@@ -49,9 +50,11 @@ class Copy:
     """A run of bytes as it is: one operand, rows of one byte.
 
     ``is_repeated``: the same run stands in several files of the output, so that its checksum need be taken only once.
+    ``holds`` is the safetensors dtype of its elements, where those that are not finite are to be counted.
     """
 
     is_repeated: bool = False
+    holds: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +112,18 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The bytes from ``first`` to ``last`` (exclusive) of each row of the one operand."""
+    """The bytes from ``first`` to ``last`` (exclusive) of each row of the one operand; ``holds`` as for ``Copy``."""
 
     first: int
     last: int
+    holds: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """The rows of all operands, one next to the other."""
+    """The rows of all operands, one next to the other; ``holds`` as for ``Copy``."""
+
+    holds: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +195,12 @@ COPY, REPEATED_COPY, KEEP, JOIN, ALL_EQUAL = (
     Join(),
     AllEqual(),
 )
+
+
+@cache
+def copy(holds: str = "", is_repeated: bool = False) -> Copy:
+    """Return the copy of elements of a safetensors dtype, one object for all of the kind."""
+    return Copy(is_repeated, holds)
 
 
 _CONVERSIONS_MADE: dict[Convert, Convert] = {}
@@ -335,14 +347,15 @@ class MadeSegments(Sequence[Segment], ABC):
 class CopySegments(MadeSegments):
     """The segments that copy ``nbytes`` bytes at ``offset`` of ``file`` as they are.
 
-    ``is_repeated``: the same segments stand in several files of the output.
+    ``holds`` is the safetensors dtype of the elements. ``is_repeated``: the same segments stand in several files of
+    the output.
     """
 
-    __slots__ = ("_nbytes", "file", "is_repeated", "offset")
+    __slots__ = ("_nbytes", "_operation", "file", "offset")
 
-    def __init__(self, file: Path, offset: int, nbytes: int, is_repeated: bool = False) -> None:
+    def __init__(self, file: Path, offset: int, nbytes: int, holds: str = "", is_repeated: bool = False) -> None:
         self.file = file
-        self.is_repeated = is_repeated
+        self._operation = copy(holds, is_repeated)
         self.offset = offset
         self._nbytes = nbytes
 
@@ -357,8 +370,7 @@ class CopySegments(MadeSegments):
     def _make(self, number: int) -> Segment:
         begin = number * COPY_SEGMENT_BYTES
         operand = Operand(self.file, self.offset + begin, 1, 1, "u1")
-        operation = REPEATED_COPY if self.is_repeated else COPY
-        return Segment(operation, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
+        return Segment(self._operation, (operand,), min(COPY_SEGMENT_BYTES, self._nbytes - begin), 1)
 
 
 def total_bytes(segments: Sequence[Segment]) -> int:

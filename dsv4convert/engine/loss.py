@@ -4,8 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import LossyError
+from ..errors import InventoryError, LossyError
 from .run import RunReport
+
+
+def refuse_not_finite(option: str) -> Callable[[RunReport], None]:
+    """Return a ``before_finish`` hook that refuses a run in which any value is NaN or infinite.
+
+    The hook raises InventoryError, which names the worst tensor, while the output still has its temporary name.
+    """
+
+    def check(report: RunReport) -> None:
+        found = [tensor for tensor in report.tensors if tensor.tally.nan]
+        if not found:
+            return
+        worst = max(found, key=lambda tensor: tensor.tally.nan)
+        more = f" (and {len(found) - 1} more tensors)" if found[1:] else ""
+        raise InventoryError(
+            f"tensor {worst.name}: {worst.tally.nan} values are NaN or infinite{more}",
+            where=worst.file,
+            hint=f"without {option} they are counted and listed",
+        )
+
+    return check
 
 
 def refuse_loss(option: str) -> Callable[[RunReport], None]:

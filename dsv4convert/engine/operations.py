@@ -20,6 +20,7 @@ from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
+from ..formats.not_finite import count_not_finite
 from ..plan import (
     AllEqual,
     Beside,
@@ -105,10 +106,12 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             out[...] = inputs[0].view(np.uint8)
         case Beside():
             _beside(operation, codecs, inputs, out, scratch, tally)
-        case Columns(first, last):
+        case Columns(first, last, holds):
             out[...] = inputs[0][:, first:last]
-        case Join():
+            _count(holds, out, scratch, tally)
+        case Join(holds):
             np.concatenate(inputs, axis=1, out=out)
+            _count(holds, out, scratch, tally)
         case AllEqual():
             _all_equal(inputs, out)
         case Fill(byte):
@@ -126,6 +129,12 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             raise TypeError("a copy has no tiles: the worker moves its bytes")
         case _:
             _never(operation)
+
+
+def _count(holds: str, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+    """Count the elements of moved rows that are not finite."""
+    magnitudes = scratch.array("magnitudes", (out.size,), np.uint8)
+    tally.nan += count_not_finite(holds, out.reshape(-1), magnitudes)
 
 
 def divides_blocks(operation: Operation) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
+from ..formats.not_finite import count_not_finite, element_bytes
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .kernel_copy import KernelCopier
 from .operations import as_f32, divides_blocks, make_tile, squares
@@ -23,6 +24,7 @@ from .outputs import DescriptorCache, os_errors, write_all
 # for each other at the one file that both write (benchmarks/hf_to_gguf.py: 15 % faster than 512 KiB).
 TILE_BYTES = 2**20
 COPY_TILE_BYTES = 2**20
+MAX_ELEMENT_BYTES = 8
 
 
 class Worker:
@@ -59,7 +61,7 @@ class Worker:
         """
         tally = Tally()
         if isinstance(segment.operation, Copy):
-            return self._copy(segment, segment.operation, path, output, offset), tally
+            return self._copy(segment, segment.operation, path, output, offset, tally), tally
         return self._convert(segment, path, output, offset, tally), tally
 
     def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
@@ -118,7 +120,7 @@ class Worker:
                 view = view[count:]
                 offset += count
 
-    def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int) -> bytes:
+    def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int, tally: Tally) -> bytes:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``); return their digest."""
         operand = segment.operands[0]
         known = self._digests.get(segment) if operation.is_repeated else None
@@ -126,6 +128,7 @@ class Worker:
         chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
         source = self._descriptors.get(operand.file, os.O_RDONLY)
         done = 0
+        cut = chunk[:0]  # the first bytes of an element that the kernel moved in two parts
         while done < segment.rows and not self.stopped:
             begin = operand.offset + done
             seen = chunk[: segment.rows - done]
@@ -140,6 +143,7 @@ class Worker:
                 moved = seen.nbytes
             if known is None:
                 digest.update(seen[:moved].data)
+                cut = self._count(operation.holds, cut, seen[:moved], tally)
             done += moved
             self.done_bytes += moved
         if known is None:
@@ -147,6 +151,14 @@ class Worker:
             if operation.is_repeated and done == segment.rows:
                 self._digests[segment] = known
         return known
+
+    def _count(self, holds: str, cut: NDArray[np.uint8], seen: NDArray[np.uint8], tally: Tally) -> NDArray[np.uint8]:
+        """Count the elements of copied bytes that are not finite; return the bytes of a last one that is cut."""
+        content = np.concatenate((cut, seen)) if len(cut) else seen
+        scratch = self._scratch.array("magnitudes", (COPY_TILE_BYTES + MAX_ELEMENT_BYTES,), np.uint8)
+        tally.nan += count_not_finite(holds, content, scratch)
+        left = len(content) % element_bytes(holds)
+        return content[len(content) - left :].copy() if left else content[:0]
 
 
 def rows_per_tile(segment: Segment, tile_bytes: int) -> int:

@@ -33,6 +33,7 @@ from ..checkpoint.meaning import (
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
 from ..errors import InputMissingError, InputOutputError
+from ..formats.not_finite import count_not_finite
 from ..model.config import Version
 from ..model.tensors import scale_name
 
@@ -44,23 +45,6 @@ TASKS_AHEAD = 4
 
 EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
 MATRICES_OF_AN_EXPERT = 3
-
-
-class Magnitude(NamedTuple):
-    """How an element that is not finite is told: the bits of its magnitude are at least ``least``."""
-
-    dtype: str
-    mask: int
-    least: int
-
-
-MAGNITUDES = {
-    "F32": Magnitude("<u4", 0x7FFFFFFF, 0x7F800000),
-    "BF16": Magnitude("<u2", 0x7FFF, 0x7F80),
-    "F16": Magnitude("<u2", 0x7FFF, 0x7C00),
-    "F8_E4M3": Magnitude("u1", 0x7F, 0x7F),
-    "F8_E8M0": Magnitude("u1", 0xFF, 0xFF),
-}
 
 
 @dataclass
@@ -238,17 +222,3 @@ def _fill(descriptor: int, piece: NDArray[np.uint8], offset: int, path: Path) ->
         if count == 0:
             raise InputMissingError("became shorter while it was read", where=path)
         view, offset = view[count:], offset + count
-
-
-def count_not_finite(dtype: str, content: NDArray[np.uint8], scratch: NDArray[np.uint8]) -> int:
-    """Return how many elements of a tensor's bytes are NaN or infinite; ``scratch`` has room for as many bytes.
-
-    Packed FP4 and integers have no such values; neither has e4m3 an infinity, nor e8m0.
-    """
-    kind = MAGNITUDES.get(dtype)
-    if kind is None or not content.size:
-        return 0
-    bits = content.view(kind.dtype)
-    if kind.mask != np.iinfo(bits.dtype).max:
-        bits = np.bitwise_and(bits, bits.dtype.type(kind.mask), out=scratch[: content.nbytes].view(bits.dtype))
-    return int(np.count_nonzero(bits >= kind.least)) if bits.max() >= kind.least else 0

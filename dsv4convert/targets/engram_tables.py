@@ -69,6 +69,16 @@ def table_tensors(name: str, weight: Weight, kind: str) -> list[Table]:
         return [(name, (rows, width), I8, RowSegments(joined))]
     stem = name.removesuffix(".weight")
     return [
-        (name, weight.shape, I8, CopySegments(weight.stored.file, weight.stored.offset, weight.stored.nbytes)),
-        (f"{stem}{SCALE_SUFFIX}.weight", scale.shape, I8, CopySegments(scale.file, scale.offset, scale.nbytes)),
+        (
+            name,
+            weight.shape,
+            I8,
+            CopySegments(weight.stored.file, weight.stored.offset, weight.stored.nbytes, weight.stored.dtype),
+        ),
+        (
+            f"{stem}{SCALE_SUFFIX}.weight",
+            scale.shape,
+            I8,
+            CopySegments(scale.file, scale.offset, scale.nbytes, scale.dtype),
+        ),
     ]

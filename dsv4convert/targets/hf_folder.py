@@ -137,7 +137,7 @@ def is_fp4_expert(weight: Weight) -> bool:
 
 
 def _verbatim(name: str, stored: Stored) -> OutputTensor:
-    segments = CopySegments(stored.file, stored.offset, stored.nbytes)
+    segments = CopySegments(stored.file, stored.offset, stored.nbytes, stored.dtype)
     return _tensor(name, stored.dtype, stored.shape, segments)
 
 

@@ -144,7 +144,7 @@ def convert_segments(weight: Weight, to: ElementType, first: int = 0, rows: int 
     segment = codec_segment(weight, to, first, rows)
     if isinstance(segment.operation, Keep):
         source = segment.operands[0]
-        return CopySegments(source.file, source.offset, segment.nbytes)
+        return CopySegments(source.file, source.offset, segment.nbytes, weight.stored.dtype)
     return RowSegments(segment) if weight.row.store is Store.ENGRAM else (segment,)
 
 

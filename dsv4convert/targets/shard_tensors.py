@@ -16,17 +16,17 @@ from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_ran
 from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
 from ..plan import (
     ALL_EQUAL,
-    COPY,
     COPY_SEGMENT_BYTES,
-    JOIN,
     Columns,
     CopySegments,
     Dropped,
     Fill,
+    Join,
     Operand,
     OutputFile,
     OutputTensor,
     Segment,
+    copy,
     total_bytes,
 )
 from .claims import Claims
@@ -218,7 +218,7 @@ def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]
         share = run_length(rows, mp)
         real = max(0, min(rows - rank * share, share))
         segments: tuple[Segment, ...] = tuple(
-            CopySegments(stored.file, stored.offset + rank * share * width, real * width)
+            CopySegments(stored.file, stored.offset + rank * share * width, real * width, stored.dtype)
         )
         if real < share:
             segments += (Segment(Fill(padding), (), share - real, width),)
@@ -229,14 +229,16 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
     """Return the segments of a rank's part of stored bytes, whatever they mean."""
     if split is Split.ROWS:
         part = stored.nbytes // mp
-        return CopySegments(stored.file, stored.offset + rank * part, part)
+        return CopySegments(stored.file, stored.offset + rank * part, part, stored.dtype)
     if split is Split.COLUMNS and mp > 1:
         rows = stored.shape[0]
         width = stored.nbytes // rows
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
-        return (Segment(Columns(rank * part, (rank + 1) * part), (whole_rows,), rows, part),)
-    return CopySegments(stored.file, stored.offset, stored.nbytes, is_repeated=split is Split.COPY and mp > 1)
+        return (Segment(Columns(rank * part, (rank + 1) * part, stored.dtype), (whole_rows,), rows, part),)
+    return CopySegments(
+        stored.file, stored.offset, stored.nbytes, stored.dtype, is_repeated=split is Split.COPY and mp > 1
+    )
 
 
 def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTensor], tuple[str, ...]]:
@@ -303,16 +305,16 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     if weight.row.split is Split.RUNS:
         return _without_padding(stored, weight.shape[0])
     if len(stored) == 1:
-        return CopySegments(first.file, first.offset, first.nbytes)
+        return CopySegments(first.file, first.offset, first.nbytes, first.dtype)
     if weight.axis == 1:
         rows = first.shape[0]
         width = first.nbytes // rows
         operands = tuple(Operand(part.file, part.offset, width, 1, "u1") for part in stored)
-        return (Segment(JOIN, operands, rows, width * len(stored)),)
+        return (Segment(Join(first.dtype), operands, rows, width * len(stored)),)
     if weight.axis == 0:
         piece = _piece_bytes(first.nbytes)
         return tuple(
-            Segment(COPY, (Operand(part.file, part.offset + begin, 1, 1, "u1"),), piece, 1)
+            Segment(copy(part.dtype), (Operand(part.file, part.offset + begin, 1, 1, "u1"),), piece, 1)
             for part in stored
             for begin in range(0, part.nbytes, piece)
         )
@@ -333,7 +335,7 @@ def _without_padding(stored: Sequence[Stored], rows: int) -> tuple[Segment, ...]
     return tuple(
         segment
         for rank, part in enumerate(stored)
-        for segment in CopySegments(part.file, part.offset, max(0, min(rows - rank * share, share)) * width)
+        for segment in CopySegments(part.file, part.offset, max(0, min(rows - rank * share, share)) * width, part.dtype)
     )
 
 

@@ -333,3 +333,29 @@ def test_foreign_verification_names_the_key_that_differs(editable: MakeEditable,
 def test_v4_pro_with_dspark_is_0813(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("pro", headers_only=True, variant="dspark")
     assert json.loads(run_cli("inspect", folder, "--json").out)["variant"] == "V4-Pro-0813"
+
+
+COPIED = {
+    "bf16": ("embed.weight", lambda content: content.view("<u2").__setitem__(slice(5, 8), 0x7FC0), False, 3),
+    "f32": ("layers.0.hc_attn_fn", lambda content: content.view("<u4").__setitem__(7, 0xFF800000), False, 1),
+    "e4m3": ("layers.1.attn.wq_b.weight", lambda content: content.__setitem__(-1, 0xFF), False, 1),
+    "e4m3 in columns": ("layers.1.attn.wo_b.weight", lambda content: content.__setitem__(0, 0x7F), False, 1),
+    "e8m0": ("layers.1.ffn.experts.3.w2.weight", lambda content: content.__setitem__(slice(0, 2), 0xFF), True, 2),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "scale", "count"), COPIED.values(), ids=COPIED)
+def test_copied_values_that_are_not_finite_are_counted_too(
+    name: str, change: Any, scale: bool, count: int, editable: MakeEditable, tmp_path: Path
+) -> None:
+    source = editable().folder
+    edit_bytes(source, name, change, scale=scale)
+    out = name.removesuffix(".weight") + ".scale" if scale else name
+    for mp in (1, 2):
+        result = json.loads(run_cli("shard", source, tmp_path / f"s{mp}", "--mp", str(mp), "--json").out)
+        assert [(entry["tensor"], entry["nan"]) for entry in result["counted"]] == [(out, count)]
+    refused = run_cli("shard", source, tmp_path / "strict", "--mp", "1", "--strict")
+    assert refused.code == 7
+    assert "NaN or infinite" in refused.error
+    assert out in refused.error
+    assert not (tmp_path / "strict").exists()

@@ -16,7 +16,7 @@ from jsonschema import validate
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.formats.e4m3 import NAN_CODE, SIGN_BIT
 from dsv4convert.formats.e8m0 import e8m0_to_f32
-from dsv4convert.inspection.census import count_not_finite
+from dsv4convert.formats.not_finite import count_not_finite
 from tests.checkpoint.test_meaning import TABLE, edit_bytes, set_id
 from tests.checkpoints import MakeCheckpoint
 from tests.command_line import run_cli

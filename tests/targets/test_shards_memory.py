@@ -28,7 +28,7 @@ from dsv4convert.engine import run as engine
 from dsv4convert.engine.journal import Journal
 from dsv4convert.engine.worker import Worker
 from dsv4convert.formats.base import Tally
-from dsv4convert.plan import REPEATED_COPY
+from dsv4convert.plan import Copy
 
 really, record, calls = Worker.run, Journal.record, set()
 made = recorded = 0
@@ -41,7 +41,7 @@ def run(self, segment, output, path, offset):
         return really(self, segment, output, path, offset)
     made += 1
     digest = offset.to_bytes(16, "little")
-    if segment.operation == REPEATED_COPY:
+    if isinstance(segment.operation, Copy) and segment.operation.is_repeated:
         self._digests[segment] = digest
     # In earnest a few hundred segments are made between two entries of the journal.
     while made - recorded > 1000 and not self.stopped:

@@ -2,7 +2,7 @@
 
 python benchmarks/check.py --rounds 7 --save benchmarks/results/check.json
 
-Takes room for the slice: 4.5 GB with the default of 24 experts a layer. What counts is the ratio to cat.
+Takes room for the slice: 4.5 GB with the default of 48 experts a layer. What counts is the ratio to cat.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsv4convert.synth.write import write_synth
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench-check"))
-    parser.add_argument("--experts", type=int, default=24, help="routed experts a layer: the size of the slice")
+    parser.add_argument("--experts", type=int, default=48, help="routed experts a layer: the size of the slice")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

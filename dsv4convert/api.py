@@ -275,7 +275,7 @@ def _carry_out(
     """
     from .engine.conversion import execute, summarize_dry_run
 
-    threads = _checked_threads(threads)
+    _check_threads(threads)
     if dry_run:
         return summarize_dry_run(plan, threads)
     refuse: Callable[[RunReport], None] | None = None
@@ -303,14 +303,15 @@ def _carry_out(
     return summary
 
 
-def _checked_threads(threads: int | None) -> int:
-    from .engine.resources import default_threads
-
-    if threads is None:
-        return default_threads()
-    if not 1 <= threads <= MAX_THREADS:
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise UsageError("--threads: out of range", expected=f"1 to {MAX_THREADS}", got=threads)
-    return threads
+
+
+def _reading_threads(threads: int | None) -> int:
+    """Return the number of threads of a command that only reads: as asked, or one per processor, 16 at most."""
+    _check_threads(threads)
+    return threads or min(16, len(os.sched_getaffinity(0)))
 
 
 def _of_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
@@ -343,7 +344,7 @@ def verify(
     """
     from .verification import prepare
 
-    threads = _checked_threads(threads)
+    threads = _reading_threads(threads)
     fraction = None if sample is None else parse_sample(sample)
     prepared = prepare(
         Path(source),
@@ -374,7 +375,7 @@ def check(
     """
     from .inspection.census import prepare_check
 
-    threads = _checked_threads(threads)
+    threads = _reading_threads(threads)
     census = prepare_check(Path(model), index=index, strict=strict)
     return census.run(threads, _of_total(progress, max(1, census.nbytes)))
 

@@ -58,7 +58,7 @@ threads_option = option(
     type=click.IntRange(1, 256),
     metavar="N",
     panel=RUN,
-    help="Number of worker threads; by default one per processor, 16 at most.",
+    help="Number of worker threads; by default as many as help, at most one per processor.",
 )
 overwrite_option = option("--overwrite", is_flag=True, panel=RUN, help="Replace an existing output.")
 index_option = option(

@@ -101,7 +101,7 @@ def execute(
         raise UsageError(
             "--resume and --fresh exclude each other", hint="--resume continues the work, --fresh discards the work"
         )
-    threads = default_threads() if threads is None else threads
+    threads = default_threads(plan) if threads is None else threads
     codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
     path, manifest = journal_path(plan), manifest_path(plan)
@@ -162,7 +162,7 @@ def execute(
 
 def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
     """Return the summary of a run that only plans: nothing is read but headers, and nothing is written."""
-    threads = default_threads() if threads is None else threads
+    threads = default_threads(plan) if threads is None else threads
     nothing = RunReport((), Tally(), 0, 0.0, threads, "", resumed_bytes=0)
     return replace(summarize(plan, nothing), written_bytes=0, dry_run=foresee(plan, threads))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import SpaceError
-from ..plan import Plan
+from ..plan import Plan, Quantise
 from .outputs import free_bytes
 from .worker import COPY_TILE_BYTES, TILE_BYTES
 
@@ -16,12 +16,28 @@ SEGMENT_MEMORY_BYTES = 2**10
 WORKER_MEMORY_BYTES = 6 * TILE_BYTES + 2 * COPY_TILE_BYTES
 
 
-def default_threads() -> int:
-    """Return the number of worker threads: the processors that this process may use, at most 16.
+# More threads than these take processor time and give no speed (benchmarks/results/scale_16core_2026-11-26.json):
+# writers of one file wait for each other at its inode, and many short steps in Python at the interpreter's lock.
+ONE_FILE_THREADS, MANY_FILES_THREADS = 4, 8
+# Files that share the work: smaller ones than this part of the output keep no thread busy.
+FILE_SHARE = 1 / 16
 
-    More threads than that only wait for the disk.
+
+def default_threads(plan: Plan) -> int:
+    """Return the number of worker threads for a plan, of the processors that this process may use.
+
+    Low-bit types keep every processor busy with arithmetic in one call a tile. Everything else is bound by writes.
     """
-    return max(1, min(16, len(os.sched_getaffinity(0))))
+    processors = len(os.sched_getaffinity(0))
+    if any(
+        isinstance(tensor.segments[0].operation, Quantise)
+        for file in plan.files
+        for tensor in file.tensors
+        if tensor.segments
+    ):
+        return processors
+    files = sum(file.nbytes >= plan.nbytes * FILE_SHARE for file in plan.files)
+    return min(processors, MANY_FILES_THREADS if files > 1 else ONE_FILE_THREADS)
 
 
 def memory_needed(plan: Plan, threads: int) -> int:

@@ -331,13 +331,16 @@ def verify(
     ignore_key: Iterable[str] = (),
     strict: bool = False,
     index: str = "file",
+    imatrix: StrPath | None = None,
+    ggml_lib: StrPath | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare the finished conversion ``out`` with its ``source``, element by element; ``report.ok`` is the verdict.
 
     ``sample`` is the part of each tensor to look at, such as "2%" or 0.02; None looks at everything. ``foreign``
-    accepts what another tool may do otherwise; ``ignore_key`` names metadata keys not to compare.
+    accepts what another tool may do otherwise; ``ignore_key`` names metadata keys not to compare. ``imatrix`` is the
+    importance matrix of a low-bit GGUF, ``ggml_lib`` ggml's library, by which its tensors are made anew.
 
     Raises:
         Dsv4Error: the source cannot be read, or ``out`` is not there. All else is a problem in the report.
@@ -355,6 +358,8 @@ def verify(
         ignore_keys=tuple(ignore_key),
         strict=strict,
         index=index,
+        imatrix=None if imatrix is None else Path(imatrix),
+        ggml_lib=None if ggml_lib is None else Path(ggml_lib),
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
 

@@ -11,6 +11,7 @@ from .options import (
     LAYERS_METAVAR,
     RunOptions,
     draft_option,
+    ggml_lib_option,
     index_option,
     max_file_size_option,
     run_options,
@@ -76,12 +77,7 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     panel=TYPES,
     help="Importance without a matrix: the sum of squares of the weights of each column.",
 )
-@option(
-    "--ggml-lib",
-    type=PATH,
-    panel=TYPES,
-    help="Library of ggml, for low-bit types; by default that of an installed llama-cpp-python.",
-)
+@ggml_lib_option(TYPES)
 @option(
     "--engram",
     type=click.Choice(["q8_0", "mxfp4", "bf16", "i8-row264", "i8-split"]),

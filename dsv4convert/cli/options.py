@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .parsing import CONTENT, FOLDER, REPORT, RUN, argument, option
+from .parsing import CONTENT, FOLDER, PATH, REPORT, RUN, argument, option
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files."
 
@@ -61,6 +61,18 @@ threads_option = option(
     help="Number of worker threads; by default as many as help, at most one per processor.",
 )
 overwrite_option = option("--overwrite", is_flag=True, panel=RUN, help="Replace an existing output.")
+
+
+def ggml_lib_option(panel: str) -> Callable[..., Any]:
+    """Return the option that names ggml's library, in a panel of the help."""
+    return option(
+        "--ggml-lib",
+        type=PATH,
+        panel=panel,
+        help="Library of ggml, for low-bit types; by default that of an installed llama-cpp-python.",
+    )
+
+
 index_option = option(
     "--index",
     type=click.Choice(["file", "headers"]),

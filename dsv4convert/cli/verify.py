@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import index_option, json_option, quiet_option, strict_option, threads_option
+from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, COMPARISON, PATH, argument, command, option
 from .tables import Block, Table
 
@@ -50,6 +50,13 @@ MAX_LISTED = 20
     help="Metadata key to leave out of the comparison; can be repeated.",
 )
 @option(
+    "--imatrix",
+    type=PATH,
+    panel=COMPARISON,
+    help="Importance matrix with which a low-bit GGUF was made; without it, only the error of its tensors is checked.",
+)
+@ggml_lib_option(COMPARISON)
+@option(
     "--manifest",
     is_flag=True,
     panel=COMPARISON,
@@ -67,6 +74,8 @@ def verify(
     seed: int,
     foreign: bool,
     ignore_key: tuple[str, ...],
+    imatrix: Path | None,
+    ggml_lib: Path | None,
     manifest: bool,
     index: str,
     strict: bool,
@@ -98,6 +107,8 @@ def verify(
             ignore_key=ignore_key,
             strict=strict,
             index=index,
+            imatrix=imatrix,
+            ggml_lib=ggml_lib,
             threads=threads,
             progress=progress,
         )
@@ -165,6 +176,21 @@ def describe(report: Report) -> Iterator[Block]:
             for (source, output), total in report.rounding().items()
         ],
         frozenset({2, 3, 4}),
+    )
+    yield Table(
+        ("family", "type", "elements", "RMSE", "relative", "largest error"),
+        [
+            (
+                total.family,
+                total.output,
+                f"{total.compared:,}",
+                f"{total.rmse:.3g}",
+                f"{total.relative_rmse:.3g}",
+                f"{total.largest_error:.3g}",
+            )
+            for total in report.low_bit()
+        ],
+        frozenset({2, 3, 4, 5}),
     )
     yield Table(
         ("left out", "tensors", "reason"),

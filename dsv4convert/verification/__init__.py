@@ -17,12 +17,15 @@ from typing import Any
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
-from ..containers.gguf import is_gguf, open_gguf
-from ..errors import FileFormatError, InputMissingError, InventoryError, UsageError
+from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
+from ..containers.imatrix import Imatrix, read_imatrix
+from ..errors import DeviceError, FileFormatError, InputMissingError, InventoryError, UsageError
+from ..formats.ggml import find_quantiser
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, is_shard_folder, shard_pieces
-from .gguf_keys import check_keys
+from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
+from .low_bit import LOW_BIT, LowBitCheck
 from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
@@ -83,12 +86,15 @@ def prepare(
     ignore_keys: Iterable[str] = (),
     strict: bool = False,
     index: str = BY_INDEX,
+    imatrix: Path | None = None,
+    ggml_lib: Path | None = None,
 ) -> Verification:
     """Hold the headers of ``output`` against those of the checkpoint folder ``source``.
 
     ``sample`` is the fraction of each tensor to look at, None for everything. ``foreign`` accepts what
     another tool may do otherwise: any rounding within the format's half step, and other names and
-    wordings of metadata. ``strict`` refuses a source with values that are not finite, or all zero.
+    wordings of metadata. ``strict`` refuses a source with values that are not finite, or all zero. ``imatrix`` is the
+    importance matrix with which a GGUF was made, ``ggml_lib`` ggml's library, which makes its low-bit tensors anew.
 
     Raises:
         InputMissingError: source or output is not there.
@@ -104,8 +110,9 @@ def prepare(
     report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
     report.notes += checkpoint.notes
     report.notes += read_model_card(source).notes
+    matrix = None if imatrix is None else read_imatrix(imatrix)
     try:
-        pieces = _pieces(layout, output, checkpoint, report)
+        pieces = _pieces(layout, output, checkpoint, report, matrix)
     except (FileFormatError, InputMissingError, InventoryError) as error:
         if error.where in {source / name for name in COMPANIONS}:
             raise
@@ -119,14 +126,41 @@ def prepare(
             fitting.append(piece)
         except InventoryError as error:
             report.problem(LAYOUT, f"tensor {piece.output.name}", str(error))
-    return Verification(report, fitting, Comparison(sample, seed, foreign), started)
+    low_bit = LowBitCheck()
+    if any(piece.output.encoding in LOW_BIT for piece in fitting):
+        low_bit = _low_bit_check(open_gguf(output), matrix, ggml_lib, report)
+    return Verification(report, fitting, Comparison(sample, seed, foreign, low_bit), started)
 
 
-def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+def _low_bit_check(model: GgufModelFile, imatrix: Imatrix | None, ggml_lib: Path | None, report: Report) -> LowBitCheck:
+    """Return how low-bit tensors can be looked at, and note what cannot be done.
+
+    Raises:
+        DeviceError: ``ggml_lib`` cannot be used.
+    """
+    stated = model.metadata.get(f"{IMATRIX_PREFIX}file")
+    if stated is not None and imatrix is None:
+        report.notes.append(
+            "low-bit tensors: their error alone is looked at, not every byte; the file names an importance matrix, "
+            "which --imatrix FILE would give"
+        )
+        return LowBitCheck()
+    try:
+        quantiser = find_quantiser(ggml_lib)
+    except DeviceError as error:
+        if ggml_lib is not None:
+            raise
+        report.notes.append(f"low-bit tensors: their error alone is looked at, not every byte; {error}")
+        return LowBitCheck()
+    report.notes.append(f"low-bit tensors: made anew by ggml {quantiser.version}, and compared byte for byte")
+    return LowBitCheck(quantiser, by_bytes=True)
+
+
+def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report, imatrix: Imatrix | None) -> list[Piece]:
     if layout == GGUF:
         model = open_gguf(output)
-        content = gguf_content(model, checkpoint, report)
-        check_keys(model, content, checkpoint.folder, report)
+        content = gguf_content(model, checkpoint, report, imatrix)
+        check_keys(model, content, checkpoint.folder, report, imatrix)
         check_split_keys(model, report)
         check_padding(model, report)
         return content.pieces

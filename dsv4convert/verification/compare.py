@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InventoryError
-from .matrix import Matrix, read_bits, same_bytes
+from .low_bit import LOW_BIT, ROWS_ELEMENTS, ImportanceOf, LowBitCheck, RowCheck, decode
+from .matrix import STORAGE, Matrix, Span, read_bits, read_raw, same_bytes
 from .numbers import (
     BLOCK,
     FLOATS,
@@ -22,6 +23,7 @@ from .numbers import (
     TABLE_BITS,
     Bits,
     Mask,
+    Values,
     all_conversions,
     bits_of,
     fp4_as_fp8_bits,
@@ -54,14 +56,17 @@ class Piece(NamedTuple):
     source: Matrix
     source_at: tuple[int, int]
     size: tuple[int, int]
+    family: str = ""
+    importance: ImportanceOf | None = None
 
 
 class Comparison(NamedTuple):
-    """How to compare: a seeded fraction or everything, and whether another tool's rounding is allowed."""
+    """How to compare: a seeded fraction or everything, another tool's rounding or not, and how low-bit tensors."""
 
     sample: float | None = None
     seed: int = 0
     foreign: bool = False
+    low_bit: LowBitCheck = LowBitCheck()
 
     def share_of(self, blocks: int) -> int:
         """Return how many of so many blocks to look at: one at least."""
@@ -83,14 +88,23 @@ def compare_pieces(pieces: Iterable[Piece], how: Comparison, threads: int) -> It
 def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     """Return the result of one piece and the bytes that were read for it."""
     output, source = piece.output, piece.source
-    result = TensorResult(output.name, source.encoding, output.encoding, math.prod(piece.size))
+    is_low_bit = output.encoding in LOW_BIT
+    result = TensorResult(
+        output.name, source.encoding, output.encoding, math.prod(piece.size), family=piece.family, is_low_bit=is_low_bit
+    )
     cut = _cut(piece, how)
+    check = None
+    if is_low_bit:
+        check = RowCheck(source, output.encoding, piece.importance, how.low_bit, foreign=how.foreign)
     for top, bottom, left, right in map(cut.block, _chosen(piece, cut, how)):
         rows = piece.at[0] + top, piece.at[0] + bottom
         columns = piece.at[1] + left, piece.at[1] + right
         source_rows = piece.source_at[0] + top, piece.source_at[0] + bottom
         source_columns = piece.source_at[1] + left, piece.source_at[1] + right
         result.compared += (bottom - top) * (right - left)
+        if check is not None:
+            _compare_rows(result, piece, check, (rows, columns), (source_rows, source_columns))
+            continue
         if same_bytes(output, (rows, columns), source, (source_rows, source_columns)):
             continue
         found = read_bits(output, rows, columns)
@@ -98,6 +112,22 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
         _compare(result, piece, (rows[0], columns[0]), original, found, how.foreign)
     share = result.compared / max(1, math.prod(piece.size))
     return result, round(share * piece_bytes(piece))
+
+
+def _compare_rows(
+    result: TensorResult, piece: Piece, check: RowCheck, at: tuple[Span, Span], source_at: tuple[Span, Span]
+) -> None:
+    """Compare rows of a low-bit type."""
+    output, source = piece.output, piece.source
+    raw = read_raw(output, *at)
+    before = values_of(source.encoding, read_bits(source, *source_at))
+    after = decode(output.encoding, raw)
+    with np.errstate(invalid="ignore", over="ignore"):
+        result.squared_error += float(np.square(after - before).sum())
+        result.squared_source += float(np.square(before).sum())
+        whole_rows = piece.size[1] == output.columns == source.columns
+        wrong = check.wrong(before, after, raw, whole_rows=whole_rows)
+    _record(result, piece, (at[0][0], at[1][0]), wrong, before, after)
 
 
 def piece_bytes(piece: Piece) -> int:
@@ -147,7 +177,9 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
     else:
         moved = len(kinds) == 1 or kinds == {"fp4", "mxfp4"}
         elements = SAME_BLOCK_ELEMENTS if moved else BLOCK_ELEMENTS
-    if how.sample is not None:
+    if piece.output.encoding in LOW_BIT:  # whole rows, as they are quantised
+        elements = max(ROWS_ELEMENTS if how.sample is None else SAMPLE_BLOCK_ELEMENTS, columns)
+    elif how.sample is not None:
         elements = SAMPLE_BLOCK_ELEMENTS
     if step > 1:
         width = max(step, elements // step // step * step)
@@ -172,13 +204,18 @@ def _compare(
     same, exact = _same(piece, original, found, foreign)
     if exact and same.all():
         return
-    before, after = values_of(source, original), values_of(output, found)
+    _record(result, piece, corner, ~same, values_of(source, original), values_of(output, found))
+
+
+def _record(
+    result: TensorResult, piece: Piece, corner: tuple[int, int], wrong: Mask, before: Values, after: Values
+) -> None:
+    """Count what is wrong and what is rounded in a block whose first element is at ``corner``."""
     with np.errstate(invalid="ignore"):
         error = np.abs(after - before)
     differs = ~((before == after) | (np.isnan(before) & np.isnan(after)))
-    wrong = ~same
     result.wrong += int(np.count_nonzero(wrong))
-    result.rounded += int(np.count_nonzero(differs & same))
+    result.rounded += int(np.count_nonzero(differs & ~wrong))
     if result.wrong and not wrong.any():
         return  # what rounds is of no interest beside what is wrong
     shown = wrong if wrong.any() else differs
@@ -249,8 +286,9 @@ def check_fits(piece: Piece) -> None:
     """
     for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
         inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
-        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4")
-        if not inside or (blocked and (at[1] % BLOCK or piece.size[1] % BLOCK)):
+        width = BLOCK if matrix.encoding == "fp4" else STORAGE[matrix.encoding][1]
+        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4") or matrix.encoding in LOW_BIT
+        if not inside or (blocked and (at[1] % width or piece.size[1] % width)):
             raise InventoryError(
                 f"tensor {matrix.name}: cannot be compared in parts",
                 where=matrix.file,

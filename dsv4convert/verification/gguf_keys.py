@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,10 +26,12 @@ from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
 from ..checkpoint.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer, recognise_pre
 from ..containers.gguf import GgufModelFile
+from ..containers.imatrix import Imatrix
 from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
+from .low_bit import LOW_BIT
 from .numbers import BLOCK
 from .report import KEY, Report
 
@@ -119,8 +122,16 @@ PROJECTORS = {Version.V4: "deepseek4v", Version.V41: "deepseek41v"}
 PIXEL_DEFAULTS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 # general.file_type by the type of the routed experts.
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "mxfp4": 38}
+FILE_TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 12, "q4_k": 15,
+    "q5_k": 17, "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26,
+    "iq2_s": 28, "iq4_xs": 30, "iq1_m": 31, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38, "nvfp4": 39, "q1_0": 40,
+}  # fmt: skip
 QUANTIZATION_VERSION = 2
+
+# What is said of the importance matrix of low-bit tensors.
+IMATRIX_PREFIX = "quantize.imatrix."
+IMATRIX_KEYS = {"file": "str", "dataset": "str", "entries_count": "u32", "chunks_count": "u32"}
 
 SAMPLING = {
     "general.sampling.sequence": ("str", ("sequence",)),
@@ -154,13 +165,16 @@ HARMLESS_PREFIXES = ("general.", "quantize.", "tokenizer.chat_template.", "token
 DESCRIBING = ("general.architecture", "general.type", "general.file_type", "general.quantization_version")
 
 
-def check_keys(model: GgufModelFile, content: GgufContent, source: Path, report: Report) -> None:
+def check_keys(
+    model: GgufModelFile, content: GgufContent, source: Path, report: Report, imatrix: Imatrix | None = None
+) -> None:
     """Report every key of ``model`` that is missing, unknown, or has another type or value than it must.
 
     Raises:
         TokenizerError, FileFormatError: the source's own tokenizer or model card is malformed.
     """
     expected = dict(_expected(model, content, source, report))
+    expected |= _imatrix_keys(model, imatrix)
     ignored = report.ignored_keys
     for key, want in expected.items():
         if key in ignored or (report.foreign and (want.ours or _is_harmless(key))):
@@ -194,9 +208,14 @@ def _expected(
     yield "general.type", Expected("str", "mmproj" if architecture == CLIP else "model")
     yield "general.quantization_version", Expected("u32", QUANTIZATION_VERSION)
     main = "ffn_down.weight" if architecture == CLIP else "_exps."
-    kind = next((t.type for name, t in model.tensors.items() if main in name), "")
+    elements: Counter[str] = Counter()
+    for name, tensor in model.tensors.items():
+        if main in name:
+            elements[tensor.type] += math.prod(tensor.shape)
+    kind = max(elements, key=lambda kind: elements[kind], default="")
     if kind in FILE_TYPES:
-        yield "general.file_type", Expected("u32", FILE_TYPES[kind])
+        # Another program names the mix of types.
+        yield "general.file_type", Expected("u32", FILE_TYPES[kind], ours=kind in LOW_BIT)
     yield from _sampling(source)
     yield from _identity(model, content.config, source)
     if architecture == CLIP:
@@ -208,6 +227,24 @@ def _expected(
     yield from _vocabulary(source, content.config, report)
     if architecture == DFLASH:
         yield MASK_TOKEN_KEY, Expected("u32", content.config.flat.get("dspark_noise_token_id"))
+
+
+def _imatrix_keys(model: GgufModelFile, imatrix: Imatrix | None) -> Iterator[tuple[str, Expected]]:
+    """Yield what a file says of its importance matrix: without that, it says what it likes, under its own path."""
+    if imatrix is not None:
+        yield f"{IMATRIX_PREFIX}entries_count", Expected("u32", len(imatrix.entries))
+        if imatrix.datasets:
+            yield (
+                f"{IMATRIX_PREFIX}dataset",
+                Expected("str", imatrix.datasets[0].encode()[:127].decode("utf-8", "ignore")),
+            )
+        if imatrix.chunks > 0:
+            yield f"{IMATRIX_PREFIX}chunks_count", Expected("u32", imatrix.chunks)
+    unchecked = ("file",) if imatrix is not None else IMATRIX_KEYS
+    for name in unchecked:
+        key = IMATRIX_PREFIX + name
+        if key in model.metadata:
+            yield key, Expected(IMATRIX_KEYS[name], model.metadata[key])
 
 
 def _tower_keys(config: ModelConfig, source: Path, report: Report) -> Iterator[tuple[str, Expected]]:

@@ -12,10 +12,14 @@ import numpy as np
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.gguf import GgufModelFile, GgufTensor
+from ..containers.imatrix import Entry, Imatrix
 from ..errors import InputOutputError, InventoryError, UnsupportedError
+from ..formats.ggml_types import QUANTISED
+from ..inspection.naming import family_of
 from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
 from .compare import Piece
+from .low_bit import LOW_BIT, ImportanceOf
 from .matrix import STORAGE, Matrix, Scale, as_matrix, read_bits, weight_matrix
 from .numbers import BLOCK
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
@@ -30,14 +34,15 @@ TEXT, MTP, DSPARK, TOWER = "the text model", "the MTP layer", "the DSpark draft"
 # What an MTP file of llama.cpp takes from the trunk.
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
 
-# Tensor types that each kind of weight may have. Norms, biases, sinks and hyper-connections are never
-# stored with less than the source's precision, and tables of integers only as such.
+# Tensor types that each kind of weight may have. Norms, biases, sinks and other vectors are never stored with less
+# than the source's precision, and tables of integers only as such; matrices that usually keep theirs are noted.
 FLOAT_TYPES = ("bf16", "f16", "f32")
+ALL_TYPES = ("q8_0", "mxfp4", *FLOAT_TYPES, *QUANTISED)
 MATRIX_TYPES = {
-    "dense": ("q8_0", *FLOAT_TYPES),
-    "expert": ("mxfp4", "q8_0", *FLOAT_TYPES),
-    "bf16": FLOAT_TYPES,
-    "f32": ("f32",),
+    "dense": ALL_TYPES,
+    "expert": ALL_TYPES,
+    "bf16": ALL_TYPES,
+    "f32": ALL_TYPES,
     "table": ("i32",),
     "engram table": ("q8_0", "mxfp4", *FLOAT_TYPES),
 }
@@ -47,6 +52,7 @@ VECTOR_TYPES = ("f32",)
 IMAGE_CHANNELS = 3
 
 CHUNK_BYTES = 2**20
+MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,12 @@ class GgufContent:
     pieces: list[Piece]
 
 
-def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -> GgufContent:
+def gguf_content(
+    model: GgufModelFile, checkpoint: Checkpoint, report: Report, imatrix: Imatrix | None = None
+) -> GgufContent:
     """Return the pieces of ``model`` and report every tensor that is missing, unknown or of a wrong layout.
+
+    ``imatrix`` is the importance matrix with which its low-bit tensors were made.
 
     Raises:
         UnsupportedError: an architecture that is not verified.
@@ -102,7 +112,8 @@ def gguf_content(model: GgufModelFile, checkpoint: Checkpoint, report: Report) -
             report.notes.append(f"a slice: layers {first} to {first + blocks - 1} of the source")
         wanted = _trunk_weights(checkpoint, config, first, architecture, inline)
     _note_left_out(checkpoint, wanted, kind, report)
-    pieces = list(_pieces(model, wanted, config, architecture, report))
+    draft_shift = checkpoint.config.num_hidden_layers if kind != DSPARK else 0
+    pieces = list(_pieces(model, wanted, config, architecture, report, imatrix, draft_shift))
     return GgufContent(config, kind, block_count, pieces)
 
 
@@ -229,7 +240,10 @@ def _pieces(
     config: ModelConfig,
     architecture: str,
     report: Report,
+    imatrix: Imatrix | None,
+    draft_shift: int,
 ) -> Iterator[Piece]:
+    unprotected: list[str] = []
     for name, weights in wanted.items():
         tensor = model.tensors.get(name)
         if tensor is None:
@@ -249,7 +263,12 @@ def _pieces(
             report.problem(LAYOUT, f"tensor {name}", what)
             if tensor.type not in STORAGE:
                 continue
+        if weights[0].row.store is Store.F32 and tensor.type != "f32":
+            unprotected.append(name)
         matrix = _gguf_matrix(tensor)
+        entry = None
+        if imatrix is not None and tensor.type in LOW_BIT:
+            entry = _importance(imatrix, weights, architecture, draft_shift, report)
         if architecture == CLIP:
             yield _tower_piece(matrix, tensor, weights[0])
             continue
@@ -258,10 +277,32 @@ def _pieces(
             size = source.rows, source.columns
             stacked = weight.expert is not None
             at = (number * size[0], 0) if stacked else (0, number * size[1])
-            yield Piece(matrix, tensor.shape, at, source, (0, 0), size)
+            of = None if entry is None else ImportanceOf(entry, number)
+            yield Piece(matrix, tensor.shape, at, source, (0, 0), size, family_of(weight.name), of)
+    if unprotected:
+        names = ", ".join([*unprotected[:MAX_NAMED], *(["..."] if unprotected[MAX_NAMED:] else [])])
+        report.notes.append(f"{len(unprotected)} tensors that usually keep F32 do not: {names}")
     for name in model.tensors:
         if name not in wanted and _table_of_scales(name) not in wanted:
             report.problem(EXTRA, f"tensor {name}", "not in the source")
+
+
+def _importance(
+    imatrix: Imatrix, weights: Sequence[Weight], architecture: str, draft_shift: int, report: Report
+) -> Entry | None:
+    """Return the entry of the importance matrix for a tensor, under its name in a file of the whole model."""
+    first = weights[0]
+    layer = first.layer if first.layer is None or not first.is_draft else first.layer + draft_shift
+    name = gguf_name((first.row.port if architecture == PORT else first.row.gguf) or "", layer)
+    entry = imatrix.entries.get(name)
+    experts = len(weights) if first.expert is not None else 1
+    if entry is None:
+        return None
+    if entry.values != experts * first.shape[-1] or (not entry.is_legacy and len(entry.counts) not in (1, experts)):
+        what = f"importance of {name}: expected {experts} x {first.shape[-1]} values, got {entry.values}"
+        report.problem(LAYOUT, f"tensor {name}", what)
+        return None
+    return entry
 
 
 def _table_of_scales(name: str) -> str:
@@ -294,7 +335,7 @@ def _tower_piece(matrix: Matrix, tensor: GgufTensor, weight: Weight) -> Piece:
     rows = source.rows // len(names)
     first = next(number for number, name in enumerate(names) if tensor.name.endswith(name)) * rows
     whole = matrix._replace(rows=rows, columns=source.columns)
-    return Piece(whole, (rows, source.columns), (0, 0), source, (first, 0), (rows, source.columns))
+    return Piece(whole, (rows, source.columns), (0, 0), source, (first, 0), (rows, source.columns), "vision")
 
 
 def _in_order(weights: list[Weight]) -> list[Weight]:

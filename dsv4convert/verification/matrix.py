@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
 from ..errors import InputMissingError, InputOutputError, InventoryError
+from ..formats.ggml_types import BY_NAME, QUANTISED
 from .numbers import BLOCK, Bits
 
 Bytes = npt.NDArray[np.uint8]
@@ -29,6 +30,7 @@ STORAGE = {
     "fp4": (1, 2),
     "mxfp4": (17, BLOCK),
     "q8_0": (34, BLOCK),
+    **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F32": "<u4"}
 
@@ -141,7 +143,7 @@ def read_bits(matrix: Matrix, rows: Span, columns: Span) -> Bits:
     Raises:
         InputMissingError, InputOutputError: the file cannot be read, or ended early.
     """
-    bits: Bits = _as_bits(matrix, _read_raw(matrix, rows, columns), rows, columns)
+    bits: Bits = _as_bits(matrix, read_raw(matrix, rows, columns), rows, columns)
     return bits
 
 
@@ -159,7 +161,7 @@ def same_bytes(left: Matrix, at: tuple[Span, Span], right: Matrix, right_at: tup
         return np.array_equal(scales, other_scales) and np.array_equal(codes, other_codes)
     if left.encoding != right.encoding:
         return False
-    if not np.array_equal(_read_raw(left, *at), _read_raw(right, *right_at)):
+    if not np.array_equal(read_raw(left, *at), read_raw(right, *right_at)):
         return False
     if left.scale is None or right.scale is None:
         return left.scale is right.scale
@@ -170,7 +172,18 @@ def same_bytes(left: Matrix, at: tuple[Span, Span], right: Matrix, right_at: tup
     return np.array_equal(_read_grid(left.scale, *at), _read_grid(right.scale, *right_at))
 
 
-def _read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
+def read_at(file: Path, offset: int, nbytes: int) -> Bytes:
+    """Return bytes of a file.
+
+    Raises:
+        InputMissingError, InputOutputError: the file cannot be read, or ended early.
+    """
+    raw: Bytes = _read(file, offset, nbytes, (0, 1), (0, nbytes)).reshape(-1)
+    return raw
+
+
+def read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
+    """Return the bytes of a region, scales aside; see ``read_bits``."""
     nbytes, elements = STORAGE[matrix.encoding]
     first, last = (column // elements * nbytes for column in columns)
     return _read(matrix.file, matrix.offset, matrix.row_bytes, rows, (first, last))
@@ -188,7 +201,7 @@ def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
 
 def _fp4_parts(matrix: Matrix, rows: Span, columns: Span) -> tuple[Bytes, Bytes]:
     """Return the codes [rows, columns] and the scale bytes [rows, columns/32] of FP4 in either storage."""
-    raw = _read_raw(matrix, rows, columns)
+    raw = read_raw(matrix, rows, columns)
     codes = np.empty((len(raw), columns[1] - columns[0]), np.uint8)
     if matrix.encoding == "fp4" and matrix.scale is not None:
         codes[:, 0::2] = raw & 0xF

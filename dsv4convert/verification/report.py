@@ -36,7 +36,8 @@ class TensorResult:
 
     ``wrong`` elements are not what the conversion must give. ``rounded`` ones differ from the source
     because the output's format rounds. ``largest_error`` is of the wrong ones where there are any, else of
-    the rounded ones, with the index of the first of them.
+    the rounded ones, with the index of the first of them. ``squared_error`` and ``squared_source`` are sums over the
+    elements of a low-bit type, ``family`` the tensor's.
     """
 
     name: str
@@ -48,6 +49,22 @@ class TensorResult:
     rounded: int = 0
     largest_error: float = 0.0
     first_index: tuple[int, ...] | None = None
+    family: str = ""
+    is_low_bit: bool = False
+    squared_error: float = 0.0
+    squared_source: float = 0.0
+
+    @property
+    def rmse(self) -> float:
+        """Return the root of the mean squared error of a low-bit type's elements."""
+        return math.sqrt(self.squared_error / self.compared) if self.compared else 0.0
+
+    @property
+    def relative_rmse(self) -> float:
+        """Return the error's part of the source's own root mean square, 0 where both are 0."""
+        if self.squared_source == 0:
+            return math.inf if self.squared_error else 0.0
+        return math.sqrt(self.squared_error / self.squared_source)
 
     def add(self, other: TensorResult) -> None:
         """Add the result of another piece of the same tensor; pieces come in order."""
@@ -62,6 +79,8 @@ class TensorResult:
         self.compared += other.compared
         self.wrong += other.wrong
         self.rounded += other.rounded
+        self.squared_error += other.squared_error
+        self.squared_source += other.squared_source
 
     @property
     def verdict(self) -> str:
@@ -70,9 +89,6 @@ class TensorResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values; an infinite error is a text."""
-        error: float | str = self.largest_error
-        if not math.isfinite(self.largest_error):
-            error = str(self.largest_error)
         return {
             "name": self.name,
             "source": self.source,
@@ -82,9 +98,16 @@ class TensorResult:
             "compared": self.compared,
             "wrong": self.wrong,
             "rounded": self.rounded,
-            "largest_error": error,
+            "largest_error": _json_number(self.largest_error),
             "first_index": None if self.first_index is None else list(self.first_index),
+            "rmse": _json_number(self.rmse) if self.is_low_bit else None,
+            "relative_rmse": _json_number(self.relative_rmse) if self.is_low_bit else None,
         }
+
+
+def _json_number(value: float) -> float | str:
+    """Return a number as JSON has it: what is not finite is a text."""
+    return value if math.isfinite(value) else str(value)
 
 
 class LeftOut(NamedTuple):
@@ -150,9 +173,30 @@ class Report:
             "seconds": self.seconds,
             "problems": [problem._asdict() for problem in self.problems],
             "inexact": [r.as_json() for r in self.results.values() if r.verdict != "exact"],
+            "low_bit": [
+                {
+                    "family": total.family,
+                    "output": total.output,
+                    "elements": total.elements,
+                    "compared": total.compared,
+                    "rmse": _json_number(total.rmse),
+                    "relative_rmse": _json_number(total.relative_rmse),
+                    "largest_error": _json_number(total.largest_error),
+                }
+                for total in self.low_bit()
+            ],
             "left_out": [entry._asdict() for entry in self.left_out],
             "notes": self.notes,
         }
+
+    def low_bit(self) -> list[TensorResult]:
+        """Return the sums of the low-bit tensors of each family and output type."""
+        sums: dict[tuple[str, str], TensorResult] = {}
+        for result in self.results.values():
+            if result.is_low_bit:
+                total = TensorResult("", result.source, result.output, family=result.family, is_low_bit=True)
+                sums.setdefault((result.family, result.output), total).add(result)
+        return list(sums.values())
 
     def rounding(self) -> dict[tuple[str, str], TensorResult]:
         """Return what was rounded: the sum of the tensors of each (source type, output type)."""

@@ -58,6 +58,7 @@ def convert_gguf(
     draft: str | None = None,
     mmproj: str | None = None,
     max_file_size: int | str | None = None,
+    split_max_tensors: int | None = None,
     layers: str | None = None,
     dialect: str = "llama.cpp",
     engram: str | None = None,
@@ -79,6 +80,7 @@ def convert_gguf(
     ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
     Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3". Types are ggml's names in lower case;
     ``tensor_type`` are "REGEX=TYPE", the last match winning.
+    ``split_max_tensors`` is the most tensors that a file of a split GGUF may hold, 1 or more.
     ``engram`` is how V4.1's n-gram tables are stored: q8_0 (the default), mxfp4, bf16, or as published, i8-row264 or
     i8-split; ``engram_last`` puts them behind all other tensors.
 
@@ -104,6 +106,7 @@ def convert_gguf(
         layers=None if layers is None else parse_layers(layers),
         dialect=dialect,
         split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
+        split_max_tensors=split_max_tensors,
         engram=engram,
         engram_last=engram_last,
     )

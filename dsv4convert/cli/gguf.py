@@ -106,6 +106,13 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     help="Range of layers to write, e.g. 0-3; a slice to try things with.",
 )
 @max_file_size_option(None, "Maximum file size, e.g. 45G; a larger model is split into several files.")
+@option(
+    "--split-max-tensors",
+    type=click.IntRange(min=1),
+    metavar="N",
+    panel=CONTENT,
+    help="Maximum number of tensors in a file; a model with more is split, with 1 into one file for each tensor.",
+)
 @option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables after all other tensors.")
 @option(
     "--dialect",
@@ -147,6 +154,7 @@ def hf_to_gguf(
     mmproj: str | None,
     layers: str | None,
     max_file_size: str | None,
+    split_max_tensors: int | None,
     dialect: str,
     engram: str | None,
     engram_last: bool,
@@ -179,6 +187,7 @@ def hf_to_gguf(
         draft=draft,
         mmproj=mmproj,
         max_file_size=max_file_size,
+        split_max_tensors=split_max_tensors,
         layers=layers,
         dialect=dialect,
         engram=engram,

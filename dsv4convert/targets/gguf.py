@@ -73,6 +73,7 @@ def plan_gguf(
             [*describe.metadata(model, counts), *imatrix_keys],
             stem,
             options.split_max_bytes,
+            options.split_max_tensors,
             alignment=model.alignment,
         )
     return Plan(

@@ -173,6 +173,7 @@ class GgufOptions:
     layers: tuple[int, int] | None = None
     dialect: str = "llama.cpp"
     split_max_bytes: int | None = None
+    split_max_tensors: int | None = None
     engram: str | None = None
     engram_last: bool = False
     output: str | None = None
@@ -259,6 +260,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     ):
         if value is not None and value not in known:
             raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
+    if options.split_max_tensors is not None and options.split_max_tensors < 1:
+        raise UsageError("--split-max-tensors", expected="1 or more", got=options.split_max_tensors)
     dialect = tensor_dialect(checkpoint.config, options.dialect)
     weights = list(checkpoint.weights.values())
     drafts = [w for w in weights if w.is_draft]
@@ -538,9 +541,10 @@ def gguf_files(
     metadata: Sequence[KeyValue],
     stem: str,
     split_max_bytes: int | None,
+    split_max_tensors: int | None = None,
     alignment: int = ALIGNMENT,
 ) -> list[OutputFile]:
-    """Return the files of a model: one, or splits of at most ``split_max_bytes`` of tensors each.
+    """Return the files of a model: one, or splits of at most ``split_max_bytes`` and ``split_max_tensors`` each.
 
     The metadata goes into the first split; every split carries ``split.no``, ``split.count`` and
     ``split.tensors.count``. A tensor larger than the limit gets a split of its own, and so does an n-gram table,
@@ -551,7 +555,8 @@ def gguf_files(
     size = 0
     for tensor in tensors:
         alone = tensor.is_table or (bool(groups[-1]) and groups[-1][-1].is_table)
-        if split_max_bytes is not None and groups[-1] and (alone or size + tensor.nbytes > split_max_bytes):
+        too_large = split_max_bytes is not None and (alone or size + tensor.nbytes > split_max_bytes)
+        if groups[-1] and (too_large or len(groups[-1]) == split_max_tensors):
             groups.append([])
             size = 0
         groups[-1].append(tensor)

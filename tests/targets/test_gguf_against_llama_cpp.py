@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from dsv4convert.containers.gguf import read_gguf_part
 from dsv4convert.engine.conversion import execute
+from dsv4convert.errors import UsageError
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
@@ -119,14 +121,46 @@ def test_llama_cpp_computes_the_same_from_both(pair: tuple[Path, Path]) -> None:
     assert np.array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
 
 
-def test_llama_cpp_loads_split_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limits", [{"split_max_bytes": 1_000_000}, {"split_max_tensors": 1}], ids=["bytes", "tensors"])
+def test_llama_cpp_loads_split_files(limits: dict[str, int], make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("tiny", seed=1)
     tokens = [0, *range(5, 105)]
     execute(plan_gguf(source, tmp_path / "whole.gguf", GgufOptions()), threads=2)
-    plan = plan_gguf(source, tmp_path / "split.gguf", GgufOptions(split_max_bytes=1_000_000))
+    plan = plan_gguf(source, tmp_path / "split.gguf", GgufOptions(**limits))
     execute(plan, threads=2)
     assert len(plan.files) > 2
     assert np.array_equal(logits(tmp_path / plan.files[0].name, tokens), logits(tmp_path / "whole.gguf", tokens))
+
+
+@pytest.mark.parametrize("limit", [1, 7])
+def test_splits_by_number_of_tensors_are_cut_as_in_llama_cpp(
+    limit: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint("tiny", seed=1)
+    (tmp_path / "theirs").mkdir()
+    convert(source, tmp_path / "theirs" / "model.gguf", "--split-max-tensors", str(limit))
+    plan = plan_gguf(source, tmp_path / "ours" / "model.gguf", GgufOptions(split_max_tensors=limit))
+    (tmp_path / "ours").mkdir()
+    execute(plan, threads=2)
+    theirs = sorted((tmp_path / "theirs").glob("*.gguf"))
+    assert [file.name for file in plan.files] == [path.name for path in theirs]
+    assert len(theirs) > 3
+    # The order of tensors is each converter's own, the number in each file is not.
+    ours = [read_gguf_part(tmp_path / "ours" / path.name) for path in theirs]
+    expected = [read_gguf_part(path) for path in theirs]
+    assert [len(part.tensors) for part in ours] == [len(part.tensors) for part in expected]
+    assert {name for part in ours for name in part.tensors} == {name for part in expected for name in part.tensors}
+    for part, other in zip(ours, expected, strict=True):
+        for key in ("split.no", "split.count", "split.tensors.count"):
+            assert (part.types[key], part.metadata[key]) == (other.types[key], other.metadata[key])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_split_into_files_without_tensors_is_refused(
+    limit: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"--split-max-tensors.*1 or more"):
+        plan_gguf(make_checkpoint("tiny"), tmp_path / "x.gguf", GgufOptions(split_max_tensors=limit))
 
 
 @pytest.mark.parametrize(

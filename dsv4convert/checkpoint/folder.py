@@ -128,6 +128,8 @@ def open_folder(
     except UsageError:
         raise
     except Dsv4Error as error:
+        if os.path.isfile(folder):
+            raise _not_a_folder(folder) from None
         if not os.path.lexists(folder) and looks_like_hub_id(folder):
             raise InputMissingError(
                 "no such folder; the name looks like a repository on the hub",
@@ -135,6 +137,17 @@ def open_folder(
                 hint=f"run hf download {folder} --local-dir {folder.name}",
             ) from None
         raise name_layout(folder, error) from None
+
+
+def _not_a_folder(file: Path) -> Dsv4Error:
+    """Return the error of a file that was given for a checkpoint's folder."""
+    if file.suffix == ".gguf":
+        return UnsupportedError(
+            "a GGUF file cannot be converted",
+            where=file,
+            hint="pass the folder of the safetensors checkpoint; inspect, forward and verify read GGUF files",
+        )
+    return InputMissingError("a file, not a folder", where=file, hint=f"pass its folder, {file.parent}")
 
 
 def _resolve_without_blocking_draft(

@@ -19,6 +19,7 @@ from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UnsupportedError
 from ..model.config import CONFIG_NAME, VERSION_BY_ARCHITECTURE
+from ..model.parallel import SHARD_NAME
 
 # Files whose first bytes are looked at, and how many of them.
 READ_SUFFIXES = (".safetensors", ".json", ".jinja")
@@ -267,6 +268,11 @@ def _mlx(folder: Folder) -> str | None:
     return next((name for name in folder.tensors if ".switch_mlp." in name), None) or folder.suffix(".biases")
 
 
+def _shards(folder: Folder) -> str | None:
+    found = [name for name in folder.files if SHARD_NAME.fullmatch(name)]
+    return _listed(found) if found else None
+
+
 def _adapter(folder: Folder) -> str | None:
     if "adapter_config.json" in folder.files:
         return "adapter_config.json"
@@ -365,6 +371,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "the checkpoint of another framework", _other_framework, "export it to safetensors with the published names"
     ),
+    Layout("a folder of shards", _shards, "run unshard first, and convert the folder that it makes"),
     Layout("GGUF already", _gguf, "inspect, forward and verify read it; conversions start from safetensors"),
     Layout(
         "another DeepSeek model",

@@ -7,6 +7,7 @@ Converter and verifier read them here, so that they cannot differ over a card.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ MAX_DEPTH = 16
 MAX_EVENTS = 20_000
 FENCE = "---"
 
+# The folders of the hub's cache: models--OWNER--NAME/snapshots/HASH.
+HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
+
 # Keys of the front matter by what they hold; each text also with the prefix ``model_``.
 TEXTS = (
     "name", "author", "version", "organization", "description", "finetune", "basename", "size_label", "url", "doi",
@@ -46,7 +50,8 @@ class ModelCard:
 
     ``front_matter`` is the YAML head of README.md, only with keys that a GGUF has a place for, and values of texts,
     lists of texts, and origins. ``generation`` is generation_config.json, and ``folder_name`` the last part of the
-    folder's absolute path. ``notes`` say what could not be used.
+    folder's absolute path (of a snapshot in the hub's cache, the repository's name). ``notes`` say what could not be
+    used.
     """
 
     folder_name: str
@@ -72,8 +77,14 @@ def read_model_card(folder: Path) -> ModelCard:
         generation = read_optional_json_object(folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError)
     except Dsv4Error as error:
         notes.append(f"{GENERATION_CONFIG_NAME}: not used: {_reason(error)}")
-    name = Path(os.path.realpath(folder)).name.encode("utf-8", "replace").decode()
+    name = _model_name(os.path.realpath(folder)).encode("utf-8", "replace").decode()
     return ModelCard(name or "model", front_matter, generation, tuple(notes))
+
+
+def _model_name(path: str) -> str:
+    """Return a folder's name; of a snapshot in the hub's cache, which is named by a hash, the repository's."""
+    match = HUB_SNAPSHOT.search(path)
+    return match[1] if match else Path(path).name
 
 
 def _reason(error: Exception) -> str:

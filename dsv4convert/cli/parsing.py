@@ -118,10 +118,16 @@ class Command(_Described, TyperCommand):
         self.answers = answers or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, and answer an option of another program with the one to use instead."""
+        """Parse, and answer an option of another program, or of the program as a whole, with what to use instead."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            program = ctx.parent
+            if program is not None and any(error.option_name in param.opts for param in program.command.params):
+                raise UsageError(
+                    f"{error.option_name} belongs before the command",
+                    hint=f"use {program.command_path} {error.option_name} {ctx.info_name} ...",
+                ) from None
             answer = self.answers.get(error.option_name)
             if answer is None:
                 raise

@@ -173,3 +173,45 @@ def test_numbers_out_of_range_are_one_line(key: str, value: object, tiny: Path, 
         result = run_cli(*arguments(command, str(source), tiny, str(tmp_path / command)))
         assert result.code < 70
         assert result.code == 0 or result.error
+
+
+# ---- what was given instead of a checkpoint
+
+
+def test_a_folder_of_shards_is_named_with_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    assert run_cli("shard", tiny, shards, "--mp", "2").code == 0
+    for words in (["hf-to-gguf"], ["dequantize"], ["repack", "--experts", "fp8"]):
+        error = run_cli(words[0], shards, tmp_path / "out", *words[1:]).error
+        assert "a folder of shards: model0-mp2.safetensors and 1 more" in error
+        assert "run unshard first" in error
+
+
+@pytest.mark.parametrize("command", ["hf-to-gguf", "dequantize", "shard"])
+def test_a_file_instead_of_a_folder_is_named(command: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    error = run_cli(*arguments(command, str(tmp_path / "model.gguf"), tiny, str(tmp_path / "out"))).error
+    assert "a GGUF file cannot be converted; pass the folder of the safetensors checkpoint" in error
+    error = run_cli(*arguments(command, str(tiny / "config.json"), tiny, str(tmp_path / "out"))).error
+    assert f"a file, not a folder; pass its folder, {tiny}" in error
+
+
+def test_a_hub_id_is_answered_with_the_download(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = run_cli("hf-to-gguf", "deepseek-ai/DeepSeek-V4-Flash", "out.gguf").error
+    assert "run hf download deepseek-ai/DeepSeek-V4-Flash --local-dir DeepSeek-V4-Flash" in error
+
+
+def test_a_snapshot_of_the_hubs_cache_is_named_after_its_repository(tiny: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--somebody--Small-V4" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(tiny, snapshot)
+    result = run_cli("hf-to-gguf", snapshot, "--dry-run")
+    assert result.code == 0
+    assert "Small-8x2.6M-V4" in result.out
+    assert "0123456789" not in result.out
+
+
+def test_options_of_the_program_are_named_with_their_place(tiny: Path) -> None:
+    error = run_cli("hf-to-gguf", tiny, "--debug").error
+    assert "--debug belongs before the command; use" in error
+    assert "--debug hf-to-gguf ..." in error

@@ -112,7 +112,7 @@ def test_slow_types_verify(kind: str, source: Path, imatrix: Path, tmp_path: Pat
     assert report.results["blk.0.ffn_gate_exps.weight"].is_low_bit
 
 
-@pytest.mark.parametrize("kind", ["q2_k", "iq2_xxs"])
+@pytest.mark.parametrize("kind", ["q2_k", "iq2_xxs", "iq3_xxs"])
 def test_the_weights_own_squares_are_recognised(kind: str, source: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     convert_gguf(source, path, experts=kind, importance="weights", threads=2)

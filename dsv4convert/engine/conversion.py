@@ -104,6 +104,7 @@ def execute(
     threads = default_threads(plan) if threads is None else threads
     codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
+    outputs.look()
     path, manifest = journal_path(plan), manifest_path(plan)
     mark = fingerprint(plan)
     check_sources_stay(plan, mark, outputs)

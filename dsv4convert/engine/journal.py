@@ -25,7 +25,7 @@ from ..formats.base import Tally
 from ..plan import Plan
 from .ledger import DIGEST_BYTES
 from .locks import LOCK_SUFFIX, LockFile, try_lock
-from .names import Identity, is_same_file
+from .names import Identity, is_same_file, remove_known
 from .outputs import FRESH_HINT, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
@@ -184,9 +184,9 @@ class Journal:
         self._append([{"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)} for entry in batch])
 
     def remove(self) -> None:
-        """Remove the file; the lock goes with the process or the context."""
+        """Remove the file, where its name still stands for it; the lock goes with the process or the context."""
         with os_errors(self.path, "removed"):
-            self.path.unlink(missing_ok=True)
+            remove_known(self.path, self._descriptor)
 
     def _open(self, lock: bool) -> int:
         while True:
@@ -224,8 +224,8 @@ class Journal:
     def _give_up(self, descriptor: int) -> None:
         """Close a journal that was not locked, and remove it where this run made it."""
         try:
-            if not os.fstat(descriptor).st_size and is_same_file(self.path, descriptor):
-                self.path.unlink(missing_ok=True)
+            if not os.fstat(descriptor).st_size:
+                remove_known(self.path, descriptor)
         finally:
             os.close(descriptor)
 

@@ -24,8 +24,8 @@ from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
 from ..plan import OutputFile, OutputTensor, Plan
 from .ledger import combine_digests
-from .names import Identity, rename_new
-from .outputs import appeared, open_file, os_errors, partial_path, sync_folder, write_all
+from .names import Identity, remove_known
+from .outputs import open_file, os_errors, partial_path, sync_folder, take_final_name, write_all
 from .run import RunReport
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -124,24 +124,35 @@ def check_claimed(path: Path) -> None:
     """Check that a manifest's name is free, or that of a manifest of ours; the same for its temporary name.
 
     Raises:
+        OutputExistsError, InputOutputError: see ``_claimed``.
+    """
+    for name in (path, partial_path(path)):
+        _claimed(name)
+
+
+def _claimed(name: Path) -> Identity | None:
+    """Return the identity of the manifest of ours under a name, None where nothing stands there.
+
+    Raises:
         OutputExistsError: something else has the name.
         InputOutputError: it cannot be looked at.
     """
-    for name in (path, partial_path(path)):
-        with os_errors(name, "looked at"):
-            if not os.path.lexists(name):
-                continue
-            descriptor = open_file(name, os.O_RDONLY)
-            try:
-                start = os.pread(descriptor, len(CLAIM), 0)
-            finally:
-                os.close(descriptor)
-        if start.strip(b"\0") and start != CLAIM:
-            raise OutputExistsError(
-                "already exists and is not a manifest of dsv4convert",
-                where=name,
-                hint="move that file away or choose another name",
-            )
+    with os_errors(name, "looked at"):
+        if not os.path.lexists(name):
+            return None
+        descriptor = open_file(name, os.O_RDONLY)
+        try:
+            start = os.pread(descriptor, len(CLAIM), 0)
+            identity = Identity.in_status(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+    if start.strip(b"\0") and start != CLAIM:
+        raise OutputExistsError(
+            "already exists and is not a manifest of dsv4convert",
+            where=name,
+            hint="move that file away or choose another name",
+        )
+    return identity
 
 
 def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:
@@ -152,9 +163,9 @@ def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mappi
         SpaceError, InputOutputError: the system refused.
     """
     partial = partial_path(path)
-    check_claimed(path)
+    old, leftover = _claimed(path), _claimed(partial)
     with os_errors(path, "written"):
-        partial.unlink(missing_ok=True)
+        remove_known(partial, leftover)
         descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             position = 0
@@ -162,16 +173,10 @@ def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mappi
                 write_all(descriptor, memoryview(lines), position)
                 position += len(lines)
             os.fsync(descriptor)
+            take_final_name(partial, path, descriptor, old)
         finally:
             os.close(descriptor)
-        if Identity.of(path) is None:
-            try:
-                rename_new(partial, path)
-            except FileExistsError:
-                raise appeared(path) from None
-        else:
-            check_claimed(path)
-            os.replace(partial, path)
+        remove_known(partial, old)
     sync_folder(path.parent)
 
 

@@ -7,10 +7,12 @@ existing name, or a look just before the rename.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +36,13 @@ class Identity(NamedTuple):
     def of(cls, path: Path) -> Identity | None:
         """Return the identity of what ``path`` names itself, links not followed; None where there is nothing."""
         try:
-            status = path.lstat()
-        except FileNotFoundError:
+            return cls.in_status(path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @classmethod
+    def in_status(cls, status: os.stat_result) -> Identity:
+        """Return the identity of what a status tells of."""
         return cls(status.st_dev, status.st_ino, status.st_mtime_ns)
 
     @classmethod
@@ -53,7 +59,7 @@ def is_same_file(path: Path, descriptor: int) -> bool:
     """Return whether ``path`` names the file that ``descriptor`` has open; links are not followed."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -101,6 +107,68 @@ def exchange(one: Path, other: Path) -> bool:
     return True
 
 
+def take_name(source: Path, target: Path, descriptor: int, old: Identity | None, aside: Path | None = None) -> None:
+    """Rename ``source``, which ``descriptor`` has open, to ``target``, in place of ``old`` where that stands there.
+
+    What it replaces is under the name ``source`` afterwards, or ``aside``, or (a file, where the system cannot let
+    names change places) gone.
+
+    Raises:
+        FileExistsError: something else stands under ``target``; all is as it was.
+        FileNotFoundError: something else stands under ``source``; all is as it was.
+        OSError: the system refused.
+    """
+    now = Identity.of(target)
+    if now is not None and now != old:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    exchanged = now is not None and exchange(source, target)
+    if not exchanged:
+        if now is not None and aside is None:
+            os.replace(source, target)
+        else:
+            if now is not None and aside is not None:
+                rename_new(target, aside)
+            rename_new(source, target)
+    # Somebody can have been quicker than the looks: then all names go back.
+    is_ours = is_same_file(target, descriptor)
+    if is_ours and not (exchanged and Identity.of(source) != old):
+        return
+    if not (exchanged and exchange(source, target)):
+        rename_new(target, source)
+    number = errno.EEXIST if is_ours else errno.ENOENT
+    raise OSError(number, os.strerror(number), str(target if is_ours else source))
+
+
+def remove_known(path: Path, known: Identity | int | None) -> None:
+    """Remove the file at ``path`` if it is the known one, by its identity or by the descriptor that has it open."""
+    if is_same_file(path, known) if isinstance(known, int) else known is not None and Identity.of(path) == known:
+        path.unlink(missing_ok=True)
+
+
+def remove_known_folder(path: Path, known: Identity, is_old: Callable[[str], bool]) -> None:
+    """Remove the folder at ``path`` if it is the known one, with the files that it held before anybody added to it.
+
+    Of a folder that has changed since, as one does whose removal was killed, only files with old names go.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        held = os.listdir(descriptor)
+        now = Identity.in_status(os.fstat(descriptor))
+        if now[:2] != known[:2]:
+            return
+        for name in held:
+            if now == known or is_old(name):
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    os.unlink(name, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    with contextlib.suppress(OSError):  # somebody's file is in it, and stays
+        path.rmdir()
+
+
 def check_can_be_renamed(path: Path) -> None:
     """Check that what stands at ``path`` could give its name away: no mount point, in a folder that lets go of it.
 
@@ -111,7 +179,10 @@ def check_can_be_renamed(path: Path) -> None:
         raise OutputExistsError(
             "a mount point cannot be replaced", where=path, hint="choose a name inside the mount point"
         )
-    status, parent = path.lstat(), path.parent.lstat() if not path.parent.is_symlink() else path.parent.stat()
+    try:
+        status, parent = path.lstat(), path.parent.stat()
+    except FileNotFoundError:
+        return  # it has gone meanwhile
     user = os.geteuid()
     if parent.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, parent.st_uid):
         raise OutputExistsError(

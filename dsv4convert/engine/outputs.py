@@ -23,7 +23,17 @@ from types import TracebackType
 from ..errors import InputOutputError, LockedError, OutputExistsError, ResumeError, SpaceError
 from ..plan import Plan
 from .locks import try_lock
-from .names import Identity, check_can_be_renamed, check_name_fits, exchange, is_same_file, rename_new
+from .names import (
+    Identity,
+    check_can_be_renamed,
+    check_name_fits,
+    exchange,
+    is_same_file,
+    remove_known,
+    remove_known_folder,
+    rename_new,
+    take_name,
+)
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
@@ -113,6 +123,8 @@ class Outputs(ABC):
         self.without_locks = False  # whether the file system refused every kind of lock
         self._open: dict[int, int] = {}
         self._made: set[Path] = set()
+        self._leftovers: dict[Path, Identity | None] = {}  # of older runs, when this one began
+        self._has_looked = False
 
     # ---- before the run
 
@@ -123,6 +135,10 @@ class Outputs(ABC):
         Raises:
             OutputExistsError: an output is there and ``overwrite`` is false, or what is there can never be replaced.
         """
+
+    @abstractmethod
+    def final(self) -> list[Path]:
+        """Return the names that the work has after its end."""
 
     @abstractmethod
     def temporary(self) -> list[Path]:
@@ -141,6 +157,24 @@ class Outputs(ABC):
                     where=path,
                     hint="finish that run, or pass --fresh to discard its work",
                 )
+
+    def look(self) -> None:
+        """Keep in mind what has the final and the temporary names: only that is ever replaced or discarded."""
+        self.replaces = [_identity(path) for path in self.final()]
+        self._leftovers = {path: _identity(path) for path in (*self.temporary(), *self.paths)}
+        self._has_looked = True
+
+    def _check_as_looked(self) -> None:
+        """Check that the final names stand for what they stood for when the run began.
+
+        Raises:
+            OutputExistsError: one does not.
+        """
+        if not self._has_looked:
+            self.look()
+        for path, identity in zip(self.final(), self.replaces, strict=True):
+            if _identity(path) != identity:
+                raise appeared(path)
 
     @abstractmethod
     def create(self) -> None:
@@ -176,7 +210,7 @@ class Outputs(ABC):
 
     def allocated_bytes(self) -> int:
         """Return the bytes of disk that the temporary files take already."""
-        return sum(path.stat().st_blocks * STAT_BLOCK_BYTES for path in self.paths if path.exists())
+        return sum(status.st_blocks for path in self.paths if (status := _status(path))) * STAT_BLOCK_BYTES
 
     def sync(self, indexes: set[int]) -> None:
         """Make what was written to the given files durable."""
@@ -217,11 +251,7 @@ class Outputs(ABC):
                 same = is_same_file(path, self._open[index])
                 size = os.fstat(self._open[index]).st_size
             if not same:
-                raise InputOutputError(
-                    "no longer the file that was written",
-                    where=path,
-                    hint="restore the file that was moved or replaced",
-                )
+                raise swapped(path)
             if size != file.nbytes:
                 raise InputOutputError(
                     "the size differs from what was written", where=path, expected=file.nbytes, got=size
@@ -240,6 +270,8 @@ class Outputs(ABC):
             try:
                 self._lock_open(descriptor, path)
             except BaseException:
+                if flags & os.O_EXCL:  # made just now
+                    remove_known(path, descriptor)
                 os.close(descriptor)
                 raise
             # The holder before us may have given the file its final name between our open and our lock.
@@ -266,6 +298,27 @@ class Outputs(ABC):
             os.ftruncate(descriptor, file.nbytes)
         write_all(descriptor, memoryview(file.header), 0)
 
+    def _take_over(self, index: int, started: Collection[int], inodes: Sequence[int]) -> None:
+        """Open the file of an interrupted run, or make it if that run died before.
+
+        A file of which something was finished is not written before its checksums are compared. Any other must be
+        the one that was made, by its inode number or, if the run died before it kept that, by how it begins.
+
+        Raises:
+            ResumeError: it is another file, which is left as it is.
+        """
+        path = self.paths[index]
+        made = _status(path) is None
+        descriptor = self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL if made else os.O_RDWR)
+        if index in started:
+            return
+        if not made:
+            header, known = self._plan.files[index].header, inodes[index : index + 1]
+            begins = os.pread(descriptor, len(header), 0)
+            if os.fstat(descriptor).st_ino not in known if known else begins.strip(b"\0") and begins != header:
+                raise ResumeError("not the file of the interrupted run", where=path, hint=FRESH_HINT)
+        self._size_up(index)
+
     def _check_size(self, index: int, started: Collection[int]) -> None:
         path, file = self.paths[index], self._plan.files[index]
         size = _size_of_regular(path)
@@ -288,6 +341,10 @@ class FolderOutput(Outputs):
         self._root = partial_path(plan.destination)
         self.paths = [self._root / file.name for file in plan.files]
         self._folder: int | None = None
+
+    def final(self) -> list[Path]:
+        """Return the folder's name."""
+        return [self._final]
 
     def temporary(self) -> list[Path]:
         """Return the folder's temporary name."""
@@ -314,7 +371,7 @@ class FolderOutput(Outputs):
             raise OutputExistsError(
                 "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
             )
-        self.replaces = [Identity.of(final)]
+        self._check_as_looked()
 
     def _check_replaceable(self, folder: Path, overwrite: bool) -> None:
         """Check that a folder may be replaced: it is empty, or unasked-for things are not lost with it."""
@@ -347,7 +404,9 @@ class FolderOutput(Outputs):
             if not existed:
                 self._made.add(root)
             self._hold_folder(root)
-            entries = list(root.iterdir())
+            entries = {entry: Identity.of(entry) for entry in root.iterdir()}
+            if existed and entries and Identity.of(root) != self._leftovers.get(root):
+                raise appeared(root)
             for entry in entries:
                 if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):
                     raise OutputExistsError(
@@ -356,8 +415,8 @@ class FolderOutput(Outputs):
                         hint="remove that file",
                     )
             self._made.add(root)
-            for entry in entries:
-                entry.unlink()
+            for entry, identity in entries.items():
+                remove_known(entry, identity)
             for index in range(len(self.paths)):
                 self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 self._size_up(index)
@@ -379,9 +438,7 @@ class FolderOutput(Outputs):
         for index in range(len(self.paths)):
             self._check_size(index, started)
             with os_errors(self.paths[index], "opened"):
-                self._keep_open(index, os.O_RDWR if in_place else os.O_RDWR | os.O_CREAT)
-                if not in_place:
-                    self._size_up(index)
+                self._take_over(index, started, inodes)
         if not in_place:
             self._sync_names()
 
@@ -410,37 +467,44 @@ class FolderOutput(Outputs):
             raise InputOutputError("no longer the folder that was written", where=root, hint=APPEARED_HINT)
         with os_errors(final, "renamed"):
             if root != final:
-                self._take_name(root, final, old)
+                take_final_name(root, final, self._folder, old, replaced_path(final))
+                self._check_renamed(old)
             self._clear_up(old)
         sync_folder(final.parent)
 
-    def _take_name(self, root: Path, final: Path, old: Identity | None) -> None:
-        now = Identity.of(final)
-        if now is not None and now != old:
-            raise appeared(final)
-        if now is None:
-            try:
-                rename_new(root, final)
-            except FileExistsError:
-                raise appeared(final) from None
-        elif not exchange(root, final):
-            rename_new(final, replaced_path(final))
-            rename_new(root, final)
-        elif Identity.of(root) != old:  # somebody was quicker than the look: both get their names back
-            exchange(root, final)
-            raise appeared(final)
+    def _check_renamed(self, old: Identity | None) -> None:
+        """Look at the files once more; if one was swapped before the folder had its name, the name is given back.
+
+        Raises:
+            InputOutputError: one was.
+        """
+        root, final = self._root, self._final
+        self.paths = [final / path.name for path in self.paths]
+        try:
+            self._check_written()
+        except InputOutputError:
+            if old is None or Identity.of(root) != old or not exchange(final, root):
+                rename_new(final, root)
+                if old is not None and Identity.of(replaced_path(final)) == old:
+                    rename_new(replaced_path(final), final)
+            raise
 
     def _clear_up(self, old: Identity | None) -> None:
         """Remove the older output, under whichever name it has now; nothing else has its identity."""
+        ours = {file.name for file in self._plan.files}
         for path in (partial_path(self._final), replaced_path(self._final)):
-            if old is not None and Identity.of(path) == old:
-                shutil.rmtree(path)
+            if old is not None:
+                remove_known_folder(path, old, lambda name: name in ours or bool(CHECKPOINT_FILE.fullmatch(name)))
 
     def discard(self) -> None:
-        """Remove the temporary folder."""
+        """Remove the files of this run, and the temporary folder if nothing else is in it."""
         root = self._root
-        if root in self._made and root != self._final and (self._folder is None or is_same_file(root, self._folder)):
-            shutil.rmtree(root, ignore_errors=True)
+        if root not in self._made or root == self._final:
+            return
+        for index, descriptor in self._open.items():
+            remove_known(self.paths[index], descriptor)
+        with contextlib.suppress(OSError):
+            root.rmdir()
 
     def close(self) -> None:
         """Close the files and the folder."""
@@ -458,6 +522,10 @@ class FileOutputs(Outputs):
         self._finals = plan.final_paths()
         self._partials = [partial_path(final) for final in self._finals]
         self.paths = list(self._partials)
+
+    def final(self) -> list[Path]:
+        """Return the files' names."""
+        return self._finals
 
     def temporary(self) -> list[Path]:
         """Return the files' temporary names."""
@@ -480,14 +548,13 @@ class FileOutputs(Outputs):
             raise OutputExistsError(
                 "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
             )
-        self.replaces = [Identity.of(final) for final in self._finals]
+        self._check_as_looked()
 
     def create(self) -> None:
         """Make the files."""
         for index, path in enumerate(self.paths):
             self._remove_leftover(index)
             with os_errors(path, "created"):
-                # Into the set first: whatever fails after the file is made, it goes again.
                 self._made.add(path)
                 self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 self._size_up(index)
@@ -506,7 +573,9 @@ class FileOutputs(Outputs):
             descriptor = self._keep_open(index, os.O_RDONLY)
             del self._open[index]
             try:
-                path.unlink()
+                if Identity.in_status(os.fstat(descriptor)) != self._leftovers.get(path):
+                    raise appeared(path)
+                remove_known(path, descriptor)
             finally:
                 os.close(descriptor)
 
@@ -519,9 +588,7 @@ class FileOutputs(Outputs):
             with os_errors(self.paths[index], "opened"):
                 if not in_place:
                     self._made.add(partial)
-                self._keep_open(index, os.O_RDWR if in_place else os.O_RDWR | os.O_CREAT)
-                if not in_place:
-                    self._size_up(index)
+                self._take_over(index, started, inodes)
         self._sync_names()
 
     def _sync_names(self) -> None:
@@ -547,25 +614,22 @@ class FileOutputs(Outputs):
             if is_split and first_old is not None and self.paths[0] != first and Identity.of(first) == first_old:
                 rename_new(first, replaced_path(first))
                 sync_folder(self._plan.destination)
-        for path, final, old in reversed(list(zip(self.paths, self._finals, replaces, strict=True))):
+        for index, path, final, old in reversed(
+            list(zip(range(len(self.paths)), self.paths, self._finals, replaces, strict=True))
+        ):
             with os_errors(final, "renamed"):
                 if path != final:
-                    _take_file_name(path, final, old)
-                elif old is not None and Identity.of(partial_path(final)) == old:
-                    partial_path(final).unlink()  # a kill came after the two changed places
+                    take_final_name(path, final, self._open[index], old)
+                remove_known(partial_path(final), old)  # after a kill too, which came when the two had changed places
         sync_folder(self._plan.destination)
         with os_errors(first, "removed"):
-            if first_old is not None and Identity.of(replaced_path(first)) == first_old:
-                replaced_path(first).unlink()
+            remove_known(replaced_path(first), first_old)
 
     def discard(self) -> None:
         """Remove the temporary files."""
-        for index, path in enumerate(self.paths):
-            if path not in self._made:
-                continue
-            descriptor = self._open.get(index)
-            if descriptor is None or is_same_file(path, descriptor):
-                path.unlink(missing_ok=True)
+        for index, descriptor in self._open.items():
+            if self.paths[index] in self._made:
+                remove_known(self.paths[index], descriptor)
 
 
 # Names beside an output that are made with it.
@@ -581,6 +645,13 @@ def appeared(path: Path) -> OutputExistsError:
     """Return the error of a name that something else took while the run lasted."""
     return OutputExistsError(
         "appeared or changed during the conversion and is left in place", where=path, hint=APPEARED_HINT
+    )
+
+
+def swapped(path: Path) -> InputOutputError:
+    """Return the error of a temporary name that does not stand for the file that was written."""
+    return InputOutputError(
+        "no longer the file that was written", where=path, hint="restore the file that was moved or replaced"
     )
 
 
@@ -634,40 +705,43 @@ def replaced_path(path: Path) -> Path:
     return path.with_name(path.name + REPLACED_SUFFIX)
 
 
-def _inode(path: Path) -> int | None:
+def _status(path: Path) -> os.stat_result | None:
+    """Return the status of what ``path`` names itself, None where it cannot be told."""
     try:
-        return path.lstat().st_ino
+        return path.lstat()
     except OSError:
         return None
+
+
+def _identity(path: Path) -> Identity | None:
+    status = _status(path)
+    return None if status is None else Identity.in_status(status)
+
+
+def _inode(path: Path) -> int | None:
+    status = _status(path)
+    return None if status is None else status.st_ino
 
 
 def _size_of_regular(path: Path) -> int | None:
     """Return the size of a regular file, None where there is none; links are not followed."""
+    status = _status(path)
+    return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def take_final_name(path: Path, final: Path, descriptor: int, old: Identity | None, aside: Path | None = None) -> None:
+    """Give an open file or folder its final name; see ``take_name``.
+
+    Raises:
+        OutputExistsError: something else took the name; all is as it was.
+        InputOutputError: something else stands under the temporary name.
+    """
     try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def _take_file_name(path: Path, final: Path, old: Identity | None) -> None:
-    """Give a file its final name, in place of ``old`` where that is what stands there."""
-    now = Identity.of(final)
-    if now is None:
-        try:
-            rename_new(path, final)
-        except FileExistsError:
-            raise appeared(final) from None
-        return
-    if now != old:
-        raise appeared(final)
-    if not exchange(path, final):
-        os.replace(path, final)
-    elif Identity.of(path) != old:  # somebody was quicker than the look: both get their names back
-        exchange(path, final)
-        raise appeared(final)
-    else:
-        path.unlink()
+        take_name(path, final, descriptor, old, aside)
+    except FileExistsError:
+        raise appeared(final) from None
+    except FileNotFoundError:
+        raise swapped(path) from None
 
 
 def sync_folder(folder: Path) -> None:

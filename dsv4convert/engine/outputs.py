@@ -405,7 +405,7 @@ class FolderOutput(Outputs):
                 self._made.add(root)
             self._hold_folder(root)
             entries = {entry: Identity.of(entry) for entry in root.iterdir()}
-            if existed and entries and Identity.of(root) != self._leftovers.get(root):
+            if entries and (not existed or Identity.of(root) != self._leftovers.get(root)):
                 raise appeared(root)
             for entry in entries:
                 if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):

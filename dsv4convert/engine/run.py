@@ -80,7 +80,7 @@ class _Shared:
     tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
-    digests: dict[Segment, bytes] = field(default_factory=dict)
+    digests: dict[Segment, tuple[bytes, Tally]] = field(default_factory=dict)
     error: BaseException | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ MAX_ELEMENT_BYTES = 8
 class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
-    ``digests`` are those of repeated copies, which all workers share: the first worker at one takes its
-    checksum, and the others need not look at its bytes.
+    ``digests`` are those of repeated copies, with what was counted in them, which all workers share: the first
+    worker at one takes both, and the others need not look at its bytes.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Worker:
         codecs: Codecs,
         descriptors: DescriptorCache,
         kernel: KernelCopier,
-        digests: dict[Segment, bytes],
+        digests: dict[Segment, tuple[bytes, Tally]],
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         self._codecs = codecs
@@ -147,10 +148,11 @@ class Worker:
             done += moved
             self.done_bytes += moved
         if known is None:
-            known = digest.digest()
             if operation.is_repeated and done == segment.rows:
-                self._digests[segment] = known
-        return known
+                self._digests[segment] = digest.digest(), replace(tally)
+            return digest.digest()
+        tally.add(known[1])
+        return known[0]
 
     def _count(self, holds: str, cut: NDArray[np.uint8], seen: NDArray[np.uint8], tally: Tally) -> NDArray[np.uint8]:
         """Count the elements of copied bytes that are not finite; return the bytes of a last one that is cut."""

@@ -187,7 +187,6 @@ CASES = [
     Case("a tokenizer of another kind", TOKENIZER, ("unknown kind of tokenizer: expected BPE", "got Unigram"), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"].update(type="Unigram"))),
     Case("an unknown pre-tokenizer", TOKENIZER, ("unknown pre-tokenizer", "--tokenizer-pre"), lambda d: d.edit_json("tokenizer.json", lambda t: t.update(pre_tokenizer={"type": "Whitespace"}))),
     Case("a tokenizer larger than the vocabulary", TOKENIZER, ("tokenizer larger than the vocabulary",), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"]["vocab"].update({"Ġtoo": 10**9}))),
-    Case("generation_config.json is no JSON", FORMAT, ("generation_config.json: not valid JSON",), lambda d: (d.folder / "generation_config.json").write_text("{")),
     Case("an output of another name", USAGE, ("must end in .gguf",), lambda d: d.options.append("out:model.bin")),
     Case("no folder for the output", EXISTS, ("output folder is missing",), lambda d: d.options.append("out:nowhere/model.gguf")),
     Case("layers that the model does not have", CONFIG, ("layers outside the model", "0-99"), lambda d: d.options.extend(["--layers", "0-99"])),

@@ -23,7 +23,7 @@ from ..formats.backend import default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .dry_run import DryRun, foresee
-from .fingerprint import check_same, check_unchanged, fingerprint
+from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
 from .manifest import check_claimed, finished_before, manifest_path, write_manifest
 from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path
@@ -106,19 +106,19 @@ def execute(
     outputs = outputs_of(plan, lock=lock)
     outputs.look()
     path, manifest = journal_path(plan), manifest_path(plan)
-    mark = fingerprint(plan)
-    check_sources_stay(plan, mark, outputs)
+    fingerprint = fingerprint_of(plan)
+    check_sources_stay(plan, fingerprint, outputs)
     check_claimed(manifest)
     if not os.path.lexists(path):
-        if resume and finished_before(plan, mark):
+        if resume and finished_before(plan, fingerprint):
             report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
             return summarize(plan, report)
         outputs.check_absent(overwrite)
     with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
         if journal.is_new:
-            _start(plan, outputs, journal, mark, overwrite, fresh)
+            _start(plan, outputs, journal, fingerprint, overwrite, fresh)
         elif resume:
-            _resume(plan, outputs, journal, mark, threads)
+            _resume(plan, outputs, journal, fingerprint, threads)
         else:
             raise ResumeError(
                 "an interrupted run left work here",
@@ -127,7 +127,7 @@ def execute(
             )
 
         def before_rename(report: RunReport) -> None:
-            check_unchanged(plan, mark)
+            check_unchanged(plan, fingerprint)
             if before_finish is not None:
                 before_finish(report)
 
@@ -142,7 +142,7 @@ def execute(
                 record_seconds=record_seconds,
                 before_finish=before_rename,
             )
-            write_manifest(manifest, plan, report, mark)
+            write_manifest(manifest, plan, report, fingerprint)
         except KeyboardInterrupt:
             raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
         except (RunInterruptedError, SpaceError, InputOutputError, OutputExistsError) as error:
@@ -168,7 +168,9 @@ def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
     return replace(summarize(plan, nothing), written_bytes=0, dry_run=foresee(plan, threads))
 
 
-def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], overwrite: bool, fresh: bool) -> None:
+def _start(
+    plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[str, Any], overwrite: bool, fresh: bool
+) -> None:
     """Begin a run from nothing; what cannot even begin leaves nothing behind, and older work as it was."""
     had_work = journal.has_content
     try:
@@ -181,7 +183,7 @@ def _start(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any],
             journal.remove()
         raise
     try:
-        journal.begin(mark, outputs.replaces)
+        journal.begin(fingerprint, outputs.replaces)
         outputs.create()
         journal.note_inodes(outputs.inodes())
     except BaseException:
@@ -194,13 +196,13 @@ def _and(hint: str | None, more: str) -> str:
     return f"{hint}; {more}" if hint else more
 
 
-def _resume(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any], threads: int) -> None:
+def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[str, Any], threads: int) -> None:
     """Take over the work of an interrupted run: every finished segment counts only with its checksum.
 
     Neither name nor inode number nor size prove that a file is as it was left: a stale copy can be put back, and a
     freed inode number be given to the next file.
     """
-    check_same(journal.fingerprint or {}, mark, journal.path)
+    check_same(journal.fingerprint or {}, fingerprint, journal.path)
     journal.check_plan(plan)
     started = journal.started_files()
     outputs.replaces = journal.replaces
@@ -213,7 +215,7 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, mark: dict[str, Any]
     journal.note_inodes(outputs.inodes())
 
 
-def check_sources_stay(plan: Plan, mark: dict[str, Any], outputs: Outputs) -> None:
+def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs) -> None:
     """Check that no name that the run writes, renames or removes stands for a file of the source.
 
     Links are followed on both sides, and files compared by device and inode.
@@ -222,7 +224,7 @@ def check_sources_stay(plan: Plan, mark: dict[str, Any], outputs: Outputs) -> No
         UsageError: one does.
         InputOutputError: the source cannot be looked at.
     """
-    sources = [plan.source / name for name in mark["source"]]
+    sources = [plan.source / name for name in fingerprint["source"]]
     with os_errors(plan.source, "read"):
         if plan.source.is_dir():
             sources += plan.source.iterdir()

@@ -16,7 +16,7 @@ from ..plan import Plan
 from .outputs import FRESH_HINT, os_errors
 
 
-def fingerprint(plan: Plan) -> dict[str, Any]:
+def fingerprint_of(plan: Plan) -> dict[str, Any]:
     """Return what decides a plan's output: program, options, source files, and every range of the plan.
 
     Source files count by name, size and modification time; their headers are part of the plan.

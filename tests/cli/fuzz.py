@@ -33,7 +33,7 @@ from dsv4convert.checkpoint.tokenizer import load_tokenizer
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.engine.conversion import execute
-from dsv4convert.engine.fingerprint import check_same, fingerprint
+from dsv4convert.engine.fingerprint import check_same, fingerprint_of
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_of
 from dsv4convert.engine.run import peak_memory_bytes
@@ -240,7 +240,7 @@ class Fuzz:
         out.mkdir()
         plan = plan_gguf(self.source, out / "model.gguf", GgufOptions())
         interrupt(plan, 30)
-        mark = fingerprint(plan)
+        fingerprint = fingerprint_of(plan)
         kept = {path.name: path.read_bytes() for path in out.iterdir()}
         path = journal_path(plan)
         lines = kept[path.name].splitlines(keepends=True)
@@ -258,7 +258,7 @@ class Fuzz:
             path.write_bytes(damaged)
             with Journal(path) as journal:
                 if not journal.is_new:
-                    check_same(journal.fingerprint or {}, mark, path)
+                    check_same(journal.fingerprint or {}, fingerprint, path)
                     journal.check_plan(plan)
             # What a forger says is finished is believed; what damage leaves has to be true.
             if forged or rng.random() < 0.8:

@@ -188,13 +188,7 @@ Operation: TypeAlias = (
     | Bf16ToFp8Scales
 )
 
-COPY, REPEATED_COPY, KEEP, JOIN, ALL_EQUAL = (
-    Copy(),
-    Copy(is_repeated=True),
-    Keep(),
-    Join(),
-    AllEqual(),
-)
+COPY, KEEP, JOIN, ALL_EQUAL = Copy(), Keep(), Join(), AllEqual()
 
 
 @cache

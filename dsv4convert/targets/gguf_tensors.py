@@ -43,9 +43,6 @@ from .segments import (
     stack_segments,
 )
 
-DENSE_TYPES = ("q8_0", "bf16", "f16", "f32")
-EXPERT_TYPES = ("mxfp4", "q8_0", "bf16", "f16", "f32")
-
 # The row whose output rows are grouped, [G * o_lora, heads * d / G].
 WO_A_SHAPE = ("G*o_lora", "Hd/G")
 

@@ -120,7 +120,6 @@ class Outputs(ABC):
         self._lock = lock
         self.paths: list[Path] = []
         self.replaces: list[Identity | None] = []
-        self.without_locks = False  # whether the file system refused every kind of lock
         self._open: dict[int, int] = {}
         self._made: set[Path] = set()
         self._leftovers: dict[Path, Identity | None] = {}  # of older runs, when this one began
@@ -284,7 +283,7 @@ class Outputs(ABC):
         if not self._lock:
             return
         try:
-            self.without_locks |= not try_lock(descriptor, path)
+            try_lock(descriptor, path)  # where there are no locks at all, the journal has a lock file
         except BlockingIOError:
             raise LockedError(
                 "another run is writing this file", where=path, hint="wait for the other run or stop it"
@@ -339,6 +338,7 @@ class FolderOutput(Outputs):
         super().__init__(plan, lock=lock)
         self._final = plan.destination
         self._root = partial_path(plan.destination)
+        self._names = frozenset(file.name for file in plan.files)
         self.paths = [self._root / file.name for file in plan.files]
         self._folder: int | None = None
 
@@ -366,11 +366,7 @@ class FolderOutput(Outputs):
                 raise OutputExistsError(what, where=final, hint=hint)
             check_can_be_renamed(final)
             self._check_replaceable(final, overwrite)
-        old = replaced_path(final)
-        if os.path.lexists(old):
-            raise OutputExistsError(
-                "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
-            )
+        check_none_replaced(final)
         self._check_as_looked()
 
     def _check_replaceable(self, folder: Path, overwrite: bool) -> None:
@@ -381,14 +377,17 @@ class FolderOutput(Outputs):
             raise OutputExistsError(
                 "already exists and is not empty", where=folder, hint="pass --overwrite to replace the output"
             )
-        ours = {file.name for file in self._plan.files}
         for entry in entries:
-            if entry.is_dir() or (entry.name not in ours and not CHECKPOINT_FILE.fullmatch(entry.name)):
+            if entry.is_dir() or not self._may_hold(entry.name):
                 raise OutputExistsError(
                     f"contains {entry.name}, which no conversion wrote",
                     where=folder,
                     hint="move that file away or choose another folder",
                 )
+
+    def _may_hold(self, name: str) -> bool:
+        """Return whether a file of this name in the folder is one that a conversion writes, this one or an older."""
+        return name in self._names or CHECKPOINT_FILE.fullmatch(name) is not None
 
     def create(self) -> None:
         """Make the folder and its files."""
@@ -397,7 +396,6 @@ class FolderOutput(Outputs):
             raise OutputExistsError(
                 "already exists and is not a working folder of dsv4convert", where=root, hint="remove that folder"
             )
-        names = {file.name for file in self._plan.files}
         with os_errors(root, "created"):
             existed = root.exists()
             root.mkdir(exist_ok=True)
@@ -408,7 +406,7 @@ class FolderOutput(Outputs):
             if entries and (not existed or Identity.of(root) != self._leftovers.get(root)):
                 raise appeared(root)
             for entry in entries:
-                if entry.is_dir() or (entry.name not in names and not CHECKPOINT_FILE.fullmatch(entry.name)):
+                if entry.is_dir() or not self._may_hold(entry.name):
                     raise OutputExistsError(
                         f"contains {entry.name}, which does not belong to this output",
                         where=root,
@@ -491,10 +489,9 @@ class FolderOutput(Outputs):
 
     def _clear_up(self, old: Identity | None) -> None:
         """Remove the older output, under whichever name it has now; nothing else has its identity."""
-        ours = {file.name for file in self._plan.files}
         for path in (partial_path(self._final), replaced_path(self._final)):
             if old is not None:
-                remove_known_folder(path, old, lambda name: name in ours or bool(CHECKPOINT_FILE.fullmatch(name)))
+                remove_known_folder(path, old, self._may_hold)
 
     def discard(self) -> None:
         """Remove the files of this run, and the temporary folder if nothing else is in it."""
@@ -543,11 +540,7 @@ class FileOutputs(Outputs):
             if not overwrite:
                 raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace the output")
             check_can_be_renamed(final)
-        old = replaced_path(self._finals[0])
-        if os.path.lexists(old):
-            raise OutputExistsError(
-                "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
-            )
+        check_none_replaced(self._finals[0])
         self._check_as_looked()
 
     def create(self) -> None:
@@ -666,6 +659,19 @@ def check_parent(path: Path) -> None:
         status = path.parent.stat() if os.path.exists(path.parent) else None
     if status is None or not stat.S_ISDIR(status.st_mode):
         raise OutputExistsError("output folder is missing", where=path.parent, hint="create the folder first")
+
+
+def check_none_replaced(path: Path) -> None:
+    """Check that no killed run left an older output under the name that it has while it is replaced.
+
+    Raises:
+        OutputExistsError: one did.
+    """
+    old = replaced_path(path)
+    if os.path.lexists(old):
+        raise OutputExistsError(
+            "an older output that a killed run left under this name", where=old, hint="rename or remove that file"
+        )
 
 
 def open_file(path: Path, flags: int) -> int:

@@ -7,30 +7,20 @@ Takes room for the slice: 4.5 GB with the default of 48 experts a layer. What co
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from side_by_side import Contender, alternate, print_table, record, save
-
-from dsv4convert.synth.write import write_synth
+from side_by_side import Contender, alternate, common_arguments, make_flash_slice, print_table, record, save
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench-check"))
+    parser = common_arguments(__doc__, "dsv4convert-bench-check", warmup=1)
     parser.add_argument("--experts", type=int, default=48, help="routed experts a layer: the size of the slice")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
     folder: Path = arguments.folder
     source = folder / f"flash-slice-{arguments.experts}"
-    if not source.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=arguments.experts, vocab=32768)
+    make_flash_slice(source, arguments.experts)
     files = sorted(source.glob("*.safetensors"))
     nbytes = sum(path.stat().st_size for path in files)
     threads = ("--threads", str(arguments.threads))

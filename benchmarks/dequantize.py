@@ -10,15 +10,21 @@ timed with a single file, at which the threads wait for each other. Takes room f
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
-from shard import as_many_bytes
-from side_by_side import Contender, alternate, print_table, record, save
+from side_by_side import (
+    Contender,
+    alternate,
+    as_many_bytes,
+    common_arguments,
+    make_flash_slice,
+    print_table,
+    record,
+    save,
+)
 
-from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.repack import plan_repack
 
@@ -26,25 +32,18 @@ COMMANDS = {"dequantize": ["dequantize"], "repack": ["repack", "--experts", "fp8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench-hf"))
+    parser = common_arguments(__doc__, "dsv4convert-bench-hf")
     parser.add_argument("--command", choices=COMMANDS, default="dequantize")
     parser.add_argument("--experts", type=int, default=24, help="routed experts a layer: the size of the slice")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
     parser.add_argument("--max-file-size", default="5GB", help="of the output's files; the command's own default")
     parser.add_argument("--one-file", action="store_true", help="also time the run with files of up to 50 GB")
     parser.add_argument("--transformers", action="store_true", help="also time --names transformers")
-    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
     folder: Path = arguments.folder
     source = folder / f"flash-slice-{arguments.experts}"
-    if not source.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=arguments.experts, vocab=32768)
+    make_flash_slice(source, arguments.experts)
 
     def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
         command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]

@@ -8,13 +8,11 @@ links, and one output of up to twice the table.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
-from shard import as_many_bytes
-from side_by_side import Contender, alternate, print_table, record, save
+from side_by_side import Contender, alternate, as_many_bytes, common_arguments, print_table, record, save
 
 from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.engram_tables import ENGRAM_TYPES
@@ -27,14 +25,9 @@ ROW_BYTES = 256 + 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench-engram"))
+    parser = common_arguments(__doc__, "dsv4convert-bench-engram", rounds=5, warmup=1)
     parser.add_argument("--gib", type=float, default=8, help="size of the table, scales included")
     parser.add_argument("--encodings", nargs="+", choices=ENGRAM_TYPES, default=ENGRAM_TYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
     folder: Path = arguments.folder

@@ -5,33 +5,23 @@ python benchmarks/hf_to_gguf.py --rounds 7 --llama-rounds 3 --save benchmarks/re
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
-from side_by_side import Contender, alternate, print_table, record, save
-
-from dsv4convert.synth.write import write_synth
+from side_by_side import Contender, alternate, common_arguments, make_flash_slice, print_table, record, save
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser = common_arguments(__doc__, "dsv4convert-bench")
     parser.add_argument("--llama-rounds", type=int, default=3, help="0 leaves llama.cpp out")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
-    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
     source = arguments.folder / "flash-slice"
-    if not source.is_dir():
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
+    make_flash_slice(source)
     source_bytes = sum(path.stat().st_size for path in source.iterdir())
     ours = [
         sys.executable,

@@ -16,9 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from side_by_side import Contender, alternate, record, run_once, save
-
-from dsv4convert.synth.write import write_synth
+from side_by_side import Contender, alternate, make_flash_slice, record, run_once, save
 
 # Name: command, options, and whether the output is a folder of its own.
 COMMANDS = {
@@ -75,9 +73,7 @@ def main() -> None:
     most = len(os.sched_getaffinity(0))
     threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
     source = arguments.folder / "flash-slice"
-    if not source.is_dir():
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
+    make_flash_slice(source)
     results = [measure(what, source, arguments.folder, threads, arguments.rounds) for what in arguments.commands]
     if arguments.save is not None:
         save({"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "results": results}, arguments.save)

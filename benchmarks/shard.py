@@ -6,33 +6,33 @@ python benchmarks/shard.py --rounds 7 --experts fp8 --save benchmarks/results/sh
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
-from side_by_side import Contender, alternate, print_table, record, save
+from side_by_side import (
+    Contender,
+    alternate,
+    as_many_bytes,
+    common_arguments,
+    make_flash_slice,
+    print_table,
+    record,
+    save,
+)
 
-from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-bench"))
+    parser = common_arguments(__doc__, "dsv4convert-bench")
     parser.add_argument("--mp", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--experts", choices=("fp4", "fp8"), default="fp4")
-    parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
 
     source: Path = arguments.folder / "flash-slice"
-    if not source.is_dir():
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=48, vocab=32768)
+    make_flash_slice(source)
     options = ShardOptions(arguments.mp, experts=arguments.experts)
     plan = plan_shards(source, arguments.folder / "shards", options).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")
@@ -66,22 +66,6 @@ def main() -> None:
     shutil.rmtree(links)
     if arguments.save is not None:
         save(result, arguments.save)
-
-
-def as_many_bytes(source: Path, nbytes: int, folder: Path) -> Path:
-    """Return a folder of links to the source's files, repeated, and a last file, ``nbytes`` together."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    files = sorted(source.glob("*.safetensors"))
-    number, left = 0, nbytes
-    while left >= (file := files[number % len(files)]).stat().st_size:
-        (folder / f"{number:04d}").symlink_to(file.resolve())
-        left -= file.stat().st_size
-        number += 1
-    with file.open("rb") as whole, (folder / "rest").open("wb") as part:
-        while left:
-            left -= part.write(whole.read(min(left, 2**24)))
-    return folder
 
 
 if __name__ == "__main__":

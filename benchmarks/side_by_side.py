@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import compileall
 import contextlib
 import ctypes
@@ -19,6 +20,41 @@ from pathlib import Path
 from typing import Any
 
 import dsv4convert
+from dsv4convert.synth.write import write_synth
+
+
+def common_arguments(doc: str | None, folder: str, *, rounds: int = 7, warmup: int = 2) -> argparse.ArgumentParser:
+    """Return a parser with the options that the benchmarks of commands share, and their defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm", folder))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--warmup", type=int, default=warmup)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", type=Path)
+    return parser
+
+
+def make_flash_slice(source: Path, experts: int = 48) -> None:
+    """Write four layers of Flash, one of every kind, unless they are there: 4.5 GB with 48 routed experts a layer."""
+    if not source.is_dir():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=experts, vocab=32768)
+
+
+def as_many_bytes(source: Path, nbytes: int, folder: Path) -> Path:
+    """Return a folder of links to the source's files, repeated, and a last file, ``nbytes`` together."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files = sorted(source.glob("*.safetensors"))
+    number, left = 0, nbytes
+    while left >= (file := files[number % len(files)]).stat().st_size:
+        (folder / f"{number:04d}").symlink_to(file.resolve())
+        left -= file.stat().st_size
+        number += 1
+    with file.open("rb") as whole, (folder / "rest").open("wb") as part:
+        while left:
+            left -= part.write(whole.read(min(left, 2**24)))
+    return folder
 
 
 @dataclass

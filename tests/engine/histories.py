@@ -25,6 +25,8 @@ from dsv4convert.engine.outputs import outputs_of, partial_path, replaced_path
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.plan import CopySegments, OutputFile, OutputTensor, Plan
 
+from .plans import failing_after
+
 # Longer than any run, so that work is recorded once, in an order that does not depend on the clock.
 NEVER_SECONDS = 1000.0
 
@@ -178,22 +180,10 @@ class World:
         self.taken = set()
         self._give_up(*(self.plan.final_paths() if options.get("overwrite") else ()))
         self._give_up(*(outputs_of(self.plan).paths if options.get("fresh") else ()))
-        from dsv4convert.engine.worker import Worker
-        from dsv4convert.errors import InputOutputError
-
-        real_run, count = Worker.run, 0
-
-        def failing(worker: Worker, *arguments: Any) -> Any:
-            nonlocal count
-            count += 1
-            if stop_after is not None and count > stop_after:
-                raise InputOutputError("cannot be read (a bad block)", where="the test")
-            return real_run(worker, *arguments)
-
         watch = Watch(self, deeds)
-        Worker.run = failing  # type: ignore[method-assign]
+        bad_disk = contextlib.nullcontext() if stop_after is None else failing_after(stop_after)
         try:
-            with watch.installed():
+            with bad_disk, watch.installed():
                 execute(self.plan, threads=1, record_seconds=NEVER_SECONDS, **options)
             ended = "done"
         except Killed:
@@ -201,7 +191,6 @@ class World:
         except Dsv4Error as error:
             ended = f"{error.exit_code} {error}"
         finally:
-            Worker.run = real_run  # type: ignore[method-assign]
             self.calls_log = watch.log
         self.calls = watch.calls
         self.check(ended)

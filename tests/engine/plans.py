@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,26 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.endswith((".partial", ".journal", ".replaced")))
 
 
-def interrupt(plan: Plan, after: int, **options: object) -> Dsv4Error:
-    """Carry out a plan until ``after`` segments are finished, then fail as a bad disk would; return the error."""
+@contextmanager
+def failing_after(segments: int, error: BaseException | None = None) -> Iterator[None]:
+    """Let runs finish so many segments in all, then raise ``error``, by default that of a bad disk."""
     run, count = Worker.run, 0
+    raised = error or InputOutputError("cannot be read (a bad block)", where="the test")
 
     def failing(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
         nonlocal count
         count += 1
-        if count > after:
-            raise InputOutputError("cannot be read (a bad block)", where="the test")
+        if count > segments:
+            raise raised
         return run(self, segment, output, path, offset)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Worker, "run", failing)
-        with pytest.raises(InputOutputError) as caught:
-            execute(plan, threads=1, **options)  # type: ignore[arg-type]
+        yield
+
+
+def interrupt(plan: Plan, after: int, **options: object) -> Dsv4Error:
+    """Carry out a plan until ``after`` segments are finished, then fail as a bad disk would; return the error."""
+    with failing_after(after), pytest.raises(InputOutputError) as caught:
+        execute(plan, threads=1, **options)  # type: ignore[arg-type]
     return caught.value

@@ -113,13 +113,10 @@ def test_a_write_that_finds_no_room_can_be_any(
     assert leftovers(plan.output_path().parent) == []
 
 
-def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
-    program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
-        "from dsv4convert.cli import main; main()"
-    )
+def told_by_limited_run(program: str, source: Path, out: Path) -> str:
+    """Run a program that limits the size of files, then converts to GGUF; return what it told on stderr."""
     ended = subprocess.run(
-        [sys.executable, "-c", program, "hf-to-gguf", tiny, tmp_path / "model.gguf"],
+        [sys.executable, "-c", program, "hf-to-gguf", source, out],
         capture_output=True,
         text=True,
         check=False,
@@ -127,7 +124,16 @@ def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tiny: Path, tmp_path: 
     )
     assert ended.returncode == 10
     assert "File too large" in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+    return ended.stderr
+
+
+def test_a_limit_on_file_sizes_is_told_and_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "from dsv4convert.cli import main; main()"
+    )
+    told = told_by_limited_run(program, tiny, tmp_path / "model.gguf")
+    assert len(told.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,16 +149,8 @@ def test_a_limit_on_file_sizes_in_the_middle_of_a_run(tiny: Path, tmp_path: Path
         "convert._start = limited\n"
         "from dsv4convert.cli import main; main()"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, "hf-to-gguf", tiny, tmp_path / "model.gguf"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert ended.returncode == 10
-    assert "File too large" in ended.stderr
-    assert "--resume" in ended.stderr
+    told = told_by_limited_run(program, tiny, tmp_path / "model.gguf")
+    assert "--resume" in told
     plan = PLANS["gguf"](tiny, tmp_path)
     execute(plan, threads=2, resume=True)
     assert contents(plan) == contents(whole)

@@ -22,7 +22,7 @@ from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
 from ..command_line import run_cli
-from .plans import PLANS, contents, interrupt, leftovers
+from .plans import PLANS, contents, failing_after, interrupt, leftovers
 
 AFTER = 40
 
@@ -330,17 +330,7 @@ def test_every_converting_command_resumes(
     command: str, out: str, options: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:
     arguments = (command, tiny, tmp_path / out, *options, "--threads", "1", "--json")
-    run, count = Worker.run, 0
-
-    def failing(self: Worker, segment: object, output: int, path: Path, offset: int) -> object:
-        nonlocal count
-        count += 1
-        if count > AFTER:
-            raise InputOutputError("cannot be read (a bad block)", where="the test")
-        return run(self, segment, output, path, offset)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Worker, "run", failing)
+    with failing_after(AFTER):
         result = run_cli(*arguments)
     assert result.code == 16
     assert "--resume" in result.error

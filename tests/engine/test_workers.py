@@ -15,7 +15,7 @@ from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import InventoryError, LossyError, SpaceError
 from dsv4convert.plan import Plan, Segment
 
-from .plans import PLANS, leftovers
+from .plans import PLANS, failing_after, leftovers
 
 PROMPTLY = 5.0
 
@@ -25,43 +25,27 @@ def plan(tiny: Path, tmp_path: Path) -> Plan:
     return PLANS["gguf"](tiny, tmp_path)
 
 
-def failing_after(count: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the tile after ``count`` segments raise ``error``."""
-    run, left = Worker.run, count
-
-    def run_or_fail(self: Worker, segment: Segment, output: int, path: Path, offset: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise error
-        return run(self, segment, output, path, offset)
-
-    monkeypatch.setattr(Worker, "run", run_or_fail)
-
-
 @pytest.mark.parametrize("threads", [1, 4])
-def test_an_error_of_ours_keeps_its_kind_and_gains_the_tensors_name(
-    plan: Plan, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing_after(10, LossyError("not exact", where="here", expected=1, got=2, hint="do that"), monkeypatch)
+def test_an_error_of_ours_keeps_its_kind_and_gains_the_tensors_name(plan: Plan, threads: int) -> None:
+    error = LossyError("not exact", where="here", expected=1, got=2, hint="do that")
+    told = r"^here: not exact \(while making tensor \S+\): expected 1, got 2; do that$"
     began = time.monotonic()
-    with pytest.raises(LossyError, match=r"^here: not exact \(while making tensor \S+\): expected 1, got 2; do that$"):
+    with failing_after(10, error), pytest.raises(LossyError, match=told):
         execute(plan, threads=threads)
     assert time.monotonic() - began < PROMPTLY
     assert list(plan.destination.iterdir()) == []
 
 
-def test_a_bug_in_a_codec_is_told_with_the_tensors_name(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = plan.files[0].tensors[10].name
-    failing_after(10, ZeroDivisionError("oops"), monkeypatch)
-    with pytest.raises(RuntimeError, match=f"while making tensor {name}: ZeroDivisionError: oops"):
+def test_a_bug_in_a_codec_is_told_with_the_tensors_name(plan: Plan) -> None:
+    told = f"while making tensor {plan.files[0].tensors[10].name}: ZeroDivisionError: oops"
+    with failing_after(10, ZeroDivisionError("oops")), pytest.raises(RuntimeError, match=told):
         execute(plan, threads=1)
     assert not plan.final_paths()[0].exists()
 
 
-def test_too_little_memory_is_an_error_of_ours(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_after(10, MemoryError(), monkeypatch)
-    with pytest.raises(SpaceError, match=r"not enough memory for tensor \S+; use fewer --threads"):
+def test_too_little_memory_is_an_error_of_ours(plan: Plan) -> None:
+    told = r"not enough memory for tensor \S+; use fewer --threads"
+    with failing_after(10, MemoryError()), pytest.raises(SpaceError, match=told):
         execute(plan, threads=1)
 
 

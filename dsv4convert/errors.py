@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -67,6 +68,16 @@ class UsageError(Dsv4Error):
     """A wrong option or argument."""
 
     exit_code = 2
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Check that the value of an option is one of those that it may have.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if value not in choices:
+        raise UsageError(f"{option}: unknown", expected=" or ".join(choices), got=value)
 
 
 class InputMissingError(Dsv4Error):

@@ -25,6 +25,7 @@ from ..errors import (
     InventoryError,
     UnsupportedError,
     UsageError,
+    check_choice,
 )
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.engram import check_rows
@@ -196,8 +197,7 @@ def read_folder_headers(
         InputMissingError, FileFormatError, InventoryError: as for ``open_folder``.
         UsageError: ``index`` is none of ``INDEX_MODES``.
     """
-    if index not in INDEX_MODES:
-        raise UsageError("--index: unknown", expected=" or ".join(INDEX_MODES), got=index)
+    check_choice("--index", index, INDEX_MODES)
     index_path = folder / INDEX_NAME
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if index == BY_HEADERS and names:

@@ -1,16 +1,15 @@
-"""``dequantize`` and ``repack``: from a checkpoint folder to one without scales, or with FP8 experts."""
+"""``dequantize``: a checkpoint folder to one without scales."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..checkpoint.folder import BY_INDEX
-from ..checkpoint.meaning import open_checked
-from ..errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError, check_choice
 from ..model.config import Version
 from ..plan import Plan
 from .companions import auxiliary_files, check_apart
-from .drafts import DROP, KEEP, apply_draft_option
+from .drafts import KEEP, open_with_draft_option
 from .hf_folder import (
     DEFAULT_MAX_FILE_BYTES,
     DTYPES,
@@ -42,11 +41,9 @@ def plan_dequantize(
         UnsupportedError: transformers' names, which V4.1 does not have.
         Dsv4Error: whatever is wrong with the source.
     """
-    _one_of("--dtype", dtype, tuple(DTYPES))
-    _one_of("--names", names, NAMES)
-    checkpoint, left_out = apply_draft_option(
-        open_checked(source, draft_wanted=draft != DROP, strict=strict, index=index), draft
-    )
+    check_choice("--dtype", dtype, DTYPES)
+    check_choice("--names", names, NAMES)
+    checkpoint, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
@@ -66,8 +63,3 @@ def plan_dequantize(
         source_bytes=checkpoint.nbytes,
         notes=(*checkpoint.notes, *notes),
     )
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)

@@ -15,7 +15,7 @@ from ..containers.gguf import DEFAULT_ALIGNMENT as ALIGNMENT
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
-from ..errors import UsageError
+from ..errors import UsageError, check_choice
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
@@ -252,11 +252,11 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
         ("--output-type", options.output, OUTPUT_TYPES),
         ("--embedding-type", options.embedding, OUTPUT_TYPES),
         ("--importance", options.importance, IMPORTANCE_MODES),
-        ("--dialect", options.dialect, tuple({**DIALECTS, **DIALECTS_V41})),
+        ("--dialect", options.dialect, {**DIALECTS, **DIALECTS_V41}),
         ("--engram", options.engram, ENGRAM_TYPES),
     ):
-        if value is not None and value not in known:
-            raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
+        if value is not None:
+            check_choice(option, value, known)
     if options.split_max_tensors is not None and options.split_max_tensors < 1:
         raise UsageError("--split-max-tensors", expected="1 or more", got=options.split_max_tensors)
     dialect = tensor_dialect(checkpoint.config, options.dialect)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.folder import BY_INDEX
-from ..checkpoint.meaning import open_checked
 from ..engine.conversion import Summary
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, check_choice
 from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
-from .dequantize import _one_of
-from .drafts import DROP, KEEP, apply_draft_option
+from .drafts import KEEP, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
 from .output_config import true_config
 
@@ -46,10 +44,8 @@ def plan_repack(
         UnsupportedError: the experts are not FP4.
         Dsv4Error: whatever is wrong with the source.
     """
-    _one_of("--experts", experts, EXPERT_DTYPES)
-    checkpoint, left_out = apply_draft_option(
-        open_checked(source, draft_wanted=draft != DROP, strict=strict, index=index), draft
-    )
+    check_choice("--experts", experts, EXPERT_DTYPES)
+    checkpoint, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}

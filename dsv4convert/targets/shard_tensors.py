@@ -10,7 +10,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
 from ..containers.safetensors import Stored
-from ..errors import UsageError
+from ..errors import UsageError, check_choice
 from ..model.config import CONFIG_NAME
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
 from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
@@ -147,8 +147,8 @@ def _check_options(checkpoint: Checkpoint, options: ShardOptions) -> None:
         ("--experts", options.experts, EXPERT_DTYPES),
         ("--draft", options.draft, DRAFT_MODES),
     ):
-        if value is not None and value not in known:
-            raise UsageError(f"{option}: unknown", expected=" or ".join(known), got=value)
+        if value is not None:
+            check_choice(option, value, known)
     if options.experts is None:
         return
     for weight in checkpoint.weights.values():
@@ -249,8 +249,7 @@ def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTens
     Raises:
         UsageError: an unknown ``wo_a``.
     """
-    if wo_a not in WO_A_DTYPES:
-        raise UsageError("--wo-a: unknown", expected=" or ".join(WO_A_DTYPES), got=wo_a)
+    check_choice("--wo-a", wo_a, WO_A_DTYPES)
     scaled = next((w for w in shards.weights.values() if w.row.store is Store.DENSE and w.block is not None), None)
     tensors: list[OutputTensor] = []
     left_bf16 = 0

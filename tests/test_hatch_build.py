@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dsv4convert.formats.compiled.library import _X86_64_FLAGS
+from dsv4convert.formats.compiled.library import _X86_64_FLAGS, FOLDER
 
 ROOT = Path(__file__).parents[1]
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -35,6 +35,15 @@ def test_the_compiler_is_told_to_round_as_numpy(hook: ModuleType) -> None:
     flags = [*hook.FLAGS, *(flag for levels in hook.LEVELS.values() for options in levels.values() for flag in options)]
     assert "-ffp-contract=off" in flags
     assert not [flag for flag in flags if "fast" in flag or "unsafe" in flag]
+
+
+def test_a_machine_that_is_served_has_its_libraries(hook: ModuleType) -> None:
+    """The tests of the compiled codecs are skipped without them, so a build that failed would pass unseen."""
+    machine = hook.target_machine()
+    if machine is None:
+        pytest.skip("a package of pure Python is meant here")
+    missing = [level for level in hook.LEVELS[machine] if not (FOLDER / f"codecs-{level}.so").is_file()]
+    assert missing == [], "run python hatch_build.py"
 
 
 @pytest.mark.parametrize("machine", ELF_MACHINES)

@@ -14,8 +14,6 @@ import os
 import threading
 from pathlib import Path
 
-import numpy as np
-
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats.base import ArrayF32, ArrayU8
 from dsv4convert.formats.ggml_types import BY_NAME, QUANTISED
@@ -112,9 +110,3 @@ def find_quantiser(path: Path | None = None) -> Quantiser:
     if named is None:
         raise DeviceError("types below Q8_0 and MXFP4 need ggml's library, which is missing", hint=INSTALL_HINT)
     return Quantiser(named)
-
-
-def as_rows(values: ArrayF32, columns: int) -> ArrayF32:
-    """Return contiguous float32 rows of ``columns`` elements."""
-    rows: ArrayF32 = np.ascontiguousarray(values, np.float32).reshape(-1, columns)
-    return rows

@@ -66,7 +66,6 @@ ATTENTION_BY_RATIO = {
     4: Attention.CSA,
     128: Attention.HCA,
 }
-RATIOS = {Version.V4: (0, 4, 128), Version.V41: (0, 1, 2)}
 
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_COMPRESS_ROPE_THETA = 160000.0

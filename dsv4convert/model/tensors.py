@@ -69,7 +69,6 @@ class Row(NamedTuple):
     when: When = When.ALWAYS
 
 
-_A = When.ALWAYS
 _DENSE, _EXPERT, _BF16, _F32, _TABLE = Store.DENSE, Store.EXPERT, Store.BF16, Store.F32, Store.TABLE
 _ROWS, _COLS, _COPY = Split.ROWS, Split.COLUMNS, Split.COPY
 

@@ -37,7 +37,6 @@ F32_OF_BYTE_0 = tl.constexpr(1 << 22)  # 2^-127, a subnormal
 SIGN_AND_MANTISSA = tl.constexpr(_signed(0x807F_FFFF))
 F32_NAN = tl.constexpr(0x7FC0_0000)
 BF16_NAN = tl.constexpr(0x7FC0)
-SIGN = tl.constexpr(_signed(0x8000_0000))
 MAGNITUDE = tl.constexpr(0x7FFF_FFFF)
 UPPER_HALF = tl.constexpr(_signed(0xFFFF_0000))
 E8M0_NAN = tl.constexpr(255)

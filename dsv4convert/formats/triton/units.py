@@ -17,7 +17,6 @@ import triton.language as tl
 
 UNIT_WORDS = tl.constexpr(17)
 INNER_WORDS = tl.constexpr(16)
-UNIT_BYTES = 68
 
 
 @triton.jit

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -18,21 +20,46 @@ from .decode import Matrix, Scale, gather_rows, read_rows
 from .gguf import GgufSource
 from .protocol import Array, WeightSource, missing_weight
 
+AnyWeight = TypeVar("AnyWeight")
 
-class HfSource:
-    """Weights of a checkpoint folder, each decoded when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+class _FolderSource(Generic[AnyWeight]):
+    """The weights of a folder of safetensors files by name, with the config and the constants that lie next to them."""
+
+    def __init__(self, folder: Path, config: ModelConfig, weights: Mapping[str, AnyWeight]) -> None:
+        self._folder = folder
+        self._config = config
+        self._weights = weights
 
     @property
     def config(self) -> ModelConfig:
         """Return the hyperparameters."""
-        return self._checkpoint.config
+        return self._config
 
     def has(self, name: str) -> bool:
         """Return whether the tensor ``name`` is there."""
-        return name in self._checkpoint.weights
+        return name in self._weights
+
+    def engram_constants(self) -> EngramConstants:
+        """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
+
+        Raises:
+            DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
+        """
+        return read_engram_constants(self._folder, self._config)
+
+    def _weight(self, name: str) -> AnyWeight:
+        try:
+            return self._weights[name]
+        except KeyError:
+            raise missing_weight(name, self._folder) from None
+
+
+class HfSource(_FolderSource[Weight]):
+    """Weights of a checkpoint folder, each decoded when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.folder, checkpoint.config, checkpoint.weights)
 
     def tensor(self, name: str) -> Array:
         """Return a whole tensor as float32, or int64 for a table.
@@ -51,35 +78,12 @@ class HfSource:
         """
         return gather_rows(weight_matrix(self._weight(name)), indices)
 
-    def engram_constants(self) -> EngramConstants:
-        """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
 
-        Raises:
-            DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
-        """
-        return read_engram_constants(self._checkpoint.folder, self.config)
-
-    def _weight(self, name: str) -> Weight:
-        try:
-            return self._checkpoint.weights[name]
-        except KeyError:
-            raise missing_weight(name, self._checkpoint.folder) from None
-
-
-class ShardSource:
+class ShardSource(_FolderSource[ShardedWeight]):
     """Weights of a folder of model-parallel shards, joined from all ranks when they are asked for."""
 
     def __init__(self, checkpoint: ShardCheckpoint) -> None:
-        self._checkpoint = checkpoint
-
-    @property
-    def config(self) -> ModelConfig:
-        """Return the hyperparameters."""
-        return self._checkpoint.config
-
-    def has(self, name: str) -> bool:
-        """Return whether the tensor ``name`` is there."""
-        return name in self._checkpoint.weights
+        super().__init__(checkpoint.folder, checkpoint.config, checkpoint.weights)
 
     def tensor(self, name: str) -> Array:
         """Return a whole tensor as float32, or int64 for a table.
@@ -110,20 +114,6 @@ class ShardSource:
             pieces[here] = gather_rows(part, indices[here] - first)
             first += part.rows
         return pieces
-
-    def engram_constants(self) -> EngramConstants:
-        """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
-
-        Raises:
-            DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
-        """
-        return read_engram_constants(self._checkpoint.folder, self.config)
-
-    def _weight(self, name: str) -> ShardedWeight:
-        try:
-            return self._checkpoint.weights[name]
-        except KeyError:
-            raise missing_weight(name, self._checkpoint.folder) from None
 
 
 def weight_matrix(weight: Weight) -> Matrix:

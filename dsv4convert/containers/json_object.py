@@ -126,6 +126,12 @@ def parse_json_object(
         ``error``: the text is not one JSON object.
     """
     document = parse_json(text, where, error=error, subject=subject, hint=hint)
+    return _as_object(document, where, error, subject, hint)
+
+
+def _as_object(
+    document: Any, where: object, error: type[Dsv4Error], subject: str = "", hint: str | None = FETCH_AGAIN
+) -> dict[str, Any]:
     if not isinstance(document, dict):
         said = f"{subject} is " if subject else ""
         raise error(f"{said}not a JSON object", where=where, got=type(document).__name__, hint=hint)
@@ -195,10 +201,7 @@ def read_json_object(
         InputMissingError: the file is not there or cannot be read.
         ``error``: it is too large or not one JSON object.
     """
-    document = read_json(path, max_bytes, error=error, hint=hint)
-    if not isinstance(document, dict):
-        raise error("not a JSON object", where=path, got=type(document).__name__, hint=hint)
-    return document
+    return _as_object(read_json(path, max_bytes, error=error, hint=hint), path, error, hint=hint)
 
 
 def read_optional_json_object(

@@ -17,12 +17,13 @@ from typing import Any
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
+from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
 from ..errors import DeviceError, FileFormatError, InputMissingError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
-from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, is_shard_folder, shard_pieces
+from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_pieces
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT, LowBitCheck

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +15,11 @@ from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_met
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
 from ..model.config import CONFIG_NAME, Version, parse_config
 from ..model.config_v41 import inference_config
+from ..model.parallel import SHARD_NAME
 from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, stored_matrix, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
-
-SHARD_FILE = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
 
 PREFIX = "model."
 SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
@@ -82,11 +80,6 @@ class Tensors:
     def names(self) -> list[str]:
         """Return the names that are not taken yet."""
         return list(self._left)
-
-
-def is_shard_folder(folder: Path) -> bool:
-    """Return whether a folder holds model-parallel shards."""
-    return folder.is_dir() and any(SHARD_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
@@ -229,7 +222,7 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     files = {
         (int(found[2]), int(found[1])): path
         for path in sorted(folder.iterdir())
-        if (found := SHARD_FILE.fullmatch(path.name)) is not None
+        if (found := SHARD_NAME.fullmatch(path.name)) is not None
     }
     sizes = sorted({size for size, _ in files})
     if len(sizes) > 1:
@@ -377,13 +370,7 @@ def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece],
                     what = "describes another model than the source's config.json"
                     report.problem(KEY, path, f"{what}: key {key}: expected {left!s:.200}, got {right!s:.200}")
         return
-    for key in sorted(set(expected) | set(found)):
-        if key in report.ignored_keys:
-            continue
-        report.keys += 1
-        left, right = _json(expected, key), _json(found, key)
-        if left != right:
-            report.problem(KEY, path, f"key {key}: expected {left}, got {right}")
+    _check_json_keys(path, expected, found, report, report.ignored_keys)
 
 
 def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
@@ -397,7 +384,13 @@ def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterab
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
     with_draft = checkpoint.n_draft > 0 and not any(entry.what == "the draft layers" for entry in report.left_out)
     expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
-    for key in sorted(set(expected) | set(found)):
+    _check_json_keys(path, expected, found, report)
+
+
+def _check_json_keys(
+    path: Path, expected: Mapping[str, Any], found: Mapping[str, Any], report: Report, ignored: Iterable[str] = ()
+) -> None:
+    for key in sorted({*expected, *found} - set(ignored)):
         report.keys += 1
         left, right = _json(expected, key), _json(found, key)
         if left != right:

@@ -165,7 +165,7 @@ class InputOutputError(Dsv4Error):
 
 
 class ReportError(Dsv4Error):
-    """The work is done, and the report of it could not be told: stdout is closed, full, or nobody reads it."""
+    """The work is done, but its report could not be written: stdout is closed or full, or its reader is gone."""
 
     exit_code = 17
 

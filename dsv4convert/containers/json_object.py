@@ -32,7 +32,7 @@ FETCH_AGAIN = "fetch the file again"
 
 
 def schema_path(name: str) -> Path:
-    """Return where the JSON Schema ``name`` lies: inside an installed package, or beside it in a checkout."""
+    """Return where the JSON Schema ``name`` lies: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "schemas" / name
     return installed if installed.is_file() else package.parent / "schemas" / name
@@ -46,7 +46,7 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
     """
     from jsonschema import Draft202012Validator, validators
 
-    # JSON Schema counts 160.0 among the integers; whoever reads a count wants no float.
+    # JSON Schema counts 160.0 among the integers; a count is no float here.
     extend: Any = validators.extend
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     with schema_path(schema).open(encoding="utf-8") as file:

@@ -137,7 +137,7 @@ EXPERT_ROWS: tuple[Row, ...] = (
     Row("w3.weight", ("I", "D"), _EXPERT, Split.EXPERT, "ffn_up_exps.weight", "ffn_up_exps.weight", "mlp.experts.gate_up_proj"),
 )
 
-# What an MTP layer holds beside LAYER_ROWS, under ``mtp.{m}.``. The GGUF name of e_proj and h_proj is
+# What an MTP layer holds besides LAYER_ROWS, under ``mtp.{m}.``. The GGUF name of e_proj and h_proj is
 # that of their concatenation along the input, e first. Names that start with "output" are top level.
 MTP_ROWS: tuple[Row, ...] = (
     Row("e_proj.weight", ("D", "D"), _DENSE, _COPY, "nextn.eh_proj.weight", "mtp.e_proj.weight", None),
@@ -150,7 +150,7 @@ MTP_ROWS: tuple[Row, ...] = (
     Row("hc_head_scale", ("1",),  _F32, _COPY, "output_hc_scale.weight", "mtp.hc_head.scale", None),
 )
 
-# What DSpark's draft stages hold beside LAYER_ROWS. GGUF names are those of the dflash architecture, all
+# What DSpark's draft stages hold besides LAYER_ROWS. GGUF names are those of the dflash architecture, all
 # of them top level.
 DSPARK_ROWS: tuple[Row, ...] = (
     Row("main_proj.weight", ("D", "targets*D"), _DENSE, _COPY, "fc.weight", None, None, When.FIRST),
@@ -420,7 +420,7 @@ class Dims:
 
 
 # The vision tower of Vision-Exp: all BF16, official names at the top level. GGUF names are those of the
-# ``mmproj-`` file (architecture ``clip``). Symbols beside ModelConfig.dims come from ``vision_dims``.
+# ``mmproj-`` file (architecture ``clip``). Symbols besides ModelConfig.dims come from ``vision_dims``.
 # fmt: off
 VISION_ROWS: tuple[Row, ...] = (
     # [vd, 3 * patch * patch], channel first; the GGUF holds it as a convolution [vd, 3, patch, patch].

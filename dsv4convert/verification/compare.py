@@ -217,7 +217,7 @@ def _record(
     result.wrong += int(np.count_nonzero(wrong))
     result.rounded += int(np.count_nonzero(differs & ~wrong))
     if result.wrong and not wrong.any():
-        return  # what rounds is of no interest beside what is wrong
+        return  # rounded elements are of no interest next to wrong ones
     shown = wrong if wrong.any() else differs
     if not shown.any():
         return

@@ -318,7 +318,7 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
         raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
 
 
-# Beside tensors
+# Besides tensors
 
 
 def _check_file_metadata(files: Iterable[Path], report: Report) -> None:
@@ -464,7 +464,7 @@ def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, source: Path, report: Report) -> None:
-    """Report files beside the weights that are not the source's."""
+    """Report files next to the weights that are not the source's."""
     for name in NEEDED_FILES + OTHER_FILES:
         original, copy = source / name, folder / name
         if not original.is_file():

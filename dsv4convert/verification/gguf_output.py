@@ -1,4 +1,4 @@
-"""A finished GGUF: which rectangle of which tensor holds which source weight, and all that is beside tensors."""
+"""A finished GGUF: which rectangle of which tensor holds which source weight, and everything besides tensors."""
 
 from __future__ import annotations
 
@@ -314,16 +314,16 @@ def _lossless_table(model: GgufModelFile, tensor: GgufTensor, weight: Weight, re
     """Yield the piece of an n-gram table that is stored as bytes: rows with their scales, or scales of their own."""
     rows, columns = weight.shape
     scales = columns // BLOCK
-    beside = model.tensors.get(tensor.name.replace("engram_embd.", "engram_embd_scale."))
-    shape = (rows, columns) if beside is not None else (rows, columns + scales)
-    for found, wanted in ((tensor, shape), (beside, (rows, scales))):
+    own_scales = model.tensors.get(tensor.name.replace("engram_embd.", "engram_embd_scale."))
+    shape = (rows, columns) if own_scales is not None else (rows, columns + scales)
+    for found, wanted in ((tensor, shape), (own_scales, (rows, scales))):
         if found is not None and (found.shape != wanted or found.type != "i8"):
             what = f"expected i8 {list(wanted)}, got {found.type} {list(found.shape)}"
             report.problem(LAYOUT, f"tensor {found.name}", what)
             return
     encoding, scale = "fp8/row", None
-    if beside is not None:
-        encoding, scale = "fp8", Scale(beside.file, beside.offset, "F8_E8M0", rows, scales, (1, BLOCK))
+    if own_scales is not None:
+        encoding, scale = "fp8", Scale(own_scales.file, own_scales.offset, "F8_E8M0", rows, scales, (1, BLOCK))
     matrix = Matrix(tensor.name, tensor.file, tensor.offset, encoding, rows, columns, scale)
     yield Piece(matrix, weight.shape, (0, 0), weight_matrix(weight), (0, 0), (rows, columns))
 
@@ -364,7 +364,7 @@ def _gguf_matrix(tensor: GgufTensor) -> Matrix:
     return Matrix(tensor.name, tensor.file, tensor.offset, tensor.type, rows, columns)
 
 
-# Beside tensors
+# Besides tensors
 
 
 def check_padding(model: GgufModelFile, report: Report) -> None:

@@ -96,7 +96,7 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None) -> Matrix | s
     rows, columns = as_matrix(stored.shape)
     if plain is not None:
         if scale is not None:
-            return f"a scale beside {stored.dtype}"
+            return f"a scale next to {stored.dtype}"
         return Matrix(name, stored.file, stored.offset, plain, rows, columns)
     if stored.dtype not in ("F8_E4M3", "I8", "U8", "F4"):
         return f"{stored.dtype} is not decoded here"

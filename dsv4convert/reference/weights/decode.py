@@ -30,7 +30,7 @@ F32_BYTES = 4
 THREADED_BYTES = 8 * 2**20
 MAX_THREADS = 8
 
-# Bytes of a row by kind of storage: those of ggml's types, and of the two that carry scales beside them.
+# Bytes of a row by kind of storage: those of ggml's types, and of the two that have scales next to them.
 GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1", "q8_k", "i8", "i16", "f64", "q1_0")}
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"F8_E8M0": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtype("<i8")}

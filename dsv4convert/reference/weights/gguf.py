@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from ...model.engram import EngramConstants
 from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY, YARN, key_name
 from ...model.tensors import Draft, Expected, expected_tensors
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
-from ...targets.gguf_tensors import DIALECTS_V41, TensorDialect
+from ...targets.gguf_tensors import DIALECTS_V41, SHARED_WITH_MTP, TensorDialect
 from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
 from .protocol import Array, missing_weight, no_engram_constants
 
@@ -30,9 +31,6 @@ CANDIDATE_KEYS = {
 }
 
 CLAMPS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
-
-# What llama.cpp's separate MTP file shares with the trunk; all other trunk tensors are not in it.
-SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
 
 
 class Location(NamedTuple):
@@ -286,10 +284,7 @@ def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Lo
     stacked = config.n_routed_experts if expected.expert is not None else 1
     joined = 2 if "eh_proj" in tensor.name else 1
     elements = stacked * rows * columns * joined
-    found = 1
-    for length in tensor.shape:
-        found *= length
-    if found != elements or tensor.shape[-1] != columns * joined:
+    if math.prod(tensor.shape) != elements or tensor.shape[-1] != columns * joined:
         raise InventoryError(
             f"tensor {tensor.name}: wrong shape",
             where=tensor.file,

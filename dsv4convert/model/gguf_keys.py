@@ -116,26 +116,20 @@ NEXTN_KEY = GgufKey("nextn_predict_layers", "u32", "num_nextn_predict_layers")
 # What V4.1 and drafts have too: the other two follow from the embedding's shape.
 COMMON_KEYS = tuple(key for key in KEYS if key.name not in ("embedding_length_out", "vocab_size"))
 
+
+def _of_candidates(field: str) -> Callable[[ModelConfig, int], Any]:
+    """Return what makes a value of the config's candidates, None where it has none."""
+    return lambda c, blocks: None if c.candidates is None else getattr(c.candidates, field)
+
+
 # V4.1's roles of layers, which llama.cpp's pending converter leaves to be told by tensors: the keys of forks where
 # they have some.
 ROLE_KEYS: tuple[GgufKey, ...] = (
     GgufKey("attention.kv_source_layers", "[i32]", "kv_source_layer_ids"),
     GgufKey("attention.index_source_layers", "[i32]", "index_source_layer_ids"),
-    GgufKey(
-        "attention.indexer.candidate_source_layer",
-        "u32",
-        lambda c, blocks: None if c.candidates is None else c.candidates.source_layer_id,
-    ),
-    GgufKey(
-        "attention.indexer.candidate_topk_blocks",
-        "u32",
-        lambda c, blocks: None if c.candidates is None else c.candidates.topk_blocks,
-    ),
-    GgufKey(
-        "attention.indexer.candidate_block_size",
-        "u32",
-        lambda c, blocks: None if c.candidates is None else c.candidates.block_size,
-    ),
+    GgufKey("attention.indexer.candidate_source_layer", "u32", _of_candidates("source_layer_id")),
+    GgufKey("attention.indexer.candidate_topk_blocks", "u32", _of_candidates("topk_blocks")),
+    GgufKey("attention.indexer.candidate_block_size", "u32", _of_candidates("block_size")),
 )
 
 # What finds the rows of V4.1's n-gram tables, as llama.cpp's pending converter has it, and how their bytes are called

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -71,10 +72,7 @@ class Matrix(NamedTuple):
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return a shape as (rows, columns): leading dimensions are rows, a vector is one row."""
-    rows = 1
-    for length in shape[:-1]:
-        rows *= length
-    return rows, (shape[-1] if shape else 1)
+    return math.prod(shape[:-1]), (shape[-1] if shape else 1)
 
 
 def block_of(length: int, scales: int) -> int | None:

@@ -514,14 +514,13 @@ def vision_tensors(config: ModelConfig) -> Iterator[Expected]:
     Raises:
         ConfigError: a ``vision_*`` key is missing or is not a positive integer.
     """
-    dims = vision_dims(config)
+    dims = Dims(vision_dims(config))
     for row in TABLES[config.version].vision:
-        yield Expected(row.name, row, tuple(dims[symbol] for symbol in row.shape), "", None, None)
+        yield Expected(row.name, row, dims.resolve(row), "", None, None)
     for block in range(config.flat["vision_n_layers"]):
         prefix = f"vision.blocks.{block}."
         for row in VISION_BLOCK_ROWS:
-            shape = tuple(dims[symbol] for symbol in row.shape)
-            yield Expected(prefix + row.name, row, shape, prefix, block, None)
+            yield Expected(prefix + row.name, row, dims.resolve(row), prefix, block, None)
 
 
 def checkpoint_tensors(

@@ -13,23 +13,14 @@ from dsv4convert.containers.imatrix import write_imatrix
 from dsv4convert.formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
 
 from ..checkpoints import MakeCheckpoint
+from ..low_bit import SLOW, SMALL, WHOLE
 from ..oracles.ggml_quantize import quantise
 
 pytestmark = pytest.mark.llama
 pytest.importorskip("llama_cpp")
 
-# Rows of one super-block, and rows that are none; few weights, for some types take microseconds an element.
-WHOLE = {
-    "hidden_size": 256,
-    "moe_intermediate_size": 256,
-    "q_lora_rank": 256,
-    "o_lora_rank": 64,
-    "num_attention_heads": 2,
-    "o_groups": 2,
-    "num_experts_per_tok": 1,
-}
+# Rows of whole super-blocks, and rows that are none.
 SHAPES = {"whole": WHOLE, "ragged": {**WHOLE, "moe_intermediate_size": 96, "q_lora_rank": 96}}
-SMALL = {"ratios": [4], "experts": 2, "vocab": 384}
 EXACT = {"f32", "f16", "bf16", "i32"}
 
 
@@ -85,8 +76,6 @@ def compare(ours: Path, wide: Path, folder: Path, imatrix: dict[str, np.ndarray]
         assert made[name] == expected[name], name
 
 
-# What takes the library tens of microseconds an element is tried on one tensor of whole rows.
-SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
 RECIPES = ("q2_k_s", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq2_xxs", "iq3_xxs", "iq4_xs")
 
 
@@ -104,6 +93,7 @@ def test_every_type_with_importance(
 def test_slow_types_with_importance(
     kind: str, source: Path, wide: Path, imatrix: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
+    """Of the slow types, one tensor."""
     path, given = imatrix
     ours = tmp_path / "ours.gguf"
     convert_gguf(source, ours, experts="q4_k", tensor_type=[f"ffn_gate_exps={kind}"], imatrix=path, threads=2)

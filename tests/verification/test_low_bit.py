@@ -19,26 +19,16 @@ from dsv4convert.verification import Report, low_bit
 
 from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
+from ..low_bit import SLOW, SMALL, WHOLE
 
 pytest.importorskip("llama_cpp")
 
-WHOLE = {
-    "hidden_size": 256,
-    "moe_intermediate_size": 256,
-    "q_lora_rank": 256,
-    "o_lora_rank": 64,
-    "num_attention_heads": 2,
-    "o_groups": 2,
-    "num_experts_per_tok": 1,
-}
 UP, DOWN = "blk.0.ffn_up_exps.weight", "blk.0.ffn_down_exps.weight"
-# What takes the library tens of microseconds an element.
-SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
 
 
 @pytest.fixture(scope="module")
 def source(make_checkpoint: MakeCheckpoint) -> Path:
-    return make_checkpoint("tiny", overrides=WHOLE, ratios=[4], experts=2, vocab=384)
+    return make_checkpoint("tiny", overrides=WHOLE, **SMALL)
 
 
 @pytest.fixture(scope="module")

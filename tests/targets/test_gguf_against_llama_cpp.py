@@ -31,14 +31,12 @@ ODD = {
     "o_lora_rank": 96,
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
-    "num_hidden_layers": 5,
-    "compress_ratios": [4, 0, 128, 4, 128, 0],
     "vocab_size": 800,
 }
 CASES: dict[str, dict[str, Any]] = {
     "seed 0": {"seed": 0},
     "seed 1": {"seed": 1},
-    "odd shapes": {"seed": 2, "overrides": ODD},
+    "odd shapes": {"seed": 2, "overrides": {**ODD, "num_hidden_layers": 5, "compress_ratios": [4, 0, 128, 4, 128, 0]}},
     "no hash layers, one expert per token": {
         "seed": 3,
         "overrides": {"num_hash_layers": 0, "num_experts_per_tok": 1, "routed_scaling_factor": 2.5},

@@ -18,20 +18,11 @@ from dsv4convert.targets.gguf_tensors import GgufOptions
 from ...checkpoints import MakeCheckpoint
 from ...oracles.llama_cpp import convert, llama_cpp_folder
 from ...reference.test_llama import cosines
-from ..test_gguf_against_llama_cpp import assert_same_tensors, assert_superset_of_keys, logits
+from ..test_gguf_against_llama_cpp import ODD, assert_same_tensors, assert_superset_of_keys, logits
 from .conversions import VARIANTS, gguf_keys
 
 pytestmark = pytest.mark.llama
 
-ODD = {
-    "hidden_size": 224,
-    "moe_intermediate_size": 160,
-    "q_lora_rank": 160,
-    "o_lora_rank": 96,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "vocab_size": 800,
-}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "dspark": {"variant": "dspark"},
     "dspark, odd shapes": {"variant": "dspark", "overrides": ODD, "seed": 1},

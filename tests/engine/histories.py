@@ -35,6 +35,7 @@ WATCHED = (
     *("pwrite", "pread", "preadv", "ftruncate", "fsync", "fdatasync", "copy_file_range", "sendfile"),
 )
 REMOVALS = ("unlink", "rmdir")
+LOOKS = ("stat", "lstat")
 # What a dead process can still do: the kernel closes its files.
 BY_THE_KERNEL = ("close",)
 
@@ -74,6 +75,7 @@ class World:
         self.old: dict[Path, bytes] = {}
         self.taken: set[Path] = set()
         self.given_up: set[bytes] = set()
+        self.unlooked: dict[Path, list[Path]] = {}
         self.moment = time.time_ns()
 
     def planned(self, of: str) -> Plan:
@@ -178,8 +180,7 @@ class World:
     def run(self, deeds: dict[int, Deed], stop_after: int | None = None, **options: bool) -> str:
         """Carry out the plan among ``deeds``, by the number of the system call; return how it ended."""
         self.taken = set()
-        self._give_up(*(self.plan.final_paths() if options.get("overwrite") else ()))
-        self._give_up(*(outputs_of(self.plan).paths if options.get("fresh") else ()))
+        self.unlooked = self._discarded(**options)
         watch = Watch(self, deeds)
         bad_disk = contextlib.nullcontext() if stop_after is None else failing_after(stop_after)
         try:
@@ -196,12 +197,20 @@ class World:
         self.check(ended)
         return ended
 
-    def _give_up(self, *paths: Path) -> None:
-        """What stands under a final name when a run with --overwrite begins may be lost: it was asked for.
+    def _discarded(self, overwrite: bool = False, fresh: bool = False, **_: bool) -> dict[Path, list[Path]]:
+        """Return the names at which a run looks first, each with the files under it that it may replace or discard."""
+        outputs, found = outputs_of(self.plan), dict[Path, list[Path]]()
+        for asked, looked_at, files in (
+            (overwrite, outputs.final(), self.plan.final_paths()),
+            (fresh, outputs.temporary(), outputs.paths),
+        ):
+            for file in files if asked else ():
+                found.setdefault(looked_at[0] if self.plan.is_folder else file, []).append(file)
+        return found
 
-        The same goes for temporary names and --fresh.
-        """
-        for path in paths:
+    def look(self, looked_at: Path) -> None:
+        """What stands under a name when a run that was told to replace or discard it first looks there may be lost."""
+        for path in self.unlooked.pop(looked_at, ()):
             if path.is_file():
                 text = path.read_bytes()
                 self.given_up.add(text)
@@ -285,9 +294,18 @@ class Watch:
                         self._happen(one, name)
                 if self.dead and name not in BY_THE_KERNEL:
                     raise Killed
+                if name in LOOKS and not isinstance(arguments[0], int):
+                    self._look(Path(arguments[0]))
                 return function(*arguments, **options)
 
         return call
+
+    def _look(self, path: Path) -> None:
+        self.acting = True
+        try:
+            self.world.look(path)
+        finally:
+            self.acting = False
 
     def _concerns(self, arguments: tuple[Any, ...]) -> bool:
         first = arguments[0] if arguments else None

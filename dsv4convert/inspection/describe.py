@@ -13,9 +13,9 @@ from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import is_gguf
 from ..errors import InputMissingError
 from .description import Description
-from .folder import _describe_folder
-from .gguf import _describe_gguf
-from .shards import _describe_shards
+from .folder import describe_folder
+from .gguf import describe_gguf
+from .shards import describe_shards
 
 
 def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
@@ -31,11 +31,11 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent
     if is_shard_folder(path):
-        return _describe_shards(path)
+        return describe_shards(path)
     if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
-        return _describe_gguf(path)
+        return describe_gguf(path)
     if path.is_dir():
-        return _describe_folder(path, index)
+        return describe_folder(path, index)
     raise InputMissingError(
         "neither a checkpoint folder nor a GGUF", where=path, hint="pass a folder with config.json or a .gguf file"
     )

@@ -27,12 +27,13 @@ from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
 from .description import Description, EncodingUse, EngramTable, Layer, ranges
-from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, _name_variant, family_of
+from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, name_variant
 
 DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
 
 
-def _describe_config(found: Description, config: ModelConfig) -> None:
+def describe_config(found: Description, config: ModelConfig) -> None:
+    """Add what a config says: the keys shown, the kinds and roles of layers, and n-gram tables."""
     found.config = {key: getattr(config, key) for key in SHOWN_KEYS}
     found.layers = [
         Layer(
@@ -54,7 +55,12 @@ def _describe_config(found: Description, config: ModelConfig) -> None:
         found.engram = [EngramTable(layer, rows, config.engram.head_dim) for layer, rows in tables]
 
 
-def _describe_folder(folder: Path, index: str) -> Description:
+def describe_folder(folder: Path, index: str) -> Description:
+    """Return the description of a checkpoint folder.
+
+    Raises:
+        Dsv4Error: nothing there that can be read.
+    """
     found = Description(str(folder), "checkpoint folder")
     try:
         found = _described(found, folder, index)
@@ -68,7 +74,7 @@ def _describe_folder(folder: Path, index: str) -> Description:
 
 
 def _described(found: Description, folder: Path, index: str) -> Description:
-    config = _lenient_config(folder, found)
+    config = lenient_config(folder, found)
     stored, files, notes = _lenient_headers(folder, found, index)
     found.files = len(files)
     found.notes += notes
@@ -80,11 +86,11 @@ def _described(found: Description, folder: Path, index: str) -> Description:
     except InventoryError as error:
         found.unexpected.append(str(error))
         tensors = {official_name(name): tensor for name, tensor in stored.items()}
-    found.draft, found.draft_layers = _draft_of(tensors, found)
+    found.draft, found.draft_layers = draft_of(tensors, found)
     if config is None:
         found.elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
         return found
-    _describe_config(found, config)
+    describe_config(found, config)
     try:
         check_roles_of_tensors(tensors, config, folder)
         if config.engram is not None:
@@ -92,11 +98,12 @@ def _described(found: Description, folder: Path, index: str) -> Description:
     except ConfigError as error:
         found.unexpected.append(str(error))
     _describe_meaning(found, config, _describe_weights(found, config, tensors), folder)
-    _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
+    name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found
 
 
-def _lenient_config(folder: Path, found: Description) -> ModelConfig | None:
+def lenient_config(folder: Path, found: Description) -> ModelConfig | None:
+    """Return a folder's config, or None where it cannot be read, which ``found`` then says."""
     try:
         return load_config(folder)
     except (ConfigError, InputMissingError) as error:
@@ -126,7 +133,8 @@ def _lenient_headers(
     return stored, files, ()
 
 
-def _draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
+def draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
+    """Return the kind of draft that tensors are of, and the number of its layers."""
     numbers: set[int] = set()
     is_dspark = False
     for name in names:
@@ -174,7 +182,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
             continue
         found.elements += math.prod(weight.shape)
         weights.append(weight)
-    _count_encodings(found, weights)
+    count_encodings(found, weights)
     copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_LAYER.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
@@ -194,7 +202,8 @@ def _chain(
             found.unexpected.append(str(error))
 
 
-def _count_encodings(found: Description, weights: Iterable[Weight]) -> None:
+def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
+    """Add how many weights of each family are stored in each way."""
     uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)

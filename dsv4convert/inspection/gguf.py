@@ -27,10 +27,15 @@ from ..model.tensors import (
 )
 from ..targets.ds4_v41 import NAMES as DS4_NAMES
 from .description import Description, EncodingUse, EngramTable, Layer
-from .naming import OTHER, SHOWN_KEYS, _name_variant, family_of
+from .naming import OTHER, SHOWN_KEYS, family_of, name_variant
 
 
-def _describe_gguf(path: Path) -> Description:
+def describe_gguf(path: Path) -> Description:
+    """Return the description of a GGUF, all parts of a split one.
+
+    Raises:
+        Dsv4Error: nothing there that can be read.
+    """
     model = open_gguf(path)
     found = Description(str(path), "GGUF")
     found.files = len(model.parts)
@@ -68,7 +73,7 @@ def _describe_gguf(path: Path) -> Description:
         tokens = model.metadata.get("tokenizer.ggml.tokens")
         sizes["vocab_size"] = len(tokens) if isinstance(tokens, list) else None
     found.config = {key: sizes[key] for key in SHOWN_KEYS if sizes.get(key)}
-    _name_variant(found, sizes)
+    name_variant(found, sizes)
     return found
 
 

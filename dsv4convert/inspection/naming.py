@@ -81,7 +81,7 @@ def _compiled_families() -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), family) for pattern, family in FAMILIES)
 
 
-def _name_variant(found: Description, sizes: Mapping[str, Any]) -> None:
+def name_variant(found: Description, sizes: Mapping[str, Any]) -> None:
     """Name the variant by its sizes, its draft, its vision tower and how its experts are stored."""
     experts = max((use for use in found.encodings if use.family == EXPERTS), key=lambda use: use.weights, default=None)
     size = _published_size(sizes)

@@ -11,13 +11,18 @@ from ..errors import InputMissingError, InventoryError, UsageError
 from ..model.config import Version
 from ..model.parallel import SHARD_NAME
 from .description import Description
-from .folder import _count_encodings, _describe_config, _draft_of, _lenient_config
-from .naming import DEPTH_KEYS, WIDTH_KEYS, _name_variant, family_of
+from .folder import count_encodings, describe_config, draft_of, lenient_config
+from .naming import DEPTH_KEYS, WIDTH_KEYS, family_of, name_variant
 
 
-def _describe_shards(folder: Path) -> Description:
+def describe_shards(folder: Path) -> Description:
+    """Return the description of a folder of model-parallel shards.
+
+    Raises:
+        Dsv4Error: nothing there that can be read.
+    """
     found = Description(str(folder), "model-parallel shards")
-    config = _lenient_config(folder, found)
+    config = lenient_config(folder, found)
     matches = [
         (path, match)
         for path in sorted(folder.glob("*.safetensors"))
@@ -30,15 +35,15 @@ def _describe_shards(folder: Path) -> Description:
         for name, tensor in read_header(path).items():
             names.add(name)
             found.count(family_of(name), tensor.dtype, tensor.nbytes)
-    found.draft, found.draft_layers = _draft_of(names, found)
+    found.draft, found.draft_layers = draft_of(names, found)
     if config is not None:
-        _describe_config(found, config)
+        describe_config(found, config)
         try:
             weights = open_shards(folder, versions=tuple(Version)).weights.values()
         except (InputMissingError, InventoryError, UsageError) as error:
             found.unexpected.append(str(error))
         else:
             found.elements = sum(math.prod(weight.shape) for weight in weights)
-            _count_encodings(found, (weight.parts[0] for weight in weights))
-        _name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
+            count_encodings(found, (weight.parts[0] for weight in weights))
+        name_variant(found, {key: getattr(config, key) for key in WIDTH_KEYS + DEPTH_KEYS})
     return found

@@ -23,7 +23,7 @@ import xxhash
 from ..errors import LockedError, OutputExistsError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
-from .ledger import DIGEST_BYTES
+from .ledger import DIGEST_BYTES, digest_of_range
 from .locks import LOCK_SUFFIX, LockFile, try_lock
 from .names import Identity, is_same_file, remove_known
 from .outputs import FRESH_HINT, open_file, os_errors, sync_folder, write_all
@@ -35,7 +35,6 @@ FORMAT = 2
 # A journal of V4-Pro has some 75,000 lines of about 120 bytes.
 MAX_JOURNAL_BYTES = 2**28
 MAX_LINE_BYTES = 2**24
-READ_BYTES = 2**22
 
 # How a journal of ours begins: the first line's checksum and its first key. A power loss can cut it short.
 CLAIM = b'0123456789abcdef {"journal":'
@@ -139,7 +138,7 @@ class Journal:
                 tensor = plan.files[file].tensors[entry.task.tensor]
                 sizes = [segment.nbytes for segment in tensor.segments]
                 offset = tensor.offset + sum(sizes[: entry.task.segment])
-                if _digest(stream.fileno(), offset, sizes[entry.task.segment]) != entry.digest:
+                if digest_of_range(stream.fileno(), offset, sizes[entry.task.segment]) != entry.digest:
                     raise ResumeError(
                         f"tensor {tensor.name} differs from what the interrupted run wrote", where=path, hint=FRESH_HINT
                     )
@@ -313,15 +312,6 @@ def _checked(line: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
-
-
-def _digest(descriptor: int, offset: int, nbytes: int) -> bytes:
-    digest = xxhash.xxh3_128()
-    while nbytes and (chunk := os.pread(descriptor, min(nbytes, READ_BYTES), offset)):
-        digest.update(chunk)
-        nbytes -= len(chunk)
-        offset += len(chunk)
-    return bytes(digest.digest())
 
 
 def _holder() -> dict[str, Any]:

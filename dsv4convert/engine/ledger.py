@@ -6,6 +6,7 @@ thing in memory. So the ledger keeps bytes, and makes a tensor's report when it 
 
 from __future__ import annotations
 
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ..formats.base import Tally
 from ..plan import Plan
 
 DIGEST_BYTES = 16  # xxh3-128
+READ_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,20 @@ class Ledger(Sequence[TensorReport]):
             bytes(self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]) for place in range(begin, end)
         ]
         return TensorReport(file.name, tensor.name, combine_digests(digests), self._tallies.get(number, Tally()))
+
+
+def digest_of_range(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """Return the xxh3-128 of bytes of an open file, of fewer where it ends before.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    while nbytes and (chunk := os.pread(descriptor, min(nbytes, READ_BYTES), offset)):
+        digest.update(chunk)
+        nbytes -= len(chunk)
+        offset += len(chunk)
+    return bytes(digest.digest())
 
 
 def combine_digests(digests: Sequence[bytes]) -> str:

@@ -23,7 +23,7 @@ from ..containers.json_object import parse_json_object, validate_schema
 from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
 from ..plan import OutputFile, OutputTensor, Plan
-from .ledger import combine_digests
+from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .names import Identity, remove_known
 from .outputs import open_file, os_errors, partial_path, sync_folder, take_final_name, write_all
 from .run import RunReport
@@ -38,7 +38,6 @@ CLAIM = b'{"manifest": '
 MAX_MANIFEST_BYTES = 2**26
 MAX_FILES = 2**16
 MAX_SEGMENTS = 2**20  # of a tensor
-READ_BYTES = 2**22
 WRITE_BYTES = 2**18
 
 # As in the schema.
@@ -358,52 +357,39 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
             if size != entry["bytes"]:
                 yield Mismatch(name, None, f"has {size} bytes, not {entry['bytes']}")
                 return
-            if _digest(file, 0, entry["header_bytes"]).hex() != entry["header"]:
+            if digest_of_range(file.fileno(), 0, entry["header_bytes"]).hex() != entry["header"]:
                 yield Mismatch(name, None, "the header differs")
             position = entry["header_bytes"]
             for tensor in entry["tensors"]:
                 if tensor["offset"] < position or tensor["offset"] + tensor["bytes"] > size:
                     yield Mismatch(name, tensor["name"], "the manifest itself is damaged: an impossible offset")
                     return
-                if not _all_zero(file, position, tensor["offset"]):
+                if not _all_zero(file.fileno(), position, tensor["offset"]):
                     yield Mismatch(name, tensor["name"], "the bytes before it are not zero")
-                if not _same_tensor(file, tensor):
+                if not _same_tensor(file.fileno(), tensor):
                     yield Mismatch(name, tensor["name"], "the bytes differ")
                 position = tensor["offset"] + tensor["bytes"]
-            if not _all_zero(file, position, size):
+            if not _all_zero(file.fileno(), position, size):
                 yield Mismatch(name, None, "the bytes after the last tensor are not zero")
     except OSError as error:
         yield Mismatch(name, None, f"cannot be read ({error.strerror})")
 
 
-def _same_tensor(file: Any, tensor: Mapping[str, Any]) -> bool:
+def _same_tensor(descriptor: int, tensor: Mapping[str, Any]) -> bool:
     digests = []
     position = tensor["offset"]
     if sum(count * size for count, size in tensor["segments"]) != tensor["bytes"]:
         return False
     for count, size in tensor["segments"]:
         for _ in range(count):
-            digests.append(_digest(file, position, size))
+            digests.append(digest_of_range(descriptor, position, size))
             position += size
     return bool(combine_digests(digests) == tensor["checksum"])
 
 
-def _chunks(file: Any, begin: int, end: int) -> Iterator[bytes]:
-    file.seek(begin)
-    while begin < end:
-        chunk = file.read(min(READ_BYTES, end - begin))
-        if not chunk:
-            return
+def _all_zero(descriptor: int, begin: int, end: int) -> bool:
+    while begin < end and (chunk := os.pread(descriptor, min(READ_BYTES, end - begin), begin)):
+        if any(chunk):
+            return False
         begin += len(chunk)
-        yield chunk
-
-
-def _digest(file: Any, begin: int, size: int) -> bytes:
-    digest = xxhash.xxh3_128()
-    for chunk in _chunks(file, begin, begin + size):
-        digest.update(chunk)
-    return bytes(digest.digest())
-
-
-def _all_zero(file: Any, begin: int, end: int) -> bool:
-    return all(not any(chunk) for chunk in _chunks(file, begin, end))
+    return True

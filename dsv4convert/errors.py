@@ -50,6 +50,16 @@ class Dsv4Error(Exception):
         self.hint = hint
         super().__init__(self._one_line())
 
+    def with_changes(self, *, what: str | None = None, hint: str | None = None) -> Dsv4Error:
+        """Return the same error with other words for what is wrong, or another next step."""
+        return type(self)(
+            self.what if what is None else what,
+            where=self.where,
+            expected=self.expected,
+            got=self.got,
+            hint=self.hint if hint is None else hint,
+        )
+
     def _one_line(self) -> str:
         what = _clip(self.what)
         line = what if self.where is None else f"{_clip(self.where, MAX_PATH_CHARACTERS)}: {what}"

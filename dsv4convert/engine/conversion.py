@@ -146,13 +146,9 @@ def execute(
         except KeyboardInterrupt:
             raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
         except (RunInterruptedError, SpaceError, InputOutputError, OutputExistsError) as error:
-            raise type(error)(
-                error.what,
-                where=error.where,
-                expected=error.expected,
-                got=error.got,
-                hint=error.hint if "--resume" in (error.hint or "") else _and(error.hint, RESUME_HINT),
-            ) from None
+            if "--resume" in (error.hint or ""):
+                raise
+            raise error.with_changes(hint=f"{error.hint}; {RESUME_HINT}" if error.hint else RESUME_HINT) from None
         except Dsv4Error:
             outputs.discard()
             journal.remove()
@@ -190,10 +186,6 @@ def _start(
         outputs.discard()
         journal.remove()
         raise
-
-
-def _and(hint: str | None, more: str) -> str:
-    return f"{hint}; {more}" if hint else more
 
 
 def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[str, Any], threads: int) -> None:

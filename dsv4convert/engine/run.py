@@ -281,13 +281,7 @@ def _with_tensor(error: Exception, plan: Plan, task: Task) -> Exception:
         return SpaceError(f"not enough memory for tensor {name}", hint="use fewer --threads")
     if not isinstance(error, Dsv4Error):
         return RuntimeError(f"while making tensor {name}: {type(error).__name__}: {error}")
-    return type(error)(
-        f"{error.what} (while making tensor {name})",
-        where=error.where,
-        expected=error.expected,
-        got=error.got,
-        hint=error.hint,
-    )
+    return error.with_changes(what=f"{error.what} (while making tensor {name})")
 
 
 def _file_tasks(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.engram import read_token_map
+from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from ..checkpoint.tokenizer import TOKENIZER_NAME
 from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
+from ..engine.outputs import partial_path
 from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
 from ..model.config_v41 import TEXT
@@ -22,11 +24,6 @@ from ..model.tensors import TOP_ROWS, Draft, Expected, Store, When, expected_ten
 from .presets import BYTES_PER_FILE, PUBLISHED_FILES, PUBLISHED_VOCABULARY, V41_TOKEN_KEYS, synth_config
 from .tokenizer import write_synth_tokenizer
 from .values import Kind, Recipe, fp4_recipes, fp8_recipes, tensor_stream
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_FILE_NAME = "model.safetensors"
-PARTIAL_SUFFIX = ".partial"
-
 
 # The sides of the blocks that share a scale.
 FP8_BLOCK = {Version.V4: 128, Version.V41: 32}
@@ -220,7 +217,7 @@ def write_plan(
         InputOutputError: a write failed.
     """
     _check_replaceable(out, overwrite)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    partial = partial_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -391,7 +388,7 @@ def _write_files(
     done = 0
     count = len(plan.files)
     for number, group in enumerate(plan.files, start=1):
-        name = SINGLE_FILE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        name = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         # Another writer than that of the other files made the published tables' files.
         by_name = plan.as_v41 and any(".engram." in tensor.name for tensor in group)
         order = ENGRAM_DTYPE_ORDER if by_name else DTYPE_ORDER
@@ -433,7 +430,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     """Refuse an existing output, and whatever is no plain checkpoint folder even with ``overwrite``."""
     if not out.name:
         raise UsageError("not a folder name", where=out)
-    for path in (out, out.with_name(out.name + PARTIAL_SUFFIX)):
+    for path in (out, partial_path(out)):
         if not path.exists() and not path.is_symlink():
             continue
         if path == out and not overwrite:

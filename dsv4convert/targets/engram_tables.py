@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME
-from ..plan import JOIN, CopySegments, Segment
-from .segments import ElementType, RowSegments, convert_segments, operands
+from ..plan import JOIN, Segment
+from .segments import ElementType, RowSegments, convert_segments, copy_segments, operands
 
 # A row's codes and then its scales; codes and scales in tensors of their own. Named after the published width.
 ROW264, SPLIT = "i8-row264", "i8-split"
@@ -69,16 +69,6 @@ def table_tensors(name: str, weight: Weight, kind: str) -> list[Table]:
         return [(name, (rows, width), I8, RowSegments(joined))]
     stem = name.removesuffix(".weight")
     return [
-        (
-            name,
-            weight.shape,
-            I8,
-            CopySegments(weight.stored.file, weight.stored.offset, weight.stored.nbytes, weight.stored.dtype),
-        ),
-        (
-            f"{stem}{SCALE_SUFFIX}.weight",
-            scale.shape,
-            I8,
-            CopySegments(scale.file, scale.offset, scale.nbytes, scale.dtype),
-        ),
+        (name, weight.shape, I8, copy_segments(weight.stored)),
+        (f"{stem}{SCALE_SUFFIX}.weight", scale.shape, I8, copy_segments(scale)),
     ]

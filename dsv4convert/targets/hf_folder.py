@@ -13,11 +13,11 @@ from ..errors import InventoryError
 from ..model.config import CONFIG_NAME
 from ..model.config_v41 import TEXT
 from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
-from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Segment, total_bytes
+from ..plan import Dropped, OutputFile, OutputTensor
 from .claims import Claims
 from .fp8_segments import FP8_BLOCKS, fp4_to_fp8_segments, fp8_scale_shape
-from .safetensors_files import safetensors_file, safetensors_index, whole_file
-from .segments import BF16, F16, F32, I32, I64, ElementType, shared, stack_segments
+from .safetensors_files import safetensors_file, safetensors_index, unplaced_tensor, whole_file
+from .segments import BF16, F16, F32, I32, I64, ElementType, copy_segments, stack_segments
 
 DTYPES = {t.name: t for t in (BF16, F16, F32)}
 NAMES = ("official", "transformers")
@@ -112,7 +112,7 @@ def _dequantized(name: str, group: Sequence[Weight], to: ElementType) -> OutputT
     if name != first.name and first.expert is not None:
         experts = len({weight.expert for weight in group})
         shape = (experts, len(group) // experts * shape[0], shape[1])
-    return _tensor(name, SAFETENSORS_DTYPE[element.name], shape, segments)
+    return unplaced_tensor(name, SAFETENSORS_DTYPE[element.name], shape, segments)
 
 
 def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
@@ -137,16 +137,15 @@ def is_fp4_expert(weight: Weight) -> bool:
 
 
 def _verbatim(name: str, stored: Stored) -> OutputTensor:
-    segments = CopySegments(stored.file, stored.offset, stored.nbytes, stored.dtype)
-    return _tensor(name, stored.dtype, stored.shape, segments)
+    return unplaced_tensor(name, stored.dtype, stored.shape, copy_segments(stored))
 
 
 def _fp8_pair(weight: Weight, side: int) -> tuple[OutputTensor, OutputTensor]:
     """Return the e4m3 codes and the e8m0 scales of a packed FP4 weight."""
     codes, scales = fp4_to_fp8_segments(weight, side)
     return (
-        _tensor(weight.name, "F8_E4M3", weight.shape, codes),
-        _tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape, side), scales),
+        unplaced_tensor(weight.name, "F8_E4M3", weight.shape, codes),
+        unplaced_tensor(scale_name(weight.name), "F8_E8M0", fp8_scale_shape(weight.shape, side), scales),
     )
 
 
@@ -169,12 +168,6 @@ def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_
     names = [NUMBERED_NAME.format(number=number, count=len(groups)) for number in range(1, len(groups) + 1)]
     files = [safetensors_file(name, group) for name, group in zip(names, groups, strict=True)]
     return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
-
-
-def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
-    """Return a tensor that has no place in a file yet."""
-    nbytes = shared(total_bytes(segments))
-    return OutputTensor(name, dtype, shape, 0, nbytes, segments)
 
 
 def json_file(name: str, document: Mapping[str, Any]) -> OutputFile:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..containers.safetensors import DTYPE_BITS
 from ..containers.safetensors_write import PYTORCH_METADATA, compact_json, safetensors_header
-from ..plan import OutputFile, OutputTensor
+from ..plan import OutputFile, OutputTensor, Segment, total_bytes
+from .segments import shared
 
 
 def safetensors_file(
@@ -26,6 +27,11 @@ def safetensors_file(
     placed = tuple(tensor._replace(offset=offset) for tensor, offset in zip(ordered, offsets, strict=True))
     end = placed[-1].offset + placed[-1].nbytes if placed else len(header)
     return OutputFile(name, header, placed, end)
+
+
+def unplaced_tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
+    """Return a tensor that has no place in a file yet."""
+    return OutputTensor(name, dtype, shape, 0, shared(total_bytes(segments)), segments)
 
 
 def whole_file(name: str, content: bytes) -> OutputFile:

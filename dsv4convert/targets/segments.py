@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoint.weights import Encoding, Weight
+from ..containers.safetensors import Stored
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME, GgmlType
 from ..model.tensors import Store
@@ -204,6 +205,11 @@ class StackedSegments(MadeSegments):
                 operand._replace(file=self._files[place], offset=self._offsets[place]) for place, operand in places
             )
         )
+
+
+def copy_segments(stored: Stored, *, is_repeated: bool = False) -> CopySegments:
+    """Return the segments that copy a stored tensor byte for byte; for ``is_repeated`` see ``CopySegments``."""
+    return CopySegments(stored.file, stored.offset, stored.nbytes, stored.dtype, is_repeated=is_repeated)
 
 
 def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segment]:

@@ -27,12 +27,11 @@ from ..plan import (
     OutputTensor,
     Segment,
     copy,
-    total_bytes,
 )
 from .claims import Claims
 from .fp8_segments import FP8_BLOCK, FP8_BLOCKS, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
-from .safetensors_files import safetensors_file
-from .segments import BF16, codec_segment
+from .safetensors_files import safetensors_file, unplaced_tensor
+from .segments import BF16, codec_segment, copy_segments
 
 EXPERT_DTYPES = ("fp4", "fp8")
 DRAFT_MODES = ("keep", "drop")
@@ -183,29 +182,25 @@ def _rank_tensors(weight: Weight, rank: int, options: ShardOptions, side: int) -
     if weight.row.name in BF16_IN_SHARDS and weight.encoding is Encoding.FP8:
         rows = shape[0]
         segment = codec_segment(weight, BF16, rank * rows, rows)
-        yield _tensor(weight.name, "BF16", shape, (segment,))
+        yield unplaced_tensor(weight.name, "BF16", shape, (segment,))
         return
     if weight.encoding is Encoding.FP4 and options.experts == "fp8":
         codes, scales = fp4_to_fp8_segments(weight, side)
-        yield _tensor(weight.name, DTYPES[Encoding.FP8], shape, codes)
-        yield _tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape, side), scales)
+        yield unplaced_tensor(weight.name, DTYPES[Encoding.FP8], shape, codes)
+        yield unplaced_tensor(scale_name(weight.name), E8M0, fp8_scale_shape(weight.shape, side), scales)
         return
     if split is Split.RUNS:
         yield from _table_tensors(weight, rank, mp)
         return
     dtype = DTYPES.get(weight.encoding, weight.stored.dtype)
-    yield _tensor(weight.name, dtype, shape, _split(weight.stored, split, rank, mp))
+    yield unplaced_tensor(weight.name, dtype, shape, _split(weight.stored, split, rank, mp))
     if weight.scale is not None:
-        yield _tensor(
+        yield unplaced_tensor(
             scale_name(weight.name),
             weight.scale.dtype,
             local_shape(weight.scale.shape, split, mp),
             _split(weight.scale, split, rank, mp),
         )
-
-
-def _tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
-    return OutputTensor(name, dtype, shape, 0, total_bytes(segments), segments)
 
 
 def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]:
@@ -222,7 +217,7 @@ def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]
         )
         if real < share:
             segments += (Segment(Fill(padding), (), share - real, width),)
-        yield _tensor(name, stored.dtype, (share, *stored.shape[1:]), segments)
+        yield unplaced_tensor(name, stored.dtype, (share, *stored.shape[1:]), segments)
 
 
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
@@ -236,9 +231,7 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
         part = width // mp
         whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
         return (Segment(Columns(rank * part, (rank + 1) * part, stored.dtype), (whole_rows,), rows, part),)
-    return CopySegments(
-        stored.file, stored.offset, stored.nbytes, stored.dtype, is_repeated=split is Split.COPY and mp > 1
-    )
+    return copy_segments(stored, is_repeated=split is Split.COPY and mp > 1)
 
 
 def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTensor], tuple[str, ...]]:
@@ -274,8 +267,10 @@ def _fp8_pair(weight: ShardedWeight, scaled: ShardedWeight | None) -> Iterator[O
     pairs = [bf16_to_fp8_segments(part, block, dtype) for part in weight.parts]
     rows, columns = weight.shape
     scale_shape = (-(-rows // block[0]), -(-columns // block[1]))
-    yield _tensor(weight.name, DTYPES[Encoding.FP8], weight.shape, tuple(s for codes, _ in pairs for s in codes))
-    yield _tensor(scale_name(weight.name), dtype, scale_shape, tuple(s for _, scales in pairs for s in scales))
+    yield unplaced_tensor(
+        weight.name, DTYPES[Encoding.FP8], weight.shape, tuple(s for codes, _ in pairs for s in codes)
+    )
+    yield unplaced_tensor(scale_name(weight.name), dtype, scale_shape, tuple(s for _, scales in pairs for s in scales))
 
 
 def _joined(weight: ShardedWeight) -> Iterator[OutputTensor]:
@@ -285,10 +280,12 @@ def _joined(weight: ShardedWeight) -> Iterator[OutputTensor]:
     # The published checkpoints know packed FP4 as bytes, two elements each.
     is_fp4 = weight.encoding is Encoding.FP4
     shape = (*weight.shape[:-1], weight.shape[-1] // 2) if is_fp4 else weight.shape
-    yield _tensor(weight.name, "I8" if is_fp4 else stored[0].dtype, shape, _join(stored, weight))
+    yield unplaced_tensor(weight.name, "I8" if is_fp4 else stored[0].dtype, shape, _join(stored, weight))
     scales = [part.scale for part in parts if part.scale is not None]
     if scales:
-        yield _tensor(scale_name(weight.name), scales[0].dtype, _whole_shape(scales, weight), _join(scales, weight))
+        yield unplaced_tensor(
+            scale_name(weight.name), scales[0].dtype, _whole_shape(scales, weight), _join(scales, weight)
+        )
 
 
 def _whole_shape(stored: Sequence[Stored], weight: ShardedWeight) -> tuple[int, ...]:
@@ -304,7 +301,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     if weight.row.split is Split.RUNS:
         return _without_padding(stored, weight.shape[0])
     if len(stored) == 1:
-        return CopySegments(first.file, first.offset, first.nbytes, first.dtype)
+        return copy_segments(first)
     if weight.axis == 1:
         rows = first.shape[0]
         width = first.nbytes // rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +190,7 @@ def forward(
     # Weights are wanted once per run, but again for every generated token.
     model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
-    prompt = _prompt(tokens, text, chat, vocabulary)
+    prompt = _prompt(PromptOptions(tokens, text, chat, tokenizer), vocabulary)
     if prompt is None:
         raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
     embedded = [embed_image(model.parameters, image) for image in images]
@@ -290,8 +290,8 @@ def compare(
     from .report import print_json
     from .tables import print_blocks
 
-    runs = _runs(a, b, tokens, text, chat, random, seed, tokenizer, layers, activation_rounding)
-    comparison = compare_runs(*runs)
+    asked = PromptOptions(tokens, text, chat, tokenizer, random, seed)
+    comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
     if plot is not None:
         from ..reference.plot import plot_errors
 
@@ -320,18 +320,31 @@ COMMANDS = (forward, compare)
 # ---- prompts ------------------------------------------------------------------------------------------
 
 
-def _prompt(tokens: str | None, text: str | None, chat: Path | None, tokenizer: Tokenizer | None) -> list[int] | None:
-    """Return the token ids that the options ask for; None without any of them."""
+@dataclass(frozen=True)
+class PromptOptions:
+    """What a command line says of the prompt: the values of the options of these names."""
+
+    tokens: str | None
+    text: str | None
+    chat: Path | None
+    tokenizer: Path | None
+    random: int | None = None
+    seed: int = 0
+
+
+def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None) -> list[int] | None:
+    """Return the token ids that --tokens, --text or --chat asks for; None without any of them."""
     from ..reference.prompt import encode_chat, encode_text, parse_tokens
 
-    given = [name for name, value in (("--tokens", tokens), ("--text", text), ("--chat", chat)) if value is not None]
+    options = (("--tokens", asked.tokens), ("--text", asked.text), ("--chat", asked.chat))
+    given = [name for name, value in options if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be combined", hint="pass only one of them")
-    if tokens is not None:
-        return parse_tokens(tokens)
-    if text is not None:
-        return encode_text(text, tokenizer)
-    return encode_chat(chat, tokenizer) if chat is not None else None
+    if asked.tokens is not None:
+        return parse_tokens(asked.tokens)
+    if asked.text is not None:
+        return encode_text(asked.text, tokenizer)
+    return encode_chat(asked.chat, tokenizer) if asked.chat is not None else None
 
 
 def _check_new(path: Path | None, overwrite: bool) -> None:
@@ -394,25 +407,15 @@ def _text_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> str | None:
 # ---- what compare runs and prints ---------------------------------------------------------------------
 
 
-def _runs(
-    a: Path,
-    b: Path,
-    tokens: str | None,
-    text: str | None,
-    chat: Path | None,
-    random: int | None,
-    seed: int,
-    tokenizer: Path | None,
-    layers: str | None,
-    activation_rounding: bool,
-) -> tuple[Any, Any]:
+def _runs(a: Path, b: Path, asked: PromptOptions, layers: str | None, activation_rounding: bool) -> tuple[Any, Any]:
     """Return the activations of both sides, on the same tokens."""
     from ..api import load_model
     from ..reference.goldens import is_goldens, open_goldens, recorded_activations
 
     recorded = [open_goldens(path) for path in (a, b) if is_goldens(path)]
     if recorded:
-        if any(option is not None for option in (tokens, text, chat, random, layers)) or activation_rounding:
+        prompt_options = (asked.tokens, asked.text, asked.chat, asked.random)
+        if any(value is not None for value in (*prompt_options, layers)) or activation_rounding:
             raise UsageError(
                 "goldens contain their own tokens, layers and rounding",
                 hint="omit --tokens, --text, --chat, --random, --layers and --activation-rounding",
@@ -430,26 +433,17 @@ def _runs(
 
     models = [load_model(path, layers=layers, activation_rounding=activation_rounding) for path in (a, b)]
     _check_same_shapes(*models)
-    prompt = _comparison_prompt(models[0], a, tokens, text, chat, random, seed, tokenizer)
+    prompt = _comparison_prompt(models[0], a, asked)
     return models[0].activations(prompt), models[1].activations(prompt)
 
 
-def _comparison_prompt(
-    model: Model,
-    path: Path,
-    tokens: str | None,
-    text: str | None,
-    chat: Path | None,
-    random: int | None,
-    seed: int,
-    tokenizer: Path | None,
-) -> list[int]:
+def _comparison_prompt(model: Model, path: Path, asked: PromptOptions) -> list[int]:
     from ..reference.prompt import find_tokenizer
 
     vocab_size = model.config.vocab_size
-    needs_text = text is not None or chat is not None
-    prompt = _prompt(tokens, text, chat, find_tokenizer(path, vocab_size, tokenizer) if needs_text else None)
-    if random is None:
+    needs_text = asked.text is not None or asked.chat is not None
+    prompt = _prompt(asked, find_tokenizer(path, vocab_size, asked.tokenizer) if needs_text else None)
+    if asked.random is None:
         if prompt is None:
             raise UsageError("prompt is missing", hint="pass --tokens, --text, --chat or --random")
         return prompt
@@ -457,7 +451,7 @@ def _comparison_prompt(
         raise UsageError("--random cannot be combined with another prompt", hint="pass only one of them")
     import numpy as np
 
-    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, random)]
+    return [int(token) for token in np.random.default_rng(asked.seed).integers(0, vocab_size, asked.random)]
 
 
 def _check_same_run(recorded: list[Goldens], a: Path, b: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
+import typer
 
 from ..errors import escape_control
 from .options import index_option, json_option, quiet_option, strict_option, threads_option
@@ -30,14 +30,14 @@ def check(model: Path, index: str, strict: bool, threads: int | None, quiet: boo
         return
     if quiet:
         return
-    click.echo(f"{report.files} files, {report.tensors:,} tensors, {human_bytes(report.bytes_read)} read")
+    typer.echo(f"{report.files} files, {report.tensors:,} tensors, {human_bytes(report.bytes_read)} read")
     for note in report.notes:
-        click.echo(escape_control(f"note: {note}"))
+        typer.echo(escape_control(f"note: {note}"))
     for finding in report.findings:
-        click.echo(escape_control(f"suspicious: {finding}"))
+        typer.echo(escape_control(f"suspicious: {finding}"))
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
-    click.echo(f"{human_seconds(report.seconds)}, {human_bytes(rate)}/s")
-    click.echo("nothing suspicious" if report.ok else f"{len(report.findings)} findings")
+    typer.echo(f"{human_seconds(report.seconds)}, {human_bytes(rate)}/s")
+    typer.echo("nothing suspicious" if report.ok else f"{len(report.findings)} findings")
 
 
 COMMANDS = (check,)

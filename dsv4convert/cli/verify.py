@@ -146,12 +146,9 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
     elif not quiet:
         typer.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
         for mismatch in found.mismatches[:MAX_LISTED]:
-            where = mismatch.file if mismatch.tensor is None else f"{mismatch.file}: tensor {mismatch.tensor}"
-            typer.echo(escape_control(f"{where}: {mismatch.what}"))
+            typer.echo(escape_control(str(mismatch)))
     if not found.ok:
-        first = found.mismatches[0]
-        where = first.file if first.tensor is None else f"{first.file}: tensor {first.tensor}"
-        raise VerifyError(f"the output differs from the manifest: {where}: {first.what}", where=output)
+        raise VerifyError(f"the output differs from the manifest: {found.mismatches[0]}", where=output)
     if not as_json and not quiet:
         typer.echo("verified")
 

@@ -298,6 +298,11 @@ class Mismatch:
     tensor: str | None
     what: str
 
+    def __str__(self) -> str:
+        """Return it as a line."""
+        where = self.file if self.tensor is None else f"{self.file}: tensor {self.tensor}"
+        return f"{where}: {self.what}"
+
 
 @dataclass(frozen=True)
 class ManifestReport:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
 from .parsing import CONTENT, FOLDER, PATH, REPORT, RUN, argument, option
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files."
@@ -51,11 +52,11 @@ def max_file_size_option(default: str | None, help: str) -> Callable[..., Any]:
 
 
 max_tensor_file_size_option = max_file_size_option(
-    "5GB", "Maximum file size, e.g. 5GB; a larger tensor is written to a file of its own."
+    DEFAULT_MAX_FILE_SIZE, "Maximum file size, e.g. 5GB; a larger tensor is written to a file of its own."
 )
 threads_option = option(
     "--threads",
-    type=click.IntRange(1, 256),
+    type=click.IntRange(1, MAX_THREADS),
     metavar="N",
     panel=RUN,
     help="Number of worker threads; by default as many as help, at most one per processor.",

@@ -31,7 +31,17 @@ from .gguf_metadata import (
     model_metadata,
     text_metadata,
 )
-from .gguf_tensors import DS4, FILE_PREFIX, GgufModel, GgufOptions, Kind, gguf_files, gguf_models, tensor_dialect
+from .gguf_tensors import (
+    DS4,
+    FILE_PREFIX,
+    GgufModel,
+    GgufOptions,
+    Kind,
+    engram_type,
+    gguf_files,
+    gguf_models,
+    tensor_dialect,
+)
 from .segments import MXFP4
 
 CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
@@ -113,6 +123,7 @@ class _Describer:
         self._tokenizer_pre = tokenizer_pre
         self._name = name
         self._options = options
+        self._dialect = tensor_dialect(checkpoint.config, options.dialect)
 
     def metadata(self, model: GgufModel, counts: ParameterCounts) -> list[KeyValue]:
         kind = file_type(model.main_type)
@@ -151,7 +162,7 @@ class _Describer:
             model.config,
             self._tokenizer,
             self.card,
-            architecture=tensor_dialect(model.config, self._options.dialect).architecture,
+            architecture=self._dialect.architecture,
             counts=counts,
             file_type=kind,
             block_count=model.block_count,
@@ -187,13 +198,9 @@ class _Describer:
         return constants if self._options.layers is None else constants.sliced(*self._options.layers)
 
     @property
-    def _engram_type(self) -> str:
-        return self._options.engram or tensor_dialect(self._config, self._options.dialect).engram
-
-    @property
     def _engram_encoding(self) -> str | None:
         engram = self._config.engram
-        return None if engram is None else encoding_name(self._engram_type, engram.head_dim)
+        return None if engram is None else encoding_name(engram_type(self._options, self._dialect), engram.head_dim)
 
 
 def _output_folder(out: Path | None) -> Path:

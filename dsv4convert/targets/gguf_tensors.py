@@ -272,7 +272,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     claims = Claims(checkpoint)
     low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
     type_options = type_options_of(options)
-    engram = _engram_type(options, dialect)
+    engram = engram_type(options, dialect)
     types = _Types(dialect, type_options, checkpoint.config, low_bit, engram)
     choices = [types.choice]
     outside = [w for w in trunk if w.layer is not None and not first <= w.layer <= last]
@@ -321,7 +321,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     return GgufModels(models, claims.close(), low_bit, (*notes, *low_bit.notes()))
 
 
-def _engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
+def engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
     """Return how n-gram tables are stored.
 
     Raises:

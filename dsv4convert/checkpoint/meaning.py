@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from ..containers.safetensors import Stored
 from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
+from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import CONFIG_NAME, ModelConfig, Version
 from ..model.tensors import Draft, Store
 from .folder import BY_INDEX, Checkpoint, open_folder
 from .shards import ShardedWeight
-from .weights import Encoding, Weight
+from .weights import FLOAT_ENCODINGS, Encoding, Weight
 
 # A tensor of at most this many bytes is read whole: norms, biases, sinks, and the constants of hyper-connections.
 MAX_SMALL_BYTES = 64 * 2**10
@@ -36,9 +37,6 @@ TABLE_CHUNK_BYTES = 4 * 2**20
 MAX_NAMED = 3
 
 INTEGERS: Mapping[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
-
-# What makes a float no finite number: all bits of its exponent, by the unsigned integer that holds it.
-EXPONENTS = {"F32": ("<u4", 0x7F800000), "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00)}
 
 
 class Finding(NamedTuple):
@@ -209,23 +207,17 @@ def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, 
 # Values
 
 
-def count_non_finite(dtype: str, content: bytes | memoryview) -> int:
-    """Return how many elements of a float tensor's bytes are NaN or infinite."""
-    kind, exponent = EXPONENTS[dtype]
-    bits = np.frombuffer(content, kind)
-    return int(np.count_nonzero((bits & exponent) == exponent))
-
-
 def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Finding]:
     """Yield what is not finite, or all zero, in tensors that are small enough to be read whole."""
     bad_names: list[str] = []
     zero: list[str] = []
-    small = [w for w in weights if w.stored.dtype in EXPONENTS and w.expert is None and w.nbytes <= MAX_SMALL_BYTES]
+    scratch = np.empty(MAX_SMALL_BYTES, np.uint8)
+    small = [w for w in weights if w.encoding in FLOAT_ENCODINGS and w.expert is None and w.nbytes <= MAX_SMALL_BYTES]
     for weight in sorted(small, key=_place):
         content = reader.stored(weight.stored)
-        bad = count_non_finite(weight.stored.dtype, content)
+        bad = count_not_finite(weight.stored.dtype, np.frombuffer(content, np.uint8), scratch)
         if bad:
-            bad_names.append(f"{weight.name} ({bad} of {len(content) * 8 // _bits(weight)})")
+            bad_names.append(f"{weight.name} ({bad} of {len(content) // element_bytes(weight.stored.dtype)})")
         elif content and not content.strip(b"\0"):
             zero.append(weight.name)
     if bad_names:
@@ -241,10 +233,6 @@ ALL_ZERO = "all bytes are zero in {count}"
 def counted(count: int, what: str = "tensor") -> str:
     """Return a count with its noun."""
     return f"{count:,} {what}{'s' if count != 1 else ''}"
-
-
-def _bits(weight: Weight) -> int:
-    return 32 if weight.encoding is Encoding.F32 else 16
 
 
 def _place(weight: Weight) -> tuple[Path, int]:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dsv4convert.checkpoint.folder import open_folder
-from dsv4convert.checkpoint.meaning import count_non_finite
 from dsv4convert.errors import ConfigError
+from dsv4convert.formats.not_finite import count_not_finite
 from dsv4convert.model.config import parse_config
 from tests.checkpoints import MakeCheckpoint
 from tests.command_line import Result, run_cli
@@ -124,7 +124,8 @@ def test_not_finite_is_what_numpy_says(dtype: str) -> None:
     else:
         wide = high.astype(np.uint32) << 16 | (np.uint32(1) if dtype == "F32" else np.uint32(0))
         content, values = (wide.tobytes() if dtype == "F32" else high.tobytes()), wide.view(np.float32)
-    assert count_non_finite(dtype, content) == np.count_nonzero(~np.isfinite(values))
+    found = count_not_finite(dtype, np.frombuffer(content, np.uint8), np.empty(len(content), np.uint8))
+    assert found == np.count_nonzero(~np.isfinite(values))
 
 
 def test_tensors_and_experts_of_nothing_but_zeros_are_counted_and_named(editable: MakeEditable, tmp_path: Path) -> None:

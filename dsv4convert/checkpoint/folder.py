@@ -394,14 +394,12 @@ def resolve(
         check_rows(config.engram, folder / CONFIG_NAME)
     weights: dict[str, Weight] = {}
     missing: list[str] = []
-    first_unscaled: Stored | None = None
+    unscaled: dict[str, Stored] = {}
     left = dict(tensors)
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(tensors)
-    kinds: Counter[str] = Counter()
     scale_fmt = stated_scale_fmt(config)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
-        kinds[_kind(expected.name)] += 1
         weight = left.pop(expected.name, None)
         if weight is None:
             missing.append(expected.name)
@@ -409,19 +407,19 @@ def resolve(
                 break
             continue
         scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
-        if needs_scale(weight):
-            kinds[_kind(scale_name(expected.name))] += 1
-            if scale is None:
-                missing.append(scale_name(expected.name))
-                first_unscaled = first_unscaled or weight
-                continue
+        if scale is None and needs_scale(weight):
+            missing.append(scale_name(expected.name))
+            unscaled[expected.name] = weight
+            continue
         weights[expected.name] = pair(expected, weight, scale, scale_fmt=scale_fmt)
     unused, unknown = _sort_leftovers(left)
     if missing:
         if len(missing) > 1:
-            what = _describe_missing(missing, kinds)
-        elif missing[0].endswith(".scale") and first_unscaled is not None:
-            what = f"tensor {missing[0]} is missing, the scale of a {first_unscaled.dtype} weight"
+            scales = [scale_name(name) for name, weight in weights.items() if weight.scale is not None]
+            what = _describe_missing(missing, Counter(map(_kind, [*weights, *scales, *missing, *unscaled])))
+        elif missing[0].endswith(".scale") and unscaled:
+            unscaled_dtype = next(iter(unscaled.values())).dtype
+            what = f"tensor {missing[0]} is missing, the scale of a {unscaled_dtype} weight"
         else:
             what = f"tensor {missing[0]} is missing" + (" (its scale is not)" if scale_name(missing[0]) in left else "")
         raise InventoryError(
@@ -493,7 +491,7 @@ def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Pa
                 where=folder / CONFIG_NAME,
                 expected=layers,
                 got=claimed,
-                hint="check that the download is complete and that config.json belongs to these weights",
+                hint=CHECK_DOWNLOAD,
             )
 
 

@@ -41,6 +41,7 @@ ONE_TEXT = frozenset(
 )
 LISTS = frozenset({"tags", "pipeline_tag", "languages", "language", "license"})
 ORIGINS = frozenset({"base_model", "base_models", "base_model_sources", "datasets", "dataset", "dataset_sources"})
+# The parts of a base model or data set, in the order in which a GGUF has them.
 ORIGIN_PARTS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
 

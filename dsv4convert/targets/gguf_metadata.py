@@ -16,7 +16,7 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-from ..checkpoint.model_card import ModelCard
+from ..checkpoint.model_card import ORIGIN_PARTS, ModelCard
 from ..checkpoint.tokenizer import Tokenizer
 from ..containers.gguf_write import ARRAY, BOOL, F32, I32, STRING, U32, U64, KeyValue
 from ..errors import ConfigError, UnsupportedError
@@ -153,19 +153,6 @@ _AUTHORSHIP_KEYS: tuple[tuple[str, str], ...] = (
 # What file names are built of, and how long a part of one may be: names of 255 bytes have suffixes to come.
 NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9._+-]+")
 MAX_NAME_CHARACTERS, MAX_PART_CHARACTERS = 80, 32
-
-# The parts of a base model or data set, in the order in which they are written.
-_ORIGIN_PARTS = (
-    "name",
-    "author",
-    "version",
-    "organization",
-    "description",
-    "url",
-    "doi",
-    "uuid",
-    "repo_url",
-)
 
 
 def file_type(experts: str) -> int:
@@ -471,7 +458,7 @@ def _origins(origins: Sequence[Mapping[str, Any]] | None, prefix: str) -> list[K
         return []
     entries = [KeyValue(f"{prefix}.count", U32, len(origins))]
     for i, origin in enumerate(origins):
-        for part in _ORIGIN_PARTS:
+        for part in ORIGIN_PARTS:
             if origin.get(part):
                 entries.append(KeyValue(f"{prefix}.{i}.{part}", STRING, str(origin[part])))
     return entries

@@ -39,12 +39,3 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
     raise InputMissingError(
         "neither a checkpoint folder nor a GGUF", where=path, hint="pass a folder with config.json or a .gguf file"
     )
-
-
-# Checkpoint folders
-
-
-# GGUF
-
-
-# Shards

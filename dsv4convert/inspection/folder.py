@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import (
+    DRAFT_NAME,
     DSPARK_MARKS,
     INDEX_NAME,
     check_roles_of_tensors,
@@ -28,8 +28,6 @@ from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
 from .description import Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, name_variant
-
-DRAFT_LAYER = re.compile(r"mtp\.(\d+)\.")
 
 
 def describe_config(found: Description, config: ModelConfig) -> None:
@@ -138,7 +136,7 @@ def draft_of(names: Iterable[str], found: Description) -> tuple[str, int]:
     numbers: set[int] = set()
     is_dspark = False
     for name in names:
-        match = DRAFT_LAYER.match(name)
+        match = DRAFT_NAME.match(name)
         if match is not None:
             numbers.add(int(match[1]))
             is_dspark = is_dspark or name.endswith(DSPARK_MARKS)
@@ -183,7 +181,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
         found.elements += math.prod(weight.shape)
         weights.append(weight)
     count_encodings(found, weights)
-    copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_LAYER.match(name)]
+    copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_NAME.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
     found.unexpected += [f"tensor {name} is missing" for name in missing]

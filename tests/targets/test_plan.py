@@ -16,7 +16,7 @@ from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InventoryError
 from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, place
-from dsv4convert.targets import dequantize, gguf, repack, shards
+from dsv4convert.targets import dequantize, drafts, gguf, repack, shards
 from dsv4convert.targets.claims import Claims
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
@@ -89,7 +89,7 @@ def test_planning_leaves_the_checkpoint_as_it_was(
 
         return open_and_remember
 
-    for module in (gguf, dequantize, repack, shards):
+    for module in (gguf, drafts, shards):
         monkeypatch.setattr(module, "open_checked", remembered(open_checked))
     monkeypatch.setattr(shards, "open_shards", remembered(open_shards))
     PLANNERS[name](source, tmp_path)

@@ -126,7 +126,7 @@ def test_quiet_says_nothing(small: Path, outputs: Make) -> None:
         (("SMALL", "OUT", "--sample", "0%"), 2, "--sample: not a fraction"),
         (("SMALL", "OUT", "--sample", "150%"), 2, "--sample: not a fraction"),
         (("SMALL", "OUT", "--manifest"), 2, "--manifest takes only the output"),
-        (("OUT", "OUT"), 3, "no such folder"),
+        (("OUT", "OUT"), 5, "a GGUF file cannot be converted"),
     ],
     ids=["no_output", "no_such_output", "no_such_source", "same", "sample_0", "sample_150", "manifest", "not_a_source"],
 )

@@ -192,6 +192,7 @@ def _cases(rows: int, columns: int) -> list[Case]:
         ("fp4_to_bf16", fp4, {"obvious": lambda: plain_bf16(plain_fp4(w)), "torch": torch_fp4(w, bf16)}),
         ("fp4_to_mxfp4", fp4[:2], {"obvious": lambda: plain_mxfp4(w)}),
         ("fp8_to_q8_0", fp8, {"obvious": lambda: plain_q8_0(plain_fp8(w))}),
+        ("fp8_to_mxfp4", fp8, {}),
         ("fp4_to_fp8", fp4[:2], {"obvious": lambda: plain_fp4_to_fp8(w)}),
         ("fp8_to_f32", fp8, {"obvious": lambda: plain_fp8(w), "torch": torch_fp8(w, f32)}),
         ("fp4_to_f32", fp4, {"obvious": lambda: plain_fp4(w), "torch": torch_fp4(w, f32)}),

@@ -1,4 +1,4 @@
-"""hf-to-gguf of an n-gram table in every encoding, in alternation with a cp of as many bytes as each writes.
+"""hf-to-gguf of an n-gram table in every encoding, in alternation with cp of the source and of as many bytes.
 
 python benchmarks/engram.py --gib 8 --rounds 5 --save benchmarks/results/engram.json
 
@@ -43,14 +43,15 @@ def main() -> None:
         command = [sys.executable, "-m", "dsv4convert", "hf-to-gguf", str(source), str(folder / "ours.gguf")]
         options = ["--quiet", "--threads", str(arguments.threads), "--engram", encoding]
         contenders = [
-            Contender("cp", ["cp", "-rL", str(links), str(folder / "copy")], folder / "copy"),
+            Contender("cp of the source", ["cp", "-r", str(source), str(folder / "copy")], folder / "copy"),
+            Contender("cp of as many bytes", ["cp", "-rL", str(links), str(folder / "copy")], folder / "copy"),
             Contender(f"--engram {encoding}", [*command, *options], folder / "ours.gguf"),
         ]
         alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
         shutil.rmtree(links)
         result = record(
             contenders,
-            "cp",
+            "cp of the source",
             plan.nbytes,
             what=f"engram {encoding}",
             source_bytes=plan.source_bytes,

@@ -70,6 +70,7 @@ SCALED: Mapping[tuple[Source, Target], _Scaled] = {
     ("fp8", "bf16"): lambda codecs: codecs.fp8_to_bf16,
     ("fp8", "f16"): lambda codecs: codecs.fp8_to_f16,
     ("fp8", "q8_0"): lambda codecs: codecs.fp8_to_q8_0,
+    ("fp8", "mxfp4"): lambda codecs: codecs.fp8_to_mxfp4,
 }
 PLAIN: Mapping[tuple[Source, Target], _Plain] = {
     ("bf16", "f32"): lambda codecs: codecs.bf16_to_f32,
@@ -87,7 +88,7 @@ PLAIN: Mapping[tuple[Source, Target], _Plain] = {
 # Blocks of the source that are those of the output, moved.
 MOVED: frozenset[tuple[Source, Target]] = frozenset({("fp4", "mxfp4")})
 # Conversions in two steps, decoding to float32 and quantising that.
-BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset({("fp8", "mxfp4"), ("f16", "q8_0"), ("f16", "mxfp4")})
+BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset({("f16", "q8_0"), ("f16", "mxfp4")})
 
 
 def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:

@@ -28,6 +28,7 @@ class Codecs:
     fp8_to_bf16: ScaledCodec = e4m3.fp8_to_bf16
     fp8_to_f16: ScaledCodec = e4m3.fp8_to_f16
     fp8_to_q8_0: ScaledCodec = q8_0.fp8_to_q8_0
+    fp8_to_mxfp4: ScaledCodec = mxfp4.fp8_to_mxfp4
     fp4_to_f32: ScaledCodec = e2m1.fp4_to_f32
     fp4_to_bf16: ScaledCodec = e2m1.fp4_to_bf16
     fp4_to_f16: ScaledCodec = e2m1.fp4_to_f16
@@ -90,6 +91,7 @@ def compiled_codecs() -> Codecs:
         fp4_to_fp8_scales=twins.fp4_to_fp8_scales,
         fp4_to_fp8=twins.fp4_to_fp8,
         fp8_to_q8_0=twins.fp8_to_q8_0,
+        fp8_to_mxfp4=twins.fp8_to_mxfp4,
         fp4_to_q8_0=twins.fp4_to_q8_0,
         f32_to_q8_0=twins.f32_to_q8_0,
         bf16_to_q8_0=twins.bf16_to_q8_0,

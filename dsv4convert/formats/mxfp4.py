@@ -33,6 +33,7 @@ from dsv4convert.formats.base import (
     ArrayF32,
     ArrayU8,
     ArrayU16,
+    Block,
     Scratch,
     Tally,
     check_contiguous,
@@ -43,6 +44,7 @@ from dsv4convert.formats.base import (
 from dsv4convert.formats.bf16 import bf16_to_f32
 from dsv4convert.formats.e2m1 import MAX as E2M1_MAX
 from dsv4convert.formats.e2m1 import VALUES, f32_to_e2m1
+from dsv4convert.formats.e4m3 import fp8_to_f32
 from dsv4convert.formats.e8m0 import BIAS, F32_MANTISSA_BITS, F32_OF_BYTE, NAN_BYTE
 
 BLOCK_BYTES = 1 + GROUP // 2  # 17
@@ -120,6 +122,21 @@ def join_blocks(codes: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:
     target = out.reshape(-1).view(_BLOCK)
     np.copyto(target["q"], pairs.reshape(-1).view(_BLOCK["q"]))
     np.copyto(target["e"], scale)
+
+
+def fp8_to_mxfp4(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise e4m3 codes [R, C] times their block scales to MXFP4 blocks [R, C/32*17].
+
+    ``scale`` is e8m0 bytes or float32 per block. Equal to decoding to float32 and quantising that, and counts as
+    `f32_to_mxfp4` does; what vanishes in decoding is counted too. Raises ValueError on shapes that do not fit.
+    """
+    check_blocks(weight.shape, out)
+    wide = scratch.array("mxfp4.wide_fp8", weight.shape, np.float32)
+    decoded, quantised = Tally(), Tally()
+    fp8_to_f32(weight, scale, block, wide, scratch, decoded)
+    f32_to_mxfp4(wide, out, scratch, quantised)
+    quantised.underflow += decoded.underflow
+    tally.add(quantised)
 
 
 def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from dsv4convert.formats import e2m1, e4m3, q8_0
+from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.backend import CODEC_NAMES, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import GROUP, Scratch, Tally
 from dsv4convert.formats.compiled import library
@@ -134,7 +134,7 @@ def test_every_fp4_byte_at_every_scale(comparison, name: str, dtype: type, first
     assert ordinary == list(range(first, last + 1))
 
 
-@pytest.mark.parametrize("name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_f16", "fp8_to_q8_0"])
+@pytest.mark.parametrize("name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_f16", "fp8_to_q8_0", "fp8_to_mxfp4"])
 @pytest.mark.parametrize("nan", [0x7F, 0xFF])
 def test_a_nan_code_anywhere_is_for_numpy(comparison, name: str, nan: int) -> None:
     compare = comparison(name)
@@ -154,13 +154,50 @@ def scales_with_a_finite_d(largest: np.ndarray) -> list[int]:
     return [byte for byte, values in enumerate(d) if (values > 0).all() and np.isfinite(values).all()]
 
 
-def test_fp8_to_q8_0_of_every_pair_of_codes_at_every_scale(comparison) -> None:
-    # Row r's largest code is r; column c holds c where that is no larger, with either sign.
+def pairs_of_fp8_codes() -> np.ndarray:
+    """Return codes [127, 256]: row r's largest is r; column c holds c where that is no larger, with either sign."""
     largest = np.arange(0x7F, dtype=np.uint8)[:, None]
     column = np.arange(128, dtype=np.uint8)[None, :]
     weight = np.minimum(column, largest).repeat(2, axis=1)
     weight[:, 1::2] |= 0x80
     weight[:, ::GROUP] = largest
+    return weight
+
+
+# Codes with a largest that has an e2m1 scale among e4m3's normal numbers, 2^-6 and more, or with none.
+MXFP4_LARGEST = [0, *range(0x15, 0x7F)]
+
+
+def test_fp8_to_mxfp4_of_every_pair_of_codes_at_every_scale(comparison) -> None:
+    compare = comparison("fp8_to_mxfp4")
+    out = np.empty((1, 8 * mxfp4.BLOCK_BYTES), np.uint8)
+    for largest, row in enumerate(pairs_of_fp8_codes()):
+        for byte in range(256):
+            done = compare([row[None], np.full((1, 2), byte, np.uint8), (128, 128)], [out], (largest, byte))
+            to = byte + max((largest >> 3) - 2 + (largest & 7 > 4), 1) - 7
+            assert done == (largest in MXFP4_LARGEST and 10 <= byte <= 246 and (to >= 2 or largest == 0))
+
+
+def test_fp8_to_mxfp4_of_every_value_of_a_block_with_a_six(comparison) -> None:
+    """Blocks whose codes all have a half at twice the scale take that scale; one other code forbids it."""
+    compare = comparison("fp8_to_mxfp4")
+    scale, out = np.full((1, 1), 120, np.uint8), np.empty((1, mxfp4.BLOCK_BYTES), np.uint8)
+    doubled = 0
+    for largest in range(0x1C, 0x7F, 8):
+        of_six = np.float32([0, 1, 2, 3, 4, 6]) / 6 * e4m3.decode_table()[largest]
+        has_half = [code for code in range(largest + 1) if e4m3.decode_table()[code] in of_six]
+        for code in range(largest + 1):
+            weight = np.resize(np.array([*has_half, code | 0x80], np.uint8), (1, GROUP))
+            assert compare([weight, scale, (1, GROUP)], [out], (largest, code))
+            made = np.empty_like(out)
+            mxfp4.fp8_to_mxfp4(weight, scale, (1, GROUP), made, Scratch(), Tally())
+            assert (made[0, 0] == 120 + (largest >> 3) - 2 - 7 + 1) == (code in has_half)
+            doubled += code in has_half
+    assert doubled == 6 * 13
+
+
+def test_fp8_to_q8_0_of_every_pair_of_codes_at_every_scale(comparison) -> None:
+    weight = pairs_of_fp8_codes()
     compare = comparison("fp8_to_q8_0")
     out = np.empty((weight.shape[0], weight.shape[1] // GROUP * q8_0.BLOCK_BYTES), np.uint8)
     done = [byte for byte in range(256) if compare([weight, np.full((1, 2), byte, np.uint8), (128, 128)], [out], byte)]
@@ -357,7 +394,7 @@ def test_empty_tiles(comparison, name: str, shape: tuple[int, int]) -> None:
     comparison(name)(inputs, outputs)
 
 
-@pytest.mark.parametrize("name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_f16", "fp8_to_q8_0"])
+@pytest.mark.parametrize("name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_f16", "fp8_to_q8_0", "fp8_to_mxfp4"])
 @pytest.mark.parametrize("block", [(128, 128), (1, 32), (64, 96), (3, 32), (1, 4096)])
 def test_fp8_blocks_of_any_size(comparison, name: str, block: tuple[int, int]) -> None:
     inputs, outputs = tile(name, 131, 352, seed=3)
@@ -365,7 +402,9 @@ def test_fp8_blocks_of_any_size(comparison, name: str, block: tuple[int, int]) -
     assert comparison(name)([inputs[0], scale, block], outputs)
 
 
-@pytest.mark.parametrize("name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_q8_0", "fp4_to_bf16", "fp4_to_q8_0"])
+@pytest.mark.parametrize(
+    "name", ["fp8_to_f32", "fp8_to_bf16", "fp8_to_q8_0", "fp8_to_mxfp4", "fp4_to_bf16", "fp4_to_q8_0"]
+)
 def test_f32_scales_that_are_powers_of_two_are_ordinary(comparison, name: str) -> None:
     inputs, outputs = tile(name, 130, 416, seed=5)
     inputs[1] = np.ldexp(np.float32(1), inputs[1].astype(np.int32) - 127).astype(np.float32)

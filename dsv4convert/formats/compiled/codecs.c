@@ -18,6 +18,10 @@ typedef int64_t i64;
 typedef u16 __attribute__((aligned(1), may_alias)) u16_at;
 typedef u32 __attribute__((aligned(1), may_alias)) u32_at;
 
+// The elements of a group, where a loop over bytes would be done in wider integers.
+typedef u8 lanes __attribute__((vector_size(32)));
+typedef u8 lanes_at __attribute__((vector_size(32), aligned(1), may_alias));
+
 #define INLINE static inline __attribute__((always_inline))
 // Before a short loop over bytes: unrolled early, it would be taken for single bytes to be gathered into vectors.
 #define KEEP_LOOP _Pragma("clang loop unroll(disable)")
@@ -59,6 +63,10 @@ INLINE u32 bits_of(float value) {
     union { float value; u32 bits; } both = {value};
     return both.bits;
 }
+
+INLINE lanes splat(u8 value) { return (lanes){} + value; }
+
+INLINE lanes where(lanes condition, lanes yes, lanes no) { return (condition & yes) | (~condition & no); }
 
 INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
@@ -450,6 +458,13 @@ INLINE int needs_scale(const u8 *codes) {
     return odd;
 }
 
+INLINE void store_mxfp4(u8 *block, u8 scale, const u8 *restrict codes) {
+    block[0] = scale;
+    KEEP_LOOP
+    for (int j = 0; j < PACKED; j++)
+        block[1 + j] = (u8)(codes[j] | codes[PACKED + j] << 4);
+}
+
 // Returns how many values were rounded.
 INLINE i64 float_to_mxfp4(int type, const void *restrict values, u8 *restrict out, i64 groups) {
     i64 changed = 0;
@@ -475,10 +490,7 @@ INLINE i64 float_to_mxfp4(int type, const void *restrict values, u8 *restrict ou
             scale++;
             encode_mxfp4(type, values, group * GROUP, (u32)scale, codes);
         }
-        block[0] = (u8)scale;
-        KEEP_LOOP
-        for (int j = 0; j < PACKED; j++)
-            block[1 + j] = (u8)(codes[j] | codes[PACKED + j] << 4);
+        store_mxfp4(block, (u8)scale, codes);
     }
     return changed;
 }
@@ -489,6 +501,58 @@ i64 f32_to_mxfp4(const u32_at *restrict values, u8 *restrict out, i64 groups) {
 
 i64 bf16_to_mxfp4(const u16_at *restrict values, u8 *restrict out, i64 groups) {
     return float_to_mxfp4(BF16, values, out, groups);
+}
+
+// A group of FP8 to MXFP4 in e4m3's own codes, which are ordered as their magnitudes are. Where the group's scale S is
+// the code `one`, what lies below S becomes 0, 0.5 or 1 by comparison with S/4 and 3/4 S, and the rest loses the lower
+// two of three bits of its mantissa, ties to even; a carry runs into the exponent, as it should. Returns how many were
+// rounded, or NEEDS_FALLBACK. From 10 to 246, FP8 times its scale is a normal float32; see fp8_to_f32.
+INLINE int fp8_group_to_mxfp4(const u8 *restrict group, u8 byte, u8 *restrict block) {
+    lanes codes = *(const lanes_at *)group, magnitudes = codes & 0x7F;
+    u8 largest = __builtin_reduce_max(magnitudes);
+    // As in float_to_mxfp4: S is a quarter of the largest, or half of it past 1.5 times a power of two.
+    int32_t exponent = (largest >> 3) - 2 + ((largest & 7) > 4);
+    int32_t scale = byte + exponent - E4M3_BIAS;
+    if (largest == 0)
+        exponent = scale = 1;
+    if (largest == 0x7F || byte < 10 || byte > 246 || exponent < 1 || (scale < 2 && largest != 0))
+        return NEEDS_FALLBACK;
+    u8 one = (u8)(exponent << 3), half = exponent > 1 ? one - 8 : 4;
+    u8 quarter = exponent > 2 ? one - 16 : (u8)(2 * exponent), three_quarters = half + (exponent > 1 ? 4 : 2);
+    u8 below = (u8)(2 * exponent - 2); // the code of S is 2
+    lanes made = ((magnitudes + 1 + (magnitudes >> 2 & 1)) >> 2) - below;
+    made = where(magnitudes < one, splat(2), made);
+    made = where(magnitudes < three_quarters, splat(1), made);
+    made = where(magnitudes <= quarter, splat(0), made);
+    lanes back = where(made == 1, splat(half), where(made == 0, splat(0), (made + below) << 2));
+    int rounded = __builtin_reduce_add((lanes)(back != magnitudes) & 1);
+    if ((largest & 7) == 4 && rounded == 0 && !__builtin_reduce_or((lanes)(made == 1 | made == 3))) {
+        scale++;
+        made = where(made > 2, made - 2, made >> 1);
+    }
+    made |= codes >> 4 & 8;
+    store_mxfp4(block, (u8)scale, (const u8 *)&made);
+    return rounded;
+}
+
+// Returns how many values were rounded.
+i64 fp8_to_mxfp4(const u8 *restrict weight, const u8 *restrict scale, u8 *restrict out, i64 rows, i64 columns,
+                 i64 height, i64 width) {
+    i64 block_columns = (columns + width - 1) / width, changed = 0;
+    for (i64 row = 0; row < rows; row++) {
+        const u8 *row_scale = scale + row / height * block_columns;
+        for (i64 column_block = 0; column_block < block_columns; column_block++) {
+            i64 stop = row * columns + smaller((column_block + 1) * width, columns);
+            for (i64 start = row * columns + column_block * width; start < stop; start += GROUP) {
+                int rounded =
+                    fp8_group_to_mxfp4(weight + start, row_scale[column_block], out + start / GROUP * MXFP4_BYTES);
+                if (rounded == NEEDS_FALLBACK)
+                    return NEEDS_FALLBACK;
+                changed += rounded;
+            }
+        }
+    }
+    return changed;
 }
 
 // --- floats ---------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ _fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
 _fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
 _f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "f4 u1 n")
 _bf16_to_q8_0 = Function(_LIBRARY, "bf16_to_q8_0", "u2 u1 n")
+_fp8_to_mxfp4 = Function(_LIBRARY, "fp8_to_mxfp4", f"u1 u1 u1 {_FP8_SIZES}")
 _f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "f4 u1 n")
 _bf16_to_mxfp4 = Function(_LIBRARY, "bf16_to_mxfp4", "u2 u1 n")
 # Output, and the counts of changed and underflowed values.
@@ -220,6 +221,19 @@ def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally)
 
 
 # --- to MXFP4 by rounding -------------------------------------------------------------------------------
+
+
+def fp8_to_mxfp4(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `mxfp4.fp8_to_mxfp4`."""
+    mxfp4.check_blocks(weight.shape, out)
+    check_tile(weight.shape[0], weight.shape[1], scale, block, out, out.shape)
+    codes = _as_bytes(scale, scratch) if block[1] % GROUP == 0 else None
+    if codes is not None:
+        changed = _fp8_to_mxfp4(np.ascontiguousarray(weight), codes, out, *weight.shape, *block)
+        if changed != NEEDS_FALLBACK:
+            tally.changed += changed
+            return
+    mxfp4.fp8_to_mxfp4(weight, scale, block, out, scratch, tally)
 
 
 def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         check,
         convert_gguf,
         dequantize,
+        estimate,
         inspect,
         load_model,
         open_checkpoint,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
+    from .estimation.estimate import Estimate
     from .inspection.census import CheckReport
     from .inspection.description import Description
     from .reference.model import Model
@@ -57,6 +59,7 @@ __all__ = [
     "DeviceError",
     "DryRun",
     "Dsv4Error",
+    "Estimate",
     "FileFormatError",
     "InputMissingError",
     "InputOutputError",
@@ -82,6 +85,7 @@ __all__ = [
     "check",
     "convert_gguf",
     "dequantize",
+    "estimate",
     "inspect",
     "load_model",
     "open_checkpoint",
@@ -100,6 +104,7 @@ _CLASSES = {
     "Checkpoint": ".checkpoint.folder",
     "Description": ".inspection.description",
     "DryRun": ".engine.dry_run",
+    "Estimate": ".estimation.estimate",
     "ManifestReport": ".engine.manifest",
     "Model": ".reference.model",
     "RepackSummary": ".targets.repack",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .engine.conversion import Summary
     from .engine.manifest import ManifestReport
     from .engine.run import RunReport
+    from .estimation.estimate import Estimate
     from .inspection.census import CheckReport
     from .inspection.description import Description
     from .plan import Plan
@@ -36,6 +37,9 @@ MAX_THREADS = 256
 
 # Decimal units, as llama.cpp's converter and file managers count.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# What KiB, MiB … stand for; memory is sold by these.
+BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+TOKEN_UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
 # ---- conversions --------------------------------------------------------------------------------------
@@ -415,6 +419,50 @@ def inspect(path: StrPath, *, index: str = "file") -> Description:
     return inspect_path(Path(path), index)
 
 
+def estimate(
+    model: StrPath,
+    *,
+    context: int | str | None = None,
+    batch: int = 1,
+    kv: str | None = None,
+    mp: int | None = None,
+    o_proj_tp: int | None = None,
+    experts: str | None = None,
+    gguf: bool = False,
+    recipe: str | None = None,
+    draft: str = "keep",
+    chunk: int | str | None = None,
+    memory: int | str | None = None,
+    index: str = "file",
+) -> Estimate:
+    """Estimate what a model needs, from headers or from a config.json alone: no weight is read.
+
+    ``model`` is a checkpoint folder, a GGUF, shards or a config.json. ``mp`` divides a checkpoint among ranks, of which
+    ``o_proj_tp`` share attention's output projections; ``gguf`` or ``recipe`` ask for its GGUF. ``context`` tokens
+    ("128k") of ``batch`` sequences are held as ``kv`` says: published, bf16, f16, q8_0 or f32. ``chunk`` are the
+    tokens computed at once in prefill, ``memory`` ("128GiB") that of one device.
+
+    Raises:
+        Dsv4Error: nothing there that can be read, or questions that do not go together.
+    """
+    from .estimation.estimate import Question, estimate_path
+
+    question = Question(
+        context=None if context is None else parse_tokens(context),
+        batch=batch,
+        kv=kv,
+        mp=mp,
+        o_proj_tp=o_proj_tp,
+        experts=experts,
+        gguf=gguf,
+        recipe=recipe,
+        draft=draft,
+        chunk=None if chunk is None else parse_tokens(chunk, "--chunk"),
+        memory=None if memory is None else parse_size(memory, "--memory"),
+    )
+    return estimate_path(Path(model), question, index=index)
+
+
 def open_checkpoint(folder: StrPath) -> Checkpoint:
     """Open a checkpoint folder: its config, and where and how each weight is stored. No weight is read.
 
@@ -452,18 +500,37 @@ def load_model(
 
 
 def parse_size(size: int | str, option: str = "--max-file-size") -> int:
-    """Return the bytes that a size such as ``45G`` means.
+    """Return the bytes that a size such as ``45G`` means; ``45GiB`` counts in powers of 1024.
 
-    >>> parse_size("45G")
-    45000000000
+    >>> parse_size("45G"), parse_size("128GiB")
+    (45000000000, 137438953472)
 
     Raises:
         UsageError: not a positive number with an optional unit.
     """
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT]?)|([KMGT])I)B?", str(size).strip(), re.IGNORECASE)
     if found is None or int(found[1]) == 0:
         raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(size))
+    if found[3] is not None:
+        return int(found[1]) * BINARY_UNITS[found[3].upper()]
     return int(found[1]) * UNITS[found[2].upper()]
+
+
+def parse_tokens(count: int | str, option: str = "--context") -> int:
+    """Return the tokens that a number such as ``128k`` means: k and M count in powers of 1024, as contexts do.
+
+    >>> parse_tokens("128k"), parse_tokens("1M"), parse_tokens(8192)
+    (131072, 1048576, 8192)
+
+    Raises:
+        UsageError: not a positive number with an optional unit.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})([KM]?)", str(count).strip(), re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise UsageError(
+            f"{option}: not a number of tokens", expected="a number such as 8192, 128k or 1M", got=repr(count)
+        )
+    return int(found[1]) * TOKEN_UNITS[found[2].upper()]
 
 
 def parse_layers(text: str) -> tuple[int, int]:

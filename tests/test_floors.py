@@ -20,6 +20,7 @@ FLOORS = (
     {"checkpoint"},
     {"targets", "engine", "synth"},
     {"verification", "reference", "inspection"},
+    {"estimation"},
     {"api"},
     {"cli"},
     {"__main__"},

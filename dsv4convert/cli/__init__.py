@@ -31,6 +31,7 @@ MODULES = {
     "verify": "verify",
     "check": "check",
     "inspect": "inspect",
+    "estimate": "estimate",
     "forward": "forward",
     "compare": "forward",
     "synth": "synth",

@@ -18,6 +18,7 @@ from ..errors import RunInterruptedError, UsageError
 CONVERT, CHECK, RUN_MODEL, TRY = "Convert", "Check", "Run the model", "Try out"
 ARGUMENTS, TYPES, CONTENT, METADATA, RUN, REPORT = "Arguments", "Types", "Content", "Metadata", "Run", "Report"
 PROMPT, COMPARISON, SIZE, OPTIONS = "Prompt", "Comparison", "Size", "Options"
+FORM, LOAD, MACHINE = "Form", "Load", "Machine"
 
 # The commands that multiply matrices. For the others numpy's matrix library need not start a thread for every
 # processor: on sixteen of them that takes a quarter of a second, and two seconds of their time.

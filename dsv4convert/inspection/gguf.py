@@ -41,13 +41,13 @@ def describe_gguf(path: Path) -> Description:
     found.files = len(model.parts)
     architecture = model.architecture
     found.traits.append(f"architecture {architecture}")
-    rows = _gguf_rows(architecture)
+    rows = official_rows(architecture)
     numbers = _Numbers(model, found)
     blocks = numbers.get("block_count", "num_hidden_layers") or 0
     mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if MTP_TENSOR.match(name)}
     uses: Counter[tuple[str, str]] = Counter()
     for name, tensor in model.tensors.items():
-        family = _gguf_family(name, rows, min(mtp_blocks, default=None))
+        family = gguf_family(name, rows, min(mtp_blocks, default=None))
         if family is None:
             if rows:
                 found.unexpected.append(f"tensor {name}: unknown to the {architecture} layout")
@@ -123,7 +123,7 @@ def _tables(architecture: str | None) -> Tables:
     return TABLES[Version.V41 if architecture == LLAMA_CPP_V41 else Version.V4]
 
 
-def _gguf_rows(architecture: str | None) -> dict[str, str]:
+def official_rows(architecture: str | None) -> dict[str, str]:
     """Return official names by GGUF name (below ``blk.N.`` for layers) of an architecture's layout."""
 
     def name_of(row: Row) -> str | None:
@@ -152,7 +152,7 @@ def _gguf_rows(architecture: str | None) -> dict[str, str]:
     return rows
 
 
-def _gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) -> str | None:
+def gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) -> str | None:
     """Return the family of a GGUF tensor, None for one that the layout does not know."""
     block = re.match(r"(?:v\.)?blk\.(\d+)\.", name)
     official = rows.get(name[block.end() :] if block else name)

@@ -8,12 +8,14 @@ from ..errors import UsageError
 from .config import ModelConfig
 from .tensors import Split
 
+OUTPUT_GROUPS = "o_groups"
+
 # What MP must divide, whatever the tensors hold: fields of a ModelConfig, with the config's keys.
 DIVIDED_KEYS = (
     ("vocab_size", "vocab_size"),
     ("num_attention_heads", "num_attention_heads"),
     ("index_n_heads", "index_n_heads"),
-    ("o_groups", "o_groups"),
+    (OUTPUT_GROUPS, OUTPUT_GROUPS),
     ("n_routed_experts", "n_routed_experts"),
     ("draft_n_routed_experts", "dspark_n_routed_experts"),
 )
@@ -42,8 +44,8 @@ def shard_name(rank: int, mp: int) -> str:
     return f"model{rank}-mp{mp}.safetensors"
 
 
-def check_divides(config: ModelConfig, mp: int, where: object) -> None:
-    """Check that ``mp`` ranks can share vocabulary, heads, groups and experts.
+def check_divides(config: ModelConfig, mp: int, where: object, output_mp: int | None = None) -> None:
+    """Check that ``mp`` ranks can share vocabulary, heads, groups and experts; ``output_mp`` share the groups, or all.
 
     Raises:
         UsageError: they cannot; names the config key and both numbers.
@@ -52,12 +54,13 @@ def check_divides(config: ModelConfig, mp: int, where: object) -> None:
         raise UsageError("--mp: not a number of ranks", expected="1 or more", got=mp)
     for field, key in DIVIDED_KEYS:
         value = getattr(config, field)
-        if value % mp:
+        ranks = output_mp if key == OUTPUT_GROUPS and output_mp is not None else mp
+        if value % ranks:
             raise UsageError(
-                f"key {key}: {value} cannot be divided among {mp} ranks",
+                f"key {key}: {value} cannot be divided among {ranks} ranks",
                 where=where,
-                expected=f"a divisor of {value} for --mp",
-                got=mp,
+                expected=f"a divisor of {value} for {'--mp' if ranks == mp else '--o-proj-tp'}",
+                got=ranks,
             )
 
 

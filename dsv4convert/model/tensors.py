@@ -214,6 +214,9 @@ UNUSED_DRAFT_SUFFIXES = ("emb.tok_emb.weight", "head.weight", "head.scale", "emb
 # FP8 weights that model-parallel shards hold in BF16, because the published code does not scale them.
 BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
 
+# The two halves of attention's output, which engines can divide among fewer ranks than the rest.
+OUTPUT_PROJECTIONS = frozenset({"attn.wo_a.weight", "attn.wo_b.weight"})
+
 # Optional prefix of re-saved folders, and that of draft layers.
 MODEL_PREFIX = "model."
 DRAFT_PREFIX = "mtp."

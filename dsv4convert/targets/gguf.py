@@ -42,6 +42,7 @@ from .gguf_tensors import (
     gguf_models,
     tensor_dialect,
 )
+from .low_bit import LowBitMaker
 from .segments import MXFP4
 
 CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
@@ -56,19 +57,21 @@ def plan_gguf(
     name: str | None = None,
     strict: bool = False,
     index: str = BY_INDEX,
+    low_bit: LowBitMaker | None = None,
 ) -> Plan:
     """Plan ``hf-to-gguf``: every output file of the GGUF of ``source``.
 
-    ``out`` is a file name, a folder to put conventionally named files in, or None for the current folder.
+    ``out`` is a file name, a folder to put conventionally named files in, or None for the current folder. ``low_bit``
+    makes the low-bit tensors, None as the options say.
 
     Raises:
         Dsv4Error: whatever is wrong with the source, the options or the names.
     """
     draft_wanted = options.draft not in (None, "drop") or (options.draft is None and options.dialect != "llama.cpp")
     checkpoint = open_checked(source, draft_wanted=draft_wanted, strict=strict, index=index)
-    made = gguf_models(checkpoint, options)
-    models, low_bit = made.models, made.low_bit
-    imatrix_keys = low_bit.imatrix.key_values() if low_bit.imatrix is not None else []
+    made = gguf_models(checkpoint, options, low_bit)
+    models, maker = made.models, made.low_bit
+    imatrix_keys = maker.imatrix.key_values() if maker.imatrix is not None else []
     describe = _Describer(checkpoint, options, tokenizer_pre, name)
     files: list[OutputFile] = []
     folder = _output_folder(out)
@@ -97,7 +100,7 @@ def plan_gguf(
             **asdict(options),
             "tokenizer_pre": tokenizer_pre,
             "name": name,
-            **({"ggml": low_bit.quantiser.version} if low_bit.is_used else {}),
+            **({"ggml": maker.quantiser.version} if maker.is_used else {}),
         },
         source_bytes=checkpoint.nbytes,
         notes=(

@@ -239,8 +239,10 @@ class GgufModels(NamedTuple):
     notes: tuple[str, ...]
 
 
-def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
+def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMaker | None = None) -> GgufModels:
     """Return the GGUF models that ``options`` ask for, what they leave out, and what is worth a note.
+
+    ``low_bit`` makes the low-bit tensors, None as the options say.
 
     Raises:
         UsageError: options that do not go together, or a type that the dialect lacks.
@@ -270,7 +272,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions) -> GgufModels:
     first, last = options.layers or (0, checkpoint.config.num_hidden_layers - 1)
     config = checkpoint.config if options.layers is None else checkpoint.config.sliced(first, last)
     claims = Claims(checkpoint)
-    low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
+    if low_bit is None:
+        low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
     type_options = type_options_of(options)
     engram = engram_type(options, dialect)
     types = _Types(dialect, type_options, checkpoint.config, low_bit, engram)

@@ -13,7 +13,7 @@ from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
 from ..errors import InventoryError, UsageError
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
-from ..plan import LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
+from ..plan import Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
 LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
@@ -129,6 +129,15 @@ class LowBitMaker:
             if unused:
                 notes.append(f"{len(unused)} entries of {self.imatrix.path.name} were not needed: {_some(unused)}")
         return tuple(notes)
+
+
+class SizesOnly(LowBitMaker):
+    """In place of ``LowBitMaker`` where nothing is made: segments of the right size, without ggml's library."""
+
+    def segments(self, name: str, entry_name: str, weights: Sequence[Weight], to: GgmlType) -> Sequence[Segment]:
+        """Return one segment of the tensor's size."""
+        rows, columns = matrix_shape(weights[0].shape)
+        return (Segment(Fill(0), (), rows * len(weights), to.row_bytes(columns)),)
 
 
 _OTHER_TYPE = "or choose another type for it with --tensor-type"

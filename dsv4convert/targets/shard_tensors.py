@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
@@ -13,7 +13,7 @@ from ..containers.safetensors import Stored
 from ..errors import UsageError, check_choice
 from ..model.config import CONFIG_NAME
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
-from ..model.tensors import BF16_IN_SHARDS, Split, Store, scale_name
+from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
 from ..plan import (
     ALL_EQUAL,
     COPY_SEGMENT_BYTES,
@@ -82,16 +82,21 @@ class ShardCosts:
 
 
 def shard_files(
-    checkpoint: Checkpoint, options: ShardOptions
+    checkpoint: Checkpoint, options: ShardOptions, output_mp: int | None = None
 ) -> tuple[tuple[OutputFile, ...], tuple[Dropped, ...], ShardCosts]:
     """Return the files of the chosen ranks, what they leave out, and what they cost.
+
+    ``output_mp`` ranks share the output projections, None as many as share the rest; every so many ranks have them
+    all again. No file of that kind is written: engines that hold them so divide them when they load.
 
     Raises:
         UsageError: ranks that cannot share the model or are out of range, or an expert dtype that the
             checkpoint cannot have; names the config key and the numbers.
     """
     mp = options.mp
-    check_divides(checkpoint.config, mp, checkpoint.folder / CONFIG_NAME)
+    output_mp = mp if output_mp is None else output_mp
+    check_divides(checkpoint.config, mp, checkpoint.folder / CONFIG_NAME, output_mp)
+    output_options = replace(options, mp=output_mp)
     ranks = _chosen_ranks(options)
     _check_options(checkpoint, options)
     claims = Claims(checkpoint)
@@ -104,20 +109,20 @@ def shard_files(
             draft.append(weight)
             continue
         claims.take(weight)
-        _check_split(weight, mp)
+        parts = output_options if weight.row.name in OUTPUT_PROJECTIONS else options
+        _check_split(weight, parts.mp)
         if weight.row.split is Split.COPY:
             copied = list(_rank_tensors(weight, 0, options, side))
             for rank in ranks:
                 tensors[rank] += copied
-            kind = ".".join(weight.row.name.removesuffix(".weight").split(".")[:2])
-            replicated[kind] += sum(tensor.nbytes for tensor in copied)
+            replicated[kind_of(weight.row)] += sum(tensor.nbytes for tensor in copied)
             continue
         holders: Sequence[int] = ranks
         if weight.expert is not None and weight.row.split is Split.EXPERT:
             holder = expert_rank(weight.expert, checkpoint.config.n_experts(weight.is_draft), mp)
             holders = [holder] if holder in tensors else []
         for rank in holders:
-            tensors[rank] += _rank_tensors(weight, rank, options, side)
+            tensors[rank] += _rank_tensors(weight, rank % parts.mp, parts, side)
     claims.drop("mtp.*", "--draft drop", draft)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
@@ -128,6 +133,11 @@ def shard_files(
         checkpoint.nbytes,
     )
     return files, claims.close(), costs
+
+
+def kind_of(row: Row) -> str:
+    """Return the kind of tensor under which costs are counted: "attn.wq_a", "hc_attn_fn"."""
+    return ".".join(row.name.removesuffix(".weight").split(".")[:2])
 
 
 def _chosen_ranks(options: ShardOptions) -> tuple[int, ...]:

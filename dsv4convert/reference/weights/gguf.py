@@ -52,11 +52,7 @@ class GgufSource:
 
     def __init__(self, file: GgufModelFile) -> None:
         self._path = file.files[0]
-        dialect = _dialect(file)
-        fields = _Fields(file, dialect)
-        n_draft = _draft_layers(fields, file, dialect)
-        self._engram = _engram_constants(fields) if dialect.architecture == LLAMA_CPP_V41 else None
-        self._config = _config(fields, file, n_draft, self._engram)
+        dialect, n_draft, self._engram, self._config = _read(file)
         self._locations = _locations(file, dialect, self._config, n_draft)
 
     @property
@@ -101,6 +97,26 @@ class GgufSource:
             return self._locations[name]
         except KeyError:
             raise missing_weight(name, self._path) from None
+
+
+def gguf_config(file: GgufModelFile) -> tuple[ModelConfig, int]:
+    """Return the hyperparameters that a GGUF's key-values state, and its number of draft layers.
+
+    Raises:
+        UnsupportedError: another architecture.
+        FileFormatError, ConfigError: metadata that are missing or make no model.
+    """
+    _, n_draft, _, config = _read(file)
+    return config, n_draft
+
+
+def _read(file: GgufModelFile) -> tuple[TensorDialect, int, EngramConstants | None, ModelConfig]:
+    """Return the dialect, the number of draft layers, the constants of n-gram tables and the hyperparameters."""
+    dialect = _dialect(file)
+    fields = _Fields(file, dialect)
+    n_draft = _draft_layers(fields, file, dialect)
+    engram = _engram_constants(fields) if dialect.architecture == LLAMA_CPP_V41 else None
+    return dialect, n_draft, engram, _config(fields, file, n_draft, engram)
 
 
 def _cut(rows: Array, location: Location) -> Array:

@@ -1,0 +1,205 @@
+"""The command that says what a model needs before anything is done with it: estimate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .options import index_option, json_option
+from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, argument, command, option
+from .tables import Block, Table, print_blocks
+
+if TYPE_CHECKING:
+    from ..estimation.estimate import Estimate
+    from ..estimation.weights import Ranks
+
+# Kinds of tensors that the table of replicated ones lists.
+MAX_LISTED = 8
+
+KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
+
+
+@command("estimate", panel=CHECK, example="dsv4convert estimate config.json --context 128k --memory 128GiB")
+@argument("model", type=PATH, description="Checkpoint folder, .gguf file, folder of shards, or a config.json alone.")
+@option("--mp", type=click.IntRange(min=1), metavar="N", panel=FORM, help="Number of ranks that share the model.")
+@option(
+    "--o-proj-tp",
+    type=click.IntRange(min=1),
+    metavar="N",
+    panel=FORM,
+    help="Number of ranks that share attention's output projections, at most o_groups; by default all of them.",
+)
+@option("--experts", type=click.Choice(["fp4", "fp8"]), panel=FORM, help="Type of routed experts on the ranks of --mp.")
+@option("--gguf", is_flag=True, panel=FORM, help="Estimate the checkpoint's GGUF, in the default types.")
+@option("--recipe", metavar="NAME|FILE", panel=FORM, help="Estimate the checkpoint's GGUF, with a recipe of types.")
+@option(
+    "--draft",
+    type=click.Choice(["keep", "drop"]),
+    default="keep",
+    show_default=True,
+    panel=FORM,
+    help="MTP layers or DSpark stages: count them or leave them out.",
+)
+@index_option
+@option(
+    "--context",
+    metavar="TOKENS",
+    panel=LOAD,
+    help="Tokens of each sequence, e.g. 128k (k and M are powers of 1024); by default 128k or what the model allows.",
+)
+@option("--batch", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, panel=LOAD, help="Sequences.")
+@option(
+    "--kv",
+    type=click.Choice(KV_CHOICES),
+    panel=LOAD,
+    help="How caches are held: as published or in its BF16 buffers, llama.cpp's f16 or q8_0, or f32 as forward does; "
+    "by default published, and f16 for a GGUF.",
+)
+@option(
+    "--chunk",
+    metavar="TOKENS",
+    panel=LOAD,
+    help="Tokens computed at once in prefill; by default 4096, and 512 for llama.cpp's caches.",
+)
+@option("--memory", metavar="SIZE", panel=MACHINE, help="Memory of one device, e.g. 128GiB or 80GB.")
+@json_option
+def estimate(
+    model: Path,
+    mp: int | None,
+    o_proj_tp: int | None,
+    experts: str | None,
+    gguf: bool,
+    recipe: str | None,
+    draft: str,
+    index: str,
+    context: str | None,
+    batch: int,
+    kv: str | None,
+    chunk: str | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Say what a model weighs, what its caches take, and whether it fits, without reading a weight."""
+    from ..api import estimate as estimate_model
+    from .report import print_json
+
+    found = estimate_model(
+        model,
+        context=context,
+        batch=batch,
+        kv=kv,
+        mp=mp,
+        o_proj_tp=o_proj_tp,
+        experts=experts,
+        gguf=gguf,
+        recipe=recipe,
+        draft=draft,
+        chunk=chunk,
+        memory=memory,
+        index=index,
+    )
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print_blocks(describe(found))
+
+
+def describe(found: Estimate) -> Iterator[Block]:
+    """Yield an estimate as lines and tables."""
+    from ..estimation.estimate import counted
+    from .report import human_bytes
+
+    config = found.subject.config
+    yield f"{found.path}: {found.kind} of DeepSeek-{config.version.value}, {config.num_hidden_layers} layers"
+    total = sum(part.nbytes for part in found.weights)
+    elements = sum(part.elements for part in found.weights)
+    yield f"weights, {found.form}: {total:,} bytes, {elements:,} elements"
+    for by in ("family", "type"):
+        rows = [
+            (row[by], f"{row['tensors']:,}", human_bytes(row["bytes"]), f"{row['bytes'] / total:.1%}")
+            for row in counted(found.weights, by)
+        ]
+        yield Table((by, "tensors", "size", "share"), rows, frozenset({1, 2, 3}))
+    if found.ranks is not None:
+        yield from _describe_ranks(found.ranks)
+    if found.gguf is not None:
+        for name, nbytes in found.gguf.files.items():
+            yield f"file {name}: {nbytes:,} bytes"
+    yield Table(
+        ("GGUF by recipe", "size", "types"),
+        [
+            (
+                size.recipe or "default",
+                human_bytes(size.nbytes),
+                ", ".join(f"{kind} {human_bytes(nbytes)}" for kind, nbytes in list(size.types.items())[:3]),
+            )
+            for size in found.recipes
+        ],
+        frozenset({1}),
+    )
+    caches = found.caches
+    sequences = f"{caches.batch:,} sequence{'s' if caches.batch > 1 else ''}"
+    yield f"caches, {caches.kv}: {sequences} of {caches.context:,} tokens, {caches.nbytes:,} bytes"
+    yield Table(
+        ("cache of one sequence", "size"),
+        [(kind, human_bytes(nbytes)) for kind, nbytes in caches.kinds().items()],
+        frozenset({1}),
+    )
+    by_sublayer: Counter[str] = Counter()
+    for array in found.activations:
+        by_sublayer[array.sublayer] += array.nbytes
+    yield Table(
+        (f"activations of {found.chunk:,} tokens", "size"),
+        [(sublayer, human_bytes(nbytes)) for sublayer, nbytes in by_sublayer.items()],
+        frozenset({1}),
+    )
+    yield from _describe_need(found)
+    for note in found.notes:
+        yield f"note: {note}"
+
+
+def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
+    from .report import human_bytes
+
+    shared = f", output projections among {ranks.o_proj_tp}" if ranks.o_proj_tp != ranks.mp else ""
+    yield f"{ranks.mp} ranks{shared}"
+    yield Table(
+        ("rank", "bytes", "size"),
+        [(str(rank), f"{nbytes:,}", human_bytes(nbytes)) for rank, nbytes in enumerate(ranks.rank_bytes)],
+        frozenset({0, 1, 2}),
+    )
+    yield Table(
+        ("whole on every rank", "size"),
+        [(kind, human_bytes(nbytes)) for kind, nbytes in list(ranks.replicated.items())[:MAX_LISTED]],
+        frozenset({1}),
+    )
+    yield f"on every rank: {sum(ranks.replicated.values()):,} bytes"
+
+
+def _describe_need(found: Estimate) -> Iterator[Block]:
+    from .report import human_bytes
+
+    need = found.need
+    rows = [
+        ("weights", human_bytes(need.weights)),
+        ("caches", human_bytes(need.caches)),
+        ("activations", human_bytes(need.activations)),
+        ("total", human_bytes(need.total)),
+    ]
+    if need.memory is not None and need.free is not None:
+        rows += [
+            ("memory", human_bytes(need.memory)),
+            ("left" if need.fits else "missing", human_bytes(abs(need.free))),
+        ]
+    yield Table(("each device", "size"), rows, frozenset({1}))
+    if need.memory is not None:
+        yield "it fits" if need.fits else "it does NOT fit"
+        longest = need.longest_context
+        yield f"longest context that fits: {longest:,} tokens" if longest else "no context fits"
+
+
+COMMANDS = (estimate,)

@@ -1,0 +1,188 @@
+"""The whole estimate: what is asked, what is answered, and how the answer reads as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import BY_INDEX
+from ..errors import UsageError, check_choice
+from ..inspection.naming import SHOWN_KEYS
+from ..model.cache_bytes import KV_TYPES
+from ..targets.gguf_tensors import GgufOptions
+from .memory import Activation, Caches, Load, Need, activations, caches, default_ubatch, need, peak_bytes
+from .subject import GGUF, Part, Subject, open_subject
+from .weights import GgufSize, Ranks, divided, gguf_size, needs_checkpoint, ranks_of_shards, recipe_sizes
+
+DRAFT_MODES = ("keep", "drop")
+DEFAULT_CONTEXT = 128 * 1024
+MAX_BATCH = 1_000_000
+MAX_CHUNK = 2**24
+
+AS_STORED, AS_GGUF, AS_SHARDS = "as stored", "GGUF", "shards"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to estimate; None takes the default.
+
+    ``mp`` ranks share the model, ``o_proj_tp`` of them the output projections. ``gguf`` and ``recipe`` ask for the
+    GGUF of a checkpoint, ``experts`` for experts of another type on the ranks. ``context`` tokens a sequence of
+    ``batch``, held as ``kv`` says; ``chunk`` are the tokens computed at once in prefill. ``memory`` is that of one
+    device in bytes.
+    """
+
+    context: int | None = None
+    batch: int = 1
+    kv: str | None = None
+    mp: int | None = None
+    o_proj_tp: int | None = None
+    experts: str | None = None
+    gguf: bool = False
+    recipe: str | None = None
+    draft: str = "keep"
+    chunk: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer; ``weights`` are those that run, in the form asked for. ``ranks`` and ``gguf`` None: not asked."""
+
+    path: str
+    kind: str
+    form: str
+    subject: Subject
+    weights: tuple[Part, ...]
+    ranks: Ranks | None
+    gguf: GgufSize | None
+    recipes: tuple[GgufSize, ...]
+    caches: Caches
+    activations: tuple[Activation, ...]
+    chunk: int
+    need: Need
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the estimate as plain JSON values (schemas/estimate.schema.json)."""
+        config = self.subject.config
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "form": self.form,
+            "version": config.version.value,
+            "config": {key: getattr(config, key) for key in SHOWN_KEYS},
+            "draft_layers": self.subject.n_draft,
+            "weights": {
+                "bytes": sum(part.nbytes for part in self.weights),
+                "elements": sum(part.elements for part in self.weights),
+                "families": counted(self.weights, "family"),
+                "types": counted(self.weights, "type"),
+                "files": dict(self.subject.files),
+            },
+            "ranks": None if self.ranks is None else self.ranks.as_json(),
+            "gguf": None if self.gguf is None else self.gguf.as_json(),
+            "recipes": [size.as_json() for size in self.recipes],
+            "caches": self.caches.as_json(),
+            "activations": {
+                "tokens": self.chunk,
+                "bytes": peak_bytes(self.activations),
+                "parts": [
+                    {"sublayer": array.sublayer, "name": array.name, "bytes": array.nbytes}
+                    for array in self.activations
+                ],
+            },
+            "device": self.need.as_json(),
+            "notes": list(self.notes),
+        }
+
+
+def counted(parts: Iterable[Part], by: str) -> list[dict[str, Any]]:
+    """Return tensors, elements and bytes of parts by ``family`` or ``type``, the most bytes first."""
+    found: dict[str, list[int]] = {}
+    for part in parts:
+        sums = found.setdefault(getattr(part, by), [0, 0, 0])
+        for place, value in enumerate((part.tensors, part.elements, part.nbytes)):
+            sums[place] += value
+    largest = sorted(found.items(), key=lambda item: -item[1][2])
+    return [{by: key, "tensors": n, "elements": elements, "bytes": nbytes} for key, (n, elements, nbytes) in largest]
+
+
+def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> Estimate:
+    """Estimate what there is at ``path``: a checkpoint folder, a GGUF, shards or a config.json.
+
+    Raises:
+        UsageError: questions that do not go together, or ranks that cannot share the model.
+        Dsv4Error: what is there cannot be read.
+    """
+    subject = open_subject(path, index=index)
+    q = _checked(question, subject)
+    ranks: Ranks | None = None
+    gguf: GgufSize | None = None
+    form = AS_STORED
+    parts = subject.parts
+    n_draft = subject.n_draft
+    if q.mp is not None and subject.mp is None:
+        ranks = divided(needs_checkpoint(subject, "--mp"), q.mp, q.o_proj_tp, experts=q.experts, draft=q.draft)
+        form = AS_SHARDS
+    elif subject.mp is not None:
+        ranks, form = ranks_of_shards(subject), AS_SHARDS
+    if q.gguf or q.recipe is not None:
+        gguf = gguf_size(subject, GgufOptions(recipe=q.recipe))
+        form, parts, n_draft = AS_GGUF, gguf.parts, 0  # the text model's file has no draft
+    if q.draft == "drop":
+        parts, n_draft = tuple(part for part in parts if not part.is_draft), 0
+    kv = q.kv or ("f16" if form == AS_GGUF or subject.kind == GGUF else "published")
+    mp = ranks.mp if ranks is not None else 1
+    context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
+    load = Load(q.batch, kv, mp, n_draft, q.chunk or default_ubatch(kv))
+    tokens = min(load.ubatch, q.batch * context)
+    weights = max(ranks.rank_bytes) if ranks is not None else sum(part.nbytes for part in parts)
+    notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
+    return Estimate(
+        str(path),
+        subject.kind,
+        form,
+        subject,
+        parts,
+        ranks,
+        gguf,
+        tuple(recipe_sizes(subject.checkpoint)) if subject.checkpoint is not None else (),
+        caches(subject.config, context, q.batch, kv, n_draft=n_draft, ubatch=load.ubatch),
+        activations(subject.config, tokens, context, q.batch, mp),
+        tokens,
+        need(subject.config, weights, context, load, q.memory),
+        tuple(notes),
+    )
+
+
+def _checked(question: Question, subject: Subject) -> Question:
+    """Return the question if it can be asked of the model.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    q, config = question, subject.config
+    check_choice("--draft", q.draft, DRAFT_MODES)
+    if q.kv is not None:
+        check_choice("--kv", q.kv, KV_TYPES)
+    for option, value, most in (
+        ("--context", q.context, config.max_position_embeddings),
+        ("--batch", q.batch, MAX_BATCH),
+        ("--chunk", q.chunk, MAX_CHUNK),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{option}: out of range", where=subject.path, expected=f"1 to {most}", got=value)
+    if q.mp is None:
+        for option, is_given in (("--o-proj-tp", q.o_proj_tp is not None), ("--experts", q.experts is not None)):
+            if is_given:
+                raise UsageError(f"{option} needs --mp", hint="it says how the model is divided among ranks")
+    elif q.mp < 1:
+        raise UsageError("--mp: not a number of ranks", expected="1 or more", got=q.mp)
+    if q.mp is not None and (q.gguf or q.recipe is not None):
+        raise UsageError("--mp cannot be combined with a GGUF", hint="ask for shards or for a GGUF")
+    if q.mp is not None and subject.mp is not None and (q.mp != subject.mp or q.o_proj_tp or q.experts):
+        raise UsageError("the model is already divided", where=subject.path, expected=f"--mp {subject.mp}", got=q.mp)
+    return q

@@ -1,0 +1,210 @@
+"""What is estimated: a checkpoint folder, a GGUF, shards or a config.json alone, as one list of its weights' bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder, resolve
+from ..checkpoint.shards import ShardedWeight, is_shard_folder, open_shards
+from ..checkpoint.weights import Weight
+from ..containers.gguf import is_gguf, open_gguf
+from ..containers.json_object import read_json_object
+from ..containers.safetensors import Stored
+from ..errors import InputMissingError
+from ..inspection.gguf import gguf_family, official_rows
+from ..inspection.naming import family_of
+from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config, parse_config
+from ..reference.weights.gguf import gguf_config
+from ..synth.write import synth_tensors
+
+FOLDER, CONFIG, GGUF, SHARDS = "checkpoint folder", "config.json", "GGUF", "shards"
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+_LAYER_ZERO = re.compile(r"^(?:layers|mtp)\.0\.")
+
+
+class Part(NamedTuple):
+    """A weight of the model with its scales, or all routed experts' weights of one name in a layer together.
+
+    ``name`` is the official one without the layer's prefix and the expert's number; ``layer`` is a trunk layer, or a
+    draft layer where ``is_draft``. ``tensors`` are those stored, scales included.
+    """
+
+    name: str
+    layer: int | None
+    is_draft: bool
+    family: str
+    type: str
+    tensors: int
+    elements: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to estimate: where it lies, its config, and the bytes of its weights as they are stored.
+
+    ``checkpoint`` is what conversions of it can be planned from: that of a folder, or one as published for a config
+    alone. ``files`` gives the bytes on disk by file name; empty for a config alone.
+    """
+
+    path: Path
+    kind: str
+    config: ModelConfig
+    n_draft: int
+    parts: tuple[Part, ...]
+    checkpoint: Checkpoint | None = None
+    mp: int | None = None
+    files: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all weights and scales, each counted once."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
+    """Open what is to be estimated.
+
+    Raises:
+        InputMissingError: nothing there, or nothing that is a model.
+        Dsv4Error: what is there cannot be read.
+    """
+    if not path.exists():
+        raise InputMissingError("no such file or folder", where=path)
+    if path.is_file() and path.suffix == ".json":
+        return _of_config(path, parse_config(read_json_object(path), path))
+    if path.is_file() and path.suffix == ".safetensors":
+        path = path.parent
+    if is_shard_folder(path):
+        return _of_shards(path)
+    has_weights = path.is_dir() and any(path.glob("*.safetensors"))
+    if is_gguf(path) and not has_weights:
+        return _of_gguf(path)
+    if path.is_dir() and (path / CONFIG_NAME).is_file() and not has_weights:
+        return _of_config(path / CONFIG_NAME, load_config(path))
+    if path.is_dir():
+        checkpoint = open_folder(path, versions=tuple(Version), index=index)
+        return Subject(
+            path,
+            FOLDER,
+            checkpoint.config,
+            checkpoint.n_draft,
+            parts_of(checkpoint.weights.values()),
+            checkpoint,
+            files={file.name: file.stat().st_size for file in checkpoint.files},
+            notes=checkpoint.notes,
+        )
+    raise InputMissingError(
+        "neither a checkpoint, a GGUF nor a config",
+        where=path,
+        hint="pass a checkpoint folder, a .gguf file, a folder of shards or a config.json",
+    )
+
+
+def _of_config(path: Path, config: ModelConfig) -> Subject:
+    """Return a model of which only the config is there: weights are taken to be stored as published."""
+    checkpoint = published_checkpoint(path, config)
+    return Subject(
+        path,
+        CONFIG,
+        checkpoint.config,
+        checkpoint.n_draft,
+        parts_of(checkpoint.weights.values()),
+        checkpoint,
+        notes=("a config alone: every weight is taken to be stored as the published checkpoints store it",),
+    )
+
+
+def published_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
+    """Return the checkpoint that a config describes, with each weight stored as published; no file holds it.
+
+    Raises:
+        UsageError: a dimension that packed FP4 cannot hold.
+    """
+    quantization = config.flat.get("quantization_config")
+    inner = quantization.get("expert_dtype") if isinstance(quantization, Mapping) else None
+    if inner is not None and "expert_dtype" not in config.flat:
+        config = replace(config, flat={**config.flat, "expert_dtype": inner})
+    stored = {t.name: Stored(path, t.dtype, t.shape, 0, t.nbytes) for t in synth_tensors(config)}
+    return resolve(path.parent, config, stored, (path,))
+
+
+def _of_shards(path: Path) -> Subject:
+    shards = open_shards(path, versions=tuple(Version))
+    return Subject(
+        path,
+        SHARDS,
+        shards.config,
+        shards.n_draft,
+        parts_of(shards.weights.values()),
+        mp=shards.mp,
+        files={file.name: file.stat().st_size for file in shards.files},
+        notes=shards.notes,
+    )
+
+
+def _of_gguf(path: Path) -> Subject:
+    model = open_gguf(path)
+    config, n_draft = gguf_config(model)
+    tensors = ((t.name, t.type, t.shape, t.nbytes) for t in model.tensors.values())
+    return Subject(
+        path,
+        GGUF,
+        config,
+        n_draft,
+        gguf_parts(model.architecture, tensors, config.num_hidden_layers if n_draft else None),
+        files={part.path.name: part.nbytes for part in model.parts},
+    )
+
+
+def parts_of(weights: Iterable[Weight | ShardedWeight]) -> tuple[Part, ...]:
+    """Return the parts of a checkpoint's weights, or of those of shards, each counted once."""
+    found: dict[tuple[str, str], Part] = {}
+    for weight in weights:
+        full = _EXPERT.sub(".experts.", weight.name)
+        prefix = (weight.parts[0] if isinstance(weight, ShardedWeight) else weight).prefix
+        scaled = (weight.parts[0] if isinstance(weight, ShardedWeight) else weight).scale is not None
+        key = full, weight.encoding.value
+        part = found.get(key)
+        if part is None:
+            name = full.removeprefix(prefix)
+            part = Part(name, weight.layer, weight.is_draft, family_of(full), weight.encoding.value, 0, 0, 0)
+        found[key] = part._replace(
+            tensors=part.tensors + 1 + scaled,
+            elements=part.elements + math.prod(weight.shape),
+            nbytes=part.nbytes + weight.nbytes,
+        )
+    return tuple(found.values())
+
+
+def gguf_parts(
+    architecture: str | None, tensors: Iterable[tuple[str, str, tuple[int, ...], int]], first_draft: int | None
+) -> tuple[Part, ...]:
+    """Return the parts of a GGUF's tensors (name, type, shape, bytes).
+
+    ``first_draft`` is the block of the first draft layer, None without any.
+    """
+    rows = official_rows(architecture)
+    return tuple(_gguf_parts(rows, tensors, first_draft))
+
+
+def _gguf_parts(
+    rows: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]], first_draft: int | None
+) -> Iterator[Part]:
+    for name, kind, shape, nbytes in tensors:
+        block = _BLOCK.match(name)
+        layer = None if block is None else int(block[1])
+        official = rows.get(name if block is None else name[block.end() :], name)
+        is_draft = layer is not None and first_draft is not None and layer >= first_draft
+        family = gguf_family(name, rows, first_draft) or "other"
+        own = _LAYER_ZERO.sub("", _EXPERT.sub(".experts.", official))
+        number = layer - first_draft if is_draft and layer is not None and first_draft is not None else layer
+        yield Part(own, number, is_draft, family, kind, 1, math.prod(shape), nbytes)

@@ -68,6 +68,7 @@ reveal_type(dsv4convert.repack("in", "out"))
 reveal_type(dsv4convert.verify("in", "out"))
 reveal_type(dsv4convert.verify_manifest("out"))
 reveal_type(dsv4convert.inspect("in"))
+reveal_type(dsv4convert.estimate("in", memory="128GiB"))
 reveal_type(dsv4convert.open_checkpoint("in"))
 reveal_type(dsv4convert.load_model("in"))
 reveal_type(dsv4convert.LossyError("x").exit_code)
@@ -88,7 +89,7 @@ def test_a_strict_type_checker_sees_the_true_types(tmp_path: Path) -> None:
     revealed = [line.split('"')[1].split(".")[-1] for line in lines if "Revealed type" in line]
     assert revealed == [
         "Summary", "ShardSummary", "Summary", "Summary", "RepackSummary", "Report", "ManifestReport", "Description",
-        "Checkpoint", "Model", "int",
+        "Estimate", "Checkpoint", "Model", "int",
     ]  # fmt: skip
     assert [line for line in lines if line.startswith("error")] == [
         'error: Unexpected keyword argument "splitting" for "convert_gguf"  [call-arg]'
@@ -117,6 +118,7 @@ COMMANDS = {
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
     "check": dsv4convert.check,
+    "estimate": dsv4convert.estimate,
 }
 # Options about printing, and the one that has a function of its own.
 NO_KEYWORDS = {"quiet", "as_json", "help", "manifest"}

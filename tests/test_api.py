@@ -139,7 +139,7 @@ def test_keywords_are_the_options_with_the_same_defaults(name: str) -> None:
         assert keywords.pop("lock") is True
         options = [option for option in options if option.name != "no_lock"]
     assert keywords.keys() == {option.name for option in options} - NO_KEYWORDS
-    arguments = ["in"] if name in ("inspect", "check") else ["in", "out"]
+    arguments = ["in"] if name in ("inspect", "check", "estimate") else ["in", "out"]
     for option in required.values():
         arguments += [option.opts[0], option.type.choices[0] if isinstance(option.type, click.Choice) else "1"]
     given = command.make_context(name, arguments).params

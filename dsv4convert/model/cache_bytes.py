@@ -83,7 +83,7 @@ def cache_parts(
     check_choice("--kv", kv, KV_TYPES)
     d, di, W = config.head_dim, config.index_head_dim, config.sliding_window  # noqa: N806
     in_llama_cpp = kv in LLAMA_CPP_TYPES
-    widths = {kind: _row_bytes(config, kind, kv) for kind in (WINDOW, ENTRIES, INDEX_KEYS)}
+    widths = {kind: row_bytes(config, kind, kv) for kind in (WINDOW, ENTRIES, INDEX_KEYS)}
     window = _padded(min(_padded(tokens), W + ubatch)) if in_llama_cpp else min(tokens, W)
 
     def entries(ratio: int) -> int:
@@ -121,8 +121,12 @@ def _padded(cells: int) -> int:
     return -(-cells // CELLS) * CELLS
 
 
-def _row_bytes(config: ModelConfig, kind: str, kv: str) -> int:
-    """Return the bytes of one row of a cache."""
+def row_bytes(config: ModelConfig, kind: str, kv: str) -> int:
+    """Return the bytes of one row of a cache of ``kind``, window, compressed entries or index keys.
+
+    Raises:
+        UsageError: heads that the type's blocks do not fill.
+    """
     width = config.index_head_dim if kind == INDEX_KEYS else config.head_dim
     if kv == "f32":
         return width * F32_BYTES

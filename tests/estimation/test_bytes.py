@@ -17,7 +17,8 @@ from dsv4convert.containers.json_object import schema_path
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InputMissingError, UsageError
 from dsv4convert.estimation.estimate import Estimate
-from dsv4convert.estimation.weights import recipe_sizes
+from dsv4convert.estimation.subject import open_subject
+from dsv4convert.estimation.weights import divided, recipe_sizes
 from dsv4convert.targets.gguf_tensors import GgufOptions, gguf_models
 from dsv4convert.targets.low_bit import SizesOnly
 
@@ -72,11 +73,11 @@ def test_a_config_alone_gives_the_published_payload(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4-pro", "v4.1-flash"])
 def test_a_large_config_alone_gives_the_published_payload(name: str) -> None:
-    found = dsv4convert.estimate(CONFIGS / f"{name}.json", mp=8)
-    assert checked(found)["weights"]["bytes"] == PUBLISHED[name]
+    subject = open_subject(CONFIGS / f"{name}.json")
+    assert subject.nbytes == PUBLISHED[name]
     if name == "v4.1-flash":
-        assert found.ranks is not None
-        assert found.ranks.rank_bytes[0] == V41_RANK_0[8]
+        assert subject.checkpoint is not None
+        assert divided(subject.checkpoint, 8).rank_bytes[0] == V41_RANK_0[8]
 
 
 @pytest.mark.parametrize("name", SOURCES)

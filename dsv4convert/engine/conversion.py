@@ -25,8 +25,8 @@ from ..plan import Dropped, Plan
 from .dry_run import DryRun, foresee
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
-from .manifest import check_claimed, finished_before, manifest_path, write_manifest
-from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path
+from .manifest import check_claimed, check_replaceable, finished_before, manifest_path, write_manifest
+from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path, trial_path
 from .resources import check_space, default_threads
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 
@@ -114,6 +114,7 @@ def execute(
             report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
             return summarize(plan, report)
         outputs.check_absent(overwrite)
+    check_replaceable(manifest)
     with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
         if journal.is_new:
             _start(plan, outputs, journal, fingerprint, overwrite, fresh)
@@ -179,7 +180,7 @@ def _start(
             journal.remove()
         raise
     try:
-        journal.begin(fingerprint, outputs.replaces)
+        journal.begin(fingerprint, outputs.replaces, outputs.held)
         outputs.create()
         journal.note_inodes(outputs.inodes())
     except BaseException:
@@ -197,8 +198,9 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[st
     check_same(journal.fingerprint or {}, fingerprint, journal.path)
     journal.check_plan(plan)
     started = journal.started_files()
-    outputs.replaces = journal.replaces
+    outputs.replaces, outputs.held = journal.replaces, journal.held
     outputs.reopen(started, journal.complete_files(plan), journal.inodes)
+    outputs.check_not_taken()
     check_space(plan, outputs.allocated_bytes())
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda index: journal.check_bytes(plan, index, outputs.paths[index]), sorted(started)):
@@ -223,7 +225,7 @@ def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs
     inputs = {(status.st_dev, status.st_ino): path for path in sources if (status := _status(path)) is not None}
     manifest = manifest_path(plan)
     written = [*plan.final_paths(), *outputs.temporary(), *outputs.paths, journal_path(plan), manifest]
-    written += [partial_path(manifest), replaced_path(plan.output_path())]
+    written += [partial_path(manifest), replaced_path(plan.output_path()), trial_path(plan.output_path())]
     for path in written:
         status = _status(path)
         source = None if status is None else inputs.get((status.st_dev, status.st_ino))

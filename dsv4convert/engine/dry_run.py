@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import OutputExistsError
 from ..plan import Dropped, Plan
-from .outputs import free_bytes
+from .names import check_name_fits, check_no_mount_point
+from .outputs import SUFFIXES, free_bytes, outputs_of
 from .resources import memory_available, memory_needed
 
 
@@ -50,10 +53,20 @@ def foresee(plan: Plan, threads: int) -> DryRun:
             for path, file in zip(plan.final_paths(), plan.files, strict=True)
         ),
         dropped=plan.dropped,
-        notes=plan.notes,
+        notes=(*plan.notes, *_obstacles(plan)),
         read_bytes=plan.source_bytes,
         disk_needed=plan.nbytes,
         disk_free=free_bytes(plan.destination),
         memory_needed=memory_needed(plan, threads),
         memory_available=memory_available(),
     )
+
+
+def _obstacles(plan: Plan) -> Iterator[str]:
+    """Yield why an output could not get its name, as far as that can be seen without writing anything."""
+    for path in outputs_of(plan).final():
+        try:
+            check_no_mount_point(path)
+            check_name_fits(path, SUFFIXES)
+        except OutputExistsError as error:
+            yield str(error)

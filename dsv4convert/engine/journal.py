@@ -30,7 +30,7 @@ from .outputs import FRESH_HINT, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
 JOURNAL_SUFFIX = ".journal"
-FORMAT = 2
+FORMAT = 3
 
 # A journal of V4-Pro has some 75,000 lines of about 120 bytes.
 MAX_JOURNAL_BYTES = 2**28
@@ -66,6 +66,7 @@ class Journal:
         self.fingerprint: dict[str, Any] | None = None
         self.inodes: list[int] = []
         self.replaces: list[Identity | None] = []
+        self.held: dict[str, Identity] = {}
         self._finished: dict[Key, Finished] = {}
         self._lock_file: LockFile | None = None
         self._descriptor = self._open(lock)
@@ -154,17 +155,19 @@ class Journal:
             counts[file] -= 1
         return {index for index, count in enumerate(counts) if not count}
 
-    def begin(self, fingerprint: Mapping[str, Any], replaces: Sequence[Identity | None]) -> None:
+    def begin(
+        self, fingerprint: Mapping[str, Any], replaces: Sequence[Identity | None], held: Mapping[str, Identity]
+    ) -> None:
         """Start over with a plan's fingerprint and what stands under the final names, forgetting whatever was there."""
         with os_errors(self.path, "written"):
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
             self.inodes = []
-            self.replaces = list(replaces)
+            self.replaces, self.held = list(replaces), dict(held)
             self.fingerprint = dict(fingerprint)
             first = {"journal": FORMAT, "fingerprint": self.fingerprint}
-            self._append([first, {"replaces": self.replaces}, _holder()])
+            self._append([first, {"replaces": self.replaces, "held": self.held}, _holder()])
             sync_folder(self.path.parent)
 
     def resume(self) -> None:
@@ -281,9 +284,10 @@ class Journal:
                 self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])))
             elif "replaces" in fact:
                 self.replaces = [Identity.from_json(value) for value in fact["replaces"]]
+                self.held = {name: Identity(*map(int, value)) for name, value in fact["held"].items()}
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             raise ResumeError(f"line {number + 1}: not a line of a journal", where=self.path, hint=FRESH_HINT) from None
 
     def _append(self, facts: Sequence[Mapping[str, Any]]) -> None:

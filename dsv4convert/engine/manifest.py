@@ -24,7 +24,7 @@ from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
 from ..plan import OutputFile, OutputTensor, Plan
 from .ledger import READ_BYTES, combine_digests, digest_of_range
-from .names import Identity, remove_known
+from .names import Identity, check_file_can_be_replaced, remove_known
 from .outputs import open_file, os_errors, partial_path, sync_folder, take_final_name, write_all
 from .run import RunReport
 
@@ -127,6 +127,16 @@ def check_claimed(path: Path) -> None:
     """
     for name in (path, partial_path(path)):
         _claimed(name)
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that an older manifest of ours, where there is one, could give its name away.
+
+    Raises:
+        OutputExistsError: it could not.
+    """
+    for name in (path, partial_path(path)):
+        check_file_can_be_replaced(name)
 
 
 def _claimed(name: Path) -> Identity | None:

@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,47 +121,65 @@ def take_name(source: Path, target: Path, descriptor: int, old: Identity | None,
     now = Identity.of(target)
     if now is not None and now != old:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    exchanged = now is not None and exchange(source, target)
+    exchanged = now is not None and not is_overlay(target.parent) and exchange(source, target)
+    moved = False
     if not exchanged:
         if now is not None and aside is None:
             os.replace(source, target)
         else:
             if now is not None and aside is not None:
                 rename_new(target, aside)
-            rename_new(source, target)
+                moved = True
+            try:
+                rename_new(source, target)
+            except OSError:
+                if moved and aside is not None:
+                    _give_back(aside, target)
+                raise
     # Somebody can have been quicker than the looks: then all names go back.
     is_ours = is_same_file(target, descriptor)
     if is_ours and not (exchanged and Identity.of(source) != old):
         return
     if not (exchanged and exchange(source, target)):
         rename_new(target, source)
+        if moved and aside is not None:
+            _give_back(aside, target)
     number = errno.EEXIST if is_ours else errno.ENOENT
     raise OSError(number, os.strerror(number), str(target if is_ours else source))
 
 
+def _give_back(aside: Path, target: Path) -> None:
+    """Give what was moved aside its name again, unless somebody else has taken that."""
+    with contextlib.suppress(OSError):
+        rename_new(aside, target)
+
+
 def remove_known(path: Path, known: Identity | int | None) -> None:
     """Remove the file at ``path`` if it is the known one, by its identity or by the descriptor that has it open."""
-    if is_same_file(path, known) if isinstance(known, int) else known is not None and Identity.of(path) == known:
+    if known is None:
+        return
+    same = is_same_file(path, known) if isinstance(known, int) else Identity.of(path) == known
+    if same:
         path.unlink(missing_ok=True)
 
 
-def remove_known_folder(path: Path, known: Identity, is_old: Callable[[str], bool]) -> None:
-    """Remove the folder at ``path`` if it is the known one, with the files that it held before anybody added to it.
+def remove_known_folder(path: Path, known: Identity, held: Mapping[str, Identity]) -> None:
+    """Remove the folder at ``path`` if it is the known one, with the files that it is known to have held.
 
-    Of a folder that has changed since, as one does whose removal was killed, only files with old names go.
+    Whatever else is in it, or has changed since, stays, and the folder with it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
-        held = os.listdir(descriptor)
         now = Identity.in_status(os.fstat(descriptor))
-        if now[:2] != known[:2]:
+        if now[:2] != known[:2]:  # its time changes as its files go, in this run or in one that was killed
             return
-        for name in held:
-            if now == known or is_old(name):
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        for name in os.listdir(descriptor):
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                if Identity.in_status(status) == held.get(name):
                     os.unlink(name, dir_fd=descriptor)
     finally:
         os.close(descriptor)
@@ -169,27 +187,80 @@ def remove_known_folder(path: Path, known: Identity, is_old: Callable[[str], boo
         path.rmdir()
 
 
-def check_can_be_renamed(path: Path) -> None:
-    """Check that what stands at ``path`` could give its name away: no mount point, in a folder that lets go of it.
+def try_rename(path: Path, trial: Path) -> None:
+    """Rename ``path`` to a trial name and back, to see what its folder and its file system say to that.
 
     Raises:
-        OutputExistsError: it could not, whatever is done.
+        OSError: a rename is refused, or somebody took a name; ``path`` can then be under the trial name.
     """
-    if _is_mount_point(path):
-        raise OutputExistsError(
-            "a mount point cannot be replaced", where=path, hint="choose a name inside the mount point"
-        )
+    rename_new(path, trial)
+    rename_new(trial, path)
+
+
+def check_file_can_be_replaced(path: Path) -> None:
+    """Check that the file at ``path`` could give its name away, by an attempt that passes all checks but the last.
+
+    ``rmdir`` asks the system for everything that a removal takes (the folder's permissions, owners in a sticky
+    folder, attributes), and then refuses because it is no folder.
+
+    Raises:
+        OutputExistsError: it could not.
+    """
+    check_no_mount_point(path)
+    _attempt(lambda: os.rmdir(path), path, {errno.ENOTDIR})
+
+
+def check_folder_can_be_replaced(path: Path, full: Path) -> None:
+    """Check that the folder at ``path`` could give its name away, by an attempt that passes all checks but the last.
+
+    It is renamed to the name of the folder ``full``, which the system refuses, because that is not empty.
+
+    Raises:
+        OutputExistsError: it could not.
+    """
+    check_no_mount_point(path)
+    _attempt(lambda: _rename_in_vain(path, full), path, {errno.ENOTEMPTY, errno.EEXIST})
+
+
+def _rename_in_vain(path: Path, full: Path) -> None:
+    os.rename(path, full)
+    rename_new(full, path)  # somebody has just emptied ``full``: the name goes back at once
+
+
+def _attempt(change: Callable[[], None], path: Path, expected: Collection[int]) -> None:
+    """Try a change that must fail in the expected way, or else say why it is refused."""
     try:
-        status, parent = path.lstat(), path.parent.stat()
+        change()
     except FileNotFoundError:
         return  # it has gone meanwhile
-    user = os.geteuid()
-    if parent.st_mode & stat.S_ISVTX and user not in (0, status.st_uid, parent.st_uid):
+    except OSError as error:
+        if error.errno in expected:
+            return
+        if error.errno == errno.EXDEV:
+            raise OutputExistsError(
+                "lies in a lower layer of an overlay, where folders can be copied and not renamed",
+                where=path,
+                hint="choose another name, or remove that folder first",
+            ) from None
         raise OutputExistsError(
-            "belongs to another user in a folder where only owners rename (sticky)",
+            f"could not be replaced ({error.strerror})",
             where=path,
-            hint="choose another name",
-        )
+            hint="choose another name, or see who owns that output and its folder",
+        ) from None
+
+
+def check_no_mount_point(path: Path) -> None:
+    """Check that nothing is mounted on ``path``: no rename takes a name from a mount point.
+
+    Raises:
+        OutputExistsError: something is.
+    """
+    if not os.path.lexists(path) or not _is_mount_point(path):
+        return
+    hint = "choose a name inside the mount point" if path.is_dir() else "choose another name"
+    raise OutputExistsError(
+        "a mount point cannot be replaced", where=path, hint=f"{hint}, or copy the finished output into its place"
+    )
 
 
 def check_name_fits(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -213,20 +284,47 @@ def check_name_fits(path: Path, suffixes: tuple[str, ...]) -> None:
         )
 
 
+def is_overlay(folder: Path) -> bool:
+    """Return whether ``folder`` lies in an overlay, which copies an old file whole to let it change places."""
+    try:
+        device = folder.stat().st_dev
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(mount.device == number and mount.kind == "overlay" for mount in _mounts())
+
+
 def _is_mount_point(path: Path) -> bool:
     """Return whether something is mounted on ``path``, a bind-mounted file too."""
     if path.is_dir() and os.path.ismount(path):
         return True
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            points = [line.split(" ")[4] for line in file]
-    except (OSError, IndexError):
-        return False
     # Blanks, tabs, newlines and backslashes are octal there.
-    wanted = os.path.realpath(path)
+    wanted = os.path.join(os.path.realpath(path.parent), path.name)
     for character in "\\ \t\n":
         wanted = wanted.replace(character, f"\\{ord(character):03o}")
-    return wanted in points
+    return any(mount.point == wanted for mount in _mounts())
+
+
+class _Mount(NamedTuple):
+    """A line of the mount table: the file system's number, where it is mounted, and its kind."""
+
+    device: str
+    point: str
+    kind: str
+
+
+def _mounts() -> Iterator[_Mount]:
+    """Yield what is mounted for this process; nothing where that cannot be told."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except OSError:
+        return
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")[0]
+        if len(fields) > 4:
+            yield _Mount(fields[2], fields[4], kind)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> None:

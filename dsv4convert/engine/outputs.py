@@ -25,18 +25,22 @@ from ..plan import Plan
 from .locks import try_lock
 from .names import (
     Identity,
-    check_can_be_renamed,
+    check_file_can_be_replaced,
+    check_folder_can_be_replaced,
     check_name_fits,
+    check_no_mount_point,
     exchange,
     is_same_file,
     remove_known,
     remove_known_folder,
     rename_new,
     take_name,
+    try_rename,
 )
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
+TRIAL_SUFFIX = ".trial"
 
 # The next step where an interrupted run cannot go on.
 FRESH_HINT = "pass --fresh to start over"
@@ -112,7 +116,7 @@ class Outputs(ABC):
     """The files of a plan while they are being made.
 
     ``paths`` are their names as they are now, ``replaces`` what stood under each final name when the run began (under
-    that of the folder): only that is ever replaced.
+    that of the folder, with ``held``, the files in it): only that is ever replaced.
     """
 
     def __init__(self, plan: Plan, *, lock: bool = True) -> None:
@@ -120,6 +124,7 @@ class Outputs(ABC):
         self._lock = lock
         self.paths: list[Path] = []
         self.replaces: list[Identity | None] = []
+        self.held: dict[str, Identity] = {}
         self._open: dict[int, int] = {}
         self._made: set[Path] = set()
         self._leftovers: dict[Path, Identity | None] = {}  # of older runs, when this one began
@@ -174,6 +179,14 @@ class Outputs(ABC):
         for path, identity in zip(self.final(), self.replaces, strict=True):
             if _identity(path) != identity:
                 raise appeared(path)
+
+    @abstractmethod
+    def check_not_taken(self) -> None:
+        """Check that nothing but the work of this output, or what it replaces, stands under the final names.
+
+        Raises:
+            OutputExistsError: something else does.
+        """
 
     @abstractmethod
     def create(self) -> None:
@@ -238,6 +251,24 @@ class Outputs(ABC):
             os.close(self._open.popitem()[1])
 
     # ---- shared steps
+
+    def _try_names(self, path: Path) -> None:
+        """Rename a temporary file or folder, still empty, to a trial name and back, before any work is done.
+
+        Raises:
+            OutputExistsError: what is made here could never get its final name.
+        """
+        try:
+            try_rename(path, trial_path(self._plan.output_path()))
+        except FileExistsError as error:
+            raise appeared(Path(error.filename2 or path)) from None
+        except OSError as error:
+            raise OutputExistsError(
+                f"what is made in this folder cannot be renamed ({error.strerror}), so the output could never get its "
+                "name",
+                where=path.parent,
+                hint="convert to another file system and copy the finished output",
+            ) from None
 
     def _check_written(self) -> None:
         """Check that each temporary name still stands for the file that was written, whole.
@@ -350,11 +381,16 @@ class FolderOutput(Outputs):
         """Return the folder's temporary name."""
         return [self._root]
 
+    def look(self) -> None:
+        """Keep in mind the folder and its files too."""
+        super().look()
+        self.held = _held(self._final) if self.replaces[0] is not None else {}
+
     def check_absent(self, overwrite: bool) -> None:
         """Check that the folder is not there, is empty, or may be replaced."""
         final = self._final
         check_parent(final)
-        check_name_fits(final, (PARTIAL_SUFFIX, REPLACED_SUFFIX, *COMPANION_SUFFIXES))
+        check_name_fits(final, SUFFIXES)
         if os.path.lexists(final):
             if final.is_symlink() or not final.is_dir():
                 what = "is a link" if final.is_symlink() else "already exists, and is no folder"
@@ -364,7 +400,7 @@ class FolderOutput(Outputs):
                     else "choose another name"
                 )
                 raise OutputExistsError(what, where=final, hint=hint)
-            check_can_be_renamed(final)
+            check_no_mount_point(final)
             self._check_replaceable(final, overwrite)
         check_none_replaced(final)
         self._check_as_looked()
@@ -389,9 +425,23 @@ class FolderOutput(Outputs):
         """Return whether a file of this name in the folder is one that a conversion writes, this one or an older."""
         return name in self._names or CHECKPOINT_FILE.fullmatch(name) is not None
 
+    def check_not_taken(self) -> None:
+        """Check that nothing but the work, or the older folder as it was, stands under the final name."""
+        final, old = self._final, self._old()
+        if self._root == final:
+            return
+        now = Identity.of(final)
+        if now is not None and (now != old or _held(final) != self.held):
+            raise appeared(final)
+
+    def _old(self) -> Identity | None:
+        """Return the identity of the older folder that is replaced, None where there was none."""
+        return self.replaces[0] if self.replaces else None
+
     def create(self) -> None:
         """Make the folder and its files."""
         root = self._root
+        remove_trial(trial_path(self._final))
         if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
             raise OutputExistsError(
                 "already exists and is not a working folder of dsv4convert", where=root, hint="remove that folder"
@@ -415,14 +465,18 @@ class FolderOutput(Outputs):
             self._made.add(root)
             for entry, identity in entries.items():
                 remove_known(entry, identity)
+            self._try_names(root)
             for index in range(len(self.paths)):
                 self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                if not index and os.path.lexists(self._final):
+                    check_folder_can_be_replaced(self._final, root)
                 self._size_up(index)
         self._sync_names()
 
     def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
         """Take over the folder, under its temporary or, after a late kill, its final name."""
         root, final = self._root, self._final
+        remove_trial(trial_path(final))
         in_place = len(finished) == len(self.paths) and _inode(final / self._plan.files[0].name) in inodes[:1]
         if in_place:
             self._root = root = final
@@ -458,13 +512,14 @@ class FolderOutput(Outputs):
     def finish(self) -> None:
         """Give the folder its name; an older one leaves in the same step, where the system can."""
         self.sync(set(range(len(self.paths))))
-        root, final, old = self._root, self._final, self.replaces[0] if self.replaces else None
+        root, final, old = self._root, self._final, self._old()
         sync_folder(root)
         self._check_written()
         if self._folder is None or not is_same_file(root, self._folder):
             raise InputOutputError("no longer the folder that was written", where=root, hint=APPEARED_HINT)
         with os_errors(final, "renamed"):
             if root != final:
+                self.check_not_taken()
                 take_final_name(root, final, self._folder, old, replaced_path(final))
                 self._check_renamed(old)
             self._clear_up(old)
@@ -477,7 +532,7 @@ class FolderOutput(Outputs):
             InputOutputError: one was.
         """
         root, final = self._root, self._final
-        self.paths = [final / path.name for path in self.paths]
+        self._move_paths(final)
         try:
             self._check_written()
         except InputOutputError:
@@ -485,13 +540,19 @@ class FolderOutput(Outputs):
                 rename_new(final, root)
                 if old is not None and Identity.of(replaced_path(final)) == old:
                     rename_new(replaced_path(final), final)
+            self._move_paths(root)
             raise
+
+    def _move_paths(self, root: Path) -> None:
+        """Note the name that the folder has now."""
+        self._root = root
+        self.paths = [root / path.name for path in self.paths]
 
     def _clear_up(self, old: Identity | None) -> None:
         """Remove the older output, under whichever name it has now; nothing else has its identity."""
         for path in (partial_path(self._final), replaced_path(self._final)):
             if old is not None:
-                remove_known_folder(path, old, self._may_hold)
+                remove_known_folder(path, old, self.held)
 
     def discard(self) -> None:
         """Remove the files of this run, and the temporary folder if nothing else is in it."""
@@ -500,8 +561,9 @@ class FolderOutput(Outputs):
             return
         for index, descriptor in self._open.items():
             remove_known(self.paths[index], descriptor)
-        with contextlib.suppress(OSError):
-            root.rmdir()
+        for path in (root, trial_path(self._final)):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def close(self) -> None:
         """Close the files and the folder."""
@@ -532,26 +594,37 @@ class FileOutputs(Outputs):
         """Check that no file is there, or that it may be replaced."""
         for final in self._finals:
             check_parent(final)
-            check_name_fits(final, (PARTIAL_SUFFIX, REPLACED_SUFFIX, *COMPANION_SUFFIXES))
+            check_name_fits(final, SUFFIXES)
             if not os.path.lexists(final):
                 continue
             if final.is_dir() or not (final.is_symlink() or final.is_file()):
                 raise OutputExistsError("already exists and is not a file", where=final, hint="choose another name")
             if not overwrite:
                 raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace the output")
-            check_can_be_renamed(final)
+            check_file_can_be_replaced(final)
         check_none_replaced(self._finals[0])
         self._check_as_looked()
 
     def create(self) -> None:
         """Make the files."""
+        remove_trial(trial_path(self._finals[0]))
         for index, path in enumerate(self.paths):
             self._remove_leftover(index)
             with os_errors(path, "created"):
                 self._made.add(path)
                 self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                if not index:
+                    self._try_names(path)
                 self._size_up(index)
         self._sync_names()
+
+    def check_not_taken(self) -> None:
+        """Check that nothing but the work, or the older files, stands under the final names."""
+        replaces = self.replaces or [None] * len(self.paths)
+        for path, final, old in zip(self.paths, self._finals, replaces, strict=True):
+            now = Identity.of(final)
+            if path != final and now is not None and now != old:
+                raise appeared(final)
 
     def _remove_leftover(self, index: int) -> None:
         """Remove a temporary file of an older run, unless a run still has it."""
@@ -574,6 +647,7 @@ class FileOutputs(Outputs):
 
     def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
         """Take over the files, each under its temporary or, after a late kill, its final name."""
+        remove_trial(trial_path(self._finals[0]))
         for index, (partial, final) in enumerate(zip(self._partials, self._finals, strict=True)):
             in_place = index in finished and index in started and _inode(final) in inodes[index : index + 1]
             self.paths[index] = final if in_place else partial
@@ -596,11 +670,8 @@ class FileOutputs(Outputs):
         """
         self.sync(set(range(len(self.paths))))
         self._check_written()
+        self.check_not_taken()
         replaces = self.replaces or [None] * len(self.paths)
-        for path, final, old in zip(self.paths, self._finals, replaces, strict=True):
-            now = Identity.of(final)
-            if path != final and now is not None and now != old:
-                raise appeared(final)
         first, first_old = self._finals[0], replaces[0]
         is_split = len(self.paths) > 1
         with os_errors(first, "renamed"):
@@ -612,6 +683,8 @@ class FileOutputs(Outputs):
         ):
             with os_errors(final, "renamed"):
                 if path != final:
+                    if is_split and not index:
+                        sync_folder(self._plan.destination)
                     take_final_name(path, final, self._open[index], old)
                 remove_known(partial_path(final), old)  # after a kill too, which came when the two had changed places
         sync_folder(self._plan.destination)
@@ -623,10 +696,15 @@ class FileOutputs(Outputs):
         for index, descriptor in self._open.items():
             if self.paths[index] in self._made:
                 remove_known(self.paths[index], descriptor)
+        if 0 in self._open:
+            remove_known(trial_path(self._finals[0]), self._open[0])
 
 
 # Names beside an output that are made with it.
-COMPANION_SUFFIXES = (".journal", ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, ".lock")
+SUFFIXES = (
+    *(PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX),
+    *(".journal", ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, ".lock"),
+)
 
 
 def outputs_of(plan: Plan, *, lock: bool = True) -> Outputs:
@@ -709,6 +787,37 @@ def _raise_open_files() -> bool:
 def replaced_path(path: Path) -> Path:
     """Return the name that an older output has while its successor takes its place."""
     return path.with_name(path.name + REPLACED_SUFFIX)
+
+
+def trial_path(path: Path) -> Path:
+    """Return the name by which a run tries whether names can be changed beside an output."""
+    return path.with_name(path.name + TRIAL_SUFFIX)
+
+
+def remove_trial(path: Path) -> None:
+    """Remove what a run left that was killed while it tried names: an empty file or folder, which holds nothing.
+
+    Raises:
+        OutputExistsError: something else has the name.
+    """
+    with os_errors(path, "removed"), contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        elif stat.S_ISREG(status.st_mode) and not status.st_size:
+            remove_known(path, Identity.in_status(status))
+        if os.path.lexists(path):
+            raise OutputExistsError(
+                "already exists and is not of dsv4convert", where=path, hint="move it away or choose another name"
+            )
+
+
+def _held(folder: Path) -> dict[str, Identity]:
+    """Return the identity of each entry of a folder, by name; nothing where it cannot be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return {entry.name: Identity.in_status(entry.stat(follow_symlinks=False)) for entry in entries}
+    return {}
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -21,7 +21,7 @@ from dsv4convert.engine import names
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_path
-from dsv4convert.engine.outputs import outputs_of, partial_path, replaced_path
+from dsv4convert.engine.outputs import outputs_of, partial_path, replaced_path, trial_path
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.plan import CopySegments, OutputFile, OutputTensor, Plan
 
@@ -121,7 +121,8 @@ class World:
             found += [plan.destination, root, root / "part0", root / "stranger", plan.destination / "stranger"]
         else:
             found += [partial_path(path) for path in plan.final_paths()]
-        found += [journal_path(plan), manifest, partial_path(manifest), replaced_path(plan.output_path())]
+        found += [journal_path(plan), manifest, partial_path(manifest)]
+        found += [replaced_path(plan.output_path()), trial_path(plan.output_path())]
         return found
 
     def act(self, deed: Deed) -> None:

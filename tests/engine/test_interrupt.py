@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,20 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def start(*arguments: object, more: str = "") -> subprocess.Popen[str]:
+def start(*arguments: object, more: str = "", before: Callable[[], None] = lambda: None) -> subprocess.Popen[str]:
+    """Start a slow run, with ``more`` lines of Python in it, after ``before`` has been called in its process."""
+
+    def prepare() -> None:
+        default_signals()
+        before()
+
     return subprocess.Popen(
         [sys.executable, "-c", SLOW.format(more=more), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=default_signals,
+        preexec_fn=prepare,
     )
 
 

@@ -348,5 +348,5 @@ def test_the_files_of_a_split_output_are_all_or_the_last_ones(tiny: Path, tmp_pa
         patch.setattr(names, "_renameat2", noting)
         execute(plan, threads=2)
     finals = [file.name for file in plan.files]
-    assert renamed[: len(finals)] == finals[::-1]
+    assert [name for name in renamed if name in finals] == finals[::-1]
     assert contents(plan).keys() >= set(finals)

@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dsv4convert.engine import locks, names
+from dsv4convert.engine import locks, names, outputs
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import manifest_path
@@ -20,7 +21,7 @@ from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
-from .plans import PLANS, contents, interrupt, leftovers
+from .plans import PLANS, contents, failing_after, interrupt, leftovers
 
 THESIS = b"three years of work"
 
@@ -168,19 +169,103 @@ def test_a_replaced_name_that_is_not_ours_stays(plan: Plan) -> None:
     assert kept.read_bytes() == THESIS
 
 
+def test_an_older_file_that_is_edited_in_place_stays(tiny: Path, tmp_path: Path, system: str) -> None:
+    plan = PLANS["dequantize"](tiny, tmp_path)
+    execute(plan, threads=2)
+    old = plan.output_path() / "config.json"
+
+    def edit() -> None:
+        with old.open("r+b") as file:
+            file.write(THESIS)
+
+    with pytest.raises(OutputExistsError, match="appeared or changed"):
+        execute(plan, threads=2, overwrite=True, before_finish=during(edit))
+    assert old.read_bytes().startswith(THESIS)
+
+
+@pytest.mark.parametrize("killed_after", [0, 2])
+def test_what_is_put_into_a_replaced_folder_stays_under_any_name(
+    killed_after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the older folder was being removed; somebody then put a file there that a checkpoint could have."""
+    plan = PLANS["dequantize"](tiny, tmp_path)
+    execute(plan, threads=2)
+    good = contents(plan)
+
+    class Killed(BaseException):
+        pass
+
+    unlink, left = os.unlink, killed_after
+
+    def dies(path: str, **options: int) -> None:
+        nonlocal left
+        if "dir_fd" in options:
+            left -= 1
+            if left < 0:
+                raise Killed
+        unlink(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "unlink", dies)
+    with pytest.raises(Killed):
+        execute(plan, threads=2, overwrite=True)
+    monkeypatch.undo()
+    folder = partial_path(plan.destination)
+    mine = {"notes.json", "LICENSE", "generation_config.json"}
+    for name in mine:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(THESIS)
+    execute(plan, threads=2, resume=True)
+    assert contents(plan) == good
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict.fromkeys(mine, THESIS)
+
+
+def test_nothing_is_made_for_a_name_that_is_taken_already(plan: Plan) -> None:
+    interrupt(plan, 5)
+    path = put(plan)
+    with failing_after(0), pytest.raises(OutputExistsError, match="appeared or changed"):
+        execute(plan, threads=2, resume=True)
+    assert path.read_bytes() == THESIS
+
+
+def test_a_folder_that_gave_its_name_back_is_discarded_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is swapped between the last look and the rename; what is discarded then is the work and nothing else."""
+    plan = PLANS["dequantize"](tiny, tmp_path)
+    root = partial_path(plan.destination)
+    take_final_name = outputs.take_final_name
+
+    def swap(path: Path, *arguments: Any) -> None:
+        if path == root:
+            (root / "config.json").rename(tmp_path / "moved")
+            (root / "config.json").write_bytes(THESIS)
+        take_final_name(path, *arguments)
+
+    monkeypatch.setattr(outputs, "take_final_name", swap)
+    work = outputs_of(plan)
+    work.look()
+    work.create()
+    with pytest.raises(InputOutputError, match="no longer the file that was written"):
+        work.finish()
+    assert not plan.destination.exists()
+    work.discard()
+    work.close()
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == {"config.json": THESIS}
+
+
 # ---- the work itself
 
 
 @pytest.mark.parametrize("trick", ["in place", "another file", "a stale copy"])
 def test_work_that_is_not_as_it_was_left_is_refused(plan: Plan, trick: str) -> None:
-    outputs = outputs_of(plan)
+    paths = outputs_of(plan).paths
     stale = plan.source.parent / "stale"
     shutil.rmtree(stale, ignore_errors=True)
     interrupt(plan, 30)
     with Journal(journal_path(plan)) as journal:
         index = next(file for file, tensor, segment in journal.finished() if plan.files[file].tensors)
         task = next(entry.task for key, entry in journal.finished().items() if key[0] == index)
-    path = outputs.paths[index]
+    path = paths[index]
     data = bytearray(path.read_bytes())
     data[task.offset] ^= 1
     if trick == "in place":
@@ -280,6 +365,28 @@ def test_a_split_is_never_a_mixture(
         execute(new, threads=2, overwrite=True, resume=True)
     assert leftovers(tmp_path) == []
     assert contents(new) == contents(good)
+
+
+def test_the_later_parts_have_their_names_for_good_before_the_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss undoes what the folder's fsync has not made durable, in any order."""
+    plan = PLANS["split gguf"](tiny, tmp_path)
+    execute(plan, threads=2)
+    steps: list[str] = []
+    sync_folder, take_final_name, rename_new = outputs.sync_folder, outputs.take_final_name, outputs.rename_new
+
+    def noting(name: str, function: Callable[..., None], path: int) -> Callable[..., None]:
+        return lambda *arguments: (steps.append(f"{name} {arguments[path].name}"), function(*arguments))[1]
+
+    monkeypatch.setattr(outputs, "sync_folder", noting("sync", sync_folder, 0))
+    monkeypatch.setattr(outputs, "take_final_name", noting("name", take_final_name, 1))
+    monkeypatch.setattr(outputs, "rename_new", noting("leave", rename_new, 0))
+    execute(plan, threads=2, overwrite=True)
+    first, *others = names_of(plan)
+    sync = f"sync {tmp_path.name}"
+    order = [f"leave {first}", sync, *(f"name {name}" for name in reversed(others)), sync, f"name {first}", sync]
+    assert steps[steps.index(order[0]) :][: len(order)] == order
 
 
 # ---- the source

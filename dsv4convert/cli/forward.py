@@ -28,6 +28,7 @@ from .tables import Block, Table
 
 if TYPE_CHECKING:
     from ..checkpoint.tokenizer import Tokenizer
+    from ..model.config import Version
     from ..reference import Model
     from ..reference.compare import Comparison, Difference
     from ..reference.goldens import Goldens
@@ -70,7 +71,7 @@ image_option = option(
     metavar="FILE",
     multiple=True,
     panel=PROMPT,
-    help="Image for the next image token of the prompt (V4.1); may be repeated.",
+    help="Image for the next image token of the prompt; may be repeated.",
 )
 seed_option = option(
     "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, panel=PROMPT, help="Random seed."
@@ -190,12 +191,12 @@ def forward(
     # Weights are wanted once per run, but again for every generated token.
     model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
-    prompt = _prompt(PromptOptions(tokens, text, chat, tokenizer), vocabulary)
+    prompt = _prompt(PromptOptions(tokens, text, chat, tokenizer), vocabulary, model.config.version)
     if prompt is None:
         raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
     embedded = [embed_image(model.parameters, image) for image in images]
     if embedded:
-        prompt = with_images(prompt, embedded, model.config)
+        prompt, embedded = with_images(prompt, embedded, model.parameters)
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
@@ -332,7 +333,7 @@ class PromptOptions:
     seed: int = 0
 
 
-def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None) -> list[int] | None:
+def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None, version: Version) -> list[int] | None:
     """Return the token ids that --tokens, --text or --chat asks for; None without any of them."""
     from ..reference.prompt import encode_chat, encode_text, parse_tokens
 
@@ -344,7 +345,7 @@ def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None) -> list[int] | No
         return parse_tokens(asked.tokens)
     if asked.text is not None:
         return encode_text(asked.text, tokenizer)
-    return encode_chat(asked.chat, tokenizer) if asked.chat is not None else None
+    return encode_chat(asked.chat, tokenizer, version) if asked.chat is not None else None
 
 
 def _check_new(path: Path | None, overwrite: bool) -> None:
@@ -399,7 +400,7 @@ def _shown(entry: dict[str, Any]) -> str:
 
 def _text_of(ids: Sequence[int], tokenizer: Tokenizer | None) -> str | None:
     """Return the text of ids; None without a vocabulary that holds them."""
-    if tokenizer is None or any(i >= tokenizer.vocab_size for i in ids):
+    if tokenizer is None or not all(0 <= i < tokenizer.vocab_size for i in ids):
         return None
     return tokenizer.decode(ids)
 
@@ -442,7 +443,8 @@ def _comparison_prompt(model: Model, path: Path, asked: PromptOptions) -> list[i
 
     vocab_size = model.config.vocab_size
     needs_text = asked.text is not None or asked.chat is not None
-    prompt = _prompt(asked, find_tokenizer(path, vocab_size, asked.tokenizer) if needs_text else None)
+    tokenizer = find_tokenizer(path, vocab_size, asked.tokenizer) if needs_text else None
+    prompt = _prompt(asked, tokenizer, model.config.version)
     if asked.random is None:
         if prompt is None:
             raise UsageError("prompt is missing", hint="pass --tokens, --text, --chat or --random")

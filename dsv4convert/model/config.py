@@ -44,6 +44,8 @@ class Version(str, Enum):
     V41 = "V4.1"
 
 
+# Our chat templates, files of this package.
+CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 ARCHITECTURES = {Version.V4: "DeepseekV4ForCausalLM", Version.V41: "DeepseekV41ForCausalLM"}
 VERSION_BY_ARCHITECTURE = {name: version for version, name in ARCHITECTURES.items()}
 

@@ -100,11 +100,15 @@ class Shared:
 
 
 class Place(NamedTuple):
-    """Where attention happens: the prefix of its weights, the trunk layer (None: a draft's), the first position."""
+    """Where attention happens: the prefix of its weights, the trunk layer (None: a draft's), the first position.
+
+    ``seen`` are the first and the last position [T] whose raw kv each token sees; None: its window and no later one.
+    """
 
     at: str
     layer: int | None
     t0: int
+    seen: tuple[Array, Array] | None = None
 
 
 def attention(p: Parameters, x_TD: Array, place: Place, state: LayerState, shared: Shared, record: Record) -> Array:
@@ -139,7 +143,8 @@ def attention(p: Parameters, x_TD: Array, place: Place, state: LayerState, share
     kv_Nd = np.concatenate([state.window, kv_Td])
     state.window = kv_Nd[-c.sliding_window :]
     sink_H = p.weight(f"{at}attn_sink")
-    o_THd = _attend(q_THd, kv_Nd, entries_Sd, chosen_TS, sink_H, ratio, t0, c.sliding_window)
+    seen = place.seen if place.seen is not None else window_of(t0, T, c.sliding_window)
+    o_THd = _attend(q_THd, kv_Nd, entries_Sd, chosen_TS, sink_H, ratio, t0, seen)
     return output(p, o_THd, turn_Tr, at, record)
 
 
@@ -182,31 +187,38 @@ def _attend(
     sink_H: Array,
     ratio: int,
     t0: int,
-    W: int,
+    seen: tuple[Array, Array],
 ) -> Array:
-    """Return Σ softmax(q·k)·k [T, H, d] over the raw kv in the window and the visible compressed entries.
+    """Return Σ softmax(q·k)·k [T, H, d] over the raw kv that is seen and the visible compressed entries.
 
     The last row of ``kv_Nd`` is that of the last query. Queries go in blocks, to bound the scores.
     """
     T, H, _ = q_THd.shape
     n_entries = 0 if entries_Sd is None else len(entries_Sd)
     first = t0 + T - len(kv_Nd)  # position of the first raw kv
-    block = query_block(H, W, n_entries)
+    from_T, to_T = seen
+    block = query_block(H, int((to_T - from_T).max()) + 1, n_entries)
     o_THd = np.empty_like(q_THd)
     for a in range(0, T, block):
         b = min(a + block, T)
         t = np.arange(t0 + a, t0 + b)[:, None]
-        from_position = max(first, t0 + a - W + 1)
-        keys = kv_Nd[from_position - first : t0 + b - first]
-        j = np.arange(from_position, t0 + b)[None, :]
-        visible = (t - W < j) & (j <= t)
+        from_position, end = max(first, from_T[a:b].min()), to_T[a:b].max() + 1
+        keys = kv_Nd[from_position - first : end - first]
+        j = np.arange(from_position, end)[None, :]
+        visible = (from_T[a:b, None] <= j) & (j <= to_T[a:b, None])
         if entries_Sd is not None:
             keys = np.concatenate([keys, entries_Sd])
             finished = np.arange(n_entries)[None, :] < (t + 1) // ratio
-            seen = finished if chosen_TS is None else chosen_TS[a:b]
-            visible = np.concatenate([visible, seen], axis=1)
+            chosen = finished if chosen_TS is None else chosen_TS[a:b]
+            visible = np.concatenate([visible, chosen], axis=1)
         o_THd[a:b] = attend_to(q_THd[a:b], keys, visible, sink_H)
     return o_THd
+
+
+def window_of(t0: int, T: int, W: int) -> tuple[Array, Array]:
+    """Return the first and the last position [T] that tokens from position ``t0`` on see, without images."""
+    t = np.arange(t0, t0 + T)
+    return t - W + 1, t
 
 
 def attend_to(q_THd: Array, keys_Nd: Array, visible_TN: Array, sink_H: Array) -> Array:

@@ -25,12 +25,13 @@ import numpy as np
 from ..errors import UnsupportedError, UsageError
 from ..model.engram import EngramConstants
 from .arithmetic import product, rms_norm
-from .attention import LayerState, Place, Shared, attention
+from .attention import LayerState, Place, Shared, attention, window_of
 from .dspark import Draft, DraftState, draft, new_draft_state, see
 from .engram import engram, looked_up
 from .experts import mixture
 from .hyper_connections import around, collapse, first_pre, head_pre
 from .parameters import Parameters, Record
+from .vision import IMAGE
 from .weights.protocol import Array, WeightSource
 
 # Rows of the output matrix that are decoded at a time: [8192, 7168] float32 is 224 MiB.
@@ -97,7 +98,8 @@ class Model:
     ) -> Array:
         """Return the logits [T, V] of the next ``tokens`` ([1, V] with ``last_only``), and advance ``state``.
 
-        ``images`` are embeddings [tokens of the image, D], in order, of the tokens with the image token's id.
+        ``images`` are embeddings [tokens of the image, D], in order, of the tokens with the image token's id, which in
+        V4 is ``vision.IMAGE``; see ``vision.with_images``. An image is within one call.
 
         Raises:
             UsageError: no tokens, an id outside the vocabulary, more than ``max_position_embeddings``, or
@@ -140,8 +142,9 @@ class Model:
     ) -> Iterator[None]:
         """Run embedding and layers, pausing after each, and leave the streams in ``state``."""
         p, hc = self.parameters, self.config.hc_mult
-        tokens_T = self._checked(tokens, state.position)
-        embedding_TD, image_T = self._embedded(tokens_T, images)
+        tokens_T, image_T = self._placed(tokens, images, state.position)
+        embedding_TD = self._embedded(tokens_T, image_T, images)
+        seen = self._seen(image_T, images, state.position)
         record("embed", embedding_TD)
         X = np.repeat(embedding_TD[:, None, :], hc, axis=1)
         pre = first_pre(len(X), hc)
@@ -157,28 +160,48 @@ class Model:
                 record(f"{at}engram.streams", X)
             if n in targets:
                 main.append(X.mean(axis=1))
-            place = Place(f"{at}attn.", n, state.position)
+            place = Place(f"{at}attn.", n, state.position, seen)
             X, pre = self._layer(X, pre, tokens_T, image_T, at, place, state.layers[n], shared, record)
             yield
         state.streams, state.pre = X, pre
         state.main = np.concatenate(main, axis=1) if targets and len(main) == len(targets) else None
         state.position += len(tokens_T)
 
-    def _embedded(self, tokens_T: Array, images: Sequence[Array]) -> tuple[Array, Array]:
-        """Return the embedding [T, D] of tokens and images, and which tokens belong to an image."""
-        embedding_TD = self.source.rows("embed.weight", tokens_T)
-        image_T = np.zeros(len(tokens_T), bool)
-        if not images:
-            return embedding_TD, image_T
-        image_T = tokens_T == self.config.flat.get("image_token_id")
-        of_images = np.concatenate(list(images))
-        if len(of_images) != image_T.sum():
+    def _placed(self, tokens: Sequence[int] | Array, images: Sequence[Array], position: int) -> tuple[Array, Array]:
+        """Return the ids [T] and which tokens belong to an image; V4 has no id for these, and theirs is 0."""
+        tokens_T = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        image_token = self.config.flat.get("image_token_id", IMAGE)
+        image_T = (tokens_T == image_token) & bool(images)
+        of_images = sum(map(len, images))
+        if of_images != image_T.sum():
             raise UsageError(
-                "tokens of the images", expected=f"{len(of_images)} image tokens in the prompt", got=int(image_T.sum())
+                "tokens of the images", expected=f"{of_images} image tokens in the prompt", got=int(image_T.sum())
             )
-        embedding_TD = embedding_TD.copy()
-        embedding_TD[image_T] = of_images
-        return embedding_TD, image_T
+        return self._checked(np.where(image_T & (tokens_T == IMAGE), 0, tokens_T), position), image_T
+
+    def _embedded(self, tokens_T: Array, image_T: Array, images: Sequence[Array]) -> Array:
+        """Return the embedding [T, D] of tokens and images."""
+        embedding_TD = self.source.rows("embed.weight", tokens_T)
+        if images:
+            embedding_TD = embedding_TD.copy()
+            embedding_TD[image_T] = np.concatenate(list(images))
+        return embedding_TD
+
+    def _seen(self, image_T: Array, images: Sequence[Array], t0: int) -> tuple[Array, Array] | None:
+        """Return the first and last position that each token sees where it is not its window: in V4's images.
+
+        Tokens of an image see all of it, however long it is, and what their window reaches before it.
+        """
+        if not images or self.parameters.is_v41:
+            return None
+        from_T, to_T = window_of(t0, len(image_T), self.config.sliding_window)
+        places, done = np.flatnonzero(image_T), 0
+        for image in images:
+            span = places[done : done + len(image)]
+            from_T[span] = np.minimum(from_T[span], t0 + span[0])
+            to_T[span] = t0 + span[-1]
+            done += len(image)
+        return from_T, to_T
 
     def _engram_rows(self, tokens_T: Array, image_T: Array, state: State) -> dict[int, Array]:
         """Return the rows [T, columns] of the n-gram table of each layer that has one."""

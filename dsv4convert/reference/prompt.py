@@ -10,6 +10,11 @@ from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json
 from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError
+from ..model.config import CHAT_TEMPLATES, Version
+from .vision import IMAGE
+
+# What stands for an image in a list of token ids.
+IMAGE_WORD = "image"
 
 # A conversation of the longest context takes a few MiB.
 MAX_CHAT_BYTES = 64 * 2**20
@@ -19,16 +24,16 @@ UNNAMED_PRE = "unnamed"
 
 
 def parse_tokens(text: str) -> list[int]:
-    """Return the ids of a list such as ``1, 2, 3``.
+    """Return the ids of a list such as ``1, 2, 3``, with ``vision.IMAGE`` for the word ``image``.
 
-    >>> parse_tokens("0, 17,5")
-    [0, 17, 5]
+    >>> parse_tokens("0, image,5")
+    [0, -1, 5]
 
     Raises:
         UsageError: not a list of integers.
     """
     try:
-        return [int(part) for part in text.replace(",", " ").split()]
+        return [IMAGE if part == IMAGE_WORD else int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise UsageError(
             "--tokens: not a list of token ids", expected="a list such as 1,2,3", got=repr(text[:100])
@@ -91,8 +96,8 @@ def encode_text(text: str, tokenizer: Tokenizer | None) -> list[int]:
     return ids
 
 
-def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
-    """Return the ids of the prompt that a conversation makes, through our chat template.
+def encode_chat(path: Path, tokenizer: Tokenizer | None, version: Version) -> list[int]:
+    """Return the ids of the prompt that a conversation makes, through our chat template of the model's version.
 
     The file holds a list of messages, or an object with ``messages`` and what else the template takes
     (``tools``, ``enable_thinking``).
@@ -112,7 +117,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None) -> list[int]:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    source = resources.files("dsv4convert.model").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    source = resources.files("dsv4convert.model").joinpath(CHAT_TEMPLATES[version]).read_text(encoding="utf-8")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     inputs.setdefault("add_generation_prompt", True)

@@ -1,7 +1,10 @@
-"""Images of V4.1: the published resizing, the vision tower, and the aligner that makes embeddings of tokens.
+"""Images of V4.1 and of V4's Vision-Exp: the resizing, the vision tower, and the aligner that makes embeddings.
 
-An image is a span of tokens: a start, rows of the aligner's grid each with a newline, and an end. All of
-them have the image token's id; the embeddings tell them apart.
+An image is a span of tokens. In V4.1 it has a start, rows of the aligner's grid each with a newline, and an end; all
+of them have the image token's id, and the embeddings tell them apart. In Vision-Exp rows go in pairs, column by
+column, an odd last one with pads; pads at the end make whole blocks of four, and pads before the start put what
+follows it on a multiple of four positions, for that is how many tokens its compressor takes. No token id is known for
+such a span: `IMAGE` stands for it.
 """
 
 # numpy's arithmetic on arrays of any dtype is typed Any.
@@ -17,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, Version
 from .arithmetic import product, rms_norm, silu, softmax
 from .parameters import Parameters
 from .weights.protocol import Array
@@ -28,22 +31,72 @@ TOWER_EPSILON = 1e-6
 GREY = (127, 127, 127)
 # Tokens of a span besides those of its rows.
 DELIMITERS = 2
+# What stands for an image in a list of token ids, whatever id the model has for it.
+IMAGE = -1
+# Vision-Exp's spans begin before a multiple of so many positions.
+COMPRESSED_TOKENS = 4
 # Queries of a head that are scored at a time: 9216 patches of the largest image make 36 MiB.
 QUERY_BLOCK = 1024
 
 
 class ImagePlan(NamedTuple):
-    """The pixels that an image is resized to, and the rows and columns of tokens that they make."""
+    """The pixels that an image is resized to, the rows and columns of tokens that they make, and the span's tokens.
+
+    The pads before the start of a span of Vision-Exp, which its position asks for, are not among the tokens.
+    """
 
     height: int
     width: int
     rows: int
     columns: int
+    tokens: int
 
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of the span."""
-        return self.rows * (self.columns + 1) + DELIMITERS
+
+class _Sizes(NamedTuple):
+    """What the sizes of images are made of; ``step`` is how many rows go together."""
+
+    patch: int
+    merged: int
+    step: int
+
+    def planned(self, height: int, width: int) -> ImagePlan:
+        """Return the plan of so many pixels."""
+        rows, columns = (math.ceil(side // self.patch / self.merged) for side in (height, width))
+        return ImagePlan(height, width, rows, columns, len(span_order(rows, columns, self.step)))
+
+    def largest(self, height: int, width: int, most: int) -> tuple[int, int]:
+        """Return the height and width of the largest image of the same shape within ``most`` tokens.
+
+        With w columns and r·w rows, w is the root of r·w·(w + 1) + 2 = most.
+        """
+        cell = self.patch * self.merged
+        shape = height / width
+        w = math.sqrt((most - DELIMITERS) / shape + 0.25) - 0.5
+        if w < 1:
+            return self._whole((most - DELIMITERS) // 2) * cell, cell
+        if w * shape < self.step:
+            return self.step * cell, ((most - DELIMITERS) // self.step - 1) * cell
+        scale = min(math.floor(w) * cell / width, self._whole(math.floor(w * shape)) * cell / height)
+        return math.floor(height * scale / self.patch) * self.patch, math.floor(width * scale / self.patch) * self.patch
+
+    def _whole(self, rows: int) -> int:
+        return rows - rows % self.step
+
+
+def span_order(rows: int, columns: int, step: int) -> Array:
+    """Return what each token of a span is, as an index into the grid [rows · columns], start, end, newline and pad.
+
+    >>> span_order(1, 2, 1).tolist(), span_order(1, 2, 2).tolist()
+    ([2, 0, 1, 4, 3], [2, 0, 5, 1, 5, 4, 5, 5, 5, 3])
+    """
+    start, end, newline, pad = range(rows * columns, rows * columns + 4)
+    grid = np.full((rows + -rows % step, columns + 1), pad)
+    grid[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    grid[:rows, columns] = newline
+    # Column by column through the rows that go together.
+    lines = grid.reshape(-1, step, columns + 1).transpose(0, 2, 1).reshape(-1)
+    pads = -len(lines) % COMPRESSED_TOKENS if step > 1 else 0
+    return np.concatenate([[start], lines, [pad] * pads, [end]]).astype(np.int64)
 
 
 def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
@@ -51,43 +104,24 @@ def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
 
     It gets at least ``min_pixels``, sides rounded up to whole patches, and where that makes more than
     ``max_image_tokens``, the largest size of its shape that does not.
-
-    Raises:
-        UnsupportedError: the model has no vision tower of V4.1's.
     """
     flat = config.flat
-    patch, merged = int(flat["vision_patch_size"]), int(flat["vision_downsample_ratio"])
+    is_v41 = config.version is Version.V41
+    sizes = _Sizes(int(flat["vision_patch_size"]), int(flat["vision_downsample_ratio"]), 1 if is_v41 else 2)
     widest, least = flat.get("vision_max_wh_ratio"), int(flat["vision_min_pixels"])
-    most = int(flat["vision_max_n_token"])
+    # Vision-Exp keeps room for the pads before the start.
+    most = int(flat["vision_max_n_token"]) - (0 if is_v41 else COMPRESSED_TOKENS - 1)
     if widest is not None and width > height * widest:
         width = int(height * widest)
     if width * height < least:
         ratio = (least / (width * height)) ** 0.5
         width, height = int(width * ratio), int(height * ratio)
-    plan = _planned(math.ceil(height / patch) * patch, math.ceil(width / patch) * patch, patch, merged)
-    return plan if plan.tokens <= most else _planned(*_largest(height, width, patch, merged, most), patch, merged)
-
-
-def _planned(height: int, width: int, patch: int, merged: int) -> ImagePlan:
-    rows, columns = (math.ceil(side // patch / merged) for side in (height, width))
-    return ImagePlan(height, width, rows, columns)
-
-
-def _largest(height: int, width: int, patch: int, merged: int, most: int) -> tuple[int, int]:
-    """Return the height and width of the largest image of the same shape within ``most`` tokens.
-
-    With w columns and r·w rows, w is the root of r·w·(w + 1) + 2 = most.
-    """
-    cell = patch * merged
-    shape = height / width
-    columns = math.sqrt((most - DELIMITERS) / shape + 0.25) - 0.5
-    rows = columns * shape
-    if columns < 1:
-        return (most - DELIMITERS) // 2 * cell, cell
-    if rows < 1:
-        return cell, (most - DELIMITERS - 1) * cell
-    scale = min(math.floor(columns) * cell / width, math.floor(rows) * cell / height)
-    return tuple(math.floor(side * scale / patch) * patch for side in (height, width))  # type: ignore[return-value]
+    plan = sizes.planned(*(math.ceil(side / sizes.patch) * sizes.patch for side in (height, width)))
+    allowed = most
+    while plan.tokens > most:
+        plan = sizes.planned(*sizes.largest(height, width, allowed))
+        allowed -= 1
+    return plan
 
 
 def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
@@ -119,23 +153,25 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
 
 
 def embed_image(p: Parameters, path: Path) -> Array:
-    """Return the embeddings [tokens, D] of an image's span.
+    """Return the embeddings [tokens, D] of an image's span, without the pads before its start.
 
     Raises:
-        UnsupportedError: the model has no vision tower of V4.1's.
+        UnsupportedError: the model has no vision tower.
         DeviceError, InputMissingError, FileFormatError: as for ``read_image``.
     """
-    if not p.is_v41 or not p.source.has("vision.patch_embed.proj.weight"):
+    if not p.source.has("vision.patch_embed.proj.weight"):
         raise UnsupportedError(
-            "the model has no vision tower that can be run", expected="a DeepSeek-V4.1 checkpoint with vision.* tensors"
+            "the model has no vision tower",
+            expected="a checkpoint of DeepSeek-V4.1 or Vision-Exp with vision.* tensors",
         )
     pixels, plan = read_image(path, p.config)
     patch = int(p.config.flat["vision_patch_size"])
     x = tower(p, pixels)
     grid = align(p, x.reshape(plan.height // patch, plan.width // patch, -1))
-    newline = np.broadcast_to(p.weight("image_newline"), (plan.rows, 1, grid.shape[-1]))
-    lines = np.concatenate([grid, newline], axis=1).reshape(-1, grid.shape[-1])
-    return np.concatenate([p.weight("image_start")[None], lines, p.weight("image_end")[None]])
+    names = ["image_start", "image_end", "image_newline", *(["image_pad"] if not p.is_v41 else [])]
+    table = np.concatenate([grid.reshape(-1, grid.shape[-1]), [p.weight(name) for name in names]])
+    embeddings: Array = table[span_order(plan.rows, plan.columns, 1 if p.is_v41 else 2)]
+    return embeddings
 
 
 def tower(p: Parameters, pixels: Array) -> Array:
@@ -205,19 +241,34 @@ def _attention(p: Parameters, x: Array, turn: Array, heads: int, at: str) -> Arr
     return product(o.reshape(len(x), -1), p.weight(f"{at}wo.weight")) + p.weight(f"{at}wo.bias")
 
 
-def with_images(tokens: Sequence[int], images: Sequence[Array], config: ModelConfig) -> list[int]:
-    """Return ``tokens`` with each image token repeated for the tokens of its image's span.
+def with_images(tokens: Sequence[int], images: Sequence[Array], p: Parameters) -> tuple[list[int], list[Array]]:
+    """Return ``tokens`` with each image token repeated for the tokens of its image's span, and the spans' embeddings.
+
+    Image tokens are those with the model's own id and ``IMAGE``. Spans of Vision-Exp get their pads here.
 
     Raises:
         UsageError: there are more or fewer image tokens than images.
     """
-    image_token = config.flat.get("image_token_id")
-    found = sum(token == image_token for token in tokens)
+    image_token = p.config.flat.get("image_token_id", IMAGE)
+    found = sum(token in (image_token, IMAGE) for token in tokens)
     if found != len(images):
         raise UsageError(
             "images and image tokens of the prompt",
             expected=f"{len(images)} of id {image_token}, one for each --image",
             got=found,
+            hint="write image among the --tokens",
         )
     left = iter(images)
-    return [t for token in tokens for t in ([token] * len(next(left)) if token == image_token else [token])]
+    placed: list[int] = []
+    spans: list[Array] = []
+    for token in tokens:
+        if token not in (image_token, IMAGE):
+            placed.append(token)
+            continue
+        span = next(left)
+        if not p.is_v41:
+            pads = (-len(placed) - 1) % COMPRESSED_TOKENS
+            span = np.concatenate([np.repeat(p.weight("image_pad")[None], pads, axis=0), span])
+        placed += [image_token] * len(span)
+        spans.append(span)
+    return placed, spans

@@ -16,7 +16,7 @@ from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
 from ..errors import UsageError
-from ..model.config import Version
+from ..model.config import CHAT_TEMPLATES
 from ..model.engram import EngramConstants
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
@@ -44,8 +44,6 @@ from .gguf_tensors import (
 )
 from .low_bit import LowBitMaker
 from .segments import MXFP4
-
-CHAT_TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 
 
 def plan_gguf(

@@ -29,7 +29,7 @@ from ..containers.gguf import GgufModelFile
 from ..containers.imatrix import Imatrix
 from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
-from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
+from ..model.config import CHAT_TEMPLATES, CONFIG_NAME, ModelConfig, Version, load_config
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
 from .low_bit import LOW_BIT
 from .numbers import BLOCK
@@ -153,7 +153,6 @@ LARGEST = {"i32": 2**31 - 1, "f32": float(np.finfo(np.float32).max)}
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 MAIN_TEMPLATE = "default"
-TEMPLATES = {Version.V4: "chat_template.jinja", Version.V41: "chat_template_v41.jinja"}
 
 # Characters of a value that a problem shows.
 MAX_SHOWN = 80
@@ -455,7 +454,7 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
     if MAIN_TEMPLATE in templates:
         yield CHAT_TEMPLATE, Expected("str", templates[MAIN_TEMPLATE])
     else:
-        ours = resources.files("dsv4convert.model") / TEMPLATES[version]
+        ours = resources.files("dsv4convert.model") / CHAT_TEMPLATES[version]
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
 
 

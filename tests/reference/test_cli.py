@@ -19,6 +19,8 @@ from dsv4convert.errors import Dsv4Error
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
+from ..v41 import TINY, recorded
+
 PROMPT = "0,17,5,300"
 
 
@@ -96,6 +98,16 @@ def test_forward_takes_text_and_conversations(tiny: Path, gguf: Path, tmp_path: 
     assert prompt["tokens"][1] != 0
     through_gguf = json.loads(ok("forward", gguf, "--text", "hello", "--tokenizer", tiny, "--json"))
     assert through_gguf["tokens"] == text["tokens"]
+
+
+def test_conversations_of_v41_go_through_its_own_template(tmp_path: Path) -> None:
+    case = next(case for case in recorded("chat_vectors.json") if case["name"] == "chat_system")
+    chat = tmp_path / "chat.json"
+    asked = {"messages": case["messages"], "enable_thinking": case["thinking_mode"] == "thinking"}
+    chat.write_text(json.dumps(asked | ({"tools": case["tools"]} if case["tools"] else {})))
+    runs = (["--chat", chat], ["--text", case["prompt"]])
+    of_chat, of_text = (json.loads(ok("forward", TINY["tiny-a"], *run, "--top", "1", "--json")) for run in runs)
+    assert of_chat["tokens"] == of_text["tokens"]
 
 
 def test_generation_is_greedy_by_default_and_seeded_otherwise(tiny: Path) -> None:

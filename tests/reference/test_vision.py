@@ -1,4 +1,4 @@
-"""Images of V4.1: the published resizing by its results, tower and aligner against torch's modules."""
+"""Images: V4.1's resizing by its results, its tower against torch's modules; Vision-Exp's against llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,10 +12,25 @@ from click.testing import CliRunner
 
 from dsv4convert.api import load_model
 from dsv4convert.cli import app
+from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError
 from dsv4convert.reference import Model
-from dsv4convert.reference.vision import align, embed_image, gelu, plan_image, read_image, tower, with_images
+from dsv4convert.reference.vision import (
+    IMAGE,
+    align,
+    embed_image,
+    gelu,
+    plan_image,
+    read_image,
+    span_order,
+    tower,
+    with_images,
+)
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
+from ..checkpoints import MakeCheckpoint
+from ..oracles.mtmd import run_with_image
 from ..v41 import TINY
 
 IMAGE_TOKEN = 510
@@ -57,8 +72,8 @@ def test_images_are_resized_as_published(
     model: Model, size: tuple[int, int], expected: tuple[int, int, int, int]
 ) -> None:
     plan = plan_image(*size, model.config)
-    assert plan == expected
-    assert plan.tokens <= 1024
+    assert plan[:4] == expected
+    assert plan.tokens == plan.rows * (plan.columns + 1) + 2 <= 1024
 
 
 @pytest.mark.oracle
@@ -142,8 +157,10 @@ def test_an_image_is_a_span_of_delimiters_rows_and_newlines(model: Model, pictur
 
 def test_image_tokens_take_the_embeddings_another_bias_and_no_engram(model: Model, picture: Path) -> None:
     image = embed_image(model.parameters, picture)
-    tokens = with_images([5, IMAGE_TOKEN, 7, 8], [image], model.config)
+    tokens, (placed,) = with_images([5, IMAGE_TOKEN, 7, 8], [image], model.parameters)
     assert len(tokens) == len(image) + 3
+    assert placed is image
+    assert with_images([5, IMAGE, 7, 8], [image], model.parameters)[0] == tokens
     trace: dict[str, Any] = {}
     model.forward(tokens, images=[image], last_only=True, record=trace.__setitem__)
     inside = slice(1, 1 + len(image))
@@ -159,7 +176,7 @@ def test_image_tokens_take_the_embeddings_another_bias_and_no_engram(model: Mode
 def test_images_and_image_tokens_must_fit(model: Model, picture: Path) -> None:
     image = embed_image(model.parameters, picture)
     with pytest.raises(UsageError, match="expected 1 of id 510, one for each --image, got 0"):
-        with_images([5, 7], [image], model.config)
+        with_images([5, 7], [image], model.parameters)
     with pytest.raises(UsageError, match="tokens of the images"):
         model.forward([5, IMAGE_TOKEN], images=[image])
 
@@ -175,7 +192,7 @@ def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_tower_takes_no_image(tiny: Path, picture: Path) -> None:
-    with pytest.raises(UnsupportedError, match="no vision tower that can be run"):
+    with pytest.raises(UnsupportedError, match="no vision tower"):
         embed_image(load_model(tiny).parameters, picture)
 
 
@@ -185,3 +202,80 @@ def test_the_command_takes_images(picture: Path) -> None:
     document = json.loads(result.stdout)
     assert document["tokens"].count(IMAGE_TOKEN) > 100
     assert len(document["positions"]) == len(document["tokens"])
+
+
+# ---- Vision-Exp: spans of pairs of rows, seen whole ----------------------------------------------------
+
+# (width, height): the span's tokens as llama.cpp lays them out, from rows and columns of the grid.
+VISION_EXP_SIZES = [(640, 480), (84, 84), (10, 5000), (5000, 10), (1330, 1300), (777, 333), (420, 42), (42, 420)]
+
+
+@pytest.fixture(scope="module")
+def vision_exp(make_checkpoint: MakeCheckpoint) -> Model:
+    return load_model(make_checkpoint("tiny", variant="vision"), cached=True)
+
+
+@pytest.mark.parametrize("size", VISION_EXP_SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_spans_of_vision_exp_are_whole_blocks_that_leave_room_for_pads(
+    vision_exp: Model, size: tuple[int, int]
+) -> None:
+    plan = plan_image(*size, vision_exp.config)
+    assert plan.height % 14 == plan.width % 14 == 0
+    assert plan.tokens % 4 == 2
+    assert plan.tokens <= 384 - 3
+    lines = (plan.rows + plan.rows % 2) * (plan.columns + 1)
+    assert plan.tokens == 1 + lines + lines // 2 % 2 * 2 + 1
+
+
+def test_rows_of_vision_exp_go_in_pairs(vision_exp: Model) -> None:
+    start, end, newline, pad = range(6, 10)
+    order = [start, 0, 2, 1, 3, newline, newline, 4, pad, 5, pad, newline, pad, end]
+    assert span_order(3, 2, 2).tolist() == order
+    for tokens, pads in [([IMAGE], 3), ([5, IMAGE], 2), ([5, 6, 7, IMAGE], 0), ([5, 6, 7, 8, IMAGE], 3)]:
+        image = np.zeros((6, vision_exp.config.hidden_size), np.float32)
+        placed, (span,) = with_images(tokens, [image], vision_exp.parameters)
+        assert placed == [*tokens[:-1], *[IMAGE] * (pads + 6)]
+        assert np.array_equal(span[:pads], np.repeat(vision_exp.source.tensor("image_pad")[None], pads, axis=0))
+
+
+def test_an_image_of_vision_exp_is_seen_whole_by_its_tokens(vision_exp: Model) -> None:
+    """The last token of a long span changes the first, and none before; text after it sees its window."""
+    rng = np.random.default_rng(2)
+    image = rng.standard_normal((190, vision_exp.config.hidden_size)).astype(np.float32)
+    other = image.copy()
+    other[-1] += 1
+    tokens = [5, 6, 7, *[IMAGE] * len(image), 8, 9]
+
+    def kept(x: Any) -> Any:
+        trace: dict[str, Any] = {}
+        vision_exp.forward(tokens, images=[x], record=trace.__setitem__)
+        return trace["layers.0.attn.output"]
+
+    changed = (kept(image) != kept(other)).any(axis=1)
+    assert not changed[:3].any()
+    assert changed[3:].all()
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize(("before", "size"), [("a", (230, 150)), ("a b c d e", (640, 480))], ids=["short", "longer"])
+def test_images_of_vision_exp_are_what_llama_cpp_makes_of_them(
+    make_checkpoint: MakeCheckpoint, vision_exp: Model, tmp_path: Path, before: str, size: tuple[int, int]
+) -> None:
+    """Pixels of the planned size, so that nobody resizes; float32, so that llama.cpp rounds little.
+
+    The longer span is longer than the window.
+    """
+    image = pytest.importorskip("PIL.Image")
+    plan = plan_image(*size, vision_exp.config)
+    pixels = np.random.default_rng(3).integers(0, 256, (plan.height, plan.width, 3), np.uint8)
+    image.fromarray(pixels).save(tmp_path / "picture.png")
+    options = GgufOptions(mmproj="split", dense="f32", experts="f32")
+    execute(plan_gguf(make_checkpoint("tiny", variant="vision"), tmp_path / "model.gguf", options), threads=2)
+    (tower_file,) = tmp_path.glob("mmproj-*.gguf")
+    theirs = run_with_image(tmp_path / "model.gguf", tower_file, pixels, before, "f g")
+    embedded = embed_image(vision_exp.parameters, tmp_path / "picture.png")
+    tokens, spans = with_images([*theirs.before, IMAGE, *theirs.after], [embedded], vision_exp.parameters)
+    assert theirs.embeddings.shape == spans[0].shape
+    assert relative(spans[0], theirs.embeddings) <= 5e-4
+    logits = vision_exp.forward(tokens, images=spans, last_only=True)[0]
+    assert logits @ theirs.logits / np.linalg.norm(logits) / np.linalg.norm(theirs.logits) > 0.9999

@@ -167,7 +167,8 @@ class Journal:
             self.replaces, self.held = list(replaces), dict(held)
             self.fingerprint = dict(fingerprint)
             first = {"journal": FORMAT, "fingerprint": self.fingerprint}
-            self._append([first, {"replaces": self.replaces, "held": self.held}, _holder()])
+            device = os.fstat(self._descriptor).st_dev
+            self._append([first, {"replaces": self.replaces, "held": self.held, "device": device}, _holder()])
             sync_folder(self.path.parent)
 
     def resume(self) -> None:
@@ -283,12 +284,21 @@ class Journal:
                     raise ValueError
                 self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])))
             elif "replaces" in fact:
-                self.replaces = [Identity.from_json(value) for value in fact["replaces"]]
-                self.held = {name: Identity(*map(int, value)) for name, value in fact["held"].items()}
+                device, held = fact.get("device"), fact["held"].items()
+                replaces = [Identity.from_json(value) for value in fact["replaces"]]
+                self.replaces = [identity and self._here(identity, device) for identity in replaces]
+                self.held = {name: self._here(Identity(*map(int, value)), device) for name, value in held}
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             raise ResumeError(f"line {number + 1}: not a line of a journal", where=self.path, hint=FRESH_HINT) from None
+
+    def _here(self, identity: Identity, device: Any) -> Identity:
+        """Return an identity that the journal kept when it was on ``device``.
+
+        A disk can have another device number after a restart: what was on the journal's device is on it now.
+        """
+        return identity._replace(device=os.fstat(self._descriptor).st_dev) if identity.device == device else identity
 
     def _append(self, facts: Sequence[Mapping[str, Any]]) -> None:
         text = b"".join(_line(fact) for fact in facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
 from .plans import PLANS, contents, failing_after, interrupt, leftovers
+from .test_journal import line
 
 THESIS = b"three years of work"
 
@@ -112,6 +114,31 @@ def test_an_older_output_is_replaced_where_asked(plan: Plan, system: str) -> Non
     execute(plan, threads=2, overwrite=True)
     assert contents(plan) == good
     assert leftovers(plan.destination.parent if plan.is_folder else plan.destination) == []
+
+
+@pytest.mark.parametrize("of_another_disk", [False, True], ids=["all of one disk", "the older output of another disk"])
+def test_an_older_output_is_known_again_when_its_disk_has_another_number(plan: Plan, of_another_disk: bool) -> None:
+    """Numbers of devices change when a machine restarts."""
+    execute(plan, threads=2)
+    good = contents(plan)
+    plan.final_paths()[0].write_bytes(b"old")
+    interrupt(plan, 3, overwrite=True)
+    journal = journal_path(plan)
+    facts = [json.loads(text.partition(b" ")[2]) for text in journal.read_bytes().splitlines()]
+    for fact in facts:
+        if "replaces" in fact:
+            fact["replaces"] = [[device + 1, *others] for device, *others in fact["replaces"]]
+            fact["held"] = {name: [device + 1, *others] for name, (device, *others) in fact["held"].items()}
+            fact["device"] += not of_another_disk
+    journal.write_bytes(b"".join(line(fact) for fact in facts))
+    if of_another_disk:
+        with pytest.raises(OutputExistsError, match="appeared or changed"):
+            execute(plan, threads=2, overwrite=True, resume=True)
+        assert plan.final_paths()[0].read_bytes() == b"old"
+    else:
+        assert execute(plan, threads=2, overwrite=True, resume=True).resumed_bytes > 0
+        assert contents(plan) == good
+        assert leftovers(plan.destination.parent if plan.is_folder else plan.destination) == []
 
 
 @pytest.mark.parametrize("how", [{}, {"fresh": True}, {"overwrite": True}, {"resume": True}], ids=str)

@@ -1,0 +1,228 @@
+"""The converting commands as users type them, in forked children that can be killed, and what must be true afterwards.
+
+Shared by the long runs: ``power_cuts`` and ``long_run``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Imported before a fork, so that a child begins at once.
+from dsv4convert import api, cli
+from dsv4convert.cli import folders, gguf, shard
+from dsv4convert.engine.conversion import execute
+from dsv4convert.engine.fingerprint import fingerprint_of
+from dsv4convert.synth.write import write_synth
+from dsv4convert.targets import dequantize, repack, shards
+from dsv4convert.targets import gguf as gguf_target
+
+from .crash import RECORD_SECONDS, THREADS, slow_down
+
+PRELOADED = (api, folders, gguf, shard, fingerprint_of, dequantize, repack, shards, gguf_target)
+
+# Name: the words of the command, with {checkpoint}, {shards} and {out} for folders.
+COMMANDS = {
+    "hf-to-gguf": "hf-to-gguf {checkpoint} {out}/model.gguf",
+    "hf-to-gguf --max-file-size": "hf-to-gguf {checkpoint} {out}/model.gguf --max-file-size 700K",
+    "hf-to-gguf --draft split": "hf-to-gguf {checkpoint} {out}/model.gguf --draft split",
+    "shard": "shard {checkpoint} {out}/shards --mp 2",
+    "unshard": "unshard {shards} {out}/joined --max-file-size 1M",
+    "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 2M",
+    "repack": "repack {checkpoint} {out}/fp8 --experts fp8 --max-file-size 1M",
+}
+CHECKPOINT = "checkpoint"
+SHARDS = "shards"
+OUT = "out"
+
+# What a run leaves next to an output while it is not finished.
+TEMPORARY = (".partial", ".journal", ".replaced", ".lock")
+
+# The file of an output by which its readers find the others; of a folder any file, since it appears whole.
+LEADS = ("model.gguf", "model-00001-of-00004.gguf")
+MANIFEST = ".manifest.json"
+NOTES = "notes.txt"  # somebody else's, next to the output
+
+CHILD_SECONDS = 120.0
+
+
+def words(command: str, base: Path, *options: str) -> list[str]:
+    """Return the arguments of a command whose folders stand in ``base``."""
+    folders = {name: str(base / name) for name in (CHECKPOINT, SHARDS, OUT)}
+    line = [word.format(**folders) for word in COMMANDS[command].split()]
+    return [*line, *options, "--threads", str(THREADS), "--quiet"]
+
+
+def make_sources(base: Path, seed: int = 0) -> None:
+    """Write a small checkpoint with a draft into ``base``, and the same as shards."""
+    write_synth(base / CHECKPOINT, "tiny", layers=2, seed=seed, files=2)
+    api.shard(base / CHECKPOINT, base / SHARDS, mp=2)
+    empty_out(base)
+
+
+def empty_out(base: Path, older: Path | None = None) -> Path:
+    """Make the folder of outputs anew, with the file of somebody else in it and, where given, an older output."""
+    out = base / OUT
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    if older is not None:
+        shutil.copytree(older, out, dirs_exist_ok=True)
+    (out / NOTES).write_text("three years of work")
+    return out
+
+
+def run_alone(command: str, base: Path, *options: str) -> dict[str, bytes]:
+    """Run a command that nothing disturbs; return all files that are in the folder of outputs then.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    code, said = Child(words(command, base, *options)).end()
+    if code:
+        raise SystemExit(f"{command}: {said}")
+    return files_of(base / OUT)
+
+
+class Child:
+    """A command in a forked process."""
+
+    def __init__(self, line: list[str], *, slow: bool = False, prepare: Callable[[], None] | None = None) -> None:
+        reading, writing = os.pipe()
+        self.process = os.fork()
+        if self.process:
+            os.close(writing)
+            self._pipe = reading
+            return
+        try:
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            if slow:
+                slow_down()
+                assert execute.__kwdefaults__ is not None
+                execute.__kwdefaults__["record_seconds"] = RECORD_SECONDS
+            if prepare is not None:
+                prepare()
+            sys.argv = ["dsv4convert", *line]
+            code = 0
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException as error:  # noqa: BLE001 - reported to the parent
+            os.write(2, f"{type(error).__name__}: {error}".encode())
+            code = 99
+        finally:
+            os._exit(code)
+
+    def is_alive(self) -> bool:
+        """Return whether the process still runs; it is not waited for."""
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def kill(self) -> None:
+        """End the process at once, if it still runs."""
+        os.kill(self.process, signal.SIGKILL)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; return the exit code (negative: the signal) and what was printed."""
+        give_up, said = time.monotonic() + CHILD_SECONDS, b""
+        with os.fdopen(self._pipe, "rb", buffering=0) as pipe:
+            while True:
+                if not select.select([pipe], [], [], max(0.0, give_up - time.monotonic()))[0]:
+                    self.kill()
+                data = pipe.read(1 << 16)
+                if not data:
+                    break
+                said += data
+        _, status = os.waitpid(self.process, 0)
+        return os.waitstatus_to_exitcode(status), said.decode(errors="replace").strip()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder and of those in it, by their names from there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def final_files(out: Path) -> dict[str, bytes]:
+    """Return the files under final names: all but those that a run leaves while it is not finished."""
+    return {
+        name: data
+        for name, data in files_of(out).items()
+        if not any(part.endswith(TEMPORARY) for part in Path(name).parts)
+    }
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a command promises: files before it, with an older output where that is to be replaced, and after it."""
+
+    before: dict[str, bytes]
+    after: dict[str, bytes]
+
+    @property
+    def is_folder(self) -> bool:
+        return not any(name.endswith(".gguf") for name in self.after)
+
+    def broken(self, finals: dict[str, bytes], *, done: bool = False) -> list[str]:
+        """Return what is wrong with the files under final names at any moment; once ``done``, all must be there."""
+        wrong = [
+            f"{name} has its final name and is neither old nor whole"
+            for name, data in finals.items()
+            if data not in (self.after.get(name), self.before.get(name))
+        ]
+        if finals.get(NOTES) != self.before[NOTES]:
+            wrong.append("the file of somebody else is not as it was")
+        new, old, present = of_outputs(self.after), of_outputs(self.before), of_outputs(finals)
+        lead = next((name for name in finals if name in (set(new) if self.is_folder else LEADS)), None)
+        if lead is not None and present not in (new, old):
+            wrong.append(f"a mixture, or not all of the output, under {lead}")
+        # One name, or a folder's, changes hands in one step; of a split the first file is away meanwhile.
+        if lead is None and old and (self.is_folder or len(new) == 1):
+            wrong.append("neither the old nor the new output has its name")
+        if done and finals != self.after:
+            wrong.append("a run with exit code 0 has not made its output")
+        return wrong
+
+    def state(self, out: Path) -> str:
+        """Return in words what a death left in the folder of outputs."""
+        present = of_outputs(final_files(out))
+        new, old = of_outputs(self.after), of_outputs(self.before)
+        named = "no output" if not present else "new" if present == new else "old" if present == old else "some files"
+        journals = list(out.glob("*.journal"))
+        if not journals:
+            return f"{named}, no journal"
+        recorded = any(b'"s":' in line for line in journals[0].read_bytes().splitlines())
+        return f"{named}, journal with finished parts" if recorded else f"{named}, journal"
+
+    def differing(self, out: Path) -> list[str]:
+        """Return the names of files that are not as they are after a run that was left alone."""
+        found = files_of(out)
+        return sorted(name for name in {*found, *self.after} if found.get(name) != self.after.get(name))
+
+
+def of_outputs(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the files of an output, without its manifest."""
+    return {name: data for name, data in files.items() if name != NOTES and not name.endswith(MANIFEST)}
+
+
+def about_this_machine() -> dict[str, Any]:
+    """Return date, commit, kernel and processors, for records."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "processors": len(os.sched_getaffinity(0)),
+    }

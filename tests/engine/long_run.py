@@ -1,0 +1,197 @@
+"""Kills all converting commands at random moments and system calls, resumes them, and compares what they made.
+
+    python -m tests.engine.long_run FOLDER --kills 10000 --save RECORD.json
+
+Each conversion takes a random command, with or without an older output to replace, and is killed until a child is let
+live: at a random moment, or before a random system call that changes a file. After each death no final name stands for
+anything but a whole output, old or new. The next child has ``--resume``, at times ``--fresh``, or neither: then it
+must succeed or change nothing. In the end the files are those of a run that was left alone, and nothing else is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .commands import (
+    COMMANDS,
+    OUT,
+    Child,
+    Promise,
+    about_this_machine,
+    empty_out,
+    files_of,
+    final_files,
+    make_sources,
+    run_alone,
+    words,
+)
+from .crash import Killer
+
+# How the next child goes on, and how often; "" is a plain run.
+WAYS = {"--resume": 0.85, "--fresh": 0.1, "": 0.05}
+LIVES = 0.15  # of the children that follow a death, those that are not to be killed
+AFTER_THE_END = 1.05  # moments are chosen up to so many times the length of a run
+SAY_SECONDS = 60.0
+
+# A plain run on what an earlier one left: it succeeds, finds an output, or finds unfinished work.
+PLAIN_CODES = (0, 9, 13)
+
+
+class CountingKiller(Killer):
+    """Lets every call through, and tells how many there were."""
+
+    def __init__(self, report: Path) -> None:
+        self.most = 1 << 30
+        super().__init__(self.most, None)
+        self.report = report
+
+    def call(self, name: str, *args: Any, **options: Any) -> Any:
+        done = super().call(name, *args, **options)
+        self.report.write_text(str(self.most - self.left))
+        return done
+
+
+class Victim:
+    """A command with or without ``--overwrite``: what it promises, its length in seconds and in system calls."""
+
+    def __init__(self, command: str, base: Path, older: Path | None) -> None:
+        self.command, self.base, self.older = command, base, older
+        self.options = () if older is None else ("--overwrite",)
+        out = empty_out(base, older)
+        before = final_files(out)
+        self.promise = Promise(before, run_alone(command, base, *self.options))
+        empty_out(base, older)
+        began = time.monotonic()
+        Child(self._line(""), slow=True).end()
+        self.seconds = time.monotonic() - began
+        empty_out(base, older)
+        report = base / "calls"
+        Child(self._line(""), slow=True, prepare=CountingKiller(report).install).end()
+        self.calls = int(report.read_text())
+
+    def _line(self, how: str) -> list[str]:
+        return words(self.command, self.base, *self.options, *([how] if how else []))
+
+    def child(self, how: str, killer: Killer | None) -> Child:
+        return Child(self._line(how), slow=True, prepare=None if killer is None else killer.install)
+
+
+class LongRun:
+    """Conversions that are killed, with counts of all that happened."""
+
+    def __init__(self, folder: Path, seed: int, commands: Sequence[str] = tuple(COMMANDS)) -> None:
+        self.rng = random.Random(seed)
+        self.base, older = folder / "base", folder / "older"
+        for place, number in ((self.base, 0), (older, 1)):
+            place.mkdir(parents=True)
+            make_sources(place, number)
+        self.victims = []
+        for number, command in enumerate(commands):
+            empty_out(older)
+            run_alone(command, older)
+            kept = folder / f"older{number}"
+            (older / OUT).rename(kept)
+            self.victims += [Victim(command, self.base, kept_or_none) for kept_or_none in (None, kept)]
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.by_command: collections.Counter[str] = collections.Counter()
+        self.states: collections.Counter[str] = collections.Counter()
+        self.endings: collections.Counter[str] = collections.Counter()
+        self.conversions = 0
+        self.wrong: list[str] = []
+
+    def convert(self) -> None:
+        """Carry out one conversion through its deaths."""
+        victim = self.rng.choice(self.victims)
+        name = " ".join((victim.command, *victim.options))
+        out = empty_out(self.base, victim.older)
+        how, may_live = "", False
+        story = []
+        while True:
+            lives = may_live and self.rng.random() < LIVES
+            code, said, killed = self._run(victim, how, lives)
+            story.append(f"{how or 'plain'} {killed or code}")
+            wrong = victim.promise.broken(final_files(out), done=code == 0)
+            if killed and code < 0:
+                self.kills[killed.split(" ")[0]] += 1
+                self.by_command[name] += 1
+                self.states[victim.promise.state(out)] += 1
+            elif code == 0:
+                if differing := victim.promise.differing(out):
+                    wrong.append(f"not as in a run left alone: {', '.join(differing)}")
+            elif how or code not in PLAIN_CODES:
+                wrong.append(f"exit code {code}: {said}")
+            self.endings[f"{how or 'plain'}: {'killed' if code < 0 else f'exit code {code}'}"] += 1
+            self.wrong += [f"{name}: {'; '.join(story)}: {what}" for what in wrong]
+            if code == 0 or wrong:
+                break
+            how, may_live = self.rng.choices(list(WAYS), list(WAYS.values()))[0], True
+        self.conversions += 1
+
+    def _run(self, victim: Victim, how: str, lives: bool) -> tuple[int, str, str]:
+        """Run one child; return its exit code, what it said, and how it was to be killed."""
+        before = files_of(self.base / OUT) if not how else {}
+        killed, killer = "", None
+        if not lives and self.rng.random() < 0.5:
+            killer = Killer(self.rng.randrange(victim.calls), None)
+            killed = f"call {killer.left}"
+        child = victim.child(how, killer)
+        if not lives and killer is None:
+            delay = self.rng.uniform(0, AFTER_THE_END * victim.seconds)
+            killed = f"moment {delay:.4f}"
+            time.sleep(delay)
+            child.kill()
+        code, said = child.end()
+        if not how and code > 0 and files_of(self.base / OUT) != before:
+            self.wrong.append(f"{victim.command}: a plain run that ended with exit code {code} has changed something")
+        return code, said, killed
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "kills": sum(self.kills.values()),
+            "at": dict(sorted(self.kills.items())),
+            "conversions": self.conversions,
+            "wrong": self.wrong,
+            "by_command": dict(sorted(self.by_command.items())),
+            "left_by_deaths": dict(sorted(self.states.items())),
+            "endings": dict(sorted(self.endings.items())),
+        }
+
+
+def main() -> None:
+    """See the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder in memory for all files; it must not exist")
+    parser.add_argument("--kills", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    began = said = time.monotonic()
+    try:
+        run = LongRun(arguments.folder, arguments.seed)
+        while sum(run.kills.values()) < arguments.kills:
+            run.convert()
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                sys.stderr.write(f"{sum(run.kills.values())} kills, {len(run.wrong)} wrong, {said - began:.0f} s\n")
+    finally:
+        shutil.rmtree(arguments.folder)
+    seconds = round(time.monotonic() - began)
+    text = json.dumps({**about_this_machine(), "seed": arguments.seed, "seconds": seconds, **run.record()}, indent=1)
+    if arguments.save is not None:
+        arguments.save.write_text(text + "\n")
+    else:
+        sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         convert_gguf,
         dequantize,
         estimate,
+        imatrix,
         inspect,
         load_model,
         open_checkpoint,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .estimation.estimate import Estimate
     from .inspection.census import CheckReport
     from .inspection.description import Description
+    from .reference.importance import ImatrixSummary
     from .reference.model import Model
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
@@ -61,6 +63,7 @@ __all__ = [
     "Dsv4Error",
     "Estimate",
     "FileFormatError",
+    "ImatrixSummary",
     "InputMissingError",
     "InputOutputError",
     "InventoryError",
@@ -86,6 +89,7 @@ __all__ = [
     "convert_gguf",
     "dequantize",
     "estimate",
+    "imatrix",
     "inspect",
     "load_model",
     "open_checkpoint",
@@ -105,6 +109,7 @@ _CLASSES = {
     "Description": ".inspection.description",
     "DryRun": ".engine.dry_run",
     "Estimate": ".estimation.estimate",
+    "ImatrixSummary": ".reference.importance",
     "ManifestReport": ".engine.manifest",
     "Model": ".reference.model",
     "RepackSummary": ".targets.repack",

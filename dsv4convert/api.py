@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .inspection.description import Description
     from .plan import Plan
     from .reference import Model
+    from .reference.importance import ImatrixSummary
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
     from .verification import Report
@@ -33,6 +34,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 Progress: TypeAlias = Callable[[int, int], None]
 
 DEFAULT_MAX_FILE_SIZE = "5GB"
+DEFAULT_CONTEXT_SIZE = 512
 MAX_THREADS = 256
 
 # Decimal units, as llama.cpp's converter and file managers count.
@@ -494,6 +496,43 @@ def load_model(
         activation_rounding=activation_rounding,
         layers=leading_layers(layers),
     )
+
+
+def imatrix(
+    model: StrPath,
+    out: StrPath,
+    *,
+    text: StrPath,
+    context_size: int = DEFAULT_CONTEXT_SIZE,
+    chunks: int | None = None,
+    layers: str | None = None,
+    process_output: bool = False,
+    tokenizer: StrPath | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ImatrixSummary:
+    """Run ``model`` over the text file ``text`` and write an importance matrix for low-bit types.
+
+    The model is a checkpoint folder, a GGUF or a folder of shards, of any size: one layer's attention or one expert is
+    in memory at a time. ``chunks`` limits the chunks of ``context_size`` tokens that the text is cut into; ``layers``
+    such as "0-3" runs the first layers only; ``process_output`` includes the output matrix. ``device`` is auto, cpu or
+    cuda.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .reference.importance import ImatrixOptions, collect_imatrix
+
+    options = ImatrixOptions(
+        context_size=context_size,
+        chunks=chunks,
+        layers=leading_layers(layers),
+        process_output=process_output,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        device=device,
+    )
+    return collect_imatrix(Path(model), Path(text), Path(out), options, overwrite=overwrite, progress=progress)
 
 
 # ---- values as they are written on the command line ---------------------------------------------------

@@ -1,6 +1,14 @@
-"""A small checkpoint whose rows low-bit types fill, and the types that take their library long."""
+"""A small checkpoint whose rows low-bit types fill, importance matrices, and the types that take their library long."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4convert.containers.imatrix import imatrix_file
 
 # Rows of whole super-blocks.
 WHOLE = {
@@ -17,3 +25,23 @@ SMALL = {"ratios": [4], "experts": 2, "vocab": 384}
 
 # These take tens of microseconds.
 SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
+
+
+def write_imatrix(
+    path: Path,
+    sums: Mapping[str, npt.NDArray[np.float32]],
+    counts: Mapping[str, npt.NDArray[np.int64]],
+    *,
+    datasets: Iterable[str],
+    chunks: int,
+    chunk_size: int,
+) -> None:
+    """Write an importance matrix in the GGUF form: ``sums`` [experts, columns] and ``counts`` [experts] by tensor."""
+    shapes = {name: values.shape for name, values in sums.items()}
+    file = imatrix_file(shapes, datasets=datasets, chunks=chunks, chunk_size=chunk_size)
+    content = bytearray(file.header.ljust(file.nbytes, b"\0"))
+    for name, places in file.places.items():
+        for values, offset in zip((sums[name], counts[name]), places, strict=True):
+            data = np.asarray(values, "<f4").tobytes()
+            content[offset : offset + len(data)] = data
+    path.write_bytes(content)

@@ -108,7 +108,15 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
 
 
 # Options of other programs that pages speak of.
-OTHERS_OPTIONS = {"--mtp", "--target-model-dir", "--dspark", "--nproc-per-node", "--rounds", *LLAMA_CPP_OPTIONS}
+OTHERS_OPTIONS = {
+    "--mtp",
+    "--parse-special",
+    "--target-model-dir",
+    "--dspark",
+    "--nproc-per-node",
+    "--rounds",
+    *LLAMA_CPP_OPTIONS,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,8 +16,9 @@ from .output_digests import CASES, RECORD, Outputs
 
 RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))
 
-# Commands with an output whose bytes have no record, and options that do not reach the bytes.
-WITHOUT_RECORD = {"verify"}
+# Commands with an output whose bytes have no record (what imatrix sums up depends on the order in which a matrix
+# library adds), and options that do not reach the bytes.
+WITHOUT_RECORD = {"verify", "imatrix"}
 WITHOUT_EFFECT = {"index"}
 # Choices whose bytes a library makes that not every machine has.
 NEED_GGML = {("hf-to-gguf", "ds4")}

@@ -34,6 +34,7 @@ MODULES = {
     "estimate": "estimate",
     "forward": "forward",
     "compare": "forward",
+    "imatrix": "imatrix",
     "synth": "synth",
     "demo": "demo",
 }

@@ -22,7 +22,7 @@ FORM, LOAD, MACHINE = "Form", "Load", "Machine"
 
 # The commands that multiply matrices. For the others numpy's matrix library need not start a thread for every
 # processor: on sixteen of them that takes a quarter of a second, and two seconds of their time.
-MULTIPLYING_COMMANDS = frozenset({"forward", "compare"})
+MULTIPLYING_COMMANDS = frozenset({"forward", "compare", "imatrix"})
 MATRIX_THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 
 Function = TypeVar("Function", bound=Callable[..., Any])

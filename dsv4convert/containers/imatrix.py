@@ -249,41 +249,38 @@ class _Legacy:
             raise self.error(f"{what}: the name is not UTF-8", None, None) from None
 
 
-def write_imatrix(
-    path: Path,
-    sums: Mapping[str, NDArray[np.float32]],
-    counts: Mapping[str, NDArray[np.int64]],
-    *,
-    datasets: Iterable[str],
-    chunks: int,
-    chunk_size: int,
-) -> None:
-    """Write an importance matrix in the GGUF form: ``sums`` [experts, columns] and ``counts`` [experts] by tensor.
+class ImatrixFile(NamedTuple):
+    """Where everything of an importance matrix in the GGUF form lies, before any of its values is known.
 
-    Entries stand in order of their names, as llama.cpp writes them. An older file of the name is replaced at the end.
-
-    Raises:
-        OSError: the file cannot be written.
+    ``places`` are the offsets of each entry's sums [experts, columns] and counts [experts], both F32.
     """
-    tensors: list[tuple[str, NDArray[np.float32]]] = []
-    for name in sorted(sums):
-        tensors.append((name + SUMS, np.ascontiguousarray(sums[name], "<f4")))
-        tensors.append((name + COUNTS, np.ascontiguousarray(counts[name], "<f4").reshape(-1, 1)))
+
+    header: bytes
+    places: Mapping[str, tuple[int, int]]
+    nbytes: int
+
+
+def imatrix_file(
+    shapes: Mapping[str, tuple[int, int]], *, datasets: Iterable[str], chunks: int, chunk_size: int
+) -> ImatrixFile:
+    """Return the layout of an importance matrix with entries of ``shapes`` (experts, columns).
+
+    Entries stand in order of their names, as llama.cpp writes them.
+    """
+    infos: list[TensorInfo] = []
+    position = 0
+    for name in sorted(shapes):
+        experts, columns = shapes[name]
+        for suffix, width in ((SUMS, columns), (COUNTS, 1)):
+            infos.append(TensorInfo(name + suffix, (experts, width), BY_NAME["f32"].number, position))
+            position = align_up(position + experts * width * F32_BYTES, DEFAULT_ALIGNMENT)
     keys = [
         KeyValue(TYPE_KEY, STRING, IMATRIX_TYPE),
         KeyValue(DATASETS_KEY, ARRAY, list(datasets), STRING),
         KeyValue(CHUNKS_KEY, U32, chunks),
         KeyValue(CHUNK_SIZE_KEY, U32, chunk_size),
     ]
-    infos, position = [], 0
-    for name, values in tensors:
-        infos.append(TensorInfo(name, values.shape, BY_NAME["f32"].number, position))
-        position = align_up(position + values.nbytes, DEFAULT_ALIGNMENT)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(gguf_header(keys, infos))
-        for _, values in tensors:
-            file.write(values.tobytes().ljust(align_up(values.nbytes, DEFAULT_ALIGNMENT), b"\0"))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    header = gguf_header(keys, infos)
+    offsets = {info.name: len(header) + info.offset for info in infos}
+    places = {name: (offsets[name + SUMS], offsets[name + COUNTS]) for name in shapes}
+    return ImatrixFile(header, places, len(header) + position)

@@ -217,6 +217,8 @@ BF16_IN_SHARDS = frozenset({"attn.wo_a.weight"})
 # The two halves of attention's output, which engines can divide among fewer ranks than the rest.
 OUTPUT_PROJECTIONS = frozenset({"attn.wo_a.weight", "attn.wo_b.weight"})
 
+MATRIX = 2  # dimensions
+
 # Optional prefix of re-saved folders, and that of draft layers.
 MODEL_PREFIX = "model."
 DRAFT_PREFIX = "mtp."
@@ -289,6 +291,16 @@ def is_vision_name(name: str) -> bool:
     (True, False)
     """
     return name.startswith(("vision.", "aligner.", "image_"))
+
+
+def is_multiplied(row: Row) -> bool:
+    """Return whether activations are multiplied by the tensor: a matrix, and no table or list of biases.
+
+    >>> [row.gguf for row in TOP_ROWS if is_multiplied(row)]
+    ['output.weight', 'output_hc_fn.weight']
+    """
+    is_matrix = len(row.shape) == MATRIX and row.store not in (Store.TABLE, Store.ENGRAM)
+    return is_matrix and row.name.endswith((".weight", "_fn")) and row.name != "embed.weight"
 
 
 def gguf_name(name: str, layer: int | None) -> str:

@@ -173,7 +173,9 @@ def output(p: Parameters, o_THd: Array, turn_Tr: Array, at: str, record: Record)
     record(f"{at}heads", o_THd)
     # wo_a is one matrix per group, a block-diagonal linear; the published code keeps it in BF16.
     wo_a = p.weight(f"{at}wo_a.weight").reshape(G, c.o_lora_rank, H * d // G)
-    u_GTo = o_THd.reshape(T, G, H * d // G).transpose(1, 0, 2) @ wo_a.transpose(0, 2, 1)
+    o_TGi = o_THd.reshape(T, G, H * d // G)
+    p.see(f"{at}wo_a.weight", o_TGi)
+    u_GTo = o_TGi.transpose(1, 0, 2) @ wo_a.transpose(0, 2, 1)
     y_TD = p.linear(u_GTo.transpose(1, 0, 2).reshape(T, G * c.o_lora_rank), f"{at}wo_b.weight")
     record(f"{at}output", y_TD)
     return y_TD

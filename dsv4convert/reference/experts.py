@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..model.tensors import DRAFT_PREFIX
@@ -16,20 +18,35 @@ from .weights.protocol import Array
 def mixture(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, record: Record) -> Array:
     """Return Σ weight·expert(x) + shared(x), reading only the experts that some token is routed to."""
     record(f"{at}input", x_TD)
-    experts_TK, weights_TK = _route(p, x_TD, tokens_T, image_T, at, record)
+    experts_TK, weights_TK = route(p, x_TD, tokens_T, image_T, at, record)
     routed_TD = np.zeros_like(x_TD)
-    for e in np.unique(experts_TK):
-        hit_TK = experts_TK == e
-        rows = np.flatnonzero(hit_TK.any(axis=1))
-        weight = np.where(hit_TK, weights_TK, 0)[rows].sum(axis=1)
-        routed_TD[rows] += _expert(p, x_TD[rows], f"{at}experts.{e}.", weight[:, None])
+    for e, rows, weight in routed_rows(experts_TK, weights_TK):
+        routed_TD[rows] += routed_expert(p, x_TD[rows], weight, e, at)
     record(f"{at}routed", routed_TD)
-    shared_TD = _expert(p, x_TD, f"{at}shared_experts.", None)
+    shared_TD = shared_expert(p, x_TD, at)
     record(f"{at}shared", shared_TD)
     return routed_TD + shared_TD
 
 
-def _route(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, record: Record) -> tuple[Array, Array]:
+def routed_rows(experts_TK: Array, weights_TK: Array) -> Iterator[tuple[int, Array, Array]]:
+    """Yield each expert that some token is routed to, in order: number, rows of its tokens, their weights [rows]."""
+    for e in np.unique(experts_TK):
+        hit_TK = experts_TK == e
+        rows = np.flatnonzero(hit_TK.any(axis=1))
+        yield int(e), rows, np.where(hit_TK[rows], weights_TK[rows], 0).sum(axis=1)
+
+
+def routed_expert(p: Parameters, x_TD: Array, weight_T: Array, expert: int, at: str) -> Array:
+    """Return weight·expert(x) [T, D] of one routed expert."""
+    return _expert(p, x_TD, f"{at}experts.{expert}.", weight_T[:, None])
+
+
+def shared_expert(p: Parameters, x_TD: Array, at: str) -> Array:
+    """Return what the shared expert makes of every token, [T, D]."""
+    return _expert(p, x_TD, f"{at}shared_experts.", None)
+
+
+def route(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, record: Record) -> tuple[Array, Array]:
     """Return the experts of each token and their weights, both [T, K]."""
     c = p.config
     is_draft = at.startswith(DRAFT_PREFIX)
@@ -60,11 +77,12 @@ def _best(biased_TE: Array, K: int) -> Array:
 
 
 def _expert(p: Parameters, x_TD: Array, at: str, weight_T1: Array | None) -> Array:
-    """Return the clamped SwiGLU of one expert, [T, D]."""
+    """Return the clamped SwiGLU of one expert, [T, D].
+
+    An observer sees what meets w2 before it is weighed, as llama.cpp's imatrix tool does.
+    """
     limit = np.float32(p.config.swiglu_limit)
     g = np.minimum(p.linear(x_TD, f"{at}w1.weight"), limit)
     u = np.clip(p.linear(x_TD, f"{at}w3.weight"), -limit, limit)
     y_TI = silu(g) * u
-    if weight_T1 is not None:
-        y_TI = y_TI * weight_T1
-    return p.linear(y_TI, f"{at}w2.weight")
+    return p.linear(y_TI if weight_T1 is None else y_TI * weight_T1, f"{at}w2.weight", seen=y_TI)

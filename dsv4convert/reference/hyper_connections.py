@@ -11,6 +11,7 @@ one's collapse the streams for the head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,10 +27,32 @@ def first_pre(tokens: int, hc: int) -> Array:
     return pre
 
 
+class Entrance(NamedTuple):
+    """What a sublayer takes, and how its output joins the streams.
+
+    ``x`` [T, D] is the sublayer's input; ``own`` [T, hc] are the weights that lag to the next sublayer, ``post``
+    [T, hc] those of the output in each stream, and ``mix`` [T, hc, hc] mixes the streams.
+    """
+
+    x: Array
+    own: Array
+    post: Array
+    mix: Array
+
+
 def around(
     p: Parameters, X: Array, pre: Array, fn: str, norm: str, sublayer: Callable[[Array], Array], record: Record
 ) -> tuple[Array, Array]:
     """Return the streams [T, hc, D] after a sublayer, and the weights [T, hc] that lag to the next one.
+
+    For the arguments see ``enter``.
+    """
+    entrance = enter(p, X, pre, fn, norm, record)
+    return connect(X, sublayer(entrance.x), entrance.post, entrance.mix), entrance.own
+
+
+def enter(p: Parameters, X: Array, pre: Array, fn: str, norm: str, record: Record) -> Entrance:
+    """Return what a sublayer takes of the streams ``X`` [T, hc, D].
 
     ``fn`` is the prefix of the hyper-connection's weights, ``norm`` the weight of the sublayer's norm.
     ``pre`` are the weights that lag here; V4 leaves them aside.
@@ -45,8 +68,7 @@ def around(
     record(f"{fn}.post", post)
     record(f"{fn}.mix", C)
     x_TD = collapse(X, pre if p.is_v41 else own)
-    y_TD = sublayer(p.rms_norm(x_TD, norm))
-    return connect(X, y_TD, post, C), own
+    return Entrance(p.rms_norm(x_TD, norm), own, post, C)
 
 
 def head_pre(p: Parameters, X: Array, at: str) -> Array:
@@ -59,7 +81,10 @@ def head_pre(p: Parameters, X: Array, at: str) -> Array:
 def mixing_logits(p: Parameters, X: Array, fn: str) -> Array:
     """Return the projection of all streams as one vector, divided by its root mean square."""
     x = X.reshape(len(X), -1)  # [T, hc·D]
-    return product(x, p.weight(fn)) / rms(x, p.config.rms_norm_eps)
+    scale = rms(x, p.config.rms_norm_eps)
+    if p.observe is not None:
+        p.see(fn, x / scale)
+    return product(x, p.weight(fn)) / scale
 
 
 def sinkhorn(C: Array, iterations: int, eps: np.float32) -> Array:

@@ -30,7 +30,7 @@ from .dspark import Draft, DraftState, draft, new_draft_state, see
 from .engram import engram, looked_up
 from .experts import mixture
 from .hyper_connections import around, collapse, first_pre, head_pre
-from .parameters import Parameters, Record
+from .parameters import Observe, Parameters, Product, Record
 from .vision import IMAGE
 from .weights.protocol import Array, WeightSource
 
@@ -60,6 +60,26 @@ class State:
         return replace(self, layers=[layer.copy() for layer in self.layers])
 
 
+@dataclass
+class Flow:
+    """What passes from layer to layer of a call over T tokens at positions ``t0`` and on.
+
+    ``streams`` [T, hc, D] and ``pre`` [T, hc], the weights that lag; ``seen`` is that of ``Place``; ``rows`` are the
+    rows [T, columns] of the n-gram table of each layer that has one, ``main`` what the layers that a DSpark draft sees
+    have seen so far.
+    """
+
+    tokens: Array
+    image: Array
+    streams: Array
+    pre: Array
+    t0: int = 0
+    seen: tuple[Array, Array] | None = None
+    rows: dict[int, Array] = field(default_factory=dict)
+    shared: Shared = field(default_factory=Shared)
+    main: list[Array] = field(default_factory=list)
+
+
 class Model:
     """A DeepSeek-V4 or V4.1 model that reads its weights when it needs them and keeps none.
 
@@ -67,19 +87,30 @@ class Model:
         source: the weights.
         activation_rounding: round activations as the published FP8/FP4 kernels do.
         layers: run only so many trunk layers, then the head (default: all).
+        observe: called with what the matrices are multiplied with.
+        product: multiplies the larger matrices.
     """
 
-    def __init__(self, source: WeightSource, *, activation_rounding: bool = False, layers: int | None = None) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        activation_rounding: bool = False,
+        layers: int | None = None,
+        observe: Observe | None = None,
+        product: Product = product,
+    ) -> None:
         self.source = source
         self.config = source.config
         self.activation_rounding = activation_rounding
         self.n_layers = self.config.num_hidden_layers if layers is None else layers
         if not 0 < self.n_layers <= self.config.num_hidden_layers:
             raise UsageError("number of layers", expected=f"1 to {self.config.num_hidden_layers}", got=layers)
-        self.parameters = Parameters(source, activation_rounding)
+        self.parameters = Parameters(source, activation_rounding, observe, product)
         self._engram: EngramConstants | None = None
         ids = () if self.config.engram is None else self.config.engram.layer_ids
         self._engram_layers = tuple(layer for layer in ids if layer < self.n_layers)
+        self._targets = self.config.flat.get("dspark_target_layer_ids", ()) if self.parameters.is_v41 else ()
 
     # ---- running it -----------------------------------------------------------------------------------
 
@@ -107,9 +138,9 @@ class Model:
             InventoryError: a weight is missing.
         """
         state = self.new_state() if state is None else state
-        for _ in self._trunk(tokens, state, record or _ignore, images):
+        for _ in self._trunk(tokens, state, record or ignore, images):
             pass
-        return self._trunk_head(state, record or _ignore, last_only=last_only)
+        return self._trunk_head(state, record or ignore, last_only=last_only)
 
     def prefill(self, tokens: Sequence[int] | Array, state: State) -> None:
         """Advance ``state`` over ``tokens`` without computing logits.
@@ -117,7 +148,7 @@ class Model:
         Raises:
             UsageError, InventoryError: as for ``forward``.
         """
-        for _ in self._trunk(tokens, state, _ignore):
+        for _ in self._trunk(tokens, state, ignore):
             pass
 
     def activations(self, tokens: Sequence[int] | Array, state: State | None = None) -> Iterator[tuple[str, Array]]:
@@ -141,31 +172,42 @@ class Model:
         self, tokens: Sequence[int] | Array, state: State, record: Record, images: Sequence[Array] = ()
     ) -> Iterator[None]:
         """Run embedding and layers, pausing after each, and leave the streams in ``state``."""
-        p, hc = self.parameters, self.config.hc_mult
-        tokens_T, image_T = self._placed(tokens, images, state.position)
-        embedding_TD = self._embedded(tokens_T, image_T, images)
-        seen = self._seen(image_T, images, state.position)
-        record("embed", embedding_TD)
-        X = np.repeat(embedding_TD[:, None, :], hc, axis=1)
-        pre = first_pre(len(X), hc)
-        rows = self._engram_rows(tokens_T, image_T, state)
-        targets = self.config.flat.get("dspark_target_layer_ids", ()) if p.is_v41 else ()
-        main: list[Array] = []
-        shared = Shared()
+        flow = self.begin(tokens, state, record, images)
         yield
         for n in range(self.n_layers):
-            at = f"layers.{n}."
-            if n in rows:
-                X = engram(p, X, rows[n], image_T, f"{at}engram.")
-                record(f"{at}engram.streams", X)
-            if n in targets:
-                main.append(X.mean(axis=1))
-            place = Place(f"{at}attn.", n, state.position, seen)
-            X, pre = self._layer(X, pre, tokens_T, image_T, at, place, state.layers[n], shared, record)
+            self.attend(flow, n, state.layers[n], record)
+            flow.streams, flow.pre = self._mix(flow.streams, flow.pre, flow.tokens, flow.image, f"layers.{n}.", record)
             yield
-        state.streams, state.pre = X, pre
-        state.main = np.concatenate(main, axis=1) if targets and len(main) == len(targets) else None
-        state.position += len(tokens_T)
+        state.streams, state.pre = flow.streams, flow.pre
+        is_whole = self._targets and len(flow.main) == len(self._targets)
+        state.main = np.concatenate(flow.main, axis=1) if is_whole else None
+        state.position += len(flow.tokens)
+
+    def begin(self, tokens: Sequence[int] | Array, state: State, record: Record, images: Sequence[Array] = ()) -> Flow:
+        """Return the streams of the next ``tokens`` before the first layer.
+
+        Raises:
+            UsageError, InventoryError: as for ``forward``.
+        """
+        tokens_T, image_T = self._placed(tokens, images, state.position)
+        embedding_TD = self._embedded(tokens_T, image_T, images)
+        record("embed", embedding_TD)
+        hc = self.config.hc_mult
+        X = np.repeat(embedding_TD[:, None, :], hc, axis=1)
+        rows = self._engram_rows(tokens_T, image_T, state)
+        seen = self._seen(image_T, images, state.position)
+        return Flow(tokens_T, image_T, X, first_pre(len(X), hc), state.position, seen, rows)
+
+    def attend(self, flow: Flow, n: int, state: LayerState, record: Record) -> None:
+        """Advance ``flow`` over the n-gram table and the attention of layer ``n``, and ``state`` with it."""
+        at = f"layers.{n}."
+        if n in flow.rows:
+            flow.streams = engram(self.parameters, flow.streams, flow.rows[n], flow.image, f"{at}engram.")
+            record(f"{at}engram.streams", flow.streams)
+        if n in self._targets:
+            flow.main.append(flow.streams.mean(axis=1))
+        place = Place(f"{at}attn.", n, flow.t0, flow.seen)
+        flow.streams, flow.pre = self._attend(flow.streams, flow.pre, at, place, state, flow.shared, record)
 
     def _placed(self, tokens: Sequence[int] | Array, images: Sequence[Array], position: int) -> tuple[Array, Array]:
         """Return the ids [T] and which tokens belong to an image; V4 has no id for these, and theirs is 0."""
@@ -258,7 +300,7 @@ class Model:
             UsageError: the number of tokens differs, or an id is outside the vocabulary.
             InventoryError: a weight is missing.
         """
-        record = record or _ignore
+        record = record or ignore
         state = self.new_mtp_state() if state is None else state
         if self.source.has("mtp.0.main_proj.weight"):
             raise UnsupportedError("no forward pass for a DSpark draft head", hint="run the trunk only")
@@ -274,7 +316,8 @@ class Model:
         record("mtp.0.input", X)
         pre, no_image = first_pre(len(X), self.config.hc_mult), np.zeros(len(X), bool)
         place = Place("mtp.0.attn.", None, state.position)
-        X, _ = self._layer(X, pre, tokens_T, no_image, "mtp.0.", place, state.layers[0], Shared(), record)
+        X, pre = self._attend(X, pre, "mtp.0.", place, state.layers[0], Shared(), record)
+        X, _ = self._mix(X, pre, tokens_T, no_image, "mtp.0.", record)
         state.streams = X
         state.position += len(tokens_T)
         return self._head(X, head_pre(self.parameters, X, "mtp.0."), "mtp.0.", record)
@@ -295,7 +338,7 @@ class Model:
         Raises:
             InventoryError: a weight is missing.
         """
-        return draft(self.parameters, token, draft_state, self._output_product, record or _ignore)
+        return draft(self.parameters, token, draft_state, self._output_product, record or ignore)
 
     def draft_sees(self, main: Array | None, draft_state: DraftState) -> None:
         """Advance ``draft_state`` over the tokens that ``main`` [T, targets·D] was recorded of (``State.main``).
@@ -310,29 +353,28 @@ class Model:
 
     # ---- one layer ------------------------------------------------------------------------------------
 
-    def _layer(
-        self,
-        X: Array,
-        pre: Array,
-        tokens_T: Array,
-        image_T: Array,
-        at: str,
-        place: Place,
-        state: LayerState,
-        shared: Shared,
-        record: Record,
+    def _attend(
+        self, X: Array, pre: Array, at: str, place: Place, state: LayerState, shared: Shared, record: Record
     ) -> tuple[Array, Array]:
-        """Return the streams [T, hc, D] after attention and MoE, and the weights that lag to the next layer."""
+        """Return the streams [T, hc, D] after a layer's attention, and the weights that lag to its MoE."""
         p = self.parameters
 
         def attend(x_TD: Array) -> Array:
             return attention(p, x_TD, place, state, shared, record)
 
+        X, pre = around(p, X, pre, f"{at}hc_attn", f"{at}attn_norm.weight", attend, record)
+        record(f"{at}attn.streams", X)
+        return X, pre
+
+    def _mix(
+        self, X: Array, pre: Array, tokens_T: Array, image_T: Array, at: str, record: Record
+    ) -> tuple[Array, Array]:
+        """Return the streams [T, hc, D] after a layer's MoE, and the weights that lag to the next layer."""
+        p = self.parameters
+
         def mix(x_TD: Array) -> Array:
             return mixture(p, x_TD, tokens_T, image_T, f"{at}ffn.", record)
 
-        X, pre = around(p, X, pre, f"{at}hc_attn", f"{at}attn_norm.weight", attend, record)
-        record(f"{at}attn.streams", X)
         X, pre = around(p, X, pre, f"{at}hc_ffn", f"{at}ffn_norm.weight", mix, record)
         record(f"{at}ffn.streams", X)
         return X, pre
@@ -345,9 +387,16 @@ class Model:
         pre = state.pre
         if last_only:
             X, pre = X[-1:], None if pre is None else pre[-1:]
-        if pre is None or not self.parameters.is_v41:
-            pre = head_pre(self.parameters, X, "")
-        return self._head(X, pre, "", record)
+        return self._head(X, self._trunk_head_pre(X, pre), "", record)
+
+    def _trunk_head_pre(self, X: Array, pre: Array | None) -> Array:
+        """Return the weights [T, hc] that collapse the streams: those that lag in V4.1, the head's own in V4."""
+        return head_pre(self.parameters, X, "") if pre is None or not self.parameters.is_v41 else pre
+
+    def head_input(self, flow: Flow) -> Array:
+        """Return what the output matrix is multiplied with, [T, D], after the last layer."""
+        pre = self._trunk_head_pre(flow.streams, flow.pre)
+        return self.parameters.rms_norm(collapse(flow.streams, pre), "norm.weight")
 
     def _head(self, X: Array, pre: Array, at: str, record: Record) -> Array:
         """Return the logits [T, V]; the MTP head (``at`` "mtp.0.") shares only the output matrix."""
@@ -373,5 +422,5 @@ def _streams_of(state: State) -> Array:
     return state.streams
 
 
-def _ignore(_name: str, _value: Array) -> None:
+def ignore(_name: str, _value: Array) -> None:
     """Record nothing."""

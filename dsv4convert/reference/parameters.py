@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..model.config import ModelConfig, Version
-from .arithmetic import product, rms_norm
+from .arithmetic import product as numpy_product
+from .arithmetic import rms_norm
 from .rounding import (
     ENTRY_BLOCK,
     INDEXER_BLOCK,
@@ -28,13 +29,24 @@ from .weights.protocol import Array, WeightSource
 # Called with the name and the value of each activation, in the order of computation.
 Record = Callable[[str, Array], None]
 
+# Called with the name of a matrix and the rows [..., columns] that are multiplied by it.
+Observe = Callable[[str, Array], None]
+
+# Returns x·wᵀ for x [..., in] and w [out, in].
+Product = Callable[[Array, Array], Array]
+
 
 @dataclass(frozen=True)
 class Parameters:
-    """A source of weights, and whether activations are rounded as the published FP8 and FP4 kernels do."""
+    """A source of weights, and whether activations are rounded as the published FP8 and FP4 kernels do.
+
+    ``observe`` is called with what every matrix is multiplied with, and ``product`` multiplies.
+    """
 
     source: WeightSource
     activation_rounding: bool = False
+    observe: Observe | None = None
+    product: Product = numpy_product
 
     @property
     def config(self) -> ModelConfig:
@@ -56,13 +68,23 @@ class Parameters:
 
     def project(self, x: Array, name: str) -> Array:
         """Return x·wᵀ for a weight that is published in BF16 or float32."""
-        return product(x, self.weight(name))
+        self.see(name, x)
+        return self.product(x, self.weight(name))
 
-    def linear(self, x: Array, name: str) -> Array:
-        """Return x·wᵀ for a weight that is published in FP8 or FP4: its kernel takes e4m3 inputs."""
+    def linear(self, x: Array, name: str, seen: Array | None = None) -> Array:
+        """Return x·wᵀ for a weight that is published in FP8 or FP4: its kernel takes e4m3 inputs.
+
+        ``seen`` is what observers are shown, where that is not ``x``.
+        """
+        self.see(name, x if seen is None else seen)
         if self.activation_rounding:
             x = round_to_e4m3(x, LINEAR_BLOCK_V41 if self.is_v41 else LINEAR_BLOCK)
-        return product(x, self.weight(name))
+        return self.product(x, self.weight(name))
+
+    def see(self, name: str, x: Array) -> None:
+        """Show an observer the rows [..., columns] that the matrix ``name`` is multiplied with."""
+        if self.observe is not None:
+            self.observe(name, x)
 
     def rounded_kv(self, kv: Array) -> Array:
         """Round raw kv: V4 spares the rotary part."""

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from dsv4convert.containers.imatrix import Imatrix, importance, read_imatrix, write_imatrix
+from dsv4convert.containers.imatrix import Imatrix, importance, read_imatrix
 from dsv4convert.errors import Dsv4Error, FileFormatError, InputMissingError
+
+from ..low_bit import write_imatrix
 
 DENSE, EXPERTS = "blk.0.attn_q_a.weight", "blk.0.ffn_up_exps.weight"
 SUMS = {

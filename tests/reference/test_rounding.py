@@ -99,9 +99,9 @@ class NotingParameters(Parameters):
     linears: set[str]
     projections: set[str]
 
-    def linear(self, x: Array, name: str) -> Array:
+    def linear(self, x: Array, name: str, seen: Array | None = None) -> Array:
         self.linears.add(name)
-        return super().linear(x, name)
+        return super().linear(x, name, seen)
 
     def project(self, x: Array, name: str) -> Array:
         self.projections.add(name)

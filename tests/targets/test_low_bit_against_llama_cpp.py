@@ -9,11 +9,10 @@ import pytest
 from gguf import GGUFReader
 
 from dsv4convert.api import convert_gguf
-from dsv4convert.containers.imatrix import write_imatrix
 from dsv4convert.formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
 
 from ..checkpoints import MakeCheckpoint
-from ..low_bit import SLOW, SMALL, WHOLE
+from ..low_bit import SLOW, SMALL, WHOLE, write_imatrix
 from ..oracles.ggml_quantize import quantise
 
 pytestmark = pytest.mark.llama

@@ -11,7 +11,6 @@ import pytest
 
 from dsv4convert.api import convert_gguf, inspect, verify
 from dsv4convert.containers.gguf import open_gguf
-from dsv4convert.containers.imatrix import write_imatrix
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats import ggml
 from dsv4convert.formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
@@ -19,7 +18,7 @@ from dsv4convert.verification import Report, low_bit
 
 from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
-from ..low_bit import SLOW, SMALL, WHOLE
+from ..low_bit import SLOW, SMALL, WHOLE, write_imatrix
 
 pytest.importorskip("llama_cpp")
 

@@ -140,6 +140,11 @@ class CachedSource:
                 self._kept_bytes -= oldest.nbytes
         return array
 
+    def forget(self) -> None:
+        """Let go of all tensors that are kept."""
+        self._kept.clear()
+        self._kept_bytes = 0
+
     def rows(self, name: str, indices: Array) -> Array:
         """Return the rows ``indices`` of a matrix."""
         if name in self._kept:

@@ -1,0 +1,138 @@
+"""The command that collects activation statistics for low-bit types: imatrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import typer
+
+from ..api import DEFAULT_CONTEXT_SIZE
+from ..errors import escape_control
+from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
+from .parsing import CONTENT, FOLDER, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
+
+if TYPE_CHECKING:
+    from ..reference.importance import ImatrixSummary
+
+
+@command(
+    "imatrix",
+    panel=RUN_MODEL,
+    example="dsv4convert imatrix DeepSeek-V4-Flash --text calibration.txt -o imatrix.gguf",
+)
+@argument("model", type=PATH, description="Checkpoint folder, .gguf file or folder of shards.")
+@option("--text", type=PATH, metavar="FILE", required=True, panel=PROMPT, help="Text file to run the model on, UTF-8.")
+@option(
+    "--out", "-o", type=PATH, metavar="FILE", required=True, panel=CONTENT, help="Importance matrix to write, GGUF."
+)
+@option(
+    "--context-size",
+    type=click.IntRange(1),
+    metavar="N",
+    default=DEFAULT_CONTEXT_SIZE,
+    show_default=True,
+    panel=PROMPT,
+    help="Number of tokens in a chunk of the text.",
+)
+@option(
+    "--chunks",
+    type=click.IntRange(1),
+    metavar="N",
+    panel=PROMPT,
+    help="Maximum number of chunks; by default all whole chunks of the text.",
+)
+@option(
+    "--tokenizer",
+    type=FOLDER,
+    metavar="FOLDER",
+    panel=PROMPT,
+    help="Folder with a tokenizer.json; by default the model's own tokenizer.",
+)
+@option(
+    "--process-output",
+    is_flag=True,
+    panel=CONTENT,
+    help="Collect statistics for output.weight as well.",
+)
+@option(
+    "--layers",
+    metavar=LAYERS_METAVAR,
+    panel=CONTENT,
+    help="Range of layers to collect statistics for, from layer 0, e.g. 0-3; by default all.",
+)
+@option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    panel=RUN,
+    help="Where to multiply matrices: numpy on the CPU, or torch on a GPU; auto takes a GPU where torch finds one.",
+)
+@overwrite_option
+@quiet_option
+@json_option
+def imatrix(
+    model: Path,
+    text: Path,
+    out: Path,
+    context_size: int,
+    chunks: int | None,
+    tokenizer: Path | None,
+    process_output: bool,
+    layers: str | None,
+    device: str,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Collect activation statistics on a text: an importance matrix for low-bit types."""
+    from ..api import imatrix as collect
+    from .report import print_json, progress_display
+    from .saying import report_of_done_work, unimportant
+
+    lost: list[str] = []
+    with progress_display(quiet or as_json, "collecting") as progress:
+        summary = collect(
+            model,
+            out,
+            text=text,
+            context_size=context_size,
+            chunks=chunks,
+            layers=layers,
+            process_output=process_output,
+            tokenizer=tokenizer,
+            device=device,
+            overwrite=overwrite,
+            progress=None if progress is None else unimportant(progress, lost),
+        )
+    if quiet and not as_json:
+        return
+    with report_of_done_work():
+        if as_json:
+            print_json(summary.as_json())
+        else:
+            _print_summary(summary, lost)
+
+
+def _print_summary(summary: ImatrixSummary, notes: list[str]) -> None:
+    from .report import human_bytes, human_seconds
+
+    typer.echo(f"wrote {escape_control(summary.path)}  {human_bytes(summary.bytes)}")
+    typer.echo(
+        f"{summary.entries} entries: {summary.layers} layers on {summary.chunks} chunks of"
+        f" {summary.context_size} tokens; {summary.left_over_tokens} tokens left over"
+    )
+    if summary.experts_without_tokens:
+        count = sum(len(experts) for _, experts in summary.experts_without_tokens)
+        layers = len(summary.experts_without_tokens)
+        notes = [*notes, f"{count} experts in {layers} layers met no token (see --json); a longer text may reach them"]
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{human_seconds(summary.seconds)} on {summary.device}, peak memory {human_bytes(summary.peak_memory_bytes)}"
+    )
+
+
+COMMANDS = (imatrix,)

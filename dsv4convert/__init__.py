@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         estimate,
         imatrix,
         inspect,
+        list_recipes,
         load_model,
         open_checkpoint,
         repack,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .inspection.description import Description
     from .reference.importance import ImatrixSummary
     from .reference.model import Model
+    from .targets.recipe_sizes import RecipeSizes
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
     from .verification.report import Report
@@ -72,6 +74,7 @@ __all__ = [
     "ManifestReport",
     "Model",
     "OutputExistsError",
+    "RecipeSizes",
     "RepackSummary",
     "Report",
     "ReportError",
@@ -91,6 +94,7 @@ __all__ = [
     "estimate",
     "imatrix",
     "inspect",
+    "list_recipes",
     "load_model",
     "open_checkpoint",
     "repack",
@@ -112,6 +116,7 @@ _CLASSES = {
     "ImatrixSummary": ".reference.importance",
     "ManifestReport": ".engine.manifest",
     "Model": ".reference.model",
+    "RecipeSizes": ".targets.recipe_sizes",
     "RepackSummary": ".targets.repack",
     "Report": ".verification.report",
     "ShardSummary": ".targets.shards",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .reference import Model
     from .reference.importance import ImatrixSummary
+    from .targets.recipe_sizes import RecipeSizes
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
     from .verification import Report
@@ -71,6 +73,8 @@ def convert_gguf(
     engram_last: bool = False,
     tokenizer_pre: str | None = None,
     name: str | None = None,
+    fit: int | str | None = None,
+    context: int | str | None = None,
     strict: bool = False,
     index: str = "file",
     threads: int | None = None,
@@ -89,6 +93,8 @@ def convert_gguf(
     ``split_max_tensors`` is the most tensors that a file of a split GGUF may hold, 1 or more.
     ``engram`` is how V4.1's n-gram tables are stored: q8_0 (the default), mxfp4, bf16, or as published, i8-row264 or
     i8-split; ``engram_last`` puts them behind all other tensors.
+    ``fit`` chooses the largest recipe of which the files and the KV cache for ``context`` tokens ("128k", the default
+    where the model has as many) take at most so many bytes together; with ``recipe`` it checks that one.
 
     Raises:
         Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.
@@ -116,9 +122,72 @@ def convert_gguf(
         engram=engram,
         engram_last=engram_last,
     )
+    notes: tuple[str, ...] = ()
+    tokens = None if context is None else parse_tokens(context)
+    if fit is not None:
+        from .targets.recipe_sizes import check_fits, size_recipes
+
+        room = parse_size(fit, "--fit")
+        sizes = size_recipes(
+            Path(source), options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
+        )
+        options = replace(options, recipe=check_fits(sizes))
+        notes = (f"--fit {fit}: recipe {options.recipe}, with a KV cache for {sizes.context} tokens",)
+    elif tokens is not None:
+        raise UsageError("--context is for --fit and --list-recipes", hint="add --fit SIZE")
     target = None if out is None else Path(out)
     plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
+    plan = replace(plan, notes=(*notes, *plan.notes))
     return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+
+
+def list_recipes(
+    source: StrPath,
+    *,
+    fit: int | str | None = None,
+    context: int | str | None = None,
+    imatrix: StrPath | None = None,
+    importance: str | None = None,
+    draft: str | None = None,
+    mmproj: str | None = None,
+    max_file_size: int | str | None = None,
+    split_max_tensors: int | None = None,
+    layers: str | None = None,
+    dialect: str = "llama.cpp",
+    engram: str | None = None,
+    engram_last: bool = False,
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
+    index: str = "file",
+) -> RecipeSizes:
+    """Return every recipe with the size of the files that ``convert_gguf`` would make, from headers alone.
+
+    ``fit`` and ``context`` as for ``convert_gguf``: what does not fit, and which recipe would be chosen. The others
+    are the options of ``convert_gguf`` on which sizes depend.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.gguf_tensors import GgufOptions
+    from .targets.recipe_sizes import size_recipes
+
+    options = GgufOptions(
+        imatrix=None if imatrix is None else os.path.abspath(imatrix),
+        importance=importance,
+        draft=draft,
+        mmproj=mmproj,
+        layers=None if layers is None else parse_layers(layers),
+        dialect=dialect,
+        split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
+        split_max_tensors=split_max_tensors,
+        engram=engram,
+        engram_last=engram_last,
+    )
+    room = None if fit is None else parse_size(fit, "--fit")
+    tokens = None if context is None else parse_tokens(context)
+    return size_recipes(
+        Path(source), options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
+    )
 
 
 def shard(

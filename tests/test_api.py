@@ -120,8 +120,8 @@ COMMANDS = {
     "check": dsv4convert.check,
     "estimate": dsv4convert.estimate,
 }
-# Options about printing, and the one that has a function of its own.
-NO_KEYWORDS = {"quiet", "as_json", "help", "manifest"}
+# Options about printing, and those that have functions of their own.
+NO_KEYWORDS = {"quiet", "as_json", "help", "manifest", "list_recipes"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
 from .llama_cpp import LLAMA_CPP_OPTIONS
 from .options import (
     LAYERS_METAVAR,
@@ -19,6 +22,10 @@ from .options import (
     strict_option,
 )
 from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command, option
+
+if TYPE_CHECKING:
+    from ..targets.recipe_sizes import RecipeSizes
+    from .tables import Block
 
 
 @command(
@@ -54,6 +61,25 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command,
     metavar="NAME|FILE.toml",
     panel=TYPES,
     help="Recipe of types, e.g. q2_k, q4_k_m, iq2_xxs; other type options take precedence.",
+)
+@option(
+    "--list-recipes",
+    is_flag=True,
+    panel=TYPES,
+    help="List the recipes with the sizes of their files, from headers alone, and stop; with --fit, say what fits.",
+)
+@option(
+    "--fit",
+    metavar="SIZE",
+    panel=TYPES,
+    help="Choose the largest recipe that fits into so much memory with its KV cache, e.g. 96GiB; with --recipe, check "
+    "that it fits.",
+)
+@option(
+    "--context",
+    metavar="TOKENS",
+    panel=TYPES,
+    help="Tokens of the KV cache for --fit and --list-recipes, e.g. 64k; by default 128k or what the model allows.",
 )
 @option(
     "--tensor-type",
@@ -143,6 +169,9 @@ def hf_to_gguf(
     dense: str | None,
     experts: str | None,
     recipe: str | None,
+    list_recipes: bool,
+    fit: str | None,
+    context: str | None,
     tensor_type: tuple[str, ...],
     output_type: str | None,
     embedding_type: str | None,
@@ -169,34 +198,81 @@ def hf_to_gguf(
     from ..api import convert_gguf
     from .report import run_conversion
 
-    run_conversion(
-        convert_gguf,
-        run,
-        source,
-        out,
-        dense=dense,
-        experts=experts,
-        recipe=recipe,
-        tensor_type=tensor_type,
-        output_type=output_type,
-        embedding_type=embedding_type,
-        pure=pure,
-        imatrix=imatrix,
-        importance=importance,
-        ggml_lib=ggml_lib,
-        draft=draft,
-        mmproj=mmproj,
-        max_file_size=max_file_size,
-        split_max_tensors=split_max_tensors,
-        layers=layers,
-        dialect=dialect,
-        engram=engram,
-        engram_last=engram_last,
-        tokenizer_pre=tokenizer_pre,
-        name=name,
-        strict=strict,
-        index=index,
-    )
+    about_sizes = {
+        "fit": fit,
+        "context": context,
+        "imatrix": imatrix,
+        "importance": importance,
+        "draft": draft,
+        "mmproj": mmproj,
+        "max_file_size": max_file_size,
+        "split_max_tensors": split_max_tensors,
+        "layers": layers,
+        "dialect": dialect,
+        "engram": engram,
+        "engram_last": engram_last,
+        "tokenizer_pre": tokenizer_pre,
+        "name": name,
+        "index": index,
+    }
+    about_types = {
+        "dense": dense,
+        "experts": experts,
+        "recipe": recipe,
+        "tensor_type": tensor_type,
+        "output_type": output_type,
+        "embedding_type": embedding_type,
+        "pure": pure,
+    }
+    if list_recipes:
+        for option_name, value in {**about_types, "out": out}.items():
+            if value:
+                shown = "OUT" if option_name == "out" else f"--{option_name.replace('_', '-')}"
+                raise UsageError(f"--list-recipes and {shown} exclude each other", hint=f"leave out {shown}")
+        _print_recipes(source, run, about_sizes)
+        return
+    run_conversion(convert_gguf, run, source, out, **about_types, **about_sizes, ggml_lib=ggml_lib, strict=strict)
+
+
+def _print_recipes(source: Path, run: RunOptions, options: Mapping[str, Any]) -> None:
+    from .. import api
+    from .report import print_json
+    from .tables import print_blocks
+
+    sizes = api.list_recipes(source, **options)
+    if run.as_json:
+        print_json(sizes.as_json())
+    else:
+        print_blocks(_describe_recipes(sizes))
+
+
+def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
+    """Yield the recipes as a table: size, size with the KV cache, whether it fits, and what it is."""
+    from .report import human_bytes
+    from .tables import Table
+
+    kinds = ", ".join(f"{kind} {human_bytes(nbytes)}" for kind, nbytes in sizes.cache.items())
+    yield f"KV cache for {sizes.context} tokens: {human_bytes(sizes.cache_bytes)} ({kinds})"
+    rows = []
+    for recipe in sizes.recipes:
+        if recipe.nbytes is None:
+            rows.append((recipe.name, "", "", recipe.obstacle or "", recipe.description))
+            continue
+        verdict = recipe.obstacle or ""
+        if recipe.missing_bytes:
+            verdict = f"{human_bytes(recipe.missing_bytes)} missing"
+        elif sizes.fit is not None and not verdict:
+            verdict = "chosen" if recipe.name == sizes.chosen else "fits"
+        rows.append(
+            (
+                recipe.name,
+                human_bytes(recipe.nbytes),
+                human_bytes(recipe.nbytes + sizes.cache_bytes),
+                verdict,
+                recipe.description,
+            )
+        )
+    yield Table(("recipe", "size", "with KV cache", "verdict", "description"), rows, frozenset({1, 2}))
 
 
 COMMANDS = (hf_to_gguf,)

@@ -10,14 +10,13 @@ from typing import Any
 from ..checkpoint.folder import BY_INDEX
 from ..errors import UsageError, check_choice
 from ..inspection.naming import SHOWN_KEYS
-from ..model.cache_bytes import KV_TYPES
+from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
 from ..targets.gguf_tensors import GgufOptions
 from .memory import Activation, Caches, Load, Need, activations, caches, default_ubatch, need, peak_bytes
 from .subject import GGUF, Part, Subject, open_subject
 from .weights import GgufSize, Ranks, divided, gguf_size, needs_checkpoint, ranks_of_shards, recipe_sizes
 
 DRAFT_MODES = ("keep", "drop")
-DEFAULT_CONTEXT = 128 * 1024
 MAX_BATCH = 1_000_000
 MAX_CHUNK = 2**24
 

@@ -24,7 +24,7 @@ from ..model.tensors import Split
 from ..targets.gguf import plan_gguf
 from ..targets.gguf_tensors import GgufOptions, Kind, gguf_models
 from ..targets.low_bit import SizesOnly
-from ..targets.recipes import recipe_names
+from ..targets.recipes import load_recipe, recipe_names
 from ..targets.shard_tensors import ShardOptions, kind_of, shard_files
 from .subject import FOLDER, GGUF, Part, Subject, gguf_parts
 
@@ -204,7 +204,7 @@ def gguf_size(subject: Subject, options: GgufOptions) -> GgufSize:
 def recipe_sizes(checkpoint: Checkpoint) -> list[GgufSize]:
     """Return the sizes of the text model's GGUF by default and with every recipe that its type of model takes."""
     one_each = _one_expert_each(checkpoint)
-    names: Iterable[str | None] = (None, *(name for name in recipe_names() if not name.startswith("ds4-")))
+    names: Iterable[str | None] = (None, *(name for name in recipe_names() if load_recipe(name).dialect is None))
     sizes = [_text_model(one_each, GgufOptions(recipe=name), checkpoint.config) for name in names]
     return sorted(sizes, key=lambda size: -size.nbytes)
 

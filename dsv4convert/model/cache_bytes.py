@@ -38,6 +38,9 @@ CONTEXT_TOKEN_BYTES = 9
 CELLS = 256
 DEFAULT_UBATCH = 512
 
+# What a sequence is taken to have where nobody says, as far as the model allows it.
+DEFAULT_CONTEXT = 128 * 1024
+
 # The blocks that share a scale byte in the published roundings: V4's kv without its rotary part, V4.1's window kv and
 # compressed kv, and the indexer's keys.
 KV_BLOCK, WINDOW_BLOCK_V41, ENTRY_BLOCK_V41, INDEX_BLOCK = 64, 32, 16, 32

@@ -65,8 +65,36 @@ def plan_gguf(
     Raises:
         Dsv4Error: whatever is wrong with the source, the options or the names.
     """
+    checkpoint = open_for_gguf(source, options, strict=strict, index=index)
+    return plan_checkpoint(checkpoint, out, options, tokenizer_pre=tokenizer_pre, name=name, low_bit=low_bit)
+
+
+def open_for_gguf(source: Path, options: GgufOptions, *, strict: bool = False, index: str = BY_INDEX) -> Checkpoint:
+    """Open ``source`` as ``options`` need it: without its draft where no file takes that.
+
+    Raises:
+        Dsv4Error: whatever is wrong with the source.
+    """
     draft_wanted = options.draft not in (None, "drop") or (options.draft is None and options.dialect != "llama.cpp")
-    checkpoint = open_checked(source, draft_wanted=draft_wanted, strict=strict, index=index)
+    return open_checked(source, draft_wanted=draft_wanted, strict=strict, index=index)
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    out: Path | None,
+    options: GgufOptions,
+    *,
+    tokenizer_pre: str | None = None,
+    name: str | None = None,
+    low_bit: LowBitMaker | None = None,
+) -> Plan:
+    """Plan every GGUF file of an open checkpoint; see ``plan_gguf``.
+
+    ``low_bit`` makes the low-bit tensors, None as the options say.
+
+    Raises:
+        Dsv4Error: whatever is wrong with the checkpoint, the options or the names.
+    """
     made = gguf_models(checkpoint, options, low_bit)
     models, maker = made.models, made.low_bit
     imatrix_keys = maker.imatrix.key_values() if maker.imatrix is not None else []
@@ -89,7 +117,7 @@ def plan_gguf(
         )
     return Plan(
         target="gguf",
-        source=source,
+        source=checkpoint.folder,
         destination=folder,
         is_folder=False,
         files=tuple(files),

@@ -5,6 +5,7 @@
     experts = "q2_k"         # routed experts
     output = "q6_k"          # output.weight
     embedding = "q8_0"       # token_embd.weight
+    dialect = "ds4"          # optional: the only dialect that the recipe is listed for
 
     [[tensor]]               # later rows win
     match = "ffn_down_exps"  # a regular expression, found anywhere in the GGUF name
@@ -61,7 +62,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: types by kind of tensor (None: the default), and rows that name tensors, the last one winning."""
+    """A recipe: types by kind of tensor (None: the default), and rows that name tensors, the last one winning.
+
+    ``dialect`` is the one that the recipe is for, None for all.
+    """
 
     name: str
     description: str = ""
@@ -69,6 +73,7 @@ class Recipe:
     experts: str | None = None
     output: str | None = None
     embedding: str | None = None
+    dialect: str | None = None
     rules: tuple[Rule, ...] = ()
 
 
@@ -113,15 +118,17 @@ def parse_recipe(name: str, content: bytes, where: object) -> Recipe:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise FileFormatError("not a TOML file", where=where, got=error) from None
     description = _text(table.pop("description", ""), "description", where)
+    dialect = _text(table.pop("dialect"), "key dialect", where) if "dialect" in table else None
     types = {key: known_type(table.pop(key), f"key {key}", where) for key in TYPE_KEYS if key in table}
     rows = table.pop("tensor", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FileFormatError("key tensor: not a list of tables", where=where, expected="[[tensor]]")
     for key in table:
         raise FileFormatError(
-            f"unknown key {key!r}", where=where, expected=f"description, {', '.join(TYPE_KEYS)} or tensor"
+            f"unknown key {key!r}", where=where, expected=f"description, dialect, {', '.join(TYPE_KEYS)} or tensor"
         )
-    return Recipe(name, description, **types, rules=tuple(_rule(row, n, where) for n, row in enumerate(rows)))
+    rules = tuple(_rule(row, n, where) for n, row in enumerate(rows))
+    return Recipe(name, description, **types, dialect=dialect, rules=rules)
 
 
 def _rule(row: Mapping[str, Any], number: int, where: object) -> Rule:

@@ -29,7 +29,7 @@ The same option has the same name and values in every command:
 | `--draft keep|drop|only|split` | the MTP layers or DSpark stages; a command lists those of the four that it can do |
 | `--experts TYPE`, `--dense TYPE` | number format of the routed experts, and of the dense linear layers |
 | `--dtype TYPE` | number format of all weights (`dequantize`) |
-| `--max-file-size SIZE` | maximum size of an output file: `700K`, `5GB`, `45G`; units are decimal, or binary as in `45GiB` |
+| `--max-file-size SIZE` | maximum size of an output file: `700K`, `5GB`, `45G`; units are decimal, or binary: `45GiB` |
 | `--layers FIRST-LAST` | a range, both included: `0-3`, or `5` for one layer; `forward` and `synth` start at 0 |
 | `--strict` | fail if anything is not exact |
 

@@ -67,6 +67,7 @@ def convert_gguf(
     mmproj: str | None = None,
     max_file_size: int | str | None = None,
     split_max_tensors: int | None = None,
+    no_tensor_first_split: bool = False,
     layers: str | None = None,
     dialect: str = "llama.cpp",
     engram: str | None = None,
@@ -90,7 +91,8 @@ def convert_gguf(
     ``out`` is the .gguf to write or an existing folder for it; None names it after the model, in the current folder.
     Sizes are bytes, or text such as "45G"; ``layers`` is a range such as "0-3". Types are ggml's names in lower case;
     ``tensor_type`` are "REGEX=TYPE", the last match winning.
-    ``split_max_tensors`` is the most tensors that a file of a split GGUF may hold, 1 or more.
+    ``split_max_tensors`` is the most tensors that a file of a split GGUF may hold, 1 or more;
+    ``no_tensor_first_split`` leaves its first file to the metadata.
     ``engram`` is how V4.1's n-gram tables are stored: q8_0 (the default), mxfp4, bf16, or as published, i8-row264 or
     i8-split; ``engram_last`` puts them behind all other tensors.
     ``fit`` chooses the largest recipe of which the files and the KV cache for ``context`` tokens ("128k", the default
@@ -119,6 +121,7 @@ def convert_gguf(
         dialect=dialect,
         split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
         split_max_tensors=split_max_tensors,
+        no_tensor_first_split=no_tensor_first_split,
         engram=engram,
         engram_last=engram_last,
     )
@@ -152,6 +155,7 @@ def list_recipes(
     mmproj: str | None = None,
     max_file_size: int | str | None = None,
     split_max_tensors: int | None = None,
+    no_tensor_first_split: bool = False,
     layers: str | None = None,
     dialect: str = "llama.cpp",
     engram: str | None = None,
@@ -180,6 +184,7 @@ def list_recipes(
         dialect=dialect,
         split_max_bytes=None if max_file_size is None else parse_size(max_file_size),
         split_max_tensors=split_max_tensors,
+        no_tensor_first_split=no_tensor_first_split,
         engram=engram,
         engram_last=engram_last,
     )
@@ -188,6 +193,42 @@ def list_recipes(
     return size_recipes(
         Path(source), options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
     )
+
+
+def merge(
+    source: StrPath,
+    out: StrPath,
+    *,
+    delete_parts: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    lock: bool = True,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the split GGUF that ``source`` is one file of as one file: ``dsv4convert merge``.
+
+    ``delete_parts`` cuts each file of the split once its tensors are in the output, and removes all at the end: only
+    ``resume`` can continue such a run after an interruption.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.merge import plan_merge, plan_of_merged, remove_parts
+
+    merged = plan_of_merged(Path(source), Path(out)) if delete_parts and resume else None
+    if merged is not None:
+        from .engine.conversion import summarize_finished
+
+        remove_parts(merged)
+        return summarize_finished(merged, threads)
+    plan = plan_merge(Path(source), Path(out), delete_parts=delete_parts)
+    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
+    if summary.dry_run is None:
+        remove_parts(plan)
+    return summary
 
 
 def shard(

@@ -276,7 +276,8 @@ class Plan:
     """All that a conversion will do.
 
     ``is_folder``: the files make one folder ``destination``, which appears whole; otherwise each file
-    appears in the folder ``destination``. ``options`` are the choices that decide the output's bytes.
+    appears in the folder ``destination``. ``options`` are the choices that decide the output's bytes. ``consumes`` are
+    the source files that are used up: each is cut to so many bytes once the output holds all that is read of it.
     """
 
     target: str
@@ -288,6 +289,7 @@ class Plan:
     options: Mapping[str, Any]
     source_bytes: int
     notes: tuple[str, ...] = ()
+    consumes: tuple[tuple[Path, int], ...] = ()
 
     @property
     def nbytes(self) -> int:

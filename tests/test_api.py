@@ -111,6 +111,7 @@ def test_the_command_prints_the_summary_that_the_function_returns(tiny: Path, tm
 
 COMMANDS = {
     "hf-to-gguf": dsv4convert.convert_gguf,
+    "merge": dsv4convert.merge,
     "shard": dsv4convert.shard,
     "unshard": dsv4convert.unshard,
     "dequantize": dsv4convert.dequantize,

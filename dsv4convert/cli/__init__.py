@@ -24,6 +24,7 @@ PROGRAM = "dsv4convert"
 # Command -> module of this package that holds it; help lists the commands in this order.
 MODULES = {
     "hf-to-gguf": "gguf",
+    "merge": "gguf",
     "shard": "shard",
     "unshard": "shard",
     "dequantize": "folders",

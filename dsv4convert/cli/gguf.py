@@ -1,4 +1,4 @@
-"""The command that writes a GGUF: hf-to-gguf."""
+"""Commands that write a GGUF: hf-to-gguf and merge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .options import (
     source_argument,
     strict_option,
 )
-from .parsing import CONTENT, CONVERT, METADATA, PATH, TYPES, argument, command, option
+from .parsing import CONTENT, CONVERT, METADATA, PATH, RUN, TYPES, argument, command, option
 
 if TYPE_CHECKING:
     from ..targets.recipe_sizes import RecipeSizes
@@ -139,6 +139,12 @@ if TYPE_CHECKING:
     panel=CONTENT,
     help="Maximum number of tensors in a file; a model with more is split, with 1 into one file for each tensor.",
 )
+@option(
+    "--no-tensor-first-split",
+    is_flag=True,
+    panel=CONTENT,
+    help="Leave the first file of a split model to the metadata, so that these can change without the tensors.",
+)
 @option("--engram-last", is_flag=True, panel=CONTENT, help="Put V4.1's n-gram tables after all other tensors.")
 @option(
     "--dialect",
@@ -184,6 +190,7 @@ def hf_to_gguf(
     layers: str | None,
     max_file_size: str | None,
     split_max_tensors: int | None,
+    no_tensor_first_split: bool,
     dialect: str,
     engram: str | None,
     engram_last: bool,
@@ -207,6 +214,7 @@ def hf_to_gguf(
         "mmproj": mmproj,
         "max_file_size": max_file_size,
         "split_max_tensors": split_max_tensors,
+        "no_tensor_first_split": no_tensor_first_split,
         "layers": layers,
         "dialect": dialect,
         "engram": engram,
@@ -275,4 +283,23 @@ def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
     yield Table(("recipe", "size", "with KV cache", "verdict", "description"), rows, frozenset({1, 2}))
 
 
-COMMANDS = (hf_to_gguf,)
+@command("merge", panel=CONVERT, example="dsv4convert merge flash-00001-of-00004.gguf flash.gguf")
+@argument("source", type=PATH, description="Any file of a split GGUF; the others are found by their names.")
+@argument("out", type=PATH, description="The .gguf file to write, or an existing folder for it.")
+@option(
+    "--delete-parts",
+    is_flag=True,
+    panel=RUN,
+    help="Cut each file of the split once its tensors are safely in the output, and remove all at the end, so that the "
+    "disk needs room for two of them only; after an interruption only --resume can continue.",
+)
+@run_options
+def merge(source: Path, out: Path, delete_parts: bool, *, run: RunOptions) -> None:
+    """Merge the files of a split GGUF into one."""
+    from ..api import merge as merge_gguf
+    from .report import run_conversion
+
+    run_conversion(merge_gguf, run, source, out, delete_parts=delete_parts)
+
+
+COMMANDS = (hf_to_gguf, merge)

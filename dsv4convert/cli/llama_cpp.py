@@ -14,7 +14,6 @@ LLAMA_CPP_OPTIONS = {
     "--no-mtp": "use --draft drop, which is the default",
     "--no-nextn": "use --draft drop, which is the default",
     "--dspark": "use --draft only",
-    "--no-tensor-first-split": "leave it out: every file of a split GGUF holds tensors",
     "--vocab-only": "leave it out: hf-to-gguf writes the vocabulary together with the tensors",
     "--bigendian": "leave it out: GGUF files are written for little-endian machines",
     "--use-temp-file": "leave it out: memory is bounded whatever the size of the model",

@@ -136,8 +136,10 @@ class GgufModelFile:
         return value if isinstance(value, str) else None
 
 
-def open_gguf(path: Path) -> GgufModelFile:
+def open_gguf(path: Path, *, allow_cut: bool = False) -> GgufModelFile:
     """Open the GGUF model at ``path``: a file, any file of a split set, or a folder that holds one model.
+
+    ``allow_cut`` accepts files of a split set that end with their header, where the data begin.
 
     Raises:
         InputMissingError: no such file, or a file of the set is missing.
@@ -157,7 +159,7 @@ def open_gguf(path: Path) -> GgufModelFile:
                 hint="restore the original name, so that the other files can be found",
             )
         return GgufModelFile((part,), part.tensors)
-    return _open_split(path, found["stem"], int(found["count"]))
+    return _open_split(path, found["stem"], int(found["count"]), allow_cut)
 
 
 def is_gguf(path: Path) -> bool:
@@ -189,12 +191,12 @@ def _choose(folder: Path) -> Path:
     return next(iter(models.values()))
 
 
-def _open_split(path: Path, stem: str, count: int) -> GgufModelFile:
+def _open_split(path: Path, stem: str, count: int, allow_cut: bool) -> GgufModelFile:
     parts: list[GgufPart] = []
     tensors: dict[str, GgufTensor] = {}
     for number in range(count):
         name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
-        part = read_gguf_part(path.with_name(name))
+        part = read_gguf_part(path.with_name(name), allow_cut=allow_cut)
         for key, expected in ((SPLIT_NO, number), (SPLIT_COUNT, count)):
             if part.metadata.get(key) != expected:
                 raise FileFormatError(
@@ -225,8 +227,8 @@ def _open_split(path: Path, stem: str, count: int) -> GgufModelFile:
     return GgufModelFile(tuple(parts), tensors)
 
 
-def read_gguf_part(path: Path) -> GgufPart:
-    """Read the header of one GGUF file, whatever set it belongs to.
+def read_gguf_part(path: Path, *, allow_cut: bool = False) -> GgufPart:
+    """Read the header of one GGUF file, whatever set it belongs to; ``allow_cut`` as for ``open_gguf``.
 
     Raises:
         InputMissingError: the file is not there or cannot be read.
@@ -234,7 +236,7 @@ def read_gguf_part(path: Path) -> GgufPart:
     """
     try:
         with open_regular(path) as file:
-            return _Header(path, file).read()
+            return _Header(path, file, allow_cut).read()
     except FileNotFoundError:
         raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as error:
@@ -244,8 +246,9 @@ def read_gguf_part(path: Path) -> GgufPart:
 class _Header:
     """The header of one file, read front to back through a window of a few chunks."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, allow_cut: bool) -> None:
         self.path = path
+        self.allow_cut = allow_cut
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.limit = min(self.size, MAX_HEADER_BYTES)
@@ -452,7 +455,7 @@ class _Header:
                     got=offset,
                 )
             end = offset + nbytes
-            if data_start + end > self.size:
+            if data_start + end > self.size and not (self.allow_cut and self.size == data_start):
                 raise self.error(
                     f"tensor {name!r}: the data extends past the end of the file",
                     expected=f"{data_start + end} bytes",

@@ -22,6 +22,7 @@ from ..errors import (
 from ..formats.backend import default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
+from .consume import check_whole
 from .dry_run import DryRun, foresee
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
@@ -111,8 +112,7 @@ def execute(
     check_claimed(manifest)
     if not os.path.lexists(path):
         if resume and finished_before(plan, fingerprint):
-            report = RunReport((), Tally(), plan.nbytes, 0.0, threads, codecs.name, resumed_bytes=plan.nbytes)
-            return summarize(plan, report)
+            return summarize_finished(plan, threads)
         outputs.check_absent(overwrite)
     check_replaceable(manifest)
     with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
@@ -120,6 +120,7 @@ def execute(
             _start(plan, outputs, journal, fingerprint, overwrite, fresh)
         elif resume:
             _resume(plan, outputs, journal, fingerprint, threads)
+            fingerprint = dict(journal.fingerprint or {})  # the same, as it was before anything was used up
         else:
             raise ResumeError(
                 "an interrupted run left work here",
@@ -151,11 +152,19 @@ def execute(
                 raise
             raise error.with_changes(hint=f"{error.hint}; {RESUME_HINT}" if error.hint else RESUME_HINT) from None
         except Dsv4Error:
-            outputs.discard()
-            journal.remove()
+            if not plan.consumes:  # what was used up is in the output only
+                outputs.discard()
+                journal.remove()
             raise
         journal.remove()
     return summarize(plan, report)
+
+
+def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
+    """Return the summary of a plan that an earlier run carried out."""
+    threads = default_threads(plan) if threads is None else threads
+    name = default_codecs().name
+    return summarize(plan, RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes))
 
 
 def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
@@ -171,6 +180,7 @@ def _start(
     """Begin a run from nothing; what cannot even begin leaves nothing behind, and older work as it was."""
     had_work = journal.has_content
     try:
+        check_whole(plan)
         outputs.check_absent(overwrite)
         if not fresh:
             outputs.check_no_work()

@@ -10,7 +10,7 @@ from ..errors import OutputExistsError
 from ..plan import Dropped, Plan
 from .names import check_name_fits, check_no_mount_point
 from .outputs import SUFFIXES, free_bytes, outputs_of
-from .resources import memory_available, memory_needed
+from .resources import disk_needed, memory_available, memory_needed
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def foresee(plan: Plan, threads: int) -> DryRun:
         dropped=plan.dropped,
         notes=(*plan.notes, *_obstacles(plan)),
         read_bytes=plan.source_bytes,
-        disk_needed=plan.nbytes,
+        disk_needed=disk_needed(plan),
         disk_free=free_bytes(plan.destination),
         memory_needed=memory_needed(plan, threads),
         memory_available=memory_available(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import xxhash
 from .. import __version__
 from ..errors import FileFormatError, ResumeError
 from ..plan import Plan
+from .consume import is_cut
 from .outputs import FRESH_HINT, os_errors
+
+# What a source file counts as that the run has used up.
+USED_UP = [0, 0]
 
 
 def fingerprint_of(plan: Plan) -> dict[str, Any]:
     """Return what decides a plan's output: program, options, source files, and every range of the plan.
 
-    Source files count by name, size and modification time; their headers are part of the plan.
+    Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
+    has used up count by name.
     """
     sources: dict[str, list[int]] = {}
     digest = xxhash.xxh3_128()
@@ -37,7 +43,8 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
                     if name not in sources:
                         with os_errors(operand.file, "read"):
                             status = operand.file.stat()
-                        sources[name] = [status.st_size, status.st_mtime_ns]
+                        used_up = is_cut(plan, operand.file)
+                        sources[name] = USED_UP if used_up else [status.st_size, status.st_mtime_ns]
                     digest.update(f"{name} {operand[1:]}\n".encode())
     return {
         "program": f"dsv4convert {__version__}",
@@ -46,6 +53,11 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
         "source": sources,
         "plan": digest.hexdigest(),
     }
+
+
+def is_same_source(before: Sequence[int] | None, now: Sequence[int] | None) -> bool:
+    """Return whether a source file is as it was, or was used up since."""
+    return before == now or (before is not None and now == USED_UP)
 
 
 def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> None:
@@ -62,7 +74,8 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
         before = old.get(part)
         before = before if isinstance(before, dict) else {}
         for key in sorted(before.keys() | new[part].keys()):
-            if before.get(key) != new[part].get(key):
+            same = is_same_source if part == "source" else operator.eq
+            if not same(before.get(key), new[part].get(key)):
                 known = key in before and key in new[part]
                 if part == "options":
                     changes.append(f"{what} {key} was {before.get(key)}, is {new[part].get(key)}")
@@ -91,7 +104,7 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
         path = plan.source / name
         with os_errors(path, "read"):
             status = path.stat()
-        if [status.st_size, status.st_mtime_ns] != before:
+        if [status.st_size, status.st_mtime_ns] != before and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

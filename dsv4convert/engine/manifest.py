@@ -23,6 +23,7 @@ from ..containers.json_object import parse_json_object, validate_schema
 from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
 from ..plan import OutputFile, OutputTensor, Plan
+from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .names import Identity, check_file_can_be_replaced, remove_known
 from .outputs import open_file, os_errors, partial_path, sync_folder, take_final_name, write_all
@@ -282,13 +283,19 @@ def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
         manifest["program"] == fingerprint["program"]
         and manifest["target"] == plan.target
         and manifest["options"] == fingerprint["options"]
-        and manifest["source"] == _source_entry(fingerprint)
+        and _is_same_source(manifest["source"], _source_entry(fingerprint))
         and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
         == [(file.name, file.nbytes, xxhash.xxh3_128_hexdigest(file.header)) for file in plan.files]
         and all(
             final.is_file() and final.stat().st_size == file.nbytes
             for final, file in zip(plan.final_paths(), plan.files, strict=True)
         )
+    )
+
+
+def _is_same_source(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]) -> bool:
+    return before.keys() == now.keys() and all(
+        is_same_source(list(before[name].values()), list(now[name].values())) for name in now
     )
 
 

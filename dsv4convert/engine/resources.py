@@ -6,6 +6,7 @@ import os
 
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
+from .consume import read_bytes_by_file
 from .outputs import free_bytes
 from .worker import COPY_TILE_BYTES, TILE_BYTES
 
@@ -55,6 +56,18 @@ def memory_available() -> int:
     return 2**63
 
 
+def disk_needed(plan: Plan, already: int = 0) -> int:
+    """Return the bytes of disk that carrying out ``plan`` takes, where ``already`` bytes of the output are there.
+
+    A plan that uses its source up needs room for two of its files: one that is copied, and one that waits for its
+    records.
+    """
+    needed = plan.nbytes - already
+    if not plan.consumes:
+        return needed
+    return min(needed, 2 * max(read_bytes_by_file(plan).values(), default=0))
+
+
 def check_space(plan: Plan, already: int = 0) -> None:
     """Check that the disk holds the output, ``already`` bytes of which are there.
 
@@ -62,11 +75,12 @@ def check_space(plan: Plan, already: int = 0) -> None:
         SpaceError: it does not.
     """
     free = free_bytes(plan.destination)
-    if free < plan.nbytes - already:
+    needed = disk_needed(plan, already)
+    if free < needed:
         raise SpaceError(
             "not enough disk space for the output",
             where=plan.destination,
-            expected=f"{plan.nbytes - already} bytes free",
+            expected=f"{needed} bytes free",
             got=free,
             hint="free some space or choose another folder",
         )

@@ -13,6 +13,7 @@ from ..errors import Dsv4Error, RunInterruptedError, SpaceError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
+from .consume import Consumer
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .outputs import DescriptorCache, Outputs
@@ -111,17 +112,25 @@ def run_plan(
     started = time.monotonic()
     backend = codecs if codecs is not None else default_codecs()
     done = Ledger(plan)
+    consumer = Consumer(plan)
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
         done.add(*entry.task[:3], entry.digest, entry.tally)
         resumed += _segment(plan, entry.task).nbytes
+        consumer.take([_segment(plan, entry.task)])
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
     workers: list[Worker] = []
     worker_threads = [
         threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
         for _ in range(threads)
     ]
-    keeper = _Keeper(shared, workers, outputs, done, recorder, record_seconds)
+
+    def record(batch: list[Finished]) -> None:
+        if recorder is not None:
+            recorder.record(batch)
+            consumer.take(_segment(plan, entry.task) for entry in batch)
+
+    keeper = _Keeper(shared, workers, outputs, done, None if recorder is None else record, record_seconds)
     try:
         for thread in (*worker_threads, keeper):
             thread.start()
@@ -168,12 +177,12 @@ class _Keeper(threading.Thread):
         workers: list[Worker],
         outputs: Outputs,
         done: Ledger,
-        recorder: Recorder | None,
+        record: Callable[[list[Finished]], None] | None,
         seconds: float,
     ) -> None:
         super().__init__(daemon=True)
         self._shared, self._workers, self._outputs, self._done = shared, workers, outputs, done
-        self._recorder = recorder
+        self._record = record
         self._seconds = seconds
         self._ending = threading.Event()
         self._writing = threading.Lock()
@@ -203,12 +212,12 @@ class _Keeper(threading.Thread):
     def _flush(self) -> None:
         with self._shared.lock:
             batch, self._shared.batch = self._shared.batch, []
-        if self._recorder is not None and batch:
+        if self._record is not None and batch:
             self._outputs.sync({entry.task.file for entry in batch})
             with self._writing:
                 if self._given_up:
                     return
-                self._recorder.record(batch)
+                self._record(batch)
         for entry in batch:
             self._done.add(*entry.task[:3], entry.digest, entry.tally)
 

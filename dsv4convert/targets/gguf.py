@@ -114,6 +114,7 @@ def plan_checkpoint(
             options.split_max_bytes,
             options.split_max_tensors,
             alignment=model.alignment,
+            no_tensor_first=options.no_tensor_first_split,
         )
     return Plan(
         target="gguf",

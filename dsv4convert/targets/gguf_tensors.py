@@ -160,7 +160,8 @@ class GgufOptions:
     a recipe's name or file, ``tensor_types`` are "REGEX=TYPE" and the last match wins; ``pure`` gives ``dense`` to all
     that may be quantised. ``imatrix`` is the file of an importance matrix, ``importance`` "weights" the fallback, and
     ``ggml_lib`` the library that makes low-bit types. ``engram`` is how the n-gram tables are
-    stored, ``engram_last`` whether they come behind all other tensors.
+    stored, ``engram_last`` whether they come behind all other tensors. ``no_tensor_first_split`` leaves the first file
+    of a split model to the metadata.
     """
 
     dense: str | None = None
@@ -171,6 +172,7 @@ class GgufOptions:
     dialect: str = "llama.cpp"
     split_max_bytes: int | None = None
     split_max_tensors: int | None = None
+    no_tensor_first_split: bool = False
     engram: str | None = None
     engram_last: bool = False
     output: str | None = None
@@ -261,6 +263,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
             check_choice(option, value, known)
     if options.split_max_tensors is not None and options.split_max_tensors < 1:
         raise UsageError("--split-max-tensors", expected="1 or more", got=options.split_max_tensors)
+    if options.no_tensor_first_split and options.split_max_tensors is None and options.split_max_bytes is None:
+        raise UsageError("--no-tensor-first-split: nothing is split", hint="add --max-file-size or --split-max-tensors")
     dialect = tensor_dialect(checkpoint.config, options.dialect)
     weights = list(checkpoint.weights.values())
     drafts = [w for w in weights if w.is_draft]
@@ -543,13 +547,14 @@ def gguf_files(
     split_max_bytes: int | None,
     split_max_tensors: int | None = None,
     alignment: int = ALIGNMENT,
+    no_tensor_first: bool = False,
 ) -> list[OutputFile]:
     """Return the files of a model: one, or splits of at most ``split_max_bytes`` and ``split_max_tensors`` each.
 
     The metadata goes into the first split; every split carries ``split.no``, ``split.count`` and
     ``split.tensors.count``. A tensor larger than the limit gets a split of its own, and so does an n-gram table,
     which a runtime may leave on disk. Tensors begin at multiples of ``alignment``, which the metadata must name if
-    it is not the usual one.
+    it is not the usual one. ``no_tensor_first`` leaves the first of several files to the metadata.
     """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
@@ -561,8 +566,10 @@ def gguf_files(
             size = 0
         groups[-1].append(tensor)
         size += tensor.nbytes
+    if no_tensor_first:
+        groups.insert(0, [])
     if len(groups) == 1:
-        return [_gguf_file(f"{stem}.gguf", groups[0], metadata, alignment)]
+        return [gguf_file(f"{stem}.gguf", _unplaced(groups[0]), metadata, alignment)]
     files = []
     aligned = [entry for entry in metadata if entry.key == ALIGNMENT_KEY]
     for number, group in enumerate(groups):
@@ -572,14 +579,17 @@ def gguf_files(
             KeyValue("split.tensors.count", GGUF_I32, len(tensors)),
         ]
         name = SPLIT_NAME.format(stem=stem, number=number + 1, count=len(groups))
-        files.append(_gguf_file(name, group, [*(metadata if number == 0 else aligned), *split], alignment))
+        files.append(gguf_file(name, _unplaced(group), [*(metadata if number == 0 else aligned), *split], alignment))
     return files
 
 
-def _gguf_file(name: str, tensors: Sequence[TensorSpec], metadata: Sequence[KeyValue], alignment: int) -> OutputFile:
-    placed = list(
-        place([OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors], 0, alignment)
-    )
+def _unplaced(tensors: Iterable[TensorSpec]) -> list[OutputTensor]:
+    return [OutputTensor(t.name, t.type.name, t.shape, 0, t.nbytes, t.segments) for t in tensors]
+
+
+def gguf_file(name: str, tensors: Sequence[OutputTensor], metadata: Sequence[KeyValue], alignment: int) -> OutputFile:
+    """Return a GGUF of ``tensors``, which get their places in it, one after the other."""
+    placed = list(place(tensors, 0, alignment))
     infos = [TensorInfo(t.name, t.shape, ELEMENT_TYPES[t.dtype].number, t.offset) for t in placed]
     header = gguf_header(list(metadata), infos, alignment)
     start = len(header)

@@ -1,0 +1,92 @@
+"""Source files that a plan uses up: each is cut to its header once all that is read of it is durably in the output.
+
+So a copy needs room for the largest of them only, and not for all at once. A file that was cut is too short for what
+its header says, so that no program takes it for whole; only the run that cut it can go on with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..errors import ResumeError
+from ..plan import Plan, Segment
+from .outputs import os_errors
+
+
+class Consumer:
+    """Counts what is left to read of each file that a plan uses up, and cuts those of which nothing is."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._keep = dict(plan.consumes)
+        self._left = Counter(path for segment in _segments(plan) for path in self._files(segment))
+
+    def _files(self, segment: Segment) -> set[Path]:
+        return {operand.file for operand in segment.operands if operand.file in self._keep}
+
+    def take(self, segments: Iterable[Segment]) -> None:
+        """Note segments whose bytes and records are durable; cut the files that they were the last of.
+
+        Raises:
+            InputOutputError: the system refused.
+        """
+        for segment in segments if self._keep else ():
+            for path in self._files(segment):
+                self._left[path] -= 1
+                if not self._left[path]:
+                    _cut(path, self._keep[path])
+
+
+def _segments(plan: Plan) -> Iterator[Segment]:
+    if not plan.consumes:
+        return
+    for file in plan.files:
+        for tensor in file.tensors:
+            yield from tensor.segments
+
+
+def _cut(path: Path, nbytes: int) -> None:
+    with os_errors(path, "cut"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if os.fstat(descriptor).st_size > nbytes:
+                os.ftruncate(descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+
+
+def read_bytes_by_file(plan: Plan) -> dict[Path, int]:
+    """Return how many bytes are read of each file that ``plan`` uses up."""
+    keep = dict(plan.consumes)
+    found: Counter[Path] = Counter()
+    for segment in _segments(plan):
+        for operand in segment.operands:
+            if operand.file in keep:
+                found[operand.file] += segment.rows * operand.row_bytes
+    return dict(found)
+
+
+def is_cut(plan: Plan, path: Path) -> bool:
+    """Return whether a file that ``plan`` uses up was cut, and so is used up."""
+    keep = dict(plan.consumes).get(path)
+    if keep is None:
+        return False
+    with os_errors(path, "read"):
+        return path.stat().st_size <= keep
+
+
+def check_whole(plan: Plan) -> None:
+    """Check that a run can begin: nothing of the source was used up by an earlier one.
+
+    Raises:
+        ResumeError: it was.
+    """
+    for path, _ in plan.consumes:
+        if is_cut(plan, path):
+            raise ResumeError(
+                "used up by an interrupted run: its tensors are in that run's output only",
+                where=path,
+                hint="pass --resume to continue that run; without its work, restore the file",
+            )

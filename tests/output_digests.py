@@ -197,6 +197,8 @@ GGUF = {
     "gguf/vision/files": (
         "hf-to-gguf {synth/vision} {out}/model.gguf --draft split --mmproj split --max-file-size 700K"
     ),
+    "gguf/tiny/metadata-first": "hf-to-gguf {synth/tiny} {out}/m.gguf --max-file-size 700K --no-tensor-first-split",
+    "gguf/tiny/merged": "merge {gguf/tiny/files}/model-00002-of-00006.gguf {out}/model.gguf",
     "gguf/tiny/slice": "hf-to-gguf {synth/tiny} {out}/model.gguf --layers 1-2",
     "gguf/tiny/one-layer": "hf-to-gguf {synth/tiny} {out}/model.gguf --layers 3-3",
     "gguf/tiny/named": "hf-to-gguf {synth/tiny} {out}/model.gguf --name Example --tokenizer-pre joyai-llm",

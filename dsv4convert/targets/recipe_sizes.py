@@ -43,9 +43,9 @@ class RecipeSize:
 class RecipeSizes:
     """The recipes of a checkpoint, the smallest first, with the KV cache for ``context`` tokens.
 
-    ``cache`` are its bytes by kind, as llama.cpp holds it in F16. ``fit`` are the bytes that model and KV cache may take
-    together, None for any. ``chosen`` is the name of the largest recipe without an obstacle that fits, None where there
-    is none or no ``fit``.
+    ``cache`` are its bytes by kind, as llama.cpp holds it in F16. ``fit`` are the bytes that model and KV cache may
+    take together, None for any. ``chosen`` is the name of the largest recipe without an obstacle that fits, None where
+    there is none or no ``fit``.
     """
 
     recipes: tuple[RecipeSize, ...]

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from dsv4convert.api import convert_gguf, list_recipes
-from dsv4convert.containers.imatrix import write_imatrix
 from dsv4convert.errors import UsageError
 from dsv4convert.targets.recipes import recipe_names
 
 from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
-from ..low_bit import SMALL, WHOLE
+from ..low_bit import SMALL, WHOLE, write_imatrix
 
 HERE_LISTED = [name for name in recipe_names() if not name.startswith("ds4-")]
 

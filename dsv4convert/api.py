@@ -545,6 +545,7 @@ def estimate(
     draft: str = "keep",
     chunk: int | str | None = None,
     memory: int | str | None = None,
+    routing: StrPath | None = None,
     index: str = "file",
 ) -> Estimate:
     """Estimate what a model needs, from headers or from a config.json alone: no weight is read.
@@ -552,7 +553,8 @@ def estimate(
     ``model`` is a checkpoint folder, a GGUF, shards or a config.json. ``mp`` divides a checkpoint among ranks, of which
     ``o_proj_tp`` share attention's output projections; ``gguf`` or ``recipe`` ask for its GGUF. ``context`` tokens
     ("128k") of ``batch`` sequences are held as ``kv`` says: published, bf16, f16, q8_0 or f32. ``chunk`` are the
-    tokens computed at once in prefill, ``memory`` ("128GiB") that of one device.
+    tokens computed at once in prefill, ``memory`` ("128GiB") that of one device. ``routing`` is a file of how often
+    each expert was chosen: JSON, or an importance matrix in GGUF form.
 
     Raises:
         Dsv4Error: nothing there that can be read, or questions that do not go together.
@@ -571,6 +573,7 @@ def estimate(
         draft=draft,
         chunk=None if chunk is None else parse_tokens(chunk, "--chunk"),
         memory=None if memory is None else parse_size(memory, "--memory"),
+        routing=None if routing is None else Path(routing),
     )
     return estimate_path(Path(model), question, index=index)
 

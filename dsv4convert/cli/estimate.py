@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import index_option, json_option
-from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, argument, command, option
+from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, REPORT, argument, command, option
 from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
     from ..estimation.estimate import Estimate
+    from ..estimation.operators import Phase
     from ..estimation.weights import Ranks
 
 # Kinds of tensors that the table of replicated ones lists.
@@ -65,6 +66,13 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
     panel=LOAD,
     help="Tokens computed at once in prefill; by default 4096, and 512 for llama.cpp's caches.",
 )
+@option(
+    "--routing",
+    type=PATH,
+    panel=LOAD,
+    help="How often each expert was chosen: a JSON file of counts by layer, or an importance matrix in GGUF form.",
+)
+@option("--operators", "show_operators", is_flag=True, panel=REPORT, help="Print what every operator costs.")
 @option("--memory", metavar="SIZE", panel=MACHINE, help="Memory of one device, e.g. 128GiB or 80GB.")
 @json_option
 def estimate(
@@ -80,6 +88,8 @@ def estimate(
     batch: int,
     kv: str | None,
     chunk: str | None,
+    routing: Path | None,
+    show_operators: bool,
     memory: str | None,
     as_json: bool,
 ) -> None:
@@ -100,15 +110,16 @@ def estimate(
         draft=draft,
         chunk=chunk,
         memory=memory,
+        routing=routing,
         index=index,
     )
     if as_json:
         print_json(found.as_json())
     else:
-        print_blocks(describe(found))
+        print_blocks(describe(found, show_operators))
 
 
-def describe(found: Estimate) -> Iterator[Block]:
+def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
     """Yield an estimate as lines and tables."""
     from ..estimation.estimate import counted
     from .report import human_bytes
@@ -157,6 +168,9 @@ def describe(found: Estimate) -> Iterator[Block]:
         [(sublayer, human_bytes(nbytes)) for sublayer, nbytes in by_sublayer.items()],
         frozenset({1}),
     )
+    for phase in (found.prefill, found.decode, found.draft):
+        if phase is not None:
+            yield from _describe_phase(phase, show_operators)
     yield from _describe_need(found)
     for note in found.notes:
         yield f"note: {note}"
@@ -178,6 +192,36 @@ def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
         frozenset({1}),
     )
     yield f"on every rank: {sum(ranks.replicated.values()):,} bytes"
+
+
+def _describe_phase(phase: Phase, show_operators: bool) -> Iterator[Block]:
+    """Yield what a phase costs, and with ``show_operators`` each of its operators, all layers together."""
+    from .report import human_bytes
+
+    runs = f"{phase.runs:,} run{'s' if phase.runs > 1 else ''}"
+    tokens = f"{phase.tokens:,} token{'s' if phase.tokens > 1 else ''}"
+    yield (
+        f"{phase.name}: {tokens} in {runs}, {phase.flops / phase.tokens:.3g} FLOPs a token, "
+        f"{phase.experts_touched:.1f} experts a layer touched by a run"
+    )
+    if not show_operators:
+        return
+    yield Table(
+        ("operator", "FLOPs", "elementwise", "weights", "read", "written", "FLOPs/byte"),
+        [
+            (
+                f"{operator.sublayer}: {operator.name}",
+                f"{operator.flops:.3g}",
+                f"{operator.elementwise:.3g}",
+                human_bytes(operator.weight_bytes),
+                human_bytes(operator.read_bytes),
+                human_bytes(operator.written_bytes),
+                f"{operator.intensity:.3g}",
+            )
+            for operator in phase.summary()
+        ],
+        frozenset(range(1, 7)),
+    )
 
 
 def _describe_need(found: Estimate) -> Iterator[Block]:

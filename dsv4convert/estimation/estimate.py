@@ -13,6 +13,8 @@ from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
 from ..targets.gguf_tensors import GgufOptions
 from .memory import Activation, Caches, Load, Need, activations, caches, default_ubatch, need, peak_bytes
+from .operators import UNIFORM, Costs, Phase, decode_steps, prefill_steps
+from .routing import read_routing
 from .subject import GGUF, Part, Subject, open_subject
 from .weights import GgufSize, Ranks, divided, gguf_size, needs_checkpoint, ranks_of_shards, recipe_sizes
 
@@ -30,7 +32,7 @@ class Question:
     ``mp`` ranks share the model, ``o_proj_tp`` of them the output projections. ``gguf`` and ``recipe`` ask for the
     GGUF of a checkpoint, ``experts`` for experts of another type on the ranks. ``context`` tokens a sequence of
     ``batch``, held as ``kv`` says; ``chunk`` are the tokens computed at once in prefill. ``memory`` is that of one
-    device in bytes.
+    device in bytes, ``routing`` a file of how often each expert was chosen.
     """
 
     context: int | None = None
@@ -44,6 +46,7 @@ class Question:
     draft: str = "keep"
     chunk: int | None = None
     memory: int | None = None
+    routing: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Estimate:
     activations: tuple[Activation, ...]
     chunk: int
     need: Need
+    prefill: Phase
+    decode: Phase
+    draft: Phase | None
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -94,6 +100,9 @@ class Estimate:
                 ],
             },
             "device": self.need.as_json(),
+            "prefill": self.prefill.as_json(),
+            "decode": self.decode.as_json(),
+            "draft": None if self.draft is None else self.draft.as_json(),
             "notes": list(self.notes),
         }
 
@@ -139,6 +148,9 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
     load = Load(q.batch, kv, mp, n_draft, q.chunk or default_ubatch(kv))
     tokens = min(load.ubatch, q.batch * context)
     weights = max(ranks.rank_bytes) if ranks is not None else sum(part.nbytes for part in parts)
+    routing = UNIFORM if q.routing is None else read_routing(q.routing, subject.config)
+    prefill = Costs(subject.config, parts, prefill_steps(context, q.batch, load.ubatch), kv, routing)
+    decode = Costs(subject.config, parts, decode_steps(context, q.batch), kv, routing)
     notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
     return Estimate(
         str(path),
@@ -153,6 +165,9 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
         activations(subject.config, tokens, context, q.batch, mp),
         tokens,
         need(subject.config, weights, context, load, q.memory),
+        prefill.phase("prefill"),
+        decode.phase("decode"),
+        decode.draft_phase(subject.draft, n_draft) if n_draft else None,
         tuple(notes),
     )
 

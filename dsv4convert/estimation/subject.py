@@ -19,6 +19,7 @@ from ..errors import InputMissingError
 from ..inspection.gguf import gguf_family, official_rows
 from ..inspection.naming import family_of
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config, parse_config
+from ..model.tensors import Draft
 from ..reference.weights.gguf import gguf_config
 from ..synth.write import synth_tensors
 
@@ -57,6 +58,7 @@ class Subject:
     path: Path
     kind: str
     config: ModelConfig
+    draft: Draft
     n_draft: int
     parts: tuple[Part, ...]
     checkpoint: Checkpoint | None = None
@@ -96,6 +98,7 @@ def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
             path,
             FOLDER,
             checkpoint.config,
+            checkpoint.draft,
             checkpoint.n_draft,
             parts_of(checkpoint.weights.values()),
             checkpoint,
@@ -116,6 +119,7 @@ def _of_config(path: Path, config: ModelConfig) -> Subject:
         path,
         CONFIG,
         checkpoint.config,
+        checkpoint.draft,
         checkpoint.n_draft,
         parts_of(checkpoint.weights.values()),
         checkpoint,
@@ -143,6 +147,7 @@ def _of_shards(path: Path) -> Subject:
         path,
         SHARDS,
         shards.config,
+        shards.draft,
         shards.n_draft,
         parts_of(shards.weights.values()),
         mp=shards.mp,
@@ -159,6 +164,7 @@ def _of_gguf(path: Path) -> Subject:
         path,
         GGUF,
         config,
+        Draft.MTP if n_draft else Draft.NONE,
         n_draft,
         gguf_parts(model.architecture, tensors, config.num_hidden_layers if n_draft else None),
         files={part.path.name: part.nbytes for part in model.parts},

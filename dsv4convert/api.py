@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -141,7 +142,7 @@ def convert_gguf(
     target = None if out is None else Path(out)
     plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     plan = replace(plan, notes=(*notes, *plan.notes))
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
 def list_recipes(
@@ -225,7 +226,7 @@ def merge(
         remove_parts(merged)
         return summarize_finished(merged, threads)
     plan = plan_merge(Path(source), Path(out), delete_parts=delete_parts)
-    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress)
+    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress)
     if summary.dry_run is None:
         remove_parts(plan)
     return summary
@@ -251,21 +252,26 @@ def shard(
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
 
-    ``rank`` gives the ranks to write, None all of them.
+    ``rank`` gives the ranks to write, None all of them. ``draft`` is what becomes of MTP layers or DSpark stages, as in
+    every command that writes folders: keep, drop, only, or split, which writes the draft to ``OUT-draft``.
 
     Raises:
         Dsv4Error: see ``convert_gguf``.
     """
-    from .targets.shard_tensors import ShardOptions
+    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.shard_tensors import ShardOptions, join_costs
     from .targets.shards import ShardSummary, plan_shards
 
     ranks = None if rank is None else tuple(rank)
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
-    options = ShardOptions(mp=mp, ranks=ranks, experts=experts, draft=draft)
-    plan, costs = plan_shards(Path(source), Path(out), options, strict=strict, index=index)
-    summary = _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
-    return ShardSummary(**summary.__dict__, costs=costs)
+    made = [
+        plan_shards(Path(source), folder, ShardOptions(mp, ranks, experts, mode), strict=strict, index=index)
+        for folder, mode in folders_of(Path(out), draft)
+    ]
+    plans = parts_of_one_model([shards.plan for shards in made])
+    summary = _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return ShardSummary(**summary.__dict__, costs=join_costs([shards.costs for shards in made]))
 
 
 def unshard(
@@ -289,12 +295,17 @@ def unshard(
     Raises:
         Dsv4Error: see ``convert_gguf``.
     """
+    from .targets.drafts import folders_of, parts_of_one_model
     from .targets.shards import plan_unshard
 
-    plan = plan_unshard(
-        Path(source), Path(out), wo_a=wo_a, draft=draft, max_file_bytes=parse_size(max_file_size), strict=strict
+    size = parse_size(max_file_size)
+    plans = parts_of_one_model(
+        [
+            plan_unshard(Path(source), folder, wo_a=wo_a, draft=mode, max_file_bytes=size, strict=strict)
+            for folder, mode in folders_of(Path(out), draft)
+        ]
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
 def dequantize(
@@ -322,18 +333,19 @@ def dequantize(
         Dsv4Error: see ``convert_gguf``.
     """
     from .targets.dequantize import plan_dequantize
+    from .targets.drafts import folders_of, parts_of_one_model
 
-    plan = plan_dequantize(
+    plan = partial(
+        plan_dequantize,
         Path(source),
-        Path(out),
         dtype=dtype,
         names=names,
-        draft=draft,
         max_file_bytes=parse_size(max_file_size),
         strict=strict,
         index=index,
     )
-    return _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
+    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
+    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
 def repack(
@@ -359,24 +371,26 @@ def repack(
         LossyError: ``strict``, and an element changes.
         Dsv4Error: see ``convert_gguf``.
     """
+    from .targets.drafts import folders_of, parts_of_one_model
     from .targets.repack import plan_repack, summarize_repack
 
-    plan = plan_repack(
+    plan = partial(
+        plan_repack,
         Path(source),
-        Path(out),
         experts=experts,
-        draft=draft,
         max_file_bytes=parse_size(max_file_size),
         strict=strict,
         index=index,
     )
+    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
     return summarize_repack(
-        plan, _carry_out(plan, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
+        plans,
+        _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict),
     )
 
 
 def _carry_out(
-    plan: Plan,
+    plans: Sequence[Plan],
     threads: int | None,
     overwrite: bool,
     resume: bool,
@@ -388,15 +402,15 @@ def _carry_out(
     strict: bool = False,
     exact: bool = False,
 ) -> Summary:
-    """Carry out a plan, or only tell what it would write and need.
+    """Carry out the plans of one model, or only tell what they would write and need.
 
     ``strict`` refuses values that are not finite, ``exact`` those that change.
     """
-    from .engine.conversion import execute, summarize_dry_run
+    from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run
 
     _check_threads(threads)
     if dry_run:
-        return summarize_dry_run(plan, threads)
+        return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     refuse: Callable[[RunReport], None] | None = None
     if strict or exact:
         from .engine.loss import refuse_loss, refuse_not_finite
@@ -407,18 +421,19 @@ def _carry_out(
             for hook in hooks:
                 hook(report)
 
-    summary = execute(
-        plan,
+    total = sum(plan.nbytes for plan in plans)
+    summary = execute_in_turn(
+        plans,
         threads=threads,
         overwrite=overwrite,
         resume=resume,
         fresh=fresh,
         lock=lock,
-        progress=_of_total(progress, plan.nbytes),
+        progress=_of_total(progress, total),
         before_finish=refuse,
     )
     if progress is not None:  # headers and padding are no worker's task: they are done when all is
-        progress(plan.nbytes, plan.nbytes)
+        progress(total, total)
     return summary
 
 

@@ -35,7 +35,8 @@ CUT = (
     "--set o_groups=4 --set o_lora_rank=64 --set index_n_heads=4 --set index_head_dim=64"
 )
 
-# Case -> command line. {out} is the case's output: a folder named like the case (of a GGUF: the folder it goes to).
+# Case -> command line. {out} is the case's output: a folder named like the case (of a GGUF or a split: the folder to
+# which its files or folders go).
 # {other case} is the output of that case, made first. Option names may change; a case keeps its name.
 SOURCES = {
     "synth/tiny": f"synth {{out}} --draft keep {SMALL}",
@@ -74,6 +75,8 @@ FOLDERS = {
     "bf16-stacked-files/tiny": "dequantize {synth/tiny} {out} --names transformers --max-file-size 700K",
     "bf16-without-draft/tiny": "dequantize {synth/tiny} {out} --draft drop",
     "bf16-stacked-without-draft/dspark": "dequantize {synth/dspark} {out} --names transformers --draft drop",
+    "bf16-draft-alone/tiny": "dequantize {synth/tiny} {out} --draft only",
+    "bf16-split/dspark": "dequantize {synth/dspark} {out}/model --draft split",
     "bf16-strict/tiny": "dequantize {synth/tiny} {out} --strict",
     "bf16/furnished": "dequantize {furnished} {out}",
     **{
@@ -100,6 +103,8 @@ FOLDERS = {
     "fp8/tiny": "repack {synth/tiny} {out} --experts fp8",
     "fp8-lossless/tiny": "repack {synth/tiny} {out} --experts fp8 --strict --draft keep",
     "fp8-without-draft/dspark": "repack {synth/dspark} {out} --experts fp8 --draft drop",
+    "fp8-draft-alone/dspark": "repack {synth/dspark} {out} --experts fp8 --draft only",
+    "fp8-split/v41-tiny": "repack {synth/v41-tiny} {out}/model --experts fp8 --draft split",
     "fp8-files/tiny": "repack {synth/tiny} {out} --experts fp8 --max-file-size 700K",
     "fp8/furnished": "repack {furnished} {out} --experts fp8",
     **{
@@ -122,6 +127,8 @@ SHARDS = {
     "mp2-draft/dspark": "shard {synth/dspark} {out} --mp 2 --draft keep",
     "mp2-without-draft/tiny": "shard {synth/tiny} {out} --mp 2 --draft drop",
     "mp2-fp8-without-draft/dspark": "shard {synth/dspark} {out} --mp 2 --experts fp8 --draft drop",
+    "mp2-draft-alone/v41-tiny": "shard {synth/v41-tiny} {out} --mp 2 --draft only",
+    "mp2-split/tiny": "shard {synth/tiny} {out}/model --mp 2 --draft split",
     "mp2-fp8/dspark": "shard {synth/dspark} {out} --mp 2 --experts fp8",
     "mp2-fp8/vision": "shard {synth/vision} {out} --mp 2 --experts fp8",
     **{
@@ -151,6 +158,8 @@ SHARDS = {
     },
     "unshard-wo_a-bf16/eight": "unshard {mp4/eight} {out} --wo-a bf16 --draft keep",
     "unshard-without-draft/eight": "unshard {mp4/eight} {out} --draft drop",
+    "unshard-draft-alone/eight": "unshard {mp4/eight} {out} --draft only",
+    "unshard-split/v41-tiny": "unshard {mp8/v41-tiny} {out}/model --draft split",
     "unshard-wo_a-fp8/eight": "unshard {mp4/eight} {out} --wo-a fp8",
     "unshard-wo_a-fp8/fp8": "unshard {mp2-fp8/eight} {out} --wo-a fp8",
     "unshard-wo_a-fp8/dspark": "unshard {mp2/dspark} {out} --wo-a fp8",
@@ -273,7 +282,7 @@ class Outputs:
         if case in RESAVED:
             RESAVED[case](self, out)
             return out
-        if case.startswith("gguf/"):
+        if "{out}/" in CASES[case] or case.startswith("gguf/"):
             out.mkdir()
         named = _Named(self, out)
         words = [word.format_map(named) for word in shlex.split(CASES[case])]

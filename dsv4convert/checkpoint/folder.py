@@ -34,6 +34,7 @@ from ..model.tensors import (
     UNUSED_DRAFT_SUFFIXES,
     Draft,
     checkpoint_tensors,
+    is_draft_alone,
     is_vision_name,
     scale_name,
 )
@@ -375,6 +376,15 @@ def _kind(name: str) -> str:
     return f"{draft}{rest}" if draft or rest == name else f"{rest} of layers"
 
 
+def draft_alone(folder: Path) -> InventoryError:
+    """Return the error of a folder that holds a draft and no model."""
+    return InventoryError(
+        "a draft without its model, as --draft only and split write it",
+        where=folder,
+        hint="pass the folder with the whole model; inspect and verify read the draft's",
+    )
+
+
 def resolve(
     folder: Path,
     config: ModelConfig,
@@ -388,6 +398,8 @@ def resolve(
         InventoryError: missing, unknown, duplicate or misshapen tensors.
     """
     tensors = official_tensors(stored, config.n_experts)
+    if is_draft_alone(tensors):
+        raise draft_alone(folder)
     draft, n_draft = draft_kind(tensors, config, folder)
     check_roles_of_tensors(tensors, config, folder)
     if config.engram is not None:

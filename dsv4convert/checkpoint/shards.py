@@ -16,8 +16,8 @@ from ..containers.safetensors import Stored, read_header
 from ..errors import InputMissingError, InventoryError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
 from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
-from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, scale_name
-from .folder import check_version, draft_kind, vision_kind, with_draft_ratios
+from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
+from .folder import check_version, draft_alone, draft_kind, vision_kind, with_draft_ratios
 from .weights import Encoding, Weight, pair
 
 
@@ -130,8 +130,10 @@ def is_shard_folder(folder: Path) -> bool:
     return folder.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_shards(folder: Path, *, versions: Container[Version] = (Version.V4,)) -> ShardCheckpoint:
-    """Open the complete set of shards in ``folder``.
+def open_shards(
+    folder: Path, *, versions: Container[Version] = (Version.V4,), may_be_draft: bool = False
+) -> ShardCheckpoint:
+    """Open the complete set of shards in ``folder``, with ``may_be_draft`` those of a draft without its model too.
 
     Raises:
         InputMissingError: the folder, ``config.json`` or a rank is not there.
@@ -165,6 +167,8 @@ def open_shards(folder: Path, *, versions: Container[Version] = (Version.V4,)) -
     check_version(config, versions, folder)
     check_divides(config, mp, folder / CONFIG_NAME)
     ranks = [read_header(files[rank]) for rank in range(mp)]
+    if not may_be_draft and is_draft_alone(name for tensors in ranks for name in tensors):
+        raise draft_alone(folder)
     return _resolve(folder, config, mp, [files[rank] for rank in range(mp)], ranks)
 
 
@@ -178,7 +182,10 @@ def _resolve(
     weights: dict[str, ShardedWeight] = {}
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(names)
+    of_draft = is_draft_alone(names)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
+        if of_draft and not expected.is_draft:
+            continue
         split = expected.row.split
         holders = range(mp)
         if split is Split.EXPERT and expected.expert is not None:

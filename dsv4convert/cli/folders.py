@@ -8,8 +8,8 @@ import click
 
 from .options import (
     RunOptions,
+    folder_draft_option,
     index_option,
-    keep_or_drop_draft_option,
     max_tensor_file_size_option,
     out_folder_argument,
     run_options,
@@ -44,7 +44,7 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     panel=CONTENT,
     help="Naming scheme of the tensors: the published names, or those of transformers with stacked experts.",
 )
-@keep_or_drop_draft_option
+@folder_draft_option
 @max_tensor_file_size_option
 @index_option
 @run_options
@@ -90,7 +90,7 @@ def dequantize(
     help="Fail if the conversion changes an element, or the source has values that are not finite, or tensors that "
     "are all zero.",
 )
-@keep_or_drop_draft_option
+@folder_draft_option
 @max_tensor_file_size_option
 @index_option
 @run_options

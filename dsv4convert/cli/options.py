@@ -33,8 +33,14 @@ def draft_option(*modes: str, default: str | None = None, help: str) -> Callable
     )
 
 
-keep_or_drop_draft_option = draft_option(
-    "keep", "drop", default="keep", help="MTP layers or DSpark stages: keep or drop them."
+folder_draft_option = draft_option(
+    "keep",
+    "drop",
+    "only",
+    "split",
+    default="keep",
+    help="MTP layers or DSpark stages: keep them, drop them, write only them, or split them off into a folder of their "
+    "own, OUT-draft.",
 )
 
 

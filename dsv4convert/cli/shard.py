@@ -11,8 +11,8 @@ import typer
 
 from .options import (
     RunOptions,
+    folder_draft_option,
     index_option,
-    keep_or_drop_draft_option,
     max_tensor_file_size_option,
     out_folder_argument,
     run_options,
@@ -41,7 +41,7 @@ LISTED_KINDS = 6
     panel=CONTENT,
     help="Rank to write, by default all; can be repeated.",
 )
-@keep_or_drop_draft_option
+@folder_draft_option
 @option(
     "--experts",
     aliases=["--expert-dtype"],
@@ -88,7 +88,7 @@ def shard(
 @command("unshard", panel=CONVERT, example="dsv4convert unshard DeepSeek-V4-Flash-mp8 DeepSeek-V4-Flash")
 @argument("source", type=FOLDER, description="Folder with config.json and the shards of all ranks.")
 @out_folder_argument
-@keep_or_drop_draft_option
+@folder_draft_option
 @max_tensor_file_size_option
 @option(
     "--wo-a",

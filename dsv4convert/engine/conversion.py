@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ from ..formats.backend import default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .consume import check_whole
-from .dry_run import DryRun, foresee
+from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
 from .manifest import check_claimed, check_replaceable, finished_before, manifest_path, write_manifest
 from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path, trial_path
-from .resources import check_space, default_threads
+from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
@@ -108,13 +110,8 @@ def execute(
     outputs.look()
     path, manifest = journal_path(plan), manifest_path(plan)
     fingerprint = fingerprint_of(plan)
-    check_sources_stay(plan, fingerprint, outputs)
-    check_claimed(manifest)
-    if not os.path.lexists(path):
-        if resume and finished_before(plan, fingerprint):
-            return summarize_finished(plan, threads)
-        outputs.check_absent(overwrite)
-    check_replaceable(manifest)
+    if _is_finished(plan, outputs, fingerprint, overwrite=overwrite, resume=resume):
+        return summarize_finished(plan, threads)
     with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
         if journal.is_new:
             _start(plan, outputs, journal, fingerprint, overwrite, fresh)
@@ -122,11 +119,7 @@ def execute(
             _resume(plan, outputs, journal, fingerprint, threads)
             fingerprint = dict(journal.fingerprint or {})  # the same, as it was before anything was used up
         else:
-            raise ResumeError(
-                "an interrupted run left work here",
-                where=path,
-                hint="pass --resume to continue the interrupted run, or --fresh to start over",
-            )
+            raise _interrupted(path)
 
         def before_rename(report: RunReport) -> None:
             check_unchanged(plan, fingerprint)
@@ -165,6 +158,94 @@ def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
     threads = default_threads(plan) if threads is None else threads
     name = default_codecs().name
     return summarize(plan, RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes))
+
+
+def _is_finished(plan: Plan, outputs: Outputs, fingerprint: dict[str, Any], *, overwrite: bool, resume: bool) -> bool:
+    """Return whether there is nothing to do for ``resume``, having made sure that nothing is replaced unasked.
+
+    Raises:
+        UsageError: the output would replace a file of the source.
+        OutputExistsError: an output is there, and ``overwrite`` is false.
+    """
+    check_sources_stay(plan, fingerprint, outputs)
+    check_claimed(manifest_path(plan))
+    if not os.path.lexists(journal_path(plan)):
+        if resume and finished_before(plan, fingerprint):
+            return True
+        outputs.check_absent(overwrite)
+    check_replaceable(manifest_path(plan))
+    return False
+
+
+def _interrupted(path: Path) -> ResumeError:
+    return ResumeError(
+        "an interrupted run left work here",
+        where=path,
+        hint="pass --resume to continue the interrupted run, or --fresh to start over",
+    )
+
+
+def execute_in_turn(
+    plans: Sequence[Plan],
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    progress: Callable[[int], None] | None = None,
+    before_finish: Callable[[RunReport], None] | None = None,
+    lock: bool = True,
+) -> Summary:
+    """Carry out plans one after another, and sum them up as one; see ``execute`` for the options.
+
+    That no output is in the way, and that the disk holds all of them, is checked before the first begins. Each
+    appears when it is done; ``resume`` goes on where the last run stopped, whichever plan it was in.
+
+    Raises:
+        Dsv4Error: as for ``execute``.
+    """
+    if len(plans) > 1:
+        _check_all(plans, overwrite=overwrite, resume=resume, fresh=fresh, lock=lock)
+    summaries: list[Summary] = []
+    before = 0
+    for plan in plans:
+        summary = execute(
+            plan,
+            threads=threads,
+            overwrite=overwrite,
+            resume=resume,
+            fresh=fresh,
+            progress=None if progress is None else partial(_add_up, progress, before),
+            before_finish=before_finish,
+            lock=lock,
+        )
+        summaries.append(summary)
+        before += plan.nbytes
+    return join_summaries(summaries)
+
+
+def _add_up(progress: Callable[[int], None], before: int, done: int) -> None:
+    progress(before + done)
+
+
+def _check_all(plans: Sequence[Plan], *, overwrite: bool, resume: bool, fresh: bool, lock: bool) -> None:
+    """Check of every plan what can be checked before the first one runs.
+
+    Raises:
+        Dsv4Error: as for ``execute``.
+    """
+    needed = 0
+    for plan in plans:
+        outputs = outputs_of(plan, lock=lock)
+        outputs.look()
+        if _is_finished(plan, outputs, fingerprint_of(plan), overwrite=overwrite, resume=resume):
+            continue
+        if not (resume or fresh):
+            if os.path.lexists(journal_path(plan)):
+                raise _interrupted(journal_path(plan))
+            outputs.check_no_work()
+        needed += disk_needed(plan, outputs.allocated_bytes())
+    check_free(plans[0].destination, needed)
 
 
 def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
@@ -276,4 +357,41 @@ def summarize(plan: Plan, report: RunReport) -> Summary:
         threads=report.threads,
         backend=report.backend,
         report=report,
+    )
+
+
+def join_summaries(summaries: Sequence[Summary]) -> Summary:
+    """Return several conversions of one source as one: files, bytes, seconds and counts are added up."""
+    first = summaries[0]
+    if len(summaries) == 1:
+        return first
+    reports = [summary.report for summary in summaries]
+    tally = Tally()
+    for report in reports:
+        tally.add(report.tally)
+    seconds = sum(summary.seconds for summary in summaries)
+    written, resumed = (sum(getattr(s, name) for s in summaries) for name in ("written_bytes", "resumed_bytes"))
+    return replace(
+        first,
+        files=tuple(chain.from_iterable(summary.files for summary in summaries)),
+        tensors=sum(summary.tensors for summary in summaries),
+        dropped=tuple(dict.fromkeys(chain.from_iterable(summary.dropped for summary in summaries))),
+        notes=tuple(dict.fromkeys(chain.from_iterable(summary.notes for summary in summaries))),
+        counted=tuple(chain.from_iterable(summary.counted for summary in summaries)),
+        read_bytes=sum(summary.read_bytes for summary in summaries),
+        written_bytes=written,
+        resumed_bytes=resumed,
+        seconds=seconds,
+        bytes_per_second=(written - resumed) / seconds if seconds else 0.0,
+        peak_memory_bytes=max(summary.peak_memory_bytes for summary in summaries),
+        report=replace(
+            reports[0],
+            tensors=tuple(chain.from_iterable(report.tensors for report in reports)),
+            tally=tally,
+            written_bytes=sum(report.written_bytes for report in reports),
+            seconds=sum(report.seconds for report in reports),
+            resumed_bytes=sum(report.resumed_bytes for report in reports),
+            flagged=tuple(chain.from_iterable(report.flagged for report in reports)),
+        ),
+        dry_run=None if first.dry_run is None else join_dry_runs([s.dry_run for s in summaries if s.dry_run]),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from ..errors import OutputExistsError
@@ -70,3 +71,16 @@ def _obstacles(plan: Plan) -> Iterator[str]:
             check_name_fits(path, SUFFIXES)
         except OutputExistsError as error:
             yield str(error)
+
+
+def join_dry_runs(runs: Sequence[DryRun]) -> DryRun:
+    """Return what runs that follow one another write and need together: the disk of all, the memory of the largest."""
+    return replace(
+        runs[0],
+        files=tuple(chain.from_iterable(run.files for run in runs)),
+        dropped=tuple(dict.fromkeys(chain.from_iterable(run.dropped for run in runs))),
+        notes=tuple(dict.fromkeys(chain.from_iterable(run.notes for run in runs))),
+        read_bytes=sum(run.read_bytes for run in runs),
+        disk_needed=sum(run.disk_needed for run in runs),
+        memory_needed=max(run.memory_needed for run in runs),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
@@ -74,12 +75,20 @@ def check_space(plan: Plan, already: int = 0) -> None:
     Raises:
         SpaceError: it does not.
     """
-    free = free_bytes(plan.destination)
-    needed = disk_needed(plan, already)
+    check_free(plan.destination, disk_needed(plan, already))
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """Check that ``needed`` bytes can be written on the disk of a folder, which need not be there yet.
+
+    Raises:
+        SpaceError: they cannot.
+    """
+    free = free_bytes(folder)
     if free < needed:
         raise SpaceError(
             "not enough disk space for the output",
-            where=plan.destination,
+            where=folder,
             expected=f"{needed} bytes free",
             got=free,
             hint="free some space or choose another folder",

@@ -21,6 +21,7 @@ from ..model.config import CONFIG_NAME, ModelConfig, Version
 from ..model.gguf_keys import LLAMA_CPP, LLAMA_CPP_V41
 from ..model.parallel import OUTPUT_GROUPS
 from ..model.tensors import Split
+from ..targets.drafts import choose_draft
 from ..targets.gguf import plan_gguf
 from ..targets.gguf_tensors import GgufOptions, Kind, gguf_models
 from ..targets.low_bit import SizesOnly
@@ -116,7 +117,8 @@ def divided(
     """
     check_output_ranks(checkpoint.config, mp, o_proj_tp, checkpoint.folder / CONFIG_NAME)
     output_mp = mp if o_proj_tp is None else o_proj_tp
-    files, _, costs = shard_files(checkpoint, ShardOptions(mp=mp, experts=experts, draft=draft), output_mp)
+    written = choose_draft(checkpoint, draft).source
+    files, _, costs = shard_files(written, ShardOptions(mp=mp, experts=experts), output_mp)
     families: Counter[str] = Counter()
     for tensor in files[0].tensors:
         families[family_of(tensor.name)] += tensor.nbytes

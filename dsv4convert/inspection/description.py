@@ -10,6 +10,9 @@ from ..model.tensors import Draft
 
 CUSTOM = "custom"
 
+# Of a file or folder that holds a draft and no model.
+DRAFT_ALONE = "a draft alone: the layers are those of the model that it belongs to"
+
 
 @dataclass
 class Count:

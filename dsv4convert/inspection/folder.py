@@ -25,8 +25,8 @@ from ..containers.safetensors import Stored, read_header
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
-from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, scale_name, vision_tensors
-from .description import Description, EncodingUse, EngramTable, Layer, ranges
+from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
+from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, name_variant
 
 
@@ -90,7 +90,8 @@ def _described(found: Description, folder: Path, index: str) -> Description:
         return found
     describe_config(found, config)
     try:
-        check_roles_of_tensors(tensors, config, folder)
+        if not is_draft_alone(tensors):
+            check_roles_of_tensors(tensors, config, folder)
         if config.engram is not None:
             check_rows(config.engram, folder / CONFIG_NAME)
     except ConfigError as error:
@@ -167,6 +168,9 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
     missing: list[str] = []
     has_vision, has_tower = vision_kind(tensors)
     expectations = expected_tensors(config, Draft(found.draft), found.draft_layers, has_vision)
+    if is_draft_alone(tensors):
+        found.notes.append(DRAFT_ALONE)
+        expectations = (expected for expected in expectations if expected.is_draft)
     for expected in _chain(expectations, lambda: vision_tensors(config), has_tower, found):
         stored = left.pop(expected.name, None)
         if stored is None:

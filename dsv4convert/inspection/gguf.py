@@ -26,7 +26,7 @@ from ..model.tensors import (
     applies,
 )
 from ..targets.ds4_v41 import NAMES as DS4_NAMES
-from .description import Description, EncodingUse, EngramTable, Layer
+from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer
 from .naming import OTHER, SHOWN_KEYS, family_of, name_variant
 
 
@@ -62,7 +62,7 @@ def describe_gguf(path: Path) -> Description:
     if mtp_blocks:
         found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks)
         if not any(BLOCK.match(name) and not name.startswith(f"blk.{max(mtp_blocks)}.") for name in model.tensors):
-            found.notes.append("a draft's own file: the layers are those of the model that it belongs to")
+            found.notes.append(DRAFT_ALONE)
     elif architecture == DRAFT:
         found.draft, found.draft_layers = Draft.DSPARK.value, blocks
     if architecture in TEXT_ARCHITECTURES:

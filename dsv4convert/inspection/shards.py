@@ -10,7 +10,8 @@ from ..containers.safetensors import read_header
 from ..errors import InputMissingError, InventoryError, UsageError
 from ..model.config import Version
 from ..model.parallel import SHARD_NAME
-from .description import Description
+from ..model.tensors import is_draft_alone
+from .description import DRAFT_ALONE, Description
 from .folder import count_encodings, describe_config, draft_of, lenient_config
 from .naming import DEPTH_KEYS, WIDTH_KEYS, family_of, name_variant
 
@@ -36,10 +37,12 @@ def describe_shards(folder: Path) -> Description:
             names.add(name)
             found.count(family_of(name), tensor.dtype, tensor.nbytes)
     found.draft, found.draft_layers = draft_of(names, found)
+    if is_draft_alone(names):
+        found.notes.append(DRAFT_ALONE)
     if config is not None:
         describe_config(found, config)
         try:
-            weights = open_shards(folder, versions=tuple(Version)).weights.values()
+            weights = open_shards(folder, versions=tuple(Version), may_be_draft=True).weights.values()
         except (InputMissingError, InventoryError, UsageError) as error:
             found.unexpected.append(str(error))
         else:

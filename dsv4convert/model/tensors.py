@@ -9,7 +9,7 @@ Shapes are symbolic, [out, in], with the symbols of ``ModelConfig.dims``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -282,6 +282,20 @@ class Draft(str, Enum):
     NONE = "none"
     MTP = "MTP"
     DSPARK = "DSpark"
+
+
+def is_draft_alone(names: Iterable[str]) -> bool:
+    """Return whether there are tensors, by their official names, and all are of draft layers: ``--draft only``.
+
+    >>> is_draft_alone(["mtp.0.norm.weight"]), is_draft_alone(["mtp.0.norm.weight", "norm.weight"]), is_draft_alone([])
+    (True, False, False)
+    """
+    found = False
+    for name in names:
+        if not name.startswith(DRAFT_PREFIX):
+            return False
+        found = True
+    return found
 
 
 def is_vision_name(name: str) -> bool:

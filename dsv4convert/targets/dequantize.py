@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint.folder import BY_INDEX
-from ..errors import UnsupportedError, check_choice
+from ..errors import UnsupportedError, UsageError, check_choice
 from ..model.config import Version
 from ..plan import Plan
 from .companions import auxiliary_files, check_apart
-from .drafts import KEEP, open_with_draft_option
+from .drafts import KEEP, ONLY, open_with_draft_option
 from .hf_folder import (
     DEFAULT_MAX_FILE_BYTES,
     DTYPES,
@@ -18,7 +18,6 @@ from .hf_folder import (
     dequantized_tensors,
     hf_files,
 )
-from .output_config import true_config
 
 DEQUANTIZE = "dequantize"
 
@@ -37,15 +36,22 @@ def plan_dequantize(
     """Plan ``dequantize``: the folder ``out`` with the weights of ``source`` in ``dtype``, without scales.
 
     Raises:
-        UsageError: an unknown ``dtype``, ``names`` or ``draft``, or folders that overlap.
+        UsageError: an unknown ``dtype``, ``names`` or ``draft``, a draft alone under transformers' names, or folders
+            that overlap.
         UnsupportedError: transformers' names, which V4.1 does not have.
         Dsv4Error: whatever is wrong with the source.
     """
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--names", names, NAMES)
-    checkpoint, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
+    checkpoint, config, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     if names != NAMES[0] and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--names transformers: transformers has no modules for DeepSeek-V4.1", where=source)
+    if names != NAMES[0] and draft == ONLY:
+        raise UsageError(
+            f"--names {names}: transformers has no draft",
+            where=source,
+            hint="write the draft by a second run, with --names official --draft only",
+        )
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
     return Plan(
@@ -55,7 +61,7 @@ def plan_dequantize(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            dequantized_config(true_config(checkpoint), dtype, names),
+            dequantized_config(config, dtype, names),
             *auxiliary_files(source),
         ),
         dropped=(*dropped, *left_out),

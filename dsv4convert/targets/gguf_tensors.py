@@ -23,6 +23,7 @@ from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from . import ds4_v41
 from .claims import Claims
+from .drafts import DROP, KEEP, ONLY, SPLIT
 from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
 from .gguf_types import TypeChoice, TypeOptions, check_rules_used
@@ -148,7 +149,6 @@ DFLASH = TensorDialect(
 
 # What becomes of a part beside the text model: not written, the only thing written, a file of its own
 # beside the text model, blocks of the text model.
-DROP, ONLY, SPLIT, KEEP = "drop", "only", "split", "keep"
 
 
 @dataclass(frozen=True)

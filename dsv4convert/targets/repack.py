@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from ..plan import Fp4ToFp8Codes, Plan
 from .companions import auxiliary_files, check_apart
 from .drafts import KEEP, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
-from .output_config import true_config
 
 REPACK = "repack"
 EXPERT_DTYPES = ("fp8",)
@@ -45,7 +45,7 @@ def plan_repack(
         Dsv4Error: whatever is wrong with the source.
     """
     check_choice("--experts", experts, EXPERT_DTYPES)
-    checkpoint, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
+    checkpoint, config, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
@@ -64,7 +64,7 @@ def plan_repack(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            repacked_config(true_config(checkpoint)),
+            repacked_config(config),
             *auxiliary_files(source),
         ),
         dropped=(*dropped, *left_out),
@@ -74,10 +74,11 @@ def plan_repack(
     )
 
 
-def summarize_repack(plan: Plan, summary: Summary) -> RepackSummary:
-    """Return the summary of a plan of ``plan_repack`` with the experts' elements counted, as a note too."""
+def summarize_repack(plans: Sequence[Plan], summary: Summary) -> RepackSummary:
+    """Return the summary of plans of ``plan_repack`` with the experts' elements counted, as a note too."""
     elements = sum(
         math.prod(tensor.shape)
+        for plan in plans
         for file in plan.files
         for tensor in file.tensors
         if any(isinstance(segment.operation, Fp4ToFp8Codes) for segment in tensor.segments)

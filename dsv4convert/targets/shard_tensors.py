@@ -34,7 +34,6 @@ from .safetensors_files import safetensors_file, unplaced_tensor
 from .segments import BF16, codec_segment, copy_segments
 
 EXPERT_DTYPES = ("fp4", "fp8")
-DRAFT_MODES = ("keep", "drop")
 WO_A_DTYPES = ("bf16", "fp8")
 
 # The bytes of rows beyond a table's last: e4m3 and e8m0 codes of 0 and 1, or zeros of another type.
@@ -49,7 +48,7 @@ class ShardOptions:
     """What decides the bytes of shards.
 
     ``ranks`` are those to write, None for all. ``experts`` is their type, None the source's.
-    ``draft`` "drop" leaves the draft layers out.
+    ``draft`` "drop" leaves the draft layers out, "only" everything else.
     """
 
     mp: int
@@ -81,6 +80,17 @@ class ShardCosts:
         return self.replicated_bytes * (self.mp - 1)
 
 
+def join_costs(parts: Sequence[ShardCosts]) -> ShardCosts:
+    """Return what the division of the parts of one model costs together."""
+    rank_bytes: Counter[int] = Counter()
+    replicated: Counter[str] = Counter()
+    for part in parts:
+        rank_bytes.update(part.rank_bytes)
+        replicated.update(part.replicated)
+    source_bytes = sum(part.source_bytes for part in parts)
+    return ShardCosts(parts[0].mp, dict(rank_bytes), dict(replicated.most_common()), source_bytes)
+
+
 def shard_files(
     checkpoint: Checkpoint, options: ShardOptions, output_mp: int | None = None
 ) -> tuple[tuple[OutputFile, ...], tuple[Dropped, ...], ShardCosts]:
@@ -103,11 +113,7 @@ def shard_files(
     side = FP8_BLOCKS[checkpoint.config.version]
     replicated: Counter[str] = Counter()
     tensors: dict[int, list[OutputTensor]] = {rank: [] for rank in ranks}
-    draft: list[Weight] = []
     for weight in checkpoint.weights.values():
-        if weight.is_draft and options.draft == "drop":
-            draft.append(weight)
-            continue
         claims.take(weight)
         parts = output_options if weight.row.name in OUTPUT_PROJECTIONS else options
         _check_split(weight, parts.mp)
@@ -123,7 +129,6 @@ def shard_files(
             holders = [holder] if holder in tensors else []
         for rank in holders:
             tensors[rank] += _rank_tensors(weight, rank % parts.mp, parts, side)
-    claims.drop("mtp.*", "--draft drop", draft)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
     costs = ShardCosts(
@@ -152,14 +157,9 @@ def _chosen_ranks(options: ShardOptions) -> tuple[int, ...]:
 
 
 def _check_options(checkpoint: Checkpoint, options: ShardOptions) -> None:
-    for option, value, known in (
-        ("--experts", options.experts, EXPERT_DTYPES),
-        ("--draft", options.draft, DRAFT_MODES),
-    ):
-        if value is not None:
-            check_choice(option, value, known)
     if options.experts is None:
         return
+    check_choice("--experts", options.experts, EXPERT_DTYPES)
     for weight in checkpoint.weights.values():
         if weight.row.store is not Store.EXPERT or weight.encoding.value == options.experts:
             continue

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
-from ..checkpoint.meaning import check_meaning, config_notes, open_checked
+from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
 from ..containers.json_object import MAX_CONFIG_BYTES, plain_json, read_json_object
 from ..containers.untrusted import read_whole
@@ -18,9 +19,8 @@ from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
 from .companions import auxiliary_files, check_apart
-from .drafts import KEEP, apply_draft_option
+from .drafts import KEEP, choose_draft, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, json_file, repacked_config
-from .output_config import config_without_draft, true_config
 from .safetensors_files import whole_file
 from .shard_tensors import ShardCosts, ShardOptions, shard_files, unshard_tensors
 
@@ -66,9 +66,9 @@ def plan_shards(
     """
     if is_shard_folder(source):
         raise UsageError("already a folder of shards", where=source, hint="run unshard first")
-    checkpoint = open_checked(source, draft_wanted=options.draft != "drop", strict=strict, index=index)
+    checkpoint, config, left_out = open_with_draft_option(source, options.draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
-    configs = [_shard_config(checkpoint, options)]
+    configs = [_shard_config(checkpoint, config, options)]
     if checkpoint.config.version is Version.V41:
         configs.append(_inference_config(checkpoint, options))
     files, dropped, costs = shard_files(checkpoint, options)
@@ -78,7 +78,7 @@ def plan_shards(
         destination=out,
         is_folder=True,
         files=(*files, *configs, *auxiliary_files(source)),
-        dropped=dropped,
+        dropped=(*dropped, *left_out),
         options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
         source_bytes=checkpoint.nbytes,
         notes=(*checkpoint.notes, *_missing_tokenizer(source)),
@@ -108,7 +108,7 @@ def plan_unshard(
     parts = (part for weight in shards.weights.values() for part in weight.parts)
     found = check_meaning(shards.config, parts, shards.files, where=source, strict=strict)
     found = (*config_notes(shards.config, shards.weights.values(), shards.draft), *found)
-    shards, left_out = apply_draft_option(shards, draft)
+    shards, config, left_out = choose_draft(shards, draft)
     tensors, notes = unshard_tensors(shards, wo_a)
     return Plan(
         target=UNSHARD,
@@ -117,7 +117,7 @@ def plan_unshard(
         is_folder=True,
         files=(
             *hf_files(tensors, max_file_bytes),
-            _unsharded_config(shards),
+            _config_file(shards, config),
             *auxiliary_files(source),
         ),
         dropped=left_out,
@@ -138,25 +138,15 @@ def costs_as_json(costs: ShardCosts) -> dict[str, Any]:
     }
 
 
-def _shard_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:
-    """Return config.json: the source's own bytes, or changed where the shards hold another model."""
-    raw = true_config(checkpoint)
+def _shard_config(checkpoint: Checkpoint, config: Mapping[str, Any], options: ShardOptions) -> OutputFile:
+    """Return config.json of shards, which says where FP4 experts are FP8 now."""
     has_fp4 = any(w.row.store is Store.EXPERT and w.encoding.value == "fp4" for w in checkpoint.weights.values())
-    to_fp8 = options.experts == "fp8" and has_fp4
-    without_draft = options.draft == "drop" and checkpoint.n_draft > 0
-    if not to_fp8 and not without_draft and raw is checkpoint.config.raw:
-        return _same_config(checkpoint.folder)
-    if without_draft:
-        raw = config_without_draft(raw)
-    if to_fp8:
-        return repacked_config(raw)
-    return json_file(CONFIG_NAME, raw)
+    return repacked_config(config) if options.experts == "fp8" and has_fp4 else _config_file(checkpoint, config)
 
 
-def _unsharded_config(shards: ShardCheckpoint) -> OutputFile:
-    """Return config.json: the shards' own bytes, or with what they say wrong put right."""
-    raw = true_config(shards)
-    return _same_config(shards.folder) if raw is shards.config.raw else json_file(CONFIG_NAME, raw)
+def _config_file(source: Checkpoint | ShardCheckpoint, config: Mapping[str, Any]) -> OutputFile:
+    """Return config.json: the source's own bytes, or what is true of the output where that differs."""
+    return _same_config(source.folder) if config is source.config.raw else json_file(CONFIG_NAME, config)
 
 
 def _same_config(source: Path) -> OutputFile:
@@ -172,9 +162,7 @@ def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFi
     """Return V4.1's config in the flat form that the published inference code reads."""
     encodings = {w.encoding.value for w in checkpoint.weights.values() if w.row.store is Store.EXPERT}
     experts = options.experts or ("fp4" if "fp4" in encodings else "fp8")
-    flat = inference_config(
-        checkpoint.config.flat, experts, with_draft=options.draft == "keep" and checkpoint.n_draft > 0
-    )
+    flat = inference_config(checkpoint.config.flat, experts, with_draft=checkpoint.n_draft > 0)
     return json_file(INFERENCE_CONFIG_NAME, flat)
 
 

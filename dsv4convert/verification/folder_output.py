@@ -13,7 +13,7 @@ from ..checkpoint.weights import Weight
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
-from ..model.config import CONFIG_NAME, Version, parse_config
+from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
 from ..model.parallel import SHARD_NAME
 from ..model.tensors import Split, Store, When, is_vision_name
@@ -54,6 +54,9 @@ OTHER_FILES = (
 DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 PYTORCH_METADATA = {"format": "pt"}
 COPY_BYTES = 2**20
+
+# What an output can leave out as a whole.
+THE_DRAFT, THE_MODEL = "the draft layers", "the model without its draft"
 
 # What config.json calls a field of ModelConfig, where it is not its name.
 KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
@@ -99,7 +102,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
     nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
     _leave_out(nameless, "transformers has no such module", report)
-    present = _without_absent_drafts(present, stored, report)
+    present = _without_absent_parts(present, stored, report)
     pieces: list[Piece] = []
     groups: dict[str, list[Weight]] = {}
     for weight in present:
@@ -197,15 +200,25 @@ def _leave_out(weights: Iterable[Weight], reason: str, report: Report) -> None:
     report.left_out += [LeftOut(what, reason, count) for what, count in groups.items()]
 
 
-def _without_absent_drafts(weights: list[Weight], names: Iterable[str], report: Report) -> list[Weight]:
-    """Return the weights without those of draft layers, if the output has none of them."""
-    if any(name.removeprefix(PREFIX).startswith("mtp.") for name in names):
+def _without_absent_parts(weights: list[Weight], names: Iterable[str], report: Report) -> list[Weight]:
+    """Return the weights without those of draft layers if the output has none of them, or without all others.
+
+    ``names``: of the tensors in all files of the output. Both are what ``--draft`` can leave out.
+    """
+    of_draft = {name.removeprefix(PREFIX).startswith("mtp.") for name in names}
+    if len(of_draft) != 1:
         return weights
-    absent = [weight for weight in weights if weight.is_draft]
+    (only_draft,) = of_draft
+    absent = [weight for weight in weights if weight.is_draft != only_draft]
     if absent:
         tensors = sum(1 + (weight.scale is not None) for weight in absent)
-        report.left_out.append(LeftOut("the draft layers", "the output holds none", tensors))
-    return [weight for weight in weights if not weight.is_draft]
+        what = LeftOut(THE_MODEL, "the output holds the draft alone", tensors)
+        report.left_out.append(what if only_draft else LeftOut(THE_DRAFT, "the output holds none", tensors))
+    return [weight for weight in weights if weight.is_draft == only_draft]
+
+
+def _is_left_out(what: str, report: Report) -> bool:
+    return any(entry.what == what for entry in report.left_out)
 
 
 # Shards
@@ -235,15 +248,15 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     absent = [rank for rank in range(mp) if rank not in ranks]
     if absent:
         report.notes.append(f"not there and not verified: ranks {', '.join(map(str, absent[:20]))} of {mp}")
+    for rank in [rank for rank in ranks if rank >= mp]:
+        report.problem(FILE, ranks.pop(rank), f"rank {rank} of {mp}")
+    stored = {rank: read_header(path) for rank, path in ranks.items()}
+    names = (name for tensors in stored.values() for name in tensors)
+    present = _without_absent_parts(list(checkpoint.weights.values()), names, report)
     pieces: list[Piece] = []
-    for rank, path in ranks.items():
-        if rank >= mp:
-            report.problem(FILE, path, f"rank {rank} of {mp}")
-            continue
-        pieces += _rank_pieces(rank, mp, path, checkpoint, report)
-        _check_file_metadata([path], report)
-    if len(ranks) > 1:
-        report.left_out = list(dict.fromkeys(report.left_out))
+    for rank, tensors in stored.items():
+        pieces += _rank_pieces(rank, mp, Tensors(tensors), present, checkpoint.config, report)
+    _check_file_metadata(ranks.values(), report)
     _check_config(folder, checkpoint, pieces, report)
     if checkpoint.config.version is Version.V41 and not report.foreign:
         _check_inference_config(folder, checkpoint, pieces, report)
@@ -251,11 +264,10 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
     return pieces
 
 
-def _rank_pieces(rank: int, mp: int, path: Path, checkpoint: Checkpoint, report: Report) -> Iterator[Piece]:
-    stored = read_header(path)
-    tensors = Tensors(stored)
-    config = checkpoint.config
-    for weight in _without_absent_drafts(list(checkpoint.weights.values()), stored, report):
+def _rank_pieces(
+    rank: int, mp: int, tensors: Tensors, weights: Iterable[Weight], config: ModelConfig, report: Report
+) -> Iterator[Piece]:
+    for weight in weights:
         experts = max(1, (config.draft_n_routed_experts if weight.is_draft else config.n_routed_experts) // mp)
         if weight.expert is not None and weight.row.split is Split.EXPERT and weight.expert // experts != rank:
             continue
@@ -382,7 +394,7 @@ def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterab
         report.problem(FILE, path, str(error))
         return
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
-    with_draft = checkpoint.n_draft > 0 and not any(entry.what == "the draft layers" for entry in report.left_out)
+    with_draft = checkpoint.n_draft > 0 and not _is_left_out(THE_DRAFT, report)
     expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
     _check_json_keys(path, expected, found, report)
 
@@ -421,11 +433,11 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
-    if any(is_vision_name(weight.name) for weight in checkpoint.weights.values()) and not any(
-        is_vision_name(piece.source.name) for piece in pieces
-    ):
+    has_tower = any(is_vision_name(weight.name) for weight in checkpoint.weights.values())
+    keeps_tower = _is_left_out(THE_MODEL, report) or any(is_vision_name(piece.source.name) for piece in pieces)
+    if has_tower and not keeps_tower:
         config = {key: value for key, value in config.items() if not key.startswith("vision_")}
-    if checkpoint.n_draft and any(entry.what == "the draft layers" for entry in report.left_out):
+    if checkpoint.n_draft and _is_left_out(THE_DRAFT, report):
         config = _without_draft(config)
     return config
 

@@ -93,7 +93,7 @@ def test_an_unknown_command_is_a_usage_error() -> None:
         (["shard", "a", "b"], "option --mp is missing; see dsv4convert shard -h"),
         (["shard", "a", "--mp", "2"], "argument OUT is missing; see dsv4convert shard -h"),
         (["shard", "a", "b", "--mp", "x"], "invalid value for '--mp': 'x' is not a valid integer; see"),
-        (["shard", "a", "b", "--mp", "2", "--draft", "only"], "invalid value for '--draft': 'only' is not one of"),
+        (["shard", "a", "b", "--mp", "2", "--draft", "alone"], "invalid value for '--draft': 'alone' is not one of"),
         (["shard", "a", "b", "c", "--mp", "2"], "got unexpected extra argument (c); see dsv4convert shard -h"),
         (["dequantize", "a", "b", "--strikt"], "no such option"),
         (["forward", "a", "--temperature", "nan"], "invalid value for '--temperature': 'nan' is not a number"),
@@ -181,7 +181,7 @@ def complete(words: str, shell: str = "bash") -> list[str]:
     [
         ("dsv4convert hf-", ["plain,hf-to-gguf"]),
         ("dsv4convert shard --exp", ["plain,--experts"]),
-        ("dsv4convert shard --draft ", ["plain,keep", "plain,drop"]),
+        ("dsv4convert shard --draft ", ["plain,keep", "plain,drop", "plain,only", "plain,split"]),
         ("dsv4convert shard ", ["dir,"]),
         ("dsv4convert inspect mod", ["file,mod"]),
         ("dsv4convert shard --mt", []),

@@ -50,4 +50,4 @@ def dequantize(source: Path, out: Path, *, strict: bool = False, overwrite: bool
 def repack(source: Path, out: Path, *, require_lossless: bool = False, **options: Any) -> Any:
     hook = refuse_loss("--strict") if require_lossless else None
     plan = plan_repack(source, out, **options)
-    return summarize_repack(plan, execute(plan, threads=2, before_finish=hook))
+    return summarize_repack([plan], execute(plan, threads=2, before_finish=hook))

@@ -67,6 +67,7 @@ PLANNERS: dict[str, Callable[[Path, Path], object]] = {
     "repack": lambda source, out: repack.plan_repack(source, out / "o"),
     "shard": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2)),
     "shard without drafts": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="drop")),
+    "shard of a draft": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="only")),
     "unshard": lambda source, out: shards.plan_unshard(source, out / "o"),
 }
 
@@ -89,7 +90,7 @@ def test_planning_leaves_the_checkpoint_as_it_was(
 
         return open_and_remember
 
-    for module in (gguf, drafts, shards):
+    for module in (gguf, drafts):
         monkeypatch.setattr(module, "open_checked", remembered(open_checked))
     monkeypatch.setattr(shards, "open_shards", remembered(open_shards))
     PLANNERS[name](source, tmp_path)

@@ -561,6 +561,8 @@ def estimate(
     chunk: int | str | None = None,
     memory: int | str | None = None,
     routing: StrPath | None = None,
+    hardware: StrPath | None = None,
+    plot: StrPath | None = None,
     index: str = "file",
 ) -> Estimate:
     """Estimate what a model needs, from headers or from a config.json alone: no weight is read.
@@ -569,7 +571,8 @@ def estimate(
     ``o_proj_tp`` share attention's output projections; ``gguf`` or ``recipe`` ask for its GGUF. ``context`` tokens
     ("128k") of ``batch`` sequences are held as ``kv`` says: published, bf16, f16, q8_0 or f32. ``chunk`` are the
     tokens computed at once in prefill, ``memory`` ("128GiB") that of one device. ``routing`` is a file of how often
-    each expert was chosen: JSON, or an importance matrix in GGUF form.
+    each expert was chosen: JSON, or an importance matrix in GGUF form. ``hardware`` names a machine ("dgx-spark") or a
+    TOML file of one: it gives times, and chooses the form that fits where none is asked for. ``plot`` is a picture.
 
     Raises:
         Dsv4Error: nothing there that can be read, or questions that do not go together.
@@ -589,6 +592,8 @@ def estimate(
         chunk=None if chunk is None else parse_tokens(chunk, "--chunk"),
         memory=None if memory is None else parse_size(memory, "--memory"),
         routing=None if routing is None else Path(routing),
+        hardware=None if hardware is None else os.fspath(hardware),
+        plot=None if plot is None else Path(plot),
     )
     return estimate_path(Path(model), question, index=index)
 

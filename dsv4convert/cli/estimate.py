@@ -14,7 +14,7 @@ from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, REPORT, argument, command
 from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
-    from ..estimation.estimate import Estimate
+    from ..estimation.estimate import Estimate, Times
     from ..estimation.operators import Phase
     from ..estimation.weights import Ranks
 
@@ -73,7 +73,14 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
     help="How often each expert was chosen: a JSON file of counts by layer, or an importance matrix in GGUF form.",
 )
 @option("--operators", "show_operators", is_flag=True, panel=REPORT, help="Print what every operator costs.")
+@option(
+    "--hardware",
+    metavar="NAME|FILE",
+    panel=MACHINE,
+    help="Machine to run on, e.g. dgx-spark, h200 or a TOML file: gives times, and finds out which form fits.",
+)
 @option("--memory", metavar="SIZE", panel=MACHINE, help="Memory of one device, e.g. 128GiB or 80GB.")
+@option("--plot", type=PATH, panel=REPORT, help="Draw memory by context, and time by batch, to this file (extra plot).")
 @json_option
 def estimate(
     model: Path,
@@ -90,7 +97,9 @@ def estimate(
     chunk: str | None,
     routing: Path | None,
     show_operators: bool,
+    hardware: str | None,
     memory: str | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Say what a model weighs, what its caches take, and whether it fits, without reading a weight."""
@@ -111,6 +120,8 @@ def estimate(
         chunk=chunk,
         memory=memory,
         routing=routing,
+        hardware=hardware,
+        plot=plot,
         index=index,
     )
     if as_json:
@@ -171,6 +182,9 @@ def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
     for phase in (found.prefill, found.decode, found.draft):
         if phase is not None:
             yield from _describe_phase(phase, show_operators)
+    if found.times is not None:
+        yield from _describe_times(found.times, show_operators)
+    yield from _describe_options(found)
     yield from _describe_need(found)
     for note in found.notes:
         yield f"note: {note}"
@@ -222,6 +236,57 @@ def _describe_phase(phase: Phase, show_operators: bool) -> Iterator[Block]:
         ],
         frozenset(range(1, 7)),
     )
+
+
+def _describe_times(times: Times, show_operators: bool) -> Iterator[Block]:
+    """Yield how fast the phases are, and what takes the time."""
+    devices = f"{times.devices} devices of " if times.devices > 1 else ""
+    yield f"on {devices}{times.hardware.name}: {times.hardware.description}"
+    phases = [("prefill", times.prefill), ("decode", times.decode), ("draft", times.draft)]
+    yield Table(
+        ("phase", "tokens/s", "time", "compute", "memory", "kernels", "communication"),
+        [
+            (
+                name,
+                f"{phase.tokens_per_second:.4g}",
+                _seconds(phase.seconds),
+                *(
+                    f"{part / phase.seconds:.0%}"
+                    for part in (phase.compute, phase.memory, phase.kernels, phase.communication)
+                ),
+            )
+            for name, phase in phases
+            if phase is not None
+        ],
+        frozenset(range(1, 7)),
+    )
+    if show_operators:
+        yield Table(
+            ("operator in decode", "time"),
+            [(f"{sublayer}: {name}", _seconds(took)) for (sublayer, name), took in times.decode.operators.items()],
+            frozenset({1}),
+        )
+
+
+def _seconds(seconds: float) -> str:
+    from .report import human_seconds
+
+    return human_seconds(seconds) if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _describe_options(found: Estimate) -> Iterator[Block]:
+    """Yield which forms fit the machine, and the one that the estimate is about."""
+    from .report import human_bytes
+
+    rows = []
+    for form in found.options:
+        need = form.need
+        left = f"{human_bytes(abs(need.free or 0))} {'left' if need.fits else 'missing'}"
+        longest = f"{need.longest_context:,}" if need.longest_context else "none"
+        rows.append((form.name, human_bytes(need.total), left, longest))
+    yield Table(("form", "each device", "against its memory", "longest context"), rows, frozenset({1, 2, 3}))
+    if found.options:
+        yield f"this estimate: {found.chosen.name}" if found.chosen is not None else "none of these forms fits"
 
 
 def _describe_need(found: Estimate) -> Iterator[Block]:

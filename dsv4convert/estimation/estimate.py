@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ from ..errors import UsageError, check_choice
 from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
 from ..targets.gguf_tensors import GgufOptions
+from .fit import Option, choice, options, without_draft
+from .hardware import Hardware, load_hardware
 from .memory import Activation, Caches, Load, Need, activations, caches, default_ubatch, need, peak_bytes
-from .operators import UNIFORM, Costs, Phase, decode_steps, prefill_steps
+from .operators import UNIFORM, Costs, Phase, Routing, decode_steps, prefill_steps
 from .routing import read_routing
 from .subject import GGUF, Part, Subject, open_subject
+from .timing import Machine, Timed, timed
 from .weights import GgufSize, Ranks, divided, gguf_size, needs_checkpoint, ranks_of_shards, recipe_sizes
 
 DRAFT_MODES = ("keep", "drop")
 MAX_BATCH = 1_000_000
 MAX_CHUNK = 2**24
+PLOTTED_BATCHES = tuple(2**power for power in range(9))
 
 AS_STORED, AS_GGUF, AS_SHARDS = "as stored", "GGUF", "shards"
 
@@ -32,7 +36,8 @@ class Question:
     ``mp`` ranks share the model, ``o_proj_tp`` of them the output projections. ``gguf`` and ``recipe`` ask for the
     GGUF of a checkpoint, ``experts`` for experts of another type on the ranks. ``context`` tokens a sequence of
     ``batch``, held as ``kv`` says; ``chunk`` are the tokens computed at once in prefill. ``memory`` is that of one
-    device in bytes, ``routing`` a file of how often each expert was chosen.
+    device in bytes, ``routing`` a file of how often each expert was chosen. ``hardware`` is a machine's name or
+    file: without a form that is asked for, the one that fits it is chosen. ``plot`` is a picture to write.
     """
 
     context: int | None = None
@@ -47,11 +52,37 @@ class Question:
     chunk: int | None = None
     memory: int | None = None
     routing: Path | None = None
+    hardware: str | None = None
+    plot: Path | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long the phases take on a machine of ``devices``; ``draft`` None without one."""
+
+    hardware: Hardware
+    devices: int
+    prefill: Timed
+    decode: Timed
+    draft: Timed | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the times as plain JSON values."""
+        return {
+            "hardware": self.hardware.as_json(),
+            "devices": self.devices,
+            "prefill": self.prefill.as_json(),
+            "decode": self.decode.as_json(),
+            "draft": None if self.draft is None else self.draft.as_json(),
+        }
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer; ``weights`` are those that run, in the form asked for. ``ranks`` and ``gguf`` None: not asked."""
+    """The answer; ``weights`` are those that run, in the form asked for. ``ranks`` and ``gguf`` None: not asked.
+
+    ``times`` None without a machine; ``options`` are the forms that were tried on it, of which ``chosen`` fits.
+    """
 
     path: str
     kind: str
@@ -68,6 +99,9 @@ class Estimate:
     prefill: Phase
     decode: Phase
     draft: Phase | None
+    times: Times | None
+    options: tuple[Option, ...]
+    chosen: Option | None
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -103,6 +137,9 @@ class Estimate:
             "prefill": self.prefill.as_json(),
             "decode": self.decode.as_json(),
             "draft": None if self.draft is None else self.draft.as_json(),
+            "times": None if self.times is None else self.times.as_json(),
+            "options": [option.as_json() for option in self.options],
+            "chosen": None if self.chosen is None else self.chosen.name,
             "notes": list(self.notes),
         }
 
@@ -127,6 +164,19 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
     """
     subject = open_subject(path, index=index)
     q = _checked(question, subject)
+    context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
+    hardware = None if q.hardware is None else load_hardware(q.hardware)
+    recipes = tuple(recipe_sizes(subject.checkpoint)) if subject.checkpoint is not None else ()
+    tried: tuple[Option, ...] = ()
+    chosen: Option | None = None
+    if hardware is not None:
+        q = replace(q, memory=q.memory or hardware.usable_memory)
+        if subject.checkpoint is not None and q.mp is None and not q.gguf and q.recipe is None:
+            kept = subject.n_draft if q.draft == "keep" else 0
+            checkpoint = subject.checkpoint if kept else without_draft(subject.checkpoint)
+            tried = options(checkpoint, recipes, q.memory or 0, context, q.batch, kept)
+            chosen = choice(tried, hardware)
+            q = q if chosen is None else _of_choice(q, chosen)
     ranks: Ranks | None = None
     gguf: GgufSize | None = None
     form = AS_STORED
@@ -144,13 +194,29 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
         parts, n_draft = tuple(part for part in parts if not part.is_draft), 0
     kv = q.kv or ("f16" if form == AS_GGUF or subject.kind == GGUF else "published")
     mp = ranks.mp if ranks is not None else 1
-    context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
     load = Load(q.batch, kv, mp, n_draft, q.chunk or default_ubatch(kv))
     tokens = min(load.ubatch, q.batch * context)
     weights = max(ranks.rank_bytes) if ranks is not None else sum(part.nbytes for part in parts)
     routing = UNIFORM if q.routing is None else read_routing(q.routing, subject.config)
     prefill = Costs(subject.config, parts, prefill_steps(context, q.batch, load.ubatch), kv, routing)
     decode = Costs(subject.config, parts, decode_steps(context, q.batch), kv, routing)
+    phases = prefill.phase("prefill"), decode.phase("decode")
+    drafting = decode.draft_phase(subject.draft, n_draft) if n_draft else None
+    times = None
+    if hardware is not None:
+        output = mp if ranks is None else ranks.o_proj_tp
+        machine = Machine(hardware, mp, output, form == AS_GGUF or subject.kind == GGUF)
+        times = Times(
+            hardware,
+            mp,
+            timed(phases[0], subject.config, machine),
+            timed(phases[1], subject.config, machine),
+            None if drafting is None else timed(drafting, subject.config, machine),
+        )
+        if q.plot is not None:
+            _plot(q, subject, parts, weights, load, routing, machine)
+    elif q.plot is not None:
+        _plot(q, subject, parts, weights, load, routing, None)
     notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
     return Estimate(
         str(path),
@@ -160,16 +226,57 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
         parts,
         ranks,
         gguf,
-        tuple(recipe_sizes(subject.checkpoint)) if subject.checkpoint is not None else (),
+        recipes,
         caches(subject.config, context, q.batch, kv, n_draft=n_draft, ubatch=load.ubatch),
         activations(subject.config, tokens, context, q.batch, mp),
         tokens,
         need(subject.config, weights, context, load, q.memory),
-        prefill.phase("prefill"),
-        decode.phase("decode"),
-        decode.draft_phase(subject.draft, n_draft) if n_draft else None,
+        *phases,
+        drafting,
+        times,
+        tried,
+        chosen,
         tuple(notes),
     )
+
+
+def _of_choice(question: Question, chosen: Option) -> Question:
+    """Return the question about the form that was chosen."""
+    if chosen.is_gguf:
+        return replace(question, gguf=chosen.recipe is None, recipe=chosen.recipe, kv=question.kv)
+    shared = None if chosen.o_proj_tp == chosen.mp else chosen.o_proj_tp
+    return question if chosen.mp == 1 else replace(question, mp=chosen.mp, o_proj_tp=shared)
+
+
+def _plot(
+    question: Question,
+    subject: Subject,
+    parts: tuple[Part, ...],
+    weights: int,
+    load: Load,
+    routing: Routing,
+    machine: Machine | None,
+) -> None:
+    """Write the picture that was asked for: memory by context, and on a machine the time of decoding by batch."""
+    from .plot import MemoryPoint, TimePoint, plot_estimate
+
+    config = subject.config
+    most = config.max_position_embeddings
+    contexts = [2**power for power in range(10, 31) if 2**power < most] + [most]
+    memory = []
+    for context in contexts:
+        held = need(config, weights, context, load)
+        memory.append(MemoryPoint(context, held.weights, held.caches, held.activations))
+    times = []
+    if machine is not None:
+        context = question.context or min(DEFAULT_CONTEXT, most)
+        for batch in PLOTTED_BATCHES:
+            phase = Costs(config, parts, decode_steps(context, batch), load.kv, routing).phase("decode")
+            took = timed(phase, config, machine)
+            times.append(TimePoint(batch, took.seconds, took.tokens_per_second))
+    title = f"DeepSeek-{config.version.value}, {config.num_hidden_layers} layers, caches {load.kv}"
+    if question.plot is not None:
+        plot_estimate(memory, times, question.memory, title, question.plot)
 
 
 def _checked(question: Question, subject: Subject) -> Question:

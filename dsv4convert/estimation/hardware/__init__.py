@@ -1,0 +1,144 @@
+"""Machines as data: what one device holds, moves and multiplies. A machine is a TOML file:
+
+    description = "one line"
+    kind = "gpu"            # gpu, unified (memory shared with the processor) or cpu
+    memory = 141e9          # bytes of one device
+    bandwidth = 4.8e12      # bytes a second, as the maker states it
+    bf16 = 989e12           # FLOPs a second of dense products in BF16, as the maker states it
+    fp8 = 1979e12           # in FP8; where there is none, as in BF16
+    link_bandwidth = 450e9  # bytes a second that a device sends to the others
+    link_latency = 8e-6     # seconds of a collective operation, however small
+
+Optional, with defaults by kind: the parts of those rates that kernels reach, and what a kernel costs at least.
+
+    usable = 0.9              # part of the memory that a program gets
+    bandwidth_share = 0.6
+    flops_share = 0.4
+    kernel_seconds = 6e-6     # of every operator in every run
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...containers.untrusted import read_whole
+from ...errors import FileFormatError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SUFFIX = ".toml"
+MAX_HARDWARE_BYTES = 2**16
+
+# What is taken for granted of a kind of machine where its file says nothing.
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "gpu": {"usable": 0.9, "bandwidth_share": 0.6, "flops_share": 0.4, "kernel_seconds": 6e-6},
+    "unified": {"usable": 0.95, "bandwidth_share": 0.6, "flops_share": 0.4, "kernel_seconds": 5e-6},
+    "cpu": {"usable": 0.95, "bandwidth_share": 0.6, "flops_share": 0.2, "kernel_seconds": 5e-6},
+}
+RATES = ("bandwidth", "bf16", "fp8", "link_bandwidth")
+SECONDS = ("link_latency", "kernel_seconds")
+SHARES = ("usable", "bandwidth_share", "flops_share")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device of a machine: bytes, rates a second, seconds, and the shares of them that are reached."""
+
+    name: str
+    description: str
+    kind: str
+    memory: int
+    bandwidth: float
+    bf16: float
+    fp8: float
+    link_bandwidth: float
+    link_latency: float
+    usable: float
+    bandwidth_share: float
+    flops_share: float
+    kernel_seconds: float
+
+    @property
+    def usable_memory(self) -> int:
+        """Return the bytes that a program gets."""
+        return int(self.memory * self.usable)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the machine as plain JSON values."""
+        return asdict(self)
+
+
+def hardware_names() -> list[str]:
+    """Return the names of the machines that come with the package."""
+    return sorted(
+        entry.name.removesuffix(SUFFIX)
+        for entry in resources.files(__package__).iterdir()
+        if entry.name.endswith(SUFFIX)
+    )
+
+
+def load_hardware(name: str) -> Hardware:
+    """Return the machine called ``name``, or the one in the file of that path (a name that ends in ``.toml``).
+
+    Raises:
+        UsageError: no such machine.
+        InputMissingError: no such file.
+        FileFormatError: malformed; the key is named.
+    """
+    if name.endswith(SUFFIX):
+        path = Path(name)
+        return parse_hardware(path.stem, read_whole(path, MAX_HARDWARE_BYTES), path)
+    if name not in hardware_names():
+        raise UsageError(
+            "--hardware: unknown",
+            expected=f"{', '.join(hardware_names())} or a file that ends in {SUFFIX}",
+            got=name,
+        )
+    return parse_hardware(name, (resources.files(__package__) / (name + SUFFIX)).read_bytes(), name)
+
+
+def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
+    """Return the machine that a TOML text describes.
+
+    Raises:
+        FileFormatError: malformed; the key is named.
+    """
+    try:
+        table = tomllib.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FileFormatError("not a TOML file", where=where, got=error) from None
+    kind = table.pop("kind", None)
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise FileFormatError("key kind: unknown", where=where, expected=" or ".join(DEFAULTS), got=kind)
+    table = {"description": name, "fp8": table.get("bf16"), **DEFAULTS[kind], **table}
+    description = table.pop("description")
+    if not isinstance(description, str):
+        raise FileFormatError("key description: not a text", where=where, got=description)
+    values: dict[str, float] = {}
+    memory = int(_number(table.pop("memory", None), "memory", float("inf"), where))
+    for keys, most in ((RATES, float("inf")), (SECONDS, 1.0), (SHARES, 1.0)):
+        for key in keys:
+            values[key] = _number(table.pop(key, None), key, most, where)
+    for key in table:
+        raise FileFormatError(
+            f"unknown key {key!r}",
+            where=where,
+            expected=", ".join(("description", "kind", "memory", *RATES, *SECONDS, *SHARES)),
+        )
+    return Hardware(name, description, kind, memory, **values)
+
+
+def _number(value: object, key: str, most: float, where: object) -> float:
+    """Return a number above 0, of ``most`` at most."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == float("inf"):
+        expected = "a number above 0" if most == float("inf") else f"a number above 0, {most:g} at most"
+        raise FileFormatError(f"key {key}", where=where, expected=expected, got="nothing" if value is None else value)
+    return float(value)

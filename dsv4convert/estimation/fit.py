@@ -64,9 +64,8 @@ def options(
     """
     config = checkpoint.config
     found: list[Option] = []
-    for mp, o_proj_tp in _divisions(checkpoint):
+    for mp, o_proj_tp, weights in _divisions(checkpoint):
         load = Load(batch, "published", mp, n_draft, default_ubatch("published"))
-        weights = rank_bytes(checkpoint, mp, o_proj_tp)
         found.append(Option(mp, o_proj_tp, False, None, need(config, weights, context, load, memory)))
     default = next(size for size in sizes if size.recipe is None)
     load = Load(batch, "f16", 1, 0, default_ubatch("f16"))
@@ -93,8 +92,8 @@ def without_draft(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, weights={n: weight for n, weight in checkpoint.weights.items() if not weight.is_draft})
 
 
-def _divisions(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
-    """Yield the powers of two that divide the model, each with the ranks that share the output projections."""
+def _divisions(checkpoint: Checkpoint) -> Iterator[tuple[int, int, int]]:
+    """Yield the powers of two that divide the model, who shares the output projections, and a rank's bytes."""
     config = checkpoint.config
     mp = 1
     while mp <= MAX_DEVICES:
@@ -102,10 +101,9 @@ def _divisions(checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
         divided = [(field, output if key == OUTPUT_GROUPS else mp) for field, key in DIVIDED_KEYS]
         if all(getattr(config, field) % ranks == 0 for field, ranks in divided) and config.o_groups % output == 0:
             try:
-                rank_bytes(checkpoint, mp, output)
-            except UsageError:
+                yield mp, output, rank_bytes(checkpoint, mp, output)
+            except UsageError:  # blocks that share a scale would be cut
                 return
-            yield mp, output
         mp *= 2
 
 

@@ -15,7 +15,8 @@ from ..checkpoint.weights import Weight
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored
-from ..errors import InputMissingError
+from ..errors import InputMissingError, UnsupportedError
+from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
 from ..inspection.naming import family_of
 from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config, parse_config
@@ -160,13 +161,24 @@ def _of_gguf(path: Path) -> Subject:
     model = open_gguf(path)
     config, n_draft = gguf_config(model)
     tensors = ((t.name, t.type, t.shape, t.nbytes) for t in model.tensors.values())
+    parts = gguf_parts(model.architecture, tensors, config.num_hidden_layers if n_draft else None)
+    there = {part.layer for part in parts if not part.is_draft}
+    absent = [layer for layer in range(config.num_hidden_layers) if layer not in there]
+    if absent:
+        raise UnsupportedError(
+            "not a whole model: no tensor of the model's layers" + (f" {ranges(absent)}" if there - {None} else ""),
+            where=path,
+            expected=f"{config.num_hidden_layers} layers",
+            got=config.num_hidden_layers - len(absent),
+            hint="pass the file of the model, not that of its draft",
+        )
     return Subject(
         path,
         GGUF,
         config,
         Draft.MTP if n_draft else Draft.NONE,
         n_draft,
-        gguf_parts(model.architecture, tensors, config.num_hidden_layers if n_draft else None),
+        parts,
         files={part.path.name: part.nbytes for part in model.parts},
     )
 

@@ -15,7 +15,7 @@ from dsv4convert.cli import app
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.containers.safetensors import read_header
-from dsv4convert.errors import InputMissingError, UsageError
+from dsv4convert.errors import InputMissingError, UnsupportedError, UsageError
 from dsv4convert.estimation.estimate import Estimate
 from dsv4convert.estimation.subject import open_subject
 from dsv4convert.estimation.weights import divided, recipe_sizes
@@ -220,6 +220,15 @@ def test_a_gguf_cannot_become_ranks(tiny: Path, tmp_path: Path) -> None:
     for options in ({"mp": 2}, {"recipe": "q4_k_m"}):
         with pytest.raises(UsageError, match="already a GGUF"):
             dsv4convert.estimate(tmp_path / "model.gguf", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("variant", "message"), [(None, "not a whole model"), ("dspark", "unsupported architecture")])
+def test_the_file_of_a_draft_is_no_model(
+    variant: str | None, message: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    dsv4convert.convert_gguf(make_checkpoint("tiny", variant=variant), tmp_path / "draft.gguf", draft="only")
+    with pytest.raises(UnsupportedError, match=message):
+        dsv4convert.estimate(tmp_path / "draft.gguf")
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Shared by the long runs: ``power_cuts`` and ``long_run``.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import select
@@ -18,18 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Imported before a fork, so that a child begins at once.
 from dsv4convert import api, cli
-from dsv4convert.cli import folders, gguf, shard
 from dsv4convert.engine.conversion import execute
-from dsv4convert.engine.fingerprint import fingerprint_of
+from dsv4convert.engine.journal import JOURNAL_SUFFIX
+from dsv4convert.engine.locks import LOCK_SUFFIX
+from dsv4convert.engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX
 from dsv4convert.synth.write import write_synth
-from dsv4convert.targets import dequantize, repack, shards
-from dsv4convert.targets import gguf as gguf_target
 
 from .crash import RECORD_SECONDS, THREADS, slow_down
-
-PRELOADED = (api, folders, gguf, shard, fingerprint_of, dequantize, repack, shards, gguf_target)
 
 # Name: the words of the command, with {checkpoint}, {shards} and {out} for folders.
 COMMANDS = {
@@ -46,7 +44,7 @@ SHARDS = "shards"
 OUT = "out"
 
 # What a run leaves next to an output while it is not finished.
-TEMPORARY = (".partial", ".journal", ".replaced", ".lock")
+TEMPORARY = (PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX, JOURNAL_SUFFIX, LOCK_SUFFIX)
 
 # The file of an output by which its readers find the others; of a folder any file, since it appears whole.
 LEADS = ("model.gguf", "model-00001-of-00004.gguf")
@@ -68,6 +66,9 @@ def make_sources(base: Path, seed: int = 0) -> None:
     write_synth(base / CHECKPOINT, "tiny", layers=2, seed=seed, files=2)
     api.shard(base / CHECKPOINT, base / SHARDS, mp=2)
     empty_out(base)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for command in COMMANDS:
+            cli.run([*words(command, base), "--dry-run"])  # imports whatever a child would import
 
 
 def empty_out(base: Path, older: Path | None = None) -> Path:

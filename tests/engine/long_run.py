@@ -179,7 +179,10 @@ def main() -> None:
     try:
         run = LongRun(arguments.folder, arguments.seed)
         while sum(run.kills.values()) < arguments.kills:
+            found = len(run.wrong)
             run.convert()
+            for line in run.wrong[found:]:
+                sys.stderr.write(f"{line}\n")
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 sys.stderr.write(f"{sum(run.kills.values())} kills, {len(run.wrong)} wrong, {said - began:.0f} s\n")

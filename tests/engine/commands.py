@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import select
 import shutil
 import signal
@@ -32,11 +33,11 @@ from .crash import RECORD_SECONDS, THREADS, slow_down
 # Name: the words of the command, with {checkpoint}, {shards} and {out} for folders.
 COMMANDS = {
     "hf-to-gguf": "hf-to-gguf {checkpoint} {out}/model.gguf",
-    "hf-to-gguf --max-file-size": "hf-to-gguf {checkpoint} {out}/model.gguf --max-file-size 700K",
+    "hf-to-gguf --max-file-size": "hf-to-gguf {checkpoint} {out}/model.gguf --max-file-size 400K",
     "hf-to-gguf --draft split": "hf-to-gguf {checkpoint} {out}/model.gguf --draft split",
     "shard": "shard {checkpoint} {out}/shards --mp 2",
     "unshard": "unshard {shards} {out}/joined --max-file-size 1M",
-    "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 2M",
+    "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 1M",
     "repack": "repack {checkpoint} {out}/fp8 --experts fp8 --max-file-size 1M",
 }
 CHECKPOINT = "checkpoint"
@@ -47,7 +48,7 @@ OUT = "out"
 TEMPORARY = (PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX, JOURNAL_SUFFIX, LOCK_SUFFIX)
 
 # The file of an output by which its readers find the others; of a folder any file, since it appears whole.
-LEADS = ("model.gguf", "model-00001-of-00004.gguf")
+LEAD = re.compile(r"model(-00001-of-\d{5})?\.gguf")
 MANIFEST = ".manifest.json"
 NOTES = "notes.txt"  # somebody else's, next to the output
 
@@ -63,7 +64,7 @@ def words(command: str, base: Path, *options: str) -> list[str]:
 
 def make_sources(base: Path, seed: int = 0) -> None:
     """Write a small checkpoint with a draft into ``base``, and the same as shards."""
-    write_synth(base / CHECKPOINT, "tiny", layers=2, seed=seed, files=2)
+    write_synth(base / CHECKPOINT, "tiny", layers=1, experts=4, seed=seed, files=2)
     api.shard(base / CHECKPOINT, base / SHARDS, mp=2)
     empty_out(base)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -185,7 +186,8 @@ class Promise:
         if finals.get(NOTES) != self.before[NOTES]:
             wrong.append("the file of somebody else is not as it was")
         new, old, present = of_outputs(self.after), of_outputs(self.before), of_outputs(finals)
-        lead = next((name for name in finals if name in (set(new) if self.is_folder else LEADS)), None)
+        leads = (name for name in finals if (name in new if self.is_folder else LEAD.fullmatch(name)))
+        lead = next(leads, None)
         if lead is not None and present not in (new, old):
             wrong.append(f"a mixture, or not all of the output, under {lead}")
         # One name, or a folder's, changes hands in one step; of a split the first file is away meanwhile.

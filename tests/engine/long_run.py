@@ -38,7 +38,7 @@ from .crash import Killer
 
 # How the next child goes on, and how often; "" is a plain run.
 WAYS = {"--resume": 0.85, "--fresh": 0.1, "": 0.05}
-LIVES = 0.15  # of the children that follow a death, those that are not to be killed
+LIVES = 0.1  # of the children that follow a death, those that are not to be killed
 AFTER_THE_END = 1.05  # moments are chosen up to so many times the length of a run
 SAY_SECONDS = 60.0
 
@@ -171,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder in memory for all files; it must not exist")
     parser.add_argument("--kills", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="end after so long, however many kills there were")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
@@ -178,7 +179,7 @@ def main() -> None:
     began = said = time.monotonic()
     try:
         run = LongRun(arguments.folder, arguments.seed)
-        while sum(run.kills.values()) < arguments.kills:
+        while sum(run.kills.values()) < arguments.kills and time.monotonic() - began < 60 * arguments.minutes:
             found = len(run.wrong)
             run.convert()
             for line in run.wrong[found:]:
@@ -188,12 +189,12 @@ def main() -> None:
                 sys.stderr.write(f"{sum(run.kills.values())} kills, {len(run.wrong)} wrong, {said - began:.0f} s\n")
     finally:
         shutil.rmtree(arguments.folder)
-    seconds = round(time.monotonic() - began)
-    text = json.dumps({**about_this_machine(), "seed": arguments.seed, "seconds": seconds, **run.record()}, indent=1)
+    about = {**about_this_machine(), "seed": arguments.seed, "seconds": round(time.monotonic() - began)}
+    text = json.dumps({**about, **run.record()}, indent=1) + "\n"
     if arguments.save is not None:
-        arguments.save.write_text(text + "\n")
+        arguments.save.write_text(text)
     else:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

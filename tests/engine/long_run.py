@@ -4,8 +4,8 @@
 
 Each conversion takes a random command, with or without an older output to replace, and is killed until a child is let
 live: at a random moment, or before a random system call that changes a file. After each death no final name stands for
-anything but a whole output, old or new. The next child has ``--resume``, at times ``--fresh``, or neither: then it
-must succeed or change nothing. In the end the files are those of a run that was left alone, and nothing else is there.
+anything but a whole output, old or new. The next child has ``--resume`` and must succeed, or at times ``--fresh`` or
+neither: then it succeeds, or is refused and changes nothing. In the end the files are those of a run that was left alone, and nothing else is there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from dsv4convert.errors import OutputExistsError, ResumeError
 
 from .commands import (
     COMMANDS,
@@ -42,8 +44,9 @@ LIVES = 0.1  # of the children that follow a death, those that are not to be kil
 AFTER_THE_END = 1.05  # moments are chosen up to so many times the length of a run
 SAY_SECONDS = 60.0
 
-# A plain run on what an earlier one left: it succeeds, finds an output, or finds unfinished work.
-PLAIN_CODES = (0, 9, 13)
+# How a child may be refused by what an earlier one left: a plain run by an output or by unfinished work, and one that
+# starts over by an output, which only --overwrite replaces. Neither changes anything.
+REFUSALS = {"--resume": (), "--fresh": (OutputExistsError,), "": (OutputExistsError, ResumeError)}
 
 
 class CountingKiller(Killer):
@@ -127,7 +130,7 @@ class LongRun:
             elif code == 0:
                 if differing := victim.promise.differing(out):
                     wrong.append(f"not as in a run left alone: {', '.join(differing)}")
-            elif how or code not in PLAIN_CODES:
+            elif code not in [refusal.exit_code for refusal in REFUSALS[how]]:
                 wrong.append(f"exit code {code}: {said}")
             self.endings[f"{how or 'plain'}: {'killed' if code < 0 else f'exit code {code}'}"] += 1
             self.wrong += [f"{name}: {'; '.join(story)}: {what}" for what in wrong]
@@ -138,7 +141,7 @@ class LongRun:
 
     def _run(self, victim: Victim, how: str, lives: bool) -> tuple[int, str, str]:
         """Run one child; return its exit code, what it said, and how it was to be killed."""
-        before = files_of(self.base / OUT) if not how else {}
+        before = files_of(self.base / OUT)
         killed, killer = "", None
         if not lives and self.rng.random() < 0.5:
             killer = Killer(self.rng.randrange(victim.calls), None)
@@ -150,8 +153,8 @@ class LongRun:
             time.sleep(delay)
             child.kill()
         code, said = child.end()
-        if not how and code > 0 and files_of(self.base / OUT) != before:
-            self.wrong.append(f"{victim.command}: a plain run that ended with exit code {code} has changed something")
+        if code > 0 and files_of(self.base / OUT) != before:
+            self.wrong.append(f"{victim.command} {how}: exit code {code}, and something has changed")
         return code, said, killed
 
     def record(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 Each conversion takes a random command, with or without an older output to replace, and is killed until a child is let
 live: at a random moment, or before a random system call that changes a file. After each death no final name stands for
 anything but a whole output, old or new. The next child has ``--resume`` and must succeed, or at times ``--fresh`` or
-neither: then it succeeds, or is refused and changes nothing. In the end the files are those of a run that was left alone, and nothing else is there.
+neither: then it succeeds, or is refused and changes nothing. In the end the files are those of a run that was left
+alone, and nothing else is there.
 """
 
 from __future__ import annotations

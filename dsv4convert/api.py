@@ -404,22 +404,22 @@ def _carry_out(
 ) -> Summary:
     """Carry out the plans of one model, or only tell what they would write and need.
 
-    ``strict`` refuses values that are not finite, ``exact`` those that change.
+    ``strict`` refuses values that are not finite and tensors of zeros, ``exact`` values that change.
     """
+    from .checkpoint.meaning import refuse_zeros, with_zeros
     from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run
+    from .engine.loss import refuse_loss, refuse_not_finite
 
     _check_threads(threads)
     if dry_run:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
-    refuse: Callable[[RunReport], None] | None = None
-    if strict or exact:
-        from .engine.loss import refuse_loss, refuse_not_finite
 
-        hooks = [*([refuse_loss("--strict")] if exact else []), *([refuse_not_finite("--strict")] if strict else [])]
-
-        def refuse(report: RunReport) -> None:
-            for hook in hooks:
-                hook(report)
+    def refuse(report: RunReport) -> None:
+        if exact:
+            refuse_loss("--strict")(report)
+        if strict:
+            refuse_not_finite("--strict")(report)
+            refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
     summary = execute_in_turn(
@@ -434,7 +434,7 @@ def _carry_out(
     )
     if progress is not None:  # headers and padding are no worker's task: they are done when all is
         progress(total, total)
-    return summary
+    return replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
 
 
 def _check_threads(threads: int | None) -> None:

@@ -216,7 +216,8 @@ class Operand(NamedTuple):
     """A row-major matrix in a source file: one input of an operation.
 
     ``row_bytes`` bytes a row, each of numpy dtype ``dtype``; one row of it serves ``rows_per`` rows of
-    the output (1 for weights, the block's height for scales).
+    the output (1 for weights, the block's height for scales). ``wide`` is "F32" or "BF16" where the file holds scales
+    in that type which operations take as the E8M0 bytes that they stand for; ``row_bytes`` are those of the file.
     """
 
     file: Path
@@ -224,6 +225,7 @@ class Operand(NamedTuple):
     row_bytes: int
     rows_per: int
     dtype: str
+    wide: str = ""
 
 
 class Segment(NamedTuple):

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_pointer
 from ..containers.json_object import read_json
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
@@ -26,13 +27,18 @@ READ_SUFFIXES = (".safetensors", ".json", ".jinja")
 FIRST_BYTES = 512
 MAX_FILES = 4096
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 UNFINISHED_SUFFIXES = (".incomplete", ".aria2", ".crdownload", ".part", ".download")
+SNAPSHOTS, HUB_PREFIX = "snapshots", "models--"
+MODELOPT = "modelopt"
+GPTQ_METHODS = ("gptq", "awq", "auto-round", "autoround", "gptqmodel")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-ROUTER = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:ffn|mlp)\.gate\.weight")
+ROUTER = re.compile(r"(?:model\.)?(layers|mtp)\.(\d+)\.(?:ffn|mlp)\.gate\.weight")
 EXPERT = re.compile(r"(?:model\.)?(layers|mtp)\.(\d+)\.(?:ffn|mlp)\.experts\.(\d+)\.(?:w1|gate_proj)\.")
+ADAPTER_MARKS = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
 BITS_AND_BYTES = (".absmax", ".quant_map", ".SCB", ".weight_format")
+DRAFT_LAYER = "draft layer"
+DRAFT_EXPERTS = "dspark_n_routed_experts"
 OFFICIAL = "take the published checkpoint (deepseek-ai) instead"
 UNQUANTISED = f"convert the checkpoint that it was made of; {OFFICIAL}"
 
@@ -121,19 +127,47 @@ class Folder:
         return None
 
     @cached_property
-    def experts(self) -> dict[str, int]:
-        """Return how many routed experts the router of each trunk layer chooses among."""
+    def routers(self) -> dict[str, int]:
+        """Return how many routed experts the router of each layer chooses among."""
         found = ((ROUTER.fullmatch(name), tensor) for name, tensor in self.tensors.items())
-        return {f"layer {match[1]}": tensor.shape[0] for match, tensor in found if match and tensor.shape}
+        return {_layer(match): tensor.shape[0] for match, tensor in found if match and tensor.shape}
+
+    @property
+    def experts(self) -> dict[str, int]:
+        """Return the same for the layers of the trunk only."""
+        return {layer: count for layer, count in self.routers.items() if not layer.startswith(DRAFT_LAYER)}
+
+    @cached_property
+    def stored_experts(self) -> dict[str, int]:
+        """Return how many routed experts of each layer are there, one by one."""
+        found: dict[str, set[int]] = {}
+        for name in self.tensors:
+            match = EXPERT.match(name)
+            if match is not None:
+                found.setdefault(_layer(match), set()).add(int(match[3]))
+        return {layer: len(experts) for layer, experts in found.items()}
+
+
+def _layer(match: re.Match[str]) -> str:
+    return f"{'layer' if match[1] == 'layers' else DRAFT_LAYER} {match[2]}"
 
 
 class Layout(NamedTuple):
-    """A layout: what tells it, as a function that returns what was seen or None, what to do, and the error's class."""
+    """A layout: what tells it, as a function that returns what was seen or None, what to do, and the error's class.
+
+    ``keys`` are those of config.json that it explains where they are wrong.
+    """
 
     name: str
     sees: Callable[[Folder], str | None]
     advice: str
     error: type[Dsv4Error] = UnsupportedError
+    keys: tuple[str, ...] = ()
+
+    @property
+    def explained(self) -> tuple[str, ...]:
+        """Return how errors begin that this layout explains better."""
+        return tuple(f"key {key}" for key in self.keys)
 
 
 def _listed(names: list[str]) -> str:
@@ -141,19 +175,14 @@ def _listed(names: list[str]) -> str:
     return names[0] + more
 
 
-def _starting(folder: Folder, *starts: bytes) -> list[str]:
-    return [name for name, begin in folder.first_bytes.items() if begin.lstrip().lower().startswith(starts)]
-
-
 def _lfs(folder: Folder) -> str | None:
-    found = _starting(folder, LFS_POINTER)
+    found = [name for name, begin in folder.first_bytes.items() if is_lfs_pointer(begin)]
     return _listed(found) if found else None
 
 
 def _error_page(folder: Folder) -> str | None:
     """An HTML or XML page, or a line of text, under the name of a file of the model."""
-    found = _starting(folder, b"<!doctype", b"<html", b"<?xml", b"<error")
-    found += [n for n in _starting(folder, b'{"error"', b'{"message"') if n not in found]
+    found = [name for name, begin in folder.first_bytes.items() if is_error_page(begin)]
     for name, begin in folder.first_bytes.items():
         if name.endswith(".safetensors") and name not in found and begin and begin.isascii():
             text = begin.decode("ascii")
@@ -166,6 +195,11 @@ def _error_page(folder: Folder) -> str | None:
     )
 
 
+def _unfinished_here(folder: Folder) -> str | None:
+    found = folder.named(*UNFINISHED_SUFFIXES)
+    return _listed(found) if found else None
+
+
 def _unfinished(folder: Folder) -> str | None:
     found = folder.named(*UNFINISHED_SUFFIXES)
     cache = folder.path / ".cache" / "huggingface" / "download"
@@ -175,20 +209,28 @@ def _unfinished(folder: Folder) -> str | None:
 
 
 def _hub_repository(folder: Folder) -> str | None:
-    snapshots = folder.path / "snapshots"
+    """A repository in the hub's cache, its folder of snapshots, or the cache with one repository in it."""
+    if folder.path.name == SNAPSHOTS:
+        repositories = [folder.path.parent]
+    else:
+        repositories = [folder.path, *(folder.path / name for name in folder.files if name.startswith(HUB_PREFIX))]
+    found = [snapshot for path in repositories if (snapshot := _snapshot(path)) is not None]
+    if len(found) > 1:
+        return f"there are {len(found)} models in it, such as {found[0]}"
+    return f"its snapshot is {found[0]}" if found else None
+
+
+def _snapshot(repository: Path) -> Path | None:
+    """Return the snapshot that a repository's main branch has, else the latest."""
     try:
-        revisions = sorted(
-            (path for path in snapshots.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime, reverse=True
-        )
-        with open_regular(folder.path / "refs" / "main") as file:
-            main = file.read(FIRST_BYTES).decode("ascii", "replace").strip()
+        revisions = [path for path in (repository / SNAPSHOTS).iterdir() if path.is_dir()]
+        revisions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError:
-        main = ""
-        if not snapshots.is_dir():
-            return None
-        revisions = sorted(path for path in snapshots.iterdir() if path.is_dir())
-    chosen = next((path for path in revisions if path.name == main), revisions[0] if revisions else None)
-    return None if chosen is None else f"its snapshot is {chosen}"
+        return None
+    main = ""
+    with suppress(OSError), open_regular(repository / "refs" / "main") as file:
+        main = file.read(FIRST_BYTES).decode("ascii", "replace").strip()
+    return next((path for path in revisions if path.name == main), revisions[0] if revisions else None)
 
 
 def _pickles(folder: Folder) -> str | None:
@@ -216,16 +258,29 @@ def _other_model(folder: Folder) -> str | None:
 
 
 def _modelopt(folder: Folder) -> str | None:
-    config = folder.config
-    producer = folder.quantization.get("producer")
-    for where in (config, folder.quantization, folder.json("hf_quant_config.json").get("quantization")):
-        if isinstance(where, Mapping):
-            for key in ("moe_quant_algo", "quant_algo"):
-                if "NVFP4" in str(where.get(key, "")) or (where.get(key) == "MIXED_PRECISION"):
-                    return f"{key} {where[key]}"
-    if isinstance(producer, Mapping) and producer.get("name") == "modelopt":
-        return "producer modelopt"
+    for where in _modelopt_places(folder):
+        for key in ("moe_quant_algo", "quant_algo"):
+            if "NVFP4" in str(where.get(key, "")) or (where.get(key) == "MIXED_PRECISION"):
+                return f"{key} {where[key]}"
     return folder.suffix(".weight_scale_2")
+
+
+def _modelopt_other(folder: Folder) -> str | None:
+    """Another of ModelOpt's formats, such as its FP8."""
+    if _modelopt(folder) is not None:
+        return None
+    for where in _modelopt_places(folder):
+        producer = where.get("producer")
+        made = isinstance(producer, Mapping) and producer.get("name") == MODELOPT
+        if made or where.get("quant_method") == MODELOPT or "quant_algo" in where:
+            return f"quant_algo {str(where.get('quant_algo', 'not said'))[:40]}"
+    return None
+
+
+def _modelopt_places(folder: Folder) -> list[Mapping[str, Any]]:
+    """Return the objects in which ModelOpt says what it made."""
+    own = folder.json("hf_quant_config.json").get("quantization")
+    return [where for where in (folder.config, folder.quantization, own) if isinstance(where, Mapping)]
 
 
 def _compressed_tensors(folder: Folder) -> str | None:
@@ -235,7 +290,7 @@ def _compressed_tensors(folder: Folder) -> str | None:
 
 
 def _gptq(folder: Folder) -> str | None:
-    if folder.method in ("gptq", "awq", "auto-round", "autoround", "gptqmodel"):
+    if folder.method in GPTQ_METHODS or folder.method.startswith("intel/auto-round"):
         return f"quant_method {folder.method}"
     return folder.suffix(".qweight", ".qzeros", ".g_idx")
 
@@ -274,28 +329,52 @@ def _shards(folder: Folder) -> str | None:
 
 
 def _adapter(folder: Folder) -> str | None:
-    if "adapter_config.json" in folder.files:
+    weights = [name for name in folder.named(".safetensors") if not name.startswith("adapter_")]
+    if "adapter_config.json" in folder.files and not weights:
         return "adapter_config.json"
-    found = [n for n in folder.tensors if ".lora_" in n or n.startswith("base_model.model.")]
-    return _listed(found) if found else None
+    found = [n for n in folder.tensors if ".lora_" in n]
+    return _listed(found) if len(found) * 2 > len(folder.tensors) else None
 
 
 def _adapter_leftovers(folder: Folder) -> str | None:
-    found = [n for n in folder.tensors if ".base_layer." in n or ".modules_to_save." in n or ".original_module." in n]
+    found = [n for n in folder.tensors if n.startswith("base_model.model.") or any(mark in n for mark in ADAPTER_MARKS)]
     return _listed(found) if found else None
 
 
 def _other_method(folder: Folder) -> str | None:
-    return f"quant_method {folder.method}" if folder.method not in ("", "fp8", "none") else None
+    known = (_modelopt, _modelopt_other, _compressed_tensors, _gptq, _bitsandbytes, _gpt_oss, _mlx)
+    if folder.method in ("", "fp8", "none") or any(sees(folder) for sees in known):
+        return None
+    return f"quant_method {folder.method}"
 
 
 def _uneven_experts(folder: Folder) -> str | None:
     counts = Counter(folder.experts.values())
     if len(counts) < 2:
         return None
-    least, most = min(counts), max(counts)
-    layer = next(name for name, count in folder.experts.items() if count == least)
-    return f"{least} in {layer}, {most} in others"
+    rare = min(counts, key=lambda count: (counts[count], count))
+    layer = next(name for name, count in folder.experts.items() if count == rare)
+    others = sorted(count for count in counts if count != rare)
+    return f"{rare} in {layer}, {' or '.join(map(str, others[:2]))} in others"
+
+
+def _experts_without_router(folder: Folder) -> str | None:
+    """Routers that choose among more experts than their layers have."""
+    for layer, stored in folder.stored_experts.items():
+        if stored < folder.routers.get(layer, 0):
+            return f"{layer} has {stored} experts, its router chooses among {folder.routers[layer]}"
+    return None
+
+
+def _draft_of_other_size(folder: Folder) -> str | None:
+    """A draft with as many experts as before, beside a trunk that lost some; V4.1's has a number of its own."""
+    trunk = set(folder.experts.values())
+    if len(trunk) != 1 or DRAFT_EXPERTS in folder.config:
+        return None
+    for layer, count in folder.routers.items():
+        if layer.startswith(DRAFT_LAYER) and count not in trunk:
+            return f"{layer} chooses among {count}, the trunk among {trunk.pop()}"
+    return None
 
 
 def _fewer_experts(folder: Folder) -> str | None:
@@ -340,13 +419,16 @@ def _unnumbered(folder: Folder) -> str | None:
     return _listed(found) if len(found) > 1 and not folder.named(".index.json") else None
 
 
+LFS, PAGE = "Git LFS pointers instead of files", "an error page saved under a file's name"
+UNFINISHED, START_AGAIN = "a download that is not finished", "start the download again, it goes on where it stopped"
+
 # The first row that sees something is it: what spoils any folder first, then what it is, then what was done to it.
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("Git LFS pointers instead of files", _lfs, "run git lfs pull in the folder", InputMissingError),
+    Layout(LFS, _lfs, PULL, InputMissingError),
     Layout(
-        "an error page saved under a file's name",
+        PAGE,
         _error_page,
-        "download the file again; does the repository want you to log in?",
+        DOWNLOAD_AGAIN,
         InputMissingError,
     ),
     Layout(
@@ -356,9 +438,9 @@ LAYOUTS: tuple[Layout, ...] = (
         InputMissingError,
     ),
     Layout(
-        "a download that is not finished",
+        UNFINISHED,
         _unfinished,
-        "start the download again, it goes on where it stopped",
+        START_AGAIN,
         InputMissingError,
     ),
     Layout(
@@ -377,8 +459,10 @@ LAYOUTS: tuple[Layout, ...] = (
         "another DeepSeek model",
         _other_model,
         "llama.cpp's convert_hf_to_gguf.py may know it; V4 and V4.1 are read here",
+        keys=("architectures", "model_type"),
     ),
     Layout("ModelOpt's NVFP4", _modelopt, UNQUANTISED),
+    Layout("another of ModelOpt's formats", _modelopt_other, UNQUANTISED),
     Layout("compressed-tensors", _compressed_tensors, UNQUANTISED),
     Layout("GPTQ or AWQ", _gptq, UNQUANTISED),
     Layout("bitsandbytes", _bitsandbytes, UNQUANTISED),
@@ -392,11 +476,24 @@ LAYOUTS: tuple[Layout, ...] = (
         _uneven_experts,
         "neither config.json nor a GGUF can say so; remove as many in every layer",
         InventoryError,
+        ("n_routed_experts",),
+    ),
+    Layout(
+        "experts removed, and routers as they were",
+        _experts_without_router,
+        "cut gate.weight, gate.bias and tid2eid as well, alike in every layer, and set n_routed_experts",
+        InventoryError,
     ),
     Layout(
         "experts removed, and config.json as it was",
         _fewer_experts,
         "set n_routed_experts, and rewrite tid2eid, whose rows name experts",
+        InventoryError,
+    ),
+    Layout(
+        "experts removed from the trunk and not from the draft",
+        _draft_of_other_size,
+        "remove the same from the draft, or leave it out with --draft drop",
         InventoryError,
     ),
     Layout(
@@ -433,13 +530,29 @@ def known_layouts(folder: Path) -> Iterator[tuple[Layout, str]]:
 def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
     """Return the error that names the layout of a folder, or ``error`` where it is none that is known.
 
-    An error about a key of config.json says more than a layout that explains weights.
+    An error about a key of config.json says more than a layout that explains weights, unless by that very key; and
+    where a file is missing, tensors are missing for that reason.
     """
     is_key = isinstance(error, ConfigError) and error.what.startswith("key")
+    is_absent = isinstance(error, InputMissingError)
     for layout, seen in known_layouts(folder):
-        if layout.error is InputMissingError or not is_key:
-            return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
+        if is_key and layout.error is not InputMissingError and not error.what.startswith(layout.explained):
+            continue
+        if is_absent and layout.error is InventoryError:
+            continue
+        return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
     return error
+
+
+def companion_notes(folder: Path) -> tuple[str, ...]:
+    """Return notes on what lies beside weights that can be read: pointers, error pages, unfinished downloads."""
+    looked = Folder.at(folder)
+    seen = (
+        (LFS, _lfs(looked), PULL),
+        (PAGE, _error_page(looked), DOWNLOAD_AGAIN),
+        (UNFINISHED, _unfinished_here(looked), START_AGAIN),
+    )
+    return tuple(f"{name}: {what}; {advice}" for name, what, advice in seen if what is not None)
 
 
 def looks_like_hub_id(path: Path) -> bool:

@@ -6,6 +6,7 @@ takes the whole of a checkpoint is in ``census``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import CONFIG_NAME, ModelConfig, Version
 from ..model.tensors import Draft, Store
 from .folder import BY_INDEX, Checkpoint, open_folder
+from .layouts import companion_notes
+from .renaming import official_name
 from .shards import ShardedWeight
 from .weights import FLOAT_ENCODINGS, Encoding, Weight
 
@@ -66,7 +69,8 @@ def open_checked(
     found = open_folder(folder, versions=versions, draft_wanted=draft_wanted, index=index)
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
-    return replace(found, notes=(*found.notes, *config_notes(found.config, weights, found.draft), *notes))
+    beside = companion_notes(folder)
+    return replace(found, notes=(*found.notes, *beside, *config_notes(found.config, weights, found.draft), *notes))
 
 
 def check_meaning(
@@ -228,6 +232,48 @@ def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Find
 
 NOT_FINITE = "NaN or infinite values in {count}"
 ALL_ZERO = "all bytes are zero in {count}"
+LOOKS_ZERO = "all bytes looked at are zero in {count}"
+
+EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
+MATRICES_OF_AN_EXPERT = 3
+
+
+def zero_findings(names: Sequence[str]) -> Iterator[Finding]:
+    """Yield the tensors that are all zero, experts as such where all of their matrices are."""
+    matrices: dict[str, list[str]] = {}
+    for name in names:
+        match = EXPERT.fullmatch(name)
+        if match is not None:
+            matrices.setdefault(match[1], []).append(name)
+    experts = [expert for expert, found in matrices.items() if len(found) == MATRICES_OF_AN_EXPERT]
+    whole = {name for expert in experts for name in matrices[expert]}
+    others = tuple(name for name in names if name not in whole)
+    if experts:
+        yield Finding(ALL_ZERO.format(count=counted(len(experts), "expert")), tuple(experts))
+    if others:
+        yield Finding(ALL_ZERO.format(count=counted(len(others), "tensor")), others)
+
+
+def with_zeros(notes: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the notes of a plan and those on tensors that its run found to be all zero, by their names in the files.
+
+    What the plan saw of the same tensors goes: the run has seen every byte.
+    """
+    official = [official_name(name) for name in names]
+    shown = [name.removesuffix(".w1.weight") for name in official]
+    starts = ALL_ZERO.format(count=""), LOOKS_ZERO.format(count="")
+    kept = (note for note in notes if not (note.startswith(starts) and any(name in note for name in shown)))
+    return (*kept, *map(str, zero_findings(official)))
+
+
+def refuse_zeros(names: Sequence[str], where: object) -> None:
+    """Refuse a run that found tensors to be all zero; ``names`` are those in the files.
+
+    Raises:
+        InventoryError: there are any.
+    """
+    if names:
+        refuse(list(zero_findings([official_name(name) for name in names])), where)
 
 
 def counted(count: int, what: str = "tensor") -> str:
@@ -244,7 +290,7 @@ def _zero_experts(weights: Iterable[Weight], reader: _Reader) -> Iterator[Findin
     first = [w for w in weights if w.expert is not None and w.row.name == "w1.weight"]
     zero = [w.name.removesuffix(".w1.weight") for w in sorted(first, key=_place) if reader.looks_zero(w.stored)]
     if zero:
-        yield Finding(f"all bytes looked at are zero in {counted(len(zero), 'expert')}", tuple(zero))
+        yield Finding(LOOKS_ZERO.format(count=counted(len(zero), "expert")), tuple(zero))
 
 
 def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored
+from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0
 from ..errors import InventoryError
 from ..model.tensors import DRAFT_PREFIX, Expected, Row, Store, scale_name
 
@@ -79,14 +80,14 @@ class Weight(NamedTuple):
 def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt: object = None) -> Weight:
     """Combine what the tables expect with what the files hold.
 
-    ``scale_fmt`` is what config.json says of the scales: "ue8m0" tells what bytes are that are stored as U8. The scale
-    of packed FP4 needs no telling: one byte for 32 elements is E8M0.
+    ``scale_fmt`` is what config.json says of the scales, None where it says nothing. Scales may lie in another type
+    than E8M0 (see ``_official_scale``).
 
     Raises:
         InventoryError: a shape, a dtype or a scale that does not fit.
     """
-    if scale is not None and scale.dtype == "U8" and (scale_fmt == "ue8m0" or stored.dtype in PACKED_DTYPES):
-        scale = scale._replace(dtype="F8_E8M0")
+    if scale is not None:
+        scale = _official_scale(stored, scale, scale_fmt)
     encoding, shape, block = _classify(expected.name, stored, scale)
     if encoding not in ALLOWED[expected.row.store]:
         raise InventoryError(
@@ -115,6 +116,20 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt:
         expected.layer,
         expected.expert,
     )
+
+
+def _official_scale(stored: Stored, scale: Stored, scale_fmt: object) -> Stored:
+    """Return the scale of a weight as the published checkpoints have it, where its type leaves no doubt.
+
+    Those of packed FP4 are E8M0, whether as U8, F32 or BF16. FP8 has E8M0 as well, as U8 or BF16; its F32 scales are a
+    published form of their own, whose values need not be powers of two. A config that names another format than
+    "ue8m0" is believed of bytes.
+    """
+    if stored.dtype in PACKED_DTYPES:
+        return as_e8m0(scale) if scale.dtype in ("U8", *WIDE_BITS) else scale
+    if stored.dtype == "F8_E4M3" and (scale.dtype == "BF16" or (scale.dtype == "U8" and scale_fmt in (None, "ue8m0"))):
+        return as_e8m0(scale)
+    return scale
 
 
 def needs_scale(stored: Stored) -> bool:
@@ -147,23 +162,23 @@ def _classify(
         )
     rows, columns = stored.shape
     if stored.dtype == "F8_E4M3":
-        if scale.dtype not in ("F8_E8M0", "F32") or len(scale.shape) != 2:
+        if scale.dtype not in (E8M0, "F32") or len(scale.shape) != 2:
             raise InventoryError(
                 f"tensor {scale_name(name)}: not a scale of FP8",
                 where=scale.file,
-                expected="F8_E8M0 or F32 of two dimensions",
-                got=f"{scale.dtype} {list(scale.shape)}",
+                expected="F8_E8M0, F32 or BF16 of two dimensions",
+                got=f"{scale.wide or scale.dtype} {list(scale.shape)}",
             )
         block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
         return Encoding.FP8, stored.shape, block
     if stored.dtype != "F4":
         columns *= 2
-    if scale.dtype != "F8_E8M0" or scale.shape != (rows, columns // FP4_BLOCK) or columns % FP4_BLOCK:
+    if scale.dtype != E8M0 or scale.shape != (rows, columns // FP4_BLOCK) or columns % FP4_BLOCK:
         raise InventoryError(
             f"tensor {scale_name(name)}: not the scale of packed FP4",
             where=scale.file,
             expected=f"F8_E8M0 {[rows, columns // FP4_BLOCK]} ({FP4_BLOCK} elements a scale)",
-            got=f"{scale.dtype} {list(scale.shape)}",
+            got=f"{scale.wide or scale.dtype} {list(scale.shape)}",
         )
     return Encoding.FP4, (rows, columns), FP4_SCALE_BLOCK
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, Dsv4Error
+from .impostors import BYTE_ORDER_MARK, impostor
 from .untrusted import read_whole
 
 # An escape that may be half a surrogate pair.
@@ -20,7 +21,6 @@ STRING = rb'"(?:[^"\\]|\\.)*(?:"|\Z)'
 COMMENT = re.compile(STRING + rb"|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 TRAILING_COMMA = re.compile(STRING + rb"|,(?=\s*[}\]])", re.DOTALL)
 NOT_A_LINE_END = re.compile(rb"[^\r\n]")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # A wrong list is wrong in every place; the first errors tell as much as all.
 MAX_SCHEMA_ERRORS = 100
@@ -106,7 +106,8 @@ def parse_json(
     except MemoryError:
         raise error(f"not enough memory for the {subject or 'JSON'}", where=where, got=f"{len(text)} bytes") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as reason:
-        raise error(f"{said}not valid JSON ({reason})", where=where, hint=hint) from None
+        what, hint = impostor(text) or (f"not valid JSON ({reason})", hint)
+        raise error(f"{said}{what}", where=where, hint=hint) from None
     except ValueError as reason:  # integers of thousands of digits
         raise error(f"{said}not usable JSON ({reason})", where=where) from None
     return document
@@ -167,7 +168,7 @@ def parse_plain_json(text: bytes, where: object, *, error: type[Dsv4Error], hint
         return parse_json(text, where, error=error, hint=hint)
     except Dsv4Error:
         plain = plain_json(text)
-        if plain == text:
+        if plain == text or impostor(text) is not None:
             raise
         return parse_json(plain, where, error=error, hint=hint)
 

@@ -52,13 +52,18 @@ METADATA_KEY = "__metadata__"
 
 
 class Stored(NamedTuple):
-    """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start)."""
+    """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start).
+
+    ``wide`` is the file's own dtype where values of ``dtype`` are stored in a wider one, as E8M0 scales in F32 or BF16
+    are; the bytes are then those of ``wide``.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    wide: str = ""
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -70,6 +75,16 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     header, start, size = _read_json_header(path)
     return _tensors(header, path, start, size)
+
+
+def tensor_at(path: Path, offset: int) -> tuple[str, Stored] | None:
+    """Return the name and place of the tensor that has a byte of a file, None where no tensor has it.
+
+    Raises:
+        InputMissingError, FileFormatError: as for ``read_header``.
+    """
+    tensors = read_header(path).items()
+    return next((found for found in tensors if 0 <= offset - found[1].offset < found[1].nbytes), None)
 
 
 def read_metadata(path: Path) -> Any:

@@ -392,6 +392,7 @@ def join_summaries(summaries: Sequence[Summary]) -> Summary:
             seconds=sum(report.seconds for report in reports),
             resumed_bytes=sum(report.resumed_bytes for report in reports),
             flagged=tuple(chain.from_iterable(report.flagged for report in reports)),
+            zero=tuple(dict.fromkeys(chain.from_iterable(report.zero for report in reports))),
         ),
         dry_run=None if first.dry_run is None else join_dry_runs([s.dry_run for s in summaries if s.dry_run]),
     )

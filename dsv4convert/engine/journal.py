@@ -184,7 +184,7 @@ class Journal:
 
     def record(self, batch: list[Finished]) -> None:
         """Keep finished segments, whose bytes are durable already; durable itself on return."""
-        self._append([{"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)} for entry in batch])
+        self._append([_as_fact(entry) for entry in batch])
 
     def remove(self) -> None:
         """Remove the file, where its name still stands for it; the lock goes with the process or the context."""
@@ -282,7 +282,7 @@ class Journal:
                 digest = bytes.fromhex(fact["d"])
                 if len(digest) != DIGEST_BYTES:
                     raise ValueError
-                self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])))
+                self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])), int(fact.get("z", 0)))
             elif "replaces" in fact:
                 device, held = fact.get("device"), fact["held"].items()
                 replaces = [Identity.from_json(value) for value in fact["replaces"]]
@@ -306,6 +306,11 @@ class Journal:
             write_all(self._descriptor, memoryview(text), self._end)
             os.fdatasync(self._descriptor)
         self._end += len(text)
+
+
+def _as_fact(entry: Finished) -> dict[str, Any]:
+    fact = {"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)}
+    return fact | {"z": entry.zeros} if entry.zeros else fact
 
 
 # Made once: json.dumps makes an encoder for every call.

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import xxhash
@@ -49,15 +50,18 @@ class Ledger(Sequence[TensorReport]):
         self._digests = bytearray(DIGEST_BYTES * self._first_segment[-1])
         self._finished = bytearray(self._first_segment[-1])
         self._tallies: dict[int, Tally] = {}
+        self._zeros: dict[tuple[int, int, int], int] = {}
 
-    def add(self, file: int, tensor: int, segment: int, digest: bytes, tally: Tally) -> None:
-        """Note a finished segment, once."""
+    def add(self, file: int, tensor: int, segment: int, digest: bytes, tally: Tally, zeros: int = 0) -> None:
+        """Note a finished segment, once; bits of ``zeros`` are operands of which every byte is zero."""
         number = self._first_tensor[file] + tensor
         place = self._first_segment[number] + segment
         self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES] = digest
         self._finished[place] = 1
         if tally != Tally():
             self._tallies.setdefault(number, Tally()).add(tally)
+        if zeros:
+            self._zeros[file, tensor, segment] = zeros
 
     def holds(self, file: int, tensor: int, segment: int) -> bool:
         """Return whether a segment is finished."""
@@ -78,6 +82,15 @@ class Ledger(Sequence[TensorReport]):
     def flagged(self) -> list[TensorReport]:
         """Return the reports of the tensors in which anything was counted, in the plan's order."""
         return [self[number] for number in sorted(self._tallies)]
+
+    def zeros(self) -> Iterator[tuple[Path, int, int]]:
+        """Yield (file, offset, bytes) of what was read of the source and is all zero."""
+        for (file, tensor, number), bits in self._zeros.items():
+            segment = self._plan.files[file].tensors[tensor].segments[number]
+            for place, operand in enumerate(segment.operands):
+                if bits >> place & 1:
+                    rows = -(-segment.rows // operand.rows_per)
+                    yield operand.file, operand.offset, rows * operand.row_bytes
 
     def __len__(self) -> int:
         return len(self._first_segment) - 1

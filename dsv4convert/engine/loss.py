@@ -1,4 +1,4 @@
-"""Refusing a run in which any value changed."""
+"""Refusing a run in which any value changed, or is not finite."""
 
 from __future__ import annotations
 

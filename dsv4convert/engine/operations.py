@@ -20,7 +20,6 @@ from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e8m0 import e8m0_to_f32
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
-from ..formats.not_finite import count_not_finite
 from ..plan import (
     AllEqual,
     Beside,
@@ -109,10 +108,10 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _beside(operation, codecs, inputs, out, scratch, tally)
         case Columns(first, last, holds):
             out[...] = inputs[0][:, first:last]
-            _count(holds, out, scratch, tally)
+            _count(codecs, holds, out, scratch, tally)
         case Join(holds):
             np.concatenate(inputs, axis=1, out=out)
-            _count(holds, out, scratch, tally)
+            _count(codecs, holds, out, scratch, tally)
         case AllEqual():
             _all_equal(inputs, out)
         case Fill(byte):
@@ -132,10 +131,10 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _never(operation)
 
 
-def _count(holds: str, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+def _count(codecs: Codecs, holds: str, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     """Count the elements of moved rows that are not finite."""
     magnitudes = scratch.array("magnitudes", (out.size,), np.uint8)
-    tally.nan += count_not_finite(holds, out.reshape(-1), magnitudes)
+    tally.nan += codecs.count_not_finite(holds, out.reshape(-1), magnitudes)
 
 
 def divides_blocks(operation: Operation) -> bool:

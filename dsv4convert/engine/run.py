@@ -18,7 +18,8 @@ from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .outputs import DescriptorCache, Outputs
 from .schedule import Lane, Schedule
-from .worker import TILE_BYTES, Worker
+from .worker import TILE_BYTES, Made, Worker
+from .zeros import zero_tensors
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
@@ -38,11 +39,12 @@ class Task(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A segment that has been written, with its xxh3-128 digest and what its codec counted."""
+    """A segment that has been written, with its xxh3-128 digest, what its codec counted, and ``Made.zeros``."""
 
     task: Task
     digest: bytes
     tally: Tally
+    zeros: int = 0
 
 
 class Recorder(Protocol):
@@ -61,7 +63,7 @@ class Recorder(Protocol):
 class RunReport:
     """What a run did: bytes, seconds, and per tensor its checksum and counts.
 
-    ``flagged`` are the tensors in which anything was counted.
+    ``flagged`` are the tensors in which anything was counted, ``zero`` the source tensors whose every byte is zero.
     """
 
     tensors: Sequence[TensorReport]
@@ -72,16 +74,17 @@ class RunReport:
     backend: str
     resumed_bytes: int = 0
     flagged: Sequence[TensorReport] = ()
+    zero: Sequence[str] = ()
 
 
 @dataclass
 class _Shared:
-    """What the workers of one run share: ``digests`` as they find them, the rest under ``lock``."""
+    """What the workers of one run share: ``copies`` as they find them, the rest under ``lock``."""
 
     tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
-    digests: dict[Segment, tuple[bytes, Tally]] = field(default_factory=dict)
+    copies: dict[Segment, Made] = field(default_factory=dict)
     error: BaseException | None = None
 
 
@@ -115,7 +118,7 @@ def run_plan(
     consumer = Consumer(plan)
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
-        done.add(*entry.task[:3], entry.digest, entry.tally)
+        done.add(*entry.task[:3], *entry[1:])
         resumed += _segment(plan, entry.task).nbytes
         consumer.take([_segment(plan, entry.task)])
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
@@ -157,7 +160,17 @@ def run_plan(
     if not done.is_complete:
         raise RuntimeError("the workers ended before their work did")
     seconds = time.monotonic() - started
-    report = RunReport(done, done.total(), plan.nbytes, seconds, threads, backend.name, resumed, done.flagged())
+    report = RunReport(
+        done,
+        done.total(),
+        plan.nbytes,
+        seconds,
+        threads,
+        backend.name,
+        resumed,
+        done.flagged(),
+        zero_tensors(plan.source, done.zeros()),
+    )
     if before_finish is not None:
         before_finish(report)
     outputs.finish()
@@ -219,7 +232,7 @@ class _Keeper(threading.Thread):
                     return
                 self._record(batch)
         for entry in batch:
-            self._done.add(*entry.task[:3], entry.digest, entry.tally)
+            self._done.add(*entry.task[:3], *entry[1:])
 
 
 def peak_memory_bytes() -> int:
@@ -243,7 +256,7 @@ def _work(
 ) -> None:
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel:
-            worker = Worker(codecs, descriptors, kernel, shared.digests, tile_bytes)
+            worker = Worker(codecs, descriptors, kernel, shared.copies, tile_bytes)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None
@@ -255,7 +268,7 @@ def _work(
                     return
                 lane, task = found
                 try:
-                    digest, tally = worker.run(
+                    made = worker.run(
                         _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
                     )
                 except Exception as error:
@@ -263,7 +276,7 @@ def _work(
                 # A worker that was stopped may have left the segment half done.
                 if not worker.stopped:
                     with shared.lock:
-                        shared.batch.append(Finished(task, digest, tally))
+                        shared.batch.append(Finished(task, *made))
     except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
         _fail(shared, workers, error)
 

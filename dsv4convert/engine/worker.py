@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..containers.wide_scales import WIDE_BITS, narrow
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
-from ..formats.not_finite import count_not_finite, element_bytes
+from ..formats.not_finite import element_bytes
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .kernel_copy import KernelCopier
 from .operations import as_f32, divides_blocks, make_tile, squares
@@ -27,12 +27,26 @@ TILE_BYTES = 2**20
 COPY_TILE_BYTES = 2**20
 MAX_ELEMENT_BYTES = 8
 
+# Bytes of a tile that tell, as a rule, that it is not all zero.
+FIRST_BYTES = 64
+
+
+class Made(NamedTuple):
+    """A segment that has been made: its xxh3-128 digest, and what was counted.
+
+    ``zeros`` has bit N set where every byte that was read of operand N is zero.
+    """
+
+    digest: bytes
+    tally: Tally
+    zeros: int = 0
+
 
 class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
-    ``digests`` are those of repeated copies, with what was counted in them, which all workers share: the first
-    worker at one takes both, and the others need not look at its bytes.
+    ``copies`` are what repeated copies were found to be, which all workers share: the first worker at one looks at its
+    bytes, and the others need not.
     """
 
     def __init__(
@@ -40,7 +54,7 @@ class Worker:
         codecs: Codecs,
         descriptors: DescriptorCache,
         kernel: KernelCopier,
-        digests: dict[Segment, tuple[bytes, Tally]],
+        copies: dict[Segment, Made],
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         self._codecs = codecs
@@ -48,25 +62,26 @@ class Worker:
         self._tile_bytes = tile_bytes
         self._scratch = Scratch()
         self._kernel = kernel
-        self._digests = digests
+        self._copies = copies
         self.done_bytes = 0
         self.stopped = False
 
-    def run(self, segment: Segment, output: int, path: Path, offset: int) -> tuple[bytes, Tally]:
-        """Make ``segment`` at ``offset`` of an open file; return its xxh3-128 digest and what was counted.
+    def run(self, segment: Segment, output: int, path: Path, offset: int) -> Made:
+        """Make ``segment`` at ``offset`` of an open file.
 
         ``path`` is the file's name, for errors.
 
         Raises:
             InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
         """
-        tally = Tally()
         if isinstance(segment.operation, Copy):
-            return self._copy(segment, segment.operation, path, output, offset, tally), tally
-        return self._convert(segment, path, output, offset, tally), tally
+            return self._copy(segment, segment.operation, path, output, offset)
+        return self._convert(segment, path, output, offset)
 
-    def _convert(self, segment: Segment, path: Path, output: int, offset: int, tally: Tally) -> bytes:
-        digest = xxhash.xxh3_128()
+    def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
+        digest, tally = xxhash.xxh3_128(), Tally()
+        # Scales of a wider type are bytes of E8M0 once they are read, and have no zeros in the file.
+        zeros = {number for number, operand in enumerate(segment.operands) if not operand.wide}
         step = rows_per_tile(segment, self._tile_bytes)
         operation = segment.operation
         weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
@@ -75,13 +90,14 @@ class Worker:
                 break
             rows = min(step, segment.rows - first)
             inputs = [*self._inputs(segment, first, rows), *weights]
+            zeros = {number for number in zeros if is_zero(inputs[number])}
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             make_tile(operation, self._codecs, inputs, out, self._scratch, tally)
             digest.update(out.data)
             with os_errors(path, "written"):
                 write_all(output, out.data, offset + first * segment.row_bytes)
             self.done_bytes += out.nbytes
-        return digest.digest()
+        return Made(digest.digest(), tally, sum(1 << number for number in zeros))
 
     def _inputs(self, segment: Segment, first: int, rows: int) -> list[NDArray[Any]]:
         return [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
@@ -103,7 +119,12 @@ class Worker:
         begin = first // operand.rows_per
         count = -(-(first + rows) // operand.rows_per) - begin
         tile = self._scratch.array(f"input {index}", (count, operand.row_bytes), np.uint8)
-        self._read_into(operand.file, operand.offset + begin * operand.row_bytes, tile)
+        offset = operand.offset + begin * operand.row_bytes
+        self._read_into(operand.file, offset, tile)
+        if operand.wide:
+            shape = count, operand.row_bytes // WIDE_BITS[operand.wide].itemsize
+            codes = self._scratch.array(f"e8m0 {index}", shape, np.uint8)
+            return narrow(tile, operand.wide, operand.file, offset, codes)
         return tile.view(operand.dtype)
 
     def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
@@ -121,11 +142,11 @@ class Worker:
                 view = view[count:]
                 offset += count
 
-    def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int, tally: Tally) -> bytes:
-        """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``); return their digest."""
+    def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int) -> Made:
+        """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``)."""
         operand = segment.operands[0]
-        known = self._digests.get(segment) if operation.is_repeated else None
-        digest = xxhash.xxh3_128()
+        known = self._copies.get(segment) if operation.is_repeated else None
+        digest, tally, zeros = xxhash.xxh3_128(), Tally(), 1
         chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
         source = self._descriptors.get(operand.file, os.O_RDONLY)
         done = 0
@@ -144,23 +165,30 @@ class Worker:
                 moved = seen.nbytes
             if known is None:
                 digest.update(seen[:moved].data)
+                zeros = zeros and int(is_zero(seen[:moved]))
                 cut = self._count(operation.holds, cut, seen[:moved], tally)
             done += moved
             self.done_bytes += moved
-        if known is None:
-            if operation.is_repeated and done == segment.rows:
-                self._digests[segment] = digest.digest(), replace(tally)
-            return digest.digest()
-        tally.add(known[1])
-        return known[0]
+        if known is not None:
+            return known
+        made = Made(digest.digest(), tally, zeros)
+        if operation.is_repeated and done == segment.rows:
+            self._copies[segment] = made
+        return made
 
     def _count(self, holds: str, cut: NDArray[np.uint8], seen: NDArray[np.uint8], tally: Tally) -> NDArray[np.uint8]:
         """Count the elements of copied bytes that are not finite; return the bytes of a last one that is cut."""
         content = np.concatenate((cut, seen)) if len(cut) else seen
         scratch = self._scratch.array("magnitudes", (COPY_TILE_BYTES + MAX_ELEMENT_BYTES,), np.uint8)
-        tally.nan += count_not_finite(holds, content, scratch)
+        tally.nan += self._codecs.count_not_finite(holds, content, scratch)
         left = len(content) % element_bytes(holds)
         return content[len(content) - left :].copy() if left else content[:0]
+
+
+def is_zero(tile: NDArray[Any]) -> bool:
+    """Return whether every byte of a tile is zero; one look tells, as a rule, that not."""
+    content = tile.reshape(-1).view(np.uint8)
+    return not content[:FIRST_BYTES].any() and not content.max(initial=0)
 
 
 def rows_per_tile(segment: Segment, tile_bytes: int) -> int:

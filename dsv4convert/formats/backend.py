@@ -11,6 +11,7 @@ from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.base import BlockwiseCodec, PlainCodec, RescalingCodec, ScaledCodec, TileScalesCodec
 from dsv4convert.formats.compiled.library import library_path
+from dsv4convert.formats.not_finite import NotFiniteCounter, count_not_finite
 
 # Set to 0 to stay with numpy although the compiled codecs are there.
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
@@ -21,7 +22,7 @@ COMPILED = "compiled"
 
 @dataclass(frozen=True, slots=True)
 class Codecs:
-    """One function per conversion of a tile; their arguments are those of the numpy functions they name."""
+    """A function per conversion of a tile, and a counter; arguments are those of the numpy functions that they name."""
 
     name: str
     fp8_to_f32: ScaledCodec = e4m3.fp8_to_f32
@@ -49,9 +50,10 @@ class Codecs:
     mxfp4_to_f32: PlainCodec = mxfp4.mxfp4_to_f32
     q8_0_to_f32: PlainCodec = q8_0.q8_0_to_f32
     i64_to_i32: PlainCodec = bf16.i64_to_i32
+    count_not_finite: NotFiniteCounter = count_not_finite
 
 
-CODEC_NAMES = tuple(field.name for field in fields(Codecs) if field.name != "name")
+CODEC_NAMES = tuple(field.name for field in fields(Codecs) if field.name not in ("name", "count_not_finite"))
 
 
 @cache
@@ -103,6 +105,7 @@ def compiled_codecs() -> Codecs:
         f16_to_bf16=twins.f16_to_bf16,
         bf16_to_f32=twins.bf16_to_f32,
         f16_to_f32=twins.f16_to_f32,
+        count_not_finite=twins.count_not_finite,
     )
 
 

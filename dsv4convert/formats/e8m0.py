@@ -23,6 +23,7 @@ BIAS = 127
 NAN_BYTE = 0xFF
 MAX_BYTE = 0xFE
 F32_MANTISSA_BITS = 23
+_BF16_SHIFT = 16  # a bfloat16 is the upper half of a float32
 # 2^-127 has no exponent of its own in float32: it is half of the smallest normal number.
 _BYTE_0_BITS = np.uint32(1 << (F32_MANTISSA_BITS - 1))
 
@@ -71,16 +72,32 @@ def power_of_two_bytes(scale: Array, scratch: Scratch) -> ArrayU8 | None:
     """
     if scale.dtype == np.uint8:
         return scale
-    bits = scale.view(np.uint32)
     codes: ArrayU8 = scratch.array("e8m0.codes", scale.shape, np.uint8)
-    np.right_shift(bits, np.uint32(F32_MANTISSA_BITS), out=codes, casting="unsafe")
+    return codes if wide_to_e8m0(scale.view(np.uint32), codes) is None else None
+
+
+def wide_to_e8m0(bits: Array, out: ArrayU8) -> int | None:
+    """Fill ``out`` with the e8m0 bytes of scales given as the bits of F32 (uint32) or BF16 (uint16), NaN as 0xFF.
+
+    Return the index, in the flattened array, of the first that is neither NaN nor a power of two from 2^-127 to 2^127,
+    or None where all are.
+
+    >>> out = np.empty(3, np.uint8)
+    >>> wide_to_e8m0(np.array([0x3F80, 0x0040, 0x7FC0], np.uint16), out), out.tolist()  # 1, 2^-127, NaN
+    (None, [127, 0, 255])
+    >>> wide_to_e8m0(np.array([0x3F80, 0x4040, 0], np.uint16), out)  # 3 is no power of two, and neither is 0
+    1
+    """
+    if bits.dtype == np.uint16:
+        bits = bits.astype(np.uint32) << np.uint32(_BF16_SHIFT)
+    np.right_shift(bits, np.uint32(F32_MANTISSA_BITS), out=out, casting="unsafe")
     # A byte's float32 bits name the scale completely; what differs is negative, zero, infinite, or
     # between two powers of two. NaN may carry any sign and payload.
-    np.copyto(codes, NAN_BYTE, where=np.isnan(scale))
-    same: npt.NDArray[np.bool_] = np.take(F32_OF_BYTE.view(np.uint32), codes) == bits
-    same |= codes == NAN_BYTE
-    same &= ~np.isinf(scale)
-    return codes if bool(same.all()) else None
+    is_nan = np.isnan(bits.view(np.float32))
+    np.copyto(out, NAN_BYTE, where=is_nan)
+    same: npt.NDArray[np.bool_] = np.take(F32_OF_BYTE.view(np.uint32), out) == bits
+    same |= is_nan
+    return None if bool(same.all()) else int(np.argmin(same.reshape(-1)))
 
 
 def byte_range(codes: ArrayU8) -> tuple[int, int, bool]:

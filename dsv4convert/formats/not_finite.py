@@ -8,15 +8,20 @@
 | F8_E4M3 | 0x7F | 0x7F | NaN; there are no infinities |
 | F8_E8M0 | 0xFF | 0xFF | NaN; there is no sign |
 
-Packed FP4 and integers have no such values.
+An element is not finite exactly where it has all bits of that least magnitude. Packed FP4 and integers have no such
+values.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+# A count of elements: (dtype, bytes, scratch of as many bytes).
+NotFiniteCounter: TypeAlias = Callable[[str, NDArray[np.uint8], NDArray[np.uint8]], int]
 
 
 class Magnitude(NamedTuple):

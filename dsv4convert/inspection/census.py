@@ -1,13 +1,12 @@
 """Reads every byte of a checkpoint once: values that are not finite, tensors and experts that are all zero.
 
-Bytes are looked at in pieces that stay in the cache, with as few passes as tell anything: the largest of a piece's
-magnitudes says whether one of them is NaN or infinite, and only then are they counted.
+Bytes are looked at in pieces that stay in the cache, with as few passes as tell anything: one says whether any of a
+piece's elements is NaN or infinite, and only then are they counted.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,30 +20,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder
+from ..checkpoint.layouts import companion_notes
 from ..checkpoint.meaning import (
-    ALL_ZERO,
     NOT_FINITE,
     Finding,
     config_notes,
     counted,
     file_findings,
     refuse,
+    zero_findings,
 )
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
+from ..containers.wide_scales import narrow
+from ..engine.kernel_copy import REFUSED
 from ..errors import InputMissingError, InputOutputError
-from ..formats.not_finite import count_not_finite
+from ..formats.backend import Codecs, default_codecs
+from ..formats.not_finite import MAGNITUDES
 from ..model.config import Version
 from ..model.tensors import scale_name
 
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**18
+
+# A tensor is not all zero if it is not here, as a rule.
+FIRST_BYTES = 4096
 
 # Tensors that a thread takes at a time, and how many such tasks wait.
 TASK_BYTES = 16 * 2**20
 TASKS_AHEAD = 4
-
-EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
-MATRICES_OF_AN_EXPERT = 3
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Census:
         if not_finite:
             names = tuple(f"{name} ({count:,})" for name, count in not_finite.items())
             report.findings.append(Finding(NOT_FINITE.format(count=counted(len(names), "tensor")), names))
-        report.findings += _zero_findings([name for name, is_zero in zero.items() if is_zero])
+        report.findings += zero_findings([name for name, is_zero in zero.items() if is_zero])
         report.seconds = time.monotonic() - self.started
         if self.strict and report.findings:
             refuse(report.findings, report.path)
@@ -132,25 +135,9 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
     found = open_folder(folder, versions=tuple(Version), index=index)
     weights = found.weights.values()
     report = CheckReport(str(folder), len(found.files), found.n_tensors)
-    report.notes += [*found.notes, *config_notes(found.config, weights, found.draft)]
+    report.notes += [*found.notes, *companion_notes(folder), *config_notes(found.config, weights, found.draft)]
     report.findings += file_findings(found.config, weights, found.files)
     return Census(found, report, strict, started)
-
-
-def _zero_findings(names: list[str]) -> Iterator[Finding]:
-    """Yield the tensors that are all zero, experts as such where all of their matrices are."""
-    matrices: dict[str, list[str]] = {}
-    for name in names:
-        match = EXPERT.fullmatch(name)
-        if match is not None:
-            matrices.setdefault(match[1], []).append(name)
-    experts = [expert for expert, found in matrices.items() if len(found) == MATRICES_OF_AN_EXPERT]
-    whole = {name for expert in experts for name in matrices[expert]}
-    others = tuple(name for name in names if name not in whole)
-    if experts:
-        yield Finding(ALL_ZERO.format(count=counted(len(experts), "expert")), tuple(experts))
-    if others:
-        yield Finding(ALL_ZERO.format(count=counted(len(others), "tensor")), others)
 
 
 Task = list[tuple[str, Stored]]
@@ -178,47 +165,113 @@ def _tasks(weights: Iterable[Weight]) -> Iterator[Task]:
 
 def _look(tasks: Iterator[Task], threads: int) -> Iterator[Seen]:
     """Yield what is seen of every part of every task; a few tasks wait at a time, whatever there is in all."""
-    buffers = local()
+    codecs = default_codecs()
+    readers = local()
+
+    def look(task: Task) -> list[Seen]:
+        if not hasattr(readers, "own"):
+            readers.own = _Reader(codecs)
+        reader: _Reader = readers.own
+        return [reader.look(name, stored) for name, stored in task]
+
     with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(_look_at, task, buffers) for task in islice(tasks, threads + TASKS_AHEAD)]
+        waiting = [pool.submit(look, task) for task in islice(tasks, threads + TASKS_AHEAD)]
         while waiting:
             done = waiting.pop(0).result()
-            waiting += [pool.submit(_look_at, task, buffers) for task in islice(tasks, 1)]
+            waiting += [pool.submit(look, task) for task in islice(tasks, 1)]
             yield from done
 
 
-def _look_at(task: Task, buffers: local) -> list[Seen]:
-    """Read the parts of a task, piece by piece, into buffers that each thread has for itself."""
-    if not hasattr(buffers, "piece"):
-        buffers.piece, buffers.scratch = np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)
-    seen: list[Seen] = []
-    path: Path | None = None
-    descriptor = -1
+class _Reader:
+    """Reads parts of tensors, piece by piece, in buffers that one thread has for itself.
+
+    Bytes in which nothing is looked for, because any of them is a sound value, are read by the kernel alone: sent
+    to /dev/null, which costs a third of a copy to this process and finds unreadable places just the same.
+    """
+
+    def __init__(self, codecs: Codecs) -> None:
+        self._count = codecs.count_not_finite
+        self._piece, self._scratch = np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)
+        self._path: Path | None = None
+        self._descriptor = -1
+        self._null = _open_null()
+
+    def __del__(self) -> None:
+        for descriptor in (self._descriptor, self._null):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def look(self, name: str, stored: Stored) -> Seen:
+        """Return what is seen of a part of a tensor.
+
+        Raises:
+            InputMissingError, InputOutputError: the file ended early, or cannot be read.
+            InventoryError: a scale that must be a power of two is none.
+        """
+        bad, is_zero, done = 0, True, 0
+        is_looked_at = bool(stored.wide) or stored.dtype in MAGNITUDES
+        try:
+            self._open(stored.file)
+            while done < stored.nbytes:
+                if not is_looked_at and not is_zero:
+                    self._pass(stored.file, stored.offset + done, stored.nbytes - done)
+                    break
+                size = PIECE_BYTES if is_looked_at or done else FIRST_BYTES
+                piece = self._piece[: min(size, stored.nbytes - done)]
+                self._fill(piece, stored.file, stored.offset + done)
+                is_zero = is_zero and not piece[:FIRST_BYTES].any() and not piece.any()
+                bad += self._not_finite(piece, stored, stored.offset + done)
+                done += len(piece)
+        except OSError as error:
+            raise InputOutputError(f"cannot be read ({error.strerror})", where=stored.file) from None
+        return Seen(name, stored.nbytes, bad, is_zero)
+
+    def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:
+        if stored.wide:
+            piece = narrow(piece, stored.wide, stored.file, offset)
+        return self._count(stored.dtype, piece, self._scratch)
+
+    def _open(self, path: Path) -> None:
+        if path != self._path:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._path = path
+
+    def _fill(self, piece: NDArray[np.uint8], path: Path, offset: int) -> None:
+        view = piece.data
+        while view.nbytes:
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise _shorter(path)
+            view, offset = view[count:], offset + count
+
+    def _pass(self, path: Path, offset: int, nbytes: int) -> None:
+        """Read bytes without looking at them."""
+        while nbytes and self._null >= 0:
+            try:
+                count = os.sendfile(self._null, self._descriptor, offset, nbytes)
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                os.close(self._null)
+                self._null = -1
+                break
+            if count == 0:
+                raise _shorter(path)
+            offset, nbytes = offset + count, nbytes - count
+        for begin in range(0, nbytes, PIECE_BYTES):
+            self._fill(self._piece[: min(PIECE_BYTES, nbytes - begin)], path, offset + begin)
+
+
+def _open_null() -> int:
+    """Return a descriptor of /dev/null for ``os.sendfile``, -1 where there is none."""
     try:
-        for name, stored in task:
-            if stored.file != path:
-                if descriptor >= 0:
-                    os.close(descriptor)
-                path, descriptor = stored.file, os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-            bad, is_zero = 0, True
-            for begin in range(0, stored.nbytes, PIECE_BYTES):
-                piece = buffers.piece[: min(PIECE_BYTES, stored.nbytes - begin)]
-                _fill(descriptor, piece, stored.offset + begin, stored.file)
-                is_zero = is_zero and not piece[:64].any() and not piece.any()
-                bad += count_not_finite(stored.dtype, piece, buffers.scratch)
-            seen.append(Seen(name, stored.nbytes, bad, is_zero))
-    except OSError as error:
-        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-    return seen
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) if hasattr(os, "sendfile") else -1
+    except OSError:
+        return -1
 
 
-def _fill(descriptor: int, piece: NDArray[np.uint8], offset: int, path: Path) -> None:
-    view = piece.data
-    while view.nbytes:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise InputMissingError("became shorter while it was read", where=path)
-        view, offset = view[count:], offset + count
+def _shorter(path: Path) -> InputMissingError:
+    return InputMissingError("became shorter while it was read", where=path)

@@ -17,7 +17,7 @@ from ..checkpoint.folder import (
     stated_scale_fmt,
     vision_kind,
 )
-from ..checkpoint.layouts import known_layouts, name_layout
+from ..checkpoint.layouts import companion_notes, known_layouts, name_layout
 from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
@@ -68,6 +68,8 @@ def describe_folder(folder: Path, index: str) -> Description:
         raise name_layout(folder, error) from None
     if found.unexpected:
         found.notes += [f"{layout.name}: {seen}; {layout.advice}" for layout, seen in known_layouts(folder)]
+    else:
+        found.notes += companion_notes(folder)
     return found
 
 
@@ -209,6 +211,6 @@ def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
     uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)
-        scale = None if weight.scale is None else weight.scale.dtype
+        scale = None if weight.scale is None else weight.scale.wide or weight.scale.dtype
         uses[family, weight.encoding.value, scale, weight.block] += 1
     found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
+from ..containers.safetensors import Stored
 from ..errors import InventoryError
 from ..model.config import Version
 from ..plan import Bf16ToFp8Codes, Bf16ToFp8Scales, Fp4ToFp8Codes, Fp4ToFp8Scales, MadeSegments, Operand, Segment
+from .segments import scale_operand
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
@@ -44,8 +46,7 @@ class PackedFp4(NamedTuple):
 
     file: Path
     offset: int
-    scale_file: Path
-    scale_offset: int
+    scale: Stored
     shape: tuple[int, int]
     side: int
 
@@ -79,9 +80,9 @@ class _CodeSegments(_SegmentsOf):
     def _of_block(self, first: int, count: int, height: int) -> Segment:
         source = self._source
         columns = source.shape[1]
-        packed, groups = columns // CODES_PER_BYTE, columns // FP4_BLOCK
+        packed = columns // CODES_PER_BYTE
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
-        scales = Operand(source.scale_file, source.scale_offset + first * groups, height * groups, height, "u1")
+        scales = scale_operand(source.scale, first, rows_per=height, rows_together=height)
         return Segment(codes_operation(source.side), (weights, scales), count, columns)
 
 
@@ -95,7 +96,7 @@ class _ScaleSegments(_SegmentsOf):
     def _of_block(self, first: int, count: int, height: int) -> Segment:
         source = self._source
         groups = source.shape[1] // FP4_BLOCK
-        scales = Operand(source.scale_file, source.scale_offset + first * groups, height * groups, 1, "u1")
+        scales = scale_operand(source.scale, first, rows_together=height)
         columns = fp8_scale_shape(source.shape, source.side)[1]
         return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // height, columns)
 
@@ -121,7 +122,7 @@ def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], S
             f"tensor {weight.name}: not packed FP4", where=weight.stored.file, got=weight.encoding.value
         )
     shape = cast("tuple[int, int]", weight.shape)
-    source = PackedFp4(weight.stored.file, weight.stored.offset, scale.file, scale.offset, shape, side)
+    source = PackedFp4(weight.stored.file, weight.stored.offset, scale, shape, side)
     return _CodeSegments(source), _ScaleSegments(source)
 
 

@@ -16,6 +16,7 @@ from ..model.tensors import Store
 from ..plan import (
     COPY_SEGMENT_BYTES,
     KEEP,
+    Columns,
     Convert,
     CopySegments,
     Keep,
@@ -88,15 +89,14 @@ def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
             f"tensor {weight.name}: row {first} does not begin a scale block",
             expected=f"a multiple of {block[0]}",
         )
-    scale_row_bytes = shared(scale.nbytes // scale.shape[0])
-    scales = Operand(
-        scale.file,
-        scale.offset + first // block[0] * scale_row_bytes,
-        scale_row_bytes,
-        block[0],
-        SCALE_DTYPE[scale.dtype],
-    )
-    return weights, scales
+    return weights, scale_operand(scale, first // block[0], rows_per=block[0])
+
+
+def scale_operand(scale: Stored, first: int = 0, *, rows_per: int = 1, rows_together: int = 1) -> Operand:
+    """Return the operand of scales [r, c] from row ``first`` on, a row of it being ``rows_together`` rows of scales."""
+    row_bytes = scale.nbytes // scale.shape[0]
+    place = scale.offset + first * row_bytes
+    return Operand(scale.file, place, shared(rows_together * row_bytes), rows_per, SCALE_DTYPE[scale.dtype], scale.wide)
 
 
 def is_verbatim(weight: Weight, to: ElementType) -> bool:
@@ -207,9 +207,20 @@ class StackedSegments(MadeSegments):
         )
 
 
-def copy_segments(stored: Stored, *, is_repeated: bool = False) -> CopySegments:
-    """Return the segments that copy a stored tensor byte for byte; for ``is_repeated`` see ``CopySegments``."""
+def copy_segments(stored: Stored, *, is_repeated: bool = False) -> Sequence[Segment]:
+    """Return the segments that copy a stored tensor (see ``copy_rows``); for ``is_repeated`` see ``CopySegments``."""
+    if stored.wide:
+        return copy_rows(stored, 0, stored.shape[0])
     return CopySegments(stored.file, stored.offset, stored.nbytes, stored.dtype, is_repeated=is_repeated)
+
+
+def copy_rows(stored: Stored, first: int, rows: int) -> Sequence[Segment]:
+    """Return the segments that copy rows of a stored tensor byte for byte; scales of a wider type become E8M0."""
+    if stored.wide:
+        columns = stored.shape[1]
+        return (Segment(Columns(0, columns, stored.dtype), (scale_operand(stored, first),), rows, columns),)
+    width = stored.nbytes // stored.shape[0]
+    return CopySegments(stored.file, stored.offset + first * width, rows * width, stored.dtype)
 
 
 def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segment]:

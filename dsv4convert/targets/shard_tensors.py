@@ -18,7 +18,6 @@ from ..plan import (
     ALL_EQUAL,
     COPY_SEGMENT_BYTES,
     Columns,
-    CopySegments,
     Dropped,
     Fill,
     Join,
@@ -31,7 +30,7 @@ from ..plan import (
 from .claims import Claims
 from .fp8_segments import FP8_BLOCK, FP8_BLOCKS, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .safetensors_files import safetensors_file, unplaced_tensor
-from .segments import BF16, codec_segment, copy_segments
+from .segments import BF16, codec_segment, copy_rows, copy_segments, scale_operand
 
 EXPERT_DTYPES = ("fp4", "fp8")
 WO_A_DTYPES = ("bf16", "fp8")
@@ -219,12 +218,10 @@ def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]
     if weight.scale is not None:
         parts.append((scale_name(weight.name), weight.scale, SCALE_PADDING))
     for name, stored, padding in parts:
-        rows, width = weight.shape[0], stored.nbytes // weight.shape[0]
+        rows, width = weight.shape[0], _width(stored)
         share = run_length(rows, mp)
         real = max(0, min(rows - rank * share, share))
-        segments: tuple[Segment, ...] = tuple(
-            CopySegments(stored.file, stored.offset + rank * share * width, real * width, stored.dtype)
-        )
+        segments = tuple(copy_rows(stored, rank * share, real)) if real else ()
         if real < share:
             segments += (Segment(Fill(padding), (), share - real, width),)
         yield unplaced_tensor(name, stored.dtype, (share, *stored.shape[1:]), segments)
@@ -233,15 +230,24 @@ def _table_tensors(weight: Weight, rank: int, mp: int) -> Iterator[OutputTensor]
 def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment]:
     """Return the segments of a rank's part of stored bytes, whatever they mean."""
     if split is Split.ROWS:
-        part = stored.nbytes // mp
-        return CopySegments(stored.file, stored.offset + rank * part, part, stored.dtype)
+        part = stored.shape[0] // mp
+        return copy_rows(stored, rank * part, part)
     if split is Split.COLUMNS and mp > 1:
-        rows = stored.shape[0]
-        width = stored.nbytes // rows
-        part = width // mp
-        whole_rows = Operand(stored.file, stored.offset, width, 1, "u1")
-        return (Segment(Columns(rank * part, (rank + 1) * part, stored.dtype), (whole_rows,), rows, part),)
+        rows, part = stored.shape[0], _width(stored) // mp
+        return (Segment(Columns(rank * part, (rank + 1) * part, stored.dtype), (_rows_of(stored),), rows, part),)
     return copy_segments(stored, is_repeated=split is Split.COPY and mp > 1)
+
+
+def _width(stored: Stored) -> int:
+    """Return the bytes of a row of a stored tensor in an output."""
+    return stored.shape[1] if stored.wide else stored.nbytes // stored.shape[0]
+
+
+def _rows_of(stored: Stored) -> Operand:
+    """Return the operand of the rows of stored bytes, whatever they mean; scales of a wider type as E8M0."""
+    if stored.wide:
+        return scale_operand(stored)
+    return Operand(stored.file, stored.offset, stored.nbytes // stored.shape[0], 1, "u1")
 
 
 def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTensor], tuple[str, ...]]:
@@ -313,10 +319,13 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     if len(stored) == 1:
         return copy_segments(first)
     if weight.axis == 1:
-        rows = first.shape[0]
-        width = first.nbytes // rows
-        operands = tuple(Operand(part.file, part.offset, width, 1, "u1") for part in stored)
-        return (Segment(Join(first.dtype), operands, rows, width * len(stored)),)
+        operands = tuple(map(_rows_of, stored))
+        return (Segment(Join(first.dtype), operands, first.shape[0], _width(first) * len(stored)),)
+    if first.wide:
+        rows, width = first.shape[0], _width(first)
+        if weight.axis == 0:
+            return tuple(segment for part in stored for segment in copy_rows(part, 0, rows))
+        return (Segment(ALL_EQUAL, tuple(map(_rows_of, stored)), rows, width),)
     if weight.axis == 0:
         piece = _piece_bytes(first.nbytes)
         return tuple(
@@ -337,11 +346,12 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
 
 def _without_padding(stored: Sequence[Stored], rows: int) -> tuple[Segment, ...]:
     """Return the segments that join the ranks' runs of a table of ``rows`` rows, without those beyond its last."""
-    share, width = stored[0].shape[0], stored[0].nbytes // stored[0].shape[0]
+    share = stored[0].shape[0]
     return tuple(
         segment
         for rank, part in enumerate(stored)
-        for segment in CopySegments(part.file, part.offset, max(0, min(rows - rank * share, share)) * width, part.dtype)
+        if rank * share < rows
+        for segment in copy_rows(part, 0, min(rows - rank * share, share))
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint.weights import Weight
-from ..containers.safetensors import Stored
+from ..containers.safetensors import Stored, tensor_at
 from ..errors import InputMissingError, InputOutputError, InventoryError
 from ..formats.ggml_types import BY_NAME, QUANTISED
-from .numbers import BLOCK, Bits
+from .numbers import BLOCK, E8M0_BIAS, E8M0_NAN, Bits
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -34,10 +34,14 @@ STORAGE = {
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F32": "<u4"}
+WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2"}
 
 
 class Scale(NamedTuple):
-    """The scales of a matrix, [rows, columns]; each serves a ``block`` of (rows, columns) elements."""
+    """The scales of a matrix, [rows, columns]; each serves a ``block`` of (rows, columns) elements.
+
+    ``wide`` is the type of the file where it holds E8M0 scales as F32 or BF16.
+    """
 
     file: Path
     offset: int
@@ -45,6 +49,7 @@ class Scale(NamedTuple):
     rows: int
     columns: int
     block: tuple[int, int]
+    wide: str = ""
 
 
 class Matrix(NamedTuple):
@@ -111,7 +116,7 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None) -> Matrix | s
         encoding = "fp8" if scale.dtype == "F8_E8M0" else "fp8/f32"
     elif block != (1, BLOCK) or scale.dtype != "F8_E8M0":
         return f"packed FP4 with a scale {scale.dtype} {list(scale.shape)}"
-    place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]))
+    place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]), scale.wide)
     return Matrix(name, stored.file, stored.offset, encoding, rows, columns, place)
 
 
@@ -190,11 +195,34 @@ def read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
 def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
     """Return the scales that serve a region of elements, as integers."""
     height, width = scale.block
-    item = np.dtype(SCALE_DTYPE[scale.dtype])
+    item = np.dtype(WIDE_DTYPE[scale.wide] if scale.wide else SCALE_DTYPE[scale.dtype])
     down = rows[0] // height, (rows[1] - 1) // height + 1
     right = columns[0] // width, (columns[1] - 1) // width + 1
     row_bytes = scale.columns * item.itemsize
-    return _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
+    grid = _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
+    return _as_e8m0(grid, scale, (down[0], right[0])) if scale.wide else grid
+
+
+def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
+    """Return the E8M0 bytes that scales of a wider type stand for: the exponent of each, NaN as 255.
+
+    Raises:
+        InventoryError: one is no power of two.
+    """
+    values = (grid.astype(np.uint32) << np.uint32(32 - 8 * grid.dtype.itemsize)).view(np.float32).astype(np.float64)
+    fraction, exponent = np.frexp(values)
+    codes = np.where(np.isnan(values), E8M0_NAN, exponent - 1 + E8M0_BIAS)
+    right = np.isnan(values) | ((fraction == 0.5) & (codes >= 0) & (codes < E8M0_NAN))
+    if not right.all():
+        row, column = np.argwhere(~right)[0]
+        position = [int(corner[0] + row), int(corner[1] + column)]
+        found = tensor_at(scale.file, scale.offset)
+        raise InventoryError(
+            f"tensor {'?' if found is None else found[0]}: {scale.wide} scale {position} is not a power of two",
+            where=scale.file,
+            got=values[row, column],
+        )
+    return np.asarray(codes, np.uint8)
 
 
 def _fp4_parts(matrix: Matrix, rows: Span, columns: Span) -> tuple[Bytes, Bytes]:

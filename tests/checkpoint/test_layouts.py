@@ -89,6 +89,19 @@ def narrow_router(layers: tuple[int, ...]) -> Callable[[Path], None]:
     return change
 
 
+def unscaled(folder: Path) -> None:
+    """Take the experts' scales out."""
+    rename(folder, lambda name: None if ".experts." in name and name.endswith(".scale") else name)
+
+
+def moved_into(folder: Path, name: str) -> None:
+    """Move what a folder holds into a folder in it."""
+    (folder / name).mkdir()
+    for path in list(folder.iterdir()):
+        if path.name != name:
+            path.rename(folder / name / path.name)
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n"
 DONE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "LFS pointer for weights": (lambda f: first_file(f).write_text(LFS), "Git LFS pointers", "git lfs pull"),
@@ -158,6 +171,48 @@ DONE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "another quantiser: quant_method quanto",
         "convert the checkpoint",
     ),
+    "ModelOpt's FP8": (
+        lambda f: (config(f, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"}), unscaled(f)),
+        "another of ModelOpt's formats: quant_algo FP8",
+        "convert the checkpoint",
+    ),
+    "LoRA beside the weights": (
+        lambda f: rename(f, lambda name: name.replace(".bias", ".lora_B.default.weight")),
+        "leftovers of a LoRA adapter",
+        "merge and unload",
+    ),
+    "merged under PEFT's names": (
+        lambda f: rename(f, lambda name: f"base_model.model.{name}"),
+        "leftovers of a LoRA adapter",
+        "merge and unload",
+    ),
+    "the hub's cache": (
+        lambda f: (hub(f), moved_into(f, "models--deepseek-ai--DeepSeek-V4-Flash")),
+        "repository folder",
+        "models--deepseek-ai--DeepSeek-V4-Flash/snapshots/0123abcd",
+    ),
+    "HTML page with a mark": (
+        lambda f: first_file(f).write_bytes(b"\xef\xbb\xbf\r\n<HTML lang=en>"),
+        "error page",
+        "download the file again",
+    ),
+    "compressed page": (lambda f: first_file(f).write_bytes(b"\x1f\x8b\x08\0\0"), "error page", "download the file"),
+    "page for an index": (lambda f: (f / INDEX).write_text("<!-- 401 --><html>"), "error page", "log in"),
+    "V3 by its type": (
+        lambda f: config(f, architectures=None, model_type="deepseek_v3"),
+        "another DeepSeek model: deepseek_v3",
+        "llama.cpp",
+    ),
+    "pruned, and a number for each layer": (
+        lambda f: (narrow_router((1,))(f), config(f, n_routed_experts=[8, 7, 8, 8])),
+        "experts removed unevenly: layers have different numbers of them: 7 in layer 1, 8 in others",
+        "as many in every layer",
+    ),
+    "pruned, and routers left": (
+        lambda f: rename(f, lambda name: None if name.startswith("layers.1.ffn.experts.7.") else name),
+        "experts removed, and routers as they were: layer 1 has 7 experts, its router chooses among 8",
+        "set n_routed_experts",
+    ),
     "pruned unevenly": (narrow_router((1,)), "experts removed unevenly", "as many in every layer"),
     "pruned evenly": (
         narrow_router(tuple(range(64))),
@@ -204,8 +259,61 @@ def test_every_row_of_the_table_has_a_case() -> None:
         "a folder of shards",
         "experts removed, and config.json as it was",
         "another number of experts a token than the tables have",
+        "experts removed from the trunk and not from the draft",
     }
     assert {layout.name for layout in LAYOUTS} - seen == {"experts of half the width: packed FP4 that was read as FP8"}
+
+
+def test_a_draft_that_kept_its_experts_is_told_from_a_trunk_that_lost_some(
+    editable: MakeEditable, tmp_path: Path
+) -> None:
+    source = editable().folder
+    narrow_router(tuple(range(64)))(source)
+    kept = {"layers": 7, "mtp": 8}
+    rename(source, lambda name: name if expert_of(name) < kept.get(name.split(".")[0], 8) else None)
+    config(source, n_routed_experts=7, num_hash_layers=0)
+    rename(source, lambda name: None if name.endswith("tid2eid") else name)
+    for path in source.glob("*.safetensors"):
+        raw = RawSafetensors.read(path)
+        for name, tensor in raw.tensors.items():
+            if name.startswith("layers.") and name.endswith("ffn.gate.bias"):
+                tensor.data, tensor.shape = tensor.data[:28], [7]
+        raw.write(path)
+    error = run_cli("dequantize", source, tmp_path / "d").error
+    assert "experts removed from the trunk and not from the draft: draft layer 0 chooses among 8, the trunk" in error
+    assert "--draft drop" in error
+
+
+def expert_of(name: str) -> int:
+    """Return the number of the expert that a tensor is of, -1 for any other tensor."""
+    return int(name.split(".experts.")[1].split(".")[0]) if ".ffn.experts." in name else -1
+
+
+BESIDE = {
+    "pointer": ("tokenizer_config.json", LFS, "Git LFS pointers instead of files: tokenizer_config.json; run git lfs"),
+    "page": ("tokenizer.json", "<html>401</html>", "an error page saved under a file's name: tokenizer.json begins"),
+    "unfinished": ("model-00002-of-00002.safetensors.aria2", "x", "a download that is not finished: model-00002-of"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "note"), BESIDE.values(), ids=BESIDE)
+def test_what_lies_beside_sound_weights_is_noted(
+    name: str, content: str, note: str, editable: MakeEditable, tmp_path: Path
+) -> None:
+    source = editable().folder
+    (source / name).write_text(content)
+    for command in (
+        ["shard", source, tmp_path / "s", "--mp", "1", "--dry-run"],
+        ["check", source],
+        ["inspect", source],
+    ):
+        result = run_cli(*command, "--json")
+        assert result.code == 0, result.err
+        assert any(found.startswith(note) for found in json.loads(result.out)["notes"]), command
+    if name.startswith("tokenizer"):
+        error = run_cli("hf-to-gguf", source, tmp_path / "a.gguf").error
+        assert f"{name}: a" in error
+        assert "not the file; " in error
 
 
 def test_a_name_of_the_hub_is_answered_with_the_download() -> None:
@@ -285,28 +393,3 @@ def test_scales_under_other_names_give_the_same_bytes(
         assert run_cli("shard", folder, tmp_path / out, "--mp", "2", "--quiet").code == 0
     shards = [{p.name: p.read_bytes() for p in (tmp_path / out).glob("*.safetensors")} for out in ("s", "t")]
     assert shards[0] == shards[1]
-
-
-def retype(folder: Path, dtype: str) -> None:
-    """Say of E8M0 scales that they are of another type of one byte."""
-    for path in folder.glob("*.safetensors"):
-        raw = RawSafetensors.read(path)
-        for tensor in raw.tensors.values():
-            if tensor.dtype == "F8_E8M0":
-                tensor.dtype = dtype
-        raw.write(path)
-
-
-def test_scales_stored_as_bytes_are_e8m0_where_the_config_says_so(
-    editable: MakeEditable, tiny: Path, tmp_path: Path
-) -> None:
-    source = editable().folder
-    retype(source, "U8")
-    assert converted(source, tmp_path / "a") == converted(tiny, tmp_path / "b")
-    gguf = tmp_path / "a.gguf"
-    assert run_cli("hf-to-gguf", source, gguf, "--quiet").code == 0
-    assert run_cli("verify", source, gguf).code == 0
-    raw = json.loads((source / "config.json").read_text())
-    quantization = {key: value for key, value in raw["quantization_config"].items() if key != "scale_fmt"}
-    config(source, quantization_config=quantization)
-    assert "not a scale of FP8" in run_cli("dequantize", source, tmp_path / "c").error

@@ -141,6 +141,59 @@ def test_tensors_and_experts_of_nothing_but_zeros_are_counted_and_named(editable
     assert run_cli("shard", source, tmp_path / "s", "--mp", "1", "--strict").code == 7
 
 
+ZERO_ONLY_INSIDE = ("layers.1.attn.wq_b.weight", "embed.weight", "layers.2.ffn.experts.5.w2.weight")
+WHOLE: dict[str, list[str]] = {
+    "hf-to-gguf": ["hf-to-gguf", "a.gguf"],
+    "low-bit": ["hf-to-gguf", "b.gguf", "--experts", "q8_0", "--dense", "f16"],
+    "shard": ["shard", "s", "--mp", "2"],
+    "fp8 shards": ["shard", "f", "--mp", "2", "--experts", "fp8"],
+    "dequantize": ["dequantize", "d"],
+    "repack": ["repack", "r", "--experts", "fp8"],
+}
+
+
+@pytest.mark.parametrize("command", WHOLE.values(), ids=WHOLE)
+def test_a_conversion_names_every_tensor_whose_every_byte_is_zero(
+    command: list[str], editable: MakeEditable, tmp_path: Path
+) -> None:
+    """Scales among them, and tensors with one byte that is not zero not."""
+    source = editable(mtp=False).folder
+    for name in ZERO_ONLY_INSIDE:
+        edit_bytes(source, name, lambda content: content.fill(0))
+    edit_bytes(source, "layers.0.ffn.experts.1.w3.weight", lambda content: content.fill(0), scale=True)
+    edit_bytes(source, "layers.0.attn.wq_b.weight", lambda content: content[:-1].fill(0))
+    edit_bytes(source, "head.weight", lambda content: content[1:].fill(0))
+    edit_bytes(source, "head.weight", lambda content: content.__setitem__(0, 1))
+    for matrix in ("w1", "w2", "w3"):
+        edit_bytes(source, f"layers.1.ffn.experts.5.{matrix}.weight", lambda content: content.fill(0))
+    name, out, *options = command
+    notes = json.loads(run_cli(name, source, tmp_path / out, "--json", *options).out)["notes"]
+    zeros = sorted(note for note in notes if "zero" in note)
+    assert zeros[0] == "all bytes are zero in 1 expert: layers.1.ffn.experts.5"
+    assert zeros[1].startswith("all bytes are zero in 4 tensors: ")
+    assert len(zeros) == 2
+    report = zeros_of_check(source)
+    assert sorted(report) == sorted([*ZERO_ONLY_INSIDE, "layers.0.ffn.experts.1.w3.scale", "layers.1.ffn.experts.5"])
+    refused = run_cli(name, source, tmp_path / out, "--strict", "--overwrite", *options)
+    assert refused.code == 7
+    assert "all bytes" in refused.error
+
+
+def zeros_of_check(source: Path) -> list[str]:
+    """Return what ``check`` says is all zero."""
+    findings = json.loads(run_cli("check", source, "--json").out)["findings"]
+    return [name for finding in findings for name in finding["names"] if "all bytes are zero" in finding["what"]]
+
+
+def test_zeros_inside_are_refused_before_an_output_appears(editable: MakeEditable, tmp_path: Path) -> None:
+    """A large tensor, which no look at headers and small tensors finds."""
+    source = editable().folder
+    edit_bytes(source, "embed.weight", lambda content: content.fill(0))
+    refused = run_cli("shard", source, tmp_path / "s", "--mp", "1", "--strict")
+    assert (refused.code, "all bytes are zero in 1 tensor: embed.weight" in refused.error) == (7, True)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
 def test_a_preallocated_download_that_stopped_is_named(editable: MakeEditable, tmp_path: Path) -> None:
     source = editable().folder
     path = sorted(source.glob("*.safetensors"))[0]

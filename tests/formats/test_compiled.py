@@ -20,6 +20,7 @@ from dsv4convert.formats.backend import CODEC_NAMES, compiled_codecs, numpy_code
 from dsv4convert.formats.base import GROUP, Scratch, Tally
 from dsv4convert.formats.compiled import library
 from dsv4convert.formats.compiled.library import FOLDER, Function, library_path, processor_levels
+from dsv4convert.formats.not_finite import MAGNITUDES
 
 from . import emulated
 from .test_backend import tile
@@ -53,7 +54,7 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param != EMULATED:
         yield twins_of(ctypes.CDLL(str(FOLDER / f"codecs-{request.param}.so")))
         return
-    emulator = emulated.Emulator(TWIN_NAMES, tmp_path_factory.mktemp("emulated"))
+    emulator = emulated.Emulator([*TWIN_NAMES, *SCANS], tmp_path_factory.mktemp("emulated"))
     yield twins_of(emulator, emulated.EmulatedFunction)
     emulator.close()
 
@@ -362,6 +363,7 @@ def test_zeros_are_ordinary(comparison, name: str) -> None:
 # --- shapes and addresses ---------------------------------------------------------------------------------
 
 TWIN_NAMES = [name for name in CODEC_NAMES if name not in ("i64_to_i32", "mxfp4_to_f32", "q8_0_to_f32")]
+SCANS = ["any_u8", "any_u16", "any_u32"]
 
 
 @needs_library
@@ -582,3 +584,48 @@ def test_an_output_of_another_shape_is_refused(twins: ModuleType, name: str) -> 
         ]
         with pytest.raises(ValueError, match=r"shape|fill|expected|have"):
             getattr(twins, name)(*inputs, *small, Scratch(), Tally())
+
+
+# --- values that are not finite ---------------------------------------------------------------------------
+
+
+def _every_code(dtype: str) -> np.ndarray:
+    """Every element of a type of one or two bytes; of float32 all upper halves, with lower halves at the ends."""
+    high = np.arange(2**16, dtype="<u2")
+    if dtype != "F32":
+        return np.arange(256, dtype=np.uint8) if dtype.startswith("F8") else high
+    return (high.astype("<u4")[:, None] << 16 | np.array([0, 1, 0x7FFF, 0x8000, 0xFFFF], "<u4")).reshape(-1)
+
+
+@pytest.mark.parametrize("dtype", MAGNITUDES)
+def test_every_code_is_found_or_passed_as_numpy_does(twins: ModuleType, dtype: str) -> None:
+    """Each element alone between ones that are finite, at every place of a vector, and all of them together."""
+    codes = _every_code(dtype)
+    scratch = np.empty(codes.nbytes, np.uint8)
+    bad = codes & MAGNITUDES[dtype].mask >= MAGNITUDES[dtype].least
+    assert twins.count_not_finite(dtype, codes.view(np.uint8), scratch) == np.count_nonzero(bad)
+    finite = codes[~bad]
+    assert twins.count_not_finite(dtype, finite.view(np.uint8), scratch) == 0
+    row = np.resize(finite, 131)
+    for code in codes[bad][:: max(1, np.count_nonzero(bad) // 64)]:
+        for place in (0, 1, 63, 64, 127, 128, 130):
+            marked = row.copy()
+            marked[place] = code
+            assert twins.count_not_finite(dtype, marked.view(np.uint8), scratch) == 1, (code, place)
+
+
+@pytest.mark.parametrize("dtype", MAGNITUDES)
+def test_a_scan_stops_where_elements_end_and_begins_at_any_address(twins: ModuleType, dtype: str) -> None:
+    kind = MAGNITUDES[dtype]
+    size = np.dtype(kind.dtype).itemsize
+    for count in range(200):
+        memory = np.zeros(1 + count * size + size, np.uint8)
+        memory[0] = memory[1 + count * size :] = 0xFF  # what lies around, and what is left of a last element
+        for cut in range(size):
+            content = memory[1 : 1 + count * size + cut]
+            assert twins.count_not_finite(dtype, content, np.empty(len(content), np.uint8)) == 0
+
+
+def test_types_without_such_values_have_none(twins: ModuleType) -> None:
+    content = np.full(64, 0xFF, np.uint8)
+    assert twins.count_not_finite("I8", content, content) == 0

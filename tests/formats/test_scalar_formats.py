@@ -193,6 +193,24 @@ def test_every_scale_byte_written_as_a_float_is_recognised():
     np.testing.assert_array_equal(e8m0.power_of_two_bytes(scale, Scratch()).reshape(-1), ALL_BYTES)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32], ids=["BF16", "F32"])
+def test_wide_scales_have_the_byte_of_their_power_of_two_or_none(dtype: type):
+    """All BF16; all upper halves of F32 with the least and largest lower half."""
+    upper = np.arange(2**16, dtype=np.uint32)
+    wide = upper if dtype is np.uint16 else np.concatenate([upper << 16, upper << 16 | 1, upper << 16 | 0xFFFF])
+    values = (wide << 16 if dtype is np.uint16 else wide).view(np.float32)
+    powers = np.isin(values, [np.float32(2.0**exponent) for exponent in range(-127, 128)])
+    right = powers | np.isnan(values)
+    out = np.empty(np.count_nonzero(right), np.uint8)
+    assert e8m0.wide_to_e8m0(wide[right].astype(dtype), out) is None
+    np.testing.assert_array_equal(e8m0.e8m0_to_f32(out), values[right])
+    for bits in wide[~right].astype(dtype)[:: 1 if dtype is np.uint16 else 101]:
+        assert e8m0.wide_to_e8m0(np.array([[bits]], dtype), np.empty((1, 1), np.uint8)) == 0
+    rows = np.resize(wide[right].astype(dtype), (5, 7))
+    rows[3, 4] = wide[~right][-1]
+    assert e8m0.wide_to_e8m0(rows, np.empty((5, 7), np.uint8)) == 3 * 7 + 4
+
+
 def test_a_thread_that_flushes_subnormals_is_refused():
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")

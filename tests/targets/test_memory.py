@@ -30,7 +30,7 @@ PRETEND = """
 import time
 import dsv4convert.engine.conversion
 from dsv4convert.cli import main
-from dsv4convert.engine.worker import Worker
+from dsv4convert.engine.worker import Made, Worker
 from dsv4convert.formats.base import Tally
 
 really, seen = Worker.run, set()
@@ -41,7 +41,7 @@ def run(self, segment, output, path, offset):
         seen.add(kind)
         return really(self, segment, output, path, offset)
     time.sleep(5e-5)  # let the main thread record what is finished, as it can when the work is real
-    return offset.to_bytes(16, "little"), Tally()
+    return Made(offset.to_bytes(16, "little"), Tally())
 
 Worker.run = run
 dsv4convert.engine.conversion.check_space = lambda *_: None

@@ -26,7 +26,7 @@ from dsv4convert.engine import conversion
 from dsv4convert.cli import main
 from dsv4convert.engine import run as engine
 from dsv4convert.engine.journal import Journal
-from dsv4convert.engine.worker import Worker
+from dsv4convert.engine.worker import Made, Worker
 from dsv4convert.formats.base import Tally
 from dsv4convert.plan import Copy
 
@@ -42,11 +42,11 @@ def run(self, segment, output, path, offset):
     made += 1
     digest = offset.to_bytes(16, "little")
     if isinstance(segment.operation, Copy) and segment.operation.is_repeated:
-        self._digests[segment] = digest
+        self._copies[segment] = Made(digest, Tally())
     # In earnest a few hundred segments are made between two entries of the journal.
     while made - recorded > 1000 and not self.stopped:
         time.sleep(0.001)
-    return digest, Tally()
+    return Made(digest, Tally())
 
 def record_and_count(self, batch):
     global recorded

@@ -647,6 +647,38 @@ i64 f16_to_bf16(const u16_at *restrict values, u16_at *restrict out, i64 size) {
     return changed;
 }
 
+// --- values that are not finite ----------------------------------------------------------------------------
+
+// Return whether any of ``size`` elements has all bits of ``mask``: those of the exponent of NaN and infinity, or of the
+// only codes that are NaN. The table in not_finite.py has the masks.
+
+i64 any_u8(const u8 *values, i64 size, i64 mask) {
+    u8 bits = (u8)mask, largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u8 held = values[i] & bits;
+        largest = held > largest ? held : largest;
+    }
+    return largest == bits;
+}
+
+i64 any_u16(const u16_at *values, i64 size, i64 mask) {
+    u16 bits = (u16)mask, largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u16 held = values[i] & bits;
+        largest = held > largest ? held : largest;
+    }
+    return largest == bits;
+}
+
+i64 any_u32(const u32_at *values, i64 size, i64 mask) {
+    u32 bits = (u32)mask, largest = 0;
+    for (i64 i = 0; i < size; i++) {
+        u32 held = values[i] & bits;
+        largest = held > largest ? held : largest;
+    }
+    return largest == bits;
+}
+
 // --- the library ------------------------------------------------------------------------------------------
 
 #ifndef SOURCE_DIGEST

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
+from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, not_finite, q8_0
 from dsv4convert.formats.base import (
     FP8_TILE,
     GROUP,
@@ -57,6 +57,8 @@ _bf16_to_f16 = Function(_LIBRARY, "bf16_to_f16", "u2 f2 i8 n")
 _bf16_to_f32 = Function(_LIBRARY, "bf16_to_f32", "u2 f4 n")
 _f16_to_f32 = Function(_LIBRARY, "f16_to_f32", "f2 f4 n")
 _f16_to_bf16 = Function(_LIBRARY, "f16_to_bf16", "f2 u2 n")
+# Bytes of elements, how many elements, the bits that an element which is not finite has; by the size of an element.
+_any = {size: Function(_LIBRARY, f"any_u{8 * size}", "u1 n n") for size in (1, 2, 4)}
 
 
 def _check_same_size(source: Array, out: Array) -> None:
@@ -311,3 +313,16 @@ def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) 
     _check_same_size(source, out)
     if _f16_to_f32(np.ascontiguousarray(source), out, source.size) == NEEDS_FALLBACK:
         bf16.f16_to_f32(source, out, scratch, tally)
+
+
+# --- values that are not finite -------------------------------------------------------------------------
+
+
+def count_not_finite(dtype: str, content: ArrayU8, scratch: ArrayU8) -> int:
+    """Twin of `not_finite.count_not_finite`; the C tells whether there is anything to count."""
+    kind = not_finite.MAGNITUDES.get(dtype)
+    if kind is None:
+        return 0
+    size = np.dtype(kind.dtype).itemsize
+    found = _any[size](np.ascontiguousarray(content), len(content) // size, kind.least)
+    return not_finite.count_not_finite(dtype, content, scratch) if found else 0

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ...containers.wide_scales import WIDE_BITS, narrow
 from ...errors import FileFormatError, InputMissingError, InputOutputError
 from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
@@ -37,13 +38,32 @@ TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtyp
 
 
 class Scale(NamedTuple):
-    """Scales [r, c] of a matrix, row-major at ``offset``; each is for a ``block`` of rows and columns."""
+    """Scales [r, c] of a matrix, row-major at ``offset``; each is for a ``block`` of rows and columns.
+
+    ``wide`` is the type of the file where it holds E8M0 scales as F32 or BF16.
+    """
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, int]
     block: tuple[int, int]
+    wide: str = ""
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row of scales in the file."""
+        return self.shape[1] * (WIDE_BITS[self.wide] if self.wide else SCALE_DTYPES[self.dtype]).itemsize
+
+    def decoded(self, raw: Array, first: int) -> Array:
+        """Return bytes of rows of the file, of which the first is row ``first``, as E8M0 bytes or float32.
+
+        Raises:
+            InventoryError: E8M0 in a wider type, and one is no power of two.
+        """
+        if self.wide:
+            return narrow(raw, self.wide, self.file, self.offset + first * self.row_bytes)
+        return raw.view(SCALE_DTYPES[self.dtype])
 
 
 class Matrix(NamedTuple):
@@ -202,18 +222,17 @@ def _read(file: BinaryIO, matrix: Matrix | Scale, offset: int, nbytes: int) -> A
 
 
 def _read_scales(scale: Scale, first: int, last: int) -> Array:
-    dtype = SCALE_DTYPES[scale.dtype]
-    row_bytes = scale.shape[1] * dtype.itemsize
     with _opened(scale.file) as file:
-        raw = _read(file, scale, scale.offset + first * row_bytes, (last - first) * row_bytes)
-    return raw.view(dtype).reshape(last - first, scale.shape[1])
+        raw = _read(file, scale, scale.offset + first * scale.row_bytes, (last - first) * scale.row_bytes)
+    return scale.decoded(raw.reshape(last - first, -1), first)
 
 
 def _gather_scales(scale: Scale, indices: Array) -> Array:
     """Return rows of scales, touching no others: those of an n-gram table take gigabytes."""
-    dtype = SCALE_DTYPES[scale.dtype]
-    raw = _mapped(scale.file, scale.offset, (scale.shape[0], scale.shape[1] * dtype.itemsize))[indices]
-    return np.ascontiguousarray(raw).view(dtype)
+    raw = _mapped(scale.file, scale.offset, (scale.shape[0], scale.row_bytes))[indices]
+    if scale.wide:
+        return np.concatenate([scale.decoded(row[None], int(index)) for row, index in zip(raw, indices, strict=True)])
+    return np.ascontiguousarray(raw).view(SCALE_DTYPES[scale.dtype])
 
 
 def _mapped(path: Path, offset: int, shape: tuple[int, int]) -> Array:

@@ -15,7 +15,9 @@ import pytest
 
 import dsv4convert
 from dsv4convert.cli import app
+from dsv4convert.model.config import Version
 from tests.command_line import run_cli
+from tests.v41 import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,6 +191,12 @@ def test_shards_go_there_and_back(tiny: Path, tmp_path: Path) -> None:
         dsv4convert.open_checkpoint(tmp_path / "joined").weights.keys()
         == dsv4convert.open_checkpoint(str(tiny)).weights.keys()
     )
+
+
+def test_checkpoints_of_every_version_open() -> None:
+    checkpoint = dsv4convert.open_checkpoint(TINY["tiny-a"])
+    assert checkpoint.config.version is Version.V41
+    assert "layers.0.engram.embed.weight" in checkpoint.weights
 
 
 def test_an_empty_list_of_ranks_is_not_all_of_them(tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -104,11 +104,10 @@ class Checkpoint:
 def open_folder(
     folder: Path,
     *,
-    versions: Container[Version] = (Version.V4,),
     draft_wanted: bool = True,
     index: str = BY_INDEX,
 ) -> Checkpoint:
-    """Open the checkpoint in ``folder``, of one of the ``versions`` that the caller knows what to do with.
+    """Open the checkpoint in ``folder``.
 
     Without ``draft_wanted``, a draft that is not whole is listed as unused: it cannot block the trunk. ``index``
     "headers" goes by the headers of all files, whatever an index says. Folders in a layout that is known and not
@@ -122,7 +121,6 @@ def open_folder(
     """
     try:
         config = load_config(folder)
-        check_version(config, versions, folder)
         stored, files, notes = read_folder_headers(folder, index)
         if draft_wanted:
             return resolve(folder, config, stored, files, notes)
@@ -174,16 +172,6 @@ def _resolve_without_blocking_draft(
             raise error from None
     unused = Unused(tuple(draft), sum(tensor.nbytes for tensor in draft.values()), reason)
     return replace(found, unused=(*found.unused, unused), n_tensors=len(stored))
-
-
-def check_version(config: ModelConfig, versions: Container[Version], where: object) -> None:
-    """Refuse a model of another version than the ``versions`` that the caller knows what to do with.
-
-    Raises:
-        UnsupportedError: it is of another.
-    """
-    if config.version not in versions:
-        raise UnsupportedError(f"DeepSeek-{config.version.value} is not supported here yet", where=where)
 
 
 def read_folder_headers(

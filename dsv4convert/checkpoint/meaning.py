@@ -7,7 +7,7 @@ takes the whole of a checkpoint is in ``census``.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -19,7 +19,7 @@ from ..containers.safetensors import Stored
 from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
 from ..formats.not_finite import count_not_finite, element_bytes
-from ..model.config import CONFIG_NAME, ModelConfig, Version
+from ..model.config import CONFIG_NAME, ModelConfig
 from ..model.tensors import Draft, Store
 from .folder import BY_INDEX, Checkpoint, open_folder
 from .layouts import companion_notes
@@ -56,7 +56,6 @@ class Finding(NamedTuple):
 def open_checked(
     folder: Path,
     *,
-    versions: Container[Version] = tuple(Version),
     draft_wanted: bool = True,
     strict: bool = False,
     index: str = BY_INDEX,
@@ -66,7 +65,7 @@ def open_checked(
     Raises:
         Dsv4Error: as for ``open_folder`` and ``check_meaning``.
     """
-    found = open_folder(folder, versions=versions, draft_wanted=draft_wanted, index=index)
+    found = open_folder(folder, draft_wanted=draft_wanted, index=index)
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
     beside = companion_notes(folder)

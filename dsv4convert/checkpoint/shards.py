@@ -6,7 +6,7 @@ or misshapen on any rank, end here with one line that names rank and tensor.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from ..containers.safetensors import Stored, read_header
 from ..errors import InputMissingError, InventoryError
-from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
+from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
-from .folder import check_version, draft_alone, draft_kind, vision_kind, with_draft_ratios
+from .folder import draft_alone, draft_kind, vision_kind, with_draft_ratios
 from .weights import Encoding, Weight, pair
 
 
@@ -130,9 +130,7 @@ def is_shard_folder(folder: Path) -> bool:
     return folder.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
 
 
-def open_shards(
-    folder: Path, *, versions: Container[Version] = (Version.V4,), may_be_draft: bool = False
-) -> ShardCheckpoint:
+def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
     """Open the complete set of shards in ``folder``, with ``may_be_draft`` those of a draft without its model too.
 
     Raises:
@@ -164,7 +162,6 @@ def open_shards(
             hint="copy config.json from the checkpoint that the shards were made from",
         )
     config = load_config(folder)
-    check_version(config, versions, folder)
     check_divides(config, mp, folder / CONFIG_NAME)
     ranks = [read_header(files[rank]) for rank in range(mp)]
     if not may_be_draft and is_draft_alone(name for tensors in ranks for name in tensors):

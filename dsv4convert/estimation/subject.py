@@ -19,7 +19,7 @@ from ..errors import InputMissingError, UnsupportedError
 from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
 from ..inspection.naming import family_of
-from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config, parse_config
+from ..model.config import CONFIG_NAME, ModelConfig, load_config, parse_config
 from ..model.tensors import Draft
 from ..reference.weights.gguf import gguf_config
 from ..synth.write import synth_tensors
@@ -94,7 +94,7 @@ def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
     if path.is_dir() and (path / CONFIG_NAME).is_file() and not has_weights:
         return _of_config(path / CONFIG_NAME, load_config(path))
     if path.is_dir():
-        checkpoint = open_folder(path, versions=tuple(Version), index=index)
+        checkpoint = open_folder(path, index=index)
         return Subject(
             path,
             FOLDER,
@@ -143,7 +143,7 @@ def published_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
 
 
 def _of_shards(path: Path) -> Subject:
-    shards = open_shards(path, versions=tuple(Version))
+    shards = open_shards(path)
     return Subject(
         path,
         SHARDS,

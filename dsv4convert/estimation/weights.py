@@ -17,7 +17,7 @@ from ..checkpoint.shards import open_shards
 from ..containers.safetensors import read_header
 from ..errors import DeviceError, InputMissingError, TokenizerError, UsageError
 from ..inspection.naming import family_of
-from ..model.config import CONFIG_NAME, ModelConfig, Version
+from ..model.config import CONFIG_NAME, ModelConfig
 from ..model.gguf_keys import LLAMA_CPP, LLAMA_CPP_V41
 from ..model.parallel import OUTPUT_GROUPS
 from ..model.tensors import Split
@@ -138,7 +138,7 @@ def ranks_of_shards(subject: Subject) -> Ranks:
     Raises:
         Dsv4Error: they cannot be read.
     """
-    shards = open_shards(subject.path, versions=tuple(Version))
+    shards = open_shards(subject.path)
     headers = [read_header(file) for file in shards.files]
     families: Counter[str] = Counter()
     for name, tensor in headers[0].items():

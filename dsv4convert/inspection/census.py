@@ -37,7 +37,6 @@ from ..engine.kernel_copy import REFUSED
 from ..errors import InputMissingError, InputOutputError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.not_finite import MAGNITUDES
-from ..model.config import Version
 from ..model.tensors import scale_name
 
 PIECE_BYTES = 2**18
@@ -132,7 +131,7 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
         Dsv4Error: the folder is no checkpoint, or a table is not one that a model can have.
     """
     started = time.monotonic()
-    found = open_folder(folder, versions=tuple(Version), index=index)
+    found = open_folder(folder, index=index)
     weights = found.weights.values()
     report = CheckReport(str(folder), len(found.files), found.n_tensors)
     report.notes += [*found.notes, *companion_notes(folder), *config_notes(found.config, weights, found.draft)]

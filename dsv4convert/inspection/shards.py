@@ -8,7 +8,6 @@ from pathlib import Path
 from ..checkpoint.shards import open_shards
 from ..containers.safetensors import read_header
 from ..errors import InputMissingError, InventoryError, UsageError
-from ..model.config import Version
 from ..model.parallel import SHARD_NAME
 from ..model.tensors import is_draft_alone
 from .description import DRAFT_ALONE, Description
@@ -42,7 +41,7 @@ def describe_shards(folder: Path) -> Description:
     if config is not None:
         describe_config(found, config)
         try:
-            weights = open_shards(folder, versions=tuple(Version), may_be_draft=True).weights.values()
+            weights = open_shards(folder, may_be_draft=True).weights.values()
         except (InputMissingError, InventoryError, UsageError) as error:
             found.unexpected.append(str(error))
         else:

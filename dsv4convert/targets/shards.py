@@ -103,7 +103,7 @@ def plan_unshard(
         UsageError: folders that overlap, or an unknown ``wo_a`` or ``draft``.
         Dsv4Error: whatever else is wrong with the source.
     """
-    shards = open_shards(source, versions=tuple(Version))
+    shards = open_shards(source)
     out = check_apart(shards.folder, shards.files, out)
     parts = (part for weight in shards.weights.values() for part in weight.parts)
     found = check_meaning(shards.config, parts, shards.files, where=source, strict=strict)

@@ -13,15 +13,15 @@ import pytest
 from dsv4convert.checkpoint.engram import read_engram_constants, read_token_map
 from dsv4convert.checkpoint.folder import Checkpoint, open_folder
 from dsv4convert.checkpoint.weights import Encoding
-from dsv4convert.errors import ConfigError, InventoryError, TokenizerError, UnsupportedError
-from dsv4convert.model.config import Version, load_config
+from dsv4convert.errors import ConfigError, InventoryError, TokenizerError
+from dsv4convert.model.config import load_config
 from dsv4convert.model.tensors import Draft
 
 from ..v41 import TINY, recorded
 
 
 def opened(folder: Path) -> Checkpoint:
-    return open_folder(folder, versions=(Version.V41,))
+    return open_folder(folder)
 
 
 @pytest.fixture(params=sorted(TINY))
@@ -66,11 +66,6 @@ def test_draft_stages_have_their_own_number_of_experts(folder: Path) -> None:
     config = checkpoint.config
     for prefix, count in (("layers.0.", config.n_routed_experts), ("mtp.0.", config.draft_n_routed_experts)):
         assert {w.expert for w in checkpoint.weights.values() if w.prefix == prefix} == {None, *range(count)}
-
-
-def test_a_caller_that_knows_v4_only_gets_an_error(folder: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"DeepSeek-V4\.1 is not supported here"):
-        open_folder(folder)
 
 
 def test_a_source_without_a_compressor_is_an_error(edited: Callable[..., Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from dsv4convert.checkpoint.engram import read_engram_constants
 from dsv4convert.checkpoint.folder import Checkpoint, open_folder
 from dsv4convert.errors import UsageError
-from dsv4convert.model.config import Version, load_config, parse_config
+from dsv4convert.model.config import load_config, parse_config
 from dsv4convert.synth.presets import synth_config
 from dsv4convert.synth.write import plan_synth, write_synth
 
@@ -20,7 +20,7 @@ from ..v41 import published_config, recorded
 
 
 def opened(folder: Path) -> Checkpoint:
-    return open_folder(folder, versions=(Version.V41,))
+    return open_folder(folder)
 
 
 def header(path: Path) -> list[str]:

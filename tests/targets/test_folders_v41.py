@@ -16,7 +16,6 @@ from dsv4convert.checkpoint.folder import open_folder
 from dsv4convert.checkpoint.weights import Encoding
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import UnsupportedError
-from dsv4convert.model.config import Version
 from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.repack import plan_repack
@@ -65,7 +64,7 @@ def test_dequantized_weights_have_the_values_of_codes_and_scales(dtype: str, tmp
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == {"bf16": "bfloat16", "f32": "float32"}[dtype]
-    again = open_folder(tmp_path / "o", versions=(Version.V41,))
+    again = open_folder(tmp_path / "o")
     assert {weight.scale for weight in again.weights.values()} == {None}
 
 
@@ -98,7 +97,7 @@ def test_repacked_experts_have_the_same_values_in_blocks_of_32(name: str, tmp_pa
             if key.endswith(".weight"):
                 assert after[key][0] == "F8_E4M3"
                 assert np.array_equal(values(before, key), values(after, key)), key
-    weights = open_folder(tmp_path / "o", versions=(Version.V41,)).weights
+    weights = open_folder(tmp_path / "o").weights
     experts = [weight for weight in weights.values() if weight.expert is not None]
     assert {(weight.encoding, weight.block) for weight in experts} == {(Encoding.FP8, (32, 32))}
     config = json.loads((tmp_path / "o" / "config.json").read_text())

@@ -271,9 +271,8 @@ def test_options_are_part_of_the_plan() -> None:
 
 def test_a_lossless_encoding_wants_the_published_table(tmp_path: Path) -> None:
     from dsv4convert.checkpoint.folder import open_folder
-    from dsv4convert.model.config import Version
     from dsv4convert.targets.engram_tables import table_tensors
 
-    weight = open_folder(TINY["tiny-a"], versions=tuple(Version)).weights["layers.0.engram.embed.weight"]
+    weight = open_folder(TINY["tiny-a"]).weights["layers.0.engram.embed.weight"]
     with pytest.raises(InventoryError, match="i8-row264 holds FP8 tables as they were published"):
         table_tensors("t.weight", weight._replace(block=(2, 32)), "i8-row264")

@@ -15,7 +15,6 @@ from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors_write import safetensors_header
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import InventoryError, UsageError
-from dsv4convert.model.config import Version
 from dsv4convert.model.parallel import shard_name
 from dsv4convert.plan import Fill
 from dsv4convert.synth.write import write_synth
@@ -160,7 +159,7 @@ def test_the_draft_can_be_left_out(tmp_path: Path) -> None:
     assert not any(key.startswith("dspark_") for key in config)
     flat = json.loads((folder / INFERENCE_CONFIG_NAME).read_text())
     assert (flat["n_mtp_layers"], len(flat["compress_ratios"])) == (0, 6)
-    assert open_shards(folder, versions=tuple(Version)).n_draft == 0
+    assert open_shards(folder).n_draft == 0
 
 
 @pytest.mark.parametrize(
@@ -189,7 +188,7 @@ def test_a_table_with_rows_of_another_rank_is_refused(made: Any, tmp_path: Path)
     with pytest.raises(
         InventoryError, match=r"engram\.embed\.weight: wrong shape: expected \[345, 32\], got \[330, 32\]"
     ):
-        open_shards(folder, versions=tuple(Version))
+        open_shards(folder)
 
 
 def test_a_draft_that_was_stripped_is_not_in_the_output_configs(tmp_path: Path) -> None:

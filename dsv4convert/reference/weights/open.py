@@ -14,7 +14,7 @@ from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ...containers.gguf import is_gguf, open_gguf
 from ...errors import InputMissingError
-from ...model.config import ModelConfig, Version
+from ...model.config import ModelConfig
 from ...model.engram import EngramConstants
 from .decode import Matrix, Scale, gather_rows, read_rows
 from .gguf import GgufSource
@@ -143,5 +143,5 @@ def open_source(path: Path) -> WeightSource:
     if is_gguf(path):
         return GgufSource(open_gguf(path))
     if is_shard_folder(path):
-        return ShardSource(open_shards(path, versions=tuple(Version)))
+        return ShardSource(open_shards(path))
     return HfSource(open_checked(path))

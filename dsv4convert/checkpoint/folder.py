@@ -451,7 +451,11 @@ def stated_scale_fmt(config: ModelConfig) -> object:
 
 
 def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
-    """Tell MTP from DSpark by the tensors, and count the draft layers."""
+    """Tell MTP from DSpark by the tensors, and count the draft layers.
+
+    Raises:
+        InventoryError: their numbers have a gap.
+    """
     numbers = {int(found[1]) for name in tensors if (found := DRAFT_NAME.match(name)) is not None}
     if not numbers:
         return Draft.NONE, 0

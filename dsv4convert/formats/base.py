@@ -159,7 +159,10 @@ def check_tile(rows: int, columns: int, scale: Array, block: Block, out: Array, 
 
 
 def check_contiguous(out: Array) -> None:
-    """Refuse an output with gaps: flattening it would make a copy, and the results would go there."""
+    """Refuse an output with gaps: flattening it would make a copy, and the results would go there.
+
+    Raises ValueError.
+    """
     if not out.flags.c_contiguous:
         raise ValueError("the output of a tile must be contiguous")
 
@@ -190,7 +193,7 @@ def require_subnormals() -> None:
     """Refuse to compute on a thread whose processor flushes subnormal numbers to zero.
 
     A library built with -ffast-math, or torch.set_flush_denormal, switches that on for a whole thread;
-    small values would then vanish without a trace.
+    small values would then vanish without a trace. Raises DeviceError.
     """
     if not (_SMALLEST_NORMAL * _HALF)[0]:
         raise DeviceError(

@@ -200,7 +200,7 @@ def fp4_to_fp8_scales(
 
 
 def check_fp8_scales(scale: ArrayU8, out_scale: ArrayU8, side: int = FP8_TILE) -> None:
-    """Refuse scales that are not those of one matrix, in groups of 32 and in tiles."""
+    """Refuse scales that are not those of one matrix, in groups of 32 and in tiles. Raises ValueError."""
     want = (-(-scale.shape[0] // side), -(-scale.shape[1] * GROUP // side))
     if out_scale.shape != want:
         raise ValueError(f"tiles of {scale.shape} groups have {want} scales, got {out_scale.shape}")

@@ -251,7 +251,10 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
 
 
 def mxfp4_to_f32(blocks: ArrayU8, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Decode MXFP4 blocks [R, C/32*17] to float32 [R, C]; exact up to 2^125, infinite above the range."""
+    """Decode MXFP4 blocks [R, C/32*17] to float32 [R, C]; exact up to 2^125, infinite above the range.
+
+    Raises ValueError on shapes that do not fit.
+    """
     if out.shape != (blocks.shape[0], blocks.shape[1] // BLOCK_BYTES * GROUP) or blocks.shape[1] % BLOCK_BYTES:
         raise ValueError(f"MXFP4 blocks of shape {blocks.shape} do not fill an output of {out.shape}")
     flat = blocks.reshape(-1, BLOCK_BYTES)

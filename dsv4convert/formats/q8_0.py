@@ -176,7 +176,7 @@ def fp8_to_q8_0(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
 
 
 def q8_0_to_f32(blocks: ArrayU8, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Decode Q8_0 blocks [R, C/32*34] to float32 [R, C]: q * d, exact."""
+    """Decode Q8_0 blocks [R, C/32*34] to float32 [R, C]: q * d, exact. Raises ValueError on shapes that do not fit."""
     rows = blocks.shape[0]
     if blocks.shape[1] % BLOCK_BYTES or out.shape != (rows, blocks.shape[1] // BLOCK_BYTES * GROUP):
         raise ValueError(f"Q8_0 blocks of shape {blocks.shape} do not fill an output of {out.shape}")

@@ -272,6 +272,10 @@ def text_chunks(path: Path, text: Path, config: ModelConfig, options: ImatrixOpt
 
     As llama.cpp's tool does, the first token of a chunk is replaced by the begin-of-sentence token where the tokenizer
     adds one.
+
+    Raises:
+        UsageError: less than a chunk of text, or no tokenizer for it.
+        FileFormatError: the text is not UTF-8.
     """
     content = read_whole(text, MAX_TEXT_BYTES)
     try:

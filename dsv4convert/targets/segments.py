@@ -76,7 +76,11 @@ def shared(number: int) -> int:
 
 
 def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
-    """Return the operands of a weight from row ``first`` on (a multiple of its scale block's height)."""
+    """Return the operands of a weight from row ``first`` on.
+
+    Raises:
+        InventoryError: ``first`` is no multiple of its scale block's height.
+    """
     rows, _ = matrix_shape(weight.shape)
     row_bytes = shared(weight.stored.nbytes // rows)
     stored = weight.stored

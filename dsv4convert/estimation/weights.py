@@ -117,7 +117,7 @@ def divided(
     """
     check_output_ranks(checkpoint.config, mp, o_proj_tp, checkpoint.folder / CONFIG_NAME)
     output_mp = mp if o_proj_tp is None else o_proj_tp
-    written = choose_draft(checkpoint, draft).source
+    written, _, _ = choose_draft(checkpoint, draft)
     files, _, costs = shard_files(written, ShardOptions(mp=mp, experts=experts), output_mp)
     families: Counter[str] = Counter()
     for tensor in files[0].tensors:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.meaning import open_checked
@@ -25,12 +25,8 @@ DRAFT_SUFFIX = "-draft"
 Source = TypeVar("Source", Checkpoint, ShardCheckpoint)
 
 
-class Chosen(NamedTuple, Generic[Source]):
-    """What a target sees of a source, config.json for it, and what is left out."""
-
-    source: Source
-    config: Mapping[str, Any]
-    left_out: tuple[Dropped, ...]
+# What a target sees of a source, config.json for it, and what is left out.
+Chosen: TypeAlias = tuple[Source, Mapping[str, Any], tuple[Dropped, ...]]
 
 
 def folders_of(out: Path, draft: str) -> list[tuple[Path, str]]:
@@ -76,16 +72,16 @@ def choose_draft(source: Source, draft: str) -> Chosen[Source]:
         name: weight for name, weight in source.weights.items() if draft != KEEP and weight.is_draft != (draft == ONLY)
     }
     if not left:
-        return Chosen(source, true_config(source), ())
+        return source, true_config(source), ()
     stored = [part for weight in left.values() for part in _parts(weight)]
     count = sum(1 + (part.scale is not None) for part in stored)
     what = "mtp.*" if draft == DROP else "the model without its draft"
     left_out = (Dropped(what, _reason(draft), count, sum(part.nbytes for part in stored)),)
     weights = {name: weight for name, weight in source.weights.items() if name not in left}
     if draft == ONLY:
-        return Chosen(replace(source, weights=weights), true_config(source), left_out)
+        return replace(source, weights=weights), true_config(source), left_out
     trunk = replace(source, weights=weights, draft=Draft.NONE, n_draft=0)
-    return Chosen(trunk, config_without_draft(true_config(trunk)), left_out)
+    return trunk, config_without_draft(true_config(trunk)), left_out
 
 
 def open_with_draft_option(folder: Path, draft: str, *, strict: bool, index: str) -> Chosen[Checkpoint]:

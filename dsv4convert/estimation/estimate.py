@@ -120,6 +120,7 @@ class Estimate:
                 "families": counted(self.weights, "family"),
                 "types": counted(self.weights, "type"),
                 "files": dict(self.subject.files),
+                "parts": [part.as_json() for part in self.weights],
             },
             "ranks": None if self.ranks is None else self.ranks.as_json(),
             "gguf": None if self.gguf is None else self.gguf.as_json(),

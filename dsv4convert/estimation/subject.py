@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder, resolve
 from ..checkpoint.shards import ShardedWeight, is_shard_folder, open_shards
@@ -46,6 +46,12 @@ class Part(NamedTuple):
     tensors: int
     elements: int
     nbytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the part as plain JSON values."""
+        values = self._asdict()
+        nbytes = values.pop("nbytes")
+        return {**values, "bytes": nbytes}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> I
     powers of two unless ``power_of_two_scales`` is false.
 
     Raises:
-        UsageError: a dimension that packed FP4 cannot hold.
+        UsageError: a dimension of 0, or one that packed FP4 cannot hold.
     """
     base = config.flat.get("expert_dtype") == "fp8"
     if not base:
@@ -89,6 +89,12 @@ def synth_tensors(config: ModelConfig, *, power_of_two_scales: bool = True) -> I
     n_draft = config.n_draft_ratios
     draft = (Draft.DSPARK if config.is_dspark else Draft.MTP) if n_draft else Draft.NONE
     for expected in expected_tensors(config, draft, n_draft, config.has_vision):
+        if 0 in expected.shape:
+            raise UsageError(
+                f"tensor {expected.name} has a dimension of 0 by this config",
+                expected=" x ".join(expected.row.shape),
+                got=" x ".join(map(str, expected.shape)),
+            )
         taken = config.draft_num_experts_per_tok if expected.is_draft else config.num_experts_per_tok
         if expected.row.store is Store.ENGRAM:
             yield from _table(expected)

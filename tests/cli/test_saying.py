@@ -87,6 +87,7 @@ COMMANDS: dict[str, list[str]] = {
     "repack": ["{path}", "{out}", "--experts", "fp8"],
     "verify": ["{tiny}", "{path}"],
     "inspect": ["{path}"],
+    "estimate": ["{path}"],
     "forward": ["{path}", "--tokens", "1,2"],
     "compare": ["{tiny}", "{path}", "--tokens", "1,2"],
     "synth": ["{path}/below"],

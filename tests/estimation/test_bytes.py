@@ -23,7 +23,7 @@ from dsv4convert.targets.gguf_tensors import GgufOptions, gguf_models
 from dsv4convert.targets.low_bit import SizesOnly
 
 from ..checkpoints import MakeCheckpoint
-from ..v41 import RECORDED, TINY
+from ..v41 import RECORDED, TINY, published_config
 
 CONFIGS = RECORDED.parents[1] / "dsv4convert" / "model" / "configs"
 
@@ -229,6 +229,20 @@ def test_the_file_of_a_draft_is_no_model(
     dsv4convert.convert_gguf(make_checkpoint("tiny", variant=variant), tmp_path / "draft.gguf", draft="only")
     with pytest.raises(UnsupportedError, match=message):
         dsv4convert.estimate(tmp_path / "draft.gguf")
+
+
+def test_a_config_that_gives_a_tensor_no_columns(tmp_path: Path) -> None:
+    raw = published_config()
+    raw["text_config"]["dspark_target_layer_ids"] = []
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match=r"tensor mtp.0.main_proj.weight has a dimension of 0"):
+        dsv4convert.estimate(tmp_path / "config.json")
+
+
+def test_the_parts_add_up_to_all_weights(tiny: Path) -> None:
+    weights = checked(dsv4convert.estimate(tiny))["weights"]
+    assert sum(part["bytes"] for part in weights["parts"]) == weights["bytes"]
+    assert {part["layer"] for part in weights["parts"] if not part["is_draft"]} == {None, 0, 1, 2, 3}
 
 
 def test_nothing_there(tmp_path: Path) -> None:

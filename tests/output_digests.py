@@ -220,6 +220,8 @@ GGUF = {
         for source in ("tiny", "base", "without-draft")
         for draft in ("keep", "drop")
     },
+    "gguf/tiny/dialect-ds4": "hf-to-gguf {synth/tiny} {out}/model.gguf --dialect ds4",
+    "gguf/vision/dialect-ds4": "hf-to-gguf {synth/vision} {out}/model.gguf --dialect ds4",
     "gguf/tiny/dialect-llama": "hf-to-gguf {synth/tiny} {out}/model.gguf --dialect llama.cpp",
     "gguf/tiny/dialect-types": (
         "hf-to-gguf {synth/tiny} {out}/model.gguf --dialect deepseek-v4 --draft keep --dense bf16 --experts q8_0"

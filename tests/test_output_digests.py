@@ -20,8 +20,6 @@ RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-
 # library adds), and options that do not reach the bytes.
 WITHOUT_RECORD = {"verify", "imatrix"}
 WITHOUT_EFFECT = {"index"}
-# Choices whose bytes a library makes that not every machine has.
-NEED_GGML = {("hf-to-gguf", "ds4")}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def _choices() -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("command", "choice"), sorted(_choices() - NEED_GGML))
+@pytest.mark.parametrize(("command", "choice"), sorted(_choices()))
 def test_every_choice_of_every_option_has_a_case(command: str, choice: str) -> None:
     lines = [words for words in map(shlex.split, CASES.values()) if words[0] == command]
     assert any(not choice or choice in words for words in lines), "give it a case in tests/output_digests.py"

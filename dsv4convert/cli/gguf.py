@@ -152,7 +152,8 @@ if TYPE_CHECKING:
     default="llama.cpp",
     show_default=True,
     panel=METADATA,
-    help="Naming scheme of tensors and metadata keys.",
+    help="Reader that the file is for: llama.cpp; ds4, the port DwarfStar, which wants F16 and Q8_0 where "
+    "llama.cpp has BF16 and F32; or deepseek-v4, an early port with names of its own, from before llama.cpp's.",
 )
 @option(
     "--tokenizer-pre",

@@ -130,7 +130,10 @@ def print_summary(summary: Summary) -> None:
         typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
     for note in summary.notes:
         typer.echo(f"note: {escape_control(note)}")
-    for counted in summary.counted[:MAX_COUNTED_LINES]:
+    # What is out of range or no number comes before what was rounded.
+    for counted in sorted(summary.counted, key=lambda counted: not (counted["nan"] or counted["overflow"]))[
+        :MAX_COUNTED_LINES
+    ]:
         kinds = ", ".join(
             f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key]
         )

@@ -1,4 +1,4 @@
-"""The V4.1 file of the port DwarfStar (``--dialect ds4``): its types, its names of three tensors, its keys.
+"""The V4.1 file of the port DwarfStar (``--dialect ds4``): its names of three tensors, its keys; types are in ``ds4``.
 
 Written after descriptions of its files; the port itself reads other sizes than the published one's not at all, so that
 no small file of ours was read by it.
@@ -28,25 +28,6 @@ NAMES = {
     "engram_k.weight": "engram_k_norm.weight",
     "engram_wkv.weight": "engram_kv.weight",
 }
-# Types by what the name below the block begins with; attention and shared experts are --dense, and everything that is
-# not here as in the llama.cpp layout.
-TYPES = (
-    ("token_embd", "f16"),
-    ("output.weight", "q8_0"),
-    ("hc_attn_fn", "f16"),
-    ("hc_ffn_fn", "f16"),
-    ("attn_compressor_kv", "f16"),
-    ("attn_compressor_gate", "f16"),
-    ("indexer.attn_k.", "f16"),
-    ("indexer.attn_q_b", "f16"),
-    ("indexer.proj", "f16"),
-    ("ffn_gate_inp", "f32"),
-    ("engram_q_norm", "f32"),
-    ("engram_k_norm", "f32"),
-    ("engram_kv", "f16"),
-)
-EXPERT_TYPES = ("iq2_xxs", "q2_k", "q4_k")
-
 # Keys of the text model that are floats, however config.json spells them.
 FLOAT_KEYS = frozenset(
     {
@@ -64,16 +45,6 @@ FLOAT_KEYS = frozenset(
     }
 )
 LEFT_OUT = ("model_type", "dtype", "torch_dtype")
-
-
-def type_of(name: str) -> str | None:
-    """Return the type of a tensor by its name, None where the llama.cpp layout's holds.
-
-    >>> type_of("blk.3.hc_attn_fn.weight"), type_of("blk.3.attn_norm.weight")
-    ('f16', None)
-    """
-    base = name.split(".", 2)[2] if name.startswith("blk.") else name
-    return next((kind for start, kind in TYPES if base.startswith(start)), None)
 
 
 def ds4_keys(

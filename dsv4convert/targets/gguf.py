@@ -16,10 +16,11 @@ from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
 from ..errors import UsageError
-from ..model.config import CHAT_TEMPLATES
+from ..model.config import CHAT_TEMPLATES, Version
 from ..model.engram import EngramConstants
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
+from .ds4 import vision_keys
 from .ds4_v41 import ARCHITECTURE, ds4_keys
 from .engram_tables import encoding_name
 from .gguf_metadata import (
@@ -75,7 +76,7 @@ def open_for_gguf(source: Path, options: GgufOptions, *, strict: bool = False, i
     Raises:
         Dsv4Error: whatever is wrong with the source.
     """
-    draft_wanted = options.draft not in (None, "drop") or (options.draft is None and options.dialect != "llama.cpp")
+    draft_wanted = options.draft not in (None, "drop") or (options.draft is None and options.dialect == "deepseek-v4")
     return open_checked(source, draft_wanted=draft_wanted, strict=strict, index=index)
 
 
@@ -173,7 +174,7 @@ class _Describer:
                 chat_template=self._template,
                 name=self._name,
             )
-        if self._options.dialect == DS4:
+        if self._options.dialect == DS4 and self._config.version is Version.V41:
             calibration = "none" if self._options.imatrix is None else Path(self._options.imatrix).name
             calibration = self._options.importance or calibration
             config_keys = ds4_keys(model.config, self._engram, self._engram_encoding, model.main_type, calibration)
@@ -188,7 +189,7 @@ class _Describer:
                 chat_template=self._template,
                 name=self._name,
             )
-        return model_metadata(
+        keys = model_metadata(
             model.config,
             self._tokenizer,
             self.card,
@@ -202,6 +203,9 @@ class _Describer:
             engram=self._engram,
             engram_encoding=self._engram_encoding,
         )
+        if self._options.dialect == DS4 and self._config.has_vision:
+            keys += vision_keys(self._dialect.architecture)
+        return keys
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -21,7 +21,7 @@ from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
 from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
-from . import ds4_v41
+from . import ds4, ds4_v41
 from .claims import Claims
 from .drafts import DROP, KEEP, ONLY, SPLIT
 from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
@@ -68,8 +68,8 @@ class TensorDialect:
     """How one family of readers wants the file: names, architecture, types and what becomes of MTP.
 
     ``default_dense`` and ``default_experts`` give the output type by the source's encoding, ``type_of`` that of
-    tensors whose name decides, ``expert_types`` those that routed experts may have (any, where there are none), and
-    ``engram`` that of n-gram tables.
+    tensors whose name decides, ``allowed`` those that a tensor may have (any, where there are none), and ``engram``
+    that of n-gram tables. ``text_only``: drafts and vision towers have layouts of their own, which are not written.
     """
 
     name: str
@@ -80,9 +80,10 @@ class TensorDialect:
     mtp_inline: bool
     grouped_wo_a: bool
     type_of: Callable[[str], str | None] = lambda name: None
-    expert_types: tuple[str, ...] = ()
+    allowed: Callable[[str], tuple[str, ...]] = lambda name: ()
     alignment: int = ALIGNMENT
     engram: str = "q8_0"
+    text_only: bool = False
 
 
 DS4 = "ds4"
@@ -108,6 +109,14 @@ DIALECTS = {
         grouped_wo_a=True,
     ),
 }
+DIALECTS[DS4] = replace(
+    DIALECTS["llama.cpp"],
+    name=DS4,
+    default_dense=dict.fromkeys(DIALECTS["llama.cpp"].default_dense, Q8_0),
+    type_of=ds4.V4.type_of,
+    allowed=ds4.V4.allowed,
+    text_only=True,
+)
 
 DIALECTS_V41 = {
     "llama.cpp": replace(DIALECTS["llama.cpp"], architecture=LLAMA_CPP_V41),
@@ -116,10 +125,12 @@ DIALECTS_V41 = {
         name=DS4,
         architecture=ds4_v41.ARCHITECTURE,
         name_of=lambda row: None if row.gguf is None else ds4_v41.NAMES.get(row.gguf, row.gguf),
-        type_of=ds4_v41.type_of,
-        expert_types=ds4_v41.EXPERT_TYPES,
+        default_dense=dict.fromkeys(DIALECTS[DS4].default_dense, Q8_0),
+        type_of=ds4.V41.type_of,
+        allowed=ds4.V41.allowed,
         alignment=ds4_v41.ALIGNMENT,
         engram=ROW264,
+        text_only=True,
     ),
 }
 
@@ -293,7 +304,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
         if draft_mode == KEEP:
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
-        _check_experts(tensors, dialect)
+        _check_types(tensors, dialect)
         if options.engram_last or dialect.name == DS4:
             tensors.sort(key=lambda tensor: tensor.is_table)
         models.append(
@@ -339,14 +350,33 @@ def engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
     return options.engram or dialect.engram
 
 
-def _check_experts(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> None:
+def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> None:
+    """Check that the dialect's reader reads every tensor's type, and gate and up experts alike.
+
+    Raises:
+        UsageError: it does not.
+    """
+    experts: dict[str, str] = {}
     for tensor in tensors:
-        if dialect.expert_types and "_exps." in tensor.name and tensor.type.name not in dialect.expert_types:
+        allowed, kind = dialect.allowed(tensor.name), tensor.type.name
+        if allowed and kind not in allowed:
+            is_expert = ds4.EXPERTS in tensor.name
             raise UsageError(
-                f"--experts {tensor.type.name} is not supported by dialect {dialect.name}",
-                expected=" or ".join(dialect.expert_types),
-                hint="--experts or --recipe chooses one",
+                f"{'--experts' if is_expert else f'tensor {tensor.name}:'} {kind} is not supported by dialect "
+                f"{dialect.name}",
+                expected=" or ".join(allowed),
+                hint="--experts or --recipe chooses one"
+                if is_expert
+                else "leave out the option or recipe that says so",
             )
+        if allowed and (ds4.GATE in tensor.name or ds4.UP in tensor.name):
+            other = experts.setdefault(tensor.name.replace(ds4.UP, ds4.GATE), kind)
+            if kind != other:
+                raise UsageError(
+                    f"tensor {tensor.name}: dialect {dialect.name} wants gate and up experts in one type",
+                    expected=other,
+                    got=kind,
+                )
 
 
 def _dspark_model(
@@ -368,12 +398,14 @@ def _dspark_model(
 def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
     if asked is not None or dialect.mtp_inline:
         return f"{option} drop"
+    if dialect.text_only:
+        return f"{option} drop (the only choice with --dialect {dialect.name})"
     return f"{option} drop (the default); {option} split writes a file of its own"
 
 
 def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect) -> str:
     mode = options.draft or (KEEP if dialect.mtp_inline else DROP)
-    allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP, ONLY, SPLIT)
+    allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP,) if dialect.text_only else (DROP, ONLY, SPLIT)
     if mode not in allowed:
         raise UsageError(f"--draft {mode} is not supported by dialect {dialect.name}", expected=" or ".join(allowed))
     if options.layers is not None and mode != DROP:
@@ -393,7 +425,7 @@ def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
         raise UsageError("--mmproj: unknown", expected=f"{DROP}, {ONLY} or {SPLIT}", got=mode)
     if mode == DROP:
         return mode
-    if dialect.mtp_inline:
+    if dialect.mtp_inline or dialect.text_only:
         raise UsageError(f"--mmproj {mode} is not supported by dialect {dialect.name}", expected=DROP)
     if not has_tower:
         raise UsageError(f"--mmproj {mode}: the checkpoint has no vision tower", where=checkpoint.folder)

@@ -104,7 +104,7 @@ def size_recipes(
         except UsageError as error:
             if options.recipe is not None:
                 raise
-            sizes.append(RecipeSize(recipe_name, recipe.description, None, 0, str(error)))
+            sizes.append(RecipeSize(recipe_name, recipe.description, None, 0, error.what))
             continue
         missing = 0 if fit is None else max(0, plan.nbytes + sum(cache.values()) - fit)
         sizes.append(RecipeSize(recipe_name, recipe.description, plan.nbytes, missing, _lack(plan, options)))

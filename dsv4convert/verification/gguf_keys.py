@@ -223,6 +223,10 @@ def _expected(
     yield from _from_config(content, architecture)
     if architecture == LLAMA_CPP_V41:
         yield from _of_v41(model, content.config, source)
+    if architecture == LLAMA_CPP and content.config.has_vision:
+        # The port ds4 knows the text model by them, llama.cpp's own dialect has none.
+        yield f"{architecture}.checkpoint_variant", Expected("str", "vision-exp", optional=True)
+        yield f"{architecture}.vision.sidecar_required", Expected("bool", True, optional=True)
     yield from _vocabulary(source, content.config, report)
     if architecture == DFLASH:
         yield MASK_TOKEN_KEY, Expected("u32", content.config.flat.get("dspark_noise_token_id"))

@@ -23,6 +23,17 @@ WHOLE = {
 # Few weights: some types take the library microseconds an element.
 SMALL = {"ratios": [4], "experts": 2, "vocab": 384}
 
+# Choices that no rounding changes: hash-routed layers, and as many entries to choose as there are. llama.cpp runs
+# no model without a layer of ratio 128.
+CLEAR = {
+    "variant": "base",
+    "ratios": [4, 128],
+    "experts": 2,
+    "vocab": 384,
+    "mtp": False,
+    "overrides": {**WHOLE, "num_hash_layers": 2, "index_topk": 512},
+}
+
 # These take tens of microseconds.
 SLOW = ("iq1_s", "iq1_m", "iq2_s", "iq2_xs")
 

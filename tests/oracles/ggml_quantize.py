@@ -2,8 +2,9 @@
 
     python -m tests.oracles.ggml_quantize ASKED.json
 
-``ASKED`` names the F32 ``source``, the ``out`` to write, ggml's type number by tensor in ``types``, and an ``imatrix``
-(.npz by tensor, [experts, columns]) or null. In a process of its own, since the library ends the process on errors.
+``ASKED`` names the F32 ``source``, the ``out`` to write, ggml's type number by tensor in ``types`` or llama.cpp's
+``file_type``, and an ``imatrix`` (.npz by tensor, [experts, columns]) or null. In a process of its own, since the
+library ends the process on errors.
 """
 
 from __future__ import annotations
@@ -22,14 +23,24 @@ F32, OUTPUT, EMBEDDING = 0, "output.weight", "token_embd.weight"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def quantise(source: Path, out: Path, types: dict[str, int], imatrix: dict[str, np.ndarray] | None = None) -> None:
-    """Write the F32 GGUF ``source`` with ``types`` (ggml's numbers; tensors not named keep F32) to ``out``."""
+def quantise(
+    source: Path,
+    out: Path,
+    types: dict[str, int],
+    imatrix: dict[str, np.ndarray] | None = None,
+    file_type: int | None = None,
+) -> None:
+    """Write the F32 GGUF ``source`` with ``types`` (ggml's numbers; tensors not named keep F32) to ``out``.
+
+    With a ``file_type``, types are llama.cpp's own choice for it.
+    """
     asked = out.with_suffix(".json")
     matrix = None
     if imatrix is not None:
         matrix = str(out.with_suffix(".npz"))
         np.savez(matrix, **imatrix)
-    asked.write_text(json.dumps({"source": str(source), "out": str(out), "types": types, "imatrix": matrix}))
+    document = {"source": str(source), "out": str(out), "types": types, "imatrix": matrix, "file_type": file_type}
+    asked.write_text(json.dumps(document))
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracles.ggml_quantize", str(asked)],
         cwd=ROOT,
@@ -47,13 +58,14 @@ def _run(asked: dict[str, object]) -> int:
     names = [tensor.name for tensor in GGUFReader(str(asked["source"])).tensors]
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.nthread = 2
-    parameters.ftype = 15  # any file type of a quantised default: every tensor is named
-    parameters.output_tensor_type = types.get(OUTPUT, F32)
-    parameters.token_embedding_type = types.get(EMBEDDING, F32)
+    parameters.ftype = asked["file_type"] or 15  # any file type of a quantised default where every tensor is named
     overrides = (llama_cpp.llama_cpp.llama_model_tensor_override * (len(names) + 1))()
     for override, name in zip(overrides, names, strict=False):
         override.pattern, override.type = f"^{re.escape(name)}$".encode(), types.get(name, F32)
-    parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
+    if asked["file_type"] is None:
+        parameters.output_tensor_type = types.get(OUTPUT, F32)
+        parameters.token_embedding_type = types.get(EMBEDDING, F32)
+        parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
     if asked["imatrix"] is not None:
         values = {name: array.astype(np.float32) for name, array in np.load(str(asked["imatrix"])).items()}
         entries = (llama_cpp.llama_cpp.llama_model_imatrix_data * (len(values) + 1))()

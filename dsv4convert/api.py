@@ -348,6 +348,36 @@ def dequantize(
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
+def requantize(
+    source: StrPath,
+    out: StrPath,
+    *,
+    draft: str = "keep",
+    max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    strict: bool = False,
+    index: str = "file",
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    lock: bool = True,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the floats of the checkpoint folder ``source`` in the official layout: FP8 and FP4, rounded as published.
+
+    Raises:
+        LossyError: ``strict``, and a value is rounded.
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.requantize import plan_requantize
+
+    plan = partial(plan_requantize, Path(source), max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
+    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
+    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
+
+
 def repack(
     source: StrPath,
     out: StrPath,

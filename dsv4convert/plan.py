@@ -172,6 +172,37 @@ class Bf16ToFp8Scales:
     block: Block
 
 
+@dataclass(frozen=True, slots=True)
+class ToFp8Codes:
+    """The e4m3 codes of floats, rounded, as published; a row of the operand holds all rows of a ``block``."""
+
+    source: Source
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class ToFp8Scales:
+    """The e8m0 scales of those codes, for a weight of ``columns`` columns."""
+
+    source: Source
+    columns: int
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class ToFp4Codes:
+    """The packed e2m1 codes of floats, rounded, as published."""
+
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class ToFp4Scales:
+    """The e8m0 scales of those codes."""
+
+    source: Source
+
+
 Operation: TypeAlias = (
     Copy
     | Keep
@@ -186,6 +217,10 @@ Operation: TypeAlias = (
     | Fp4ToFp8Scales
     | Bf16ToFp8Codes
     | Bf16ToFp8Scales
+    | ToFp8Codes
+    | ToFp8Scales
+    | ToFp4Codes
+    | ToFp4Scales
 )
 
 COPY, KEEP, JOIN, ALL_EQUAL = Copy(), Keep(), Join(), AllEqual()

@@ -118,6 +118,7 @@ COMMANDS = {
     "unshard": dsv4convert.unshard,
     "dequantize": dsv4convert.dequantize,
     "repack": dsv4convert.repack,
+    "requantize": dsv4convert.requantize,
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
     "check": dsv4convert.check,

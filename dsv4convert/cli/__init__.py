@@ -29,6 +29,7 @@ MODULES = {
     "unshard": "shard",
     "dequantize": "folders",
     "repack": "folders",
+    "requantize": "folders",
     "verify": "verify",
     "check": "check",
     "inspect": "inspect",

@@ -1,4 +1,4 @@
-"""Commands that write checkpoint folders: dequantize and repack."""
+"""Commands that write checkpoint folders: dequantize, repack and requantize."""
 
 from __future__ import annotations
 
@@ -122,4 +122,43 @@ def repack(
     )
 
 
-COMMANDS = (dequantize, repack)
+@command("requantize", panel=CONVERT, example="dsv4convert requantize my-fine-tune-BF16 my-fine-tune")
+@source_argument
+@out_folder_argument
+@option(
+    "--strict",
+    is_flag=True,
+    panel=TYPES,
+    help="Fail if a value is rounded, or the source has values that are not finite, or tensors that are all zero.",
+)
+@folder_draft_option
+@max_tensor_file_size_option
+@index_option
+@run_options
+def requantize(
+    source: Path,
+    out: Path,
+    strict: bool,
+    draft: str,
+    max_file_size: str,
+    index: str,
+    *,
+    run: RunOptions,
+) -> None:
+    """Write a BF16, F16 or F32 folder in the official layout, with FP8 weights and FP4 experts."""
+    from ..api import requantize as requantize_folder
+    from .report import run_conversion
+
+    run_conversion(
+        requantize_folder,
+        run,
+        source,
+        out,
+        draft=draft,
+        max_file_size=max_file_size,
+        strict=strict,
+        index=index,
+    )
+
+
+COMMANDS = (dequantize, repack, requantize)

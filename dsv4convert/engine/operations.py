@@ -40,6 +40,10 @@ from ..plan import (
     SquaredWeights,
     Sums,
     Target,
+    ToFp4Codes,
+    ToFp4Scales,
+    ToFp8Codes,
+    ToFp8Scales,
 )
 
 FP4_PER_BYTE = 2
@@ -125,6 +129,16 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
         case Bf16ToFp8Scales(columns, as_f32, block):
             scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
             out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
+        case ToFp8Codes(source, block):
+            values = _floats(source, codecs, inputs[0].reshape(out.shape), scratch)
+            codecs.f32_to_fp8(values, block, out, scratch, tally)
+        case ToFp8Scales(source, columns, block):
+            values = _floats(source, codecs, inputs[0].reshape(-1, columns), scratch)
+            codecs.f32_to_fp8_scales(values, block, out, scratch, tally)
+        case ToFp4Codes(source):
+            codecs.f32_to_fp4(_floats(source, codecs, inputs[0], scratch), out, scratch, tally)
+        case ToFp4Scales(source):
+            codecs.f32_to_fp4_scales(_floats(source, codecs, inputs[0], scratch), out, scratch, tally)
         case Copy():
             raise TypeError("a copy has no tiles: the worker moves its bytes")
         case _:
@@ -135,6 +149,15 @@ def _count(codecs: Codecs, holds: str, out: Bytes, scratch: Scratch, tally: Tall
     """Count the elements of moved rows that are not finite."""
     magnitudes = scratch.array("magnitudes", (out.size,), np.uint8)
     tally.nan += codecs.count_not_finite(holds, out.reshape(-1), magnitudes)
+
+
+def _floats(source: Source, codecs: Codecs, values: NDArray[Any], scratch: Scratch) -> NDArray[np.float32]:
+    """Return floats without scales as float32, in their shape; what is not finite is for the caller to refuse."""
+    if source == "f32":
+        return values
+    wide: NDArray[np.float32] = scratch.array("floats", values.shape, np.float32)
+    PLAIN[source, "f32"](codecs)(values, wide, scratch, Tally())
+    return wide
 
 
 def divides_blocks(operation: Operation) -> bool:

@@ -9,7 +9,14 @@ from functools import cache
 
 from dsv4convert.errors import escape_control
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
-from dsv4convert.formats.base import BlockwiseCodec, PlainCodec, RescalingCodec, ScaledCodec, TileScalesCodec
+from dsv4convert.formats.base import (
+    BlockQuantiser,
+    BlockwiseCodec,
+    PlainCodec,
+    RescalingCodec,
+    ScaledCodec,
+    TileScalesCodec,
+)
 from dsv4convert.formats.compiled.library import library_path
 from dsv4convert.formats.not_finite import NotFiniteCounter, count_not_finite
 
@@ -41,6 +48,10 @@ class Codecs:
     f32_to_f16: PlainCodec = bf16.f32_to_f16
     f32_to_q8_0: PlainCodec = q8_0.f32_to_q8_0
     f32_to_mxfp4: PlainCodec = mxfp4.f32_to_mxfp4
+    f32_to_fp8: BlockQuantiser = e4m3.f32_to_fp8
+    f32_to_fp8_scales: BlockQuantiser = e4m3.f32_to_fp8_scales
+    f32_to_fp4: PlainCodec = e2m1.f32_to_fp4
+    f32_to_fp4_scales: PlainCodec = e2m1.f32_to_fp4_scales
     bf16_to_f32: PlainCodec = bf16.bf16_to_f32
     bf16_to_f16: PlainCodec = bf16.bf16_to_f16
     bf16_to_q8_0: PlainCodec = q8_0.bf16_to_q8_0
@@ -98,6 +109,10 @@ def compiled_codecs() -> Codecs:
         f32_to_q8_0=twins.f32_to_q8_0,
         bf16_to_q8_0=twins.bf16_to_q8_0,
         f32_to_mxfp4=twins.f32_to_mxfp4,
+        f32_to_fp8=twins.f32_to_fp8,
+        f32_to_fp8_scales=twins.f32_to_fp8_scales,
+        f32_to_fp4=twins.f32_to_fp4,
+        f32_to_fp4_scales=twins.f32_to_fp4_scales,
         bf16_to_mxfp4=twins.bf16_to_mxfp4,
         f32_to_bf16=twins.f32_to_bf16,
         f32_to_f16=twins.f32_to_f16,

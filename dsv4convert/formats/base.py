@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dsv4convert.errors import DeviceError
+from dsv4convert.errors import DeviceError, LossyError
 
 ArrayU8: TypeAlias = npt.NDArray[np.uint8]
 ArrayU16: TypeAlias = npt.NDArray[np.uint16]
@@ -107,6 +107,10 @@ PlainCodec: TypeAlias = Callable[[Array, Array, Scratch, Tally], None]
 BlockwiseCodec: TypeAlias = Callable[[Array, Array, Array, Scratch, Tally], None]
 
 
+# Elements to those of a format with scales, or to these scales: (values, block, out, scratch, tally).
+BlockQuantiser: TypeAlias = Callable[[Array, Block, Array, Scratch, Tally], None]
+
+
 class RescalingCodec(Protocol):
     """Packed FP4 to codes and scales of tiles."""
 
@@ -156,6 +160,25 @@ def check_tile(rows: int, columns: int, scale: Array, block: Block, out: Array, 
     if out.shape != out_shape:
         raise ValueError(f"output of a {rows}x{columns} tile: expected {out_shape}, got {out.shape}")
     check_contiguous(out)
+
+
+def check_tile_of_floats(values: Array, out: Array, out_shape: tuple[int, ...]) -> None:
+    """Refuse an output of another shape, and values that no quantised format holds.
+
+    Raises LossyError on NaN and infinity, ValueError on shapes.
+    """
+    if out.shape != out_shape:
+        raise ValueError(f"output of a tile of {values.shape}: expected {out_shape}, got {out.shape}")
+    check_contiguous(out)
+    finite = np.isfinite(values)
+    if not finite.all():
+        row, column = (int(index) for index in np.argwhere(~finite)[0])
+        raise LossyError(
+            "a NaN or infinite value cannot be quantised",
+            expected="finite values",
+            got=f"{values[row, column]} at row {row}, column {column} of a tile",
+            hint="run dsv4convert check on the source, which names the tensors",
+        )
 
 
 def check_contiguous(out: Array) -> None:

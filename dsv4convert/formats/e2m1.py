@@ -35,6 +35,7 @@ from dsv4convert.formats.base import (
     Tally,
     check_contiguous,
     check_tile,
+    check_tile_of_floats,
     column_blocks,
 )
 from dsv4convert.formats.bf16 import store_products
@@ -131,6 +132,30 @@ def quantise_fp4(values: ArrayF32) -> tuple[ArrayU8, ArrayU8]:
     scale = f32_to_e8m0(np.ldexp(np.float32(1), exponent - limit_exponent + (fraction > limit_fraction)))
     scaled = np.ldexp(groups, E8M0_BIAS - scale.astype(np.int32)[:, :, None]).astype(np.float32)
     return pack_e2m1(f32_to_e2m1(scaled)).reshape(rows, columns // 2), scale
+
+
+def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise float32 [R, C] to packed FP4 [R, C/2] with the scales of ``f32_to_fp4_scales``.
+
+    Counts as ``changed`` the elements that were rounded. Raises LossyError on NaN and infinity.
+    """
+    rows, columns = values.shape
+    check_tile_of_floats(values, out, (rows, columns // 2))
+    packed, scale = quantise_fp4(values)
+    back = np.empty_like(values)
+    fp4_to_f32(packed, scale, (1, GROUP), back, scratch, Tally())
+    tally.changed += int(np.count_nonzero(back != values))
+    np.copyto(out, packed)
+
+
+def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Return in ``out`` [R, C/32] the e8m0 scales of float32 [R, C] as FP4; see ``quantise_fp4``.
+
+    Raises LossyError on NaN and infinity.
+    """
+    rows, columns = values.shape
+    check_tile_of_floats(values, out, (rows, columns // GROUP))
+    np.copyto(out, quantise_fp4(values)[1])
 
 
 def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:

@@ -32,6 +32,7 @@ from dsv4convert.formats.base import (
     Scratch,
     Tally,
     check_tile,
+    check_tile_of_floats,
     require_subnormals,
     spread_columns,
 )
@@ -127,11 +128,15 @@ def f32_to_e4m3(values: ArrayF32) -> ArrayU8:
     return code
 
 
-def quantise_fp8(values: ArrayF32, block: Block) -> tuple[ArrayU8, ArrayU8]:
-    """Quantise float32 [R, C] the published way: (e4m3 codes [R, C], e8m0 scales per block).
+# The scale of a block with no larger value than this one; the published quantiser has a floor of 1e-4 for amax.
+SMALLEST_AMAX = np.float32(MAX * 2.0**-126)
+PUBLISHED_AMAX = np.float32(1e-4)
 
-    The scale is the smallest power of two with amax/scale <= 448, and 2^-126 at least, so that a block
-    of zeros has a scale too. Raises ValueError on NaN and infinity.
+
+def fp8_scales(values: ArrayF32, block: Block, least: np.float32) -> ArrayU8:
+    """Return the e8m0 scales per block of float32 [R, C]: the smallest power of two with max(amax, least)/scale <= 448.
+
+    Raises ValueError on NaN and infinity.
     """
     rows, columns = values.shape
     if not np.isfinite(values).all():
@@ -140,13 +145,52 @@ def quantise_fp8(values: ArrayF32, block: Block) -> tuple[ArrayU8, ArrayU8]:
     padded = np.zeros((down * block[0], across * block[1]), np.float32)
     padded[:rows, :columns] = np.abs(values)
     amax = padded.reshape(down, block[0], across, block[1]).max(axis=(1, 3))
-    fraction, exponent = np.frexp(np.maximum(amax, np.float32(MAX * 2.0**-126)))
+    fraction, exponent = np.frexp(np.maximum(amax, least))
     # amax = fraction * 2^exponent with fraction in [1/2, 1), and 448 = 0.875 * 2^9.
     limit_fraction, limit_exponent = np.frexp(np.float32(MAX))
     power = exponent - limit_exponent + (fraction > limit_fraction)
-    scale = f32_to_e8m0(np.ldexp(np.float32(1), power))
+    return f32_to_e8m0(np.ldexp(np.float32(1), power))
+
+
+def quantise_fp8(values: ArrayF32, block: Block, least: np.float32 = SMALLEST_AMAX) -> tuple[ArrayU8, ArrayU8]:
+    """Quantise float32 [R, C] the published way: (e4m3 codes [R, C], e8m0 scales per block); see ``fp8_scales``.
+
+    Raises ValueError on NaN and infinity.
+    """
+    rows, columns = values.shape
+    scale = fp8_scales(values, block, least)
     spread = np.repeat(np.repeat(scale, block[0], axis=0), block[1], axis=1)[:rows, :columns]
     return f32_to_e4m3(np.ldexp(values, E8M0_BIAS - spread.astype(np.int32)).astype(np.float32)), scale
+
+
+def f32_to_fp8(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise float32 [R, C] to e4m3 codes [R, C] with the scales of ``f32_to_fp8_scales``.
+
+    Counts: ``underflow`` the elements that vanished, or were rounded among e4m3's subnormal numbers, ``changed`` those
+    that were rounded otherwise. Raises LossyError on NaN and infinity.
+    """
+    check_tile_of_floats(values, out, values.shape)
+    codes, scale = quantise_fp8(values, block, PUBLISHED_AMAX)
+    back = np.empty_like(values)
+    fp8_to_f32(codes, scale, block, back, scratch, Tally())
+    inexact = back != values
+    spread = spread_blocks(scale, block, values.shape)
+    with np.errstate(over="ignore"):
+        tiny = np.abs(values) < np.ldexp(np.float32(_MIN_NORMAL), spread.astype(np.int32) - E8M0_BIAS)
+    underflow = int(np.count_nonzero(inexact & tiny))
+    tally.underflow += underflow
+    tally.changed += int(np.count_nonzero(inexact)) - underflow
+    np.copyto(out, codes)
+
+
+def f32_to_fp8_scales(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Return in ``out`` the e8m0 scales per block of float32 [R, C]: the smallest power of two with amax/scale <= 448.
+
+    amax counts as 1e-4 at least, as in the published quantiser. Raises LossyError on NaN and infinity.
+    """
+    rows, columns = values.shape
+    check_tile_of_floats(values, out, (-(-rows // block[0]), -(-columns // block[1])))
+    np.copyto(out, fp8_scales(values, block, PUBLISHED_AMAX))
 
 
 def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:

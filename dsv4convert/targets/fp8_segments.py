@@ -13,8 +13,20 @@ from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
 from ..model.config import Version
-from ..plan import Bf16ToFp8Codes, Bf16ToFp8Scales, Fp4ToFp8Codes, Fp4ToFp8Scales, MadeSegments, Operand, Segment
-from .segments import scale_operand
+from ..plan import (
+    Bf16ToFp8Codes,
+    Bf16ToFp8Scales,
+    Fp4ToFp8Codes,
+    Fp4ToFp8Scales,
+    MadeSegments,
+    Operand,
+    Segment,
+    ToFp4Codes,
+    ToFp4Scales,
+    ToFp8Codes,
+    ToFp8Scales,
+)
+from .segments import SOURCES, operands, scale_operand
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
@@ -156,3 +168,40 @@ def bf16_to_fp8_segments(
             )
         )
     return tuple(codes), tuple(scales)
+
+
+def float_to_fp8_segments(weight: Weight, block: tuple[int, int]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Return the segments of the e4m3 codes and e8m0 scales that a weight of floats is rounded to, as published."""
+    rows, columns = weight.shape
+    (whole,) = operands(weight)
+    source = SOURCES[weight.encoding]
+    codes: list[Segment] = []
+    scales: list[Segment] = []
+    for first, count, height in row_blocks(rows, block[0]):
+        start = whole.offset + first * whole.row_bytes
+        operand = whole._replace(offset=start, row_bytes=height * whole.row_bytes, rows_per=height)
+        codes.append(Segment(ToFp8Codes(source, block), (operand,), count, columns))
+        of_scales = ToFp8Scales(source, columns, block)
+        scales.append(Segment(of_scales, (operand._replace(rows_per=1),), count // height, -(-columns // block[1])))
+    return tuple(codes), tuple(scales)
+
+
+def float_to_fp4_segments(weight: Weight) -> tuple[Segment, Segment]:
+    """Return the segments of the packed e2m1 codes and e8m0 scales that a weight of floats is rounded to, as published.
+
+    Raises:
+        InventoryError: its rows are no multiple of the elements that share a scale.
+    """
+    rows, columns = weight.shape
+    if columns % FP4_BLOCK:
+        raise InventoryError(
+            f"tensor {weight.name}: rows cannot be cut into blocks of FP4",
+            where=weight.stored.file,
+            expected=f"a multiple of {FP4_BLOCK} columns",
+            got=columns,
+        )
+    source, inputs = SOURCES[weight.encoding], operands(weight)
+    return (
+        Segment(ToFp4Codes(source), inputs, rows, columns // CODES_PER_BYTE),
+        Segment(ToFp4Scales(source), inputs, rows, columns // FP4_BLOCK),
+    )

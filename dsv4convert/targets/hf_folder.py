@@ -125,10 +125,16 @@ def repacked_tensors(checkpoint: Checkpoint) -> tuple[list[OutputTensor], tuple[
         if is_fp4_expert(weight):
             tensors += _fp8_pair(weight, side)
             continue
-        tensors.append(_verbatim(weight.name, weight.stored))
-        if weight.scale is not None:
-            tensors.append(_verbatim(scale_name(weight.name), weight.scale))
+        tensors += stored_tensors(weight)
     return tensors, claims.close()
+
+
+def stored_tensors(weight: Weight) -> list[OutputTensor]:
+    """Return a weight as it is stored, and its scale."""
+    tensors = [_verbatim(weight.name, weight.stored)]
+    if weight.scale is not None:
+        tensors.append(_verbatim(scale_name(weight.name), weight.scale))
+    return tensors
 
 
 def is_fp4_expert(weight: Weight) -> bool:

@@ -27,6 +27,8 @@ from .numbers import (
     all_conversions,
     bits_of,
     fp4_as_fp8_bits,
+    published_fp4_bits,
+    published_fp8_bits,
     values_of,
     within_half_step,
 )
@@ -172,7 +174,7 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
     rows, columns = piece.size
     kinds = {piece.output.encoding, piece.source.encoding}
     width, step = columns, 1
-    if piece.source.encoding == "fp4" and piece.output.encoding == "fp8":
+    if piece.source.encoding in ("fp4", *FLOATS) and piece.output.encoding == "fp8":
         elements, step = TILED_BLOCK_ELEMENTS, _tile(piece)
     else:
         moved = len(kinds) == 1 or kinds == {"fp4", "mxfp4"}
@@ -263,19 +265,25 @@ def _tile(piece: Piece) -> int:
 def _expected(piece: Piece, original: Bits, found: Bits) -> tuple[Bits, bool]:
     """Return the bits that an output must have, and whether they are known to have the source's values.
 
-    FP8 of FP4 follows the tile rule. No rule says how to choose the scales of BF16 weights: where a
-    stored element has the source's value, it is what it must be.
+    FP8 of FP4 follows the tile rule, FP8 and FP4 of floats the published quantiser. Of floats that were FP8 or FP4
+    once, the scale is not known: where a stored element has the source's value, it is what it must be.
     """
     source, output = piece.source.encoding, piece.output.encoding
     if source == "fp4" and output == "fp8":
         return fp4_as_fp8_bits(original, _tile(piece))
-    if output in ("fp8", "fp8/f32"):
-        equal = values_of(source, original) == values_of(output, found)
-        return np.where(equal, found, found + found.dtype.type(1)), True
+    if output in ("fp8", "fp8/f32", "fp4"):
+        values = values_of(source, original)
+        equal = values == values_of(output, found)
+        if equal.all() or output == "fp8/f32" or not np.isfinite(values).all():
+            return np.where(equal, found, found + found.dtype.type(1)), True
+        scale = piece.output.scale
+        block = (FP8_TILE, FP8_TILE) if scale is None else scale.block
+        rule = published_fp4_bits(values) if output == "fp4" else published_fp8_bits(values, block)
+        return np.where(equal, found, rule), False
     if source in TABLE_BITS and output in FLOATS:
         bits, changed = all_conversions(source, output)
         return np.take(bits, original), not np.take(changed, original).any()
-    return bits_of("mxfp4" if output == "fp4" else output, values_of(source, original)), False
+    return bits_of(output, values_of(source, original)), False
 
 
 def check_fits(piece: Piece) -> None:

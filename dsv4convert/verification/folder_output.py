@@ -33,7 +33,11 @@ INFERENCE_CONFIG_NAME = "inference_config.json"
 # Rows and columns that share a scale where FP4 becomes FP8.
 FP8_SIDE = {Version.V4: 128, Version.V41: 32}
 
+ROW_BLOCK = (1, 32)
+
 FLOATS = ("bf16", "f16", "f32")
+# What a weight that is published in scaled codes may become.
+PUBLISHED_AS = {Store.DENSE: ("fp8",), Store.EXPERT: ("fp4", "fp8"), Store.ENGRAM: ("fp8",)}
 QUANTISED = ("fp8", "fp8/f32", "fp4")
 
 # Files that make a folder of use, compared byte for byte; the first ones have to be there if the source
@@ -165,24 +169,28 @@ def _checked(
     allowed = _allowed_encodings(weights[0])
     if matrix.encoding not in allowed:
         report.problem(LAYOUT, where, f"expected {' or '.join(allowed)}, got {matrix.encoding}")
-    elif matrix.encoding in QUANTISED and matrix.scale is not None and weights[0].block is not None:
-        block = weights[0].block if matrix.encoding == weight_matrix(weights[0]).encoding else (side, side)
+    elif matrix.encoding in QUANTISED and matrix.scale is not None:
+        own, made = weights[0].block, _made_block(matrix.encoding, weights[0], side)
+        block = own if own is not None and matrix.encoding == weight_matrix(weights[0]).encoding else made
         if matrix.scale.block != block and not report.foreign:
             report.problem(LAYOUT, where, f"expected blocks {list(block)}, got {list(matrix.scale.block)}")
     return matrix
 
 
 def _allowed_encodings(weight: Weight) -> tuple[str, ...]:
-    """Return how a folder may store a weight: F32 and integers as they are, others in any float format.
+    """Return how a folder may store a weight: integers and what is published in F32 as they are, others as floats.
 
-    FP4 experts may become FP8, and wo_a goes to BF16 and back.
+    What is published as FP8 or FP4 may be that again, and FP4 experts FP8.
     """
-    own = weight_matrix(weight).encoding
-    if own in ("i32", "i64", "f32"):
+    own, store = weight_matrix(weight).encoding, weight.row.store
+    if own in ("i32", "i64") or (own == "f32" and store is Store.F32):
         return (own,)
-    if weight.row.store is Store.EXPERT or weight.row.name == DEQUANTISED_IN_SHARDS:
-        return tuple(dict.fromkeys((own, "fp8", *FLOATS)))
-    return tuple(dict.fromkeys((own, *FLOATS)))
+    return tuple(dict.fromkeys((own, *PUBLISHED_AS.get(store, ()), *FLOATS)))
+
+
+def _made_block(encoding: str, weight: Weight, side: int) -> tuple[int, int]:
+    """Return the rows and columns that share a scale where a conversion quantises a weight."""
+    return ROW_BLOCK if encoding == "fp4" or weight.row.store is Store.ENGRAM else (side, side)
 
 
 def _transformers_name(weight: Weight) -> str | None:
@@ -427,6 +435,8 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         floats = [p.output.encoding for p in pieces if p.source.encoding in QUANTISED]
         for key in ("torch_dtype", "dtype"):
             config[key] = DTYPE_NAMES[floats[0]]
+    elif any(p.source.encoding in FLOATS and p.output.encoding in QUANTISED for p in pieces):
+        config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
     elif any(p.source.encoding == "fp4" and p.output.encoding == "fp8" for p in pieces):
         if "text_config" not in config:  # V4.1 says it in one place
             config["expert_dtype"] = "fp8"
@@ -440,6 +450,16 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     if checkpoint.n_draft and _is_left_out(THE_DRAFT, report):
         config = _without_draft(config)
     return config
+
+
+def _quantised_config(config: dict[str, Any], side: int) -> dict[str, Any]:
+    """Return a config with what the published ones say of FP8 weights in blocks of ``side`` and FP4 experts."""
+    quantization: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}
+    quantization["weight_block_size"] = [side, side]
+    config = config | {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in config}
+    if "text_config" in config:
+        return {**config, "quantization_config": {**quantization, "expert_dtype": "fp4"}}
+    return {**config, "quantization_config": {**quantization, "fmt": "e4m3"}, "expert_dtype": "fp4"}
 
 
 def _without_draft(config: dict[str, Any]) -> dict[str, Any]:

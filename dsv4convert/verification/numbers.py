@@ -235,6 +235,38 @@ def _mxfp4_bits(values: Values) -> Any:
     return bits.astype(np.uint16).reshape(rows, columns)
 
 
+# The published quantiser's floors for the largest magnitude of a block.
+FP8_LEAST = float(np.float32(1e-4))
+FP4_LEAST = 6 * 2.0**-126
+
+
+def _published_power(amax: Any, least: float, largest: float) -> Any:
+    """Return the smallest power with amax / 2^power <= largest, the format's own largest value."""
+    fraction, exponent = np.frexp(np.maximum(amax, least))
+    limit_fraction, limit_exponent = np.frexp(largest)
+    return exponent - limit_exponent + (fraction > limit_fraction)
+
+
+def published_fp8_bits(values: Values, block: tuple[int, int]) -> Bits:
+    """Return finite values [rows, columns] that begin a block as FP8 with an e8m0 scale per ``block``."""
+    out = np.zeros(values.shape, np.uint16)
+    for top in range(0, values.shape[0], block[0]):
+        for left in range(0, values.shape[1], block[1]):
+            place = (slice(top, top + block[0]), slice(left, left + block[1]))
+            power = int(_published_power(np.max(np.abs(values[place])), FP8_LEAST, E4M3_POSITIVE[-1]))
+            out[place] = nearest_e4m3(np.ldexp(values[place], -power)) | (power + E8M0_BIAS) << 8
+    return out
+
+
+def published_fp4_bits(values: Values) -> Bits:
+    """Return finite values [rows, columns] that begin a block as packed FP4's codes under scales of 32 elements."""
+    rows, columns = values.shape
+    x = values.reshape(rows, columns // BLOCK, BLOCK)
+    power = _published_power(np.max(np.abs(x), axis=2, keepdims=True), FP4_LEAST, E2M1[7])
+    bits: Bits = (power + E8M0_BIAS).astype(np.uint16) << np.uint16(4) | _nearest_e2m1(np.ldexp(x, -power))
+    return bits.reshape(rows, columns)
+
+
 def fp4_as_fp8_bits(bits: Bits, side: int = FP8_TILE) -> tuple[Bits, bool]:
     """Return FP4 [rows, columns] that begin a tile as FP8 under the tile's scale, and whether exactly.
 

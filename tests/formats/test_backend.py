@@ -101,12 +101,17 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
             inputs.append((1, 32))
     else:
         inputs = [{"f32": x, "bf16": (x.view(np.uint32) >> 16).astype(np.uint16), "f16": x.astype(np.float16)}[source]]
+        if target in ("fp8", "fp8_scales"):
+            inputs.append((128, 128))
+    tiles = ((-(-rows // 128), -(-columns // 128)), np.uint8)
     outputs = {
         "f32": [((rows, columns), np.float32)],
         "bf16": [((rows, columns), np.uint16)],
         "f16": [((rows, columns), np.float16)],
-        "fp8": [((rows, columns), np.uint8), ((-(-rows // 128), -(-columns // 128)), np.uint8)],
-        "fp8_scales": [((-(-rows // 128), -(-columns // 128)), np.uint8)],
+        "fp8": [((rows, columns), np.uint8), *([tiles] if source == "fp4" else [])],
+        "fp8_scales": [tiles],
+        "fp4": [((rows, columns // 2), np.uint8)],
+        "fp4_scales": [((rows, groups), np.uint8)],
         "mxfp4": [((rows, groups * 17), np.uint8)],
         "q8_0": [((rows, groups * 34), np.uint8)],
     }[target]

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from dsv4convert.errors import LossyError
 from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
 from dsv4convert.formats.backend import CODEC_NAMES, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import GROUP, Scratch, Tally
@@ -333,6 +334,56 @@ def test_blocks_of_floats_of_every_exponent(comparison, source: str, target: str
     assert ordinary[0] in (first - 1, first)
     assert ordinary[-1] in (last, last + 1)
     assert ordinary == list(range(ordinary[0], ordinary[-1] + 1))
+
+
+@pytest.mark.parametrize("name", ["f32_to_fp8", "f32_to_fp8_scales", "f32_to_fp4", "f32_to_fp4_scales"])
+def test_blocks_with_scales_of_every_exponent(comparison, name: str) -> None:
+    compare = comparison(name)
+    rng = np.random.default_rng(0)
+    is_fp8 = "fp8" in name
+    done = []
+    for exponent in range(256):
+        # The largest value has this exponent and any mantissa, the others lie up to 20 below; half are short.
+        below = rng.integers(0, 20, (64, GROUP)).astype(np.int64)
+        below[:, 0] = 0
+        mantissa = rng.integers(0, 1 << 23, (64, GROUP), dtype=np.uint32)
+        mantissa[::2] &= np.uint32(0x7C0000)
+        bits = (np.maximum(exponent - below, 0).astype(np.uint32) << np.uint32(23)) | mantissa
+        bits |= rng.integers(0, 2, (64, GROUP), dtype=np.uint32) << np.uint32(31)
+        values = bits.view(np.float32)
+        if exponent == 255:
+            with pytest.raises(LossyError, match="a NaN or infinite value cannot be quantised"):
+                compare([values, *([(8, 16)] if is_fp8 else [])], [np.empty(out_shape(name), np.uint8)])
+            continue
+        done.append(compare([values, *([(8, 16)] if is_fp8 else [])], [np.empty(out_shape(name), np.uint8)], exponent))
+    # Past a scale of 1, what is divided by FP4's may vanish.
+    assert done == [name != "f32_to_fp4" or exponent <= 128 for exponent in range(255)]
+
+
+def out_shape(name: str) -> tuple[int, int]:
+    return {"f32_to_fp8": (64, GROUP), "f32_to_fp8_scales": (8, 2), "f32_to_fp4": (64, 16)}.get(name, (64, 1))
+
+
+def test_fp8_about_every_rounding_boundary(comparison) -> None:
+    """Values about the boundaries of every e4m3 code, and the halves of subnormal steps, at scales of 1 and 2^-22."""
+    compare = comparison("f32_to_fp8")
+    codes = e4m3.decode_table()[:0x7F]
+    between = (codes[1:].astype(np.float64) + codes[:-1]) / 2
+    points = np.concatenate([codes, between]).astype(np.float32)
+    points = np.concatenate([points, np.nextafter(points, np.float32(1e9)), np.nextafter(points, np.float32(-1))])
+    points = points[(points >= 0) & (points <= 448)]
+    for scale in (1.0, 2.0**-22, 2.0**40):
+        values = np.concatenate([points, -points])[None] * np.float32(scale)
+        assert compare([values, (1, values.size)], [np.empty(values.shape, np.uint8)], scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (131, 352), (256, 96), (3, 160)])
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (3, 64)])
+def test_ragged_blocks_of_fp8(comparison, shape: tuple[int, int], block: tuple[int, int]) -> None:
+    values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    scales = np.empty((-(-shape[0] // block[0]), -(-shape[1] // block[1])), np.uint8)
+    assert comparison("f32_to_fp8")([values, block], [np.empty(shape, np.uint8)])
+    assert comparison("f32_to_fp8_scales")([values, block], [scales])
 
 
 @pytest.mark.parametrize("source", ["f32", "bf16"])

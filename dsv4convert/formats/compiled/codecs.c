@@ -47,6 +47,7 @@ enum { F32, BF16, F16 };
 #define F32_INFINITY 0x7F800000u
 #define F32_MANTISSA 0x007FFFFFu
 #define F32_MIN_NORMAL 0x00800000u
+#define PUBLISHED_AMAX 0x38D1B717u // 1e-4: the published quantiser takes no smaller one
 #define BF16_OVERFLOW 0x7F7F8000u // as float32: rounds to infinity
 #define F16_INFINITY 0x7C00u
 #define F16_MIN_NORMAL (113u << 23) // as float32: 2^-14
@@ -553,6 +554,109 @@ i64 fp8_to_mxfp4(const u8 *restrict weight, const u8 *restrict scale, u8 *restri
         }
     }
     return changed;
+}
+
+// --- to FP8 and FP4 with scales, as the published quantiser ------------------------------------------------
+
+// The largest magnitude of a block, as float32 bits.
+INLINE u32 largest_of(const u32_at *restrict values, i64 rows, i64 columns, i64 stride) {
+    u32 largest = 0;
+    for (i64 row = 0; row < rows; row++)
+        for (i64 i = 0; i < columns; i++) {
+            u32 magnitude = values[row * stride + i] & F32_MAGNITUDE;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    return largest;
+}
+
+// 448 = 1.75 * 2^8: a largest 1.m * 2^k takes the scale 2^(k-8), or 2^(k-7) once 1.m passes 1.75.
+INLINE u32 fp8_scale_of(u32 largest) {
+    u32 amax = largest > PUBLISHED_AMAX ? largest : PUBLISHED_AMAX;
+    return (amax >> 23) - 8 + ((amax & F32_MANTISSA) > 0x600000);
+}
+
+// Adds to counts: values rounded among e4m3's normal numbers, and below them.
+INLINE void fp8_row(const u32_at *restrict values, u8 *restrict out, i64 columns, float inverse, i64 *restrict counts) {
+    u32 inexact = 0, tiny = 0;
+    for (i64 i = 0; i < columns; i++) {
+        u32 source = values[i], magnitude = source & F32_MAGNITUDE;
+        float y = float_of(magnitude) * inverse;
+        u32 subnormal = bits_of(y * 0x1p9f + TO_INTEGER) & 0xF;
+        u32 normal = ((bits_of(y) + 0x7FFFF + (bits_of(y) >> 20 & 1)) >> 20) - ((127 - E4M3_BIAS) << 3);
+        u32 is_small = y < 0x1p-6f;
+        u32 code = is_small ? subnormal : normal;
+        u32 lost = (e4m3(code) != y) | ((code == 0) & (magnitude != 0));
+        inexact += lost;
+        tiny += lost & is_small;
+        out[i] = (u8)(code | (source >> 24 & 0x80));
+    }
+    counts[0] += inexact - tiny;
+    counts[1] += tiny;
+}
+
+i64 f32_to_fp8(const u32_at *restrict values, u8 *restrict out, i64 *restrict counts, i64 rows, i64 columns,
+               i64 height, i64 width) {
+    counts[0] = counts[1] = 0;
+    if (flushes_subnormals())
+        return NEEDS_FALLBACK;
+    for (i64 top = 0; top < rows; top += height)
+        for (i64 left = 0; left < columns; left += width) {
+            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left);
+            u32 largest = largest_of(values + top * columns + left, high, wide, columns);
+            if (largest >= F32_INFINITY)
+                return NEEDS_FALLBACK;
+            float inverse = float_of((254 - fp8_scale_of(largest)) << 23);
+            for (i64 row = top; row < top + high; row++)
+                fp8_row(values + row * columns + left, out + row * columns + left, wide, inverse, counts);
+        }
+    return 0;
+}
+
+i64 f32_to_fp8_scales(const u32_at *restrict values, u8 *restrict out, i64 rows, i64 columns, i64 height, i64 width) {
+    for (i64 top = 0; top < rows; top += height)
+        for (i64 left = 0; left < columns; left += width) {
+            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left);
+            u32 largest = largest_of(values + top * columns + left, high, wide, columns);
+            if (largest >= F32_INFINITY)
+                return NEEDS_FALLBACK;
+            *out++ = (u8)fp8_scale_of(largest);
+        }
+    return 0;
+}
+
+// 6 = 1.5 * 2^2; 2^-126 is the smallest scale.
+INLINE int32_t fp4_scale_of(u32 largest) {
+    int32_t scale = (int32_t)(largest >> 23) - 2 + ((largest & F32_MANTISSA) > 0x400000);
+    return scale < 1 ? 1 : scale;
+}
+
+// Returns how many values were rounded.
+i64 f32_to_fp4(const u32_at *restrict values, u8 *restrict out, i64 groups) {
+    i64 changed = 0;
+    if (flushes_subnormals())
+        return NEEDS_FALLBACK;
+    for (i64 group = 0; group < groups; group++) {
+        u8 codes[GROUP];
+        u32 largest = largest_of(values + group * GROUP, 1, GROUP, GROUP);
+        int32_t scale = fp4_scale_of(largest);
+        // Past a scale of 1, what is divided by it may vanish.
+        if (scale > 127 || largest >= F32_INFINITY)
+            return NEEDS_FALLBACK;
+        changed += encode_mxfp4(F32, values, group * GROUP, (u32)scale, codes);
+        for (int j = 0; j < PACKED; j++)
+            out[group * PACKED + j] = (u8)(codes[2 * j] | codes[2 * j + 1] << 4);
+    }
+    return changed;
+}
+
+i64 f32_to_fp4_scales(const u32_at *restrict values, u8 *restrict out, i64 groups) {
+    for (i64 group = 0; group < groups; group++) {
+        u32 largest = largest_of(values + group * GROUP, 1, GROUP, GROUP);
+        if (largest >= F32_INFINITY)
+            return NEEDS_FALLBACK;
+        out[group] = (u8)fp4_scale_of(largest);
+    }
+    return 0;
 }
 
 // --- floats ---------------------------------------------------------------------------------------------

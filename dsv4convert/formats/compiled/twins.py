@@ -50,6 +50,11 @@ _bf16_to_q8_0 = Function(_LIBRARY, "bf16_to_q8_0", "u2 u1 n")
 _fp8_to_mxfp4 = Function(_LIBRARY, "fp8_to_mxfp4", f"u1 u1 u1 {_FP8_SIZES}")
 _f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "f4 u1 n")
 _bf16_to_mxfp4 = Function(_LIBRARY, "bf16_to_mxfp4", "u2 u1 n")
+# Values, output, counts of changed and underflowed values; and the scales alone.
+_f32_to_fp8 = Function(_LIBRARY, "f32_to_fp8", f"f4 u1 i8 {_FP8_SIZES}")
+_f32_to_fp8_scales = Function(_LIBRARY, "f32_to_fp8_scales", f"f4 u1 {_FP8_SIZES}")
+_f32_to_fp4 = Function(_LIBRARY, "f32_to_fp4", "f4 u1 n")
+_f32_to_fp4_scales = Function(_LIBRARY, "f32_to_fp4_scales", "f4 u1 n")
 # Output, and the counts of changed and underflowed values.
 _f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "f4 u2 i8 n")
 _f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "f4 f2 i8 n")
@@ -256,6 +261,57 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
         mxfp4.bf16_to_mxfp4(values, out, scratch, tally)
     else:
         tally.changed += changed
+
+
+# --- to FP8 and FP4 with scales ------------------------------------------------------------------------
+
+
+def f32_to_fp8(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.f32_to_fp8`."""
+    _check_same_size(values, out)
+    counts = np.empty(2, np.int64)
+    if _f32_to_fp8(np.ascontiguousarray(values), out, counts, *values.shape, *block) == NEEDS_FALLBACK:
+        e4m3.f32_to_fp8(values, block, out, scratch, tally)
+        return
+    changed, underflow = counts.tolist()
+    tally.changed += changed
+    tally.underflow += underflow
+
+
+def f32_to_fp8_scales(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.f32_to_fp8_scales`."""
+    _check_scales(values, block, out)
+    if _f32_to_fp8_scales(np.ascontiguousarray(values), out, *values.shape, *block) == NEEDS_FALLBACK:
+        e4m3.f32_to_fp8_scales(values, block, out, scratch, tally)
+
+
+def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.f32_to_fp4`."""
+    rows, columns = values.shape
+    _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
+    changed = _f32_to_fp4(np.ascontiguousarray(values), out, rows * columns // GROUP)
+    if changed == NEEDS_FALLBACK:
+        e2m1.f32_to_fp4(values, out, scratch, tally)
+    else:
+        tally.changed += changed
+
+
+def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.f32_to_fp4_scales`."""
+    _check_scales(values, (1, GROUP), out)
+    if _f32_to_fp4_scales(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
+        e2m1.f32_to_fp4_scales(values, out, scratch, tally)
+
+
+def _check_scales(values: Array, block: Block, out: Array, per_group: int = 1) -> None:
+    """Refuse an output that is not of ``per_group`` bytes for each block, or with gaps, and FP4 of ragged rows."""
+    check_contiguous(out)
+    rows, columns = values.shape
+    expected = (-(-rows // block[0]), -(-columns // block[1]) * per_group)
+    if out.shape != expected:
+        raise ValueError(f"output: expected {expected}, got {out.shape}")
+    if block == (1, GROUP) and columns % GROUP:
+        raise ValueError(f"FP4 rows come in groups of {GROUP}, got {columns} columns")
 
 
 # --- floats -------------------------------------------------------------------------------------------

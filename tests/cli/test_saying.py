@@ -85,6 +85,7 @@ COMMANDS: dict[str, list[str]] = {
     "unshard": ["{path}", "{out}"],
     "dequantize": ["{path}", "{out}"],
     "repack": ["{path}", "{out}", "--experts", "fp8"],
+    "requantize": ["{path}", "{out}"],
     "verify": ["{tiny}", "{path}"],
     "inspect": ["{path}"],
     "estimate": ["{path}"],

@@ -170,4 +170,4 @@ def test_a_value_that_is_not_finite_is_an_error_and_leaves_nothing(
     stored.flush()
     with pytest.raises(LossyError, match="a NaN or infinite value cannot be quantised"):
         dsv4convert.requantize(source, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["floats"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["floats", "floats.manifest.json"]

@@ -18,7 +18,11 @@ from ...targets.gguf_tensors import DIALECTS_V41, SHARED_WITH_MTP, TensorDialect
 from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
 from .protocol import Array, missing_weight, no_engram_constants
 
-READABLE = (*TENSOR_DIALECTS.values(), DIALECTS_V41["llama.cpp"])
+# By architecture. The file of ds4 is one of llama.cpp's in other types.
+READABLE = {
+    dialect.architecture: dialect
+    for dialect in (TENSOR_DIALECTS["llama.cpp"], TENSOR_DIALECTS["deepseek-v4"], DIALECTS_V41["llama.cpp"])
+}
 
 # config.json key by metadata key of V4.1, which files may lack, and the tensor that tells a source where they do.
 SOURCE_KEYS = {
@@ -127,13 +131,12 @@ def _cut(rows: Array, location: Location) -> Array:
 
 
 def _dialect(file: GgufModelFile) -> TensorDialect:
-    for dialect in READABLE:
-        if dialect.architecture == file.architecture:
-            return dialect
+    if file.architecture in READABLE:
+        return READABLE[file.architecture]
     raise UnsupportedError(
         "unsupported architecture",
         where=file.files[0],
-        expected=" or ".join(dialect.architecture for dialect in READABLE),
+        expected=" or ".join(READABLE),
         got=repr(file.architecture)[:100],
     )
 

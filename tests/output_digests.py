@@ -113,6 +113,13 @@ FOLDERS = {
     },
     "fp8/model-prefix": "repack {model-prefix} {out} --experts fp8",
     "fp8/v3-names": "repack {v3-names} {out} --experts fp8",
+    **{f"official/{dtype}": f"requantize {{{dtype}/tiny}} {{out}}" for dtype in ("bf16", "f16", "f32")},
+    "official/stacked": "requantize {bf16-stacked/tiny} {out} --max-file-size 700K",
+    "official/base": "requantize {f32/base-any-scales} {out} --draft keep",
+    "official/v41-tiny": "requantize {f32/v41-tiny} {out}",
+    "official/without-draft": "requantize {bf16/dspark} {out} --draft drop",
+    "official/draft-alone": "requantize {bf16/dspark} {out} --draft only",
+    "official/split": "requantize {bf16/v41-tiny} {out}/model --draft split",
 }
 
 SHARDS = {

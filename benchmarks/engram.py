@@ -47,7 +47,7 @@ def main() -> None:
             Contender("cp of as many bytes", ["cp", "-rL", str(links), str(folder / "copy")], folder / "copy"),
             Contender(f"--engram {encoding}", [*command, *options], folder / "ours.gguf"),
         ]
-        alternate(contenders, arguments.warmup, arguments.rounds, plan.nbytes)
+        alternate(contenders, arguments.warmup, arguments.rounds, max(plan.nbytes, plan.source_bytes))
         shutil.rmtree(links)
         result = record(
             contenders,

@@ -8,6 +8,7 @@ checksum and its tensors' checksums in order. Bytes between tensors are zero.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -163,6 +164,16 @@ def _claimed(name: Path) -> Identity | None:
             hint="move that file away or choose another name",
         )
     return identity
+
+
+def remove_manifest(path: Path) -> None:
+    """Remove the manifest of an output that is removed; what is no manifest of ours stays.
+
+    Raises:
+        InputOutputError: the system refused.
+    """
+    with contextlib.suppress(OutputExistsError), os_errors(path, "removed"):
+        remove_known(path, _claimed(path))
 
 
 def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> None:

@@ -54,6 +54,9 @@ CHECKPOINT_FILE = re.compile(
     r"model[\w.-]*\.(safetensors|safetensors\.index\.json)|[\w.-]+\.json|chat_template\.jinja|merges\.txt|LICENSE"
 )
 
+# The unit in which the kernel writes, or a power loss leaves out, parts of a file.
+PAGE_BYTES = 4096
+
 # Files that one worker keeps open; shards of 16 ranks and a few sources fit.
 OPEN_FILES_PER_WORKER = 24
 
@@ -345,7 +348,7 @@ class Outputs(ABC):
         if not made:
             header, known = self._plan.files[index].header, inodes[index : index + 1]
             begins = os.pread(descriptor, len(header), 0)
-            if os.fstat(descriptor).st_ino not in known if known else begins.strip(b"\0") and begins != header:
+            if os.fstat(descriptor).st_ino not in known if known else not _is_part_of(begins, header):
                 raise ResumeError("not the file of the interrupted run", where=path, hint=FRESH_HINT)
         self._size_up(index)
 
@@ -710,6 +713,14 @@ SUFFIXES = (
 def outputs_of(plan: Plan, *, lock: bool = True) -> Outputs:
     """Return the outputs of a plan: a folder, or files."""
     return FolderOutput(plan, lock=lock) if plan.is_folder else FileOutputs(plan, lock=lock)
+
+
+def _is_part_of(begins: bytes, header: bytes) -> bool:
+    """Return whether a file begins as one whose header was being written: a kill ends a write after any page."""
+    return all(
+        header[start : start + PAGE_BYTES].startswith(begins[start : start + PAGE_BYTES].rstrip(b"\0"))
+        for start in range(0, len(begins), PAGE_BYTES)
+    )
 
 
 def appeared(path: Path) -> OutputExistsError:

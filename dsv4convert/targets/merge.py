@@ -23,6 +23,7 @@ from ..containers.gguf import (
     read_gguf_part,
 )
 from ..containers.gguf_write import KeyValue
+from ..engine.manifest import manifest_of, remove_manifest
 from ..errors import FileFormatError, InputMissingError, InputOutputError, UsageError
 from ..plan import CopySegments, OutputTensor, Plan
 from .gguf_tensors import SPLIT_NAME, gguf_file
@@ -104,12 +105,15 @@ def _plan(model: GgufModelFile, place: tuple[Path, str], source: Path, consumes:
 
 
 def remove_parts(plan: Plan) -> None:
-    """Remove the files that a finished plan has used up, the first one last.
+    """Remove the manifest of the files that a finished plan has used up, then the files, the first one last.
 
     Raises:
         InputOutputError: the system refused.
     """
-    for path in reversed(_paths_of_set(plan.source)) if plan.consumes else ():
+    paths = _paths_of_set(plan.source) if plan.consumes else []
+    for path in paths[:1]:
+        remove_manifest(manifest_of(path))
+    for path in reversed(paths):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

@@ -26,11 +26,12 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import JOURNAL_SUFFIX
 from dsv4convert.engine.locks import LOCK_SUFFIX
 from dsv4convert.engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX
+from dsv4convert.errors import InputMissingError, OutputExistsError
 from dsv4convert.synth.write import write_synth
 
 from .crash import RECORD_SECONDS, THREADS, slow_down
 
-# Name: the words of the command, with {checkpoint}, {shards} and {out} for folders.
+# Name: the words of the command, with folders for {out} and the sources, a set's first file for {split} and {parts}.
 COMMANDS = {
     "hf-to-gguf": "hf-to-gguf {checkpoint} {out}/model.gguf",
     "hf-to-gguf --max-file-size": "hf-to-gguf {checkpoint} {out}/model.gguf --max-file-size 400K",
@@ -39,10 +40,24 @@ COMMANDS = {
     "unshard": "unshard {shards} {out}/joined --max-file-size 1M",
     "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 1M",
     "repack": "repack {checkpoint} {out}/fp8 --experts fp8 --max-file-size 1M",
+    "requantize": "requantize {floats} {out}/official --max-file-size 1M",
+    "merge": "merge {split} {out}/model.gguf",
+    "merge --delete-parts": "merge {parts} {out}/model.gguf --delete-parts",
+    "imatrix": "imatrix {shards} --text {text} --tokenizer {checkpoint} --context-size 8 -o {out}/model.gguf",
 }
 CHECKPOINT = "checkpoint"
 SHARDS = "shards"
+FLOATS = "floats"
+SPLIT = "split"
+TEXT = "text"
+SOURCES = (CHECKPOINT, SHARDS, FLOATS, SPLIT, TEXT)
 OUT = "out"
+
+USES_UP = "merge --delete-parts"
+PARTS = "parts"  # a copy of the split set, which that command uses up
+
+# The command that begins anew each time: it writes in the last moment of a run.
+WITHOUT_RESUME = "imatrix"
 
 # What a run leaves next to an output while it is not finished.
 TEMPORARY = (PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX, JOURNAL_SUFFIX, LOCK_SUFFIX)
@@ -57,23 +72,41 @@ CHILD_SECONDS = 120.0
 
 def words(command: str, base: Path, *options: str) -> list[str]:
     """Return the arguments of a command whose folders stand in ``base``."""
-    folders = {name: str(base / name) for name in (CHECKPOINT, SHARDS, OUT)}
-    line = [word.format(**folders) for word in COMMANDS[command].split()]
-    return [*line, *options, "--threads", str(THREADS), "--quiet"]
+    places = {name: str(base / name) for name in (*SOURCES, OUT)}
+    places[SPLIT], places[PARTS] = (str(base / name / first_of_split(base)) for name in (SPLIT, PARTS))
+    line = [word.format(**places) for word in COMMANDS[command].split()]
+    threads = () if command == WITHOUT_RESUME else ("--threads", str(THREADS))
+    return [*line, *options, *threads, "--quiet"]
+
+
+def first_of_split(base: Path) -> str:
+    """Return the name of the first file of the split set."""
+    (first,) = (path.name for path in (base / SPLIT).glob("*-00001-of-*.gguf"))
+    return first
 
 
 def make_sources(base: Path, seed: int = 0) -> None:
-    """Write a small checkpoint with a draft into ``base``, and the same as shards."""
+    """Write a small checkpoint with a draft, the same as shards, floats and a split GGUF, and a text into ``base``."""
     write_synth(base / CHECKPOINT, "tiny", layers=1, experts=4, seed=seed, files=2)
     api.shard(base / CHECKPOINT, base / SHARDS, mp=2)
+    api.dequantize(base / CHECKPOINT, base / FLOATS)
+    (base / SPLIT).mkdir()
+    api.convert_gguf(base / CHECKPOINT, base / SPLIT, max_file_size="400K")
+    (base / TEXT).write_text("a text to run the model on, of some length")
     empty_out(base)
     with contextlib.redirect_stdout(io.StringIO()):
-        for command in COMMANDS:
-            cli.run([*words(command, base), "--dry-run"])  # imports whatever a child would import
+        for command in COMMANDS:  # imports whatever a child would import
+            cli.run([*words(command, base), *(() if command == WITHOUT_RESUME else ("--dry-run",))])
+    empty_out(base)
 
 
 def empty_out(base: Path, older: Path | None = None) -> Path:
-    """Make the folder of outputs anew, with the file of somebody else in it and, where given, an older output."""
+    """Make the folder of outputs anew, with the file of somebody else in it and, where given, an older output.
+
+    The split set that a command uses up is made anew too.
+    """
+    shutil.rmtree(base / PARTS, ignore_errors=True)
+    shutil.copytree(base / SPLIT, base / PARTS)
     out = base / OUT
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -212,6 +245,18 @@ class Promise:
         """Return the names of files that are not as they are after a run that was left alone."""
         found = files_of(out)
         return sorted(name for name in {*found, *self.after} if found.get(name) != self.after.get(name))
+
+
+def had_ended(command: str, base: Path, promise: Promise, code: int) -> bool:
+    """Return whether a child was refused because the one before it had died with all its work done.
+
+    Nothing is left then by which a source that was used up, or a command without ``--resume``, would be known.
+    """
+    if promise.differing(base / OUT):
+        return False
+    if command == USES_UP:
+        return code == InputMissingError.exit_code and not any((base / PARTS).iterdir())
+    return command == WITHOUT_RESUME and code == OutputExistsError.exit_code
 
 
 def of_outputs(files: dict[str, bytes]) -> dict[str, bytes]:

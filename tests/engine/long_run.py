@@ -6,7 +6,7 @@ Each conversion takes a random command, with or without an older output to repla
 live: at a random moment, or before a random system call that changes a file. After each death no final name stands for
 anything but a whole output, old or new. The next child has ``--resume`` and must succeed, or at times ``--fresh`` or
 neither: then it succeeds, or is refused and changes nothing. In the end the files are those of a run that was left
-alone, and nothing else is there.
+alone, and nothing else is there. ``imatrix``, which has no ``--resume``, begins anew each time.
 """
 
 from __future__ import annotations
@@ -22,17 +22,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4convert.errors import OutputExistsError, ResumeError
+from dsv4convert.engine.journal import JOURNAL_SUFFIX
+from dsv4convert.errors import InputMissingError, OutputExistsError, ResumeError
 
 from .commands import (
     COMMANDS,
     OUT,
+    PARTS,
+    USES_UP,
+    WITHOUT_RESUME,
     Child,
     Promise,
     about_this_machine,
     empty_out,
     files_of,
     final_files,
+    had_ended,
     make_sources,
     run_alone,
     words,
@@ -48,6 +53,8 @@ SAY_SECONDS = 60.0
 # How a child may be refused by what an earlier one left: a plain run by an output or by unfinished work, and one that
 # starts over by an output, which only --overwrite replaces. Neither changes anything.
 REFUSALS = {"--resume": (), "--fresh": (OutputExistsError,), "": (OutputExistsError, ResumeError)}
+# Where the source is used up, only the run that did it goes on: files of it are cut, then gone.
+REFUSED_WITHOUT_SOURCE = (OutputExistsError, ResumeError, InputMissingError)
 
 
 class CountingKiller(Killer):
@@ -117,13 +124,19 @@ class LongRun:
         victim = self.rng.choice(self.victims)
         name = " ".join((victim.command, *victim.options))
         out = empty_out(self.base, victim.older)
-        how, may_live = "", False
+        how, may_live, began_anew = "", False, False
         story = []
         while True:
             lives = may_live and self.rng.random() < LIVES
+            has_no_journal = not any(path.stat().st_size for path in out.glob(f"*{JOURNAL_SUFFIX}"))
             code, said, killed = self._run(victim, how, lives)
             story.append(f"{how or 'plain'} {killed or code}")
             wrong = victim.promise.broken(final_files(out), done=code == 0)
+            refusals = REFUSED_WITHOUT_SOURCE if victim.command == USES_UP and how != "--resume" else REFUSALS[how]
+            if how == "--resume" and began_anew and has_no_journal:
+                # --fresh was killed between discarding the old journal and beginning a new one: only it can go on.
+                refusals = (ResumeError,)
+            began_anew = began_anew or how == "--fresh"
             if killed and code < 0:
                 self.kills[killed.split(" ")[0]] += 1
                 self.by_command[name] += 1
@@ -131,18 +144,22 @@ class LongRun:
             elif code == 0:
                 if differing := victim.promise.differing(out):
                     wrong.append(f"not as in a run left alone: {', '.join(differing)}")
-            elif code not in [refusal.exit_code for refusal in REFUSALS[how]]:
+            elif code not in [refusal.exit_code for refusal in refusals] and not had_ended(
+                victim.command, self.base, victim.promise, code
+            ):
                 wrong.append(f"exit code {code}: {said}")
             self.endings[f"{how or 'plain'}: {'killed' if code < 0 else f'exit code {code}'}"] += 1
             self.wrong += [f"{name}: {'; '.join(story)}: {what}" for what in wrong]
-            if code == 0 or wrong:
+            if code == 0 or wrong or had_ended(victim.command, self.base, victim.promise, code):
                 break
-            how, may_live = self.rng.choices(list(WAYS), list(WAYS.values()))[0], True
+            may_live = True
+            if victim.command != WITHOUT_RESUME:
+                how = self.rng.choices(list(WAYS), list(WAYS.values()))[0]
         self.conversions += 1
 
     def _run(self, victim: Victim, how: str, lives: bool) -> tuple[int, str, str]:
         """Run one child; return its exit code, what it said, and how it was to be killed."""
-        before = files_of(self.base / OUT)
+        before = self._kept()
         killed, killer = "", None
         if not lives and self.rng.random() < 0.5:
             killer = Killer(self.rng.randrange(victim.calls), None)
@@ -154,9 +171,14 @@ class LongRun:
             time.sleep(delay)
             child.kill()
         code, said = child.end()
-        if code > 0 and files_of(self.base / OUT) != before:
+        if code > 0 and self._kept() != before:
             self.wrong.append(f"{victim.command} {how}: exit code {code}, and something has changed")
         return code, said, killed
+
+    def _kept(self) -> dict[str, bytes]:
+        """Return the outputs and the source that is used up, without an empty journal, which says nothing."""
+        files = files_of(self.base / OUT) | files_of(self.base / PARTS)
+        return {name: data for name, data in files.items() if data or not name.endswith(JOURNAL_SUFFIX)}
 
     def record(self) -> dict[str, Any]:
         return {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +18,33 @@ from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.merge import plan_merge
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
 MakePlan = Callable[[Path, Path], Plan]
+
+
+def plan_of_set(source: Path, out: Path, *, delete_parts: bool) -> Plan:
+    """Plan the merge of a split set of ``source``: each ``out`` has a copy of the same set beside it."""
+    original, parts = out.with_name("split"), out.with_name(f"{out.name}-parts")
+    if not original.exists():
+        original.mkdir()
+        execute(PLANS["split gguf"](source, original), threads=2)
+    if not parts.exists():
+        shutil.copytree(original, parts)
+    return plan_merge(next(parts.glob("*-00001-of-*.gguf")), out / "model.gguf", delete_parts=delete_parts)
+
 
 PLANS: dict[str, MakePlan] = {
     "gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions()),
     "split gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
     "shard": lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
     "dequantize": lambda source, out: plan_dequantize(source, out / "bf16", max_file_bytes=4_000_000),
+}
+MERGES: dict[str, MakePlan] = {
+    "merge": partial(plan_of_set, delete_parts=False),
+    "merge --delete-parts": partial(plan_of_set, delete_parts=True),
 }
 
 

@@ -29,16 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from .commands import (
-    CHECKPOINT,
     COMMANDS,
     OUT,
-    SHARDS,
+    PARTS,
+    SOURCES,
+    WITHOUT_RESUME,
     Child,
     Promise,
     about_this_machine,
     empty_out,
     files_of,
     final_files,
+    had_ended,
     make_sources,
     run_alone,
     words,
@@ -81,6 +83,7 @@ FILE_SYSTEMS = {
 }
 
 NUDGE = "nudge"
+RESUMABLE = [command for command in COMMANDS if command != WITHOUT_RESUME]
 
 UNABLE = 75  # exit code where the system does not let us make disks
 
@@ -130,8 +133,9 @@ class Case:
             file.truncate(self.system.mebibytes << 20)
         subprocess.run([*self.system.make, str(raw)], check=True, capture_output=True)
         with self.mounted_image(raw) as disk:
-            for name in (CHECKPOINT, SHARDS):
-                shutil.copytree(sources / name, disk / name)
+            for name in SOURCES:
+                place = sources / name
+                (shutil.copytree if place.is_dir() else shutil.copy2)(place, disk / name)
             before = final_files(empty_out(disk, older if self.overwrite else None))
             self.sources = _all_but_outputs(disk)
         copy_sparse(raw, self.base)
@@ -160,10 +164,13 @@ class Case:
             self._nudge(child, disk, rng, None)
             code, said = child.end()
             done = path.stat().st_size
-            if code or self.promise.differing(disk / OUT):
+            if self.promise.differing(disk / OUT) or (code and not self._had_ended(disk, code)):
                 raise SystemExit(f"{self.command}: exit code {code} without a power cut: {said}")
         log = Log(path)
         return log, log.entries_within(done), kills
+
+    def _had_ended(self, disk: Path, code: int) -> bool:
+        return had_ended(self.command, disk, self.promise, code)
 
     def _child(self, lying: bool) -> Child:
         return Child(self.line(), slow=True, prepare=_lie if lying else None)
@@ -207,7 +214,7 @@ class Case:
                 wrong += self.promise.broken(final_files(out), done=is_done)
                 states[self.promise.state(out)] += 1
                 code, said = Child(self.line()).end()
-                if code:
+                if code and not self._had_ended(disk, code):
                     wrong.append(f"--resume: exit code {code}: {said}")
                 elif differing := self.promise.differing(out):
                     wrong.append(f"--resume: not as in a run left alone: {', '.join(differing)}")
@@ -221,8 +228,10 @@ class Case:
 
 
 def _all_but_outputs(disk: Path) -> dict[str, bytes]:
-    """Return all files of a disk but the outputs and the file that was written to make the disk write."""
-    return {name: data for name, data in files_of(disk).items() if name != NUDGE and not name.startswith(OUT)}
+    """Return all files of a disk but the outputs, what is used up, and the file written to make the disk write."""
+    return {
+        name: data for name, data in files_of(disk).items() if name != NUDGE and Path(name).parts[0] not in (OUT, PARTS)
+    }
 
 
 def _lie() -> None:
@@ -317,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder in memory for images; it must not exist")
     parser.add_argument("--file-systems", nargs="+", choices=FILE_SYSTEMS, default=list(FILE_SYSTEMS))
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    parser.add_argument("--commands", nargs="+", choices=RESUMABLE, default=RESUMABLE)
     parser.add_argument("--cuts", type=int, default=100, help="cuts of each command with and without --overwrite")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lying", action="store_true", help="make fsync do nothing: a control, which must fail")

@@ -19,7 +19,7 @@ from dsv4convert.plan import Plan
 
 from ..command_line import run_cli
 from .kernel_copies import refuse_kernel_copies
-from .plans import PLANS, contents, leftovers
+from .plans import MERGES, PLANS, contents, leftovers
 
 SMALL_DISK = "3m"  # less than the 4.4 MB of the output
 LARGE_DISK = "16m"
@@ -76,16 +76,21 @@ def test_a_disk_that_fills_up_during_the_run(
     assert leftovers(small_disk) == []
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 3, 50, 100, 140], ids=lambda room: f"after {room} writes")
-@pytest.mark.parametrize("target", ["gguf", "dequantize"])
+# A merge has a write for each of its 126 tensors and few besides.
+ROOMS = {"gguf": 140, "dequantize": 140, **dict.fromkeys(MERGES, 120)}
+
+
+@pytest.mark.parametrize(
+    ("target", "room"), [(target, room) for target, most in ROOMS.items() for room in (0, 1, 2, 3, 50, 100, most)]
+)
 def test_a_write_that_finds_no_room_can_be_any(
     target: str, room: int, tiny: Path, fast_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (fast_tmp / "whole").mkdir()
-    whole = PLANS[target](tiny, fast_tmp / "whole")
+    whole = {**PLANS, **MERGES}[target](tiny, fast_tmp / "whole")
     execute(whole, threads=2)
     (fast_tmp / "out").mkdir()
-    plan = PLANS[target](tiny, fast_tmp / "out")
+    plan = {**PLANS, **MERGES}[target](tiny, fast_tmp / "out")
     lock = threading.Lock()
     left = room
     real = os.pwrite

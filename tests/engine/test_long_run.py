@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .commands import NOTES, Promise
+from .commands import NOTES, USES_UP, Promise
 from .long_run import LongRun
 
 KILLS = 16
@@ -14,7 +14,7 @@ NOTE = {NOTES: b"three years of work"}
 
 
 def test_killed_commands_go_on_to_the_same_files(fast_tmp: Path) -> None:
-    run = LongRun(fast_tmp, seed=0, commands=["hf-to-gguf --draft split", "repack"])
+    run = LongRun(fast_tmp, seed=0, commands=["hf-to-gguf --draft split", "repack", USES_UP])
     while sum(run.kills.values()) < KILLS:
         run.convert()
     assert run.wrong == []

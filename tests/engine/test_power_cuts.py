@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from .commands import USES_UP
 from .power_cuts import EXT4, UNABLE
 
-COMMAND = "hf-to-gguf --max-file-size"
-# Cuts of the command without an older output and with one.
+COMMANDS = ("hf-to-gguf --max-file-size", USES_UP)
+# Cuts of each command without an older output and with one.
 CUTS = 8
 
 
@@ -27,7 +28,7 @@ def power_cuts(folder: Path, *options: str) -> dict[str, Any]:
     if os.geteuid() != 0:
         pytest.skip("not root")
     record = folder / "record.json"
-    arguments = ["--file-systems", "ext4", "--commands", COMMAND, "--cuts", str(CUTS), "--save", str(record)]
+    arguments = ["--file-systems", "ext4", "--commands", *COMMANDS, "--cuts", str(CUTS), "--save", str(record)]
     ended = subprocess.run(
         [sys.executable, "-m", "tests.engine.power_cuts", str(folder / "disks"), *arguments, *options],
         capture_output=True,
@@ -48,7 +49,7 @@ def test_after_a_power_cut_nothing_is_wrong_and_resume_finishes(fast_tmp: Path) 
     record = power_cuts(fast_tmp)
     (system,) = record["file_systems"]
     assert system["wrong"] == []
-    assert record["cuts"] == 2 * CUTS
+    assert record["cuts"] == 2 * CUTS * len(COMMANDS)
     # The cuts fell into the work: some left finished parts, which a resumed run does not make again.
     assert any("finished parts" in state for case in system["cases"] for state in case["states"])
 

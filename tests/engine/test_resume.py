@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ from dsv4convert.engine import fingerprint as fingerprint_module
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_path
-from dsv4convert.engine.outputs import FileOutputs, outputs_of
+from dsv4convert.engine.outputs import PAGE_BYTES, FileOutputs, outputs_of
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import InputOutputError, OutputExistsError, ResumeError
 from dsv4convert.plan import Plan
@@ -99,6 +102,30 @@ def test_resume_says_how_many_bytes_it_did_not_make_again(gguf: Plan) -> None:
 def test_resume_may_be_interrupted_again(plan: Plan, good: dict[str, bytes]) -> None:
     for _ in range(3):
         interrupt(plan, 20, resume=True)
+    execute(plan, threads=2, resume=True)
+    assert contents(plan) == good
+
+
+@pytest.mark.parametrize("pages", [0, 1, 2])
+def test_a_kill_while_a_header_is_written_does_not_end_resuming(plan: Plan, good: dict[str, bytes], pages: int) -> None:
+    """A kill ends a write after any page of it."""
+    header, nbytes = max((file.header for file in plan.files), key=len), pages * PAGE_BYTES
+    assert len(header) > nbytes
+    process = os.fork()
+    if not process:
+        real = os.pwrite
+
+        def die(descriptor: int, data: Any, offset: int) -> int:
+            if bytes(data) == header:
+                real(descriptor, header[:nbytes], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(descriptor, data, offset)
+
+        os.pwrite = die
+        with contextlib.suppress(BaseException):
+            execute(plan, threads=1)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
     execute(plan, threads=2, resume=True)
     assert contents(plan) == good
 

@@ -16,6 +16,7 @@ from dsv4convert.api import convert_gguf, merge, verify, verify_manifest
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.gguf_write import STRING, U16, KeyValue
 from dsv4convert.engine.conversion import execute
+from dsv4convert.engine.manifest import manifest_of
 from dsv4convert.engine.resources import disk_needed
 from dsv4convert.errors import FileFormatError, InputMissingError, ResumeError, UsageError
 from dsv4convert.plan import OutputTensor
@@ -149,8 +150,16 @@ def test_parts_are_deleted_only_when_asked_and_at_the_end(whole: Path, parts: li
     assert all(path.exists() for path in parts)
     merge(parts[0], out, delete_parts=True)
     assert out.read_bytes() == whole.read_bytes()
-    assert not any(path.exists() for path in parts)
+    assert list(parts[0].parent.iterdir()) == []  # the manifest of the set goes with it
     assert verify_manifest(out).mismatches == ()
+
+
+def test_what_is_no_manifest_stays_when_parts_are_deleted(parts: list[Path], tmp_path: Path) -> None:
+    manifest = manifest_of(parts[0])
+    manifest.write_text("somebody else's")
+    merge(parts[0], tmp_path / "merged.gguf", delete_parts=True)
+    assert list(parts[0].parent.iterdir()) == [manifest]
+    assert manifest.read_text() == "somebody else's"
 
 
 def test_room_for_two_parts_is_enough(parts: list[Path], tmp_path: Path) -> None:

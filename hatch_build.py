@@ -1,4 +1,4 @@
-"""Builds the compiled codecs: ``codecs.c`` to one shared library per processor level, with clang from PyPI's ziglang.
+"""Builds the compiled codecs: C to one shared library per processor level, with clang from PyPI's ziglang.
 
 ``pip install`` runs it as hatchling's build hook. ``python hatch_build.py`` builds the libraries for this machine
 into the package's folder, as an editable install does. DSV4CONVERT_TARGET=x86_64, aarch64 or none builds a wheel for
@@ -25,7 +25,7 @@ except ImportError:  # run as a program
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "dsv4convert" / "formats" / "compiled"
-SOURCE = FOLDER / "codecs.c"
+SOURCE = FOLDER / "segments.c"  # includes the others
 
 TARGET_VARIABLE = "DSV4CONVERT_TARGET"
 NO_TARGET = "none"
@@ -75,8 +75,13 @@ def target_machine() -> str | None:
     return None if wanted == NO_TARGET else wanted
 
 
+def source_digest() -> str:
+    """Return the SHA-256 of all C sources, in the order of their names."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.c")))).hexdigest()
+
+
 def build_libraries(machine: str, folder: Path) -> list[Path]:
-    """Compile ``codecs.c`` for each level of a machine into ``folder`` and return the files.
+    """Compile the sources for each level of a machine into ``folder`` and return the files.
 
     Raises:
         RuntimeError: ziglang is not installed.
@@ -84,7 +89,7 @@ def build_libraries(machine: str, folder: Path) -> list[Path]:
     """
     if importlib.util.find_spec("ziglang") is None:
         raise RuntimeError("ziglang is not installed")
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+    digest = source_digest()
     files = []
     with tempfile.TemporaryDirectory() as cache:
         for level, options in LEVELS[machine].items():

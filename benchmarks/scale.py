@@ -1,9 +1,11 @@
 """Each converting command with 1 to all threads, beside one and many processes of cp for the same bytes and files.
 
     python benchmarks/scale.py --folder /dev/shm/scale --save benchmarks/results/scale.json
+    sudo python benchmarks/scale.py --folder /var/tmp/scale --cold
 
 The output of a first run is what cp copies: into as many files, by one process or by one for each file. Rounds of all
-contenders alternate; figures are medians.
+contenders alternate; figures are medians. With --cold, nothing is in the page cache before, and everything is on the
+disk at the end, as a conversion leaves it: cp is followed by sync.
 """
 
 from __future__ import annotations
@@ -28,29 +30,33 @@ COMMANDS = {
 }
 
 
-def ours(source: Path, target: Path, what: str, threads: int) -> Contender:
+def ours(source: Path, target: Path, what: str, threads: int, cold: bool = False) -> Contender:
     """Return a command with so many threads; a folder around its output goes with it."""
     command, options, name = COMMANDS[what]
     line = [sys.executable, "-m", "dsv4convert", command, str(source), str(target / name), "--quiet", *options]
-    return Contender(f"{threads} threads", [*line, "--threads", str(threads)], target, makes_folder_first=True)
+    return Contender(
+        f"{threads} threads", [*line, "--threads", str(threads)], target, makes_folder_first=True, cold=cold
+    )
 
 
-def copies(kept: Path, target: Path, processes: int) -> Contender:
+def copies(kept: Path, target: Path, processes: int, cold: bool = False) -> Contender:
     """Return cp of a finished output, by so many processes, a file at a time."""
     line = f"find '{kept}' -type f -print0 | xargs -0 -P {processes} -I% cp % '{target}'"
-    return Contender(f"cp, {processes} at once", ["sh", "-c", line], target, makes_folder_first=True)
+    if cold:
+        line += f"; sync '{target}'/*"
+    return Contender(f"cp, {processes} at once", ["sh", "-c", line], target, makes_folder_first=True, cold=cold)
 
 
-def measure(what: str, source: Path, folder: Path, threads: list[int], rounds: int) -> dict[str, Any]:
+def measure(what: str, source: Path, folder: Path, threads: list[int], rounds: int, cold: bool) -> dict[str, Any]:
     """Time one command with each number of threads; return the record."""
     kept = ours(source, folder / "kept", what, max(threads))
     run_once(kept)
     files = [path for path in (folder / "kept").rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
-    contenders = [copies(folder / "kept", folder / "copy", number) for number in (1, max(threads))]
-    contenders += [ours(source, folder / "ours", what, number) for number in threads]
-    alternate(contenders, 1, rounds, nbytes, say=lambda line: None)
-    result = record(contenders, contenders[1].name, nbytes, what=what, files=len(files), output_bytes=nbytes)
+    contenders = [copies(folder / "kept", folder / "copy", number, cold) for number in (1, max(threads))]
+    contenders += [ours(source, folder / "ours", what, number, cold) for number in threads]
+    alternate(contenders, 0 if cold else 1, rounds, nbytes, say=lambda line: None)
+    result = record(contenders, contenders[1].name, nbytes, what=what, cold=cold, files=len(files), output_bytes=nbytes)
     shutil.rmtree(folder / "kept")
     print(f"\n{what}: {len(files)} files, {nbytes / 1e9:.2f} GB")
     for row in result["results"]:
@@ -68,13 +74,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--cold", action="store_true")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     most = len(os.sched_getaffinity(0))
     threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
     source = arguments.folder / "flash-slice"
     make_flash_slice(source)
-    results = [measure(what, source, arguments.folder, threads, arguments.rounds) for what in arguments.commands]
+    results = [
+        measure(what, source, arguments.folder, threads, arguments.rounds, arguments.cold)
+        for what in arguments.commands
+    ]
     if arguments.save is not None:
         save({"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "results": results}, arguments.save)
 

@@ -67,6 +67,7 @@ class Contender:
     environment: dict[str, str] = field(default_factory=dict)
     rounds: int | None = None
     makes_folder_first: bool = False
+    cold: bool = False  # nothing of the source in the page cache; root only
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
 
@@ -79,6 +80,9 @@ def run_once(contender: Contender) -> tuple[float, int]:
     remove(contender.output)
     if contender.makes_folder_first:
         contender.output.mkdir(parents=True)
+    if contender.cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("1")
     started = time.perf_counter()
     process = subprocess.Popen(
         list(contender.command),

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
 from .consume import read_bytes_by_file
+from .operations import COPY_TILE_BYTES, TILE_BYTES
 from .outputs import free_bytes
-from .worker import COPY_TILE_BYTES, TILE_BYTES
 
 # Memory of the interpreter and its libraries; of a segment of the plan with its
 # digest; and of one worker: tiles, scratch and output. Measured on V4-Pro's headers and on slices, rounded up.

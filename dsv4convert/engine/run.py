@@ -16,9 +16,11 @@ from ..plan import Plan, Segment
 from .consume import Consumer
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
+from .mappings import Mappings
+from .operations import TILE_BYTES
 from .outputs import DescriptorCache, Outputs
 from .schedule import Lane, Schedule
-from .worker import TILE_BYTES, Made, Worker
+from .worker import Made, Worker
 from .zeros import zero_tensors
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
@@ -79,12 +81,13 @@ class RunReport:
 
 @dataclass
 class _Shared:
-    """What the workers of one run share: ``copies`` as they find them, the rest under ``lock``."""
+    """What the workers of one run share: ``copies`` and ``mappings`` as they find them, the rest under ``lock``."""
 
     tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
     copies: dict[Segment, Made] = field(default_factory=dict)
+    mappings: Mappings = field(default_factory=Mappings)
     error: BaseException | None = None
 
 
@@ -256,7 +259,7 @@ def _work(
 ) -> None:
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel:
-            worker = Worker(codecs, descriptors, kernel, shared.copies, tile_bytes)
+            worker = Worker(codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None
@@ -267,6 +270,7 @@ def _work(
                 if found is None:
                     return
                 lane, task = found
+                worker.share(lane.workers)
                 try:
                     made = worker.run(
                         _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset

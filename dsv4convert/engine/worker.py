@@ -1,8 +1,11 @@
-"""One worker: makes a segment tile by tile, in buffers that stay in the processor's cache."""
+"""One worker: makes a segment tile by tile, in buffers that stay in the processor's cache.
+
+The compiled library makes the tiles that it can (see ``compiled_segments``); the others are made here, and all of them
+where there is none.
+"""
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +18,15 @@ from ..containers.wide_scales import WIDE_BITS, narrow
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
+from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
+from .compiled_segments import CompiledSegments
 from .kernel_copy import KernelCopier
-from .operations import as_f32, divides_blocks, make_tile, squares
+from .mappings import Mappings
+from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares
 from .outputs import DescriptorCache, os_errors, write_all
 
-# Source plus output bytes of a tile: small enough for the caches, large enough that two writers seldom wait
-# for each other at the one file that both write (benchmarks/hf_to_gguf.py: 15 % faster than 512 KiB).
-TILE_BYTES = 2**20
-COPY_TILE_BYTES = 2**20
 MAX_ELEMENT_BYTES = 8
 
 # Bytes of a tile that tell, as a rule, that it is not all zero.
@@ -46,7 +48,7 @@ class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
     ``copies`` are what repeated copies were found to be, which all workers share: the first worker at one looks at its
-    bytes, and the others need not.
+    bytes, and the others need not. They share ``mappings``, too.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Worker:
         descriptors: DescriptorCache,
         kernel: KernelCopier,
         copies: dict[Segment, Made],
+        mappings: Mappings,
         tile_bytes: int = TILE_BYTES,
     ) -> None:
         self._codecs = codecs
@@ -63,8 +66,26 @@ class Worker:
         self._scratch = Scratch()
         self._kernel = kernel
         self._copies = copies
-        self.done_bytes = 0
-        self.stopped = False
+        self._control = Control(stopped=False, done_bytes=0)
+        self._compiled = CompiledSegments(codecs, self._scratch, descriptors, self._control, mappings, tile_bytes)
+
+    def share(self, workers: int) -> None:
+        """Note how many workers are in the output that is next."""
+        self._compiled.sharers = workers
+
+    @property
+    def done_bytes(self) -> int:
+        """Return the bytes written so far."""
+        return self._control.done_bytes
+
+    @property
+    def stopped(self) -> bool:
+        """Return whether the worker is to end before its next tile."""
+        return bool(self._control.stopped)
+
+    @stopped.setter
+    def stopped(self, stopped: bool) -> None:
+        self._control.stopped = stopped
 
     def run(self, segment: Segment, output: int, path: Path, offset: int) -> Made:
         """Make ``segment`` at ``offset`` of an open file.
@@ -79,15 +100,17 @@ class Worker:
         return self._convert(segment, path, output, offset)
 
     def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
-        digest, tally = xxhash.xxh3_128(), Tally()
+        tally = Tally()
         # Scales of a wider type are bytes of E8M0 once they are read, and have no zeros in the file.
         zeros = {number for number, operand in enumerate(segment.operands) if not operand.wide}
-        step = rows_per_tile(segment, self._tile_bytes)
         operation = segment.operation
-        weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
-        for first in range(0, segment.rows, step):
-            if self.stopped:
-                break
+        compiled = self._compiled.begin(segment, output, offset)
+        digest = xxhash.xxh3_128() if compiled is None else compiled.digest
+        first = 0 if compiled is None else compiled.make(0)
+        if first < segment.rows:
+            step = rows_per_tile(segment, self._tile_bytes)
+            weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
+        while first < segment.rows and not self.stopped:
             rows = min(step, segment.rows - first)
             inputs = [*self._inputs(segment, first, rows), *weights]
             zeros = {number for number in zeros if is_zero(inputs[number])}
@@ -96,8 +119,15 @@ class Worker:
             digest.update(out.data)
             with os_errors(path, "written"):
                 write_all(output, out.data, offset + first * segment.row_bytes)
-            self.done_bytes += out.nbytes
-        return Made(digest.digest(), tally, sum(1 << number for number in zeros))
+            self._control.done_bytes += out.nbytes
+            first += rows
+            if compiled is not None:
+                first = compiled.make(first)
+        zero_bits = sum(1 << number for number in zeros)
+        if compiled is not None:
+            compiled.add_counts(tally)
+            zero_bits &= compiled.zeros
+        return Made(digest.digest(), tally, zero_bits)
 
     def _inputs(self, segment: Segment, first: int, rows: int) -> list[NDArray[Any]]:
         return [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
@@ -146,10 +176,16 @@ class Worker:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``)."""
         operand = segment.operands[0]
         known = self._copies.get(segment) if operation.is_repeated else None
-        digest, tally, zeros = xxhash.xxh3_128(), Tally(), 1
-        chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
-        source = self._descriptors.get(operand.file, os.O_RDONLY)
+        compiled = self._compiled.begin(segment, output, offset, with_digest=known is None)
+        digest = xxhash.xxh3_128() if compiled is None else compiled.digest
+        tally, zeros = Tally(), 1
         done = 0
+        if compiled is not None:
+            done = compiled.make(0)
+            compiled.add_counts(tally)
+            zeros = compiled.zeros
+        chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows - done),), np.uint8)
+        source = self._descriptors.get(operand.file, os.O_RDONLY)
         cut = chunk[:0]  # the first bytes of an element that the kernel moved in two parts
         while done < segment.rows and not self.stopped:
             begin = operand.offset + done
@@ -168,7 +204,7 @@ class Worker:
                 zeros = zeros and int(is_zero(seen[:moved]))
                 cut = self._count(operation.holds, cut, seen[:moved], tally)
             done += moved
-            self.done_bytes += moved
+            self._control.done_bytes += moved
         if known is not None:
             return known
         made = Made(digest.digest(), tally, zeros)
@@ -189,22 +225,3 @@ def is_zero(tile: NDArray[Any]) -> bool:
     """Return whether every byte of a tile is zero; one look tells, as a rule, that not."""
     content = tile.reshape(-1).view(np.uint8)
     return not content[:FIRST_BYTES].any() and not content.max(initial=0)
-
-
-def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
-    """Return how many output rows a tile takes: whole scale blocks, or a part of one that divides it evenly.
-
-    Rows of 16,384 elements make a block of 128 rows larger than a cache; all rows of a part share the
-    block's scales, which are read again for each part. Operations that need whole blocks get them.
-    """
-    alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
-    row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
-    fitting = int(tile_bytes / row_cost)
-    if fitting >= alignment:
-        return fitting // alignment * alignment
-    if not divides_blocks(segment.operation):
-        return alignment
-    part = alignment
-    while part > fitting and part % 2 == 0:
-        part //= 2
-    return part

@@ -85,7 +85,9 @@ def compiled_codecs() -> Codecs:
     A library that does not load costs speed and a warning, not the conversion.
     """
     try:
-        from dsv4convert.formats.compiled import twins
+        from dsv4convert.formats.compiled import segments, twins
+
+        segments.functions()
     except (OSError, AttributeError) as error:  # AttributeError: a function is missing
         reason = escape_control(str(error))
         warnings.warn(

@@ -47,6 +47,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
+        self._addresses: dict[str, int] = {}
 
     def array(self, key: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Return an array of undefined content; the next call with ``key`` hands out the same memory."""
@@ -60,7 +61,15 @@ class Scratch:
             grown = np.empty(size + _CACHE_LINE, np.uint8)
             start = -grown.ctypes.data % _CACHE_LINE
             buffer = self._buffers[key] = grown[start : start + size]
+            self._addresses[key] = buffer.ctypes.data
         return buffer[:size].view(kind).reshape(shape)
+
+    def address(self, key: str, nbytes: int) -> int:
+        """Return where the first ``nbytes`` bytes of an array lie in memory, until a larger one takes the name."""
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.size < nbytes:
+            self.array(key, (nbytes,), np.uint8)
+        return self._addresses[key]
 
     @property
     def nbytes(self) -> int:

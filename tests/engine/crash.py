@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dsv4convert.engine import names
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
@@ -34,7 +36,7 @@ from dsv4convert.targets.gguf_tensors import GgufOptions
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
-from .kernel_copies import KERNEL_COPIES
+from .kernel_copies import KERNEL_COPIES, make_in_python
 
 PLANS: dict[str, Callable[[Path, Path], Plan]] = {
     # Several files of one output, files of a folder, and folders of several codecs.
@@ -69,6 +71,7 @@ class Killer:
         self.real["renameat2"] = names._renameat2
         names._renameat2 = lambda *args: self.call("renameat2", *args)
         if self.power is not None:
+            make_in_python(pytest.MonkeyPatch())  # for the rest of this process
 
             def refuse(*args: Any, **options: Any) -> int:
                 raise OSError(38, "not for this test, which must see the bytes")

@@ -21,18 +21,22 @@ SLOW = """
 import sys, time
 import dsv4convert.engine.worker as tiles
 import dsv4convert.engine.conversion as convert
+from dsv4convert.engine.compiled_segments import CompiledSegment, CompiledSegments
 from dsv4convert.cli import main
-write_all = tiles.write_all
-def slow(*args):
-    time.sleep(0.05)
-    write_all(*args)
-tiles.write_all = slow
+def slowly(function):
+    def slow(*args):
+        time.sleep(0.05)
+        return function(*args)
+    return slow
+tiles.write_all = slowly(tiles.write_all)
 tiles.KernelCopier.copy = tiles.KernelCopier.copy_and_show = lambda *args: 0
+CompiledSegment.make = slowly(CompiledSegment.make)
 execute = convert.execute
 convert.execute = lambda *args, **options: execute(*args, **options, record_seconds=0.1)
 {more}
 main()
 """
+IN_PYTHON = "CompiledSegments.begin = lambda *args, **options: None"
 STUCK_DISK = """
 from dsv4convert.engine.outputs import Outputs
 Outputs.sync = lambda *args: time.sleep(60)
@@ -78,7 +82,8 @@ def test_a_signal_stops_the_run_within_a_second_and_the_work_is_kept(
     number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "model.gguf"
-    process = start("hf-to-gguf", tiny, out, "--threads", "2")
+    more = IN_PYTHON if number == signal.SIGTERM else ""
+    process = start("hf-to-gguf", tiny, out, "--threads", "2", more=more)
     wait_for(tmp_path / "model.gguf.journal", b'{"s":')
     began = time.monotonic()
     process.send_signal(number)

@@ -17,6 +17,7 @@ from dsv4convert.plan import Plan, Segment
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
+from .kernel_copies import make_in_python
 from .plans import PLANS, contents, leftovers
 
 BEFORE_IT_GOES_BAD = 20
@@ -78,6 +79,7 @@ def test_a_source_that_goes_bad_is_named_and_the_run_goes_on_when_it_is_back(
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
             patch.setattr(os, "preadv", preadv)
+            make_in_python(patch)
 
     with monkeypatch.context() as patch:
         go_bad(patch, happen)

@@ -21,9 +21,10 @@ from dsv4convert.engine import worker as tiles
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.kernel_copy import KernelCopier
 from dsv4convert.engine.ledger import Ledger
+from dsv4convert.engine.operations import rows_per_tile
 from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache, os_errors, outputs_of, write_all
 from dsv4convert.engine.run import RunReport, run_plan
-from dsv4convert.engine.worker import Worker, rows_per_tile
+from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
@@ -31,7 +32,7 @@ from dsv4convert.plan import COPY, JOIN, CopySegments, Operand, OutputFile, Outp
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
-from .kernel_copies import refuse_kernel_copies
+from .kernel_copies import make_in_python, refuse_kernel_copies
 from .plans import PLANS, contents
 
 
@@ -75,13 +76,18 @@ def assert_copied(source: Path, folder: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS, errno.EIO])
-def test_copies_are_exact_with_and_without_the_kernels_help(
+@pytest.mark.parametrize("refusal", [None, 0, errno.EXDEV, errno.ENOSYS, errno.EIO])
+def test_copies_are_exact_with_and_without_help(
     size: int, refusal: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that is no refusal counts as one: reading and writing tell whose it is, or do without."""
+    """By the library, by the kernel (0), without either.
+
+    An error that is no refusal counts as one: reading and writing tell whose it is, or do without.
+    """
     (tmp_path / "source").write_bytes(os.urandom(size))
-    if refusal is not None:
+    if refusal == 0:
+        make_in_python(monkeypatch)
+    elif refusal is not None:
         refuse_kernel_copies(monkeypatch, refusal)
     assert_copied(tmp_path / "source", tmp_path, threads=2)
 
@@ -89,6 +95,7 @@ def test_copies_are_exact_with_and_without_the_kernels_help(
 @pytest.mark.parametrize("size", SIZES)
 def test_copies_go_through_the_kernel_and_no_buffer(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").write_bytes(os.urandom(size))
+    make_in_python(monkeypatch)
 
     def refuse(*_: Any) -> int:
         raise AssertionError("read or written through a buffer")
@@ -127,6 +134,7 @@ def test_pipes_may_be_small_and_of_different_sizes(
         fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, next(sizes) * 4096)
         return ends
 
+    make_in_python(monkeypatch)
     monkeypatch.setattr(kernel_copy, "_pipe", pipe)
     (tmp_path / "source").write_bytes(os.urandom(2**20 + 4321))
     assert_copied(tmp_path / "source", tmp_path, threads=1)
@@ -138,6 +146,7 @@ def test_a_copy_that_fails_halfway_leaves_nothing_in_the_pipes_for_the_next(
     failing: int, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call that moves bytes can be the one; what follows is right, whether by the kernel or without it."""
+    make_in_python(monkeypatch)
     (tmp_path / "source").write_bytes(os.urandom(3 * 2**20 + 5))
     calls = 0
 
@@ -159,6 +168,7 @@ def test_a_copy_that_fails_halfway_leaves_nothing_in_the_pipes_for_the_next(
 
 @pytest.mark.parametrize("missing", ["tee", "splice", "copy_file_range"])
 def test_a_system_without_a_call_does_without(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_in_python(monkeypatch)
     (tmp_path / "source").write_bytes(os.urandom(2**20 + 5))
     if missing == "tee":
         kernel_copy._libc_tee.cache_clear()
@@ -189,7 +199,13 @@ def assert_repeated_copies(folder: Path, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+def test_repeated_copies_are_exact_by_the_library(threads: int, tmp_path: Path) -> None:
+    assert_repeated_copies(tmp_path, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 def test_a_repeated_copy_is_looked_at_once(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_in_python(monkeypatch)
     shown = 0
     real = KernelCopier.copy_and_show
 

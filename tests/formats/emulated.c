@@ -1,4 +1,4 @@
-// Runs functions of codecs.c for tests on a machine that is emulated: requests on stdin, results on stdout.
+// Runs functions of the C sources for tests on a machine that is emulated: requests on stdin, results on stdout.
 //
 // request   i64 number of the function, i64 number of arguments, then each: i64 size and so many bytes of an array,
 //           or i64 -1 and an i64
@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "codecs.c"
+#include "segments.c"
 
 enum { MOST_ARGUMENTS = 11 };
 

@@ -1,4 +1,4 @@
-"""The functions of ``codecs.c`` on AArch64, emulated by QEMU: for machines that are not AArch64 themselves."""
+"""The functions of the C sources on AArch64, emulated by QEMU: for machines that are not AArch64 themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def available() -> bool:
 
 
 class Emulator:
-    """A process that runs named functions of ``codecs.c``."""
+    """A process that runs named functions of the C sources."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         program = folder / "emulated"
@@ -71,7 +71,7 @@ class Emulator:
 
 
 class EmulatedFunction(Function):
-    """A function of ``codecs.c`` in an emulator, which takes the library's place."""
+    """A function of the C sources in an emulator, which takes the library's place."""
 
     def __init__(self, library: Any, name: str, parameters: str) -> None:
         self.name = name

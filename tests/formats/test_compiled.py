@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import xxhash
 
 from dsv4convert.errors import LossyError
 from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
@@ -530,8 +531,8 @@ assert [out.tobytes() for out in outputs] == [out.tobytes() for out in wanted]
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.so")), ids=lambda path: path.stem)
 def test_the_library_is_that_of_the_source_and_needs_no_other(path: Path) -> None:
     data = path.read_bytes()
-    digest = hashlib.sha256((FOLDER / "codecs.c").read_bytes()).hexdigest()
-    assert digest.encode() in data, f"{path.name} is older than codecs.c; run python hatch_build.py"
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sorted(FOLDER.glob("*.c")))).hexdigest()
+    assert digest.encode() in data, f"{path.name} is older than its sources; run python hatch_build.py"
     if (nm := shutil.which("nm")) is None:
         pytest.skip("no nm")
     found = subprocess.run([nm, "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
@@ -680,3 +681,33 @@ def test_a_scan_stops_where_elements_end_and_begins_at_any_address(twins: Module
 def test_types_without_such_values_have_none(twins: ModuleType) -> None:
     content = np.full(64, 0xFF, np.uint8)
     assert twins.count_not_finite("I8", content, content) == 0
+
+
+# --- checksums --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS or [pytest.param("", marks=needs_library)])
+def test_checksums_are_those_of_xxhash_whatever_the_pieces(level: str, tmp_path: Path) -> None:
+    """Around every border of the format: stripes of 64 bytes, blocks of 1,024."""
+    state, digest = np.zeros(27, np.uint64), np.zeros(16, np.uint8)
+    names = ["xxh3_begin", "xxh3_update", "xxh3_digest"]
+    if level == EMULATED:
+        emulator = emulated.Emulator(names, tmp_path)
+        loaded, function = emulator, emulated.EmulatedFunction
+    else:
+        loaded, function = ctypes.CDLL(str(FOLDER / f"codecs-{level}.so")), Function
+    begin, update, end = (
+        function(loaded, name, parameters) for name, parameters in zip(names, ("u8", "u8 u1 n", "u8 u1"), strict=True)
+    )
+    rng = np.random.default_rng(1)
+    borders = [border + more for border in (256, 1024, 2048, 5 * 1024) for more in (-1, 0, 1, 63, 64, 65)]
+    for size in (241, *borders, 2**20 + 77):
+        data = rng.integers(0, 256, size, np.uint8)
+        begin(state)
+        done = 0
+        while done < size:
+            piece = data[done : done + int(rng.choice([1, 7, 63, 64, 65, 1000, 2**18]))]
+            update(state, piece.copy(), piece.size)
+            done += piece.size
+        end(state, digest)
+        assert digest.tobytes() == xxhash.xxh3_128_digest(data.tobytes()), size

@@ -782,12 +782,3 @@ i64 any_u32(const u32_at *values, i64 size, i64 mask) {
     }
     return largest == bits;
 }
-
-// --- the library ------------------------------------------------------------------------------------------
-
-#ifndef SOURCE_DIGEST
-#define SOURCE_DIGEST ""
-#endif
-
-// SHA-256 of this file, in hexadecimal: a library that is older than its source is found out.
-const char source_digest[] = SOURCE_DIGEST;

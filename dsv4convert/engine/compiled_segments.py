@@ -1,0 +1,285 @@
+"""Which segments the compiled library makes by itself (``formats/compiled/segments.c``), and how they are asked for.
+
+Between two tiles of Python stands the interpreter's lock, which goes from worker to worker some ten times a tile: more
+than a few workers then wait for it and not for the disk. The library makes a segment in one call without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats import q8_0
+from ..formats.backend import COMPILED, Codecs
+from ..formats.base import FP8_TILE, GROUP, Scratch, Tally
+from ..formats.compiled.segments import (
+    MIN_BYTES,
+    Control,
+    LongDigest,
+    Making,
+    OperandPlace,
+    SegmentCall,
+    make_segment,
+)
+from ..formats.mxfp4 import BLOCK_BYTES as MXFP4_BYTES
+from ..formats.not_finite import MAGNITUDES
+from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
+from .mappings import SHARERS, Mappings
+from .operations import COPY_TILE_BYTES, rows_per_tile
+from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
+
+BYTES, F32 = "u1", "<f4"
+FP4_PER_BYTE = 2
+FP4_BLOCK = (1, GROUP)
+
+# The conversions that the library has.
+_SCALED: Mapping[tuple[Source, Target], Making] = {
+    ("fp8", "f32"): Making.FP8_TO_F32,
+    ("fp8", "bf16"): Making.FP8_TO_BF16,
+    ("fp8", "f16"): Making.FP8_TO_F16,
+    ("fp8", "q8_0"): Making.FP8_TO_Q8_0,
+    ("fp4", "f32"): Making.FP4_TO_F32,
+    ("fp4", "bf16"): Making.FP4_TO_BF16,
+    ("fp4", "f16"): Making.FP4_TO_F16,
+    ("fp4", "q8_0"): Making.FP4_TO_Q8_0,
+    ("fp4", "mxfp4"): Making.FP4_TO_MXFP4,
+}
+_PLAIN: Mapping[tuple[Source, Target], Making] = {
+    ("bf16", "f32"): Making.BF16_TO_F32,
+    ("bf16", "f16"): Making.BF16_TO_F16,
+    ("bf16", "q8_0"): Making.BF16_TO_Q8_0,
+    ("bf16", "mxfp4"): Making.BF16_TO_MXFP4,
+    ("f16", "f32"): Making.F16_TO_F32,
+    ("f16", "bf16"): Making.F16_TO_BF16,
+    ("f32", "bf16"): Making.F32_TO_BF16,
+    ("f32", "f16"): Making.F32_TO_F16,
+    ("f32", "q8_0"): Making.F32_TO_Q8_0,
+    ("f32", "mxfp4"): Making.F32_TO_MXFP4,
+}
+_SOURCE_BYTES: Mapping[Source, int] = {"bf16": 2, "f16": 2, "f32": 4}
+
+
+class Shape(NamedTuple):
+    """What the operands of all segments of a kind share: bytes of a row, rows that it serves, and dtype."""
+
+    row_bytes: int
+    rows_per: int
+    dtype: str
+
+
+class Recipe(NamedTuple):
+    """How segments of one kind are made: fields of ``SegmentCall`` that are the same for all."""
+
+    making: Making
+    columns: int
+    height: int = 1
+    width: int = 1
+    scales_are_f32: bool = False
+    spare_bytes: int = 0  # for each row of the output
+    holds: str = ""
+
+
+def output_bytes(target: Target, columns: int) -> int | None:
+    """Return the bytes of a row of ``columns`` elements, None where blocks do not fill it."""
+    if target in ("q8_0", "mxfp4"):
+        block = q8_0.BLOCK_BYTES if target == "q8_0" else MXFP4_BYTES
+        return None if columns % GROUP else columns // GROUP * block
+    return columns * (4 if target in ("f32", "i32") else 2)
+
+
+def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int) -> Recipe | None:
+    """Return how the library makes rows of ``row_bytes`` bytes by an operation; None where it does not.
+
+    It has no checks of its own: what is not exactly as it expects is left to Python, which has them.
+    """
+    first = operands[0] if operands else Shape(0, 1, "")
+    match operation:
+        case Copy(holds=holds) if first.row_bytes == row_bytes == 1:
+            return Recipe(Making.COPY, 1, holds=holds)
+        case Columns(begin, end, holds) if 0 <= begin < end <= first.row_bytes and end - begin == row_bytes:
+            return Recipe(Making.COLUMNS, row_bytes, height=begin, width=end, holds=holds)
+        case Join(holds) if sum(operand.row_bytes for operand in operands) == row_bytes:
+            return Recipe(Making.JOIN, row_bytes, holds=holds)
+        case Convert():
+            return _conversion(operation, operands, row_bytes)
+        case Fp4ToFp8Codes(side) if side == FP8_TILE and row_bytes % GROUP == 0:
+            # A row of the second operand holds the scales of a tile's rows. Ragged tiles are Python's, here and below.
+            scales = Shape(side * row_bytes // GROUP, side, BYTES)
+            if operands == (Shape(row_bytes // FP4_PER_BYTE, 1, BYTES), scales):
+                return Recipe(Making.FP4_TO_FP8_CODES, row_bytes, spare_bytes=-(-row_bytes // side))
+        case Fp4ToFp8Scales(groups, side) if side == FP8_TILE:
+            if operands == (Shape(side * groups, 1, BYTES),) and row_bytes == -(-groups * GROUP // side):
+                return Recipe(Making.FP4_TO_FP8_SCALES, groups)
+    return None
+
+
+def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int) -> Recipe | None:
+    source, kind = operation.source, (operation.source, operation.target)
+    element = operands[0]
+    if kind in _PLAIN:
+        columns = element.row_bytes // _SOURCE_BYTES[source]
+        fits = element.rows_per == 1 and row_bytes == output_bytes(operation.target, columns)
+        return Recipe(_PLAIN[kind], columns) if fits else None
+    if kind not in _SCALED or (operation.block is None and source == "fp8"):
+        return None
+    columns = element.row_bytes * (FP4_PER_BYTE if source == "fp4" else 1)
+    height, width = operation.block or FP4_BLOCK
+    scale = operands[1]
+    scale_bytes = 4 if scale.dtype == F32 else 1
+    fits = (
+        row_bytes == output_bytes(operation.target, columns)
+        and (element.rows_per, scale.rows_per) == (1, height)
+        and scale.row_bytes == -(-columns // width) * scale_bytes
+        and scale.dtype in ((BYTES,) if operation.target == "mxfp4" else (BYTES, F32))
+    )
+    if source == "fp4":
+        fits = fits and (height, width) == FP4_BLOCK and columns % GROUP == 0
+    elif operation.target == "q8_0":
+        fits = fits and width % GROUP == 0
+    if not fits:
+        return None
+    return Recipe(_SCALED[kind], columns, height, width, scale_bytes > 1, scale.row_bytes if scale_bytes > 1 else 0)
+
+
+class CompiledSegment:
+    """Segments of one kind, one after the other: the call that makes them, and the digest of the one at hand."""
+
+    def __init__(
+        self, recipe: Recipe, shapes: tuple[Shape, ...], row_bytes: int, step: int, digest: LongDigest
+    ) -> None:
+        self.digest = digest
+        self._recipe, self._shapes = recipe, shapes
+        self._places = (OperandPlace * len(shapes))(
+            *(OperandPlace(row_bytes=shape.row_bytes, rows_per=shape.rows_per) for shape in shapes)
+        )
+        self._call = SegmentCall(
+            making=recipe.making,
+            operands=self._places,
+            operand_count=len(shapes),
+            row_bytes=row_bytes,
+            step=step,
+            columns=recipe.columns,
+            height=recipe.height,
+            width=recipe.width,
+            scales_are_f32=recipe.scales_are_f32,
+        )
+        # An operand's row more than a tile takes, for tiles that start inside a scale's block.
+        self._tile_bytes = [(-(-step // shape.rows_per) + 1) * shape.row_bytes for shape in shapes]
+        if recipe.making is Making.FP8_TO_Q8_0:
+            self._set_tables(q8_0.multipliers(), q8_0.d_table(), q8_0.TABLE_FIRST_BYTE, q8_0.TABLE_LAST_BYTE)
+        elif recipe.making is Making.FP4_TO_Q8_0:
+            d = q8_0.fp4_tables()[1]
+            self._set_tables(q8_0.fp4_multipliers(), d, q8_0.FP4_TABLE_FIRST_BYTE, q8_0.FP4_TABLE_LAST_BYTE)
+        if (elements := MAGNITUDES.get(recipe.holds)) is not None:
+            self._call.element_bytes, self._call.not_finite = np.dtype(elements.dtype).itemsize, elements.least
+
+    def _set_tables(self, multipliers: NDArray[Any], d: NDArray[Any], first: int, last: int) -> None:
+        # Both tables are cached where they come from, and stay.
+        self._call.tables[:] = [multipliers.ctypes.data, d.ctypes.data]
+        self._call.first, self._call.last = first, last
+
+    def place(
+        self,
+        segment: Segment,
+        descriptors: Sequence[int],
+        scratch: Scratch,
+        output: int,
+        offset: int,
+        mapping: int | None,
+    ) -> None:
+        """Say where the next segment's operands lie, and where it goes."""
+        call = self._call
+        for index, (place, operand) in enumerate(zip(self._places, segment.operands, strict=True)):
+            place.descriptor, place.offset = descriptors[index], operand.offset
+            place.tile = scratch.address(f"input {index}", self._tile_bytes[index])
+        if self._recipe.making is Making.COPY:
+            call.tile = self._places[0].tile
+        else:
+            call.tile = scratch.address("output", call.step * call.row_bytes)
+        call.spare = scratch.address("spare", self._recipe.spare_bytes * call.step)
+        call.output, call.offset, call.mapping, call.rows = output, offset, mapping, segment.rows
+        call.counts[:] = (0, 0, 0, 0)
+        call.zeros = (1 << len(segment.operands)) - 1
+
+    def share(self, control: Control, *, with_digest: bool) -> None:
+        """Say who may stop the work, and whether a digest is wanted."""
+        self._call.control = ctypes.pointer(control)
+        self._call.checksum = self.digest.address if with_digest else None
+
+    def make(self, first: int) -> int:
+        """Make tiles from row ``first`` on; return the first row that is left, for the caller to make."""
+        return make_segment(self._call, first)
+
+    @property
+    def zeros(self) -> int:
+        """Return the operands of which every byte was zero in the tiles that the library made, as in ``Made.zeros``."""
+        return self._call.zeros
+
+    def add_counts(self, tally: Tally) -> None:
+        """Add what was counted in the tiles that the library made."""
+        if any(self._call.counts):
+            tally.add(Tally(*self._call.counts))
+
+
+class CompiledSegments:
+    """The segments that the library makes in the buffers of one worker, one at a time.
+
+    What segments of a kind share is looked up once: whatever is left to do for each is done with the interpreter's
+    lock, which all workers want.
+    """
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        scratch: Scratch,
+        descriptors: DescriptorCache,
+        control: Control,
+        mappings: Mappings,
+        tile_bytes: int,
+    ) -> None:
+        self.sharers = 1  # workers in the output at hand
+        self._mappings = mappings
+        self._scratch = scratch
+        self._descriptors = descriptors
+        self._control = control
+        self._tile_bytes = tile_bytes
+        self._digest = LongDigest() if codecs.name == COMPILED else None
+        self._kinds: dict[tuple[object, ...], CompiledSegment | None] = {}
+
+    def begin(self, segment: Segment, output: int, offset: int, *, with_digest: bool = True) -> CompiledSegment | None:
+        """Return a segment that is ready to be made at ``offset`` of a descriptor; None where the library does not.
+
+        Without a digest, copies are left to the kernel where it takes them, and nothing is counted in them.
+
+        Raises:
+            InputOutputError: a source cannot be opened.
+        """
+        if self._digest is None or segment.nbytes < MIN_BYTES:
+            return None
+        kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in segment.operands])
+        if kind not in self._kinds:
+            self._kinds[kind] = self._of_kind(segment, self._digest)
+        compiled = self._kinds[kind]
+        if compiled is None:
+            return None
+        descriptors = [self._descriptors.get(operand.file, os.O_RDONLY) for operand in segment.operands]
+        self._digest.begin()
+        compiled.share(self._control, with_digest=with_digest)
+        mapping = self._mappings.address(output) if self.sharers >= SHARERS else None
+        compiled.place(segment, descriptors, self._scratch, output, offset, mapping)
+        return compiled
+
+    def _of_kind(self, segment: Segment, digest: LongDigest) -> CompiledSegment | None:
+        shapes = tuple(Shape(*operand[2:]) for operand in segment.operands)
+        recipe = recipe_of(segment.operation, shapes, segment.row_bytes)
+        # More sources than a worker keeps open would be closed under the call.
+        if recipe is None or len(shapes) > OPEN_FILES_PER_WORKER:
+            return None
+        copies = recipe.making is Making.COPY
+        step = COPY_TILE_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
+        return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest)

@@ -1,0 +1,199 @@
+"""Whole segments made in C (``segments.c``): its structures, and the calls. ctypes lets other threads run meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum, auto
+from functools import cache
+from typing import Any
+
+from dsv4convert.formats.compiled.library import load_library
+
+DIGEST_BYTES = 16
+# The C has the long form of XXH3 only; fewer bytes have one of their own.
+MIN_BYTES = 241
+
+
+class Making(IntEnum):
+    """What is made of the operands' rows: ``enum making``, by the same numbers."""
+
+    COPY = 0
+    COLUMNS = auto()
+    JOIN = auto()
+    FP8_TO_F32 = auto()
+    FP8_TO_BF16 = auto()
+    FP8_TO_F16 = auto()
+    FP8_TO_Q8_0 = auto()
+    FP4_TO_F32 = auto()
+    FP4_TO_BF16 = auto()
+    FP4_TO_F16 = auto()
+    FP4_TO_Q8_0 = auto()
+    FP4_TO_MXFP4 = auto()
+    FP4_TO_FP8_CODES = auto()
+    FP4_TO_FP8_SCALES = auto()
+    BF16_TO_F32 = auto()
+    BF16_TO_F16 = auto()
+    BF16_TO_Q8_0 = auto()
+    BF16_TO_MXFP4 = auto()
+    F16_TO_F32 = auto()
+    F16_TO_BF16 = auto()
+    F32_TO_BF16 = auto()
+    F32_TO_F16 = auto()
+    F32_TO_Q8_0 = auto()
+    F32_TO_MXFP4 = auto()
+
+
+class Control(ctypes.Structure):
+    """What a worker shares with the thread that watches it; of use without the library, too."""
+
+    stopped: int
+    done_bytes: int
+    _fields_ = [("stopped", ctypes.c_int64), ("done_bytes", ctypes.c_int64)]
+
+
+class OperandPlace(ctypes.Structure):
+    """A matrix in an open source, whose rows serve ``rows_per`` rows of the output each, and room for a tile of it."""
+
+    descriptor: int
+    offset: int
+    row_bytes: int
+    rows_per: int
+    tile: int
+    _fields_ = [
+        ("descriptor", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("rows_per", ctypes.c_int64),
+        ("tile", ctypes.c_void_p),
+    ]
+
+
+class SegmentCall(ctypes.Structure):
+    """Everything about one segment; what the fields mean is in ``segments.c``."""
+
+    making: int
+    operands: Any
+    operand_count: int
+    output: int
+    offset: int
+    mapping: int | None
+    rows: int
+    row_bytes: int
+    step: int
+    tile: int
+    columns: int
+    height: int
+    width: int
+    scales_are_f32: int
+    spare: int
+    tables: Any
+    first: int
+    last: int
+    element_bytes: int
+    not_finite: int
+    counts: Any
+    zeros: int
+    checksum: Any
+    control: Any
+    _fields_ = [
+        ("making", ctypes.c_int64),
+        ("operands", ctypes.POINTER(OperandPlace)),
+        ("operand_count", ctypes.c_int64),
+        ("output", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("mapping", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        ("tile", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("scales_are_f32", ctypes.c_int64),
+        ("spare", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p * 2),
+        ("first", ctypes.c_int64),
+        ("last", ctypes.c_int64),
+        ("element_bytes", ctypes.c_int64),
+        ("not_finite", ctypes.c_int64),
+        ("counts", ctypes.c_int64 * 4),
+        ("zeros", ctypes.c_int64),
+        ("checksum", ctypes.c_void_p),
+        ("control", ctypes.POINTER(Control)),
+    ]
+
+
+class _DigestState(ctypes.Structure):
+    _fields_ = [
+        ("lanes", ctypes.c_uint64 * 8),
+        ("recent", ctypes.c_uint8 * 128),
+        ("waiting", ctypes.c_int64),
+        ("stripes", ctypes.c_int64),
+        ("total", ctypes.c_int64),
+    ]
+
+
+class LongDigest:
+    """The xxh3-128 of ``MIN_BYTES`` bytes and more, by the methods of ``xxhash.xxh3_128``; segments add to it in C."""
+
+    def __init__(self) -> None:
+        self._library = functions()
+        self._state = _DigestState()
+        self.address = ctypes.addressof(self._state)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start anew."""
+        self._library.xxh3_begin(self.address)
+
+    def update(self, data: memoryview) -> None:
+        """Add the bytes of a contiguous, writable buffer."""
+        view = data.cast("B") if data.nbytes else data
+        if view.nbytes:
+            self._library.xxh3_update(self.address, address_of(view), view.nbytes)
+
+    def digest(self) -> bytes:
+        """Return the digest of all bytes so far."""
+        found = ctypes.create_string_buffer(DIGEST_BYTES)
+        self._library.xxh3_digest(self.address, found)
+        return found.raw
+
+
+def make_segment(call: SegmentCall, first: int) -> int:
+    """Make the tiles from row ``first`` on; return the first row that is not made, ``call.rows`` when all are.
+
+    A tile that the C cannot make, for whatever reason, is for the caller to make.
+    """
+    end: int = functions().make_segment(ctypes.byref(call), first)
+    return end
+
+
+def lies_in_memory(descriptor: int) -> bool:
+    """Return whether a file lies in a tmpfs."""
+    return bool(functions().lies_in_memory(descriptor))
+
+
+def address_of(view: memoryview) -> int:
+    """Return where a writable buffer lies in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+@cache
+def functions() -> ctypes.CDLL:
+    """Return the library with the types of the functions that this module calls.
+
+    Raises:
+        OSError: none is built for this processor, or its file is damaged.
+        AttributeError: a function is missing.
+    """
+    library = load_library()
+    for name, result, parameters in (
+        ("xxh3_begin", None, (ctypes.c_void_p,)),
+        ("xxh3_update", None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("xxh3_digest", None, (ctypes.c_void_p, ctypes.c_void_p)),
+        ("lies_in_memory", ctypes.c_int64, (ctypes.c_int64,)),
+        ("make_segment", ctypes.c_int64, (ctypes.POINTER(SegmentCall), ctypes.c_int64)),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, parameters
+    return library

@@ -1,0 +1,371 @@
+"""Segments made by the compiled library: the same bytes, digests and counts as in Python, and the same errors."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from dsv4convert.engine import compiled_segments
+from dsv4convert.engine.compiled_segments import CompiledSegment
+from dsv4convert.engine.conversion import execute
+from dsv4convert.engine.kernel_copy import KernelCopier
+from dsv4convert.engine.mappings import SHARERS, Mappings
+from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache
+from dsv4convert.engine.worker import Worker
+from dsv4convert.errors import InputOutputError
+from dsv4convert.formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
+from dsv4convert.formats.base import Tally
+from dsv4convert.formats.compiled.segments import Making, address_of, lies_in_memory
+from dsv4convert.formats.not_finite import MAGNITUDES
+from dsv4convert.plan import (
+    ALL_EQUAL,
+    CONVERSIONS,
+    Columns,
+    Fp4ToFp8Codes,
+    Fp4ToFp8Scales,
+    Join,
+    Operand,
+    Operation,
+    Segment,
+    convert,
+    copy,
+)
+
+from .plans import PLANS, contents
+
+pytestmark = pytest.mark.skipif(not compiled_available(), reason="the compiled codecs are not built for this machine")
+
+ROWS, COLUMNS = 384, 416  # three blocks of 128 rows, and columns that are no multiple of 128
+TILE_BYTES = 2**16  # several tiles
+BEGIN = 777  # of a source's first byte, and of the output's: nothing is aligned
+OUTPUT_BEGIN = 4097
+
+MAP_FIXED = 0x10  # mmap lacks it
+
+Matrix = tuple[np.ndarray, int]  # an operand, and how many rows of the output a row of it serves
+
+
+def ordinary(kind: str, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
+    """Return elements of a kind as weights have them."""
+    rng = np.random.default_rng(len(kind))
+    x = (rng.standard_normal((rows, columns)) * 0.02).astype(np.float32)
+    return {
+        "fp8": lambda: rng.integers(0, 0x7F, (rows, columns), np.uint8),
+        "fp4": lambda: rng.integers(0, 256, (rows, columns // 2), np.uint8),
+        "scale": lambda: rng.integers(113, 120, (rows, columns), np.uint8),
+        "f32 scale": lambda: (2.0 ** rng.integers(-14, -7, (rows, columns))).astype(np.float32),
+        "f32": lambda: x,
+        "bf16": lambda: (x.view(np.uint32) >> 16).astype(np.uint16),
+        "f16": lambda: x.astype(np.float16),
+    }[kind]()
+
+
+def conversions() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
+    """Yield a name, the operation, its operands and the bytes of an output row for all that the library converts."""
+    for source, target in sorted(CONVERSIONS):
+        row_bytes = compiled_segments.output_bytes(target, COLUMNS)
+        assert row_bytes is not None
+        name = f"{source} to {target}"
+        if (source, target) in compiled_segments._PLAIN:
+            yield name, convert(source, target), [(ordinary(source), 1)], row_bytes
+        elif (source, target) in compiled_segments._SCALED:
+            height, width = block = (128, 128) if source == "fp8" else (1, 32)
+            for scale in ["scale"] if target == "mxfp4" else ["scale", "f32 scale"]:
+                scales = ordinary(scale, ROWS // height, -(-COLUMNS // width))
+                operation = convert(source, target, None if target == "mxfp4" else block)
+                yield f"{name}, {scale}", operation, [(ordinary(source), 1), (scales, height)], row_bytes
+
+
+GROUPS = COLUMNS // 32
+KINDS: dict[str, tuple[Operation, list[Matrix], int]] = {
+    **{name: (operation, operands, row_bytes) for name, operation, operands, row_bytes in conversions()},
+    **{f"copy of {holds}": (copy(holds), [(ordinary("fp8").reshape(-1, 1), 1)], 1) for holds in MAGNITUDES},
+    "copy of bytes": (copy(), [(ordinary("fp8").reshape(-1, 1), 1)], 1),
+    "columns": (Columns(32, 164, "BF16"), [(ordinary("bf16"), 1)], 132),
+    "join": (Join("F16"), [(ordinary("f16"), 1), (ordinary("f16", columns=32), 1)], 2 * (COLUMNS + 32)),
+    "fp4 to fp8 codes": (
+        Fp4ToFp8Codes(128),
+        [(ordinary("fp4"), 1), (ordinary("scale", ROWS // 128, 128 * GROUPS), 128)],
+        COLUMNS,
+    ),
+    "fp4 to fp8 scales": (
+        Fp4ToFp8Scales(2**9, 128),  # wider, so that the output is not too short for the library
+        [(ordinary("scale", 8, 128 * 2**9), 1)],
+        2**9 // 4,
+    ),
+}  # fmt: skip
+
+
+def segment_of(kind: str, folder: Path) -> tuple[Segment, list[np.ndarray]]:
+    """Write the operands of a kind to a source and return the segment with them."""
+    operation, operands, row_bytes = KINDS[kind]
+    places, at = [], BEGIN
+    source = folder / "source"
+    with source.open("wb") as file:
+        for array, rows_per in operands:
+            file.seek(at)
+            file.write(array.tobytes())
+            dtype = "u1" if isinstance(operation, Columns | Join) else array.dtype.str.replace("|", "")
+            places.append(Operand(source, at, array[0].nbytes, rows_per, dtype))
+            at += array.nbytes + 3
+    rows = len(operands[0][0]) * operands[0][1]
+    return Segment(operation, tuple(places), rows, row_bytes), [array for array, _ in operands]
+
+
+def make(
+    segment: Segment, codecs: Codecs, output: Path, sharers: int = 1, tile_bytes: int = TILE_BYTES
+) -> tuple[bytes, bytes, Tally]:
+    """Make a segment in a file of its own; return its bytes, digest and counts."""
+    output.write_bytes(bytes(OUTPUT_BEGIN + segment.nbytes + 5))
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        worker = Worker(codecs, descriptors, kernel, {}, Mappings(), tile_bytes)
+        worker.share(sharers)
+        digest, tally = worker.run(segment, file.fileno(), output, OUTPUT_BEGIN)
+    assert worker.done_bytes == segment.nbytes
+    made = output.read_bytes()
+    assert not any(made[:OUTPUT_BEGIN])
+    assert not any(made[OUTPUT_BEGIN + segment.nbytes :])
+    return made[OUTPUT_BEGIN:-5], digest, tally
+
+
+class Calls:
+    """The rows at which the library began and ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[tuple[int, int]] = []
+        real = CompiledSegment.make
+
+        def noted(segment: CompiledSegment, first: int) -> int:
+            self.ends.append((first, real(segment, first)))
+            return self.ends[-1][1]
+
+        monkeypatch.setattr(CompiledSegment, "make", noted)
+
+
+def test_every_making_is_tested() -> None:
+    made = {
+        recipe.making
+        for operation, operands, row_bytes in KINDS.values()
+        if (
+            recipe := compiled_segments.recipe_of(
+                operation,
+                tuple(
+                    compiled_segments.Shape(
+                        array[0].nbytes,
+                        rows_per,
+                        "u1" if isinstance(operation, Columns | Join) else array.dtype.str.replace("|", ""),
+                    )
+                    for array, rows_per in operands
+                ),
+                row_bytes,
+            )
+        )
+    }
+    assert made == set(Making)
+
+
+@pytest.mark.parametrize("sharers", [1, SHARERS], ids=["written", "mapped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_makes_what_python_makes(
+    kind: str, sharers: int, tmp_path: Path, fast_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment, _ = segment_of(kind, tmp_path)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    assert wanted[1] == xxhash.xxh3_128_digest(wanted[0])
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), fast_tmp / "library", sharers) == wanted
+    assert calls.ends == [(0, segment.rows)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "copy" not in kind])
+def test_a_tile_that_is_not_ordinary_is_made_in_python_and_the_others_are_not(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bits of some rows in the middle are set, which means NaN in every format but FP4."""
+    segment, _ = segment_of(kind, tmp_path)
+    with (tmp_path / "source").open("r+b") as file:
+        for operand in segment.operands:
+            rows = segment.rows // operand.rows_per
+            file.seek(operand.offset + rows // 2 * operand.row_bytes)
+            file.write(b"\xff" * operand.row_bytes)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    assert calls.ends[-1][1] == segment.rows
+    if len(calls.ends) > 1:
+        assert sum(end - first for first, end in calls.ends) >= segment.rows // 3
+    else:  # the formats that have no NaN, or whose bytes only move
+        assert kind.startswith(("fp4 to mxfp4", "columns", "join"))
+
+
+@pytest.mark.parametrize("nbytes", [1, 240, 241, 255, 256, 1024, 1025, 2**20, 2**20 + 1, 3 * 2**20 + 77])
+@pytest.mark.parametrize("holds", ["", "F32", "BF16", "F8_E4M3"])
+def test_copies_of_any_size_count_what_is_not_finite(holds: str, nbytes: int, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(np.random.default_rng(nbytes).bytes(nbytes))
+    segment = Segment(copy(holds), (Operand(tmp_path / "source", 0, 1, 1, "u1"),), nbytes, 1)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    if nbytes > 1000:
+        assert bool(wanted[2].nan) == bool(holds)
+
+
+def test_what_the_library_does_not_make_is_left_to_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(bytes(5000))
+    operand = Operand(tmp_path / "source", 0, 100, 1, "u1")
+    calls = Calls(monkeypatch)
+    for operation, operands, width in (
+        (ALL_EQUAL, (operand, operand), 100),
+        (Join(), (operand,) * (OPEN_FILES_PER_WORKER + 1), 100 * (OPEN_FILES_PER_WORKER + 1)),
+        (Columns(0, 100), (operand._replace(row_bytes=200),), 100),
+    ):
+        make(Segment(operation, operands, 10, width), compiled_codecs(), tmp_path / "output")
+    assert calls.ends == [(0, 10)]
+
+
+def test_a_stopped_worker_begins_no_tile(tmp_path: Path) -> None:
+    segment, _ = segment_of("fp8 to bf16, scale", tmp_path)
+    output = tmp_path / "output"
+    output.write_bytes(bytes(segment.nbytes))
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, Mappings(), TILE_BYTES)
+        worker.stopped = True
+        worker.run(segment, file.fileno(), output, 0)
+    assert worker.done_bytes == 0
+    assert not any(output.read_bytes())
+
+
+@pytest.mark.parametrize("sharers", [1, SHARERS], ids=["written", "mapped"])
+def test_errors_are_those_of_python(sharers: int, tmp_path: Path, fast_tmp: Path) -> None:
+    segment, _ = segment_of("fp8 to bf16, scale", tmp_path)
+    os.truncate(tmp_path / "source", BEGIN + 100 * COLUMNS)
+    with pytest.raises(InputOutputError, match=r"source: the file shrank while being read; was the file replaced"):
+        make(segment, compiled_codecs(), fast_tmp / "output", sharers)
+
+
+def test_a_limit_on_file_sizes_is_told_as_by_python(tmp_path: Path) -> None:
+    """A tile in the middle has a part of its bytes written before the limit; then the error."""
+    program = f"""
+import resource
+from pathlib import Path
+from dsv4convert.errors import SpaceError
+from tests.engine.test_compiled_segments import *
+segment, _ = segment_of("fp8 to bf16, scale", Path({str(tmp_path)!r}))
+output = Path({str(tmp_path / "output")!r})
+output.write_bytes(b"")
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_001, 200_001))
+with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+    worker = Worker(compiled_codecs(), descriptors, kernel, {{}}, Mappings(), TILE_BYTES)
+    try:
+        worker.run(segment, file.fileno(), output, 0)
+    except SpaceError as error:
+        print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    told = f"{tmp_path / 'output'}: cannot be written (File too large); free some space and run again\n"
+    assert (ended.stdout, ended.stderr) == (told, "")
+
+
+@pytest.fixture
+def memory(fast_tmp: Path) -> Path:
+    """Return a folder on a tmpfs."""
+    with (fast_tmp / "probe").open("w") as file:
+        if not lies_in_memory(file.fileno()):
+            pytest.skip("no tmpfs")
+    return fast_tmp
+
+
+def test_an_output_that_a_stranger_cuts_does_not_end_the_process(memory: Path, tmp_path: Path) -> None:
+    """A store into a mapping behind the file's end would; the bytes are then written."""
+    segment, _ = segment_of("fp8 to bf16, scale", tmp_path)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")[0]
+    output = memory / "output"
+    output.write_bytes(bytes(segment.nbytes))
+    mappings = Mappings()
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        assert mappings.address(file.fileno())
+        os.truncate(output, 100)
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, mappings, TILE_BYTES)
+        worker.share(SHARERS)
+        worker.run(segment, file.fileno(), output, 0)
+    assert output.read_bytes() == wanted
+
+
+def test_a_mapped_output_does_not_count_as_memory(memory: Path, tmp_path: Path) -> None:
+    nbytes = 2**26
+    (tmp_path / "source").write_bytes(bytes(nbytes))
+    segment = Segment(copy(), (Operand(tmp_path / "source", 0, 1, 1, "u1"),), nbytes, 1)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    output = memory / "output"
+    output.write_bytes(bytes(nbytes))
+    mappings = Mappings()
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, mappings)
+        worker.share(SHARERS)
+        worker.run(segment, file.fileno(), output, 0)
+        assert resident() - before < nbytes // 4
+
+
+def test_memory_next_to_a_mapped_output_stays(memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are taken out of the mapping only, wherever among larger pages it starts."""
+    segment, _ = segment_of("fp8 to bf16, scale", tmp_path)
+    output = memory / "output"
+    output.write_bytes(bytes(segment.nbytes))
+    before = 2**20
+    around = mmap.mmap(-1, 2 * before, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    around.write(b"\1" * 2 * before)
+    start = address_of(memoryview(around)) + before + mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    monkeypatch.setattr(Mappings, "address", lambda *_: start)
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        flags = mmap.MAP_SHARED | MAP_FIXED
+        assert libc.mmap(start, segment.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, file.fileno(), 0) == start
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, Mappings(), TILE_BYTES)
+        worker.share(SHARERS)
+        worker.run(segment, file.fileno(), output, 0)
+    assert around[: before + mmap.PAGESIZE] == b"\1" * (before + mmap.PAGESIZE)
+    assert around[before + mmap.PAGESIZE :][: segment.nbytes] == output.read_bytes()
+
+
+def test_files_on_a_disk_are_not_mapped(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"bytes")
+        file.flush()
+        if lies_in_memory(file.fileno()):
+            pytest.skip("temporary files lie in memory")
+        assert Mappings().address(file.fileno()) is None
+
+
+@pytest.mark.parametrize("target", PLANS)
+def test_eight_workers_in_memory_make_what_python_makes(
+    target: str, tiny: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for name in ("library", "python"):
+        (memory / name).mkdir()
+        plan = PLANS[target](tiny, memory / name)
+        if name == "python":
+            monkeypatch.setenv("DSV4CONVERT_COMPILED", "0")
+        summary = execute(plan, threads=2 * SHARERS)
+        made.append((contents(plan), summary.counted and [dict(entry, file="") for entry in summary.counted]))
+    assert made[0] == made[1]

@@ -43,6 +43,7 @@ _SCALED: Mapping[tuple[Source, Target], Making] = {
     ("fp8", "bf16"): Making.FP8_TO_BF16,
     ("fp8", "f16"): Making.FP8_TO_F16,
     ("fp8", "q8_0"): Making.FP8_TO_Q8_0,
+    ("fp8", "mxfp4"): Making.FP8_TO_MXFP4,
     ("fp4", "f32"): Making.FP4_TO_F32,
     ("fp4", "bf16"): Making.FP4_TO_BF16,
     ("fp4", "f16"): Making.FP4_TO_F16,
@@ -135,11 +136,11 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
         row_bytes == output_bytes(operation.target, columns)
         and (element.rows_per, scale.rows_per) == (1, height)
         and scale.row_bytes == -(-columns // width) * scale_bytes
-        and scale.dtype in ((BYTES,) if operation.target == "mxfp4" else (BYTES, F32))
+        and scale.dtype in ((BYTES,) if kind == ("fp4", "mxfp4") else (BYTES, F32))
     )
     if source == "fp4":
         fits = fits and (height, width) == FP4_BLOCK and columns % GROUP == 0
-    elif operation.target == "q8_0":
+    elif operation.target in ("q8_0", "mxfp4"):
         fits = fits and width % GROUP == 0
     if not fits:
         return None

@@ -79,9 +79,10 @@ def conversions() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
             yield name, convert(source, target), [(ordinary(source), 1)], row_bytes
         elif (source, target) in compiled_segments._SCALED:
             height, width = block = (128, 128) if source == "fp8" else (1, 32)
-            for scale in ["scale"] if target == "mxfp4" else ["scale", "f32 scale"]:
+            moved = (source, target) == ("fp4", "mxfp4")
+            for scale in ["scale"] if moved else ["scale", "f32 scale"]:
                 scales = ordinary(scale, ROWS // height, -(-COLUMNS // width))
-                operation = convert(source, target, None if target == "mxfp4" else block)
+                operation = convert(source, target, None if moved else block)
                 yield f"{name}, {scale}", operation, [(ordinary(source), 1), (scales, height)], row_bytes
 
 

@@ -117,6 +117,7 @@ enum making {
     FP8_TO_BF16,
     FP8_TO_F16,
     FP8_TO_Q8_0,
+    FP8_TO_MXFP4,
     FP4_TO_F32,
     FP4_TO_BF16,
     FP4_TO_F16,
@@ -264,6 +265,8 @@ static i64 make_tile(const segment *s, i64 rows, i64 *counts) {
         return fp8_to_f16(a, b, out, rows, columns, height, width);
     case FP8_TO_Q8_0:
         return fp8_to_q8_0(a, b, s->tables[0], s->tables[1], out, rows, columns, height, width, s->first, s->last);
+    case FP8_TO_MXFP4:
+        return counts[CHANGED_COUNT] = fp8_to_mxfp4(a, b, out, rows, columns, height, width);
     case FP4_TO_F32:
         return fp4_to_f32(a, b, out, groups);
     case FP4_TO_BF16:

@@ -24,6 +24,7 @@ class Making(IntEnum):
     FP8_TO_BF16 = auto()
     FP8_TO_F16 = auto()
     FP8_TO_Q8_0 = auto()
+    FP8_TO_MXFP4 = auto()
     FP4_TO_F32 = auto()
     FP4_TO_BF16 = auto()
     FP4_TO_F16 = auto()

@@ -6,12 +6,12 @@
 
 typedef uint64_t u64;
 typedef unsigned __int128 u128;
-typedef u64 lanes __attribute__((vector_size(64)));
-typedef u64 lanes_at __attribute__((vector_size(64), aligned(1), may_alias));
+typedef u64 stripe __attribute__((vector_size(64)));
+typedef u64 stripe_at __attribute__((vector_size(64), aligned(1), may_alias));
 typedef u64 __attribute__((aligned(1), may_alias)) u64_at;
 
 enum {
-    STRIPE = sizeof(lanes),
+    STRIPE = sizeof(stripe),
     STRIPES_OF_BLOCK = 16,
     SECRET_BYTES = 192,
     SCRAMBLE_KEY = SECRET_BYTES - STRIPE, // where in the secret these keys start
@@ -62,15 +62,15 @@ void xxh3_begin(xxh3 *state) {
 
 enum { AHEAD = 512 }; // bytes to ask the cache for before they are needed
 
-INLINE lanes take_stripe(lanes sums, const u8 *data, const u8 *key) {
+INLINE stripe take_stripe(stripe sums, const u8 *data, const u8 *key) {
     __builtin_prefetch(data + AHEAD);
-    lanes input = *(const lanes_at *)data, keyed = input ^ *(const lanes_at *)key;
+    stripe input = *(const stripe_at *)data, keyed = input ^ *(const stripe_at *)key;
     sums += __builtin_shufflevector(input, input, 1, 0, 3, 2, 5, 4, 7, 6);
     return sums + (keyed & 0xFFFFFFFF) * (keyed >> 32);
 }
 
 static void take_stripes(xxh3 *state, const u8 *data, i64 count) {
-    lanes sums = *(lanes_at *)state->lanes;
+    stripe sums = *(stripe_at *)state->lanes;
     while (count > 0) {
         i64 end = smaller(state->stripes + count, STRIPES_OF_BLOCK);
         count -= end - state->stripes;
@@ -78,9 +78,9 @@ static void take_stripes(xxh3 *state, const u8 *data, i64 count) {
             sums = take_stripe(sums, data, SECRET + sizeof(u64) * number);
         state->stripes = end % STRIPES_OF_BLOCK;
         if (end == STRIPES_OF_BLOCK)
-            sums = (sums ^ sums >> 47 ^ *(const lanes_at *)(SECRET + SCRAMBLE_KEY)) * PRIME32_1;
+            sums = (sums ^ sums >> 47 ^ *(const stripe_at *)(SECRET + SCRAMBLE_KEY)) * PRIME32_1;
     }
-    *(lanes_at *)state->lanes = sums;
+    *(stripe_at *)state->lanes = sums;
 }
 
 INLINE void copy_bytes(u8 *restrict to, const u8 *restrict from, i64 size) {
@@ -127,8 +127,8 @@ INLINE u64 merged(const u64 *sums, const u8 *key, u64 start) {
 // Writes the digest in its canonical order, the high half first and big-endian. The state may go on.
 void xxh3_digest(const xxh3 *state, u8 *digest) {
     u64 sums[STRIPE / sizeof(u64)], total = (u64)state->total;
-    *(lanes_at *)sums =
-        take_stripe(*(const lanes_at *)state->lanes, state->recent + state->waiting, SECRET + LAST_KEY);
+    *(stripe_at *)sums =
+        take_stripe(*(const stripe_at *)state->lanes, state->recent + state->waiting, SECRET + LAST_KEY);
     u64 halves[] = {merged(sums, SECRET + HIGH_KEY, ~(total * PRIME64_2)), merged(sums, SECRET + LOW_KEY, total * PRIME64_1)};
     for (int i = 0; i < DIGEST_BYTES; i++)
         digest[i] = (u8)(halves[i / 8] >> 8 * (7 - i % 8));

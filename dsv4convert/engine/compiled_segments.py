@@ -66,11 +66,12 @@ _SOURCE_BYTES: Mapping[Source, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
 
 class Shape(NamedTuple):
-    """What the operands of all segments of a kind share: bytes of a row, rows that it serves, and dtype."""
+    """What the operands of all segments of a kind share; the fields of ``Operand`` without its place."""
 
     row_bytes: int
     rows_per: int
     dtype: str
+    wide: str = ""
 
 
 class Recipe(NamedTuple):
@@ -99,6 +100,8 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
     It has no checks of its own: what is not exactly as it expects is left to Python, which has them.
     """
     first = operands[0] if operands else Shape(0, 1, "")
+    if any(operand.wide for operand in operands):
+        return None
     match operation:
         case Copy(holds=holds) if first.row_bytes == row_bytes == 1:
             return Recipe(Making.COPY, 1, holds=holds)

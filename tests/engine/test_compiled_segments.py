@@ -124,18 +124,18 @@ def segment_of(kind: str, folder: Path) -> tuple[Segment, list[np.ndarray]]:
 
 def make(
     segment: Segment, codecs: Codecs, output: Path, sharers: int = 1, tile_bytes: int = TILE_BYTES
-) -> tuple[bytes, bytes, Tally]:
-    """Make a segment in a file of its own; return its bytes, digest and counts."""
+) -> tuple[bytes, bytes, Tally, int]:
+    """Make a segment in a file of its own; return its bytes, digest, counts and operands of zeros."""
     output.write_bytes(bytes(OUTPUT_BEGIN + segment.nbytes + 5))
     with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
         worker = Worker(codecs, descriptors, kernel, {}, Mappings(), tile_bytes)
         worker.share(sharers)
-        digest, tally = worker.run(segment, file.fileno(), output, OUTPUT_BEGIN)
+        found = worker.run(segment, file.fileno(), output, OUTPUT_BEGIN)
     assert worker.done_bytes == segment.nbytes
     made = output.read_bytes()
     assert not any(made[:OUTPUT_BEGIN])
     assert not any(made[OUTPUT_BEGIN + segment.nbytes :])
-    return made[OUTPUT_BEGIN:-5], digest, tally
+    return made[OUTPUT_BEGIN:-5], *found
 
 
 class Calls:
@@ -206,6 +206,59 @@ def test_a_tile_that_is_not_ordinary_is_made_in_python_and_the_others_are_not(
         assert sum(end - first for first, end in calls.ends) >= segment.rows // 3
     else:  # the formats that have no NaN, or whose bytes only move
         assert kind.startswith(("fp4 to mxfp4", "columns", "join"))
+
+
+def _write(segment: Segment, number: int, content: bytes, at: int = 0) -> None:
+    operand = segment.operands[number]
+    with operand.file.open("r+b") as file:
+        file.seek(operand.offset + at)
+        file.write(content)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operands_of_zeros_are_found_as_in_python(kind: str, tmp_path: Path) -> None:
+    """Every byte of one of them; then one byte is not, at its start, at its end and between."""
+    segment, operands = segment_of(kind, tmp_path)
+    for number, array in enumerate(operands):
+        _write(segment, number, bytes(array.nbytes))
+        wanted = make(segment, numpy_codecs(), tmp_path / "python")
+        assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+        assert wanted[3] == 1 << number
+        for place in (0, array.nbytes // 2, array.nbytes - 1):
+            _write(segment, number, b"\1", place)
+            assert make(segment, compiled_codecs(), tmp_path / "library")[3] == 0, place
+            _write(segment, number, b"\0", place)
+        _write(segment, number, array.tobytes())
+
+
+@pytest.mark.parametrize("where", [0, ROWS // 128 - 1], ids=["first", "last"])
+def test_zeros_are_found_across_tiles_of_the_library_and_of_python(
+    where: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that is NaN leaves a tile to Python; all weights are zero, or one is not in a tile of either."""
+    segment, (weights, scales) = segment_of("fp8 to bf16, scale", tmp_path)
+    _write(segment, 0, bytes(weights.nbytes))
+    _write(segment, 1, b"\xff" * scales[0].nbytes, where * scales[0].nbytes)
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), tmp_path / "output")[3] == 1
+    assert len(calls.ends) > 1
+    for place in (0, weights.nbytes - 1):
+        _write(segment, 0, b"\1", place)
+        assert make(segment, compiled_codecs(), tmp_path / "output")[3] == 0
+        _write(segment, 0, b"\0", place)
+
+
+def test_scales_of_a_wider_type_are_left_to_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, (_, scales) = segment_of("fp8 to bf16, scale", tmp_path)
+    wide = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype("<f4")
+    (tmp_path / "scales").write_bytes(wide.tobytes())
+    element, scale = segment.operands
+    stored = Operand(tmp_path / "scales", 0, wide[0].nbytes, scale.rows_per, "u1", "F32")
+    calls = Calls(monkeypatch)
+    made = make(segment._replace(operands=(element, stored)), compiled_codecs(), tmp_path / "wide")
+    assert not calls.ends
+    assert made == make(segment, compiled_codecs(), tmp_path / "library")
+    assert calls.ends == [(0, segment.rows)]
 
 
 @pytest.mark.parametrize("nbytes", [1, 240, 241, 255, 256, 1024, 1025, 2**20, 2**20 + 1, 3 * 2**20 + 77])

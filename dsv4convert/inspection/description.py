@@ -27,6 +27,16 @@ class Count:
         self.bytes += nbytes
 
 
+class Part(NamedTuple):
+    """The tensors of one family and dtype in a layer; ``layer`` None for those outside the trunk's layers."""
+
+    layer: int | None
+    family: str
+    dtype: str
+    tensors: int
+    bytes: int
+
+
 class Layer(NamedTuple):
     """A layer: its number, attention kind (sliding, CSA, HCA) and routing kind (hash, learned)."""
 
@@ -77,17 +87,26 @@ class Description:
     ranks: int | None = None
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _parts: dict[tuple[int | None, str, str], Count] = field(default_factory=dict, repr=False)
 
-    def count(self, family: str, dtype: str, nbytes: int) -> None:
-        """Count a tensor under its family and its dtype."""
+    def count(self, family: str, dtype: str, nbytes: int, layer: int | None) -> None:
+        """Count a tensor under its family, its dtype and its layer, None outside the trunk's layers."""
         self.families.setdefault(family, Count()).add(nbytes)
         self.dtypes.setdefault(dtype, Count()).add(nbytes)
+        self._parts.setdefault((layer, family, dtype), Count()).add(nbytes)
         self.tensors += 1
         self.bytes += nbytes
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return what each layer holds, by family and dtype."""
+        return [Part(*key, count.tensors, count.bytes) for key, count in self._parts.items()]
 
     def as_json(self) -> dict[str, Any]:
         """Return the description as plain JSON values (schemas/inspect.schema.json)."""
         values = asdict(self)
+        del values["_parts"]
+        values["parts"] = [part._asdict() for part in self.parts]
         values["layers"] = [layer._asdict() for layer in self.layers]
         values["engram"] = [table._asdict() for table in self.engram]
         values["encodings"] = [use._asdict() for use in self.encodings]

@@ -27,7 +27,7 @@ from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
-from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, name_variant
+from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
 
 
 def describe_config(found: Description, config: ModelConfig) -> None:
@@ -79,7 +79,8 @@ def _described(found: Description, folder: Path, index: str) -> Description:
     found.files = len(files)
     found.notes += notes
     for name, tensor in stored.items():
-        found.count(family_of(official_name(name)), tensor.dtype, tensor.nbytes)
+        official = official_name(name)
+        found.count(family_of(official), tensor.dtype, tensor.nbytes, layer_of(official))
     tensors: dict[str, Stored] = {}
     try:
         tensors = official_tensors(stored, (lambda is_draft: 0) if config is None else config.n_experts)

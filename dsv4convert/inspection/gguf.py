@@ -27,7 +27,7 @@ from ..model.tensors import (
 )
 from ..targets.ds4_v41 import NAMES as DS4_NAMES
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer
-from .naming import OTHER, SHOWN_KEYS, family_of, name_variant
+from .naming import DRAFT_FAMILY, OTHER, SHOWN_KEYS, family_of, name_variant
 
 
 def describe_gguf(path: Path) -> Description:
@@ -52,7 +52,9 @@ def describe_gguf(path: Path) -> Description:
             if rows:
                 found.unexpected.append(f"tensor {name}: unknown to the {architecture} layout")
             family = OTHER
-        found.count(family, tensor.type, tensor.nbytes)
+        block = BLOCK.match(name)
+        is_in_layer = block is not None and architecture in TEXT_ARCHITECTURES and family not in (DRAFT_FAMILY, OTHER)
+        found.count(family, tensor.type, tensor.nbytes, int(block[1]) if block and is_in_layer else None)
         found.elements += math.prod(tensor.shape)
         uses[family, tensor.type] += 1
     found.encodings = [EncodingUse(family, kind, None, None, n) for (family, kind), n in uses.items()]
@@ -159,7 +161,7 @@ def gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) -> 
     if official is None:
         return None
     if block and first_draft is not None and int(block[1]) >= first_draft:
-        return "draft"
+        return DRAFT_FAMILY
     return family_of(official)
 
 

@@ -13,9 +13,10 @@ from ..model.config_v41 import TEXT
 from ..model.tensors import Draft
 from .description import CUSTOM, Description
 
+DRAFT_FAMILY = "draft"
 # What a name contains, and the family that it then belongs to; the first match counts.
 FAMILIES: tuple[tuple[str, str], ...] = (
-    (r"^mtp\.", "draft"),
+    (r"^mtp\.", DRAFT_FAMILY),
     (r"^(vision|aligner)\.|^image_", "vision"),
     (r"^embed\.", "embedding"),
     (r"^head\.", "head"),
@@ -74,6 +75,19 @@ def family_of(name: str) -> str:
         if pattern.search(name):
             return family
     return OTHER
+
+
+LAYER = re.compile(r"layers\.(\d{1,9})\.")
+
+
+def layer_of(name: str) -> int | None:
+    """Return the trunk's layer that a tensor belongs to by its official name, None where it is in none.
+
+    >>> layer_of("layers.3.attn.wq_a.weight"), layer_of("mtp.0.norm.weight")
+    (3, None)
+    """
+    found = LAYER.match(name)
+    return None if found is None else int(found[1])
 
 
 @cache

@@ -12,7 +12,7 @@ from ..model.parallel import SHARD_NAME
 from ..model.tensors import is_draft_alone
 from .description import DRAFT_ALONE, Description
 from .folder import count_encodings, describe_config, draft_of, lenient_config
-from .naming import DEPTH_KEYS, WIDTH_KEYS, family_of, name_variant
+from .naming import DEPTH_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
 
 
 def describe_shards(folder: Path) -> Description:
@@ -34,7 +34,7 @@ def describe_shards(folder: Path) -> Description:
     for path, _ in matches:
         for name, tensor in read_header(path).items():
             names.add(name)
-            found.count(family_of(name), tensor.dtype, tensor.nbytes)
+            found.count(family_of(name), tensor.dtype, tensor.nbytes, layer_of(name))
     found.draft, found.draft_layers = draft_of(names, found)
     if is_draft_alone(names):
         found.notes.append(DRAFT_ALONE)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InventoryError
+from ..inspection.naming import family_of, layer_of
 from .low_bit import LOW_BIT, ROWS_ELEMENTS, ImportanceOf, LowBitCheck, RowCheck, decode
 from .matrix import STORAGE, Matrix, Span, read_bits, read_raw, same_bytes
 from .numbers import (
@@ -58,7 +59,6 @@ class Piece(NamedTuple):
     source: Matrix
     source_at: tuple[int, int]
     size: tuple[int, int]
-    family: str = ""
     importance: ImportanceOf | None = None
 
 
@@ -92,7 +92,14 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     output, source = piece.output, piece.source
     is_low_bit = output.encoding in LOW_BIT
     result = TensorResult(
-        output.name, source.encoding, output.encoding, math.prod(piece.size), family=piece.family, is_low_bit=is_low_bit
+        output.name,
+        source.encoding,
+        output.encoding,
+        math.prod(piece.size),
+        family=family_of(source.name),
+        layer=layer_of(source.name),
+        nbytes=_nbytes(output, piece.size),
+        is_low_bit=is_low_bit,
     )
     cut = _cut(piece, how)
     check = None

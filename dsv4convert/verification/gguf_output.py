@@ -15,7 +15,6 @@ from ..containers.gguf import GgufModelFile, GgufTensor
 from ..containers.imatrix import Entry, Imatrix
 from ..errors import InputOutputError, InventoryError, UnsupportedError
 from ..formats.ggml_types import QUANTISED
-from ..inspection.naming import family_of
 from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
 from .compare import Piece
@@ -278,7 +277,7 @@ def _pieces(
             stacked = weight.expert is not None
             at = (number * size[0], 0) if stacked else (0, number * size[1])
             of = None if entry is None else ImportanceOf(entry, number)
-            yield Piece(matrix, tensor.shape, at, source, (0, 0), size, family_of(weight.name), of)
+            yield Piece(matrix, tensor.shape, at, source, (0, 0), size, of)
     if unprotected:
         names = ", ".join([*unprotected[:MAX_NAMED], *(["..."] if unprotected[MAX_NAMED:] else [])])
         report.notes.append(f"{len(unprotected)} tensors that usually keep F32 do not: {names}")
@@ -335,7 +334,7 @@ def _tower_piece(matrix: Matrix, tensor: GgufTensor, weight: Weight) -> Piece:
     rows = source.rows // len(names)
     first = next(number for number, name in enumerate(names) if tensor.name.endswith(name)) * rows
     whole = matrix._replace(rows=rows, columns=source.columns)
-    return Piece(whole, (rows, source.columns), (0, 0), source, (first, 0), (rows, source.columns), "vision")
+    return Piece(whole, (rows, source.columns), (0, 0), source, (first, 0), (rows, source.columns))
 
 
 def _in_order(weights: list[Weight]) -> list[Weight]:

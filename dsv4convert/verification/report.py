@@ -30,6 +30,9 @@ class Problem(NamedTuple):
         return escape_control(f"{self.where}: {self.what}")
 
 
+VERDICTS = ("exact", "rounded", "wrong")
+
+
 @dataclass
 class TensorResult:
     """An output tensor held against its source.
@@ -37,7 +40,8 @@ class TensorResult:
     ``wrong`` elements are not what the conversion must give. ``rounded`` ones differ from the source
     because the output's format rounds. ``largest_error`` is of the wrong ones where there are any, else of
     the rounded ones, with the index of the first of them. ``squared_error`` and ``squared_source`` are sums over the
-    elements of a low-bit type, ``family`` the tensor's.
+    elements of a low-bit type. ``family`` and ``layer`` are the tensor's, ``nbytes`` the bytes that the output stores
+    of it, scales among them.
     """
 
     name: str
@@ -50,6 +54,8 @@ class TensorResult:
     largest_error: float = 0.0
     first_index: tuple[int, ...] | None = None
     family: str = ""
+    layer: int | None = None
+    nbytes: int = 0
     is_low_bit: bool = False
     squared_error: float = 0.0
     squared_source: float = 0.0
@@ -75,6 +81,7 @@ class TensorResult:
             self.first_index = other.first_index if self.first_index is None else self.first_index
         elif other.wrong:
             self.largest_error, self.first_index = other.largest_error, other.first_index
+        self.nbytes += other.nbytes
         self.elements += other.elements
         self.compared += other.compared
         self.wrong += other.wrong
@@ -163,7 +170,7 @@ class Report:
             "foreign": self.foreign,
             "tensors": {
                 "compared": len(self.results),
-                **{kind: verdicts[kind] for kind in ("exact", "rounded", "wrong")},
+                **{kind: verdicts[kind] for kind in VERDICTS},
             },
             "elements": sum(result.elements for result in self.results.values()),
             "elements_compared": sum(result.compared for result in self.results.values()),
@@ -173,6 +180,23 @@ class Report:
             "seconds": self.seconds,
             "problems": [problem._asdict() for problem in self.problems],
             "inexact": [r.as_json() for r in self.results.values() if r.verdict != "exact"],
+            "parts": [
+                {
+                    "layer": total.layer,
+                    "family": total.family,
+                    "source": total.source,
+                    "output": total.output,
+                    "tensors": dict(tensors),
+                    "bytes": total.nbytes,
+                    "elements": total.elements,
+                    "compared": total.compared,
+                    "rounded": total.rounded,
+                    "wrong": total.wrong,
+                    "largest_error": _json_number(total.largest_error),
+                    "relative_rmse": _json_number(total.relative_rmse) if total.is_low_bit else None,
+                }
+                for total, tensors in self.parts()
+            ],
             "low_bit": [
                 {
                     "family": total.family,
@@ -188,6 +212,24 @@ class Report:
             "left_out": [entry._asdict() for entry in self.left_out],
             "notes": self.notes,
         }
+
+    def parts(self) -> list[tuple[TensorResult, dict[str, int]]]:
+        """Return the sums of the tensors of each layer, family, source and output type, with how many of each verdict."""
+        sums: dict[tuple[int | None, str, str, str], tuple[TensorResult, dict[str, int]]] = {}
+        for result in self.results.values():
+            key = result.layer, result.family, result.source, result.output
+            total = TensorResult(
+                "",
+                result.source,
+                result.output,
+                family=result.family,
+                layer=result.layer,
+                is_low_bit=result.is_low_bit,
+            )
+            total, tensors = sums.setdefault(key, (total, dict.fromkeys(VERDICTS, 0)))
+            total.add(result)
+            tensors[result.verdict] += 1
+        return list(sums.values())
 
     def low_bit(self) -> list[TensorResult]:
         """Return the sums of the low-bit tensors of each family and output type."""

@@ -125,7 +125,7 @@ COMMANDS = {
     "estimate": dsv4convert.estimate,
 }
 # Options about printing, and those that have functions of their own.
-NO_KEYWORDS = {"quiet", "as_json", "help", "manifest", "list_recipes", "show_operators"}
+NO_KEYWORDS = {"quiet", "as_json", "help", "manifest", "list_recipes", "show_operators", "report", "overwrite_page"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -22,6 +22,7 @@ FLOORS = (
     {"verification", "reference", "inspection"},
     {"estimation"},
     {"api"},
+    {"html_report"},
     {"cli"},
     {"__main__"},
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import index_option, json_option
+from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, PATH, argument, command
 from .tables import Block, Table, print_blocks
 
@@ -19,13 +20,17 @@ MAX_LISTED = 20
 @command("inspect", panel=CHECK, example="dsv4convert inspect DeepSeek-V4-Flash.gguf")
 @argument("path", type=PATH, description="Checkpoint folder, .gguf file (any file of a split one) or folder of shards.")
 @index_option
+@report_option
+@overwrite_page_option
 @json_option
-def inspect(path: Path, index: str, as_json: bool) -> None:
+def inspect(path: Path, index: str, report: Path | None, overwrite_page: bool, as_json: bool) -> None:
     """Describe a checkpoint, a GGUF or a folder of shards from its headers alone."""
     from ..api import inspect as inspect_path
     from .report import print_json
 
+    check_page(report, overwrite=overwrite_page, inputs=[path])
     description = inspect_path(path, index=index)
+    write_page(report, "inspect", path, description.as_json(), overwrite=overwrite_page)
     if as_json:
         print_json(description.as_json())
     else:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from ..errors import escape_control
+from ..html_report.figures import human_bytes as human_bytes
+from ..html_report.figures import human_seconds as human_seconds
 from .options import RunOptions
 from .saying import report_of_done_work, unimportant
 from .tables import Block, Table, print_blocks
@@ -29,31 +31,6 @@ SummaryT = TypeVar("SummaryT", bound="Summary")
 PLAIN_PROGRESS_SECONDS = 10.0
 
 MAX_COUNTED_LINES = 20
-
-
-def human_bytes(size: float) -> str:
-    """Return a size in decimal units, three significant digits.
-
-    >>> human_bytes(159609485896)
-    '160 GB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:#.3g} {unit}"
-        size /= 1000
-    return ""
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration as people read it.
-
-    >>> human_seconds(3725)
-    '1 h 02 min'
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = int(seconds) // 60
-    return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def print_json(document: Any) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError, VerifyError, escape_control
 from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
+from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, PATH, argument, command, option
 from .tables import Block, Table
 
@@ -65,6 +66,8 @@ MAX_LISTED = 20
 @index_option
 @strict_option
 @threads_option
+@report_option
+@overwrite_page_option
 @quiet_option
 @json_option
 def verify(
@@ -80,12 +83,14 @@ def verify(
     index: str,
     strict: bool,
     threads: int | None,
+    report: Path | None,
+    overwrite_page: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Compare a finished conversion with its source, element by element."""
     if manifest:
-        if out is not None or sample is not None or foreign:
+        if out is not None or sample is not None or foreign or report is not None:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         _verify_manifest(source, quiet, as_json)
         return
@@ -97,8 +102,9 @@ def verify(
     from .report import print_json, progress_display
     from .tables import print_blocks
 
+    check_page(report, overwrite=overwrite_page, inputs=[source, out])
     with progress_display(quiet or as_json, "verifying") as progress:
-        report = verify_output(
+        found = verify_output(
             source,
             out,
             sample=sample,
@@ -112,13 +118,14 @@ def verify(
             threads=threads,
             progress=progress,
         )
+    write_page(report, "verify", out, found.as_json(), overwrite=overwrite_page)
     if as_json:
-        print_json(report.as_json())
+        print_json(found.as_json())
     elif not quiet:
-        print_blocks(describe(report))
-    if not report.ok:
-        first = report.problems[0]
-        more = f" (and {len(report.problems) - 1} more problems)" if report.problems[1:] else ""
+        print_blocks(describe(found))
+    if not found.ok:
+        first = found.problems[0]
+        more = f" (and {len(found.problems) - 1} more problems)" if found.problems[1:] else ""
         what = first.what if first.where == str(out) else str(first)
         raise VerifyError(f"the output differs from the source: {what}{more}", where=out)
     if not as_json and not quiet:

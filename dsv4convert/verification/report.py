@@ -214,7 +214,7 @@ class Report:
         }
 
     def parts(self) -> list[tuple[TensorResult, dict[str, int]]]:
-        """Return the sums of the tensors of each layer, family, source and output type, with how many of each verdict."""
+        """Return the sums of the tensors of each layer, family and pair of types, and how many have each verdict."""
         sums: dict[tuple[int | None, str, str, str], tuple[TensorResult, dict[str, int]]] = {}
         for result in self.results.values():
             key = result.layer, result.family, result.source, result.output

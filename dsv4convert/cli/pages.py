@@ -1,0 +1,65 @@
+"""The option --report: a page of what a command found, beside what it prints."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .parsing import PATH, REPORT, option
+
+report_option = option(
+    "--report",
+    type=PATH,
+    metavar="FILE.html",
+    panel=REPORT,
+    help="Write a page to look at, with plots and tables, to this file.",
+)
+# Of commands that write nothing else.
+overwrite_page_option = option(
+    "--overwrite", "overwrite_page", is_flag=True, panel=REPORT, help="Replace an existing page of --report."
+)
+
+
+def check_page(
+    path: Path | None, *, overwrite: bool, inputs: Iterable[Path] = (), outputs: Iterable[Path] = ()
+) -> None:
+    """Check that a page can be written where one is asked for; see ``check_report``.
+
+    Raises:
+        UsageError, OutputExistsError: it cannot.
+    """
+    if path is not None:
+        from ..html_report.write import check_report
+
+        check_report(path, overwrite=overwrite, inputs=inputs, outputs=outputs)
+
+
+def write_page(
+    path: Path | None, command: str, subject: object, document: Mapping[str, Any], *, overwrite: bool
+) -> None:
+    """Write the page of a command's JSON about ``subject``, where one is asked for.
+
+    Raises:
+        OutputExistsError, SpaceError, InputOutputError: see ``write_report``.
+    """
+    if path is None:
+        return
+    from ..formats.backend import describe_codecs
+    from ..html_report.page import Origin
+    from ..html_report.report import report_page
+    from ..html_report.write import write_report
+
+    versions = {
+        "dsv4convert": __version__,
+        "codecs": describe_codecs(),
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+    }
+    made_at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    origin = Origin(("dsv4convert", *sys.argv[1:]), made_at, versions)
+    write_report(report_page(command, str(subject), document, origin), path, overwrite=overwrite)

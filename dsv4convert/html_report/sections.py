@@ -1,0 +1,296 @@
+"""What a page shows of each command's JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .charts import Axis, lines, log_axis
+from .figures import human_bytes, human_seconds
+from .markup import Markup, element
+from .page import Verdict
+from .tables import Cell, Number, facts, notes, table
+from .treemap import Leaf, treemap
+
+CATEGORY_CLASSES = tuple(f"c{number}" for number in range(8))
+OTHER_TYPES = "other types"
+
+# How an output's tensors are held against their source, from good to bad, with their colours. Types that lose more
+# are those of ggml's low-bit ones, by their relative RMSE.
+ERROR_BANDS = ((0.01, "relative RMSE below 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"))
+ERROR_KINDS = ("exact", "rounded", *(name for _, name in ERROR_BANDS), "20 % and more", "wrong")
+ERROR_CLASSES = ("good0", "warn0", "warn0", "warn1", "warn2", "warn3", "bad0")
+
+Json = Mapping[str, Any]
+
+
+# ---- what several commands have -----------------------------------------------------------------------
+
+
+def size(nbytes: float) -> Number:
+    """Return the cell of so many bytes."""
+    return Number(nbytes, human_bytes(nbytes))
+
+
+def error(value: float | str | None) -> Cell:
+    """Return the cell of an error, which JSON has as a text where it is not finite."""
+    if value is None:
+        return None
+    return Number(float(value), f"{float(value):.3g}")
+
+
+def group_of(layer: int | None, family: str) -> str:
+    """Return the group of the map that a part of the model belongs to."""
+    return family if layer is None else f"layer {layer}"
+
+
+def map_by_type(parts: Iterable[tuple[int | None, str, str, int]]) -> Markup | None:
+    """Return the map of (layer, family, type, bytes), coloured by type: the largest types have a colour each."""
+    found = list(parts)
+    by_type: Counter[str] = Counter()
+    for _, _, kind, nbytes in found:
+        by_type[kind] += nbytes
+    named = [kind for kind, _ in by_type.most_common(len(CATEGORY_CLASSES) - 1)]
+    kinds = [*named, OTHER_TYPES]
+    leaves = [
+        Leaf(group_of(layer, family), family, nbytes, kind if kind in named else OTHER_TYPES)
+        for layer, family, kind, nbytes in found
+    ]
+    return _map("Map by type", leaves, kinds, CATEGORY_CLASSES)
+
+
+def map_by_error(parts: Iterable[Json]) -> Markup | None:
+    """Return the map of a verification's parts, coloured by what the conversion did to them."""
+    leaves = []
+    for part in parts:
+        kind, note = _error_kind(part), f"{part['source']} to {part['output']}"
+        leaves.append(Leaf(group_of(part["layer"], part["family"]), part["family"], part["bytes"], kind, note))
+    return _map("Map by error", leaves, ERROR_KINDS, ERROR_CLASSES)
+
+
+def _place(part: Json) -> tuple[int, str]:
+    """Return where a part stands in a list: by layer, the trunk's layers last, and by family."""
+    return -1 if part["layer"] is None else part["layer"], part["family"]
+
+
+def _error_kind(part: Json) -> str:
+    if part["wrong"]:
+        return "wrong"
+    if part["relative_rmse"] is not None:
+        relative = float(part["relative_rmse"])
+        return next((name for most, name in ERROR_BANDS if relative < most), "20 % and more")
+    return "rounded" if part["rounded"] else "exact"
+
+
+def _map(title: str, leaves: Sequence[Leaf], kinds: Sequence[str], classes: Sequence[str]) -> Markup | None:
+    drawn = treemap(leaves, kinds, title, classes)
+    return element("section", element("h2", title), drawn) if drawn else None
+
+
+def counts(title: str, name: str, found: Json) -> Markup | None:
+    """Return a table of tensors and bytes by name, the most bytes first."""
+    total = sum(count["bytes"] for count in found.values()) or 1
+    rows = [
+        (key, count["tensors"], size(count["bytes"]), Number(count["bytes"] / total, f"{count['bytes'] / total:.1%}"))
+        for key, count in sorted(found.items(), key=lambda item: -item[1]["bytes"])
+    ]
+    return table(title, (name, "tensors", "size", "share"), rows)
+
+
+# ---- inspect ------------------------------------------------------------------------------------------
+
+
+def inspect_verdict(found: Json) -> Verdict:
+    """Return what a description comes to."""
+    unexpected = len(found["unexpected"])
+    traits = f" ({', '.join(found['traits'])})" if found["traits"] else ""
+    told = f"{found['kind']}, {found['variant']}{traits}: "
+    return Verdict(told + (f"{unexpected:,} unexpected" if unexpected else "nothing unexpected"), not unexpected)
+
+
+def inspect_sections(found: Json) -> Iterator[Markup | None]:
+    """Yield what a page shows of a description."""
+    yield facts(
+        "What there is",
+        [
+            ("path", found["path"]),
+            ("files", found["files"]),
+            ("ranks", found["ranks"]),
+            ("tensors", found["tensors"]),
+            ("bytes", found["bytes"]),
+            ("elements", found["elements"]),
+            ("draft", f"{found['draft']}, {found['draft_layers']} layers" if found["draft_layers"] else None),
+            *((key.replace("_", " "), str(value)) for key, value in found["config"].items()),
+        ],
+    )
+    yield notes("Unexpected", found["unexpected"])
+    yield notes("Notes", found["notes"])
+    yield map_by_type((part["layer"], part["family"], part["dtype"], part["bytes"]) for part in found["parts"])
+    yield counts("Families", "family", found["families"])
+    yield counts("Types", "dtype", found["dtypes"])
+    yield table(
+        "How weights are stored",
+        ("family", "encoding", "scale", "block", "weights"),
+        [
+            (
+                use["family"],
+                use["encoding"],
+                use["scale"],
+                None if use["block"] is None else "x".join(map(str, use["block"])),
+                use["weights"],
+            )
+            for use in found["encodings"]
+        ],
+    )
+    parts = sorted(found["parts"], key=_place)
+    by_layer: Counter[int] = Counter()
+    for part in found["parts"]:
+        if part["layer"] is not None:
+            by_layer[part["layer"]] += part["bytes"]
+    roles: dict[int, list[str]] = {}
+    for role, layers in found["roles"].items():
+        for layer in layers:
+            roles.setdefault(layer, []).append(role)
+    for entry in found["engram"]:
+        roles.setdefault(entry["layer"], []).append(f"n-gram table of {entry['rows']:,} x {entry['columns']:,}")
+    yield table(
+        "Layers",
+        ("layer", "attention", "routing", "roles", "size"),
+        [
+            (
+                layer["number"],
+                layer["attention"],
+                layer["routing"],
+                ", ".join(roles.get(layer["number"], [])),
+                size(by_layer[layer["number"]]),
+            )
+            for layer in found["layers"]
+        ],
+    )
+    yield table(
+        "Parts",
+        ("layer", "family", "dtype", "tensors", "size"),
+        [(p["layer"], p["family"], p["dtype"], p["tensors"], size(p["bytes"])) for p in parts],
+    )
+
+
+# ---- verify -------------------------------------------------------------------------------------------
+
+
+def verify_verdict(found: Json) -> Verdict:
+    """Return what a verification comes to."""
+    tensors = found["tensors"]
+    told = (
+        f"{tensors['compared']:,} tensors compared: {tensors['exact']:,} exact, {tensors['rounded']:,} rounded as the "
+        f"format does, {tensors['wrong']:,} wrong"
+    )
+    if found["verdict"] == "ok":
+        return Verdict(f"verified; {told}", True)
+    return Verdict(f"the output differs from the source; {told}", False)
+
+
+def verify_sections(found: Json) -> Iterator[Markup | None]:
+    """Yield what a page shows of a verification."""
+    sample = found["sample"]
+    rate = found["bytes_read"] / found["seconds"] if found["seconds"] else 0.0
+    yield facts(
+        "What was compared",
+        [
+            ("source", found["source"]),
+            ("output", found["output"]),
+            ("layout", found["layout"]),
+            ("elements", found["elements"]),
+            ("elements compared", found["elements_compared"]),
+            ("sample", None if sample is None else f"{sample:.3g}, seed {found['seed']}"),
+            ("another program's rounding", "accepted" if found["foreign"] else None),
+            ("keys compared", found["keys"]),
+            ("keys ignored", ", ".join(found["ignored_keys"])),
+            ("read", f"{human_bytes(found['bytes_read'])} in {human_seconds(found['seconds'])}"),
+            ("rate", f"{human_bytes(rate)}/s"),
+        ],
+    )
+    yield table("Problems", ("kind", "where", "what"), [(p["kind"], p["where"], p["what"]) for p in found["problems"]])
+    yield notes("Notes", found["notes"])
+    yield map_by_error(found["parts"])
+    yield _error_by_layer(found["parts"])
+    yield table(
+        "Low-bit types",
+        ("family", "type", "elements compared", "RMSE", "relative RMSE", "largest error"),
+        [
+            (
+                total["family"],
+                total["output"],
+                total["compared"],
+                error(total["rmse"]),
+                error(total["relative_rmse"]),
+                error(total["largest_error"]),
+            )
+            for total in found["low_bit"]
+        ],
+    )
+    yield table(
+        "Parts",
+        ("layer", "family", "source", "output", "exact", "rounded", "wrong", "size", "relative RMSE", "largest error"),
+        [
+            (
+                part["layer"],
+                part["family"],
+                part["source"],
+                part["output"],
+                *(part["tensors"][kind] for kind in ("exact", "rounded", "wrong")),
+                size(part["bytes"]),
+                error(part["relative_rmse"]),
+                error(part["largest_error"]),
+            )
+            for part in sorted(found["parts"], key=_place)
+        ],
+    )
+    yield table(
+        "Tensors that are not exact",
+        ("tensor", "source", "output", "verdict", "compared", "rounded", "wrong", "largest error", "relative RMSE"),
+        [
+            (
+                tensor["name"],
+                tensor["source"],
+                tensor["output"],
+                tensor["verdict"],
+                tensor["compared"],
+                tensor["rounded"],
+                tensor["wrong"],
+                error(tensor["largest_error"]),
+                error(tensor["relative_rmse"]),
+            )
+            for tensor in found["inexact"]
+        ],
+    )
+    yield table(
+        "Left out",
+        ("what", "tensors", "reason"),
+        [(entry["what"], entry["tensors"], entry["reason"]) for entry in found["left_out"]],
+    )
+
+
+def _error_by_layer(parts: Iterable[Json]) -> Markup | None:
+    """Return the error of each family by layer: relative RMSE where it is known, and else the largest error."""
+    drawn: dict[str, dict[str, list[tuple[float, float]]]] = {"relative_rmse": {}, "largest_error": {}}
+    for part in parts:
+        measure = "largest_error" if part["relative_rmse"] is None else "relative_rmse"
+        value = float(part[measure])
+        if part["layer"] is not None and 0 < value < float("inf"):
+            series = drawn[measure].setdefault(f"{part['family']}, {part['output']}", [])
+            series.append((float(part["layer"]), value))
+    plots = [
+        plot_by_layer(f"{label} by layer", label, drawn[measure])
+        for measure, label in (("relative_rmse", "Relative RMSE"), ("largest_error", "Largest error"))
+        if drawn[measure]
+    ]
+    return element("div", *plots) if plots else None
+
+
+def plot_by_layer(title: str, label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
+    """Return errors by layer, above 0, on an axis of powers of ten."""
+    layers = [point[0] for points in series.values() for point in points]
+    values = [point[1] for points in series.values() for point in points]
+    placed = {name: sorted(points) for name, points in series.items()}
+    return lines(title, placed, Axis(min(layers), max(layers), "layer"), log_axis(values, label))

@@ -1,0 +1,270 @@
+"""Pages of reports in a real browser: they render, sort, filter, pass axe-core, and no name in a model is markup."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4convert.html_report.tables import MAX_ROWS, table
+
+from ..checkpoints import MakeCheckpoint
+from ..command_line import run_cli
+from ..oracles.safetensors_bytes import RawSafetensors
+from .browser import Browser
+
+MakePage = Callable[[str], Path]
+PAGES = ("inspect", "verify")
+
+
+@pytest.fixture(scope="module")
+def pages(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a page of each command, by the command's name."""
+    folder = tmp_path_factory.mktemp("pages")
+    source = make_checkpoint()
+    gguf = folder / "model.gguf"
+    assert run_cli("hf-to-gguf", source, gguf, "--experts", "q8_0", "-q").code == 0
+    commands: dict[str, list[object]] = {
+        "inspect": ["inspect", source],
+        "verify": ["verify", source, gguf],
+    }
+    made = {name: folder / f"{name}.html" for name in commands}
+    for name, arguments in commands.items():
+        result = run_cli(*arguments, "--report", made[name])
+        assert result.code == 0, result.err
+    return made
+
+
+def opened(browser: Browser, page: Path, **look: Any) -> Browser:
+    """Show a page, having made sure that it asks for nothing and that nothing complains."""
+    browser.show(**look)
+    browser.open(page)
+    browser.run("new Promise(resolve => requestAnimationFrame(() => resolve(0)))")
+    assert browser.complaints == []
+    assert browser.requests == [page.resolve().as_uri()]
+    return browser
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_map_tables_and_where_it_comes_from(name: str, browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages[name])
+    assert browser.run("document.querySelectorAll('svg.map rect').length") > 20
+    assert browser.run("document.querySelectorAll('table tbody tr').length") > 20
+    text = browser.run("document.body.innerText")
+    assert f"dsv4convert {name} " in text
+    for told in ("codecs", "Python", "finished"):
+        assert told in text
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "look",
+    [{"dark": False}, {"dark": True}, {"dark": True, "width": 360, "height": 740}, {"media": "print"}],
+    ids=["light", "dark", "phone", "print"],
+)
+def test_a_page_passes_axe(name: str, look: dict[str, Any], browser: Browser, axe: str, pages: dict[str, Path]) -> None:
+    opened(browser, pages[name], **look)
+    browser.run(axe + "; 0")
+    found = browser.run("axe.run().then(r => ({violations: r.violations, passes: r.passes.length}))")
+    told = [(v["id"], [node["html"][:200] for node in v["nodes"]][:3]) for v in found["violations"]]
+    assert told == []
+    assert found["passes"] > 10
+    # Nothing but what scrolls by itself is wider than the window.
+    assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_light_and_a_dark_page_differ(browser: Browser, pages: dict[str, Path]) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert opened(browser, pages["inspect"]).run(colour) == "rgb(255, 255, 255)"
+    assert opened(browser, pages["inspect"], dark=True).run(colour) == "rgb(21, 24, 28)"
+    assert opened(browser, pages["inspect"], dark=True, media="print").run(colour) == "rgb(255, 255, 255)"
+
+
+SECTION = "[...document.querySelectorAll('section.table')].find(s => s.querySelector('h2').textContent === {title!r})"
+
+
+def column(browser: Browser, title: str, number: int) -> list[str]:
+    """Return the cells of a column of the table under a title, of the rows that are shown."""
+    rows = f"[...{SECTION.format(title=title)}.querySelectorAll('tbody tr')].filter(r => !r.hidden)"
+    found: list[str] = browser.run(f"{rows}.map(r => r.cells[{number}].dataset.value ?? r.cells[{number}].textContent)")
+    return found
+
+
+def press(browser: Browser, title: str, number: int) -> str:
+    """Press the heading of a column and return how the column says that it is sorted."""
+    section = SECTION.format(title=title)
+    browser.run(f"{section}.querySelectorAll('th button')[{number}].click()")
+    order: str = browser.run(f"{section}.querySelectorAll('th')[{number}].getAttribute('aria-sort')")
+    return order
+
+
+def test_a_table_sorts_numbers_by_value_and_words_by_letters(browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages["inspect"])
+    before = sorted(float(value) for value in column(browser, "Families", 2))
+    assert press(browser, "Families", 2) == "ascending"
+    assert [float(value) for value in column(browser, "Families", 2)] == before
+    assert press(browser, "Families", 2) == "descending"
+    assert [float(value) for value in column(browser, "Families", 2)] == before[::-1]
+    assert press(browser, "Families", 0) == "ascending"
+    names = column(browser, "Families", 0)
+    assert names == sorted(names)
+    assert len(names) == len(before)
+    assert browser.complaints == []
+
+
+def test_a_table_filters_by_words(browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages["verify"])
+    title = "Tensors that are not exact"
+    everything = column(browser, title, 0)
+    section = SECTION.format(title=title)
+
+    def typed(text: str) -> list[str]:
+        field = f"{section}.querySelector('input')"
+        browser.run(f"{field}.value = {json.dumps(text)}; {field}.dispatchEvent(new Event('input')); 0")
+        return column(browser, title, 0)
+
+    assert typed("Q8_0 blk.1.") == [name for name in everything if name.startswith("blk.1.")]
+    assert 0 < len(typed("blk.1.")) < len(everything)
+    assert browser.run(f"{section}.querySelector('output').textContent").endswith(f" of {len(everything)} rows")
+    assert typed("no such tensor") == []
+    assert typed("") == everything
+    assert browser.complaints == []
+
+
+def test_a_long_table_ends_and_says_so() -> None:
+    made = str(table("Many", ("number",), [(number,) for number in range(MAX_ROWS + 5)]))
+    assert made.count("<tr>") == MAX_ROWS + 1
+    assert "5 more rows are in the JSON" in made
+
+
+# ---- what is hostile ----------------------------------------------------------------------------------
+
+INJECTIONS = (
+    "</script><script>window.hacked=1</script>",
+    "</title></head><body onload=window.hacked=1>",
+    '"><img src=x onerror=window.hacked=1>',
+    "' onmouseover='window.hacked=1",
+    "</svg><iframe srcdoc='<script>parent.hacked=1</script>'>",
+    "<style>*{display:none}</style>",
+    "<!--",
+    "javascript:window.hacked=1",
+    "\u202egnp.exe\x1b[31m\x00",
+)
+FOLDER = "a\"><img src=x onerror=window.hacked=1><b onmouseover='window.hacked=1'>"
+
+
+@pytest.fixture
+def hostile(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """Return a checkpoint with names and texts that want to be markup, in a folder of such a name."""
+    source = Path(shutil.copytree(make_checkpoint(), tmp_path / FOLDER))
+    first = sorted(source.glob("*.safetensors"))[0]
+    raw = RawSafetensors.read(first)
+    small = next(tensor for tensor in raw.tensors.values() if len(tensor.data) < 5000)
+    for text in INJECTIONS:
+        raw.tensors[f"layers.0.{text}"] = small
+    raw.write(first)
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    card = "\n".join(
+        f"{key}: {json.dumps(text)}" for key, text in zip(("license", "library_name"), INJECTIONS[:2], strict=True)
+    )
+    (source / "README.md").write_text(f"---\n{card}\n---\n# {INJECTIONS[0]}\n")
+    return source
+
+
+def assert_harmless(browser: Browser, page: Path) -> str:
+    """Make sure that a page has no element and runs nothing that a name brought in; return its text."""
+    opened(browser, page)
+    assert browser.run("typeof window.hacked") == "undefined"
+    assert browser.run("document.scripts.length") == 1
+    assert browser.run("document.querySelectorAll('img, iframe, body b, link, base, form, main style').length") == 0
+    handlers = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).filter(n => n.startsWith('on'))"
+    assert browser.run(handlers) == []
+    assert browser.run("getComputedStyle(document.querySelector('h1')).display") == "block"
+    text: str = browser.run("document.body.textContent")
+    return text
+
+
+def test_names_in_a_checkpoint_are_text(browser: Browser, hostile: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run_cli("inspect", hostile, "--index", "headers", "--report", page).code == 0
+    text = assert_harmless(browser, page)
+    assert FOLDER in text
+    for injection in INJECTIONS[:-1]:
+        assert f"layers.0.{injection}" in text
+    assert "\\u202egnp.exe\\x1b[31m\\x00" in text
+
+
+def test_names_in_a_verification_are_text(browser: Browser, hostile: Path, tiny: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = run_cli("verify", tiny, hostile, "--report", page)
+    assert result.code != 0
+    text = assert_harmless(browser, page)
+    assert "the output differs from the source" in text
+    for injection in INJECTIONS[:-1]:
+        assert injection in text
+
+
+def test_the_policy_stops_a_script_that_got_in_all_the_same(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    injected = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1><style>h1{display:none}</style>"
+    page.write_text(pages["inspect"].read_text().replace("</main>", injected + "</main>"))
+    browser.show()
+    browser.open(page)
+    browser.run("new Promise(resolve => setTimeout(() => resolve(0), 100))")
+    assert browser.run("document.scripts.length") == 2
+    assert browser.run("typeof window.hacked") == "undefined"
+    assert browser.run("getComputedStyle(document.querySelector('h1')).display") == "block"
+    assert browser.complaints
+
+
+# ---- the file -----------------------------------------------------------------------------------------
+
+
+def test_a_page_replaces_nothing_unasked(tiny: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    result = run_cli("inspect", tiny, "--report", page)
+    assert (result.code, page.read_text()) == (9, "mine")
+    assert "already exists; pass --overwrite" in result.error
+    assert run_cli("inspect", tiny, "--report", page, "--overwrite").code == 0
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("page.txt", "--report: not the name of a page"),
+        ("absent/page.html", "output folder is missing"),
+        ("folder.html", "already exists and is not a file"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_at_once(name: str, says: str, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.html").mkdir()
+    result = run_cli("verify", tiny, tmp_path / "no.gguf", "--report", tmp_path / name)
+    assert says in result.error
+
+
+def test_a_page_does_not_replace_the_model(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.html"
+    assert run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf", "-q").code == 0
+    (tmp_path / "model.gguf").rename(model)
+    before = model.read_bytes()
+    result = run_cli("inspect", model, "--report", model, "--overwrite")
+    assert result.code == 2
+    assert "the page would replace the input" in result.error
+    assert model.read_bytes() == before
+
+
+def test_a_failed_verification_has_its_page(editable: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
+    other = editable(seed=1)
+    page = tmp_path / "page.html"
+    result = run_cli("verify", tiny, other.folder, "--report", page)
+    assert result.code != 0
+    assert "the output differs from the source" in page.read_text()

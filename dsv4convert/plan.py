@@ -25,7 +25,7 @@ Target: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "mxfp4", "i32"]
 LowBit: TypeAlias = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
-    "tq1_0", "tq2_0", "nvfp4", "q1_0",
+    "tq1_0", "tq2_0", "nvfp4", "q1_0", "q2_0",
 ]  # fmt: skip
 Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 

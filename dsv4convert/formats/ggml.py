@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats.base import ArrayF32, ArrayU8
-from dsv4convert.formats.ggml_types import BY_NAME, QUANTISED
+from dsv4convert.formats.ggml_types import BY_NAME
 
 PACKAGE = "llama_cpp"  # the module of llama-cpp-python, which carries the library
 LIBRARY_NAME = "libggml-base.so"
@@ -32,13 +32,13 @@ class Quantiser:
         """Load the library at ``path`` (a file, or a name on the loader's path).
 
         Raises:
-            DeviceError: it does not load, lacks a function, or disagrees about the size of a type.
+            DeviceError: it does not load, or lacks a function.
         """
         self.path = path
         try:
             library = ctypes.CDLL(path)
             chunk, prepare = library.ggml_quantize_chunk, library.ggml_quantize_init
-            row_size, version = library.ggml_row_size, library.ggml_version
+            block, size, version = library.ggml_blck_size, library.ggml_type_size, library.ggml_version
         except (OSError, AttributeError, ValueError) as error:
             raise DeviceError(
                 "ggml's library cannot be used", where=path, got=error, expected="libggml-base", hint=INSTALL_HINT
@@ -46,23 +46,30 @@ class Quantiser:
         chunk.restype = ctypes.c_size_t
         chunk.argtypes = [ctypes.c_int, _FLOATS, _BYTES, *[ctypes.c_int64] * 3, _FLOATS]
         prepare.restype, prepare.argtypes = None, [ctypes.c_int]
-        row_size.restype, row_size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
+        block.restype, block.argtypes = ctypes.c_int64, [ctypes.c_int]
+        size.restype, size.argtypes = ctypes.c_size_t, [ctypes.c_int]
         version.restype, version.argtypes = ctypes.c_char_p, []
-        self._chunk, self._prepare = chunk, prepare
+        self._chunk, self._prepare, self._block, self._size = chunk, prepare, block, size
         self.version: str = version().decode("ascii", "backslashreplace")
         self._prepared: set[str] = set()
         self._lock = threading.Lock()
-        for name in QUANTISED:
-            kind = BY_NAME[name]
-            size = row_size(kind.number, kind.elements)
-            if size != kind.nbytes:
-                raise DeviceError(
-                    f"ggml's library has another {name}",
-                    where=path,
-                    expected=f"{kind.nbytes} bytes a block",
-                    got=size,
-                    hint="use a release of llama.cpp that this version of dsv4convert knows",
-                )
+
+    def check(self, name: str) -> None:
+        """Check that the library has the type ``name``, in blocks of the known size.
+
+        Raises:
+            DeviceError: it has not: releases before the type was added do not know it.
+        """
+        kind = BY_NAME[name]
+        got = self._block(kind.number), self._size(kind.number)
+        if got != (kind.elements, kind.nbytes):
+            raise DeviceError(
+                f"ggml's library {self.version} does not have {name} as it is known here",
+                where=self.path,
+                expected=f"{kind.nbytes} bytes for {kind.elements} elements",
+                got=f"{got[1]} for {got[0]}",
+                hint="pass --ggml-lib with the library of another release of llama.cpp, or choose another type",
+            )
 
     def quantise(self, name: str, values: ArrayF32, out: ArrayU8, importance: ArrayF32 | None = None) -> None:
         """Fill ``out`` [rows, row bytes] with ``values`` [rows, columns] in type ``name``.
@@ -70,6 +77,7 @@ class Quantiser:
         ``importance``: one weight a column, all rows alike, or None.
 
         Raises:
+            DeviceError: the library does not have the type.
             ValueError: arrays that do not belong together; the plan is wrong, not the user's file.
         """
         kind = BY_NAME[name]
@@ -82,6 +90,7 @@ class Quantiser:
             if not array.flags.c_contiguous:
                 raise ValueError(f"{name}: the arrays of a tile must be contiguous")
         if name not in self._prepared:
+            self.check(name)
             with self._lock:  # makes the grids of the IQ types, once
                 self._prepare(kind.number)
                 self._prepared.add(name)

@@ -33,7 +33,7 @@ GGML_TYPES: dict[int, GgmlType] = {
         GgmlType("q5_0", 6, 32, 22),
         GgmlType("q5_1", 7, 32, 24),
         GgmlType("q8_0", 8, 32, 34),
-        GgmlType("q8_1", 9, 32, 40),
+        GgmlType("q8_1", 9, 32, 36),
         GgmlType("q2_k", 10, 256, 84),
         GgmlType("q3_k", 11, 256, 110),
         GgmlType("q4_k", 12, 256, 144),
@@ -60,6 +60,7 @@ GGML_TYPES: dict[int, GgmlType] = {
         GgmlType("mxfp4", 39, 32, 17),
         GgmlType("nvfp4", 40, 64, 36),
         GgmlType("q1_0", 41, 128, 18),
+        GgmlType("q2_0", 42, 64, 18),
     )
 }
 BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
@@ -68,7 +69,7 @@ BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
 QUANTISED = (
     "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
-    "tq1_0", "tq2_0", "nvfp4", "q1_0",
+    "tq1_0", "tq2_0", "nvfp4", "q1_0", "q2_0",
 )  # fmt: skip
 
 # What llama.cpp refuses to make without an importance matrix, embedding and output excepted.

@@ -70,6 +70,7 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
     "tq2_0": (37, "TQ2_0"),
     "nvfp4": (39, "NVFP4"),
     "q1_0": (40, "Q1_0"),
+    "q2_0": (41, "Q2_0"),
 }
 
 

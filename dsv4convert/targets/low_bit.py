@@ -64,8 +64,10 @@ class LowBitMaker:
         Raises:
             UsageError: the type needs importance, and there is none.
             InventoryError: the entry has another size.
+            DeviceError: ggml's library is missing, or does not have the type.
         """
         entry = self._entry(name, entry_name, weights, to)
+        self.quantiser.check(to.name)
         made: list[Segment] = []
         for number, weight in enumerate(weights):
             made += self._of_matrix(weight, to, entry, number)

@@ -1,4 +1,4 @@
-"""Tensors of ggml's low-bit types: decoded by the gguf package, and quantised anew by ggml's own library.
+"""Tensors of ggml's low-bit types: decoded, and quantised anew by ggml's own library.
 
 A row is quantised by itself, so any rows can be made again: with the same importance of columns their bytes must be
 those in the file. Without the library, or without the importance matrix that a file was made with, the rows' error is
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ..containers.imatrix import F32_BYTES, Entry, importance
 from ..errors import InventoryError
 from ..formats.ggml import Quantiser
+from ..formats.ggml_decode import dequantise
 from ..formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
 from .matrix import Bytes, Matrix, read_at, read_bits
 from .numbers import Mask, Values, values_of
@@ -56,17 +57,7 @@ class LowBitCheck:
 
 def decode(kind: str, raw: Bytes) -> Values:
     """Return the values of rows [rows, row bytes] of a low-bit type."""
-    if kind == "q1_0":  # float16 d, then 128 bits, the lowest first: a set bit is d, another one -d
-        blocks = raw.reshape(len(raw), -1, BY_NAME[kind].nbytes)
-        d = np.ascontiguousarray(blocks[:, :, :2]).view("<f2").astype(np.float64)
-        bits = np.unpackbits(blocks[:, :, 2:], axis=2, bitorder="little")
-        signed: Values = np.where(bits == 1, d, -d).reshape(len(raw), -1)
-        return signed
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        values: Values = dequantize(raw, GGMLQuantizationType(BY_NAME[kind].number)).astype(np.float64)
+    values: Values = dequantise(kind, raw).astype(np.float64)
     return values
 
 

@@ -2,9 +2,10 @@
 
     python -m tests.oracles.ggml_quantize ASKED.json
 
-``ASKED`` names the F32 ``source``, the ``out`` to write, ggml's type number by tensor in ``types`` or llama.cpp's
-``file_type``, and an ``imatrix`` (.npz by tensor, [experts, columns]) or null. In a process of its own, since the
-library ends the process on errors.
+``ASKED`` lists the files to make in one process, which sets up the grids of a type once: the F32 ``source``, the
+``out`` to write, llama.cpp's ``file_type``, ggml's type number by tensor in ``types`` (none: llama.cpp's own choice),
+an ``imatrix`` (.npz by tensor, [experts, columns]) or null, and ``stated``, what the metadata say of that. In a process
+of its own, since the library ends the process on errors.
 """
 
 from __future__ import annotations
@@ -14,33 +15,53 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
 
+Q4_K_M = 15  # a file type of a quantised default, as good as any where all tensors are named
 F32, OUTPUT, EMBEDDING = 0, "output.weight", "token_embd.weight"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def quantise(
-    source: Path,
-    out: Path,
-    types: dict[str, int],
-    imatrix: dict[str, np.ndarray] | None = None,
-    file_type: int | None = None,
-) -> None:
-    """Write the F32 GGUF ``source`` with ``types`` (ggml's numbers; tensors not named keep F32) to ``out``.
+@dataclass(frozen=True)
+class Asked:
+    """A file to make: the F32 GGUF ``source`` with ``types`` (ggml's numbers; others keep F32) at ``out``.
 
-    With a ``file_type``, types are llama.cpp's own choice for it.
+    Without ``types`` they are llama.cpp's own choice for the ``file_type``. ``stated`` are values of
+    ``quantize.imatrix`` keys, as llama-quantize hands them to the library.
     """
-    asked = out.with_suffix(".json")
-    matrix = None
-    if imatrix is not None:
-        matrix = str(out.with_suffix(".npz"))
-        np.savez(matrix, **imatrix)
-    document = {"source": str(source), "out": str(out), "types": types, "imatrix": matrix, "file_type": file_type}
-    asked.write_text(json.dumps(document))
+
+    source: Path
+    out: Path
+    types: dict[str, int]
+    imatrix: dict[str, np.ndarray] | None = None
+    file_type: int = Q4_K_M
+    stated: dict[str, str | int] = field(default_factory=dict)
+
+
+def quantise(*files: Asked) -> None:
+    """Make files, in one process."""
+    asked = files[0].out.with_suffix(".json")
+    documents = []
+    for file in files:
+        matrix = None
+        if file.imatrix is not None:
+            matrix = str(file.out.with_suffix(".npz"))
+            np.savez(matrix, **file.imatrix)
+        documents.append(
+            {
+                "source": str(file.source),
+                "out": str(file.out),
+                "types": file.types,
+                "imatrix": matrix,
+                "file_type": file.file_type,
+                "stated": file.stated,
+            }
+        )
+    asked.write_text(json.dumps(documents))
     done = subprocess.run(
         [sys.executable, "-m", "tests.oracles.ggml_quantize", str(asked)],
         cwd=ROOT,
@@ -58,11 +79,11 @@ def _run(asked: dict[str, object]) -> int:
     names = [tensor.name for tensor in GGUFReader(str(asked["source"])).tensors]
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.nthread = 2
-    parameters.ftype = asked["file_type"] or 15  # any file type of a quantised default where every tensor is named
+    parameters.ftype = asked["file_type"]
     overrides = (llama_cpp.llama_cpp.llama_model_tensor_override * (len(names) + 1))()
     for override, name in zip(overrides, names, strict=False):
         override.pattern, override.type = f"^{re.escape(name)}$".encode(), types.get(name, F32)
-    if asked["file_type"] is None:
+    if types:
         parameters.output_tensor_type = types.get(OUTPUT, F32)
         parameters.token_embedding_type = types.get(EMBEDDING, F32)
         parameters.tt_overrides = ctypes.cast(overrides, type(parameters.tt_overrides))
@@ -73,8 +94,18 @@ def _run(asked: dict[str, object]) -> int:
             entry.name, entry.size = name.encode(), array.size
             entry.data = array.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
+    stated: dict[str, str | int] = asked["stated"]  # type: ignore[assignment]
+    pairs = (llama_cpp.llama_cpp.llama_model_kv_override * (len(stated) + 1))()
+    for pair, (name, value) in zip(pairs, stated.items(), strict=False):
+        pair.key = f"quantize.imatrix.{name}".encode()
+        if isinstance(value, int):
+            pair.tag, pair.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            pair.tag, pair.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    if stated:
+        parameters.kv_overrides = ctypes.cast(pairs, type(parameters.kv_overrides))
     return int(llama_cpp.llama_model_quantize(str(asked["source"]).encode(), str(asked["out"]).encode(), parameters))
 
 
 if __name__ == "__main__":
-    raise SystemExit(_run(json.loads(Path(sys.argv[1]).read_text())))
+    raise SystemExit(any(_run(asked) for asked in json.loads(Path(sys.argv[1]).read_text())))

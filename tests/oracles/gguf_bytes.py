@@ -6,9 +6,12 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguf import GGML_QUANT_SIZES
+
 STRING, ARRAY = 8, 9
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-BLOCKS = {0: (1, 4), 1: (1, 2), 8: (32, 34), 26: (1, 4), 30: (1, 2), 39: (32, 17)}
+# Elements and bytes of a block; the gguf package lacks the last one.
+BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} | {42: (64, 18)}
 ALIGNMENT = 32
 
 

@@ -16,7 +16,7 @@ from dsv4convert.reference.weights.open import open_source
 
 from ..checkpoints import MakeCheckpoint
 from ..low_bit import SMALL, WHOLE
-from ..oracles.ggml_quantize import quantise
+from ..oracles.ggml_quantize import Asked, quantise
 from ..oracles.llama_imatrix import collect
 from .test_importance import WORDS, statistics
 
@@ -68,7 +68,7 @@ def test_quantisers_take_every_entry(make_checkpoint: MakeCheckpoint, tmp_path: 
         for name, (sums, counts) in statistics(read_imatrix(matrix)).items()
     }
     theirs = tmp_path / "theirs.gguf"
-    quantise(wide, theirs, {name: BY_NAME[kind].number for name, kind in low.items()}, given)
+    quantise(Asked(wide, theirs, {name: BY_NAME[kind].number for name, kind in low.items()}, given))
     expected = {tensor.name: tensor for tensor in GGUFReader(theirs).tensors}
     assert "blk.0.attn_output_a.weight" in low
     for name in low:

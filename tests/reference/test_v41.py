@@ -21,14 +21,16 @@ from click.testing import CliRunner
 
 from dsv4convert.api import convert_gguf, load_model, shard
 from dsv4convert.cli import app
-from dsv4convert.errors import UnsupportedError, UsageError
+from dsv4convert.errors import InventoryError, UnsupportedError, UsageError
 from dsv4convert.model.config_v41 import Candidates
 from dsv4convert.reference import Model, Speculation, State, generate, generate_speculatively
 from dsv4convert.reference import model as reference_model
 from dsv4convert.reference.compare import compare
 from dsv4convert.reference.dspark import Draft, DraftState
 from dsv4convert.reference.parameters import Record
+from dsv4convert.targets.engram_tables import LOSSLESS_TYPES
 
+from ..oracles.gguf_bytes import RawGguf
 from ..v41 import RECORDED, TINY
 
 Array = npt.NDArray[Any]
@@ -180,16 +182,28 @@ def test_shards_run_as_their_source_does(mp: int, tmp_path: Path) -> None:
     assert relative(ours, source) <= TOLERANCE
 
 
-@pytest.mark.parametrize("engram", ["q8_0", "bf16"])
+@pytest.mark.parametrize("engram", ["q8_0", "bf16", *LOSSLESS_TYPES])
 def test_a_gguf_without_lossy_types_runs_as_its_source_does(engram: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     convert_gguf(TINY["tiny-a"], path, dense="bf16", engram=engram, tokenizer_pre="joyai-llm")
     tokens = np.arange(30)
     ours, source = (load_model(model).forward(tokens) for model in (path, TINY["tiny-a"]))
-    if engram == "bf16":
+    if engram in (*LOSSLESS_TYPES, "bf16"):
         assert relative(ours, source) <= TOLERANCE
     else:
         assert TOLERANCE < np.median([relative(a, b) for a, b in zip(ours, source, strict=True)]) < 0.1
+
+
+@pytest.mark.parametrize(("engram", "tensor"), [("i8-split", "engram_embd_scale"), ("i8-row264", "engram_embd")])
+def test_a_table_of_bytes_in_another_shape_is_refused_by_name(engram: str, tensor: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    convert_gguf(TINY["tiny-a"], path, engram=engram, tokenizer_pre="joyai-llm")
+    raw = RawGguf.read(path)
+    info = next(info for info in raw.infos if f".{tensor}." in info.name)
+    info.dims = (info.dims[1], info.dims[0])
+    raw.write(path)
+    with pytest.raises(InventoryError, match=rf"tensor {info.name}: wrong shape: expected \[\d+, \d+\], got"):
+        load_model(path)
 
 
 class HalfRight(Model):

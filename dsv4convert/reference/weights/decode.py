@@ -18,6 +18,7 @@ from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
 from ...formats.e2m1 import fp4_to_f32
 from ...formats.e4m3 import fp8_to_f32
+from ...formats.ggml_decode import dequantise
 from ...formats.ggml_types import BY_NAME
 from ...formats.mxfp4 import mxfp4_to_f32
 from ...formats.q8_0 import q8_0_to_f32
@@ -32,7 +33,9 @@ THREADED_BYTES = 8 * 2**20
 MAX_THREADS = 8
 
 # Bytes of a row by kind of storage: those of ggml's types, and of the two that have scales next to them.
-GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1", "q8_k", "i8", "i16", "f64", "q1_0")}
+GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1", "q8_k", "i8", "i16", "f64")}
+# "fp8/row": an n-gram table's row of E4M3 codes, and behind them its E8M0 scales, one for so many elements.
+ROW_SCALE_ELEMENTS = 32
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"F8_E8M0": np.dtype(np.uint8), "F32": np.dtype("<f4")}
 TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
 
@@ -79,9 +82,14 @@ class Matrix(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Return the bytes of a row."""
-        if self.kind == "fp4":
-            return self.columns // 2
-        return self.columns if self.kind == "fp8" else GGML_KINDS[self.kind].row_bytes(self.columns)
+        match self.kind:
+            case "fp4":
+                return self.columns // 2
+            case "fp8":
+                return self.columns
+            case "fp8/row":
+                return self.columns + self.columns // ROW_SCALE_ELEMENTS
+        return GGML_KINDS[self.kind].row_bytes(self.columns)
 
     @property
     def is_table(self) -> bool:
@@ -170,6 +178,9 @@ def _decode(
             fp4_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
         case "fp8":
             fp8_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
+        case "fp8/row":
+            codes, own = (np.ascontiguousarray(part) for part in np.split(raw, [matrix.columns], axis=1))
+            fp8_to_f32(codes, own, (1, ROW_SCALE_ELEMENTS), out, scratch, tally)
         case "mxfp4":
             mxfp4_to_f32(raw, out, scratch, tally)
         case "q8_0":
@@ -183,16 +194,7 @@ def _decode(
         case "i32" | "i64":
             out[:] = raw.view(TABLE_DTYPES[matrix.kind])
         case _:
-            out[:] = _dequantised(raw, matrix.kind)
-
-
-def _dequantised(raw: Array, kind: str) -> Array:
-    """Return the float32 values of rows of a low-bit type, as the gguf package decodes it."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    values: Array = dequantize(raw, GGMLQuantizationType(GGML_KINDS[kind].number))
-    return values
+            out[:] = dequantise(matrix.kind, raw)
 
 
 def _present(scales: Array | None, matrix: Matrix) -> Array:

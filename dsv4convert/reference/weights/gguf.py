@@ -13,9 +13,10 @@ from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
 from ...model.engram import EngramConstants
 from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY, YARN, key_name
 from ...model.tensors import Draft, Expected, expected_tensors
+from ...targets.engram_tables import SCALE_SUFFIX
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
 from ...targets.gguf_tensors import DIALECTS_V41, SHARED_WITH_MTP, TensorDialect
-from .decode import GGML_KINDS, Matrix, gather_rows, read_rows
+from .decode import GGML_KINDS, ROW_SCALE_ELEMENTS, Matrix, Scale, gather_rows, read_rows
 from .protocol import Array, missing_weight, no_engram_constants
 
 # By architecture. The file of ds4 is one of llama.cpp's in other types.
@@ -33,6 +34,9 @@ CANDIDATE_KEYS = {
     f"attention.indexer.{key}": f"{key}{suffix}"
     for key, suffix in (("candidate_source_layer", "_id"), ("candidate_topk_blocks", ""), ("candidate_block_size", ""))
 }
+
+# The n-gram tables, by the end of their name, and ggml's type of those that keep the published bytes.
+TABLE, I8 = "engram.embed.weight", "i8"
 
 CLAMPS = ("swiglu_clamp_exp", "swiglu_clamp_shexp")
 
@@ -287,30 +291,58 @@ def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig,
             name = f"blk.{expected.layer + shift}.{name}"
         tensor = file.tensors.get(name)
         if tensor is not None:
-            locations[expected.name] = _location(tensor, expected, config)
+            if expected.name.endswith(TABLE) and tensor.type == I8:
+                locations[expected.name] = _table_location(tensor, expected, file)
+            else:
+                locations[expected.name] = _location(tensor, expected, config)
     return locations
+
+
+def _table_location(tensor: GgufTensor, expected: Expected, file: GgufModelFile) -> Location:
+    """Return where an n-gram table lies that is stored as published: scales in its rows, or in a tensor of their own.
+
+    Raises:
+        InventoryError: its shape, or that of its scales, is another.
+    """
+    rows, columns = expected.shape
+    n_scales = columns // ROW_SCALE_ELEMENTS
+    scales = file.tensors.get(tensor.name.replace(".weight", f"{SCALE_SUFFIX}.weight"))
+    kind, scale = "fp8/row", None
+    if scales is not None:
+        block = 1, ROW_SCALE_ELEMENTS
+        kind, scale = "fp8", Scale(scales.file, scales.offset, "F8_E8M0", (rows, n_scales), block)
+        if scales.shape != (rows, n_scales) or scales.type != I8:
+            raise _wrong_shape(scales, [rows, n_scales])
+    width = columns + (n_scales if scales is None else 0)
+    if tensor.shape != (rows, width):
+        raise _wrong_shape(tensor, [rows, width])
+    return Location(Matrix(tensor.file, tensor.offset, kind, rows, columns, scale), expected.shape, None)
+
+
+def _wrong_shape(tensor: GgufTensor, expected: list[int]) -> InventoryError:
+    return InventoryError(
+        f"tensor {tensor.name}: wrong shape",
+        where=tensor.file,
+        expected=expected,
+        got=list(tensor.shape),
+        hint="do the key-values and the tensors belong together?",
+    )
 
 
 def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Location:
     if tensor.type not in GGML_KINDS:
         raise UnsupportedError(
-            f"tensor {tensor.name}: a type that is not decoded here",
+            f"tensor {tensor.name}: {tensor.type} is not decoded",
             where=tensor.file,
-            expected=" or ".join(GGML_KINDS),
-            got=tensor.type,
+            hint="convert the model again with a type of hf-to-gguf for this tensor",
         )
     rows, columns = expected.shape if len(expected.shape) == 2 else (1, expected.shape[0])
     stacked = config.n_routed_experts if expected.expert is not None else 1
     joined = 2 if "eh_proj" in tensor.name else 1
     elements = stacked * rows * columns * joined
     if math.prod(tensor.shape) != elements or tensor.shape[-1] != columns * joined:
-        raise InventoryError(
-            f"tensor {tensor.name}: wrong shape",
-            where=tensor.file,
-            expected=[stacked, rows, columns * joined] if stacked > 1 else [rows, columns * joined],
-            got=list(tensor.shape),
-            hint="do the key-values and the tensors belong together?",
-        )
+        wanted = [rows, columns * joined]
+        raise _wrong_shape(tensor, [stacked, *wanted] if stacked > 1 else wanted)
     matrix = Matrix(tensor.file, tensor.offset, tensor.type, stacked * rows, columns * joined)
     if expected.expert is not None:
         matrix = matrix.row_slice(expected.expert * rows, rows)

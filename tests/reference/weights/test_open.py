@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, InventoryError, UnsupportedError
+from dsv4convert.formats.ggml_types import BY_NAME
 from dsv4convert.reference import DictSource, Model, WeightSource
 from dsv4convert.reference.weights.open import HfSource, open_source
 from dsv4convert.targets.gguf import plan_gguf
@@ -21,6 +24,9 @@ from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
 from ...checkpoints import MakeCheckpoint
+from ...command_line import run_cli
+from ...low_bit import SMALL, WHOLE
+from ...oracles.gguf_bytes import RawGguf
 
 Array = npt.NDArray[Any]
 
@@ -192,3 +198,27 @@ def test_a_gguf_without_a_key_is_refused_by_the_key(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(FileFormatError, match=r"key deepseek4\.context_length is missing"):
         open_source(tmp_path / "bare.gguf")
+
+
+@pytest.mark.parametrize("kind", ["q8_1", "q8_k", "i8", "i16", "f64"])
+def test_types_that_no_weights_have_are_one_line_in_every_command(
+    kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint("tiny", overrides=WHOLE, **SMALL)
+    path = tmp_path / "model.gguf"
+    execute(plan_gguf(source, path, GgufOptions()), threads=2)
+    raw = RawGguf.read(path)
+    name, ggml = "blk.0.attn_kv.weight", BY_NAME[kind]
+    info = raw.info(name)
+    info.kind = ggml.number
+    info.data = bytes(math.prod(info.dims[1:]) * ggml.row_bytes(info.dims[0]))
+    raw.write(path)
+    shown = json.loads(run_cli("inspect", path, "--json").out)
+    assert kind in {use["encoding"] for use in shown["encodings"]}
+    for command in (["forward", path, "--tokens", "1,2"], ["compare", source, path, "--tokens", "1,2"]):
+        done = run_cli(*command)
+        assert (done.code, done.err.count("\n")) == (5, 1), done.err
+        assert f"tensor {name}: {kind} is not decoded" in done.err
+    done = run_cli("verify", source, path)
+    assert done.code == 12
+    assert any(name in line and kind in line for line in done.out.splitlines()), done.out

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         inspect,
         list_recipes,
         load_model,
+        mend,
         merge,
         open_checkpoint,
         repack,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .inspection.description import Description
     from .reference.importance import ImatrixSummary
     from .reference.model import Model
+    from .targets.mend import MendSummary
     from .targets.recipe_sizes import RecipeSizes
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
@@ -74,6 +76,7 @@ __all__ = [
     "LockedError",
     "LossyError",
     "ManifestReport",
+    "MendSummary",
     "Model",
     "OutputExistsError",
     "RecipeSizes",
@@ -98,6 +101,7 @@ __all__ = [
     "inspect",
     "list_recipes",
     "load_model",
+    "mend",
     "merge",
     "open_checkpoint",
     "repack",
@@ -119,6 +123,7 @@ _CLASSES = {
     "Estimate": ".estimation.estimate",
     "ImatrixSummary": ".reference.importance",
     "ManifestReport": ".engine.manifest",
+    "MendSummary": ".targets.mend",
     "Model": ".reference.model",
     "RecipeSizes": ".targets.recipe_sizes",
     "RepackSummary": ".targets.repack",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .reference import Model
     from .reference.importance import ImatrixSummary
+    from .targets.mend import MendSummary
     from .targets.recipe_sizes import RecipeSizes
     from .targets.repack import RepackSummary
     from .targets.shards import ShardSummary
@@ -419,6 +420,44 @@ def repack(
     )
 
 
+def mend(
+    source: StrPath,
+    out: StrPath,
+    *,
+    reindex: bool = False,
+    drop_draft: bool = False,
+    graft_draft: StrPath | None = None,
+    prune_config: bool = False,
+    rename: str | None = None,
+    strict: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    lock: bool = True,
+    progress: Progress | None = None,
+) -> MendSummary:
+    """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
+
+    ``reindex`` goes by the headers of all files and writes the index anew; ``graft_draft`` is the folder of which the
+    draft is taken; ``prune_config`` leaves out keys of config.json that speak of what is not there; ``rename`` is
+    official or transformers. The source is never written. A hard link is one file in two folders: what changes such a
+    file in place changes both.
+
+    Raises:
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.mend import Mends, plan_mend, summarize_mend
+
+    graft = None if graft_draft is None else Path(graft_draft)
+    mends = Mends(reindex, drop_draft, graft, prune_config, rename)
+    plan = plan_mend(Path(source), Path(out), mends, strict=strict)
+    return summarize_mend(
+        plan, _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    )
+
+
 def _carry_out(
     plans: Sequence[Plan],
     threads: int | None,
@@ -497,6 +536,7 @@ def verify(
     index: str = "file",
     imatrix: StrPath | None = None,
     ggml_lib: StrPath | None = None,
+    graft_draft: StrPath | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -504,7 +544,8 @@ def verify(
 
     ``sample`` is the part of each tensor to look at, such as "2%" or 0.02; None looks at everything. ``foreign``
     accepts what another tool may do otherwise; ``ignore_key`` names metadata keys not to compare. ``imatrix`` is the
-    importance matrix of a low-bit GGUF, ``ggml_lib`` ggml's library, by which its tensors are made anew.
+    importance matrix of a low-bit GGUF, ``ggml_lib`` ggml's library, by which its tensors are made anew;
+    ``graft_draft`` is the folder from which ``mend`` took the draft.
 
     Raises:
         Dsv4Error: the source cannot be read, or ``out`` is not there. All else is a problem in the report.
@@ -524,6 +565,7 @@ def verify(
         index=index,
         imatrix=None if imatrix is None else Path(imatrix),
         ggml_lib=None if ggml_lib is None else Path(ggml_lib),
+        graft_draft=None if graft_draft is None else Path(graft_draft),
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
 

@@ -290,12 +290,16 @@ class OutputTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file of the output: ``header`` at its start, tensors behind it, zeros between them."""
+    """A file of the output: ``header`` at its start, tensors behind it, zeros between them.
+
+    ``same_as`` is a file of the source that has these very bytes, where there is one: the two may share them.
+    """
 
     name: str
     header: bytes = field(repr=False)
     tensors: tuple[OutputTensor, ...] = field(repr=False)
     nbytes: int
+    same_as: Path | None = None
 
 
 @dataclass(frozen=True)

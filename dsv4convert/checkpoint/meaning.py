@@ -22,6 +22,7 @@ from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import CONFIG_NAME, ModelConfig
 from ..model.tensors import Draft, Store
 from .folder import BY_INDEX, Checkpoint, open_folder
+from .graft import open_grafted
 from .layouts import companion_notes
 from .renaming import official_name
 from .shards import ShardedWeight
@@ -59,13 +60,19 @@ def open_checked(
     draft_wanted: bool = True,
     strict: bool = False,
     index: str = BY_INDEX,
+    draft_from: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint folder as ``open_folder`` does, and check what it means; notes say what is suspicious.
 
+    With ``draft_from`` the draft is that of another folder (see ``open_grafted``).
+
     Raises:
-        Dsv4Error: as for ``open_folder`` and ``check_meaning``.
+        Dsv4Error: as for ``open_folder``, ``open_grafted`` and ``check_meaning``.
     """
-    found = open_folder(folder, draft_wanted=draft_wanted, index=index)
+    if draft_from is None:
+        found = open_folder(folder, draft_wanted=draft_wanted, index=index)
+    else:
+        found = open_grafted(folder, draft_from, index=index)
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
     beside = companion_notes(folder)

@@ -30,6 +30,7 @@ MODULES = {
     "dequantize": "folders",
     "repack": "folders",
     "requantize": "folders",
+    "mend": "mend",
     "verify": "verify",
     "check": "check",
     "inspect": "inspect",

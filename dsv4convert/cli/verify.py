@@ -11,7 +11,7 @@ import typer
 from ..errors import UsageError, VerifyError, escape_control
 from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
 from .pages import check_page, overwrite_page_option, report_option, write_page
-from .parsing import CHECK, COMPARISON, PATH, argument, command, option
+from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
 from .tables import Block, Table
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ MAX_LISTED = 20
 )
 @ggml_lib_option(COMPARISON)
 @option(
+    "--graft-draft",
+    type=FOLDER,
+    metavar="FROM",
+    panel=COMPARISON,
+    help="Folder whose draft the output holds instead of the source's, as mend --graft-draft FROM makes it.",
+)
+@option(
     "--manifest",
     is_flag=True,
     panel=COMPARISON,
@@ -79,6 +86,7 @@ def verify(
     ignore_key: tuple[str, ...],
     imatrix: Path | None,
     ggml_lib: Path | None,
+    graft_draft: Path | None,
     manifest: bool,
     index: str,
     strict: bool,
@@ -115,6 +123,7 @@ def verify(
             index=index,
             imatrix=imatrix,
             ggml_lib=ggml_lib,
+            graft_draft=graft_draft,
             threads=threads,
             progress=progress,
         )

@@ -28,7 +28,7 @@ from .consume import check_whole
 from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
-from .manifest import check_claimed, check_replaceable, finished_before, manifest_path, write_manifest
+from .manifest import check_claimed, check_replaceable, finished_before, links_in, manifest_path, write_manifest
 from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path, trial_path
 from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
@@ -157,7 +157,9 @@ def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
     """Return the summary of a plan that an earlier run carried out."""
     threads = default_threads(plan) if threads is None else threads
     name = default_codecs().name
-    return summarize(plan, RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes))
+    links = links_in(manifest_path(plan))
+    done = RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes, links=links)
+    return summarize(plan, done)
 
 
 def _is_finished(plan: Plan, outputs: Outputs, fingerprint: dict[str, Any], *, overwrite: bool, resume: bool) -> bool:
@@ -303,7 +305,8 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[st
 def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs) -> None:
     """Check that no name that the run writes, renames or removes stands for a file of the source.
 
-    Links are followed on both sides, and files compared by device and inode.
+    Links are followed on both sides, and files compared by device and inode. A folder's files are only made and
+    unlinked: another hard link of a source's file, as an older output may hold, leaves that file as it is.
 
     Raises:
         UsageError: one does.
@@ -313,13 +316,19 @@ def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs
     with os_errors(plan.source, "read"):
         if plan.source.is_dir():
             sources += plan.source.iterdir()
-    inputs = {(status.st_dev, status.st_ino): path for path in sources if (status := _status(path)) is not None}
+    inputs: dict[tuple[int, int], list[Path]] = {}
+    for path in sources:
+        status = _status(path)
+        if status is not None:
+            inputs.setdefault((status.st_dev, status.st_ino), []).append(path)
     manifest = manifest_path(plan)
     written = [*plan.final_paths(), *outputs.temporary(), *outputs.paths, journal_path(plan), manifest]
     written += [partial_path(manifest), replaced_path(plan.output_path()), trial_path(plan.output_path())]
+    unlinked = {*plan.final_paths(), *outputs.paths} if plan.is_folder else set()
     for path in written:
         status = _status(path)
-        source = None if status is None else inputs.get((status.st_dev, status.st_ino))
+        found = [] if status is None else inputs.get((status.st_dev, status.st_ino), [])
+        source = next((source for source in found if path not in unlinked or _is_same_entry(path, source)), None)
         if source is not None:
             raise UsageError(
                 "the output would replace a file of the source",
@@ -327,6 +336,12 @@ def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs
                 got=f"the same file as {source}",
                 hint="choose another name or folder for the output",
             )
+
+
+def _is_same_entry(one: Path, other: Path) -> bool:
+    """Return whether two names of a file are the same name in the same folder, once links are followed."""
+    left, right = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return left.name == right.name and os.path.samefile(left.parent, right.parent)
 
 
 def _status(path: Path) -> os.stat_result | None:
@@ -393,6 +408,7 @@ def join_summaries(summaries: Sequence[Summary]) -> Summary:
             resumed_bytes=sum(report.resumed_bytes for report in reports),
             flagged=tuple(chain.from_iterable(report.flagged for report in reports)),
             zero=tuple(dict.fromkeys(chain.from_iterable(report.zero for report in reports))),
+            links=dict(chain.from_iterable(report.links.items() for report in reports)),
         ),
         dry_run=None if first.dry_run is None else join_dry_runs([s.dry_run for s in summaries if s.dry_run]),
     )

@@ -77,7 +77,7 @@ def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any])
     yield _json(head)[:-1] + ', "files": ['
     reports = iter(report.tensors)
     for number, file in enumerate(plan.files):
-        yield (",\n" if number else "\n") + _file_head(file)[:-1] + ', "tensors": ['
+        yield (",\n" if number else "\n") + _file_head(file, report.links)[:-1] + ', "tensors": ['
         digests: list[str] = []
         for tensor in file.tensors:
             yield (",\n " if digests else "\n ") + _json(_tensor_entry(tensor, digest := next(reports).digest))
@@ -86,15 +86,14 @@ def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any])
     yield "]}\n"
 
 
-def _file_head(file: OutputFile) -> str:
-    return _json(
-        {
-            "name": file.name,
-            "bytes": file.nbytes,
-            "header_bytes": len(file.header),
-            "header": _header_checksum(file),
-        }
-    )
+def _file_head(file: OutputFile, links: Mapping[str, str]) -> str:
+    head = {
+        "name": file.name,
+        "bytes": file.nbytes,
+        "header_bytes": len(file.header),
+        "header": _header_checksum(file),
+    }
+    return _json(head | ({"made_by": links[file.name]} if file.name in links else {}))
 
 
 def _header_checksum(file: OutputFile) -> str:
@@ -304,6 +303,15 @@ def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
     )
 
 
+def links_in(path: Path) -> dict[str, str]:
+    """Return how the files of a finished output were made that are files of the source, by name; see ``links``.
+
+    Raises:
+        InputMissingError, FileFormatError: as for ``read_manifest``.
+    """
+    return {entry["name"]: entry["made_by"] for entry in read_manifest(path)["files"] if "made_by" in entry}
+
+
 def _is_same_source(before: Mapping[str, Mapping[str, int]], now: Mapping[str, Mapping[str, int]]) -> bool:
     return before.keys() == now.keys() and all(
         is_same_source(list(before[name].values()), list(now[name].values())) for name in now
@@ -311,11 +319,14 @@ def _is_same_source(before: Mapping[str, Mapping[str, int]], now: Mapping[str, M
 
 
 def _source_entry(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    # By name alone: a manifest holds no path.
-    return {
-        os.path.basename(name): {"bytes": size, "mtime_ns": mtime}
-        for name, (size, mtime) in fingerprint["source"].items()
-    }
+    # By name alone: a manifest holds no path. A second source's file of the same name has its folder's before it.
+    found: dict[str, Any] = {}
+    for name, (size, mtime) in fingerprint["source"].items():
+        base = os.path.basename(name)
+        if base in found:
+            base = f"{os.path.basename(os.path.dirname(name))}/{base}"
+        found[base] = {"bytes": size, "mtime_ns": mtime}
+    return found
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import InputOutputError, LockedError, OutputExistsError, ResumeError, SpaceError
+from ..errors import FileFormatError, InputOutputError, LockedError, OutputExistsError, ResumeError, SpaceError
 from ..plan import Plan
+from .links import COPY, HARD_LINK, REFLINK, can_share, hard_link, reflink
 from .locks import try_lock
 from .names import (
     Identity,
@@ -119,7 +120,8 @@ class Outputs(ABC):
     """The files of a plan while they are being made.
 
     ``paths`` are their names as they are now, ``replaces`` what stood under each final name when the run began (under
-    that of the folder, with ``held``, the files in it): only that is ever replaced.
+    that of the folder, with ``held``, the files in it): only that is ever replaced. ``links`` says how files were made
+    that are files of the source: a shared one is never open for writing.
     """
 
     def __init__(self, plan: Plan, *, lock: bool = True) -> None:
@@ -128,6 +130,7 @@ class Outputs(ABC):
         self.paths: list[Path] = []
         self.replaces: list[Identity | None] = []
         self.held: dict[str, Identity] = {}
+        self.links: dict[int, str] = {}
         self._open: dict[int, int] = {}
         self._made: set[Path] = set()
         self._leftovers: dict[Path, Identity | None] = {}  # of older runs, when this one began
@@ -216,8 +219,16 @@ class Outputs(ABC):
     # ---- during the run
 
     def descriptor(self, index: int) -> int:
-        """Return the descriptor of a file, open for reading and writing until the end of the run."""
+        """Return the descriptor of a file, open until the end of the run: for reading and writing, unless shared."""
         return self._open[index]
+
+    def is_shared(self, index: int) -> bool:
+        """Return whether a file shares the bytes of a file of the source, so that there is nothing to write."""
+        return self.links.get(index, COPY) != COPY
+
+    def links_by_name(self) -> dict[str, str]:
+        """Return how the files were made that are files of the source."""
+        return {self._plan.files[index].name: how for index, how in sorted(self.links.items())}
 
     def inodes(self) -> list[int]:
         """Return the inode numbers of the files: the same file keeps its own through renames."""
@@ -225,7 +236,9 @@ class Outputs(ABC):
 
     def allocated_bytes(self) -> int:
         """Return the bytes of disk that the temporary files take already."""
-        return sum(status.st_blocks for path in self.paths if (status := _status(path))) * STAT_BLOCK_BYTES
+        files = zip(self.paths, self._plan.files, strict=True)
+        own = [path for path, file in files if not can_share(file, self._plan.destination)]
+        return sum(status.st_blocks for path in own if (status := _status(path))) * STAT_BLOCK_BYTES
 
     def sync(self, indexes: set[int]) -> None:
         """Make what was written to the given files durable."""
@@ -323,6 +336,85 @@ class Outputs(ABC):
                 "another run is writing this file", where=path, hint="wait for the other run or stop it"
             ) from None
 
+    def _make(self, index: int) -> None:
+        """Make a file with its size and its header, or share the file of the source that has its bytes.
+
+        Raises:
+            FileFormatError: that file changed since its header was read.
+        """
+        source = self._plan.files[index].same_as
+        descriptor = self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        if source is not None:
+            if _reflinked(source, descriptor):
+                self.links[index] = REFLINK
+                self._check_shared(index, source)
+                return
+            self._forget(index)
+            if self._link(index, source):
+                return
+            self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self.links[index] = COPY
+        self._size_up(index)
+
+    def _forget(self, index: int) -> None:
+        """Remove a file that was made just now, and close it."""
+        descriptor = self._open.pop(index)
+        try:
+            remove_known(self.paths[index], descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _link(self, index: int, source: Path) -> bool:
+        """Make a file by a hard link, and open it for reading; there is no lock on a file that is not this run's own.
+
+        Raises:
+            FileFormatError: as for ``_make``.
+        """
+        with os_errors(source, "linked"):
+            if not hard_link(source, self.paths[index]):
+                return False
+        self._open[index] = open_file(self.paths[index], os.O_RDONLY)
+        self.links[index] = HARD_LINK
+        self._check_shared(index, source)
+        return True
+
+    def _check_shared(self, index: int, source: Path) -> None:
+        """Check that a shared file is as the plan has it.
+
+        Raises:
+            FileFormatError: it is not.
+        """
+        file, descriptor = self._plan.files[index], self._open[index]
+        size = os.fstat(descriptor).st_size
+        if size != file.nbytes or os.pread(descriptor, len(file.header), 0) != file.header:
+            raise FileFormatError(
+                "changed during the conversion", where=source, hint="run again once nothing writes to the file"
+            )
+
+    def _take_over_shared(self, index: int, source: Path) -> bool:
+        """Take over a file of an interrupted run that may be shared; return False where it is a copy.
+
+        A file with other names is never opened for writing, whosever they are.
+
+        Raises:
+            ResumeError: it has other names and is not the source's file.
+        """
+        path = self.paths[index]
+        status = _status(path)
+        if status is None:
+            self._make(index)
+            return True
+        with os_errors(source, "looked at"):
+            is_source = os.path.samestat(status, source.stat())
+        if not is_source:
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                raise ResumeError("not the file of the interrupted run", where=path, hint=FRESH_HINT)
+            return False
+        self._open[index] = open_file(path, os.O_RDONLY)
+        self.links[index] = HARD_LINK
+        self._check_shared(index, source)
+        return True
+
     def _size_up(self, index: int) -> None:
         """Give an open file its size and its header."""
         descriptor, file = self._open[index], self._plan.files[index]
@@ -340,9 +432,13 @@ class Outputs(ABC):
         Raises:
             ResumeError: it is another file, which is left as it is.
         """
-        path = self.paths[index]
+        path, source = self.paths[index], self._plan.files[index].same_as
+        if source is not None and self._take_over_shared(index, source):
+            return
         made = _status(path) is None
         descriptor = self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL if made else os.O_RDWR)
+        if source is not None and index in started:
+            self.links[index] = REFLINK if _reflinked(source, descriptor) else COPY
         if index in started:
             return
         if not made:
@@ -350,6 +446,10 @@ class Outputs(ABC):
             begins = os.pread(descriptor, len(header), 0)
             if os.fstat(descriptor).st_ino not in known if known else not _is_part_of(begins, header):
                 raise ResumeError("not the file of the interrupted run", where=path, hint=FRESH_HINT)
+        if source is not None:
+            self._forget(index)
+            self._make(index)
+            return
         self._size_up(index)
 
     def _check_size(self, index: int, started: Collection[int]) -> None:
@@ -373,6 +473,8 @@ class FolderOutput(Outputs):
         self._final = plan.destination
         self._root = partial_path(plan.destination)
         self._names = frozenset(file.name for file in plan.files)
+        # A file that this run alone has, by whose inode number the folder is known again.
+        self._own = next((index for index, file in enumerate(plan.files) if file.same_as is None), 0)
         self.paths = [self._root / file.name for file in plan.files]
         self._folder: int | None = None
 
@@ -470,17 +572,18 @@ class FolderOutput(Outputs):
                 remove_known(entry, identity)
             self._try_names(root)
             for index in range(len(self.paths)):
-                self._keep_open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._make(index)
                 if not index and os.path.lexists(self._final):
                     check_folder_can_be_replaced(self._final, root)
-                self._size_up(index)
         self._sync_names()
 
     def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
         """Take over the folder, under its temporary or, after a late kill, its final name."""
         root, final = self._root, self._final
         remove_trial(trial_path(final))
-        in_place = len(finished) == len(self.paths) and _inode(final / self._plan.files[0].name) in inodes[:1]
+        own = self._own
+        is_own = _inode(final / self._plan.files[own].name) in inodes[own : own + 1]
+        in_place = len(finished) == len(self.paths) and is_own
         if in_place:
             self._root = root = final
             self.paths = [root / file.name for file in self._plan.files]
@@ -822,6 +925,12 @@ def remove_trial(path: Path) -> None:
             raise OutputExistsError(
                 "already exists and is not of dsv4convert", where=path, hint="move it away or choose another name"
             )
+
+
+def _reflinked(source: Path, output: int) -> bool:
+    """Let an open file share the blocks of ``source``; return False where that cannot be."""
+    with os_errors(source, "linked"):
+        return reflink(source, output)
 
 
 def _held(folder: Path) -> dict[str, Identity]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
 from .consume import read_bytes_by_file
+from .links import shared_bytes
 from .operations import COPY_TILE_BYTES, TILE_BYTES
 from .outputs import free_bytes
 
@@ -61,9 +62,9 @@ def disk_needed(plan: Plan, already: int = 0) -> int:
     """Return the bytes of disk that carrying out ``plan`` takes, where ``already`` bytes of the output are there.
 
     A plan that uses its source up needs room for two of its files: one that is copied, and one that waits for its
-    records.
+    records. Files that the output can share with the source need none.
     """
-    needed = plan.nbytes - already
+    needed = max(0, plan.nbytes - shared_bytes(plan.files, plan.destination) - already)
     if not plan.consumes:
         return needed
     return min(needed, 2 * max(read_bytes_by_file(plan).values(), default=0))

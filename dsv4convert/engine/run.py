@@ -65,7 +65,8 @@ class Recorder(Protocol):
 class RunReport:
     """What a run did: bytes, seconds, and per tensor its checksum and counts.
 
-    ``flagged`` are the tensors in which anything was counted, ``zero`` the source tensors whose every byte is zero.
+    ``flagged`` are the tensors in which anything was counted, ``zero`` the source tensors whose every byte is zero,
+    ``links`` how the files were made that are files of the source, by name.
     """
 
     tensors: Sequence[TensorReport]
@@ -77,6 +78,7 @@ class RunReport:
     resumed_bytes: int = 0
     flagged: Sequence[TensorReport] = ()
     zero: Sequence[str] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -173,6 +175,7 @@ def run_plan(
         resumed,
         done.flagged(),
         zero_tensors(plan.source, done.zeros()),
+        outputs.links_by_name(),
     )
     if before_finish is not None:
         before_finish(report)
@@ -271,8 +274,9 @@ def _work(
                     return
                 lane, task = found
                 worker.share(lane.workers)
+                make = worker.look if outputs.is_shared(task.file) else worker.run
                 try:
-                    made = worker.run(
+                    made = make(
                         _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
                     )
                 except Exception as error:

@@ -99,6 +99,26 @@ class Worker:
             return self._copy(segment, segment.operation, path, output, offset)
         return self._convert(segment, path, output, offset)
 
+    def look(self, segment: Segment, output: int, path: Path, offset: int) -> Made:
+        """Read a copy that is in the output already, for its digest and its counts; see ``run``.
+
+        Raises:
+            InputOutputError: the system refused, or the file was cut short.
+        """
+        holds = segment.operation.holds if isinstance(segment.operation, Copy) else ""
+        digest, tally, zeros = xxhash.xxh3_128(), Tally(), 1
+        chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows),), np.uint8)
+        done = 0
+        while done < segment.rows and not self.stopped:
+            seen = chunk[: segment.rows - done]  # whole elements: a tile is a multiple of each
+            self._read_all(path, output, offset + done, seen)
+            digest.update(seen.data)
+            zeros = zeros and int(is_zero(seen))
+            self._count(holds, chunk[:0], seen, tally)
+            done += len(seen)
+            self._control.done_bytes += len(seen)
+        return Made(digest.digest(), tally, zeros)
+
     def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
         tally = Tally()
         # Scales of a wider type are bytes of E8M0 once they are read, and have no zeros in the file.
@@ -158,9 +178,14 @@ class Worker:
         return tile.view(operand.dtype)
 
     def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
-        view = buffer.data.cast("B")
         with os_errors(file, "read"):
             descriptor = self._descriptors.get(file, os.O_RDONLY)
+        self._read_all(file, descriptor, offset, buffer)
+
+    def _read_all(self, file: Path, descriptor: int, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Fill ``buffer`` from an open file; ``file`` is its name, for errors."""
+        view = buffer.data.cast("B")
+        with os_errors(file, "read"):
             while view.nbytes:
                 count = os.preadv(descriptor, [view], offset)
                 if count == 0:

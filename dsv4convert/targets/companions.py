@@ -62,8 +62,8 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def auxiliary_files(source: Path) -> list[OutputFile]:
-    """Return the tokenizer, generation and licence files of ``source``, byte for byte.
+def auxiliary_files(source: Path, also: Sequence[str] = ()) -> list[OutputFile]:
+    """Return the tokenizer, generation and licence files of ``source``, and those named ``also``, byte for byte.
 
     Raises:
         InputMissingError: one cannot be read.
@@ -71,7 +71,7 @@ def auxiliary_files(source: Path) -> list[OutputFile]:
     """
     files: list[OutputFile] = []
     left = MAX_AUXILIARY_BYTES
-    for name in AUXILIARY_FILES:
+    for name in (*AUXILIARY_FILES, *also):
         path = source / name
         if not os.path.lexists(path):
             continue

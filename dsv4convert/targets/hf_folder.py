@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
@@ -16,6 +16,7 @@ from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
 from ..plan import Dropped, OutputFile, OutputTensor
 from .claims import Claims
 from .fp8_segments import FP8_BLOCKS, fp4_to_fp8_segments, fp8_scale_shape
+from .output_config import QUANTIZATION_KEYS, VISION_KEY_PREFIX
 from .safetensors_files import safetensors_file, safetensors_index, unplaced_tensor, whole_file
 from .segments import BF16, F16, F32, I32, I64, ElementType, copy_segments, stack_segments
 
@@ -36,13 +37,11 @@ DEFAULT_MAX_FILE_BYTES = 5 * 10**9
 HEADER_BYTES = 128
 HEADER_ENTRY_BYTES = 160
 
-# Keys of config.json that speak of quantized weights.
-QUANTIZATION_KEYS = ("quantization_config", "expert_dtype")
 EXPERT_DTYPE_KEY = "expert_dtype"
 DTYPE_KEYS = ("torch_dtype", "dtype")  # what transformers called it up to 4.55, and since
 
-# Keys that speak of a vision tower, for which transformers' DeepseekV4 has no modules.
-VISION_KEY_PREFIX = "vision_"
+# Why transformers' names leave tensors out.
+NO_MODULE = "transformers' DeepseekV4 has no such module"
 
 # How many kinds of tensors a summary names of those that were left out.
 MAX_NAMED = 4
@@ -67,20 +66,24 @@ def dequantized_tensors(
     groups: dict[str, list[Weight]] = {}
     nameless: list[Weight] = []
     for weight in checkpoint.weights.values():
-        name = _transformers_name(weight)
+        name = transformers_name(weight)
         if name is None:
             nameless.append(weight)
         else:
             groups.setdefault(name, []).append(claims.take(weight))
-    kinds = list(dict.fromkeys(weight.row.name for weight in nameless))
-    left_out = ", ".join(kinds[:MAX_NAMED] + ["…"] * (len(kinds) > MAX_NAMED))
-    claims.drop(left_out, "transformers' DeepseekV4 has no such module", nameless)
+    claims.drop(kinds_of(nameless), NO_MODULE, nameless)
     note = ("mtp.* keeps its official names: transformers has no draft and skips these names",)
     tensors = [_dequantized(name, groups.pop(name), to) for name in list(groups)]
     return tensors, claims.close(), note if checkpoint.n_draft else ()
 
 
-def _transformers_name(weight: Weight) -> str | None:
+def kinds_of(weights: Iterable[Weight]) -> str:
+    """Return which kinds of tensors there are, for a summary."""
+    kinds = list(dict.fromkeys(weight.row.name for weight in weights))
+    return ", ".join(kinds[:MAX_NAMED] + ["…"] * (len(kinds) > MAX_NAMED))
+
+
+def transformers_name(weight: Weight) -> str | None:
     """Return the module path of a weight in transformers, None where it has none.
 
     Draft layers have none either, but transformers skips whatever is called ``mtp.*``, so they can stay; what

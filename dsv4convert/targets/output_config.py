@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.meaning import has_draft_keys, stated_expert_dtypes, stored_expert_dtype
 from ..checkpoint.shards import ShardCheckpoint
+from ..checkpoint.weights import Weight
 from ..model.config import Version
-from ..model.config_v41 import TEXT
-from ..model.tensors import Draft
+from ..model.config_v41 import TEXT, VISION
+from ..model.tensors import Draft, is_vision_name
+
+# Keys of config.json that speak of quantized weights, and those of a vision tower, as V4 has them.
+QUANTIZATION_KEYS = ("quantization_config", "expert_dtype")
+VISION_KEY_PREFIX = "vision_"
 
 
 def true_config(checkpoint: Checkpoint | ShardCheckpoint) -> Mapping[str, Any]:
@@ -34,6 +39,20 @@ def true_config(checkpoint: Checkpoint | ShardCheckpoint) -> Mapping[str, Any]:
         if held is not None and value != held:
             config = with_expert_dtype(config, key, held)
     return config
+
+
+def pruned_config(config: Mapping[str, Any], weights: Iterable[Weight]) -> Mapping[str, Any]:
+    """Return ``config`` without the keys of a vision tower, or of quantised weights, where ``weights`` have none.
+
+    The very object where there is nothing to leave out.
+    """
+    held = list(weights)
+    left_out: set[str] = set()
+    if not any(is_vision_name(weight.name) for weight in held):
+        left_out |= {key for key in config if key == VISION or key.startswith(VISION_KEY_PREFIX)}
+    if all(weight.scale is None for weight in held):
+        left_out |= {key for key in QUANTIZATION_KEYS if key in config}
+    return {key: value for key, value in config.items() if key not in left_out} if left_out else config
 
 
 def with_expert_dtype(config: Mapping[str, Any], key: str, value: str) -> dict[str, Any]:

@@ -233,7 +233,11 @@ def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segme
     Raises:
         InventoryError: the row length of one is no multiple of the type's block.
     """
-    pieces = [convert_segments(weight, to) for weight in weights]
+    return join_segments([convert_segments(weight, to) for weight in weights])
+
+
+def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
+    """Return the segments of several tensors as those of one, in order."""
     if len(pieces) == 1:
         return pieces[0]
     segments = [segment for piece in pieces for segment in piece]

@@ -89,6 +89,7 @@ def prepare(
     index: str = BY_INDEX,
     imatrix: Path | None = None,
     ggml_lib: Path | None = None,
+    graft_draft: Path | None = None,
 ) -> Verification:
     """Hold the headers of ``output`` against those of the checkpoint folder ``source``.
 
@@ -96,13 +97,14 @@ def prepare(
     another tool may do otherwise: any rounding within the format's half step, and other names and
     wordings of metadata. ``strict`` refuses a source with values that are not finite, or all zero. ``imatrix`` is the
     importance matrix with which a GGUF was made, ``ggml_lib`` ggml's library, which makes its low-bit tensors anew.
+    ``graft_draft`` is the folder whose draft the output has in place of the source's.
 
     Raises:
         InputMissingError: source or output is not there.
         Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
     """
     started = time.monotonic()
-    checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index)
+    checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index, draft_from=graft_draft)
     if not output.exists():
         raise InputMissingError("no such file or folder", where=output)
     if os.path.realpath(source) == os.path.realpath(output):

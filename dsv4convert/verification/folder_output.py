@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
 
 PREFIX = "model."
 SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
+STACK_SCALE_SUFFIXES = ("_scale_inv",)
 
 # The weight that shards hold in BF16, whatever the source has, and the one that concatenates over ranks
 # along its columns.
@@ -78,7 +79,8 @@ class Tensors:
         if found is None:
             return None
         stem = name.removesuffix(".weight")
-        scales = (self._pop(stem + suffix) for suffix in SCALE_SUFFIXES) if stem != name else iter(())
+        suffixes = SCALE_SUFFIXES if stem != name else STACK_SCALE_SUFFIXES
+        scales = (self._pop(stem + suffix) for suffix in suffixes)
         return found, next((scale for scale in scales if scale is not None), None)
 
     def _pop(self, name: str) -> Stored | None:
@@ -98,7 +100,7 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
     stored, files, strays = read_folder_headers(folder)
     for stray in strays:
         report.problem(FILE, folder, stray)
-    _check_file_metadata(files, report)
+    _check_file_metadata(files, report, [read_metadata(path) for path in checkpoint.files])
     if (folder / INDEX_NAME).is_file():
         _check_index(folder / INDEX_NAME, stored, report)
     transformers = any(".self_attn." in name for name in stored)
@@ -341,12 +343,12 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 # Besides tensors
 
 
-def _check_file_metadata(files: Iterable[Path], report: Report) -> None:
-    """Report ``__metadata__`` of safetensors headers that PyTorch's loaders do not want."""
+def _check_file_metadata(files: Iterable[Path], report: Report, sources: Sequence[Any] = ()) -> None:
+    """Report ``__metadata__`` of safetensors headers that PyTorch's loaders do not want, unless ``sources`` have it."""
     for path in files:
         report.keys += 1
         found = read_metadata(path)
-        if found != PYTORCH_METADATA and not (report.foreign or found is None):
+        if found not in (None, PYTORCH_METADATA, *sources) and not report.foreign:
             report.problem(KEY, path, f"{METADATA_KEY}: expected {PYTORCH_METADATA}, got {found!r:.80}")
 
 
@@ -374,7 +376,8 @@ def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece],
     except (ConfigError, InputMissingError) as error:
         report.problem(FILE, path, str(error))
         return
-    expected = _expected_config(checkpoint, list(pieces), report)
+    held = list(pieces)
+    expected = _without_pruned(_expected_config(checkpoint, held, report), found, held)
     if report.foreign:
         try:
             theirs, ours = parse_config(found, path), parse_config(expected, path)
@@ -450,6 +453,19 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     if checkpoint.n_draft and _is_left_out(THE_DRAFT, report):
         config = _without_draft(config)
     return config
+
+
+def _without_pruned(config: dict[str, Any], found: Mapping[str, Any], pieces: list[Piece]) -> dict[str, Any]:
+    """Return a config without the keys that ``found`` may leave out: they speak of what the output does not have."""
+    has_tower = any(is_vision_name(piece.source.name) for piece in pieces)
+    is_quantised = any(piece.output.encoding in QUANTISED for piece in pieces)
+
+    def is_idle(key: str) -> bool:
+        if key in ("quantization_config", "expert_dtype"):
+            return not is_quantised
+        return key.startswith("vision_") and not has_tower
+
+    return {key: value for key, value in config.items() if key in found or not is_idle(key)}
 
 
 def _quantised_config(config: dict[str, Any], side: int) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""The command that puts a checkpoint folder right: mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import RunOptions, out_folder_argument, run_options, source_argument, strict_option
+from .parsing import CONTENT, CONVERT, FOLDER, command, option
+
+
+@command("mend", panel=CONVERT, example="dsv4convert mend DeepSeek-V4-Flash DeepSeek-V4-Flash-mended --reindex")
+@source_argument
+@out_folder_argument
+@option(
+    "--reindex",
+    is_flag=True,
+    panel=CONTENT,
+    help="Take all safetensors files by their headers, whatever the index says, and write the index anew.",
+)
+@option("--drop-draft", is_flag=True, panel=CONTENT, help="Leave out MTP layers or DSpark stages, in config.json too.")
+@option(
+    "--graft-draft",
+    type=FOLDER,
+    metavar="FROM",
+    panel=CONTENT,
+    help="Take the draft from another folder, a whole model or a draft alone; with --drop-draft in place of SOURCE's.",
+)
+@option(
+    "--prune-config",
+    is_flag=True,
+    panel=CONTENT,
+    help="Leave out keys of config.json about a draft, a vision tower or quantised weights that are not there.",
+)
+@option(
+    "--rename",
+    type=click.Choice(["official", "transformers"]),
+    panel=CONTENT,
+    help="Naming scheme to give the tensors: the published names, or those of transformers with stacked experts.",
+)
+@strict_option
+@run_options
+def mend(
+    source: Path,
+    out: Path,
+    reindex: bool,
+    drop_draft: bool,
+    graft_draft: Path | None,
+    prune_config: bool,
+    rename: str | None,
+    strict: bool,
+    *,
+    run: RunOptions,
+) -> None:
+    """Write a checkpoint folder with its index, draft, config or names put right, sharing the files that stay."""
+    from ..api import mend as mend_folder
+    from .report import run_conversion
+
+    run_conversion(
+        mend_folder,
+        run,
+        source,
+        out,
+        reindex=reindex,
+        drop_draft=drop_draft,
+        graft_draft=graft_draft,
+        prune_config=prune_config,
+        rename=rename,
+        strict=strict,
+    )
+
+
+COMMANDS = (mend,)

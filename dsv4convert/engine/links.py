@@ -1,0 +1,75 @@
+"""Files of an output that are files of the source: shared with it where the file system can, and copied elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from ..plan import OutputFile
+
+# How a file came to be, as the manifest says it. A reflink shares the source's blocks until one of the two is
+# written; a hard link is the source's file under another name.
+REFLINK, HARD_LINK, COPY = "reflink", "hard link", "copy"
+
+# FICLONE of <linux/fs.h>: _IOW(0x94, 9, int).
+FICLONE = 0x40049409
+
+# What a kernel or a file system says that cannot share: another device, no such operation, or a file of somebody else.
+REFUSED = frozenset(
+    {
+        *(errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EINVAL),
+        *(errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.EBADF),
+    }
+)
+
+
+def reflink(source: Path, output: int) -> bool:
+    """Let the open file ``output`` share the blocks of ``source``; return False where that cannot be.
+
+    Raises:
+        OSError: the system refused for another reason.
+    """
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(output, FICLONE, descriptor)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def hard_link(source: Path, path: Path) -> bool:
+    """Give the file ``source`` the name ``path`` too; return False where that cannot be.
+
+    Links are followed: the hub's cache keeps a snapshot as links to its files.
+
+    Raises:
+        OSError: the system refused for another reason.
+    """
+    try:
+        os.link(os.path.realpath(source), path)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return False
+    return True
+
+
+def can_share(file: OutputFile, folder: Path) -> bool:
+    """Return whether an output file in ``folder`` is a file of the source on the same file system."""
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        return file.same_as is not None and file.same_as.stat().st_dev == folder.stat().st_dev
+    except OSError:
+        return False
+
+
+def shared_bytes(files: tuple[OutputFile, ...], folder: Path) -> int:
+    """Return the bytes of the output files that need no room in ``folder``."""
+    return sum(file.nbytes for file in files if can_share(file, folder))

@@ -119,6 +119,7 @@ COMMANDS = {
     "dequantize": dsv4convert.dequantize,
     "repack": dsv4convert.repack,
     "requantize": dsv4convert.requantize,
+    "mend": dsv4convert.mend,
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
     "check": dsv4convert.check,

@@ -628,6 +628,8 @@ class FolderOutput(Outputs):
                 self.check_not_taken()
                 take_final_name(root, final, self._folder, old, replaced_path(final))
                 self._check_renamed(old)
+        sync_folder(final.parent)  # the new name is durable before anything of the older output goes
+        with os_errors(final, "removed"):
             self._clear_up(old)
         sync_folder(final.parent)
 

@@ -86,6 +86,7 @@ COMMANDS: dict[str, list[str]] = {
     "dequantize": ["{path}", "{out}"],
     "repack": ["{path}", "{out}", "--experts", "fp8"],
     "requantize": ["{path}", "{out}"],
+    "mend": ["{path}", "{out}", "--reindex"],
     "verify": ["{tiny}", "{path}"],
     "inspect": ["{path}"],
     "estimate": ["{path}"],

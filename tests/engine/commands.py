@@ -44,6 +44,7 @@ COMMANDS = {
     "merge": "merge {split} {out}/model.gguf",
     "merge --delete-parts": "merge {parts} {out}/model.gguf --delete-parts",
     "imatrix": "imatrix {shards} --text {text} --tokenizer {checkpoint} --context-size 8 -o {out}/model.gguf",
+    "mend": "mend {checkpoint} {out}/mended --drop-draft",
 }
 CHECKPOINT = "checkpoint"
 SHARDS = "shards"

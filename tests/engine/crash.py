@@ -33,6 +33,7 @@ from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.mend import Mends, plan_mend
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
@@ -43,6 +44,8 @@ PLANS: dict[str, Callable[[Path, Path], Plan]] = {
     "hf-to-gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
     "shard": lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
     "dequantize": lambda source, out: plan_dequantize(source, out / "bf16", max_file_bytes=4_000_000),
+    # A file that is shared with the source, and one that is written.
+    "mend": lambda source, out: plan_mend(source, out / "mended", Mends(drop_draft=True)),
 }
 
 # Recorded as often as it goes, so that a run of some milliseconds has many states to die in.
@@ -51,7 +54,7 @@ THREADS = 2
 CHILD_SECONDS = 60.0
 SEGMENT_SECONDS = 0.0005
 
-WATCHED = ("open", "pwrite", *KERNEL_COPIES, "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir")
+WATCHED = ("open", "pwrite", *KERNEL_COPIES, "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir", "link")
 OLD = b'{"manifest": "of an older run"}'
 
 
@@ -137,10 +140,14 @@ class Killer:
         if not os.path.lexists(path):
             self.changed(_folder_of(path), lambda: shutil.rmtree(path))
 
+    def note_link(self, source: Any, path: Any) -> None:
+        if not os.path.lexists(path):
+            self.changed(_folder_of(path), lambda: self.real["unlink"](path))
+
     def note_unlink(self, path: Any) -> None:
         if os.path.lexists(path):
             kept = f"{path}.kept{len(self.undo)}"
-            os.link(path, kept)
+            self.real["link"](path, kept)
             self.changed(_folder_of(path), lambda: os.rename(kept, path))
 
     def note_renameat2(self, old: Any, new: Any, flags: int) -> None:
@@ -154,7 +161,7 @@ class Killer:
         kept = f"{new}.kept{len(self.undo)}"
         had = os.path.isfile(new)
         if had:
-            os.link(new, kept)
+            self.real["link"](new, kept)
 
         def back() -> None:
             os.rename(new, old)
@@ -271,6 +278,7 @@ def main() -> None:
         old = contents(plan) if overwrite else {}
         if overwrite:
             for path in (*plan.final_paths(), manifest_path(plan)):
+                path.unlink()  # it may be the source's file under another name
                 path.write_bytes(OLD)
             old = contents(plan)
         while True:

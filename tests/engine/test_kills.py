@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ..checkpoints import MakeCheckpoint
 from .crash import PLANS
 
 # Deaths for each target. A child lives some ten milliseconds, so the moments are spread over all that a run does.
@@ -35,6 +37,10 @@ def crash(target: str, source: Path, folder: Path, mode: str, runs: int) -> dict
     return report
 
 
+def contents_and_places(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("target", PLANS)
 @pytest.mark.parametrize(
     ("mode", "runs"),
@@ -42,9 +48,13 @@ def crash(target: str, source: Path, folder: Path, mode: str, runs: int) -> dict
     ids=["killed at a random moment", "killed before a system call", "power loss before a system call"],
 )
 def test_a_run_that_died_goes_on_to_the_same_bytes(
-    target: str, mode: str, runs: int, tiny: Path, fast_tmp: Path
+    target: str, mode: str, runs: int, make_checkpoint: MakeCheckpoint, fast_tmp: Path
 ) -> None:
-    report = crash(target, tiny, fast_tmp, mode, runs)
+    # On the file system of the output, so that it can share files.
+    source = shutil.copytree(make_checkpoint("tiny", files=3), fast_tmp / "source")
+    before = contents_and_places(source)
+    report = crash(target, source, fast_tmp, mode, runs)
+    assert contents_and_places(source) == before
     assert report["wrong"] == []
     assert report["died"] >= runs
     # Some died late enough to have something recorded, which the next run did not make again.

@@ -351,6 +351,7 @@ def test_an_old_output_stays_until_its_successor_is_whole(plan: Plan, good: dict
         ("shard", "shards", ("--mp", "2")),
         ("dequantize", "bf16", ()),
         ("repack", "fp8", ("--experts", "fp8")),
+        ("mend", "mended", ("--rename", "transformers")),
     ],
 )
 def test_every_converting_command_resumes(

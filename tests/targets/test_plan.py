@@ -16,7 +16,7 @@ from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InventoryError
 from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, place
-from dsv4convert.targets import dequantize, drafts, gguf, repack, shards
+from dsv4convert.targets import dequantize, drafts, gguf, mend, repack, shards
 from dsv4convert.targets.claims import Claims
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
@@ -64,6 +64,7 @@ PLANNERS: dict[str, Callable[[Path, Path], object]] = {
     "hf-to-gguf of drafts": lambda source, out: gguf.plan_gguf(source, out / "a.gguf", GgufOptions(draft="split")),
     "dequantize": lambda source, out: dequantize.plan_dequantize(source, out / "o"),
     "transformers": lambda source, out: dequantize.plan_dequantize(source, out / "o", names="transformers"),
+    "mend": lambda source, out: mend.plan_mend(source, out / "o", mend.Mends(drop_draft=True)),
     "repack": lambda source, out: repack.plan_repack(source, out / "o"),
     "shard": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2)),
     "shard without drafts": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="drop")),
@@ -90,7 +91,7 @@ def test_planning_leaves_the_checkpoint_as_it_was(
 
         return open_and_remember
 
-    for module in (gguf, drafts):
+    for module in (gguf, drafts, mend):
         monkeypatch.setattr(module, "open_checked", remembered(open_checked))
     monkeypatch.setattr(shards, "open_shards", remembered(open_shards))
     PLANNERS[name](source, tmp_path)

@@ -85,6 +85,7 @@ class Worker:
 
     @stopped.setter
     def stopped(self, stopped: bool) -> None:
+        """Let the worker end, or go on."""
         self._control.stopped = stopped
 
     def run(self, segment: Segment, output: int, path: Path, offset: int) -> Made:

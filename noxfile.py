@@ -46,6 +46,13 @@ def llama(session: nox.Session) -> None:
 
 
 @nox.session
+def mlx(session: nox.Session) -> None:
+    """Run the tests that load folders into MLX and mlx-vlm's models, on the processor."""
+    session.install("-e", ".[test,mlx]")
+    session.run("python", "-m", "pytest", "-ra", "tests/targets/test_mlx_loads.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, format, types and the workflow files."""
     session.install("-e", ".[lint]")

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .api import (
         check,
         convert_gguf,
+        convert_mlx,
         dequantize,
         estimate,
         imatrix,
@@ -95,6 +96,7 @@ __all__ = [
     "__version__",
     "check",
     "convert_gguf",
+    "convert_mlx",
     "dequantize",
     "estimate",
     "imatrix",

@@ -379,6 +379,38 @@ def requantize(
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
+def convert_mlx(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dense: str = "mxfp8",
+    max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
+    strict: bool = False,
+    index: str = "file",
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    lock: bool = True,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
+
+    ``dense`` is the form of FP8 weights, "mxfp8" or "bf16"; FP4 weights become mxfp4.
+
+    Raises:
+        LossyError: a scale of FP8 that no E8M0 byte stands for, with "mxfp8".
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.mlx import plan_mlx
+
+    plan = plan_mlx(
+        Path(source), Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index
+    )
+    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+
+
 def repack(
     source: StrPath,
     out: StrPath,

@@ -173,6 +173,16 @@ class Bf16ToFp8Scales:
 
 
 @dataclass(frozen=True, slots=True)
+class SpreadScales:
+    """A scale for every row and every part of a row: those of blocks, each ``times`` (down, across), cut to the output.
+
+    The operand holds E8M0 scales, or float32 ones that are powers of two; the output is E8M0.
+    """
+
+    times: Block
+
+
+@dataclass(frozen=True, slots=True)
 class ToFp8Codes:
     """The e4m3 codes of floats, rounded, as published; a row of the operand holds all rows of a ``block``."""
 
@@ -217,6 +227,7 @@ Operation: TypeAlias = (
     | Fp4ToFp8Scales
     | Bf16ToFp8Codes
     | Bf16ToFp8Scales
+    | SpreadScales
     | ToFp8Codes
     | ToFp8Scales
     | ToFp4Codes

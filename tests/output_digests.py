@@ -127,6 +127,16 @@ FOLDERS = {
     "official/without-draft": "requantize {bf16/dspark} {out} --draft drop",
     "official/draft-alone": "requantize {bf16/dspark} {out} --draft only",
     "official/split": "requantize {bf16/v41-tiny} {out}/model --draft split",
+    "mlx/tiny": "mlx {synth/tiny} {out}",
+    "mlx/files": "mlx {synth/tiny} {out} --dense mxfp8 --max-file-size 700K --strict",
+    "mlx/plain": "mlx {bf16-without-draft/tiny} {out}",
+    "mlx/headers": "mlx {synth/dspark} {out} --index headers",
+    **{f"mlx/{source}": f"mlx {{synth/{source}}} {{out}}" for source in ("base", "vision", "nano", "v41-tiny")},
+    **{
+        f"mlx-bf16/{source}": f"mlx {{synth/{source}}} {{out}} --dense bf16"
+        for source in ("tiny", "base-any-scales", "v41-tiny")
+    },
+    "mlx/fp8": "mlx {fp8/tiny} {out}",
 }
 
 SHARDS = {

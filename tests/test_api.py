@@ -120,6 +120,7 @@ COMMANDS = {
     "repack": dsv4convert.repack,
     "requantize": dsv4convert.requantize,
     "mend": dsv4convert.mend,
+    "mlx": dsv4convert.convert_mlx,
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
     "check": dsv4convert.check,

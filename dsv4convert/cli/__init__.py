@@ -31,6 +31,7 @@ MODULES = {
     "repack": "folders",
     "requantize": "folders",
     "mend": "mend",
+    "mlx": "mlx",
     "verify": "verify",
     "check": "check",
     "inspect": "inspect",

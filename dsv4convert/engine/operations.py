@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import InventoryError, LossyError
 from ..formats.backend import Codecs
 from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
-from ..formats.e8m0 import e8m0_to_f32
+from ..formats.e8m0 import e8m0_to_f32, power_of_two_bytes, spread_scales
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
 from ..plan import (
@@ -38,6 +38,7 @@ from ..plan import (
     Quantise,
     Segment,
     Source,
+    SpreadScales,
     SquaredWeights,
     Sums,
     Target,
@@ -105,7 +106,8 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
 
     Raises:
         InventoryError: ``AllEqual`` and they are not.
-        LossyError: ``Bf16ToFp8Codes`` or its scales, and no codes and scales make these values.
+        LossyError: ``Bf16ToFp8Codes`` or its scales, and no codes and scales make these values; ``SpreadScales``, and
+            one is no power of two.
     """
     match operation:
         case Convert():
@@ -135,6 +137,8 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
         case Bf16ToFp8Scales(columns, as_f32, block):
             scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
             out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
+        case SpreadScales(times):
+            _spread_scales(inputs[0], times, out, scratch)
         case ToFp8Codes(source, block):
             values = _floats(source, codecs, inputs[0].reshape(out.shape), scratch)
             codecs.f32_to_fp8(values, block, out, scratch, tally)
@@ -298,6 +302,17 @@ def _all_equal(inputs: Inputs, out: Bytes) -> None:
                 hint="are shards of two conversions mixed?",
             )
     out[...] = inputs[0]
+
+
+def _spread_scales(scale: NDArray[Any], times: Block, out: Bytes, scratch: Scratch) -> None:
+    codes = power_of_two_bytes(scale, scratch)
+    if codes is None:
+        raise LossyError(
+            "a scale that is no power of two cannot be stored as E8M0",
+            expected="a power of two from 2^-127 to 2^127",
+            hint="pass --dense bf16, which decodes such weights",
+        )
+    spread_scales(codes, times, out)
 
 
 def _fp4_to_fp8_codes(codecs: Codecs, inputs: Inputs, out: Bytes, side: int, scratch: Scratch, tally: Tally) -> None:

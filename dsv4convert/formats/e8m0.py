@@ -100,6 +100,24 @@ def wide_to_e8m0(bits: Array, out: ArrayU8) -> int | None:
     return None if bool(same.all()) else int(np.argmin(same.reshape(-1)))
 
 
+def spread_scales(scale: ArrayU8, times: tuple[int, int], out: ArrayU8) -> None:
+    """Fill ``out`` [R, C] with each scale of [ceil(R / down), ceil(C / across)], ``times`` (down, across) over.
+
+    Raises ValueError where ``scale`` has another shape.
+
+    >>> out = np.empty((3, 3), np.uint8)
+    >>> spread_scales(np.array([[1, 2], [3, 4]], np.uint8), (2, 2), out)
+    >>> out.tolist()
+    [[1, 1, 2], [1, 1, 2], [3, 3, 4]]
+    """
+    rows, columns = out.shape
+    down, across = times
+    if scale.shape != (-(-rows // down), -(-columns // across)):
+        raise ValueError(f"scales: expected {(-(-rows // down), -(-columns // across))}, got {scale.shape}")
+    wide = np.repeat(scale, across, axis=1)[:, :columns]
+    np.take(wide, np.arange(rows) // down, axis=0, out=out, mode="clip")
+
+
 def byte_range(codes: ArrayU8) -> tuple[int, int, bool]:
     """Smallest and largest scale byte that is not NaN, and whether a NaN is among them.
 

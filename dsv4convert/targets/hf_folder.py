@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
 from ..checkpoint.weights import Encoding, Weight
 from ..containers.safetensors import Stored
+from ..containers.safetensors_write import PYTORCH_METADATA
 from ..errors import InventoryError
 from ..model.config import CONFIG_NAME
 from ..model.config_v41 import TEXT
@@ -158,10 +159,15 @@ def _fp8_pair(weight: Weight, side: int) -> tuple[OutputTensor, OutputTensor]:
     )
 
 
-def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_FILE_BYTES) -> list[OutputFile]:
+def hf_files(
+    tensors: Sequence[OutputTensor],
+    max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
+    metadata: Mapping[str, str] = PYTORCH_METADATA,
+) -> list[OutputFile]:
     """Return the safetensors files of a folder, numbered and with an index where there is more than one.
 
-    A file has at most ``max_file_bytes``, header included; a tensor larger than that gets its own file.
+    ``metadata`` is what each header says of its maker. A file has at most ``max_file_bytes``, header included; a tensor
+    larger than that gets its own file.
     """
     groups: list[list[OutputTensor]] = [[]]
     size = HEADER_BYTES
@@ -173,9 +179,9 @@ def hf_files(tensors: Sequence[OutputTensor], max_file_bytes: int = DEFAULT_MAX_
         groups[-1].append(tensor)
         size += cost
     if len(groups) == 1:
-        return [safetensors_file(SINGLE_NAME, groups[0])]
+        return [safetensors_file(SINGLE_NAME, groups[0], metadata)]
     names = [NUMBERED_NAME.format(number=number, count=len(groups)) for number in range(1, len(groups) + 1)]
-    files = [safetensors_file(name, group) for name, group in zip(names, groups, strict=True)]
+    files = [safetensors_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
     return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
 
 

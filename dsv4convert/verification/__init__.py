@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import BY_INDEX, Checkpoint
+from ..checkpoint.folder import BY_INDEX, Checkpoint, read_folder_headers
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..checkpoint.shards import is_shard_folder
@@ -27,6 +27,7 @@ from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_piece
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT, LowBitCheck
+from .mlx_output import is_mlx_folder, mlx_pieces
 from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
@@ -34,7 +35,7 @@ __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "veri
 # Files of the source whose faults are not the output's.
 COMPANIONS = (MODEL_CARD_NAME, *NEEDED_FILES, *OTHER_FILES)
 
-GGUF, SHARDS, FOLDER = "GGUF", "shards", "checkpoint folder"
+GGUF, SHARDS, FOLDER, MLX = "GGUF", "shards", "checkpoint folder", "MLX folder"
 
 
 @dataclass
@@ -169,7 +170,11 @@ def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report, i
         return content.pieces
     if layout == SHARDS:
         return shard_pieces(output, checkpoint, report)
-    return folder_pieces(output, checkpoint, report)
+    headers = read_folder_headers(output)
+    if is_mlx_folder(headers[0]):
+        report.layout = MLX
+        return mlx_pieces(output, headers, checkpoint, report)
+    return folder_pieces(output, headers, checkpoint, report)
 
 
 def _describe_wrong(result: TensorResult) -> str:

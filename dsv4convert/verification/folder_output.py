@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_folder_headers, read_index
+from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_index
 from ..checkpoint.weights import Weight
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
@@ -60,11 +60,20 @@ DTYPE_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 PYTORCH_METADATA = {"format": "pt"}
 COPY_BYTES = 2**20
 
+# Stands for the value of a key that is not there.
+ABSENT = object()
+# Characters of a JSON value that a problem shows.
+MAX_SHOWN = 200
+
 # What an output can leave out as a whole.
 THE_DRAFT, THE_MODEL = "the draft layers", "the model without its draft"
 
 # What config.json calls a field of ModelConfig, where it is not its name.
 KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
+
+
+# Of a folder: its tensors by name, the files that hold them, and notes on others; see ``read_folder_headers``.
+FolderHeaders: TypeAlias = tuple[Mapping[str, Stored], tuple[Path, ...], tuple[str, ...]]
 
 
 class Tensors:
@@ -91,24 +100,20 @@ class Tensors:
         return list(self._left)
 
 
-def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
-    """Return the pieces of a checkpoint folder, and report everything that does not belong or is missing.
-
-    Raises:
-        Dsv4Error: the folder cannot be read at all.
-    """
-    stored, files, strays = read_folder_headers(folder)
+def folder_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+    """Return the pieces of a checkpoint folder, and report everything that does not belong or is missing."""
+    stored, files, strays = headers
     for stray in strays:
         report.problem(FILE, folder, stray)
-    _check_file_metadata(files, report, [read_metadata(path) for path in checkpoint.files])
+    check_file_metadata(files, report, PYTORCH_METADATA, *(read_metadata(path) for path in checkpoint.files))
     if (folder / INDEX_NAME).is_file():
-        _check_index(folder / INDEX_NAME, stored, report)
+        check_index(folder / INDEX_NAME, stored, report)
     transformers = any(".self_attn." in name for name in stored)
     tensors = Tensors(stored)
     present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
     nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
     _leave_out(nameless, "transformers has no such module", report)
-    present = _without_absent_parts(present, stored, report)
+    present = without_absent_parts(present, stored, report)
     pieces: list[Piece] = []
     groups: dict[str, list[Weight]] = {}
     for weight in present:
@@ -117,8 +122,8 @@ def folder_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[
         pieces += _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report)
     for name in tensors.names():
         report.problem(EXTRA, f"tensor {name}", "not in the source")
-    _check_config(folder, checkpoint, pieces, report)
-    _check_files(folder, checkpoint.folder, report)
+    _check_folder_config(folder, checkpoint, pieces, report)
+    check_files(folder, checkpoint.folder, report)
     return pieces
 
 
@@ -210,7 +215,7 @@ def _leave_out(weights: Iterable[Weight], reason: str, report: Report) -> None:
     report.left_out += [LeftOut(what, reason, count) for what, count in groups.items()]
 
 
-def _without_absent_parts(weights: list[Weight], names: Iterable[str], report: Report) -> list[Weight]:
+def without_absent_parts(weights: list[Weight], names: Iterable[str], report: Report) -> list[Weight]:
     """Return the weights without those of draft layers if the output has none of them, or without all others.
 
     ``names``: of the tensors in all files of the output. Both are what ``--draft`` can leave out.
@@ -227,7 +232,8 @@ def _without_absent_parts(weights: list[Weight], names: Iterable[str], report: R
     return [weight for weight in weights if weight.is_draft == only_draft]
 
 
-def _is_left_out(what: str, report: Report) -> bool:
+def is_left_out(what: str, report: Report) -> bool:
+    """Return whether the report says that the output leaves ``what`` out as a whole."""
     return any(entry.what == what for entry in report.left_out)
 
 
@@ -262,15 +268,15 @@ def shard_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[P
         report.problem(FILE, ranks.pop(rank), f"rank {rank} of {mp}")
     stored = {rank: read_header(path) for rank, path in ranks.items()}
     names = (name for tensors in stored.values() for name in tensors)
-    present = _without_absent_parts(list(checkpoint.weights.values()), names, report)
+    present = without_absent_parts(list(checkpoint.weights.values()), names, report)
     pieces: list[Piece] = []
     for rank, tensors in stored.items():
         pieces += _rank_pieces(rank, mp, Tensors(tensors), present, checkpoint.config, report)
-    _check_file_metadata(ranks.values(), report)
-    _check_config(folder, checkpoint, pieces, report)
+    check_file_metadata(ranks.values(), report, PYTORCH_METADATA)
+    _check_folder_config(folder, checkpoint, pieces, report)
     if checkpoint.config.version is Version.V41 and not report.foreign:
         _check_inference_config(folder, checkpoint, pieces, report)
-    _check_files(folder, checkpoint.folder, report)
+    check_files(folder, checkpoint.folder, report)
     return pieces
 
 
@@ -343,16 +349,17 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 # Besides tensors
 
 
-def _check_file_metadata(files: Iterable[Path], report: Report, sources: Sequence[Any] = ()) -> None:
-    """Report ``__metadata__`` of safetensors headers that PyTorch's loaders do not want, unless ``sources`` have it."""
+def check_file_metadata(files: Iterable[Path], report: Report, expected: Mapping[str, str], *others: object) -> None:
+    """Report ``__metadata__`` of safetensors headers that is neither the layout's nor one of ``others``."""
     for path in files:
         report.keys += 1
         found = read_metadata(path)
-        if found not in (None, PYTORCH_METADATA, *sources) and not report.foreign:
-            report.problem(KEY, path, f"{METADATA_KEY}: expected {PYTORCH_METADATA}, got {found!r:.80}")
+        if found not in (None, expected, *others) and not report.foreign:
+            report.problem(KEY, path, f"{METADATA_KEY}: expected {expected}, got {found!r:.80}")
 
 
-def _check_index(path: Path, stored: Mapping[str, Stored], report: Report) -> None:
+def check_index(path: Path, stored: Mapping[str, Stored], report: Report) -> None:
+    """Report what an index says wrong of its folder."""
     index = read_index(path)
     report.keys += 1
     metadata = index.get("metadata")
@@ -368,16 +375,24 @@ def _check_index(path: Path, stored: Mapping[str, Stored], report: Report) -> No
         report.problem(KEY, path, f"unknown key metadata.{key}")
 
 
-def _check_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
+def _check_folder_config(folder: Path, checkpoint: Checkpoint, pieces: list[Piece], report: Report) -> None:
     """Report the keys of config.json that are not the source's, but for what the conversion has to change."""
+
+    def expected_of(found: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _without_pruned(_expected_config(checkpoint, pieces, report), found, pieces)
+
+    check_config(folder, expected_of, report)
+
+
+def check_config(folder: Path, expected_of: Callable[[Mapping[str, Any]], Mapping[str, Any]], report: Report) -> None:
+    """Report the keys of config.json that are not the expected ones, which may depend on what it holds."""
     path = folder / CONFIG_NAME
     try:
         found = read_json_object(path)
     except (ConfigError, InputMissingError) as error:
         report.problem(FILE, path, str(error))
         return
-    held = list(pieces)
-    expected = _without_pruned(_expected_config(checkpoint, held, report), found, held)
+    expected = expected_of(found)
     if report.foreign:
         try:
             theirs, ours = parse_config(found, path), parse_config(expected, path)
@@ -405,7 +420,7 @@ def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterab
         report.problem(FILE, path, str(error))
         return
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
-    with_draft = checkpoint.n_draft > 0 and not _is_left_out(THE_DRAFT, report)
+    with_draft = checkpoint.n_draft > 0 and not is_left_out(THE_DRAFT, report)
     expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
     _check_json_keys(path, expected, found, report)
 
@@ -415,21 +430,30 @@ def _check_json_keys(
 ) -> None:
     for key in sorted({*expected, *found} - set(ignored)):
         report.keys += 1
-        left, right = _json(expected, key), _json(found, key)
-        if left != right:
-            report.problem(KEY, path, f"key {key}: expected {left}, got {right}")
+        for inner, left, right in _differences(key, expected.get(key, ABSENT), found.get(key, ABSENT)):
+            report.problem(KEY, path, f"key {inner}: expected {_shown(left)}, got {_shown(right)}")
 
 
-def _json(document: Mapping[str, Any], key: str) -> str:
-    if key not in document:
+def _differences(key: str, left: object, right: object) -> Iterator[tuple[str, object, object]]:
+    """Yield (dotted key, expected, found) of all values that differ, inside objects too."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        for inner in sorted({*left, *right}):
+            yield from _differences(f"{key}.{inner}", left.get(inner, ABSENT), right.get(inner, ABSENT))
+    elif left is ABSENT or right is ABSENT or json.dumps(left, sort_keys=True) != json.dumps(right, sort_keys=True):
+        yield key, left, right
+
+
+def _shown(value: object) -> str:
+    """Return a value of a JSON file in a line."""
+    if value is ABSENT:
         return "no such key"
-    text = json.dumps(document[key], sort_keys=True, ensure_ascii=False)
-    return text if len(text) <= 200 else text[:200] + "…"
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report) -> dict[str, Any]:
     """Return the source's config as the tensors of source and output say that it must have changed."""
-    config = _borne_out(checkpoint)
+    config = borne_out_config(checkpoint)
     quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
     was_quantised = any(piece.source.encoding in QUANTISED for piece in pieces)
     if was_quantised and not quantised:
@@ -447,11 +471,11 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
     has_tower = any(is_vision_name(weight.name) for weight in checkpoint.weights.values())
-    keeps_tower = _is_left_out(THE_MODEL, report) or any(is_vision_name(piece.source.name) for piece in pieces)
+    keeps_tower = is_left_out(THE_MODEL, report) or any(is_vision_name(piece.source.name) for piece in pieces)
     if has_tower and not keeps_tower:
         config = {key: value for key, value in config.items() if not key.startswith("vision_")}
-    if checkpoint.n_draft and _is_left_out(THE_DRAFT, report):
-        config = _without_draft(config)
+    if checkpoint.n_draft and is_left_out(THE_DRAFT, report):
+        config = without_draft(config)
     return config
 
 
@@ -478,7 +502,7 @@ def _quantised_config(config: dict[str, Any], side: int) -> dict[str, Any]:
     return {**config, "quantization_config": {**quantization, "fmt": "e4m3"}, "expert_dtype": "fp4"}
 
 
-def _without_draft(config: dict[str, Any]) -> dict[str, Any]:
+def without_draft(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config without what it says of draft layers, in V4.1's object of the text model too."""
     nested = config.get("text_config")
     text = {key: value for key, value in (nested or config).items() if not key.startswith("dspark_")}
@@ -488,7 +512,7 @@ def _without_draft(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "text_config": text} if nested else text
 
 
-def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
+def borne_out_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the source's config without what its own tensors say is wrong."""
     config = dict(checkpoint.config.raw)
     layers = checkpoint.config.num_hidden_layers
@@ -496,7 +520,7 @@ def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
     if not checkpoint.n_draft and (
         said.get("num_nextn_predict_layers") or any(key.startswith("dspark_") for key in said)
     ):
-        config = _without_draft(config)
+        config = without_draft(config)
     if "compress_ratios" in config and checkpoint.config.version is Version.V4:
         ratios = [0 if ratio == 1 else ratio for ratio in config["compress_ratios"]]
         config["compress_ratios"] = ratios + [0] * (layers + checkpoint.n_draft - len(ratios))
@@ -511,7 +535,7 @@ def _borne_out(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _check_files(folder: Path, source: Path, report: Report) -> None:
+def check_files(folder: Path, source: Path, report: Report) -> None:
     """Report files next to the weights that are not the source's."""
     for name in NEEDED_FILES + OTHER_FILES:
         original, copy = source / name, folder / name

@@ -87,6 +87,7 @@ COMMANDS: dict[str, list[str]] = {
     "repack": ["{path}", "{out}", "--experts", "fp8"],
     "requantize": ["{path}", "{out}"],
     "mend": ["{path}", "{out}", "--reindex"],
+    "mlx": ["{path}", "{out}"],
     "verify": ["{tiny}", "{path}"],
     "inspect": ["{path}"],
     "estimate": ["{path}"],

@@ -40,6 +40,7 @@ COMMANDS = {
     "unshard": "unshard {shards} {out}/joined --max-file-size 1M",
     "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 1M",
     "repack": "repack {checkpoint} {out}/fp8 --experts fp8 --max-file-size 1M",
+    "mlx": "mlx {checkpoint} {out}/mlx --max-file-size 1M",
     "requantize": "requantize {floats} {out}/official --max-file-size 1M",
     "merge": "merge {split} {out}/model.gguf",
     "merge --delete-parts": "merge {parts} {out}/model.gguf --delete-parts",

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from dsv4convert.engine.operations import BY_WAY_OF_F32, DTYPES, MOVED, PLAIN, SCALED, divides_blocks, make_tile
-from dsv4convert.errors import InventoryError
+from dsv4convert.errors import InventoryError, LossyError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
-from dsv4convert.plan import ALL_EQUAL, CONVERSIONS, COPY, JOIN, KEEP, Beside, Columns, Operation, convert
+from dsv4convert.formats.e8m0 import e8m0_to_f32
+from dsv4convert.plan import ALL_EQUAL, CONVERSIONS, COPY, JOIN, KEEP, Beside, Columns, Operation, SpreadScales, convert
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +48,35 @@ def test_equal_conversions_are_one_object() -> None:
 def test_a_conversion_without_a_codec_is_refused() -> None:
     with pytest.raises(InventoryError, match="no codec makes mxfp4 of i64"):
         convert("i64", "mxfp4")
+
+
+@pytest.mark.parametrize("times", [(1, 1), (1, 4), (128, 4), (32, 1)])
+@pytest.mark.parametrize("rows", [1, 31, 128, 300])
+def test_scales_of_blocks_spread_over_rows_and_groups(times: tuple[int, int], rows: int) -> None:
+    columns = 7
+    grid = np.random.default_rng(rows).integers(0, 256, (-(-rows // times[0]), -(-columns // times[1])), dtype=np.uint8)
+    grid.flat[: 256 % (grid.size + 1)] = np.arange(256, dtype=np.uint8)[: 256 % (grid.size + 1)]
+    wanted = [[grid[row // times[0], column // times[1]] for column in range(columns)] for row in range(rows)]
+    out = np.full((rows, columns), 0xA5, np.uint8)
+    for scale in (grid, e8m0_to_f32(grid)):
+        make_tile(SpreadScales(times), numpy_codecs(), [scale], out, Scratch(), Tally())
+        assert out.tolist() == wanted
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 3.0, 2.0**-128, np.inf, np.nextafter(np.float32(1), np.float32(2))])
+def test_a_scale_that_is_no_power_of_two_does_not_spread(value: float) -> None:
+    scale, out = np.array([[1, value]], np.float32), np.empty((1, 2), np.uint8)
+    with pytest.raises(LossyError, match="a scale that is no power of two"):
+        make_tile(SpreadScales((1, 1)), numpy_codecs(), [scale], out, Scratch(), Tally())
+
+
+def test_every_e8m0_byte_spreads_as_it_is() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for scale in (every, e8m0_to_f32(every)):
+        out = np.empty((32, 48), np.uint8)
+        make_tile(SpreadScales((2, 3)), numpy_codecs(), [scale], out, Scratch(), Tally())
+        assert np.array_equal(out[::2, ::3], every)
+        assert np.array_equal(out[1::2, 2::3], every)
 
 
 def test_bytes_that_only_move() -> None:

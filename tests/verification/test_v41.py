@@ -207,3 +207,16 @@ def test_experts_in_larger_blocks_are_found(source: Path, tmp_path: Path) -> Non
     assert name is not None
     flip(path, read_header(path)[name].offset)
     assert any(name.removesuffix(".scale") in str(problem) for problem in verify(source, tmp_path / "o").problems)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("index_topk", 17), ("vocab_size", 513), ("compress_ratios", [0, 2, 2, 1, 1, 2, 0, 0, 0])]
+)
+def test_a_change_deep_inside_the_texts_config_is_found(key: str, value: object, source: Path, tmp_path: Path) -> None:
+    execute(plan_dequantize(source, tmp_path / "out"), threads=1)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"][key] = value
+    path.write_text(json.dumps(config))
+    (problem,) = verify(source, tmp_path / "out").problems
+    assert f"key text_config.{key}: expected" in str(problem)

@@ -1,0 +1,53 @@
+"""The mlx command: a checkpoint folder for MLX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import (
+    RunOptions,
+    index_option,
+    max_tensor_file_size_option,
+    out_folder_argument,
+    run_options,
+    source_argument,
+    strict_option,
+)
+from .parsing import CONVERT, TYPES, command, option
+
+
+@command("mlx", panel=CONVERT, example="dsv4convert mlx DeepSeek-V4-Flash DeepSeek-V4-Flash-MLX")
+@source_argument
+@out_folder_argument
+@option(
+    "--dense",
+    type=click.Choice(["mxfp8", "bf16"]),
+    default="mxfp8",
+    show_default=True,
+    panel=TYPES,
+    help="Form of FP8 weights: mxfp8, which holds the same codes, or bf16. FP4 weights become mxfp4.",
+)
+@max_tensor_file_size_option
+@index_option
+@strict_option
+@run_options
+def mlx(
+    source: Path,
+    out: Path,
+    dense: str,
+    max_file_size: str,
+    index: str,
+    strict: bool,
+    *,
+    run: RunOptions,
+) -> None:
+    """Write a checkpoint folder for MLX on Apple computers, as mlx-vlm loads it."""
+    from ..api import convert_mlx
+    from .report import run_conversion
+
+    run_conversion(convert_mlx, run, source, out, dense=dense, max_file_size=max_file_size, strict=strict, index=index)
+
+
+COMMANDS = (mlx,)

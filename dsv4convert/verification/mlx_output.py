@@ -1,0 +1,133 @@
+"""A finished folder in MLX's layout: which words and scales hold which weights, and what config.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import INDEX_NAME, Checkpoint
+from ..checkpoint.weights import Weight
+from ..containers.safetensors import Stored
+from ..model.mlx_names import TEXT_PREFIX, mlx_name, mlx_shape
+from ..model.tensors import Store
+from .compare import Piece
+from .folder_output import (
+    THE_DRAFT,
+    FolderHeaders,
+    borne_out_config,
+    check_config,
+    check_file_metadata,
+    check_files,
+    check_index,
+    is_left_out,
+    without_absent_parts,
+    without_draft,
+)
+from .matrix import Matrix, as_matrix, stored_matrix, weight_matrix
+from .report import EXTRA, FILE, LAYOUT, MISSING, Report
+
+MLX_METADATA = {"format": "mlx"}
+
+WORD_BITS = 32
+GROUP = 32
+# What a weight in words is in the published folders' types, by the bits of its codes, and MLX's name for it.
+DTYPE_OF_BITS = {4: "I8", 8: "F8_E4M3"}
+MODE_OF_ENCODING = {"fp4": (4, "mxfp4"), "fp8": (8, "mxfp8")}
+# What MLX may store a source's encoding as; others stay what they are.
+ALLOWED = {"fp4": ("fp4",), "fp8": ("fp8", "bf16"), "fp8/f32": ("fp8", "bf16"), "i64": ("i32",)}
+
+
+def is_mlx_folder(stored: Mapping[str, Stored]) -> bool:
+    """Return whether the names of tensors are those of mlx-vlm's modules."""
+    return any(name.startswith(TEXT_PREFIX) for name in stored)
+
+
+def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, report: Report) -> list[Piece]:
+    """Return the pieces of a folder in MLX's layout, and report everything that does not belong or is missing."""
+    stored, files, strays = headers
+    for stray in strays:
+        report.problem(FILE, folder, stray)
+    check_file_metadata(files, report, MLX_METADATA)
+    if (folder / INDEX_NAME).is_file():
+        check_index(folder / INDEX_NAME, stored, report)
+    groups: dict[str, list[Weight]] = {}
+    for weight in without_absent_parts(list(checkpoint.weights.values()), stored, report):
+        name = mlx_name(weight.row, weight.prefix, checkpoint.config.version, is_expert=weight.expert is not None)
+        groups.setdefault(name, []).append(weight)
+    left = dict(stored)
+    pieces: list[Piece] = []
+    modes: dict[str, Any] = {}
+    for name, weights in groups.items():
+        path = name.removesuffix(".weight")
+        words, scales = left.pop(name, None), left.pop(f"{path}.scales", None)
+        if words is None:
+            report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+            continue
+        shape = mlx_shape(weights[0].row, weights[0].shape, checkpoint.config.o_groups)
+        if weights[0].expert is not None:
+            shape = (len(weights), *shape)
+        matrix = _checked(name, words, scales, shape, weights[0], report)
+        if matrix is None:
+            continue
+        if matrix.encoding in MODE_OF_ENCODING and weights[0].row.store is not Store.ENGRAM:
+            bits, mode = MODE_OF_ENCODING[matrix.encoding]
+            modes[path] = {"group_size": GROUP, "bits": bits, "mode": mode}
+        for number, weight in enumerate(sorted(weights, key=lambda weight: weight.expert or 0)):
+            source = weight_matrix(weight)
+            pieces.append(
+                Piece(matrix, shape, (number * source.rows, 0), source, (0, 0), (source.rows, source.columns))
+            )
+    for name in left:
+        report.problem(EXTRA, f"tensor {name}", "not in the source")
+    expected = _expected_config(checkpoint, modes, report)
+    check_config(folder, lambda found: expected, report)
+    check_files(folder, checkpoint.folder, report)
+    return pieces
+
+
+def _checked(
+    name: str, words: Stored, scales: Stored | None, shape: tuple[int, ...], weight: Weight, report: Report
+) -> Matrix | None:
+    """Return the stored matrix if its shape and type are what they may be, and report them if not."""
+    where = f"tensor {name}"
+    logical = words.shape
+    if words.dtype == "U32":
+        if scales is None or scales.dtype != "U8" or not scales.shape:
+            got = "none" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+            report.problem(LAYOUT, where, f"expected scales in U8, got {got}")
+            return None
+        columns = scales.shape[-1] * GROUP
+        logical = (*words.shape[:-1], columns)
+        bits = words.shape[-1] * WORD_BITS // columns if columns else 0
+        if bits not in DTYPE_OF_BITS or scales.shape[:-1] != words.shape[:-1]:
+            what = f"words {list(words.shape)} and scales {list(scales.shape)} are neither mxfp4 nor mxfp8"
+            report.problem(LAYOUT, where, what)
+            return None
+        rows = as_matrix(logical)[0]
+        words = words._replace(dtype=DTYPE_OF_BITS[bits], shape=(rows, columns * bits // 8))
+        scales = scales._replace(dtype="F8_E8M0", shape=(rows, columns // GROUP))
+    if logical != shape:
+        report.problem(LAYOUT, where, f"expected shape {list(shape)}, got {list(logical)}")
+        return None
+    matrix = stored_matrix(name, words, scales)
+    if isinstance(matrix, str):
+        report.problem(LAYOUT, where, matrix)
+        return None
+    own = weight_matrix(weight).encoding
+    allowed = ALLOWED.get(own, (own,))
+    if matrix.encoding not in allowed or (weight.row.store is Store.ENGRAM and matrix.encoding != allowed[0]):
+        report.problem(LAYOUT, where, f"expected {' or '.join(allowed)}, got {matrix.encoding}")
+    return matrix
+
+
+def _expected_config(checkpoint: Checkpoint, modes: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Return the source's config without its own words on quantisation, with MLX's for the modules at these paths."""
+    config = borne_out_config(checkpoint)
+    if checkpoint.n_draft and is_left_out(THE_DRAFT, report):
+        config = without_draft(config)
+    config = {key: value for key, value in config.items() if key not in ("quantization_config", "expert_dtype")}
+    if modes:
+        entries = {"group_size": 64, "bits": 8, "mode": "affine", **modes}
+        config |= {"quantization": entries, "quantization_config": entries}
+    return config

@@ -1,7 +1,8 @@
-"""dequantize (or repack) on a Flash slice, in alternation with a cp of as many bytes as it writes.
+"""dequantize (or repack, to FP8 or to NVFP4) on a Flash slice, in alternation with a cp of as many bytes as it writes.
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
+python benchmarks/dequantize.py --command repack-nvfp4 --experts 48 --rounds 5 --save benchmarks/results/nvfp4.json
 
 Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also
 timed with a single file, at which the threads wait for each other. Takes room for the source and one output:
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from side_by_side import (
@@ -28,7 +30,16 @@ from side_by_side import (
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.repack import plan_repack
 
-COMMANDS = {"dequantize": ["dequantize"], "repack": ["repack", "--experts", "fp8"]}
+COMMANDS = {
+    "dequantize": ["dequantize"],
+    "repack": ["repack", "--experts", "fp8"],
+    "repack-nvfp4": ["repack", "--experts", "nvfp4"],
+}
+PLANS = {
+    "dequantize": plan_dequantize,
+    "repack": plan_repack,
+    "repack-nvfp4": partial(plan_repack, experts="nvfp4"),
+}
 
 
 def main() -> None:
@@ -51,7 +62,7 @@ def main() -> None:
         line = [*command, str(folder / out), "--quiet", "--threads", str(arguments.threads), *size, *options]
         return Contender(name, line, folder / out, environment)
 
-    plan = (plan_dequantize if arguments.command == "dequantize" else plan_repack)(source, folder / "ours")
+    plan = PLANS[arguments.command](source, folder / "ours")
     links = as_many_bytes(source, plan.nbytes, folder / "cp-source")
     copy = folder / "copy"
     contenders = [

@@ -416,6 +416,8 @@ def repack(
     out: StrPath,
     *,
     experts: str = "fp8",
+    draft_experts: bool = False,
+    input_scale: str | float | None = None,
     draft: str = "keep",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
@@ -428,7 +430,10 @@ def repack(
     lock: bool = True,
     progress: Progress | None = None,
 ) -> RepackSummary:
-    """Write the checkpoint folder ``source`` with its FP4 experts in FP8.
+    """Write the checkpoint folder ``source`` with its FP4 experts in FP8, or in NVFP4.
+
+    Of NVFP4 alone: ``draft_experts`` converts the draft's experts too; ``input_scale`` is the scale of activations: a
+    number, "W1-AND-W3,W2", a JSON file with the names of matrices or tensors, or a folder that has such scales.
 
     Raises:
         LossyError: ``strict``, and an element changes.
@@ -441,6 +446,8 @@ def repack(
         plan_repack,
         Path(source),
         experts=experts,
+        draft_experts=draft_experts,
+        input_scale=None if input_scale is None else str(input_scale),
         max_file_bytes=parse_size(max_file_size),
         strict=strict,
         index=index,

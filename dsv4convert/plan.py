@@ -139,6 +139,13 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class Constant:
+    """The same bytes in each row, without an operand."""
+
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Fp4ToFp8Codes:
     """The e4m3 codes of packed FP4: operands are the weight and, in one row for a tile's rows, its scales.
 
@@ -154,6 +161,24 @@ class Fp4ToFp8Scales:
 
     groups: int
     side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4ToNvfp4Codes:
+    """The codes of packed FP4 as NVFP4: operands are the weight, its scales, and all scales under one second scale.
+
+    Of the latter there is an operand for each matrix that shares the second scale, the matrix in one row.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4ToNvfp4Scales:
+    """The e4m3 scales of those codes: operands are the scales, and all scales under one second scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4ToNvfp4Second:
+    """Their second scale, float32: operands are all scales under it, each matrix in one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +248,12 @@ Operation: TypeAlias = (
     | Join
     | AllEqual
     | Fill
+    | Constant
     | Fp4ToFp8Codes
     | Fp4ToFp8Scales
+    | Fp4ToNvfp4Codes
+    | Fp4ToNvfp4Scales
+    | Fp4ToNvfp4Second
     | Bf16ToFp8Codes
     | Bf16ToFp8Scales
     | SpreadScales
@@ -235,6 +264,7 @@ Operation: TypeAlias = (
 )
 
 COPY, KEEP, JOIN, ALL_EQUAL = Copy(), Keep(), Join(), AllEqual()
+NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND = Fp4ToNvfp4Codes(), Fp4ToNvfp4Scales(), Fp4ToNvfp4Second()
 
 
 @cache

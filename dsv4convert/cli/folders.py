@@ -81,7 +81,22 @@ def dequantize(
 @command("repack", panel=CONVERT, example="dsv4convert repack DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --experts fp8")
 @source_argument
 @out_folder_argument
-@option("--experts", type=click.Choice(["fp8"]), required=True, panel=TYPES, help="Type of the routed experts.")
+@option(
+    "--experts", type=click.Choice(["fp8", "nvfp4"]), required=True, panel=TYPES, help="Type of the routed experts."
+)
+@option(
+    "--draft-experts",
+    is_flag=True,
+    panel=TYPES,
+    help="With --experts nvfp4: the draft's experts too, which stay FP4 otherwise.",
+)
+@option(
+    "--input-scale",
+    metavar="NUMBER|FILE|FOLDER",
+    panel=TYPES,
+    help="With --experts nvfp4: scale of the experts' activations, as a number, as two (of w1 and w3, of w2, e.g. "
+    "8.4375,150.0), as a JSON file, or from an NVFP4 folder. Default: 1.0.",
+)
 @option(
     "--strict",
     aliases=["--require-lossless"],
@@ -98,6 +113,8 @@ def repack(
     source: Path,
     out: Path,
     experts: str,
+    draft_experts: bool,
+    input_scale: str | None,
     strict: bool,
     draft: str,
     max_file_size: str,
@@ -105,7 +122,7 @@ def repack(
     *,
     run: RunOptions,
 ) -> None:
-    """Write a checkpoint folder with FP8 experts, for processors without FP4."""
+    """Write a checkpoint folder with FP8 experts, for processors without FP4, or with NVFP4 experts."""
     from ..api import repack as repack_folder
     from .report import run_conversion
 
@@ -115,6 +132,8 @@ def repack(
         source,
         out,
         experts=experts,
+        draft_experts=draft_experts,
+        input_scale=input_scale,
         draft=draft,
         max_file_size=max_file_size,
         strict=strict,

@@ -20,6 +20,7 @@ from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e8m0 import e8m0_to_f32, power_of_two_bytes, spread_scales
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
+from ..formats.nvfp4 import largest_scale, second_scale
 from ..plan import (
     AllEqual,
     Beside,
@@ -27,11 +28,15 @@ from ..plan import (
     Bf16ToFp8Scales,
     Block,
     Columns,
+    Constant,
     Convert,
     Copy,
     Fill,
     Fp4ToFp8Codes,
     Fp4ToFp8Scales,
+    Fp4ToNvfp4Codes,
+    Fp4ToNvfp4Scales,
+    Fp4ToNvfp4Second,
     Join,
     Keep,
     Operation,
@@ -128,10 +133,18 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _all_equal(inputs, out)
         case Fill(byte):
             out[...] = byte
+        case Constant(content):
+            out[...] = np.frombuffer(content, np.uint8)
         case Fp4ToFp8Codes(side):
             _fp4_to_fp8_codes(codecs, inputs, out, side, scratch, tally)
         case Fp4ToFp8Scales(groups, side):
             codecs.fp4_to_fp8_scales(inputs[0].reshape(-1, groups), out, scratch, tally, side)
+        case Fp4ToNvfp4Codes():
+            codecs.fp4_to_nvfp4(inputs[0], inputs[1], largest_scale(inputs[2:]), out, scratch, tally)
+        case Fp4ToNvfp4Scales():
+            codecs.fp4_to_nvfp4_scales(inputs[0], largest_scale(inputs[1:]), out, scratch, tally)
+        case Fp4ToNvfp4Second():
+            out[...] = second_scale(largest_scale(inputs)).view(np.uint8)
         case Bf16ToFp8Codes(block):
             out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), block)[0]
         case Bf16ToFp8Scales(columns, as_f32, block):
@@ -175,7 +188,9 @@ def divides_blocks(operation: Operation) -> bool:
 
     Tiles of the others are whole blocks.
     """
-    return isinstance(operation, Beside | Quantise) or (isinstance(operation, Convert) and operation.source == "fp8")
+    if isinstance(operation, Convert):
+        return operation.source == "fp8"
+    return isinstance(operation, Beside | Quantise | Fp4ToNvfp4Codes | Fp4ToNvfp4Scales)
 
 
 def rows_per_tile(segment: Segment, tile_bytes: int) -> int:

@@ -171,7 +171,9 @@ class Worker:
         count = -(-(first + rows) // operand.rows_per) - begin
         tile = self._scratch.array(f"input {index}", (count, operand.row_bytes), np.uint8)
         offset = operand.offset + begin * operand.row_bytes
-        self._read_into(operand.file, offset, tile)
+        # The operand's first row serves all tiles up to its last output row, and is there since the first of them.
+        if not 0 < first <= operand.rows_per - rows:
+            self._read_into(operand.file, offset, tile)
         if operand.wide:
             shape = count, operand.row_bytes // WIDE_BITS[operand.wide].itemsize
             codes = self._scratch.array(f"e8m0 {index}", shape, np.uint8)

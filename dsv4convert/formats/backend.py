@@ -8,13 +8,15 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from dsv4convert.errors import escape_control
-from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, q8_0
+from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, nvfp4, q8_0
 from dsv4convert.formats.base import (
     BlockQuantiser,
     BlockwiseCodec,
     PlainCodec,
     RescalingCodec,
     ScaledCodec,
+    SharingCodec,
+    SharingScalesCodec,
     TileScalesCodec,
 )
 from dsv4convert.formats.compiled.library import library_path
@@ -43,6 +45,8 @@ class Codecs:
     fp4_to_fp8: RescalingCodec = e2m1.fp4_to_fp8
     fp4_to_fp8_scales: TileScalesCodec = e2m1.fp4_to_fp8_scales
     fp4_to_mxfp4: BlockwiseCodec = mxfp4.fp4_to_mxfp4
+    fp4_to_nvfp4: SharingCodec = nvfp4.fp4_to_nvfp4
+    fp4_to_nvfp4_scales: SharingScalesCodec = nvfp4.fp4_to_nvfp4_scales
     fp4_to_q8_0: ScaledCodec = q8_0.fp4_to_q8_0
     f32_to_bf16: PlainCodec = bf16.f32_to_bf16
     f32_to_f16: PlainCodec = bf16.f32_to_f16
@@ -103,6 +107,8 @@ def compiled_codecs() -> Codecs:
         fp4_to_bf16=twins.fp4_to_bf16,
         fp4_to_f16=twins.fp4_to_f16,
         fp4_to_mxfp4=twins.fp4_to_mxfp4,
+        fp4_to_nvfp4=twins.fp4_to_nvfp4,
+        fp4_to_nvfp4_scales=twins.fp4_to_nvfp4_scales,
         fp4_to_fp8_scales=twins.fp4_to_fp8_scales,
         fp4_to_fp8=twins.fp4_to_fp8,
         fp8_to_q8_0=twins.fp8_to_q8_0,

@@ -120,6 +120,12 @@ BlockwiseCodec: TypeAlias = Callable[[Array, Array, Array, Scratch, Tally], None
 BlockQuantiser: TypeAlias = Callable[[Array, Block, Array, Scratch, Tally], None]
 
 
+# Packed FP4 under a scale that several matrices share: (packed, scale, largest, out, scratch, tally).
+SharingCodec: TypeAlias = Callable[[Array, Array, int, Array, Scratch, Tally], None]
+# Its scales: (scale, largest, out, scratch, tally).
+SharingScalesCodec: TypeAlias = Callable[[Array, int, Array, Scratch, Tally], None]
+
+
 class RescalingCodec(Protocol):
     """Packed FP4 to codes and scales of tiles."""
 

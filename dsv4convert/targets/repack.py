@@ -1,4 +1,4 @@
-"""``repack``: a checkpoint folder to one with FP8 experts."""
+"""``repack``: a checkpoint folder to one with FP8 or NVFP4 experts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import BY_INDEX
+from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..engine.conversion import Summary
-from ..errors import UnsupportedError, check_choice
-from ..plan import Fp4ToFp8Codes, Plan
+from ..errors import UnsupportedError, UsageError, check_choice
+from ..model.config import CONFIG_NAME
+from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTensor, Plan
+from .claims import Claims
 from .companions import auxiliary_files, check_apart
 from .drafts import KEEP, open_with_draft_option
-from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, is_fp4_expert, repacked_config, repacked_tensors
+from .hf_folder import (
+    DEFAULT_MAX_FILE_BYTES,
+    hf_files,
+    is_fp4_expert,
+    json_file,
+    repacked_config,
+    repacked_tensors,
+    stored_tensors,
+)
+from .nvfp4 import DEFAULT_INPUT_SCALE, InputScales, is_cast, nvfp4_configs, nvfp4_tensors
+from .nvfp4_segments import CODES_PER_BYTE
 
 REPACK = "repack"
-EXPERT_DTYPES = ("fp8",)
+FP8, NVFP4 = EXPERT_DTYPES = ("fp8", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -31,20 +43,29 @@ def plan_repack(
     source: Path,
     out: Path,
     *,
-    experts: str = "fp8",
+    experts: str = FP8,
+    draft_experts: bool = False,
+    input_scale: str | None = None,
     draft: str = KEEP,
     max_file_bytes: int = DEFAULT_MAX_FILE_BYTES,
     strict: bool = False,
     index: str = BY_INDEX,
 ) -> Plan:
-    """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8, all else as it is.
+    """Plan ``repack``: the folder ``out`` with the FP4 experts of ``source`` in FP8 or NVFP4, all else as it is.
+
+    Of NVFP4 alone: ``draft_experts`` converts those of the draft as well, and ``input_scale`` is what
+    ``InputScales.parse`` reads.
 
     Raises:
-        UsageError: an unknown ``experts`` or ``draft``, or folders that overlap.
+        UsageError: an unknown ``experts`` or ``draft``, an option of another kind of experts, or folders that overlap.
         UnsupportedError: the experts are not FP4.
         Dsv4Error: whatever is wrong with the source.
     """
     check_choice("--experts", experts, EXPERT_DTYPES)
+    for name, given in (("--draft-experts", draft_experts), ("--input-scale", input_scale is not None)):
+        if given and experts != NVFP4:
+            raise UsageError(f"{name}: of NVFP4 only", expected=f"--experts {NVFP4}", got=f"--experts {experts}")
+    scales = InputScales.parse(DEFAULT_INPUT_SCALE if input_scale is None else input_scale)
     checkpoint, config, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
@@ -56,32 +77,56 @@ def plan_repack(
             got=", ".join(sorted(held)),
             hint="use dequantize for BF16",
         )
-    tensors, dropped = repacked_tensors(checkpoint)
+    configs: tuple[OutputFile, ...]
+    options: dict[str, object] = {"experts": experts, "draft": draft, "max_file_bytes": max_file_bytes}
+    if experts == NVFP4:
+        tensors, dropped = _with_nvfp4_experts(checkpoint, scales, draft_experts=draft_experts)
+        cast = [weight for weight in checkpoint.weights.values() if is_cast(weight, draft_experts=draft_experts)]
+        # A draft by itself, whose experts stay FP4, has none.
+        configs = nvfp4_configs(config, checkpoint, cast) if cast else (json_file(CONFIG_NAME, config),)
+        options |= {"draft_experts": draft_experts, "input_scale": input_scale or DEFAULT_INPUT_SCALE}
+    else:
+        tensors, dropped = repacked_tensors(checkpoint)
+        configs = (repacked_config(config),)
     return Plan(
         target=REPACK,
         source=source,
         destination=out,
         is_folder=True,
-        files=(
-            *hf_files(tensors, max_file_bytes),
-            repacked_config(config),
-            *auxiliary_files(source),
-        ),
+        files=(*hf_files(tensors, max_file_bytes), *configs, *auxiliary_files(source)),
         dropped=(*dropped, *left_out),
-        options={"experts": experts, "draft": draft, "max_file_bytes": max_file_bytes},
+        options=options,
         source_bytes=checkpoint.nbytes,
         notes=checkpoint.notes,
     )
 
 
+def _with_nvfp4_experts(
+    checkpoint: Checkpoint, scales: InputScales, *, draft_experts: bool
+) -> tuple[list[OutputTensor], tuple[Dropped, ...]]:
+    """Return the tensors of ``checkpoint`` with NVFP4 experts, all else as it is, and what they leave out."""
+    weights = checkpoint.weights
+    scales.check_names(weight for weight in weights.values() if is_cast(weight, draft_experts=draft_experts))
+    claims = Claims(checkpoint)
+    tensors: list[OutputTensor] = []
+    for weight in weights.values():
+        claims.take(weight)
+        if is_cast(weight, draft_experts=draft_experts):
+            tensors += nvfp4_tensors(weight, weights, scales)
+        else:
+            tensors += stored_tensors(weight)
+    return tensors, claims.close()
+
+
 def summarize_repack(plans: Sequence[Plan], summary: Summary) -> RepackSummary:
     """Return the summary of plans of ``plan_repack`` with the experts' elements counted, as a note too."""
     elements = sum(
-        math.prod(tensor.shape)
+        math.prod(tensor.shape) * (CODES_PER_BYTE if isinstance(segment.operation, Fp4ToNvfp4Codes) else 1)
         for plan in plans
         for file in plan.files
         for tensor in file.tensors
-        if any(isinstance(segment.operation, Fp4ToFp8Codes) for segment in tensor.segments)
+        for segment in tensor.segments[:1]
+        if isinstance(segment.operation, Fp4ToFp8Codes | Fp4ToNvfp4Codes)
     )
     changed = summary.report.tally.changed
     notes = summary.notes

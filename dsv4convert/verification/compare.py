@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InventoryError
 from ..inspection.naming import family_of, layer_of
 from .low_bit import LOW_BIT, ROWS_ELEMENTS, ImportanceOf, LowBitCheck, RowCheck, decode
-from .matrix import STORAGE, Matrix, Span, read_bits, read_raw, same_bytes
+from .matrix import STORAGE, Matrix, Scale, Span, largest_e8m0, read_bits, read_raw, same_bytes
 from .numbers import (
     BLOCK,
     FLOATS,
@@ -28,6 +28,7 @@ from .numbers import (
     all_conversions,
     bits_of,
     fp4_as_fp8_bits,
+    fp4_as_nvfp4_bits,
     published_fp4_bits,
     published_fp8_bits,
     values_of,
@@ -50,7 +51,8 @@ BATCH = 256
 class Piece(NamedTuple):
     """A rectangle of an output tensor that holds a rectangle of a source weight.
 
-    ``shape`` is the output tensor's own, in which indices are reported.
+    ``shape`` is the output tensor's own, in which indices are reported. ``sharing`` are the source's scales that the
+    second scale of NVFP4 goes by.
     """
 
     output: Matrix
@@ -60,6 +62,7 @@ class Piece(NamedTuple):
     source_at: tuple[int, int]
     size: tuple[int, int]
     importance: ImportanceOf | None = None
+    sharing: tuple[Scale, ...] = ()
 
 
 class Comparison(NamedTuple):
@@ -102,6 +105,7 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
         is_low_bit=is_low_bit,
     )
     cut = _cut(piece, how)
+    largest = largest_e8m0(piece.sharing) if piece.sharing else 0
     check = None
     if is_low_bit:
         check = RowCheck(source, output.encoding, piece.importance, how.low_bit, foreign=how.foreign)
@@ -118,7 +122,7 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
             continue
         found = read_bits(output, rows, columns)
         original = read_bits(source, source_rows, source_columns)
-        _compare(result, piece, (rows[0], columns[0]), original, found, how.foreign)
+        _compare(result, piece, (rows[0], columns[0]), original, found, how.foreign, largest)
     share = result.compared / max(1, math.prod(piece.size))
     return result, round(share * piece_bytes(piece))
 
@@ -207,10 +211,16 @@ def _chosen(piece: Piece, cut: Cut, how: Comparison) -> Iterable[int]:
 
 
 def _compare(
-    result: TensorResult, piece: Piece, corner: tuple[int, int], original: Bits, found: Bits, foreign: bool
+    result: TensorResult,
+    piece: Piece,
+    corner: tuple[int, int],
+    original: Bits,
+    found: Bits,
+    foreign: bool,
+    largest: int,
 ) -> None:
     source, output = piece.source.encoding, piece.output.encoding
-    same, exact = _same(piece, original, found, foreign)
+    same, exact = _same(piece, original, found, foreign, largest)
     if exact and same.all():
         return
     _record(result, piece, corner, ~same, values_of(source, original), values_of(output, found))
@@ -240,8 +250,11 @@ def _record(
         result.first_index = tuple(int(i) for i in np.unravel_index(flat, piece.shape or (1,)))
 
 
-def _same(piece: Piece, original: Bits, found: Bits, foreign: bool) -> tuple[Mask, bool]:
-    """Return where an output is what it must be, and whether what must be is the source's very value."""
+def _same(piece: Piece, original: Bits, found: Bits, foreign: bool, largest: int) -> tuple[Mask, bool]:
+    """Return where an output is what it must be, and whether what must be is the source's very value.
+
+    ``largest`` is the largest scale of those that share the second scale of NVFP4.
+    """
     source, output = piece.source.encoding, piece.output.encoding
     if source == output or {source, output} <= {"fp4", "mxfp4"} or {source, output} <= {"fp8", "fp8/row"}:
         same = np.equal(original, found)
@@ -252,7 +265,7 @@ def _same(piece: Piece, original: Bits, found: Bits, foreign: bool) -> tuple[Mas
         if source in INTEGERS and output in INTEGERS:
             return np.equal(original, found), True
         return np.zeros(found.shape, np.bool_), False
-    expected, exact = _expected(piece, original, found)
+    expected, exact = _expected(piece, original, found, largest)
     same = np.equal(expected, found)
     if not same.all():
         before = values_of(source, original)
@@ -269,15 +282,18 @@ def _tile(piece: Piece) -> int:
     return FP8_TILE if scale is None else scale.block[0]
 
 
-def _expected(piece: Piece, original: Bits, found: Bits) -> tuple[Bits, bool]:
+def _expected(piece: Piece, original: Bits, found: Bits, largest: int) -> tuple[Bits, bool]:
     """Return the bits that an output must have, and whether they are known to have the source's values.
 
-    FP8 of FP4 follows the tile rule, FP8 and FP4 of floats the published quantiser. Of floats that were FP8 or FP4
-    once, the scale is not known: where a stored element has the source's value, it is what it must be.
+    FP8 of FP4 follows the tile rule, NVFP4 of FP4 that of its second scale, FP8 and FP4 of floats the published
+    quantiser. Of floats that were FP8 or FP4 once, the scale is not known: where a stored element has the source's
+    value, it is what it must be.
     """
     source, output = piece.source.encoding, piece.output.encoding
     if source == "fp4" and output == "fp8":
         return fp4_as_fp8_bits(original, _tile(piece))
+    if source == "fp4" and output == "fp4/nv":
+        return fp4_as_nvfp4_bits(original, largest)
     if output in ("fp8", "fp8/f32", "fp4"):
         values = values_of(source, original)
         equal = values == values_of(output, found)
@@ -301,8 +317,8 @@ def check_fits(piece: Piece) -> None:
     """
     for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
         inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
-        width = BLOCK if matrix.encoding == "fp4" else STORAGE[matrix.encoding][1]
-        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4") or matrix.encoding in LOW_BIT
+        width = BLOCK if matrix.encoding in ("fp4", "fp4/nv") else STORAGE[matrix.encoding][1]
+        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4", "fp4/nv") or matrix.encoding in LOW_BIT
         if not inside or (blocked and (at[1] % width or piece.size[1] % width)):
             raise InventoryError(
                 f"tensor {matrix.name}: cannot be compared in parts",

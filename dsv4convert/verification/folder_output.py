@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_index
 from ..checkpoint.weights import Weight
@@ -18,12 +18,17 @@ from ..model.config_v41 import inference_config
 from ..model.parallel import SHARD_NAME
 from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
-from .matrix import Matrix, stored_matrix, weight_matrix
-from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
+from .matrix import Matrix, read_at, stored_matrix, weight_matrix
+from .numbers import NVFP4_BLOCK
+from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, TENSOR, LeftOut, Report
 
 PREFIX = "model."
 SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
 STACK_SCALE_SUFFIXES = ("_scale_inv",)
+# Of NVFP4: block scales, the second scale and that of the activations.
+NVFP4_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale")
+# The matrices of an expert that share input and second scale.
+FUSED = {".w1.": ".w3.", ".w3.": ".w1."}
 
 # The weight that shards hold in BF16, whatever the source has, and the one that concatenates over ranks
 # along its columns.
@@ -31,15 +36,19 @@ DEQUANTISED_IN_SHARDS = "attn.wo_a.weight"
 
 INFERENCE_CONFIG_NAME = "inference_config.json"
 
+HF_QUANT_CONFIG_NAME = "hf_quant_config.json"
+MODELOPT_PRODUCER = {"name": "modelopt", "version": "dsv4-nvfp4-experts"}
+
 # Rows and columns that share a scale where FP4 becomes FP8.
 FP8_SIDE = {Version.V4: 128, Version.V41: 32}
 
 ROW_BLOCK = (1, 32)
+NVFP4_ROW_BLOCK = (1, NVFP4_BLOCK)
 
 FLOATS = ("bf16", "f16", "f32")
 # What a weight that is published in scaled codes may become.
 PUBLISHED_AS = {Store.DENSE: ("fp8",), Store.EXPERT: ("fp4", "fp8"), Store.ENGRAM: ("fp8",)}
-QUANTISED = ("fp8", "fp8/f32", "fp4")
+QUANTISED = ("fp8", "fp8/f32", "fp4", "fp4/nv")
 
 # Files that make a folder of use, compared byte for byte; the first ones have to be there if the source
 # has them.
@@ -76,21 +85,33 @@ KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
 FolderHeaders: TypeAlias = tuple[Mapping[str, Stored], tuple[Path, ...], tuple[str, ...]]
 
 
+class Found(NamedTuple):
+    """A weight of the output with its scales; those of NVFP4 beside ``scale`` are the second one and the input's."""
+
+    stored: Stored
+    scale: Stored | None
+    second: Stored | None = None
+    input_scale: Stored | None = None
+
+
 class Tensors:
     """The tensors of a file or folder by name without a prefix, each taken once; what is left is extra."""
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
         self._left = dict(stored)
 
-    def take(self, name: str) -> tuple[Stored, Stored | None] | None:
-        """Return a weight and its scale, None where there is no such weight."""
-        found = self._pop(name)
-        if found is None:
+    def take(self, name: str) -> Found | None:
+        """Return a weight and its scales, None where there is no such weight."""
+        stored = self._pop(name)
+        if stored is None:
             return None
         stem = name.removesuffix(".weight")
         suffixes = SCALE_SUFFIXES if stem != name else STACK_SCALE_SUFFIXES
         scales = (self._pop(stem + suffix) for suffix in suffixes)
-        return found, next((scale for scale in scales if scale is not None), None)
+        scale = next((scale for scale in scales if scale is not None), None)
+        if scale is not None or stem == name:
+            return Found(stored, scale)
+        return Found(stored, *(self._pop(stem + suffix) for suffix in NVFP4_SUFFIXES))
 
     def _pop(self, name: str) -> Stored | None:
         return self._left.pop(name, None) or self._left.pop(PREFIX + name, None)
@@ -118,16 +139,62 @@ def folder_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, 
     groups: dict[str, list[Weight]] = {}
     for weight in present:
         groups.setdefault((_transformers_name(weight) or "") if transformers else weight.name, []).append(weight)
+    input_scales = InputScales()
     for name, weights in groups.items():
-        pieces += _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report)
+        made = _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report, input_scales)
+        pieces += (_with_sharing(piece, weights[0], checkpoint) for piece in made)
+    input_scales.report_uneven(report)
     for name in tensors.names():
         report.problem(EXTRA, f"tensor {name}", "not in the source")
     _check_folder_config(folder, checkpoint, pieces, report)
+    _check_quant_config(folder, pieces, report)
     check_files(folder, checkpoint.folder, report)
     return pieces
 
 
-def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, side: int, report: Report) -> Iterator[Piece]:
+class InputScales:
+    """The scales of activations that NVFP4 experts have: positive numbers, alike for the matrices of one input.
+
+    Nobody can tell from the source what they are.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, stored: Stored | None, report: Report) -> None:
+        """Check one and keep it."""
+        where = f"tensor {name.removesuffix('.weight')}.input_scale"
+        if stored is None:
+            report.problem(MISSING, where, "not in the output; NVFP4 experts have one")
+        elif stored.dtype != "F32" or stored.shape != ():
+            report.problem(LAYOUT, where, f"expected F32 [], got {stored.dtype} {list(stored.shape)}")
+        else:
+            value = float(read_at(stored.file, stored.offset, stored.nbytes).view("<f4")[0])
+            if not 0 < value < float("inf"):
+                report.problem(TENSOR, where, f"expected a positive number, got {value:g}")
+            self._values[name] = value
+
+    def report_uneven(self, report: Report) -> None:
+        """Report the matrices that read one input by two scales."""
+        for name, value in self._values.items():
+            partner = name.replace(".w3.", ".w1.")
+            if ".w3." in name and self._values.get(partner, value) != value:
+                where = f"tensor {name.removesuffix('.weight')}.input_scale"
+                report.problem(TENSOR, where, f"expected that of w1, {self._values[partner]:g}, got {value:g}")
+
+
+def _with_sharing(piece: Piece, weight: Weight, checkpoint: Checkpoint) -> Piece:
+    """Return a piece of NVFP4 made of FP4 with the scales of the source that its second scale goes by."""
+    if piece.output.encoding != "fp4/nv" or piece.source.encoding != "fp4":
+        return piece
+    fused = (weight.name.replace(own, other) for own, other in FUSED.items() if own in weight.name)
+    matrices = [piece.source, *(weight_matrix(checkpoint.weights[name]) for name in fused)]
+    return piece._replace(sharing=tuple(matrix.scale for matrix in matrices if matrix.scale is not None))
+
+
+def _folder_tensor(
+    name: str, weights: list[Weight], tensors: Tensors, side: int, report: Report, input_scales: InputScales
+) -> Iterator[Piece]:
     """Yield the pieces of a tensor that holds a weight, or the experts of a layer one above the other."""
     found = tensors.take(name)
     if found is None:
@@ -143,6 +210,8 @@ def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, side: int
     matrix = _checked(name, found, shape, weights, side, report)
     if matrix is None:
         return
+    if matrix.encoding == "fp4/nv":
+        input_scales.add(name, found.input_scale, report)
     for number, weight in enumerate(weights):
         source = weight_matrix(weight)
         at = (number * source.rows, 0)
@@ -151,7 +220,7 @@ def _folder_tensor(name: str, weights: list[Weight], tensors: Tensors, side: int
 
 def _checked(
     name: str,
-    found: tuple[Stored, Stored | None],
+    found: Found,
     shape: tuple[int, ...],
     weights: list[Weight],
     side: int,
@@ -161,9 +230,9 @@ def _checked(
 
     ``side``: the rows and columns of the blocks of FP8 that is made here.
     """
-    stored, scale = found
+    stored = found.stored
     where = f"tensor {name}"
-    matrix = stored_matrix(name, stored, scale)
+    matrix = stored_matrix(name, stored, found.scale, found.second)
     if isinstance(matrix, str):
         report.problem(LAYOUT, where, matrix)
         return None
@@ -190,13 +259,16 @@ def _allowed_encodings(weight: Weight) -> tuple[str, ...]:
     What is published as FP8 or FP4 may be that again, and FP4 experts FP8.
     """
     own, store = weight_matrix(weight).encoding, weight.row.store
+    made = ("fp4/nv",) if own == "fp4" and store is Store.EXPERT else ()
     if own in ("i32", "i64") or (own == "f32" and store is Store.F32):
         return (own,)
-    return tuple(dict.fromkeys((own, *PUBLISHED_AS.get(store, ()), *FLOATS)))
+    return tuple(dict.fromkeys((own, *PUBLISHED_AS.get(store, ()), *made, *FLOATS)))
 
 
 def _made_block(encoding: str, weight: Weight, side: int) -> tuple[int, int]:
     """Return the rows and columns that share a scale where a conversion quantises a weight."""
+    if encoding == "fp4/nv":
+        return NVFP4_ROW_BLOCK
     return ROW_BLOCK if encoding == "fp4" or weight.row.store is Store.ENGRAM else (side, side)
 
 
@@ -315,9 +387,7 @@ def _rank_pieces(
         report.problem(EXTRA, f"rank {rank}: tensor {name}", "not in the source")
 
 
-def _run_piece(
-    rank: int, mp: int, weight: Weight, found: tuple[Stored, Stored | None], report: Report
-) -> Iterator[Piece]:
+def _run_piece(rank: int, mp: int, weight: Weight, found: Found, report: Report) -> Iterator[Piece]:
     """Yield a rank's run of a table's rows; what fills up the last ranks must be zeros with scales of 1."""
     rows = weight.shape[0]
     share = (rows + mp - 1) // mp
@@ -327,7 +397,7 @@ def _run_piece(
     if matrix is None:
         return
     real = max(0, min(rows - rank * share, share))
-    for stored, byte in zip(found, (b"\0", b"\x7f"), strict=True):
+    for stored, byte in zip((found.stored, found.scale), (b"\0", b"\x7f"), strict=True):
         if stored is not None and real < share:
             width = stored.nbytes // share
             if _read_at(stored.file, stored.offset + real * width, (share - real) * width).strip(byte):
@@ -464,6 +534,8 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
             config[key] = DTYPE_NAMES[floats[0]]
     elif any(p.source.encoding in FLOATS and p.output.encoding in QUANTISED for p in pieces):
         config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
+    elif any(p.source.encoding == "fp4" and p.output.encoding == "fp4/nv" for p in pieces):
+        config = {**config, "quantization_config": _nvfp4_quantization(checkpoint, config, pieces)}
     elif any(p.source.encoding == "fp4" and p.output.encoding == "fp8" for p in pieces):
         if "text_config" not in config:  # V4.1 says it in one place
             config["expert_dtype"] = "fp8"
@@ -490,6 +562,54 @@ def _without_pruned(config: dict[str, Any], found: Mapping[str, Any], pieces: li
         return key.startswith("vision_") and not has_tower
 
     return {key: value for key, value in config.items() if key in found or not is_idle(key)}
+
+
+def _modelopt_quantization(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """Return what ModelOpt's configs say of a folder with NVFP4 experts."""
+    names = [piece.output.name for piece in pieces if piece.output.encoding == "fp4/nv"]
+    modules = sorted({name[: name.index(".experts.")] + ".experts" for name in names})
+    excluded = ["*.attn.*", "*.ffn.shared_experts.*", "head"]
+    if not any(name.startswith("mtp.") for name in names):
+        excluded.append("mtp.*")
+    return {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "group_size": NVFP4_BLOCK,
+        "quantized_layers": {module: {"quant_algo": "NVFP4", "group_size": NVFP4_BLOCK} for module in modules},
+        "exclude_modules": excluded,
+    }
+
+
+def _nvfp4_quantization(checkpoint: Checkpoint, config: dict[str, Any], pieces: list[Piece]) -> dict[str, Any]:
+    side = FP8_SIDE[checkpoint.config.version]
+    said = _modelopt_quantization(pieces)
+    group = {"type": "float", "num_bits": 4, "dynamic": False, "group_size": NVFP4_BLOCK}
+    return {
+        "activation_scheme": "dynamic",
+        "weight_block_size": [side, side],
+        **config.get("quantization_config", {}),
+        **said,
+        "quant_method": "fp8",
+        "moe_quant_algo": "NVFP4",
+        "producer": MODELOPT_PRODUCER,
+        "ignore": said["exclude_modules"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": group, "input_activations": group}},
+    }
+
+
+def _check_quant_config(folder: Path, pieces: list[Piece], report: Report) -> None:
+    """Report the keys of hf_quant_config.json that are not what NVFP4 experts need; others need no such file."""
+    path = folder / HF_QUANT_CONFIG_NAME
+    if not any(piece.output.encoding == "fp4/nv" for piece in pieces):
+        return
+    try:
+        found = read_json_object(path)
+    except (ConfigError, InputMissingError) as error:
+        report.problem(FILE, path, str(error))
+        return
+    expected = {"producer": MODELOPT_PRODUCER, "quantization": _modelopt_quantization(pieces)}
+    if not report.foreign:
+        _check_json_keys(path, expected, found, report)
 
 
 def _quantised_config(config: dict[str, Any], side: int) -> dict[str, Any]:

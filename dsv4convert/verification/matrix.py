@@ -14,7 +14,7 @@ from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored, tensor_at
 from ..errors import InputMissingError, InputOutputError, InventoryError
 from ..formats.ggml_types import BY_NAME, QUANTISED
-from .numbers import BLOCK, E8M0_BIAS, E8M0_NAN, Bits
+from .numbers import BLOCK, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -29,11 +29,12 @@ STORAGE = {
     "fp8/f32": (1, 1),
     "fp8/row": (BLOCK + 1, BLOCK),  # the codes of a row, then its scales
     "fp4": (1, 2),
+    "fp4/nv": (1, 2),
     "mxfp4": (17, BLOCK),
     "q8_0": (34, BLOCK),
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
-SCALE_DTYPE = {"F8_E8M0": "<u1", "F32": "<u4"}
+SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4"}
 WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2"}
 
 
@@ -53,7 +54,10 @@ class Scale(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A row-major matrix in a file; a vector is one row, a stack of matrices is one above the other."""
+    """A row-major matrix in a file; a vector is one row, a stack of matrices is one above the other.
+
+    ``second`` is the place of the float32 that all scales of NVFP4 are under.
+    """
 
     name: str
     file: Path
@@ -62,6 +66,7 @@ class Matrix(NamedTuple):
     rows: int
     columns: int
     scale: Scale | None = None
+    second: Stored | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -93,8 +98,8 @@ def block_of(length: int, scales: int) -> int | None:
     return length // scales if scales and length % scales == 0 else None
 
 
-def stored_matrix(name: str, stored: Stored, scale: Stored | None) -> Matrix | str:
-    """Return the matrix that a safetensors tensor and its scale make, or what is wrong with them."""
+def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Stored | None = None) -> Matrix | str:
+    """Return the matrix that a safetensors tensor and its scales make, or what is wrong with them."""
     plain = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I32": "i32", "I64": "i64"}.get(stored.dtype)
     rows, columns = as_matrix(stored.shape)
     if plain is not None:
@@ -112,12 +117,20 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None) -> Matrix | s
     if block[0] is None or block[1] is None or scale.dtype not in SCALE_DTYPE:
         return f"a scale {scale.dtype} {list(scale.shape)} that fits no blocks of {[rows, columns]}"
     encoding = "fp4"
-    if stored.dtype == "F8_E4M3":
+    if second is not None:
+        if stored.dtype != "U8" or scale.dtype != "F8_E4M3" or block != (1, NVFP4_BLOCK):
+            return f"NVFP4 of {stored.dtype} with a scale {scale.dtype} {list(scale.shape)}"
+        if second.dtype != "F32" or second.shape != ():
+            return f"NVFP4 with a second scale {second.dtype} {list(second.shape)}"
+        encoding = "fp4/nv"
+    elif scale.dtype == "F8_E4M3":
+        return "a scale F8_E4M3 without a second scale"
+    elif stored.dtype == "F8_E4M3":
         encoding = "fp8" if scale.dtype == "F8_E8M0" else "fp8/f32"
     elif block != (1, BLOCK) or scale.dtype != "F8_E8M0":
         return f"packed FP4 with a scale {scale.dtype} {list(scale.shape)}"
     place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]), scale.wide)
-    return Matrix(name, stored.file, stored.offset, encoding, rows, columns, place)
+    return Matrix(name, stored.file, stored.offset, encoding, rows, columns, place, second)
 
 
 def weight_matrix(weight: Weight) -> Matrix:
@@ -175,6 +188,20 @@ def same_bytes(left: Matrix, at: tuple[Span, Span], right: Matrix, right_at: tup
     return np.array_equal(_read_grid(left.scale, *at), _read_grid(right.scale, *right_at))
 
 
+def largest_e8m0(scales: tuple[Scale, ...]) -> int:
+    """Return the largest E8M0 byte of several grids of scales that is not NaN, that of 1.0 where there is none.
+
+    Raises:
+        InputMissingError, InputOutputError: a file cannot be read, or ended early.
+    """
+    largest = -1
+    for scale in scales:
+        height, width = scale.block
+        grid = _read_grid(scale, (0, scale.rows * height), (0, scale.columns * width)).astype(np.int64)
+        largest = max(largest, int(np.max(grid, where=grid != E8M0_NAN, initial=-1)))
+    return E8M0_BIAS if largest < 0 else largest
+
+
 def read_at(file: Path, offset: int, nbytes: int) -> Bytes:
     """Return bytes of a file.
 
@@ -228,16 +255,22 @@ def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
 def _fp4_parts(matrix: Matrix, rows: Span, columns: Span) -> tuple[Bytes, Bytes]:
     """Return the codes [rows, columns] and the scale bytes [rows, columns/32] of FP4 in either storage."""
     raw = read_raw(matrix, rows, columns)
-    codes = np.empty((len(raw), columns[1] - columns[0]), np.uint8)
     if matrix.encoding == "fp4" and matrix.scale is not None:
-        codes[:, 0::2] = raw & 0xF
-        codes[:, 1::2] = raw >> 4
-        return codes, _read_grid(matrix.scale, rows, columns)
+        return _codes(raw), _read_grid(matrix.scale, rows, columns)
+    codes = np.empty((len(raw), columns[1] - columns[0]), np.uint8)
     blocks = raw.reshape(len(raw), -1, STORAGE["mxfp4"][0])
     halves = codes.reshape(len(raw), -1, 2, BLOCK // 2)
     halves[:, :, 0] = blocks[:, :, 1:] & 0xF
     halves[:, :, 1] = blocks[:, :, 1:] >> 4
     return codes, blocks[:, :, 0]
+
+
+def _codes(raw: Bytes) -> Bytes:
+    """Return the codes of packed bytes [rows, columns/2], the low nibble first."""
+    codes = np.empty((len(raw), 2 * raw.shape[1]), np.uint8)
+    codes[:, 0::2] = raw & 0xF
+    codes[:, 1::2] = raw >> 4
+    return codes
 
 
 def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
@@ -255,6 +288,10 @@ def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
     if matrix.encoding == "fp8/row":
         width = columns[1] - columns[0]
         return (np.repeat(raw[:, width:], BLOCK, axis=1).astype(np.uint16) << np.uint16(8)) | raw[:, :width]
+    if matrix.encoding == "fp4/nv" and matrix.scale is not None and matrix.second is not None:
+        spread = np.repeat(_read_grid(matrix.scale, rows, columns), NVFP4_BLOCK, axis=1).astype(np.uint64)
+        second = np.uint64(read_at(matrix.second.file, matrix.second.offset, 4).view("<u4")[0])
+        return (second << np.uint64(12)) | (spread << np.uint64(4)) | _codes(raw)
     if matrix.encoding in ("fp4", "mxfp4"):
         codes, scales = _fp4_parts(matrix, rows, columns)
         return (np.repeat(scales, BLOCK, axis=1).astype(np.uint16) << np.uint16(4)) | codes

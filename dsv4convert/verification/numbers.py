@@ -13,11 +13,13 @@ i32, i64 the integer                      itself
 fp8      scale << 8 | code                e4m3(code) * scale
 fp8/row  the same as fp8                  the same
 fp4      scale << 4 | code                e2m1(code) * 2^(scale - 127)
+fp4/nv   second << 12 | scale << 4 | code e2m1(code) * e4m3(scale) * second
 mxfp4    the same as fp4                  the same
 q8_0     d << 8 | q                       f16(d) * int8(q)
 ======== ================================ =====================================
 
-The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32"). Rows of fp8/row have their scales,
+The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32"). The second scale of fp4/nv, which is
+NVFP4, has the bits of a float32. Rows of fp8/row have their scales,
 one for 32 elements, behind their codes.
 """
 
@@ -34,6 +36,7 @@ Values: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 BLOCK = 32  # elements of an MXFP4, Q8_0 or packed FP4 block
+NVFP4_BLOCK = 16
 FP8_TILE = 128
 E8M0_BIAS = 127
 E8M0_NAN = 255
@@ -42,7 +45,7 @@ F16_NAN = 0x7E00
 INTEGERS = ("i32", "i64")
 FLOATS = ("f32", "f16", "bf16")
 # Elements whose value is not what is stored, but is worked out from code and scale.
-SCALED = ("fp8", "fp8/row", "fp8/f32", "fp4", "mxfp4", "q8_0")
+SCALED = ("fp8", "fp8/row", "fp8/f32", "fp4", "fp4/nv", "mxfp4", "q8_0")
 
 
 def e4m3_value(code: int) -> float:
@@ -124,6 +127,9 @@ def _values(encoding: str, bits: Bits) -> Any:
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
     if encoding in ("fp4", "mxfp4"):
         return E2M1[bits & 0xF] * e8m0_values(bits >> 4)
+    if encoding == "fp4/nv":
+        second = (bits >> np.uint64(12)).astype(np.uint32).view(np.float32).astype(np.float64)
+        return E2M1[(bits & np.uint64(0xF)).astype(np.intp)] * _e4m3_scale(bits) * second
     if encoding in ("fp8", "fp8/row"):
         return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
     if encoding == "fp8/f32":
@@ -133,6 +139,12 @@ def _values(encoding: str, bits: Bits) -> Any:
         d = np.take(all_values("f16"), bits >> 8)
         return (bits & 0xFF).astype(np.uint8).view(np.int8).astype(np.float64) * d
     raise KeyError(encoding)
+
+
+def _e4m3_scale(bits: Bits) -> Values:
+    """Return the scale of NVFP4 elements."""
+    scale: Values = E4M3[(bits >> np.uint64(4) & np.uint64(0xFF)).astype(np.intp)]
+    return scale
 
 
 def bits_of(encoding: str, values: Values) -> Bits:
@@ -287,6 +299,28 @@ def fp4_as_fp8_bits(bits: Bits, side: int = FP8_TILE) -> tuple[Bits, bool]:
             smallest = min(smallest, int(lift.min()))
     return out, smallest >= EXACT_LIFT
 
+
+def fp4_as_nvfp4_bits(bits: Bits, largest: int) -> tuple[Bits, bool]:
+    """Return FP4 [rows, columns] as NVFP4 under the second scale of the largest scale byte, and whether exactly.
+
+    The second scale is 2^-8 of the largest scale; an e4m3 scale is the power of two that is left, 2^-9 at least, where
+    codes are then rounded to nearest even.
+    """
+    scale, code = (bits >> 4).astype(np.int32), (bits & 0xF).astype(np.uint64)
+    second = np.ldexp(np.float32(1), largest - E8M0_BIAS - E4M3_MAX_POWER)
+    power = scale - largest + E4M3_MAX_POWER
+    nan, low = scale == E8M0_NAN, power < E4M3_MIN_POWER
+    kept = np.where(nan, 0, np.maximum(power, E4M3_MIN_POWER))
+    made = np.where(nan, np.uint16(E4M3_NAN), nearest_e4m3(np.ldexp(1.0, kept))).astype(np.uint64)
+    if low.any():
+        halved = _nearest_e2m1(np.ldexp(E2M1[bits & 0xF], np.where(low, power - E4M3_MIN_POWER, 0)))
+        code = np.where(low, halved, code).astype(np.uint64)
+    shared = np.uint64(int(second.view(np.uint32)))
+    return (shared << np.uint64(12)) | (made << np.uint64(4)) | code, not low.any()
+
+
+# The powers of two among the e4m3 numbers.
+E4M3_MAX_POWER, E4M3_MIN_POWER, E4M3_NAN = 8, -9, 0x7F
 
 FP8_HEADROOM = 6  # 6 * 2^6 = 384 fits under 448
 # How many powers of two a scale is above its tile's: at most the headroom; one beyond stands for NaN.

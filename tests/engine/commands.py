@@ -46,6 +46,7 @@ COMMANDS = {
     "merge --delete-parts": "merge {parts} {out}/model.gguf --delete-parts",
     "imatrix": "imatrix {shards} --text {text} --tokenizer {checkpoint} --context-size 8 -o {out}/model.gguf",
     "mend": "mend {checkpoint} {out}/mended --drop-draft",
+    "repack --experts nvfp4": "repack {checkpoint} {out}/nvfp4 --experts nvfp4 --max-file-size 1M",
 }
 CHECKPOINT = "checkpoint"
 SHARDS = "shards"

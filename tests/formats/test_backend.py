@@ -95,9 +95,11 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
             rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8),
             rng.integers(113, 120, (rows, groups), dtype=np.uint8),
         ]
-        if target == "fp8_scales":
+        if target in ("nvfp4", "nvfp4_scales"):
+            inputs.append(121)
+        if target in ("fp8_scales", "nvfp4_scales"):
             del inputs[0]
-        elif target not in ("mxfp4", "fp8"):
+        elif target not in ("mxfp4", "fp8", "nvfp4"):
             inputs.append((1, 32))
     else:
         inputs = [{"f32": x, "bf16": (x.view(np.uint32) >> 16).astype(np.uint16), "f16": x.astype(np.float16)}[source]]
@@ -112,6 +114,8 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
         "fp8_scales": [tiles],
         "fp4": [((rows, columns // 2), np.uint8)],
         "fp4_scales": [((rows, groups), np.uint8)],
+        "nvfp4": [((rows, columns // 2), np.uint8)],
+        "nvfp4_scales": [((rows, groups * 2), np.uint8)],
         "mxfp4": [((rows, groups * 17), np.uint8)],
         "q8_0": [((rows, groups * 34), np.uint8)],
     }[target]
@@ -162,7 +166,7 @@ def test_cutting_a_tensor_into_tiles_changes_nothing(codecs: Codecs, name: str):
 
 
 def _rows(argument, part: slice, rows: int):
-    if isinstance(argument, tuple):
+    if isinstance(argument, tuple | int):
         return argument
     if argument.shape[0] == rows:
         return argument[part]
@@ -182,7 +186,16 @@ def test_an_output_with_gaps_is_refused_or_filled(codecs: Codecs, name: str):
 
 # Conversions that checkpoints need in bulk, and the bytes of temporary memory that a tile of theirs may
 # take beside the arena, as a share of the elements.
-BULK = ["fp8_to_f32", "fp8_to_bf16", "fp8_to_q8_0", "fp4_to_bf16", "fp4_to_f32", "fp4_to_mxfp4", "fp4_to_fp8"]
+BULK = [
+    "fp8_to_f32",
+    "fp8_to_bf16",
+    "fp8_to_q8_0",
+    "fp4_to_bf16",
+    "fp4_to_f32",
+    "fp4_to_mxfp4",
+    "fp4_to_nvfp4",
+    "fp4_to_fp8",
+]
 
 
 @pytest.mark.parametrize("name", BULK)

@@ -29,6 +29,7 @@ COMMANDS = {
     "dequantize": ("dequantize",),
     "stacked": ("dequantize", "--names", "transformers"),
     "repack": ("repack", "--experts", "fp8"),
+    "repack to nvfp4": ("repack", "--experts", "nvfp4", "--draft-experts"),
     "unshard": ("unshard",),
 }
 

@@ -66,6 +66,7 @@ PLANNERS: dict[str, Callable[[Path, Path], object]] = {
     "transformers": lambda source, out: dequantize.plan_dequantize(source, out / "o", names="transformers"),
     "mend": lambda source, out: mend.plan_mend(source, out / "o", mend.Mends(drop_draft=True)),
     "repack": lambda source, out: repack.plan_repack(source, out / "o"),
+    "repack to nvfp4": lambda source, out: repack.plan_repack(source, out / "o", experts="nvfp4"),
     "shard": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2)),
     "shard without drafts": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="drop")),
     "shard of a draft": lambda source, out: shards.plan_shards(source, out / "o", ShardOptions(2, draft="only")),

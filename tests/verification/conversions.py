@@ -44,7 +44,12 @@ SHARD_OPTIONS: dict[str, dict[str, Any]] = {
     "shards-without-draft": {"mp": 2, "draft": "drop"},
     "shards-rank": {"mp": 2, "ranks": (1,)},
 }
-KINDS = (*GGUF_OPTIONS, *FOLDER_OPTIONS, "fp8", *SHARD_OPTIONS, "unsharded", "unsharded-fp8")
+REPACK_OPTIONS: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "nvfp4": {"experts": "nvfp4", "input_scale": "8.4375,150.0"},
+    "nvfp4-draft": {"experts": "nvfp4", "draft_experts": True},
+}
+KINDS = (*GGUF_OPTIONS, *FOLDER_OPTIONS, *REPACK_OPTIONS, *SHARD_OPTIONS, "unsharded", "unsharded-fp8")
 
 Make = Callable[..., Path]
 
@@ -58,8 +63,8 @@ def convert(source: Path, kind: str, folder: Path) -> Path:
     out = folder / "out"
     if kind in FOLDER_OPTIONS:
         execute(plan_dequantize(source, out, **FOLDER_OPTIONS[kind]), threads=1)
-    elif kind == "fp8":
-        execute(plan_repack(source, out), threads=1)
+    elif kind in REPACK_OPTIONS:
+        execute(plan_repack(source, out, **REPACK_OPTIONS[kind]), threads=1)
     elif kind in SHARD_OPTIONS:
         execute(plan_shards(source, out, ShardOptions(**SHARD_OPTIONS[kind])).plan, threads=1)
     else:

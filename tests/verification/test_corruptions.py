@@ -22,7 +22,16 @@ from ..oracles.gguf_bytes import Info, Key, RawGguf, text
 from ..oracles.safetensors_bytes import RawSafetensors, RawTensor
 from .conversions import Make
 
-FLIPS = {"gguf": 60, "gguf-mtp": 20, "gguf-split": 30, "gguf-port": 20, "bf16": 25, "fp8": 25, "shards-2": 40}
+FLIPS = {
+    "gguf": 60,
+    "gguf-mtp": 20,
+    "gguf-split": 30,
+    "gguf-port": 20,
+    "bf16": 25,
+    "fp8": 25,
+    "nvfp4": 25,
+    "shards-2": 40,
+}
 BATCH = 5  # flips a test: enough tests to see where, few enough copies
 
 

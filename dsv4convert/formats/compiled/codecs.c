@@ -266,6 +266,37 @@ i64 fp4_to_mxfp4(const u8 *restrict packed, const u8 *restrict scale, u8 *restri
     return nan;
 }
 
+// --- FP4 to NVFP4 -----------------------------------------------------------------------------------------
+
+enum { EXACT_SPAN = 17 }; // e4m3 has the powers of two from 2^8 down to 2^-9
+
+INLINE i64 largest_allows(const u8 *restrict scale, i64 groups, i64 largest) {
+    i64 lowest = largest > EXACT_SPAN ? largest - EXACT_SPAN : 0;
+    return all_within(scale, groups, (u8)lowest, (u8)largest);
+}
+
+// Codes move unchanged where every scale has its power of two in e4m3.
+i64 fp4_to_nvfp4(const u8 *restrict packed, const u8 *restrict scale, u8 *restrict out, i64 groups, i64 largest) {
+    if (!largest_allows(scale, groups, largest))
+        return NEEDS_FALLBACK;
+    for (i64 i = 0; i < groups * PACKED; i++)
+        out[i] = packed[i];
+    return 0;
+}
+
+// The e4m3 code of 2^(scale - largest + 8), twice.
+i64 fp4_to_nvfp4_scales(const u8 *restrict scale, u16_at *restrict out, i64 groups, i64 largest) {
+    if (!largest_allows(scale, groups, largest))
+        return NEEDS_FALLBACK;
+    for (i64 group = 0; group < groups; group++) {
+        u16 below = (u16)(largest - scale[group]);
+        u16 normal = (u16)((15 - below) << 3), subnormal = (u16)(below == 15 ? 4 : below == 16 ? 2 : 1);
+        u16 code = below < 15 ? normal : subnormal;
+        out[group] = (u16)(code | code << 8);
+    }
+    return 0;
+}
+
 // Scales [rows, groups] to one per tile: the largest / 2^6, at least 2^-127. Returns the smallest exponent of a scale
 // relative to its tile's, or SCALE_IS_NAN, below any.
 enum { SCALE_IS_NAN = -1024, TILES_AT_ONCE = 64 };

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, not_finite, q8_0
+from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, not_finite, nvfp4, q8_0
 from dsv4convert.formats.base import (
     FP8_TILE,
     GROUP,
@@ -43,6 +43,9 @@ _fp4_to_f32 = Function(_LIBRARY, "fp4_to_f32", "u1 u1 f4 n")
 _fp4_to_bf16 = Function(_LIBRARY, "fp4_to_bf16", "u1 u1 u2 n")
 _fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 f2 n")
 _fp4_to_mxfp4 = Function(_LIBRARY, "fp4_to_mxfp4", "u1 u1 u1 n")
+# Packed codes and scales, output, groups and the largest scale.
+_fp4_to_nvfp4 = Function(_LIBRARY, "fp4_to_nvfp4", "u1 u1 u1 n n")
+_fp4_to_nvfp4_scales = Function(_LIBRARY, "fp4_to_nvfp4_scales", "u1 u1 n n")
 _fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
 _fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
 _f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "f4 u1 n")
@@ -151,6 +154,24 @@ def fp4_to_mxfp4(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch
     check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns // GROUP * mxfp4.BLOCK_BYTES))
     nan = _fp4_to_mxfp4(np.ascontiguousarray(packed), np.ascontiguousarray(scale), out, scale.size)
     tally.nan += GROUP * nan
+
+
+def fp4_to_nvfp4(packed: ArrayU8, scale: ArrayU8, largest: int, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `nvfp4.fp4_to_nvfp4`."""
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    if columns % GROUP == 0:
+        check_tile(rows, columns, scale, (1, GROUP), out, packed.shape)
+        arrays = np.ascontiguousarray(packed), np.ascontiguousarray(scale), out
+        if _fp4_to_nvfp4(*arrays, scale.size, largest) != NEEDS_FALLBACK:
+            return
+    nvfp4.fp4_to_nvfp4(packed, scale, largest, out, scratch, tally)
+
+
+def fp4_to_nvfp4_scales(scale: ArrayU8, largest: int, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `nvfp4.fp4_to_nvfp4_scales`."""
+    nvfp4.check_scales(scale, out)
+    if _fp4_to_nvfp4_scales(np.ascontiguousarray(scale), out, scale.size, largest) == NEEDS_FALLBACK:
+        nvfp4.fp4_to_nvfp4_scales(scale, largest, out, scratch, tally)
 
 
 def fp4_to_fp8_scales(

@@ -1,0 +1,102 @@
+"""Segments that make NVFP4 of packed FP4: codes, e4m3 scales and the second scale, each an output of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..checkpoint.weights import FP4_SCALE_BLOCK, Weight
+from ..containers.safetensors import Stored
+from ..errors import InventoryError
+from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment
+from .segments import scale_operand, shared
+
+# Elements of a row that share an e4m3 scale, and those of a packed byte.
+NVFP4_BLOCK = 16
+CODES_PER_BYTE = 2
+SCALAR_BYTES = 4
+
+
+class Part(Enum):
+    """What of an NVFP4 matrix a tensor holds."""
+
+    CODES = "codes"
+    SCALES = "scales"
+    SECOND = "second"
+
+
+class _Source(NamedTuple):
+    """A packed FP4 weight of ``shape`` where it lies, and the scales of all weights that share its second scale."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, int]
+    scale: Stored
+    sharing: tuple[Stored, ...]
+
+
+class _Segments(MadeSegments):
+    """The one segment of a part."""
+
+    __slots__ = ("_part", "_source")
+
+    def __init__(self, source: _Source, part: Part) -> None:
+        self._source = source
+        self._part = part
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many output bytes the segment makes."""
+        rows, columns = self._source.shape
+        sizes = {Part.CODES: rows * columns // CODES_PER_BYTE, Part.SCALES: rows * columns // NVFP4_BLOCK}
+        return sizes.get(self._part, SCALAR_BYTES)
+
+    def __len__(self) -> int:
+        return 1
+
+    def _make(self, number: int) -> Segment:
+        source = self._source
+        rows, columns = source.shape
+        if self._part is Part.SECOND:
+            return Segment(NVFP4_SECOND, self._whole(1), 1, SCALAR_BYTES)
+        scale = scale_operand(source.scale)
+        if self._part is Part.SCALES:
+            return Segment(NVFP4_SCALES, (scale, *self._whole(rows)), rows, shared(columns // NVFP4_BLOCK))
+        packed = shared(columns // CODES_PER_BYTE)
+        codes = Operand(source.file, source.offset, packed, 1, "u1")
+        return Segment(NVFP4_CODES, (codes, scale, *self._whole(rows)), rows, packed)
+
+    def _whole(self, rows_per: int) -> tuple[Operand, ...]:
+        """Return all scales under the second scale, each matrix of them in one row that serves ``rows_per`` rows."""
+        return tuple(
+            scale_operand(scale, rows_per=rows_per, rows_together=scale.shape[0]) for scale in self._source.sharing
+        )
+
+
+def fp4_to_nvfp4_segments(weight: Weight, sharing: Sequence[Weight]) -> dict[Part, Sequence[Segment]]:
+    """Return the segments of each part of the NVFP4 that a packed FP4 weight becomes.
+
+    ``sharing`` are the weights under one second scale, this one among them.
+
+    Raises:
+        InventoryError: one is not packed FP4.
+    """
+    for held in sharing:
+        if held.scale is None or held.block != FP4_SCALE_BLOCK:
+            raise InventoryError(f"tensor {held.name}: not packed FP4", where=held.stored.file, got=held.encoding.value)
+    rows, columns = weight.shape
+    scales = tuple(held.scale for held in sharing if held.scale is not None)
+    own = scales[[held.name for held in sharing].index(weight.name)]
+    source = _Source(weight.stored.file, weight.stored.offset, (rows, columns), own, scales)
+    return {part: _Segments(source, part) for part in Part}
+
+
+@lru_cache(maxsize=1024)
+def scalar_segments(value: float) -> tuple[Segment, ...]:
+    """Return the segments of a float32 scalar, one object for all tensors with the value."""
+    return (Segment(Constant(np.float32(value).tobytes()), (), 1, SCALAR_BYTES),)

@@ -133,7 +133,7 @@ class Worker:
             weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
         while first < segment.rows and not self.stopped:
             rows = min(step, segment.rows - first)
-            inputs = [*self._inputs(segment, first, rows), *weights]
+            inputs = [*self._inputs(segment, first, rows, follows=first > 0 and compiled is None), *weights]
             zeros = {number for number in zeros if is_zero(inputs[number])}
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             make_tile(operation, self._codecs, inputs, out, self._scratch, tally)
@@ -150,8 +150,11 @@ class Worker:
             zero_bits &= compiled.zeros
         return Made(digest.digest(), tally, zero_bits)
 
-    def _inputs(self, segment: Segment, first: int, rows: int) -> list[NDArray[Any]]:
-        return [self._read(index, operand, first, rows) for index, operand in enumerate(segment.operands)]
+    def _inputs(self, segment: Segment, first: int, rows: int, *, follows: bool = False) -> list[NDArray[Any]]:
+        """Return the operands' tiles; ``follows`` a tile of the same segment that was read here as well."""
+        return [
+            self._read(index, operand, first, rows, follows=follows) for index, operand in enumerate(segment.operands)
+        ]
 
     def _squared_weights(self, segment: Segment, operation: Quantise, step: int) -> tuple[NDArray[np.float32], ...]:
         """Return the weights of the columns where they come from the segment's own elements, read once before."""
@@ -165,14 +168,14 @@ class Worker:
             total = total + squares(as_f32(operation, self._codecs, inputs, self._scratch, Tally()))
         return (np.asarray(total, np.float32).reshape(-1),)
 
-    def _read(self, index: int, operand: Operand, first: int, rows: int) -> NDArray[Any]:
+    def _read(self, index: int, operand: Operand, first: int, rows: int, *, follows: bool) -> NDArray[Any]:
         """Return the rows of an operand that serve output rows first..first+rows."""
         begin = first // operand.rows_per
         count = -(-(first + rows) // operand.rows_per) - begin
         tile = self._scratch.array(f"input {index}", (count, operand.row_bytes), np.uint8)
         offset = operand.offset + begin * operand.row_bytes
-        # The operand's first row serves all tiles up to its last output row, and is there since the first of them.
-        if not 0 < first <= operand.rows_per - rows:
+        # An operand's first row serves every tile that ends within its output rows, and is there since the first.
+        if not (follows and first + rows <= operand.rows_per):
             self._read_into(operand.file, offset, tile)
         if operand.wide:
             shape = count, operand.row_bytes // WIDE_BITS[operand.wide].itemsize

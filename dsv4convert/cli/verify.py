@@ -191,6 +191,21 @@ def describe(report: Report) -> Iterator[Block]:
         frozenset({2, 3, 4}),
     )
     yield Table(
+        ("quantised", "to", "elements", "RMSE", "relative", "largest error"),
+        [
+            (
+                source,
+                output,
+                f"{total.compared:,}",
+                f"{total.rmse:.3g}",
+                f"{total.relative_rmse:.3g}",
+                f"{total.largest_error:.3g}",
+            )
+            for (source, output), total in report.requantised().items()
+        ],
+        frozenset({2, 3, 4, 5}),
+    )
+    yield Table(
         ("family", "type", "elements", "RMSE", "relative", "largest error"),
         [
             (

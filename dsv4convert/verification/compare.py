@@ -44,6 +44,9 @@ TILED_BLOCK_ELEMENTS = 2**17
 # A sample is cut finer, so that it comes from many places.
 SAMPLE_BLOCK_ELEMENTS = 2**13
 
+# What ``requantize`` makes of floats, whose errors are summed as those of low-bit types are.
+REQUANTISED = ("fp8", "fp8/f32", "fp4")
+
 # Pieces that are handed out at a time: results wait for the slowest of them, not for all.
 BATCH = 256
 
@@ -103,6 +106,7 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
         layer=layer_of(source.name),
         nbytes=_nbytes(output, piece.size),
         is_low_bit=is_low_bit,
+        is_measured=is_low_bit or (source.encoding in FLOATS and output.encoding in REQUANTISED),
     )
     cut = _cut(piece, how)
     largest = largest_e8m0(piece.sharing) if piece.sharing else 0
@@ -135,9 +139,8 @@ def _compare_rows(
     raw = read_raw(output, *at)
     before = values_of(source.encoding, read_bits(source, *source_at))
     after = decode(output.encoding, raw)
+    _measure(result, before, after)
     with np.errstate(invalid="ignore", over="ignore"):
-        result.squared_error += float(np.square(after - before).sum())
-        result.squared_source += float(np.square(before).sum())
         whole_rows = piece.size[1] == output.columns == source.columns
         wrong = check.wrong(before, after, raw, whole_rows=whole_rows)
     _record(result, piece, (at[0][0], at[1][0]), wrong, before, after)
@@ -221,9 +224,21 @@ def _compare(
 ) -> None:
     source, output = piece.source.encoding, piece.output.encoding
     same, exact = _same(piece, original, found, foreign, largest)
-    if exact and same.all():
+    right = exact and bool(same.all())
+    if right and not result.is_measured:
         return
-    _record(result, piece, corner, ~same, values_of(source, original), values_of(output, found))
+    before, after = values_of(source, original), values_of(output, found)
+    if result.is_measured:
+        _measure(result, before, after)
+    if not right:
+        _record(result, piece, corner, ~same, before, after)
+
+
+def _measure(result: TensorResult, before: Values, after: Values) -> None:
+    """Add the squares of a block's errors and of its source; what is not finite makes them so."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        result.squared_error += float(np.square(after - before).sum())
+        result.squared_source += float(np.square(before).sum())
 
 
 def _record(

@@ -40,8 +40,8 @@ class TensorResult:
     ``wrong`` elements are not what the conversion must give. ``rounded`` ones differ from the source
     because the output's format rounds. ``largest_error`` is of the wrong ones where there are any, else of
     the rounded ones, with the index of the first of them. ``squared_error`` and ``squared_source`` are sums over the
-    elements of a low-bit type. ``family`` and ``layer`` are the tensor's, ``nbytes`` the bytes that the output stores
-    of it, scales among them.
+    elements where ``is_measured``: of a low-bit type, or floats that became FP8 or FP4. ``family``, ``layer`` are the
+    tensor's, ``nbytes`` the bytes that the output stores of it, scales among them.
     """
 
     name: str
@@ -57,12 +57,13 @@ class TensorResult:
     layer: int | None = None
     nbytes: int = 0
     is_low_bit: bool = False
+    is_measured: bool = False
     squared_error: float = 0.0
     squared_source: float = 0.0
 
     @property
     def rmse(self) -> float:
-        """Return the root of the mean squared error of a low-bit type's elements."""
+        """Return the root of the mean squared error of the elements, where it is measured."""
         return math.sqrt(self.squared_error / self.compared) if self.compared else 0.0
 
     @property
@@ -107,8 +108,8 @@ class TensorResult:
             "rounded": self.rounded,
             "largest_error": _json_number(self.largest_error),
             "first_index": None if self.first_index is None else list(self.first_index),
-            "rmse": _json_number(self.rmse) if self.is_low_bit else None,
-            "relative_rmse": _json_number(self.relative_rmse) if self.is_low_bit else None,
+            "rmse": _json_number(self.rmse) if self.is_measured else None,
+            "relative_rmse": _json_number(self.relative_rmse) if self.is_measured else None,
         }
 
 
@@ -193,7 +194,7 @@ class Report:
                     "rounded": total.rounded,
                     "wrong": total.wrong,
                     "largest_error": _json_number(total.largest_error),
-                    "relative_rmse": _json_number(total.relative_rmse) if total.is_low_bit else None,
+                    "relative_rmse": _json_number(total.relative_rmse) if total.is_measured else None,
                 }
                 for total, tensors in self.parts()
             ],
@@ -225,11 +226,21 @@ class Report:
                 family=result.family,
                 layer=result.layer,
                 is_low_bit=result.is_low_bit,
+                is_measured=result.is_measured,
             )
             total, tensors = sums.setdefault(key, (total, dict.fromkeys(VERDICTS, 0)))
             total.add(result)
             tensors[result.verdict] += 1
         return list(sums.values())
+
+    def requantised(self) -> dict[tuple[str, str], TensorResult]:
+        """Return the errors of floats that became FP8 or FP4: the sum of the tensors of each (source, output type)."""
+        sums: dict[tuple[str, str], TensorResult] = {}
+        for result in self.results.values():
+            if result.is_measured and not result.is_low_bit:
+                key = (result.source, result.output)
+                sums.setdefault(key, TensorResult("", *key, is_measured=True)).add(result)
+        return sums
 
     def low_bit(self) -> list[TensorResult]:
         """Return the sums of the low-bit tensors of each family and output type."""

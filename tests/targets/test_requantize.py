@@ -15,7 +15,7 @@ from dsv4convert.errors import LossyError, UnsupportedError
 from dsv4convert.model.tensors import Store
 
 from ..checkpoints import MakeCheckpoint
-from ..oracles.plain_folders import Array, Raw, exact_values, read_folder
+from ..oracles.plain_folders import FP4_VALUES, Array, Raw, exact_values, read_folder
 
 LEAST = {448: np.float64(np.float32(1e-4)), 6: 6 * 2.0**-126}
 
@@ -88,6 +88,32 @@ def check(before: dict[str, Raw], after: dict[str, Raw], folder: Path, side: int
     return rounded
 
 
+def check_errors(inexact: list[dict[str, Any]], before: dict[str, Raw], after: dict[str, Raw], side: int) -> None:
+    """Hold the errors that ``verify`` tells of each tensor against those of its values."""
+    measured = [entry for entry in inexact if entry["output"] in ("fp8", "fp4")]
+    assert {entry["output"] for entry in measured} == {"fp8", "fp4"}
+    for entry in inexact:
+        if entry not in measured:
+            assert entry["rmse"] is entry["relative_rmse"] is None
+            continue
+        name = entry["name"]
+        values = exact_values(before[name], None)
+        scales = after[name.removesuffix(".weight") + ".scale"].values.view(np.uint8)
+        if entry["output"] == "fp4":
+            codes = after[name].values.view(np.uint8)
+            made = np.stack([FP4_VALUES[codes & 15], FP4_VALUES[codes >> 4]], axis=-1).reshape(values.shape)
+            block = (1, 32)
+        else:
+            made = after[name].values.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+            block = (1, 32) if name.endswith("engram.embed.weight") else (side, side)
+        made = made * spread(2.0 ** (scales.astype(float) - 127), block, values.shape)
+        error = np.abs(made - values)
+        assert entry["largest_error"] == error.max(), name
+        assert entry["rmse"] == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-12)
+        assert entry["relative_rmse"] == pytest.approx(np.sqrt(np.mean(error**2) / np.mean(values**2)), rel=1e-12)
+        assert 0 < entry["relative_rmse"] < (0.2 if entry["output"] == "fp4" else 0.05)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize(("preset", "side"), [("tiny", 128), ("v41-tiny", 32)])
 def test_floats_become_what_the_published_rule_says(
@@ -108,6 +134,7 @@ def test_floats_become_what_the_published_rule_says(
     assert counted - of_plain == rounded
     report = dsv4convert.verify(source, out)
     assert not report.problems, report.problems
+    check_errors(report.as_json()["inexact"], read_folder(source), read_folder(out), side)
     with pytest.raises(LossyError, match="--strict"):
         dsv4convert.requantize(source, tmp_path / "strict", strict=True)
     assert not (tmp_path / "strict").exists()

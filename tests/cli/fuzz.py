@@ -46,6 +46,7 @@ from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.mend import Mends, plan_mend
 from dsv4convert.targets.repack import plan_repack
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import UNSHARD, plan_shards, plan_unshard
@@ -73,6 +74,8 @@ CONVERSIONS: list[Callable[[Path, Path], Plan]] = [
     lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
     lambda source, out: plan_dequantize(source, out / "bf16"),
     lambda source, out: plan_repack(source, out / "fp8"),
+    lambda source, out: plan_mend(source, out / "mended", Mends(reindex=True, prune_config=True)),
+    lambda source, out: plan_mend(source, out / "renamed", Mends(rename="transformers")),
 ]
 
 Case = Callable[[random.Random], str]

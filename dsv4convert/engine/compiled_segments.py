@@ -183,7 +183,9 @@ class CompiledSegment:
             self._call.element_bytes, self._call.not_finite = np.dtype(elements.dtype).itemsize, elements.least
 
     def _set_tables(self, multipliers: NDArray[Any], d: NDArray[Any], first: int, last: int) -> None:
-        # Both tables are cached where they come from, and stay.
+        # The call has addresses only. A cache does not keep every array that it hands out: two threads that ask for a
+        # table at once make one each, and the second takes the place of the first.
+        self._tables = multipliers, d
         self._call.tables[:] = [multipliers.ctypes.data, d.ctypes.data]
         self._call.first, self._call.last = first, last
 

@@ -7,7 +7,8 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dsv4convert.engine.mappings import SHARERS, Mappings
 from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import InputOutputError
+from dsv4convert.formats import q8_0
 from dsv4convert.formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Tally
 from dsv4convert.formats.compiled.segments import Making, address_of, lies_in_memory
@@ -185,6 +187,36 @@ def test_the_library_makes_what_python_makes(
     calls = Calls(monkeypatch)
     assert make(segment, compiled_codecs(), fast_tmp / "library", sharers) == wanted
     assert calls.ends == [(0, segment.rows)]
+
+
+@pytest.mark.parametrize("kind", ["fp4 to q8_0, scale", "fp8 to q8_0, scale"])
+def test_tables_that_no_cache_keeps_stay_as_long_as_the_library_reads_them(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the first of two threads that ask for a table at once: the second one's takes its place in the cache."""
+    segment, _ = segment_of(kind, tmp_path)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    tables: list[weakref.ref[np.ndarray]] = []
+
+    def forgotten(real: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        def table() -> np.ndarray:
+            made = real().copy()
+            tables.append(weakref.ref(made))
+            return made
+
+        return table
+
+    for name in ("multipliers", "d_table", "fp4_multipliers"):
+        monkeypatch.setattr(q8_0, name, forgotten(getattr(q8_0, name)))
+    made = CompiledSegment.make
+
+    def checked(compiled: CompiledSegment, first: int) -> int:
+        assert tables
+        assert all(table() is not None for table in tables)
+        return made(compiled, first)
+
+    monkeypatch.setattr(CompiledSegment, "make", checked)
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "copy" not in kind])

@@ -317,6 +317,126 @@ def empty_tensors_are_left_alone(device: Any) -> None:
     triton_mxfp4.fp4_to_mxfp4(empty, scales, blocks, None, Tally())
 
 
+def floats_for(rng: np.random.Generator, shape: tuple[int, int], low: int, high: int) -> Any:
+    """Return float32 values of magnitudes 2^low to 2^high, and among them zeros of both signs and exact halves."""
+    values = np.ldexp(rng.uniform(-2, 2, shape), rng.integers(low, high + 1, shape)).astype(np.float32)
+    values[rng.random(shape) < 0.05] = 0.0
+    values[rng.random(shape) < 0.05] = -0.0
+    ties = rng.random(shape) < 0.3
+    values[ties] = np.ldexp(rng.integers(-64, 65, shape), low).astype(np.float32)[ties]
+    return values
+
+
+def quantised(block: tuple[int, int]) -> Callable[..., None]:
+    """Return numpy's quantiser of FP8, codes and scales in one call as Triton has them."""
+
+    def both(values: Any, out: Any, out_scale: Any, scratch: Scratch, tally: Tally) -> None:
+        e4m3.f32_to_fp8(values, block, out, scratch, tally)
+        e4m3.f32_to_fp8_scales(values, block, out_scale, scratch, Tally())
+
+    return both
+
+
+def quantised_fp4(values: Any, out: Any, out_scale: Any, scratch: Scratch, tally: Tally) -> None:
+    e2m1.f32_to_fp4(values, out, scratch, tally)
+    e2m1.f32_to_fp4_scales(values, out_scale, scratch, Tally())
+
+
+def check_fp8(device: Any, values: Any, block: tuple[int, int]) -> Tally:
+    from dsv4convert.formats.triton.quantise import f32_to_fp8
+
+    def triton_codec(values: Any, out: Any, out_scale: Any, scratch: None, tally: Tally) -> None:
+        f32_to_fp8(values, block, out, out_scale, scratch, tally)
+
+    grid = -(-values.shape[0] // block[0]), -(-values.shape[1] // block[1])
+    outputs = [(values.shape, np.uint8), (grid, np.uint8)]
+    return run_both(device, quantised(block), triton_codec, [values], outputs)
+
+
+def check_fp4(device: Any, values: Any) -> Tally:
+    from dsv4convert.formats.triton.quantise import f32_to_fp4
+
+    rows, columns = values.shape
+    outputs = [((rows, columns // 2), np.uint8), ((rows, columns // 32), np.uint8)]
+    return run_both(device, quantised_fp4, f32_to_fp4, [values], outputs)
+
+
+@case
+def floats_are_rounded_to_fp8_alike_on_every_exponent(device: Any) -> None:
+    rng = np.random.default_rng(18)
+    for shape, block in (((130, 264), (128, 128)), ((33, 160), (32, 32)), ((7, 96), (1, 32)), ((1, 1), (128, 128))):
+        for low, high in ((-149, -120), (-30, -14), (-12, 3), (-3, 4), (100, 126), (-149, 126)):
+            check_fp8(device, floats_for(rng, shape, low, high), block)
+
+
+@case
+def every_step_and_tie_of_e4m3_is_rounded_alike(device: Any) -> None:
+    """Every number between two codes at a quarter of the way, on a tie and next to it, with 448 in the block."""
+    codes = np.arange(0x7E, dtype=np.uint8).astype(np.int64)
+    edges = np.where(codes < 8, codes * 2.0**-9, (8 + codes % 8) * 2.0 ** (codes // 8 - 10))
+    halves = (edges[:-1] + edges[1:]) / 2
+    around = [np.nextafter(halves.astype(np.float32), np.float32(side)) for side in (0, 1000)]
+    values = np.concatenate([edges, halves, *around, (edges[:-1] + halves) / 2]).astype(np.float32)
+    row = np.zeros((1, -(-(2 * len(values) + 1) // 32) * 32), np.float32)
+    row[0, : 2 * len(values)] = np.concatenate([values, -values])
+    row[0, -1] = 448
+    for power in (-20, -10, 0, 1, 90):
+        tally = check_fp8(device, np.ldexp(row, power), (1, 1024))
+        assert tally.changed
+        assert tally.underflow
+
+
+@case
+def floats_are_rounded_to_fp4_alike_on_every_exponent(device: Any) -> None:
+    rng = np.random.default_rng(19)
+    for shape in ((7, 96), (130, 32), (1, 2048)):
+        for low, high in ((-149, -120), (-130, -122), (-3, 2), (-2, 1), (100, 126), (-149, 126)):
+            check_fp4(device, floats_for(rng, shape, low, high))
+
+
+@case
+def every_step_and_tie_of_e2m1_is_rounded_alike(device: Any) -> None:
+    edges = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    halves = (edges[:-1] + edges[1:]) / 2
+    around = [np.nextafter(halves, np.float32(side)) for side in (0, 10)]
+    values = np.concatenate([edges, halves, *around])
+    row = np.zeros((1, 64), np.float32)
+    row[0, : len(values)], row[0, 32 : 32 + len(values)] = values, -values
+    row[0, [31, 63]] = 6
+    for power in (-126, -125, -40, 0, 60, 124):
+        assert check_fp4(device, np.ldexp(row, power)).changed == 2 * (len(values) - len(edges))
+
+
+@case
+def amax_at_the_edge_of_a_scale_takes_the_same_scale(device: Any) -> None:
+    for top in (448.0, 1e-4, 6.0, 6 * 2.0**-126):
+        for power in (-3, 0, 1):
+            for value in (np.float32(top), np.nextafter(np.float32(top), np.float32(np.inf)), np.float32(top * 0.75)):
+                values = np.zeros((4, 64), np.float32)
+                values[1, 5] = np.ldexp(value, power)
+                check_fp8(device, values, (128, 128))
+                check_fp4(device, values)
+
+
+@case
+def values_that_are_not_finite_are_refused_and_not_counted(device: Any) -> None:
+    import torch
+
+    from dsv4convert.errors import LossyError
+    from dsv4convert.formats.triton.quantise import f32_to_fp4, f32_to_fp8
+
+    for bad in (np.nan, np.inf, -np.inf):
+        values = torch.full((4, 64), 0.3, device=device)
+        values[3, 40] = bad
+        codes, scales = (torch.zeros(shape, dtype=torch.uint8, device=device) for shape in ((4, 64), (4, 2)))
+        tally = Tally()
+        with pytest.raises(LossyError, match="cannot be quantised"):
+            f32_to_fp8(values, (1, 32), codes, scales, None, tally)
+        with pytest.raises(LossyError, match="cannot be quantised"):
+            f32_to_fp4(values, codes[:, :32].contiguous(), scales, None, tally)
+        assert tally == Tally()
+
+
 @case
 def tensors_that_do_not_fit_are_refused(device: Any) -> None:
     import torch

@@ -48,6 +48,30 @@ BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 TOKEN_UNITS = {"": 1, "K": 2**10, "M": 2**20}
 
 
+def _located(source: StrPath, *, headers_only: bool = False, cache: bool = False) -> Path:
+    """Return the path of a source: a local one as it is, or where a remote one is mounted (see ``containers``).
+
+    Raises:
+        Dsv4Error: nothing there, or it cannot be reached.
+    """
+    from .containers.sources import local_path
+
+    return local_path(source, headers_only=headers_only, cache=cache)
+
+
+def _on_this_machine(source: StrPath, what: str, *, cache: bool = False) -> Path:
+    """Return the path of a source whose files must be here: read again and again, or shared with the output.
+
+    Raises:
+        Dsv4Error: nothing there, or its files are elsewhere.
+    """
+    from .containers.sources import needs_local_files
+
+    place = _located(source, headers_only=True, cache=cache)
+    needs_local_files(place, what)
+    return place
+
+
 # ---- conversions --------------------------------------------------------------------------------------
 
 
@@ -86,6 +110,7 @@ def convert_gguf(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
@@ -106,6 +131,7 @@ def convert_gguf(
     from .targets.gguf import plan_gguf
     from .targets.gguf_tensors import GgufOptions
 
+    place = _located(source, headers_only=dry_run, cache=cache)
     options = GgufOptions(
         dense=dense,
         experts=experts,
@@ -134,14 +160,14 @@ def convert_gguf(
 
         room = parse_size(fit, "--fit")
         sizes = size_recipes(
-            Path(source), options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
+            place, options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
         )
         options = replace(options, recipe=check_fits(sizes))
         notes = (f"--fit {fit}: recipe {options.recipe}, with a KV cache for {sizes.context} tokens",)
     elif tokens is not None:
         raise UsageError("--context is for --fit and --list-recipes", hint="add --fit SIZE")
     target = None if out is None else Path(out)
-    plan = plan_gguf(Path(source), target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
+    plan = plan_gguf(place, target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     plan = replace(plan, notes=(*notes, *plan.notes))
     return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
@@ -177,6 +203,7 @@ def list_recipes(
     from .targets.gguf_tensors import GgufOptions
     from .targets.recipe_sizes import size_recipes
 
+    place = _located(source, headers_only=True)
     options = GgufOptions(
         imatrix=None if imatrix is None else os.path.abspath(imatrix),
         importance=importance,
@@ -192,9 +219,7 @@ def list_recipes(
     )
     room = None if fit is None else parse_size(fit, "--fit")
     tokens = None if context is None else parse_tokens(context)
-    return size_recipes(
-        Path(source), options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
-    )
+    return size_recipes(place, options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index)
 
 
 def merge(
@@ -208,6 +233,7 @@ def merge(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the split GGUF that ``source`` is one file of as one file: ``dsv4convert merge``.
@@ -220,13 +246,16 @@ def merge(
     """
     from .targets.merge import plan_merge, plan_of_merged, remove_parts
 
-    merged = plan_of_merged(Path(source), Path(out)) if delete_parts and resume else None
+    place = _located(source, headers_only=dry_run, cache=cache)
+    if delete_parts:
+        place = _on_this_machine(source, "--delete-parts")
+    merged = plan_of_merged(place, Path(out)) if delete_parts and resume else None
     if merged is not None:
         from .engine.conversion import summarize_finished
 
         remove_parts(merged)
         return summarize_finished(merged, threads)
-    plan = plan_merge(Path(source), Path(out), delete_parts=delete_parts)
+    plan = plan_merge(place, Path(out), delete_parts=delete_parts)
     summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress)
     if summary.dry_run is None:
         remove_parts(plan)
@@ -249,6 +278,7 @@ def shard(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
@@ -263,11 +293,12 @@ def shard(
     from .targets.shard_tensors import ShardOptions, join_costs
     from .targets.shards import ShardSummary, plan_shards
 
+    place = _located(source, headers_only=dry_run, cache=cache)
     ranks = None if rank is None else tuple(rank)
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     made = [
-        plan_shards(Path(source), folder, ShardOptions(mp, ranks, experts, mode), strict=strict, index=index)
+        plan_shards(place, folder, ShardOptions(mp, ranks, experts, mode), strict=strict, index=index)
         for folder, mode in folders_of(Path(out), draft)
     ]
     plans = parts_of_one_model([shards.plan for shards in made])
@@ -289,6 +320,7 @@ def unshard(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
@@ -299,10 +331,11 @@ def unshard(
     from .targets.drafts import folders_of, parts_of_one_model
     from .targets.shards import plan_unshard
 
+    place = _located(source, headers_only=dry_run, cache=cache)
     size = parse_size(max_file_size)
     plans = parts_of_one_model(
         [
-            plan_unshard(Path(source), folder, wo_a=wo_a, draft=mode, max_file_bytes=size, strict=strict)
+            plan_unshard(place, folder, wo_a=wo_a, draft=mode, max_file_bytes=size, strict=strict)
             for folder, mode in folders_of(Path(out), draft)
         ]
     )
@@ -325,6 +358,7 @@ def dequantize(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
@@ -336,9 +370,10 @@ def dequantize(
     from .targets.dequantize import plan_dequantize
     from .targets.drafts import folders_of, parts_of_one_model
 
+    place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(
         plan_dequantize,
-        Path(source),
+        place,
         dtype=dtype,
         names=names,
         max_file_bytes=parse_size(max_file_size),
@@ -363,6 +398,7 @@ def requantize(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the floats of the checkpoint folder ``source`` in the official layout: FP8 and FP4, rounded as published.
@@ -374,7 +410,8 @@ def requantize(
     from .targets.drafts import folders_of, parts_of_one_model
     from .targets.requantize import plan_requantize
 
-    plan = partial(plan_requantize, Path(source), max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
+    place = _located(source, headers_only=dry_run, cache=cache)
+    plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
@@ -393,6 +430,7 @@ def convert_mlx(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
@@ -405,9 +443,8 @@ def convert_mlx(
     """
     from .targets.mlx import plan_mlx
 
-    plan = plan_mlx(
-        Path(source), Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index
-    )
+    place = _located(source, headers_only=dry_run, cache=cache)
+    plan = plan_mlx(place, Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
@@ -428,6 +465,7 @@ def repack(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> RepackSummary:
     """Write the checkpoint folder ``source`` with its FP4 experts in FP8, or in NVFP4.
@@ -442,9 +480,10 @@ def repack(
     from .targets.drafts import folders_of, parts_of_one_model
     from .targets.repack import plan_repack, summarize_repack
 
+    place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(
         plan_repack,
-        Path(source),
+        place,
         experts=experts,
         draft_experts=draft_experts,
         input_scale=None if input_scale is None else str(input_scale),
@@ -475,6 +514,7 @@ def mend(
     fresh: bool = False,
     dry_run: bool = False,
     lock: bool = True,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> MendSummary:
     """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
@@ -489,9 +529,10 @@ def mend(
     """
     from .targets.mend import Mends, plan_mend, summarize_mend
 
-    graft = None if graft_draft is None else Path(graft_draft)
+    place = _on_this_machine(source, "mend", cache=cache)
+    graft = None if graft_draft is None else _on_this_machine(graft_draft, "mend")
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
-    plan = plan_mend(Path(source), Path(out), mends, strict=strict)
+    plan = plan_mend(place, Path(out), mends, strict=strict)
     return summarize_mend(
         plan, _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
     )
@@ -550,9 +591,16 @@ def _check_threads(threads: int | None) -> None:
         raise UsageError("--threads: out of range", expected=f"1 to {MAX_THREADS}", got=threads)
 
 
-def _reading_threads(threads: int | None) -> int:
-    """Return the number of threads of a command that only reads: as asked, or one per processor, 16 at most."""
+def _reading_threads(threads: int | None, place: Path) -> int:
+    """Return the number of threads of a command that only reads: as asked, or one per processor, 16 at most.
+
+    Of a remote source, as many as there are connections.
+    """
+    from .containers.sources import CONNECTIONS, mount_of
+
     _check_threads(threads)
+    if threads is None and mount_of(place) is not None:
+        return CONNECTIONS
     return threads or min(16, len(os.sched_getaffinity(0)))
 
 
@@ -591,10 +639,11 @@ def verify(
     """
     from .verification import prepare
 
-    threads = _reading_threads(threads)
+    place = _located(source)
+    threads = _reading_threads(threads, place)
     fraction = None if sample is None else parse_sample(sample)
     prepared = prepare(
-        Path(source),
+        place,
         Path(out),
         sample=fraction,
         seed=seed,
@@ -625,8 +674,9 @@ def check(
     """
     from .inspection.census import prepare_check
 
-    threads = _reading_threads(threads)
-    census = prepare_check(Path(model), index=index, strict=strict)
+    place = _located(model)
+    threads = _reading_threads(threads, place)
+    census = prepare_check(place, index=index, strict=strict)
     return census.run(threads, _of_total(progress, max(1, census.nbytes)))
 
 
@@ -654,7 +704,7 @@ def inspect(path: StrPath, *, index: str = "file") -> Description:
     """
     from .inspection.describe import inspect_path
 
-    return inspect_path(Path(path), index)
+    return inspect_path(_located(path, headers_only=True), index)
 
 
 def estimate(
@@ -706,7 +756,7 @@ def estimate(
         hardware=None if hardware is None else os.fspath(hardware),
         plot=None if plot is None else Path(plot),
     )
-    return estimate_path(Path(model), question, index=index)
+    return estimate_path(_located(model, headers_only=True), question, index=index)
 
 
 def open_checkpoint(folder: StrPath) -> Checkpoint:
@@ -717,7 +767,7 @@ def open_checkpoint(folder: StrPath) -> Checkpoint:
     """
     from .checkpoint.folder import open_folder
 
-    return open_folder(Path(folder))
+    return open_folder(_located(folder))
 
 
 def load_model(
@@ -734,7 +784,7 @@ def load_model(
     from .reference import CachedSource, Model
     from .reference.weights.open import open_source
 
-    source = open_source(Path(path))
+    source = open_source(_on_this_machine(path, "running a model"))
     return Model(
         CachedSource(source) if cached else source,
         activation_rounding=activation_rounding,
@@ -776,7 +826,14 @@ def imatrix(
         tokenizer=None if tokenizer is None else Path(tokenizer),
         device=device,
     )
-    return collect_imatrix(Path(model), Path(text), Path(out), options, overwrite=overwrite, progress=progress)
+    return collect_imatrix(
+        _on_this_machine(model, "running a model"),
+        Path(text),
+        Path(out),
+        options,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 # ---- values as they are written on the command line ---------------------------------------------------

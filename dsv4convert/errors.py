@@ -15,6 +15,18 @@ def escape_control(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+# Local folders that stand for remote ones (see ``containers.sources``), and the addresses to show instead.
+SHOWN_PATHS: dict[str, str] = {}
+
+
+def shown_path(text: str) -> str:
+    """Return a path as users know it: inside a folder that stands for a remote one, with the address instead."""
+    for path, address in SHOWN_PATHS.items():
+        if text == path or text.startswith(path + "/"):
+            return address + text[len(path) :]
+    return text
+
+
 # Limits of the parts of a message: values come from untrusted files.
 MAX_CHARACTERS = 400
 MAX_PATH_CHARACTERS = 4096
@@ -62,7 +74,7 @@ class Dsv4Error(Exception):
 
     def _one_line(self) -> str:
         what = _clip(self.what)
-        line = what if self.where is None else f"{_clip(self.where, MAX_PATH_CHARACTERS)}: {what}"
+        line = what if self.where is None else f"{_clip(shown_path(str(self.where)), MAX_PATH_CHARACTERS)}: {what}"
         if self.expected is not None:
             line += f": expected {_clip(self.expected)}"
             if self.got is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from dsv4convert.synth.write import write_synth
 
 from .checkpoints import MakeCheckpoint
 from .fixtures import editable, fast_tmp
+
+# No test asks the hub; those of tests/remote have one of their own.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 __all__ = ["editable", "fast_tmp", "make_checkpoint", "tiny"]
 

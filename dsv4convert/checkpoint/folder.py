@@ -17,6 +17,7 @@ from typing import Any
 
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
+from ..containers.sources import prefetch_heads
 from ..errors import (
     ConfigError,
     Dsv4Error,
@@ -38,7 +39,7 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
-from .layouts import looks_like_hub_id, name_layout
+from .layouts import name_layout
 from .renaming import official_name, official_tensors
 from .weights import Weight, needs_scale, pair
 
@@ -130,12 +131,6 @@ def open_folder(
     except Dsv4Error as error:
         if os.path.isfile(folder):
             raise _not_a_folder(folder) from None
-        if not os.path.lexists(folder) and looks_like_hub_id(folder):
-            raise InputMissingError(
-                "no such folder; the name looks like a repository on the hub",
-                where=folder,
-                hint=f"run hf download {folder} --local-dir {folder.name}",
-            ) from None
         raise name_layout(folder, error) from None
 
 
@@ -195,6 +190,7 @@ def read_folder_headers(
     if os.path.lexists(index_path):
         weight_map = read_index(index_path)["weight_map"]
         names = sorted(set(weight_map.values()))
+        prefetch_heads(folder / name for name in names)
         headers = {name: read_header(folder / name) for name in names}
         return (
             _merge_indexed(weight_map, headers, index_path),
@@ -219,6 +215,7 @@ def read_folder_headers(
 def _by_headers(folder: Path, names: Sequence[str]) -> tuple[dict[str, Stored], tuple[Path, ...]]:
     """Return the tensors of files, and the files."""
     stored: dict[str, Stored] = {}
+    prefetch_heads(folder / name for name in names)
     for name in names:
         for tensor_name, tensor in read_header(folder / name).items():
             if tensor_name in stored:

@@ -553,8 +553,3 @@ def companion_notes(folder: Path) -> tuple[str, ...]:
         (UNFINISHED, _unfinished_here(looked), START_AGAIN),
     )
     return tuple(f"{name}: {what}; {advice}" for name, what, advice in seen if what is not None)
-
-
-def looks_like_hub_id(path: Path) -> bool:
-    """Return whether a path that does not exist is written like a repository of the hub: OWNER/NAME."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path)) is not None

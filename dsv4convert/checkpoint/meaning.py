@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..containers.safetensors import Stored
+from ..containers.sources import mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
 from ..formats.not_finite import count_not_finite, element_bytes
@@ -36,6 +37,8 @@ PROBE_BYTES = 4096
 ZEROS = bytes(PROBE_BYTES)
 
 TABLE_CHUNK_BYTES = 4 * 2**20
+
+HEADERS_ONLY = "the files are remote: headers were read, and no table or small tensor was looked at yet"
 
 # How many names a note lists.
 MAX_NAMED = 3
@@ -89,9 +92,31 @@ def check_meaning(
         InputMissingError: a file cannot be read.
     """
     held = list(weights)
+    mount = mount_of(where)
+    if mount is not None:
+        return _check_remote(config, held, where, strict, headers_only=mount.headers_only)
     with _Reader() as reader:
         check_tables(config, held, reader)
         found = [*_small_findings(held, reader), *_zero_experts(held, reader), *_zero_tails(held, files, reader)]
+    if strict and found:
+        refuse(found, where)
+    return tuple(map(str, found))
+
+
+def _check_remote(
+    config: ModelConfig, weights: Sequence[Weight], where: Path, strict: bool, *, headers_only: bool
+) -> tuple[str, ...]:
+    """Check what a remote checkpoint means as far as a few requests tell: its tables and small tensors.
+
+    Zeros are found by the conversion itself, which sees every byte. With ``headers_only`` nothing is looked at.
+    """
+    if headers_only:
+        return (HEADERS_ONLY,)
+    looked_at = [weight.stored for weight in weights if weight.stored.dtype in INTEGERS or _is_small(weight)]
+    prefetch((stored.file, stored.offset, stored.nbytes) for stored in looked_at)
+    with _Reader() as reader:
+        check_tables(config, weights, reader)
+        found = list(_small_findings(weights, reader))
     if strict and found:
         refuse(found, where)
     return tuple(map(str, found))
@@ -222,7 +247,7 @@ def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Find
     bad_names: list[str] = []
     zero: list[str] = []
     scratch = np.empty(MAX_SMALL_BYTES, np.uint8)
-    small = [w for w in weights if w.encoding in FLOAT_ENCODINGS and w.expert is None and w.nbytes <= MAX_SMALL_BYTES]
+    small = [weight for weight in weights if _is_small(weight)]
     for weight in sorted(small, key=_place):
         content = reader.stored(weight.stored)
         bad = count_not_finite(weight.stored.dtype, np.frombuffer(content, np.uint8), scratch)
@@ -242,6 +267,10 @@ LOOKS_ZERO = "all bytes looked at are zero in {count}"
 
 EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
 MATRICES_OF_AN_EXPERT = 3
+
+
+def _is_small(weight: Weight) -> bool:
+    return weight.encoding in FLOAT_ENCODINGS and weight.expert is None and weight.nbytes <= MAX_SMALL_BYTES
 
 
 def zero_findings(names: Sequence[str]) -> Iterator[Finding]:
@@ -304,7 +333,7 @@ def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reade
     suspects: dict[Path, list[tuple[int, str, Stored]]] = {}
     for path in files:
         try:
-            size = path.stat().st_size
+            size = size_of(path)
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
         if size >= PROBE_BYTES and reader.read(path, size - PROBE_BYTES, PROBE_BYTES) == ZEROS:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored, read_header
+from ..containers.sources import prefetch_heads
 from ..errors import InputMissingError, InventoryError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
@@ -163,6 +164,7 @@ def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
         )
     config = load_config(folder)
     check_divides(config, mp, folder / CONFIG_NAME)
+    prefetch_heads(files.values())
     ranks = [read_header(files[rank]) for rank in range(mp)]
     if not may_be_draft and is_draft_alone(name for tensors in ranks for name in tensors):
         raise draft_alone(folder)

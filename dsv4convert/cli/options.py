@@ -12,7 +12,7 @@ import click
 from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
 from .parsing import CONTENT, FOLDER, PATH, REPORT, RUN, argument, option
 
-SOURCE_HELP = "Checkpoint folder with config.json and safetensors files."
+SOURCE_HELP = "Checkpoint folder with config.json and safetensors files, or its address, such as OWNER/NAME on the hub."
 
 source_argument = argument("source", type=FOLDER, description=SOURCE_HELP)
 out_folder_argument = argument(
@@ -108,6 +108,7 @@ class RunOptions:
     fresh: bool
     dry_run: bool
     no_lock: bool
+    cache: bool
     quiet: bool
     as_json: bool
 
@@ -123,6 +124,12 @@ RUN_OPTIONS = (
         is_flag=True,
         panel=RUN,
         help="Take no locks, where the file system has none at all; make sure that no other run writes the output.",
+    ),
+    option(
+        "--cache",
+        is_flag=True,
+        panel=RUN,
+        help="Download a source on the hub into the hub's own cache first, and convert it from there.",
     ),
     quiet_option,
     json_option,

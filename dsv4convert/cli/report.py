@@ -169,6 +169,7 @@ def run_conversion(
             dry_run=run.dry_run,
             progress=None if progress is None else unimportant(progress, lost),
             lock=not run.no_lock,
+            cache=run.cache,
             **options,
         )
     summary = replace(summary, notes=(*summary.notes, *lost))

@@ -7,7 +7,6 @@ memory stays bounded whatever the file says.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError, UsageError
 from ..formats.ggml_types import GGML_TYPES, GgmlType
-from .untrusted import open_regular
+from .untrusted import file_size, open_regular
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -250,7 +249,7 @@ class _Header:
         self.path = path
         self.allow_cut = allow_cut
         self.file = file
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = file_size(file)
         self.limit = min(self.size, MAX_HEADER_BYTES)
         self.window = b""
         self.at = 0  # position in the window

@@ -26,7 +26,7 @@ from ..formats.ggml_types import BY_NAME
 from ..plan import align_up
 from .gguf import DEFAULT_ALIGNMENT, MAGIC, read_gguf_part
 from .gguf_write import ARRAY, STRING, U32, KeyValue, TensorInfo, gguf_header
-from .untrusted import open_regular
+from .untrusted import file_size, open_regular
 
 TYPE_KEY, IMATRIX_TYPE = "general.type", "imatrix"
 DATASETS_KEY, CHUNKS_KEY, CHUNK_SIZE_KEY = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -191,7 +191,7 @@ class _Legacy:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.file = file
-        self.left = os.fstat(file.fileno()).st_size
+        self.left = file_size(file)
 
     def read(self) -> Imatrix:
         n_entries = self.number("the number of entries")

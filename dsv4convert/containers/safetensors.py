@@ -8,14 +8,13 @@ wrong; here every broken rule names the file, the tensor and both sides of the c
 from __future__ import annotations
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError
 from .json_object import parse_json_object
-from .untrusted import open_regular
+from .untrusted import file_size, open_regular
 
 HEADER_LENGTH_BYTES = 8
 
@@ -101,7 +100,7 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return the header as it is, where the payload starts, and the size of the file."""
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = file_size(file)
             prefix = file.read(HEADER_LENGTH_BYTES)
             if len(prefix) < HEADER_LENGTH_BYTES:
                 raise FileFormatError(

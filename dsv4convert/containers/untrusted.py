@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import Dsv4Error, FileFormatError, InputMissingError
+from . import sources
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, links followed; a pipe or a device would wait for ever or never end.
 
+    Of a stand-in, the remote file is opened (see ``sources``).
+
     Raises:
         OSError: it is not there, cannot be read, or is no regular file.
     """
+    remote = sources.at(path)
+    if remote is not None:
+        return remote.open()
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:  # a NUL, or half a surrogate pair
@@ -31,6 +37,13 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def file_size(file: BinaryIO) -> int:
+    """Return the size in bytes of a file just opened with ``open_regular``."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return size
 
 
 def read_whole(path: Path, max_bytes: int, *, error: type[Dsv4Error] = FileFormatError) -> bytes:

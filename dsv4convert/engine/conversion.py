@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..containers.sources import shown
 from ..errors import (
     Dsv4Error,
     InputOutputError,
@@ -355,7 +356,7 @@ def summarize(plan: Plan, report: RunReport) -> Summary:
     """Return the summary of a finished run."""
     return Summary(
         target=plan.target,
-        source=str(plan.source),
+        source=shown(plan.source),
         files=tuple((str(path), file.nbytes) for path, file in zip(plan.final_paths(), plan.files, strict=True)),
         tensors=plan.n_tensors,
         dropped=plan.dropped,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
+from ..containers.sources import shown
 from ..errors import OutputExistsError
 from ..plan import Dropped, Plan
 from .names import check_name_fits, check_no_mount_point
@@ -48,7 +49,7 @@ def foresee(plan: Plan, threads: int) -> DryRun:
     """Return what ``plan`` would write, and what it needs with ``threads`` worker threads."""
     return DryRun(
         target=plan.target,
-        source=str(plan.source),
+        source=shown(plan.source),
         files=tuple(
             PlannedFile(str(path), file.nbytes, len(file.tensors))
             for path, file in zip(plan.final_paths(), plan.files, strict=True)

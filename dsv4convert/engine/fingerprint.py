@@ -12,23 +12,27 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..containers.sources import at, mount_of
 from ..errors import FileFormatError, ResumeError
 from ..plan import Plan
 from .consume import is_cut
 from .outputs import FRESH_HINT, os_errors
 
 # What a source file counts as that the run has used up.
-USED_UP = [0, 0]
+USED_UP: list[int | str] = [0, 0]
 
 
 def fingerprint_of(plan: Plan) -> dict[str, Any]:
     """Return what decides a plan's output: program, options, source files, and every range of the plan.
 
+    Of a remote source, ``revision`` is its address with the commit, or the etags of its files.
+
     Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
     has used up count by name.
     """
-    sources: dict[str, list[int]] = {}
+    sources: dict[str, list[int | str]] = {}
     digest = xxhash.xxh3_128()
+    mount = mount_of(plan.source)
     for file in plan.files:
         digest.update(f"{file.name} {file.nbytes}\n".encode())
         digest.update(file.header)
@@ -41,10 +45,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
                     inside = operand.file.parent == plan.source
                     name = operand.file.name if inside else os.path.abspath(operand.file)
                     if name not in sources:
-                        with os_errors(operand.file, "read"):
-                            status = operand.file.stat()
-                        used_up = is_cut(plan, operand.file)
-                        sources[name] = USED_UP if used_up else [status.st_size, status.st_mtime_ns]
+                        sources[name] = USED_UP if is_cut(plan, operand.file) else _mark_of(operand.file)
                     digest.update(f"{name} {operand[1:]}\n".encode())
     return {
         "program": f"dsv4convert {__version__}",
@@ -52,10 +53,20 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
         "options": json.loads(json.dumps(plan.options)),
         "source": sources,
         "plan": digest.hexdigest(),
-    }
+    } | ({} if mount is None else {"revision": mount.revision})
 
 
-def is_same_source(before: Sequence[int] | None, now: Sequence[int] | None) -> bool:
+def _mark_of(path: Path) -> list[int | str]:
+    """Return what changes when a source file does: size and time, of a remote file size and commit or etag."""
+    remote = at(path)
+    if remote is not None:
+        return [remote.size, remote.identity]
+    with os_errors(path, "read"):
+        status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def is_same_source(before: Sequence[int | str] | None, now: Sequence[int | str] | None) -> bool:
     """Return whether a source file is as it was, or was used up since."""
     return before == now or (before is not None and now == USED_UP)
 
@@ -66,6 +77,14 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
     Raises:
         ResumeError: the program, the options or the source changed; says what.
     """
+    if "revision" in old and "revision" in new and old["revision"] != new["revision"]:
+        raise ResumeError(
+            "the interrupted run cannot be resumed: the source moved to another revision",
+            where=where,
+            expected=old["revision"],
+            got=new["revision"],
+            hint=f"name the revision of the interrupted run, as OWNER/NAME@REVISION, or {FRESH_HINT}",
+        )
     changes = []
     for part in ("program", "target"):
         if old.get(part) != new[part]:
@@ -102,9 +121,7 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
     """
     for name, before in fingerprint["source"].items():
         path = plan.source / name
-        with os_errors(path, "read"):
-            status = path.stat()
-        if [status.st_size, status.st_mtime_ns] != before and not is_cut(plan, path):
+        if _mark_of(path) != before and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

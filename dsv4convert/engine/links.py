@@ -7,6 +7,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from ..containers.sources import at
 from ..plan import OutputFile
 
 # How a file came to be, as the manifest says it. A reflink shares the source's blocks until one of the two is
@@ -31,6 +32,8 @@ def reflink(source: Path, output: int) -> bool:
     Raises:
         OSError: the system refused for another reason.
     """
+    if at(source) is not None:  # a stand-in
+        return False
     descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(output, FICLONE, descriptor)
@@ -51,6 +54,8 @@ def hard_link(source: Path, path: Path) -> bool:
     Raises:
         OSError: the system refused for another reason.
     """
+    if at(source) is not None:  # a stand-in
+        return False
     try:
         os.link(os.path.realpath(source), path)
     except OSError as error:
@@ -64,6 +69,8 @@ def can_share(file: OutputFile, folder: Path) -> bool:
     """Return whether an output file in ``folder`` is a file of the source on the same file system."""
     while not folder.exists():
         folder = folder.parent
+    if file.same_as is not None and at(file.same_as) is not None:
+        return False
     try:
         return file.same_as is not None and file.same_as.stat().st_dev == folder.stat().st_dev
     except OSError:

@@ -321,11 +321,11 @@ def _is_same_source(before: Mapping[str, Mapping[str, int]], now: Mapping[str, M
 def _source_entry(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     # By name alone: a manifest holds no path. A second source's file of the same name has its folder's before it.
     found: dict[str, Any] = {}
-    for name, (size, mtime) in fingerprint["source"].items():
+    for name, (size, mark) in fingerprint["source"].items():
         base = os.path.basename(name)
         if base in found:
             base = f"{os.path.basename(os.path.dirname(name))}/{base}"
-        found[base] = {"bytes": size, "mtime_ns": mtime}
+        found[base] = {"bytes": size, "version" if isinstance(mark, str) else "mtime_ns": mark}
     return found
 
 

@@ -1002,6 +1002,11 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Return the bytes that an ordinary user can still write on the file system of ``folder``."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return ``folder``, or the nearest folder above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

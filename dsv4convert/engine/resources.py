@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..containers.sources import CONNECTIONS, mount_of
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
 from .consume import read_bytes_by_file
@@ -29,9 +30,12 @@ FILE_SHARE = 1 / 16
 def default_threads(plan: Plan) -> int:
     """Return the number of worker threads for a plan, of the processors that this process may use.
 
+    Workers that read from a server mostly wait for it, each at a connection of its own, so that there are more of them.
     Low-bit types keep every processor busy with arithmetic in one call a tile. Everything else is bound by writes.
     """
     processors = len(os.sched_getaffinity(0))
+    if mount_of(plan.source) is not None:
+        return max(processors, CONNECTIONS)
     if any(
         isinstance(tensor.segments[0].operation, Quantise)
         for file in plan.files

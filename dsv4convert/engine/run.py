@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from ..containers.sources import any_mounted, keep_in
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
@@ -18,7 +19,8 @@ from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .mappings import Mappings
 from .operations import TILE_BYTES
-from .outputs import DescriptorCache, Outputs
+from .outputs import DescriptorCache, Outputs, nearest_folder
+from .ranges import RangeReader, SharedRanges
 from .schedule import Lane, Schedule
 from .worker import Made, Worker
 from .zeros import zero_tensors
@@ -90,6 +92,7 @@ class _Shared:
     batch: list[Finished] = field(default_factory=list)
     copies: dict[Segment, Made] = field(default_factory=dict)
     mappings: Mappings = field(default_factory=Mappings)
+    ranges: SharedRanges | None = None
     error: BaseException | None = None
 
 
@@ -127,6 +130,9 @@ def run_plan(
         resumed += _segment(plan, entry.task).nbytes
         consumer.take([_segment(plan, entry.task)])
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
+    if any_mounted():
+        keep_in(nearest_folder(plan.destination).resolve())
+        shared.ranges = SharedRanges(plan)
     workers: list[Worker] = []
     worker_threads = [
         threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
@@ -262,7 +268,8 @@ def _work(
 ) -> None:
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel:
-            worker = Worker(codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes)
+            ranges = None if shared.ranges is None else RangeReader(shared.ranges, lambda: worker.stopped)
+            worker = Worker(codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes, ranges)
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None

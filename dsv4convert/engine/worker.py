@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..containers.sources import at
 from ..containers.wide_scales import WIDE_BITS, narrow
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
@@ -21,11 +22,12 @@ from ..formats.base import Scratch, Tally
 from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
-from .compiled_segments import CompiledSegments
+from .compiled_segments import CompiledSegment, CompiledSegments
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
 from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares
 from .outputs import DescriptorCache, os_errors, write_all
+from .ranges import RangeReader
 
 MAX_ELEMENT_BYTES = 8
 
@@ -59,8 +61,10 @@ class Worker:
         copies: dict[Segment, Made],
         mappings: Mappings,
         tile_bytes: int = TILE_BYTES,
+        ranges: RangeReader | None = None,
     ) -> None:
         self._codecs = codecs
+        self._ranges = ranges
         self._descriptors = descriptors
         self._tile_bytes = tile_bytes
         self._scratch = Scratch()
@@ -96,6 +100,8 @@ class Worker:
         Raises:
             InputOutputError, SpaceError: the system refused a read or a write, or the source was cut short.
         """
+        if self._ranges is not None:
+            self._ranges.begin(segment)
         if isinstance(segment.operation, Copy):
             return self._copy(segment, segment.operation, path, output, offset)
         return self._convert(segment, path, output, offset)
@@ -125,7 +131,7 @@ class Worker:
         # Scales of a wider type are bytes of E8M0 once they are read, and have no zeros in the file.
         zeros = {number for number, operand in enumerate(segment.operands) if not operand.wide}
         operation = segment.operation
-        compiled = self._compiled.begin(segment, output, offset)
+        compiled = self._begin_compiled(segment, output, offset)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         first = 0 if compiled is None else compiled.make(0)
         if first < segment.rows:
@@ -149,6 +155,17 @@ class Worker:
             compiled.add_counts(tally)
             zero_bits &= compiled.zeros
         return Made(digest.digest(), tally, zero_bits)
+
+    def _is_remote(self, segment: Segment) -> bool:
+        return self._ranges is not None and any(at(operand.file) is not None for operand in segment.operands)
+
+    def _begin_compiled(
+        self, segment: Segment, output: int, offset: int, *, with_digest: bool = True
+    ) -> CompiledSegment | None:
+        """Return the compiled library's part in a segment: none where bytes come from elsewhere than a file."""
+        if self._is_remote(segment):
+            return None
+        return self._compiled.begin(segment, output, offset, with_digest=with_digest)
 
     def _inputs(self, segment: Segment, first: int, rows: int, *, follows: bool = False) -> list[NDArray[Any]]:
         """Return the operands' tiles; ``follows`` a tile of the same segment that was read here as well."""
@@ -184,6 +201,8 @@ class Worker:
         return tile.view(operand.dtype)
 
     def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:
+        if self._ranges is not None and self._ranges.read_into(file, offset, buffer.data.cast("B")):
+            return
         with os_errors(file, "read"):
             descriptor = self._descriptors.get(file, os.O_RDONLY)
         self._read_all(file, descriptor, offset, buffer)
@@ -207,21 +226,24 @@ class Worker:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``)."""
         operand = segment.operands[0]
         known = self._copies.get(segment) if operation.is_repeated else None
-        compiled = self._compiled.begin(segment, output, offset, with_digest=known is None)
+        compiled = self._begin_compiled(segment, output, offset, with_digest=known is None)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         tally, zeros = Tally(), 1
+        is_remote = self._is_remote(segment)
         done = 0
         if compiled is not None:
             done = compiled.make(0)
             compiled.add_counts(tally)
             zeros = compiled.zeros
         chunk = self._scratch.array("copy", (min(COPY_TILE_BYTES, segment.rows - done),), np.uint8)
-        source = self._descriptors.get(operand.file, os.O_RDONLY)
+        source = -1 if is_remote else self._descriptors.get(operand.file, os.O_RDONLY)
         cut = chunk[:0]  # the first bytes of an element that the kernel moved in two parts
         while done < segment.rows and not self.stopped:
             begin = operand.offset + done
             seen = chunk[: segment.rows - done]
-            if known is None:
+            if is_remote:
+                moved = 0
+            elif known is None:
                 moved = self._kernel.copy_and_show(source, begin, output, offset + done, seen.data)
             else:
                 moved = self._kernel.copy(source, begin, output, offset + done, seen.nbytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import BY_INDEX
+from ..containers.sources import shown
 from ..errors import UsageError, check_choice
 from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
@@ -220,7 +221,7 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
         _plot(q, subject, parts, weights, load, routing, None)
     notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
     return Estimate(
-        str(path),
+        shown(path),
         subject.kind,
         form,
         subject,

@@ -15,6 +15,7 @@ from ..checkpoint.weights import Weight
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored
+from ..containers.sources import size_of
 from ..errors import InputMissingError, UnsupportedError
 from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
@@ -109,7 +110,7 @@ def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
             checkpoint.n_draft,
             parts_of(checkpoint.weights.values()),
             checkpoint,
-            files={file.name: file.stat().st_size for file in checkpoint.files},
+            files={file.name: size_of(file) for file in checkpoint.files},
             notes=checkpoint.notes,
         )
     raise InputMissingError(
@@ -158,7 +159,7 @@ def _of_shards(path: Path) -> Subject:
         shards.n_draft,
         parts_of(shards.weights.values()),
         mp=shards.mp,
-        files={file.name: file.stat().st_size for file in shards.files},
+        files={file.name: size_of(file) for file in shards.files},
         notes=shards.notes,
     )
 

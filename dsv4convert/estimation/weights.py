@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import open_shards
 from ..containers.safetensors import read_header
+from ..containers.sources import size_of
 from ..errors import DeviceError, InputMissingError, TokenizerError, UsageError
 from ..inspection.naming import family_of
 from ..model.config import CONFIG_NAME, ModelConfig
@@ -151,7 +152,7 @@ def ranks_of_shards(subject: Subject) -> Ranks:
         shards.mp,
         shards.mp,
         tuple(sum(tensor.nbytes for tensor in header.values()) for header in headers),
-        tuple(file.stat().st_size for file in shards.files),
+        tuple(size_of(file) for file in shards.files),
         dict(families.most_common()),
         dict(replicated.most_common()),
     )

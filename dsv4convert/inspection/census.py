@@ -32,6 +32,7 @@ from ..checkpoint.meaning import (
 )
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
+from ..containers.sources import SequentialReader, at, shown
 from ..containers.wide_scales import narrow
 from ..engine.kernel_copy import REFUSED
 from ..errors import InputMissingError, InputOutputError
@@ -133,7 +134,7 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
     started = time.monotonic()
     found = open_folder(folder, index=index)
     weights = found.weights.values()
-    report = CheckReport(str(folder), len(found.files), found.n_tensors)
+    report = CheckReport(shown(folder), len(found.files), found.n_tensors)
     report.notes += [*found.notes, *companion_notes(folder), *config_notes(found.config, weights, found.draft)]
     report.findings += file_findings(found.config, weights, found.files)
     return Census(found, report, strict, started)
@@ -192,6 +193,7 @@ class _Reader:
         self._count = codecs.count_not_finite
         self._piece, self._scratch = np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)
         self._path: Path | None = None
+        self._remote: SequentialReader | None = None
         self._descriptor = -1
         self._null = _open_null()
 
@@ -210,7 +212,12 @@ class _Reader:
         bad, is_zero, done = 0, True, 0
         is_looked_at = bool(stored.wide) or stored.dtype in MAGNITUDES
         try:
-            self._open(stored.file)
+            remote = at(stored.file)
+            if remote is not None:
+                is_looked_at = True  # every byte comes to this process anyway
+                self._remote = SequentialReader(remote, stored.offset, stored.offset + stored.nbytes)
+            else:
+                self._open(stored.file)
             while done < stored.nbytes:
                 if not is_looked_at and not is_zero:
                     self._pass(stored.file, stored.offset + done, stored.nbytes - done)
@@ -223,6 +230,10 @@ class _Reader:
                 done += len(piece)
         except OSError as error:
             raise InputOutputError(f"cannot be read ({error.strerror})", where=stored.file) from None
+        finally:
+            if self._remote is not None:
+                self._remote.close()
+                self._remote = None
         return Seen(name, stored.nbytes, bad, is_zero)
 
     def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:
@@ -240,6 +251,9 @@ class _Reader:
 
     def _fill(self, piece: NDArray[np.uint8], path: Path, offset: int) -> None:
         view = piece.data
+        if self._remote is not None:
+            self._remote.read_into(offset, view)
+            return
         while view.nbytes:
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:

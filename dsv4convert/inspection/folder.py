@@ -22,6 +22,7 @@ from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
+from ..containers.sources import shown
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
@@ -59,7 +60,7 @@ def describe_folder(folder: Path, index: str) -> Description:
     Raises:
         Dsv4Error: nothing there that can be read.
     """
-    found = Description(str(folder), "checkpoint folder")
+    found = Description(shown(folder), "checkpoint folder")
     try:
         found = _described(found, folder, index)
     except UsageError:

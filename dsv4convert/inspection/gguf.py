@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..containers.gguf import GgufModelFile, open_gguf
+from ..containers.sources import shown
 from ..model.config import ATTENTION_BY_RATIO, Version
 from ..model.gguf_keys import DRAFT, KEYS, LLAMA_CPP, LLAMA_CPP_V41, PORT, TOWER, key_name
 from ..model.tensors import (
@@ -37,7 +38,7 @@ def describe_gguf(path: Path) -> Description:
         Dsv4Error: nothing there that can be read.
     """
     model = open_gguf(path)
-    found = Description(str(path), "GGUF")
+    found = Description(shown(path), "GGUF")
     found.files = len(model.parts)
     architecture = model.architecture
     found.traits.append(f"architecture {architecture}")

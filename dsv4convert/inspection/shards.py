@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.shards import open_shards
 from ..containers.safetensors import read_header
+from ..containers.sources import shown
 from ..errors import InputMissingError, InventoryError, UsageError
 from ..model.parallel import SHARD_NAME
 from ..model.tensors import is_draft_alone
@@ -21,7 +22,7 @@ def describe_shards(folder: Path) -> Description:
     Raises:
         Dsv4Error: nothing there that can be read.
     """
-    found = Description(str(folder), "model-parallel shards")
+    found = Description(shown(folder), "model-parallel shards")
     config = lenient_config(folder, found)
     matches = [
         (path, match)

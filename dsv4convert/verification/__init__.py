@@ -20,6 +20,7 @@ from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
+from ..containers.sources import shown
 from ..errors import DeviceError, FileFormatError, InputMissingError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
@@ -111,7 +112,7 @@ def prepare(
     if os.path.realpath(source) == os.path.realpath(output):
         raise UsageError("source and output are the same", where=output)
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
-    report = Report(str(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
+    report = Report(shown(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
     report.notes += checkpoint.notes
     report.notes += read_model_card(source).notes
     matrix = None if imatrix is None else read_imatrix(imatrix)

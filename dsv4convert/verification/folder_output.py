@@ -12,6 +12,7 @@ from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_index
 from ..checkpoint.weights import Weight
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
+from ..containers.untrusted import open_regular
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
 from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
@@ -676,7 +677,7 @@ def check_files(folder: Path, source: Path, report: Report) -> None:
 def _first_difference(left: Path, right: Path) -> int | None:
     """Return the first byte in which two files differ, None where they are the same."""
     position = 0
-    with left.open("rb") as a, right.open("rb") as b:
+    with open_regular(left) as a, open_regular(right) as b:
         while True:
             first, second = a.read(COPY_BYTES), b.read(COPY_BYTES)
             if first != second:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored, tensor_at
+from ..containers.sources import SequentialReader, at
 from ..errors import InputMissingError, InputOutputError, InventoryError
 from ..formats.ggml_types import BY_NAME, QUANTISED
 from .numbers import BLOCK, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
@@ -314,6 +316,13 @@ def _with_scale(matrix: Matrix, codes: Bytes, rows: Span, columns: Span) -> Any:
 def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes:
     """Return bytes [rows, columns] of a matrix of ``row_bytes`` a row at ``offset``."""
     count, width = rows[1] - rows[0], columns[1] - columns[0]
+    remote = at(file)
+    if remote is not None:
+        whole = np.empty((count, row_bytes), np.uint8)
+        begin = offset + rows[0] * row_bytes
+        with contextlib.closing(SequentialReader(remote, begin, begin + whole.nbytes)) as reader:
+            reader.read_into(begin, memoryview(whole.data).cast("B"))
+        return whole[:, columns[0] : columns[1]]
     out = np.empty((count, width), np.uint8)
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

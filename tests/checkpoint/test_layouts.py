@@ -316,11 +316,6 @@ def test_what_lies_beside_sound_weights_is_noted(
         assert "not the file; " in error
 
 
-def test_a_name_of_the_hub_is_answered_with_the_download() -> None:
-    result = run_cli("hf-to-gguf", "deepseek-ai/DeepSeek-V4-Flash")
-    assert "hf download deepseek-ai/DeepSeek-V4-Flash" in result.error
-
-
 # Read all the same
 
 

@@ -207,10 +207,10 @@ def test_a_file_instead_of_a_folder_is_named(command: str, tiny: Path, tmp_path:
     assert f"a file, not a folder; pass its folder, {tiny}" in error
 
 
-def test_a_hub_id_is_answered_with_the_download(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_may_not_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = run_cli("hf-to-gguf", "deepseek-ai/DeepSeek-V4-Flash", "out.gguf").error
-    assert "run hf download deepseek-ai/DeepSeek-V4-Flash --local-dir DeepSeek-V4-Flash" in error
+    assert "hf://deepseek-ai/DeepSeek-V4-Flash: no such folder here, nor in the hub's cache" in error
 
 
 def test_a_snapshot_of_the_hubs_cache_is_named_after_its_repository(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Folders at an address: repositories of the hub, and folders on web servers.
+
+Each is listed by a module of its own, which returns its files by name, and mounted here: see ``sources``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import DeviceError, FileFormatError, InputMissingError, UsageError
+from ..sources import ADDRESS, Mount, RemoteFile, register
+
+# A folder of more files is no checkpoint; V4-Pro has 80.
+MAX_FILES = 10_000
+MAX_NAME_BYTES = 255
+MAX_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a remote folder by name.
+
+    ``address`` is what to call it, ``revision`` what changes when a file does. ``folder`` are the names of the local
+    folders that stand for it: readers call a model by them. ``focus`` is the one file that was asked for. ``local`` is
+    a folder that holds all of it already; ``cached`` are single files that are on this disk.
+    """
+
+    address: str
+    revision: str
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    folder: tuple[str, ...] = ("source",)
+    focus: str | None = None
+    local: Path | None = None
+    cached: Mapping[str, Path] = field(default_factory=dict)
+
+
+_mounted: dict[tuple[str, str, bool], Path] = {}
+_root: list[Path] = []
+
+
+def mount(text: str, *, headers_only: bool = False, cache: bool = False) -> Path:
+    """Return the local path that stands for an address or a repository of the hub.
+
+    Raises:
+        InputMissingError: there is nothing there, or it cannot be reached.
+        FileFormatError: the server names files in a way that no folder can hold.
+        UsageError: an address that is none, or ``cache`` for what is not the hub's.
+        DeviceError: the packages for it are not installed.
+    """
+    found = ADDRESS.fullmatch(text)
+    scheme, rest = (found[1], found[2]) if found else ("hf", text)
+    rest = rest.rstrip("/")
+    listing = _list_web(f"{scheme}://{rest}", cache) if scheme in ("http", "https") else _list_hub(rest, cache)
+    if listing.local is not None:
+        return _focused(listing.local, listing)
+    key = listing.address, listing.revision, headers_only
+    if key not in _mounted:
+        _mounted[key] = _mount(listing, headers_only)
+    return _focused(_mounted[key], listing)
+
+
+def _focused(path: Path, listing: Listing) -> Path:
+    return path if listing.focus is None else path / listing.focus
+
+
+def _list_hub(text: str, cache: bool) -> Listing:
+    try:
+        from .hub import list_hub
+    except ImportError:
+        raise _missing_package("huggingface_hub", "hub", text) from None
+    return list_hub(text, cache=cache)
+
+
+def _list_web(url: str, cache: bool) -> Listing:
+    """List a folder of a web server; a page of the hub is taken for its repository."""
+    try:
+        from .http import list_web_folder
+        from .hub import repository_of_page
+    except ImportError:
+        raise _missing_package("huggingface_hub", "hub", url.partition("?")[0]) from None
+    repository = repository_of_page(url)
+    if repository is not None:
+        return _list_hub(repository, cache)
+    _refuse_cache(cache)
+    return list_web_folder(url)
+
+
+def _refuse_cache(cache: bool) -> None:
+    if cache:
+        raise UsageError("--cache is for repositories of the hub", hint="leave out --cache, or download the files")
+
+
+def _missing_package(package: str, extra: str, address: str) -> DeviceError:
+    return DeviceError(
+        f"no such folder here, and reading it from its address needs {package}",
+        where=address,
+        hint=f"check the name, run pip install 'dsv4convert[{extra}]', or download the files and pass their folder",
+    )
+
+
+def _mount(listing: Listing, headers_only: bool) -> Path:
+    if not listing.files and not listing.cached:
+        raise InputMissingError("no files there", where=listing.address, hint="check the address")
+    if not _root:
+        _root.append(Path(tempfile.mkdtemp(prefix="dsv4convert-")).resolve())
+        atexit.register(shutil.rmtree, _root[0], ignore_errors=True)
+    path = _root[0].joinpath(str(len(_mounted)), *listing.folder)
+    path.mkdir(parents=True)
+    found = Mount(path, listing.address, listing.revision, headers_only)
+    for name, file in listing.files.items():
+        if name in listing.cached:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).symlink_to(listing.cached[name])
+        else:
+            found.add(name, file)
+    register(found)
+    return path
+
+
+def check_names(names: list[str], address: str) -> None:
+    """Check names that a server gave: plain relative paths, which stay inside the folder, and not too many.
+
+    Raises:
+        FileFormatError: one is something else.
+    """
+    if len(names) > MAX_FILES:
+        raise FileFormatError("too many files", where=address, expected=f"at most {MAX_FILES}", got=len(names))
+    taken = set(names)
+    if len(taken) != len(names):
+        raise FileFormatError("the server names a file twice", where=address)
+    for name in names:
+        parts = name.split("/")
+        if (
+            len(parts) > MAX_DEPTH
+            or any(part in ("", ".", "..") or len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in parts)
+            or re.search(r"[\\\x00-\x1f\x7f]", name)
+            or name != name.encode("utf-8", "replace").decode()
+            or any("/".join(parts[:count]) in taken for count in range(1, len(parts)))
+        ):
+            raise FileFormatError(
+                "the server gives a file name that is not a plain one", where=address, got=repr(name)[:200]
+            )

@@ -1,0 +1,316 @@
+"""Ranges of files on web servers, and folders of them.
+
+Requests go through the HTTP client of ``huggingface_hub``, which takes proxies and certificates from the environment
+as the hub's own program does. Redirects are followed here, so that credentials go to the host they are for and to no
+other; certificates are always verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpx2
+from huggingface_hub import get_session
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..sources import CONNECTIONS, MAX_ATTEMPTS, RemoteFile, TransientError, Transport, wait_after
+from . import Listing, check_names
+
+TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+MAX_REDIRECTS = 5
+MAX_INDEX_BYTES = 32 * 2**20
+
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+DENIED = frozenset({401, 403})
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+CONFIG_NAME, INDEX_NAME, SINGLE_NAME = "config.json", "model.safetensors.index.json", "model.safetensors"
+# What a folder may hold next to its weights, where it cannot be listed.
+OTHER_NAMES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "LICENSE",
+)
+
+
+def origin(url: str) -> tuple[str, str, int | None]:
+    """Return the scheme, host and port of a URL: where its credentials may go."""
+    parts = urlsplit(url)
+    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+    return parts.scheme, (parts.hostname or "").lower(), port
+
+
+def check_secure(url: str, address: str) -> None:
+    """Check that a URL is one of HTTPS, or of this machine.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    scheme, host, _ = origin(url)
+    if scheme != "https" and not (scheme == "http" and host in LOOPBACK):
+        raise UsageError("only https is read", where=address, hint="pass an https address")
+
+
+@contextmanager
+def request(
+    method: str, url: str, headers: Mapping[str, str], address: str, *, secret: Mapping[str, str] | None = None
+) -> Iterator[Any]:
+    """Send a request and yield the response, its body unread; ``secret`` headers go to the URL's own host only.
+
+    Raises:
+        TransientError: it failed and may be made again.
+        InputOutputError: the redirects lead round in circles, or away from HTTPS.
+    """
+    home = origin(url)
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_REDIRECTS + 1):
+            sent = {**headers, "Accept-Encoding": "identity"}
+            if secret and origin(url) == home:
+                sent |= secret
+            try:
+                built = get_session().build_request(method, url, headers=sent, timeout=TIMEOUT)
+                if not (secret and origin(url) == home):
+                    built.headers.pop("authorization", None)
+                response = get_session().send(built, stream=True, follow_redirects=False, auth=None)
+            except OfflineModeIsEnabled:
+                raise InputMissingError("HF_HUB_OFFLINE forbids fetching it", where=address) from None
+            except httpx2.TransportError as error:
+                raise _broken(error) from None
+            except httpx2.InvalidURL:
+                raise InputOutputError("the server redirects to what is no address", where=address) from None
+            stack.callback(response.close)
+            target = response.headers.get("Location")
+            if response.status_code not in REDIRECTS or target is None:
+                if response.status_code in TRANSIENT_STATUSES:
+                    raise TransientError(f"HTTP status {response.status_code}", _retry_after(response.headers))
+                yield response
+                return
+            stack.pop_all().close()
+            url, before = urljoin(url, target), origin(url)
+            if origin(url)[0] != "https" and before[0] == "https":
+                raise InputOutputError("the server redirects from https to http", where=address)
+        raise InputOutputError("the server redirects without end", where=address)
+
+
+def _broken(error: Exception) -> TransientError:
+    """Return an error of the connection without anything of the request in it."""
+    return TransientError(re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower())
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds that a server asks to wait: a number, or a date."""
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,6}", value):
+        return float(value)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS) -> Any:
+    """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
+
+    Raises:
+        Dsv4Error: what ``ask`` raises, or it failed too often.
+    """
+    failures = 0
+    while True:
+        try:
+            return ask()
+        except TransientError as error:
+            failures = wait_after(error, failures, address, most=most)
+
+
+class HttpRanges(Transport):
+    """Ranges of one file at a URL; ``etag`` is the content's, where another one is an error."""
+
+    def __init__(self, url: str, address: str, size: int, etag: str | None = None) -> None:
+        self._url = url
+        self._address = address
+        self._size = size
+        self._etag = etag
+
+    def url(self) -> str:
+        """Return where to send the next request."""
+        return self._url
+
+    def secret(self) -> Mapping[str, str]:
+        """Return the credentials for the URL's own host."""
+        return {}
+
+    def denied(self, status: int) -> Dsv4Error | TransientError:
+        """Return the error of a refusal."""
+        return InputOutputError(
+            "the server refuses access", where=self._address, got=f"HTTP status {status}", hint="check your access"
+        )
+
+    @contextmanager
+    def fetch(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
+        """Request bytes; see ``Transport.fetch``."""
+        headers = {"Range": f"bytes={begin}-{end - 1}"}
+        if self._etag is not None and not self._etag.startswith("W/"):
+            headers["If-Match"] = self._etag
+        with request("GET", self.url(), headers, self._address, secret=self.secret()) as response:
+            status = response.status_code
+            if status in DENIED:
+                raise self.denied(status)
+            if status == 412 or (self._etag is not None and response.headers.get("ETag", self._etag) != self._etag):
+                raise FileFormatError(
+                    "changed on the server since it was first looked at",
+                    where=self._address,
+                    hint="run again with --fresh",
+                )
+            whole = begin == 0 and end == self._size and status == 200
+            if status == 416:
+                raise self._wrong_size("fewer")
+            if status == 404:
+                raise InputMissingError("no longer there", where=self._address)
+            if status != 206 and not whole:
+                raise InputOutputError(
+                    "the server does not send ranges",
+                    where=self._address,
+                    expected="HTTP status 206",
+                    got=status,
+                    hint="download the files and pass their folder",
+                )
+            self._check_range(response.headers, begin, end, whole)
+            yield self._pieces(response)
+
+    def _check_range(self, headers: Mapping[str, str], begin: int, end: int, whole: bool) -> None:
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise InputOutputError("the server sends compressed bytes unasked", where=self._address)
+        if whole:
+            if headers.get("Content-Length", str(self._size)) != str(self._size):
+                raise self._wrong_size(headers["Content-Length"])
+            return
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+        if found is None or int(found[1]) != begin or int(found[2]) + 1 != end:
+            raise InputOutputError(
+                "the server sends other bytes than asked for",
+                where=self._address,
+                expected=f"bytes {begin}-{end - 1}",
+                got=headers.get("Content-Range", "no Content-Range")[:80],
+            )
+        if found[3] not in ("*", str(self._size)):
+            raise self._wrong_size(found[3])
+
+    def _wrong_size(self, got: str) -> FileFormatError:
+        return FileFormatError(
+            "size on the server changed",
+            where=self._address,
+            expected=f"{self._size} bytes",
+            got=got,
+            hint="run again with --fresh",
+        )
+
+    def _pieces(self, response: Any) -> Iterator[bytes]:
+        try:
+            yield from response.iter_raw()  # as they arrive, so that a cut loses none
+        except httpx2.TransportError as error:
+            raise _broken(error) from None
+
+
+# ---- folders of web servers ---------------------------------------------------------------------------
+
+
+def list_web_folder(url: str) -> Listing:
+    """Return a folder below a URL: it cannot be listed, so its files are those of its index and the usual others.
+
+    Raises:
+        UsageError: the URL has a password or a query, or is not one of HTTPS.
+        InputMissingError: no config.json there, or the server cannot be reached.
+    """
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UsageError(
+            "an address of a folder has no password, query or fragment",
+            where=f"{parts.scheme}://{parts.hostname}{parts.path}",
+            hint="pass the address of the folder alone",
+        )
+    check_secure(url, url)
+    if parts.path.endswith((".gguf", ".safetensors", ".json")):
+        url, _, focus = url.rpartition("/")
+        names = sorted({focus, *_of_split(focus)} | ({CONFIG_NAME} if focus != CONFIG_NAME else set()))
+        needed = focus
+    else:
+        focus, needed = None, CONFIG_NAME
+        names = [CONFIG_NAME, INDEX_NAME, *OTHER_NAMES]
+    files = _look(url, names)
+    if needed not in files:
+        raise InputMissingError("no such file on the server", where=f"{url}/{needed}", hint="check the address")
+    if focus is None:
+        weights = _indexed(files[INDEX_NAME]) if INDEX_NAME in files else [SINGLE_NAME]
+        check_names([*files, *weights], url)
+        files |= _look(url, weights)
+    digest = json.dumps({name: file.identity for name, file in sorted(files.items())})
+    return Listing(url, digest, files, (parts.path.rstrip("/").rpartition("/")[2] or "source",), focus)
+
+
+def _of_split(name: str) -> list[str]:
+    """Return the names of all files of a split GGUF."""
+    found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)
+    return [f"{found[1]}-{n:05}-of-{found[2]}.gguf" for n in range(1, min(int(found[2]), 9999) + 1)] if found else []
+
+
+def _look(url: str, names: list[str]) -> dict[str, RemoteFile]:
+    """Return those of the files that are there."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        found = pool.map(lambda name: retried(lambda: _look_at(url, name), f"{url}/{name}"), names)
+        return {name: file for name, file in zip(names, found, strict=True) if file is not None}
+
+
+def _look_at(folder: str, name: str) -> RemoteFile | None:
+    url, address = f"{folder}/{quote(name)}", f"{folder}/{name}"
+    with request("HEAD", url, {}, address) as response:
+        if response.status_code in (404, 410):
+            return None
+        length, headers = response.headers.get("Content-Length", ""), response.headers
+        if response.status_code in DENIED:
+            raise InputMissingError("the server refuses access", where=address, got=f"HTTP {response.status_code}")
+        if response.status_code != 200 or not re.fullmatch(r"\d{1,18}", length):
+            raise InputMissingError(
+                "cannot be read from the server", where=address, expected="HTTP 200", got=response.status_code
+            )
+    etag = headers.get("ETag")
+    identity = etag or headers.get("Last-Modified")
+    if identity is None:
+        raise InputMissingError(
+            "the server tells neither etag nor date, so that a change would go unseen",
+            where=address,
+            hint="download the files and pass their folder",
+        )
+    return RemoteFile(address, int(length), identity, HttpRanges(url, address, int(length), etag))
+
+
+def _indexed(file: RemoteFile) -> list[str]:
+    """Return the files that an index names."""
+    if file.size > MAX_INDEX_BYTES:
+        raise FileFormatError("too large", where=file.address, expected=f"at most {MAX_INDEX_BYTES} bytes")
+    content = bytearray(file.size)
+    file.read_into(0, memoryview(content))
+    try:
+        names = set(json.loads(content)["weight_map"].values())
+        return sorted(str(name) for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise FileFormatError("not an index of weights", where=file.address) from None

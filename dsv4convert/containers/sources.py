@@ -1,0 +1,584 @@
+"""Where a source's bytes come from: a local file, or a remote one that is read by ranges.
+
+A remote folder is mounted (see ``remote``): a local folder stands for it, with an empty stand-in under each file's
+name, and readers go on working with paths. Whatever opens a file through ``untrusted.open_regular``, or asks ``at`` for
+it, gets the remote file's bytes. Whatever does neither finds an empty file, and an error, never wrong bytes.
+
+Nothing here imports a network library. For a program that mounts nothing, ``at`` is one look at an empty table.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from .. import errors
+from ..errors import InputMissingError, InputOutputError, SpaceError
+
+# A reader of a file's header gets this much at once: headers of the published checkpoints take 150 to 300 KiB.
+HEAD_BYTES = 256 * 2**10
+# What is kept because it is read more than once is fetched in requests of at most so many bytes.
+REQUEST_BYTES = 8 * 2**20
+# Headers, tables and small tensors are fetched over so many connections.
+CONNECTIONS = 16
+
+# Bytes that serve several tiles, such as a row of scales, are held until the next tile has them too.
+MAX_HELD_BYTES = 2**22
+
+# How often, and after which waits, a request is made again that brought no byte.
+MAX_ATTEMPTS = 10
+FIRST_WAIT_SECONDS = 0.5
+LONGEST_WAIT_SECONDS = 30.0
+SLICE_SECONDS = 0.1
+
+ADDRESS = re.compile(r"(hf|https?):/+(.+)", re.DOTALL)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
+
+
+class TransientError(Exception):
+    """A request that failed and may succeed when it is made again, after ``wait`` seconds if the server said so."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class Transport(ABC):
+    """How bytes of one remote file are fetched."""
+
+    @abstractmethod
+    def fetch(self, begin: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
+        """Request bytes begin..end (exclusive); the iterator yields them as they arrive.
+
+        Raises:
+            TransientError: the request failed, or the bytes stopped coming, and it may be made again.
+            Dsv4Error: it will not succeed.
+        """
+
+
+class RemoteFile:
+    """A remote file of ``size`` bytes; ``identity`` (a commit or an etag) changes when its content does.
+
+    Bytes fetched by ``read_into`` are kept, in a nameless file, so that none is fetched twice. A ``Stream`` keeps none.
+    """
+
+    def __init__(self, address: str, size: int, identity: str, transport: Transport) -> None:
+        self.address = address
+        self.size = size
+        self.identity = identity
+        self._transport = transport
+        self._lock = threading.Lock()  # of what is kept
+        self._fetching = (
+            threading.Lock()
+        )  # one thread at a time fetches what is to be kept, so that none is fetched twice
+        self._kept = Intervals()
+        self._spool = Spool()
+
+    def kept_until(self, offset: int) -> int:
+        """Return up to where bytes from ``offset`` on are kept; ``offset`` itself where that byte is not."""
+        with self._lock:
+            return self._kept.end_of(offset)
+
+    def next_kept(self, offset: int) -> int:
+        """Return where the next kept bytes after ``offset`` begin, the file's size where there are none."""
+        with self._lock:
+            return self._kept.next_begin(offset, self.size)
+
+    def read_into(
+        self,
+        offset: int,
+        view: memoryview,
+        *,
+        ahead: int | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
+        """Fill ``view`` with the bytes at ``offset``; what is missing of them is fetched and kept.
+
+        ``ahead`` is up to where bytes will be wanted next: a request then asks for ``REQUEST_BYTES`` of them.
+
+        Raises:
+            Dsv4Error: they cannot be had.
+        """
+        end = offset + view.nbytes
+        if self.kept_until(offset) < end:
+            with self._fetching:
+                with self._lock:
+                    gaps = list(self._kept.gaps(offset, end))
+                for begin, gap_end in gaps:
+                    wanted = min(begin + REQUEST_BYTES, ahead or 0, self.next_kept(begin))
+                    self._keep(begin, max(gap_end, wanted), stopped)
+        self._spool.read_into(offset, view)
+
+    def _keep(self, begin: int, end: int, stopped: Callable[[], bool] | None) -> None:
+        buffer = memoryview(bytearray(min(REQUEST_BYTES, end - begin)))
+        with Stream(self, begin, end, stopped) as stream:
+            while begin < end:
+                piece = buffer[: end - begin]
+                stream.read_into(piece)
+                self._spool.write(begin, piece)
+                with self._lock:
+                    self._kept.add(begin, begin + piece.nbytes)
+                begin += piece.nbytes
+
+    def keep_in(self, folder: Path) -> None:
+        """Move what is kept, and what will be, to the disk of ``folder``; not while others read."""
+        old, self._spool = self._spool, Spool(folder)
+        for begin, end in self._kept.runs():
+            for at in range(begin, end, REQUEST_BYTES):
+                piece = memoryview(bytearray(min(REQUEST_BYTES, end - at)))
+                old.read_into(at, piece)
+                self._spool.write(at, piece)
+
+    def fetch(self, begin: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
+        """Request bytes; see ``Transport.fetch``."""
+        return self._transport.fetch(begin, end)
+
+    def open(self) -> io.BufferedReader:
+        """Return a file object that reads the remote file, keeping what it fetches."""
+        return io.BufferedReader(_Raw(self))
+
+
+class Spool:
+    """A file without a name in a folder, by default that of temporary files: it is gone when the program is."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write ``data`` at ``offset``; nobody else may write meanwhile.
+
+        Raises:
+            SpaceError: the disk is full, or takes nothing.
+        """
+        import tempfile
+
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - it lives as long as this object
+            while data.nbytes:
+                written = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise SpaceError(
+                f"fetched bytes cannot be kept ({error.strerror})",
+                where=self._folder,
+                hint="free some space there",
+            ) from None
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with what was written at ``offset``.
+
+        Raises:
+            InputOutputError: the disk does not give it back.
+        """
+        try:
+            while view.nbytes:
+                read = 0 if self._file is None else os.preadv(self._file.fileno(), [view], offset)
+                if read == 0:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                view, offset = view[read:], offset + read
+        except OSError as error:
+            raise InputOutputError(f"kept bytes cannot be read ({error.strerror})", where=self._folder) from None
+
+
+class Intervals:
+    """Disjoint runs of bytes, in order.
+
+    >>> runs = Intervals()
+    >>> runs.add(0, 4), runs.add(8, 12), runs.add(4, 6)
+    (None, None, None)
+    >>> list(runs.gaps(2, 10)), runs.end_of(1), runs.next_begin(6, 99)
+    ([(6, 8)], 6, 8)
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, begin: int, end: int) -> None:
+        """Add begin..end (exclusive)."""
+        first = bisect_right(self._ends, begin - 1)
+        last = bisect_right(self._begins, end)
+        if first < last:
+            begin, end = min(begin, self._begins[first]), max(end, self._ends[last - 1])
+        self._begins[first:last], self._ends[first:last] = [begin], [end]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Return all runs as (begin, end)."""
+        return list(zip(self._begins, self._ends, strict=True))
+
+    def end_of(self, offset: int) -> int:
+        """Return the end of the run with byte ``offset``, or ``offset`` where there is none."""
+        number = bisect_right(self._begins, offset) - 1
+        return max(offset, self._ends[number]) if number >= 0 else offset
+
+    def next_begin(self, offset: int, otherwise: int) -> int:
+        """Return where the first run after byte ``offset`` begins."""
+        number = bisect_right(self._begins, offset)
+        return self._begins[number] if number < len(self._begins) else otherwise
+
+    def gaps(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of begin..end that no run has."""
+        while begin < end:
+            covered = self.end_of(begin)
+            if covered > begin:
+                begin = covered
+                continue
+            gap_end = min(end, self.next_begin(begin, end))
+            yield begin, gap_end
+            begin = gap_end
+
+
+class _Raw(io.RawIOBase):
+    """The bytes of a remote file as a file."""
+
+    def __init__(self, remote: RemoteFile) -> None:
+        self._remote = remote
+        self._position = 0
+        self._last_end = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._remote.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(view.nbytes, self._remote.size - self._position))
+        # A reader at the start is after a header, and one that goes on where it was, after more of it.
+        goes_on = self._position in (0, self._last_end)
+        ahead = min(self._position + HEAD_BYTES, self._remote.size) if goes_on else None
+        if count:
+            self._remote.read_into(self._position, view[:count], ahead=ahead)
+        self._position += count
+        self._last_end = self._position
+        return count
+
+
+class Stream:
+    """Bytes begin..end (exclusive) of a remote file, once and in order; a request that breaks is made again.
+
+    Use it as a context manager. ``stopped`` says whether to give up while waiting.
+    """
+
+    def __init__(self, remote: RemoteFile, begin: int, end: int, stopped: Callable[[], bool] | None = None) -> None:
+        self._remote = remote
+        self.position = begin
+        self.end = end
+        self._stopped = stopped
+        self._request = ExitStack()
+        self._pieces: Iterator[bytes] | None = None
+        self._piece = memoryview(b"")
+        self._arrived = begin
+        self._failures = 0
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the request."""
+        self._pieces = None
+        self._request.close()
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill ``view`` with the next bytes.
+
+        Raises:
+            InputOutputError: the server failed ``MAX_ATTEMPTS`` times in a row, or the run was stopped.
+            Dsv4Error: see ``Transport.fetch``.
+        """
+        done = 0
+        while done < view.nbytes:
+            if not self._piece.nbytes:
+                self._piece = self._next_piece()
+            count = min(self._piece.nbytes, view.nbytes - done)
+            view[done : done + count] = self._piece[:count]
+            self._piece = self._piece[count:]
+            done += count
+        self.position += done
+
+    def _next_piece(self) -> memoryview:
+        while True:
+            try:
+                if self._pieces is None:
+                    self._pieces = self._request.enter_context(self._remote.fetch(self._arrived, self.end))
+                piece = memoryview(next(self._pieces, b""))
+                if not piece.nbytes:
+                    raise TransientError("the connection was closed early")
+                if piece.nbytes > self.end - self._arrived:
+                    raise InputOutputError("the server sent more bytes than asked for", where=self._remote.address)
+                self._arrived += piece.nbytes
+                self._failures = 0
+                return piece
+            except TransientError as error:
+                self.close()
+                self._failures = wait_after(error, self._failures, self._remote.address, self._stopped)
+
+
+def wait_after(
+    error: TransientError,
+    failures: int,
+    address: str,
+    stopped: Callable[[], bool] | None = None,
+    most: int = MAX_ATTEMPTS,
+) -> int:
+    """Wait before a request is made again; return how many have failed in a row, of which ``most`` are too many.
+
+    Raises:
+        InputOutputError: too many have, or the run was stopped.
+    """
+    import random
+
+    failures += 1
+    if failures >= most:
+        raise InputOutputError(
+            f"cannot be fetched ({error})",
+            where=address,
+            got=f"{failures} failures in a row",
+            hint="check the connection and try again",
+        )
+    wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1)) * random.uniform(0.5, 1)
+    if error.wait is not None:
+        wait = max(wait, min(error.wait, 10 * LONGEST_WAIT_SECONDS))
+    end = time.monotonic() + wait
+    while (left := end - time.monotonic()) > 0:
+        if stopped is not None and stopped():
+            raise InputOutputError("fetching was stopped", where=address)
+        time.sleep(min(left, SLICE_SECONDS))
+    return failures
+
+
+class SequentialReader:
+    """Reads bytes begin..end of a remote file from front to back, without keeping them; what is kept is not fetched.
+
+    The last ``again`` bytes can be read again. With ``is_kept`` all bytes are kept, for others that read them.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteFile,
+        begin: int,
+        end: int,
+        *,
+        is_kept: bool = False,
+        again: int = 0,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
+        self.begin = begin
+        self.end = end
+        self._remote = remote
+        self._is_kept = is_kept
+        self._again = min(again, MAX_HELD_BYTES)
+        self._stopped = stopped
+        self._stream: Stream | None = None
+        self._position = begin
+        self._held = b""
+
+    def close(self) -> None:
+        """End the request."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes at ``offset``.
+
+        Raises:
+            Dsv4Error: they cannot be had.
+        """
+        if self._is_kept:
+            self._remote.read_into(offset, view, ahead=self.end, stopped=self._stopped)
+            return
+        back = self._position - offset
+        if not 0 <= back <= len(self._held):
+            # Out of order: right all the same, and kept for whatever reads it next.
+            self._remote.read_into(offset, view, ahead=self.end, stopped=self._stopped)
+            return
+        seen = min(back, view.nbytes)
+        view[:seen] = self._held[len(self._held) - back : len(self._held) - back + seen]
+        self._read_on(view[seen:])
+        if self._again:
+            self._held = bytes(view[-self._again :]) if back <= seen else self._held
+
+    def _read_on(self, view: memoryview) -> None:
+        """Fill ``view`` from where the last read ended: what is kept from there, the rest from the server."""
+        while view.nbytes:
+            kept_end = self._remote.kept_until(self._position)
+            if kept_end > self._position:
+                self.close()
+                count = min(view.nbytes, kept_end - self._position)
+                self._remote.read_into(self._position, view[:count])
+            else:
+                if self._stream is None or self._stream.position != self._position:
+                    self.close()
+                    end = min(self.end, self._remote.next_kept(self._position))
+                    self._stream = Stream(self._remote, self._position, end, self._stopped)
+                count = min(view.nbytes, self._stream.end - self._position)
+                self._stream.read_into(view[:count])
+                if self._stream.position == self._stream.end:
+                    self.close()
+            self._position += count
+            view = view[count:]
+
+
+# ---- mounted folders ----------------------------------------------------------------------------------
+
+_files: dict[Path, RemoteFile] = {}
+_mounts: dict[Path, Mount] = {}
+
+
+class Mount:
+    """A remote folder and the local folder ``path`` that stands for it.
+
+    ``revision`` changes when any file does. ``headers_only``: weights are not looked at before a conversion.
+    """
+
+    def __init__(self, path: Path, address: str, revision: str, headers_only: bool = False) -> None:
+        self.path = path
+        self.address = address
+        self.revision = revision
+        self.headers_only = headers_only
+
+    def add(self, name: str, file: RemoteFile) -> None:
+        """Give the mount a file: a stand-in takes its name."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        _files[path] = file
+
+
+def register(mount: Mount) -> None:
+    """Make a mount known, and its address the name under which errors show its path."""
+    _mounts[mount.path] = mount
+    errors.SHOWN_PATHS[str(mount.path)] = mount.address
+
+
+def at(path: Path) -> RemoteFile | None:
+    """Return the remote file that a path stands for, None for a local file."""
+    return _files.get(path) if _files else None
+
+
+def any_mounted() -> bool:
+    """Return whether the program reads remote files."""
+    return bool(_files)
+
+
+def mount_of(folder: Path) -> Mount | None:
+    """Return the mount whose folder a path is."""
+    return _mounts.get(folder) if _mounts else None
+
+
+def shown(path: Path) -> str:
+    """Return a path as users know it: of a mounted folder, its address."""
+    return errors.shown_path(str(path))
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        OSError: a local file is not there.
+    """
+    remote = at(path)
+    return path.stat().st_size if remote is None else remote.size
+
+
+def keep_in(folder: Path) -> None:
+    """Keep fetched bytes that are wanted again on the disk of ``folder``, from now on."""
+    for remote in _files.values():
+        remote.keep_in(folder)
+
+
+def prefetch(ranges: Iterable[tuple[Path, int, int]]) -> None:
+    """Fetch (file, offset, bytes) of remote files over several connections, and keep them.
+
+    Raises:
+        Dsv4Error: something cannot be had.
+    """
+    wanted = [(remote, offset, nbytes) for path, offset, nbytes in ranges if (remote := at(path)) is not None]
+    if wanted:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            for _ in pool.map(_prefetch, wanted):
+                pass
+
+
+def _prefetch(wanted: tuple[RemoteFile, int, int]) -> None:
+    remote, offset, nbytes = wanted
+    begin, end = min(offset, remote.size), min(offset + nbytes, remote.size)
+    remote.read_into(begin, memoryview(bytearray(end - begin)))
+
+
+def prefetch_heads(paths: Iterable[Path]) -> None:
+    """Fetch the beginnings of remote files, where headers lie.
+
+    Raises:
+        Dsv4Error: one cannot be had.
+    """
+    prefetch((path, 0, HEAD_BYTES) for path in paths)
+
+
+def is_address(text: str) -> bool:
+    """Return whether a source is named by a scheme, such as ``hf://`` or ``https://``."""
+    return ADDRESS.fullmatch(text) is not None
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Return whether a path that does not exist is written like a repository of the hub: OWNER/NAME[@REVISION]."""
+    return HUB_ID.fullmatch(text) is not None
+
+
+def local_path(source: str | os.PathLike[str], *, headers_only: bool = False, cache: bool = False) -> Path:
+    """Return the path that stands for a source: the folder itself, or where its address is mounted.
+
+    A name OWNER/NAME that is nothing local is a repository of the hub. ``cache`` keeps what is fetched of it in the
+    hub's own cache.
+
+    Raises:
+        InputMissingError: there is no such repository or folder, or it cannot be reached.
+        UsageError: an address that is none, or ``cache`` for what is not the hub's.
+        DeviceError: the packages for it are not installed.
+    """
+    text = os.fspath(source)
+    path = Path(text)
+    if not is_address(text) and (os.path.lexists(path) or not looks_like_hub_id(text)):
+        return path
+    from .remote import mount
+
+    return mount(text, headers_only=headers_only, cache=cache)
+
+
+def needs_local_files(path: Path, what: str) -> None:
+    """Check that a path is local, for what reads weights in no order or again and again.
+
+    Raises:
+        InputMissingError: it is not.
+    """
+    mount = mount_of(path) or mount_of(path.parent)
+    if mount is not None:
+        raise InputMissingError(
+            f"{what} needs the files on this machine",
+            where=path,
+            hint="download them first with hf download, or convert with --cache, which keeps them",
+        )

@@ -1,0 +1,115 @@
+"""Reading the operands of a segment whose files are remote: one request for each, read as the tiles go.
+
+Every byte is fetched once. What several segments read, or one reads twice, is kept on the output's disk meanwhile.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from ..containers.sources import RemoteFile, SequentialReader, at
+from ..plan import Operand, Plan, Quantise, Segment, SquaredWeights
+
+
+def extent(segment: Segment, operand: Operand) -> tuple[int, int]:
+    """Return the first byte that a segment reads of an operand's file, and the end."""
+    rows = -(-segment.rows // operand.rows_per)
+    return operand.offset, operand.offset + rows * operand.row_bytes
+
+
+class SharedRanges:
+    """The bytes of remote files that a plan reads more than once."""
+
+    def __init__(self, plan: Plan) -> None:
+        begins: dict[RemoteFile, array[int]] = {}
+        ends: dict[RemoteFile, array[int]] = {}
+        for file in plan.files:
+            for tensor in file.tensors:
+                for segment in tensor.segments:
+                    for operand in segment.operands:
+                        remote = at(operand.file)
+                        if remote is None:
+                            break
+                        begin, end = extent(segment, operand)
+                        for _ in range(2 if reads_twice(segment) else 1):
+                            begins.setdefault(remote, array("q")).append(begin)
+                            ends.setdefault(remote, array("q")).append(end)
+        self._shared = {remote: list(_overlaps(begins[remote], ends[remote])) for remote in begins}
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether the plan reads no remote file."""
+        return not self._shared
+
+    def holds(self, remote: RemoteFile, begin: int, end: int) -> bool:
+        """Return whether some of the bytes begin..end are read more than once."""
+        return any(first < end and begin < last for first, last in self._shared.get(remote, ()))
+
+
+def _overlaps(begins: array[int], ends: array[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs that more than one of the ranges has."""
+    furthest = 0
+    for begin, end in sorted(zip(begins, ends, strict=True)):
+        if begin < furthest:
+            yield begin, min(end, furthest)
+        furthest = max(furthest, end)
+
+
+def reads_twice(segment: Segment) -> bool:
+    """Return whether a segment reads its operands from the start again."""
+    return isinstance(segment.operation, Quantise) and isinstance(segment.operation.importance, SquaredWeights)
+
+
+class RangeReader:
+    """One worker's requests for the segment that it is making; use it as a context manager."""
+
+    def __init__(self, shared: SharedRanges, stopped: Callable[[], bool]) -> None:
+        self._shared = shared
+        self._stopped = stopped
+        self._operands: list[tuple[Path, SequentialReader]] = []
+
+    def __enter__(self) -> RangeReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def begin(self, segment: Segment) -> None:
+        """Turn to another segment."""
+        self.end()
+        if self._shared.is_empty:
+            return
+        for operand in segment.operands:
+            remote = at(operand.file)
+            if remote is not None:
+                begin, end = extent(segment, operand)
+                is_kept = self._shared.holds(remote, begin, end)
+                again = operand.row_bytes if operand.rows_per > 1 else 0
+                reader = SequentialReader(remote, begin, end, is_kept=is_kept, again=again, stopped=self._stopped)
+                self._operands.append((operand.file, reader))
+
+    def end(self) -> None:
+        """End the requests."""
+        for _, reader in self._operands:
+            reader.close()
+        self._operands = []
+
+    def read_into(self, file: Path, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` with the bytes at ``offset`` of a file; return False where the file is local.
+
+        Raises:
+            Dsv4Error: they cannot be had.
+        """
+        for path, reader in self._operands:
+            if path == file and reader.begin <= offset and offset + view.nbytes <= reader.end:
+                reader.read_into(offset, view)
+                return True
+        remote = at(file)
+        if remote is not None:
+            remote.read_into(offset, view, stopped=self._stopped)
+        return remote is not None

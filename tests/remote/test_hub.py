@@ -1,0 +1,248 @@
+"""Repositories of the hub as sources: the bytes of a local conversion, each fetched once, whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ..command_line import run_cli
+from .hub_server import commit_of
+from .support import REPOSITORY, Remote, contents, finished
+
+CONVERSIONS = {
+    "gguf": ("hf-to-gguf", "out.gguf"),
+    "shards": ("shard", "out", "--mp", "2"),
+    "dequantize": ("dequantize", "out"),
+    "repack": ("repack", "out", "--experts", "fp8"),
+}
+GGUF = CONVERSIONS["gguf"]
+
+
+def conversion(kind: tuple[str, ...], source: object, folder: Path) -> list[object]:
+    folder.mkdir(exist_ok=True)
+    command, out, *options = kind
+    return [command, source, folder / out, *options]
+
+
+@pytest.fixture(scope="session")
+def local(snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """Return the files of each conversion of the local checkpoint."""
+    made = {}
+    for name, kind in CONVERSIONS.items():
+        folder = tmp_path_factory.mktemp("local") / name
+        result = run_cli(*conversion(kind, snapshot, folder))
+        assert result.code == 0, result.err
+        made[name] = contents(folder / kind[1])
+    return made
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_conversion_from_the_hub_makes_the_local_bytes_and_fetches_each_byte_once(
+    name: str, remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    kind = CONVERSIONS[name]
+    result = remote.run(*conversion(kind, REPOSITORY, tmp_path / "out"))
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out" / kind[1]) == local[name]
+    weights = list(snapshot.glob("*.safetensors"))
+    assert weights
+    for path in weights:
+        counts = remote.hub.times_sent(f"{REPOSITORY}/{path.name}", path.stat().st_size)
+        assert max(counts) == 1
+        # Without a draft, a GGUF leaves bytes where they are.
+        assert name == "gguf" or min(counts) == 1
+    assert run_cli("verify", "--manifest", tmp_path / "out" / kind[1]).code == 0 or name != "gguf"
+
+
+def test_only_headers_and_small_files_are_read_by_what_needs_no_more(remote: Remote, snapshot: Path) -> None:
+    weights = [path.name for path in snapshot.glob("*.safetensors")]
+    for command in (("inspect",), ("estimate",), ("hf-to-gguf", "--dry-run")):
+        remote.hub.forget()
+        result = remote.run(command[0], f"hf://{REPOSITORY}@main", *command[1:], "--json")
+        assert result.code == 0, result.err
+        for name in weights:
+            ((begin, end),) = remote.hub.sent[f"{REPOSITORY}/{name}"]
+            assert (begin, end) == (0, 2**18)
+        assert "models--" not in result.out
+        assert "hf://" in result.out
+
+
+def test_check_and_verify_read_the_hub(remote: Remote, snapshot: Path, tmp_path: Path) -> None:
+    assert run_cli(*conversion(GGUF, snapshot, tmp_path)).code == 0
+    assert json.loads(remote.run("check", REPOSITORY, "--json").out)["verdict"] == "ok"
+    result = remote.run("verify", REPOSITORY, tmp_path / "out.gguf", "--json")
+    assert json.loads(result.out)["verdict"] == "ok", result.out
+
+
+def test_running_a_model_asks_for_its_files(remote: Remote) -> None:
+    error = remote.run("forward", REPOSITORY, "--tokens", "1,2").error
+    assert "needs the files on this machine; download them first with hf download" in error
+
+
+# What goes wrong
+
+
+def test_a_thousand_cut_connections_change_nothing(
+    remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    remote.hub.faults.cut, remote.hub.faults.most_cuts = 0.9, 1000
+    result = remote.run(*conversion(CONVERSIONS["dequantize"], REPOSITORY, tmp_path))
+    assert result.code == 0, result.err
+    assert remote.hub.cuts == 1000
+    assert contents(tmp_path / "out") == local["dequantize"]
+
+
+def test_busy_and_broken_answers_and_expired_addresses_are_asked_again(
+    remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    remote.hub.faults.busy, remote.hub.faults.broken, remote.hub.faults.expiring = 0.1, 0.1, 5
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path))
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out.gguf") == local["gguf"]
+
+
+def test_a_hub_that_stays_broken_ends_the_run_in_one_line(remote: Remote, tmp_path: Path) -> None:
+    remote.hub.faults.broken = 1.0
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path))
+    assert result.code == 16
+    assert f"hf://{REPOSITORY}: cannot be fetched (HTTP status 503): got 5 failures in a row" in result.error
+
+
+def test_a_restarted_server_is_met_again(remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    remote.hub.faults.bytes_per_second = 5e5
+    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path))
+    remote.wait_for_work(tmp_path)
+    remote.hub.stop()
+    remote.hub.faults.bytes_per_second = 0
+    remote.hub.start()
+    result = finished(process)
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out.gguf") == local["gguf"]
+
+
+def test_an_interrupted_run_goes_on_and_a_moved_branch_is_an_error(
+    remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    remote.hub.faults.bytes_per_second = 5e5
+    arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
+    result = remote.interrupted(*arguments, folder=tmp_path / "out")
+    assert result.code == 130, result.err
+    remote.hub.faults.bytes_per_second = 0
+    other = Path(shutil.copytree(snapshot, tmp_path / "other"))
+    (other / "README.md").write_text("# another revision\n")
+    remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
+    result = remote.run(*arguments, "--resume")
+    assert result.code == 13
+    commit = commit_of(snapshot)
+    assert f"the source moved to another revision: expected {commit}, got {commit_of(other)}" in result.error
+    result = remote.run(*conversion(GGUF, f"{REPOSITORY}@{commit}", tmp_path / "out"), "--resume")
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out" / "out.gguf") == local["gguf"]
+
+
+def test_a_branch_that_moves_during_a_run_does_not_mix_revisions(
+    remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    remote.hub.faults.bytes_per_second = 5e5
+    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path / "out"))
+    remote.wait_for_work(tmp_path / "out")
+    other = Path(shutil.copytree(snapshot, tmp_path / "other"))
+    for path in other.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1000:] = bytes(1000)
+        path.write_bytes(content)
+    remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
+    result = finished(process)
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out" / "out.gguf") == local["gguf"]
+
+
+# Secrets and names
+
+
+def test_the_token_goes_to_the_hub_alone_and_into_no_file(remote: Remote, tmp_path: Path) -> None:
+    remote.hub.token = "hf_secret_token"
+    error = remote.run("inspect", REPOSITORY).error
+    assert "no such repository on the hub; check the name; a private or gated repository needs" in error
+    remote.environment["HF_TOKEN"] = "hf_secret_token"
+    remote.hub.faults.bytes_per_second = 5e5
+    arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
+    process = remote.start(*arguments)
+    remote.wait_for_work(tmp_path / "out")
+    remote.hub.token, remote.hub.faults.expiring = "hf_another_token", 100
+    result = finished(process)
+    assert result.code == 16
+    assert "the token expired? hf auth login, or HF_TOKEN; the finished work is kept: run again with --resume" in (
+        result.error
+    )
+    printed = result.err + result.out
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    remote.hub.faults.expiring, remote.hub.faults.bytes_per_second = 0, 0
+    remote.environment["HF_TOKEN"] = "hf_another_token"
+    result = remote.run(*arguments, "--resume")
+    assert result.code == 0, result.err
+    printed += result.err + result.out
+    written += b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert set(remote.hub.authorized) == {"127.0.0.1"}
+    for secret in ("hf_secret_token", "hf_another_token", "secret-signature"):
+        assert secret not in printed
+        assert secret.encode() not in written
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.json", "/etc/outside.json", "a/../../b.json", "a\\b.json", "a\nb.json", "config.json/b", "x" * 300],
+    ids=["above", "absolute", "above inside", "backslash", "newline", "below a file", "long"],
+)
+def test_names_that_leave_the_folder_are_refused(name: str, remote: Remote, tmp_path: Path) -> None:
+    remote.hub.extra_names.append(name)
+    result = remote.run("inspect", REPOSITORY)
+    assert result.code == 6
+    assert "the server gives a file name that is not a plain one" in result.error
+
+
+# The hub's cache
+
+
+def test_cache_keeps_what_is_fetched_and_a_second_run_reads_it(
+    remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "a"), "--cache")
+    assert result.code == 0, result.err
+    cached = remote.home / "hub" / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots"
+    assert (next(cached.iterdir()) / "config.json").is_file()
+    remote.hub.forget()
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "b"))
+    assert result.code == 0, result.err
+    assert not remote.hub.sent
+    remote.hub.stop()
+    remote.environment["HF_HUB_OFFLINE"] = "1"
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "c"))
+    assert result.code == 0, result.err
+    for folder in "abc":
+        assert contents(tmp_path / folder / "out.gguf") == local["gguf"]
+
+
+def test_files_that_the_cache_has_are_read_there_and_the_others_fetched(
+    remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    assert remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "a"), "--cache").code == 0
+    (cached,) = (remote.home / "hub").glob("models--*/snapshots/*")
+    gone = sorted(cached.glob("*.safetensors"))[0]
+    gone.unlink()
+    remote.hub.forget()
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "b"))
+    assert result.code == 0, result.err
+    assert set(remote.hub.sent) == {f"{REPOSITORY}/{gone.name}"}
+    assert contents(tmp_path / "b" / "out.gguf") == local["gguf"]
+
+
+def test_what_is_not_there_is_one_line(remote: Remote) -> None:
+    assert "no such folder here, and no such repository on the hub" in remote.run("inspect", "some/where").error
+    assert "the repository has no such revision" in remote.run("inspect", f"{REPOSITORY}@old").error
+    assert "no such file or folder in the repository" in remote.run("inspect", f"hf://{REPOSITORY}/sub").error
+    remote.environment["HF_HUB_OFFLINE"] = "1"
+    assert "nor in the hub's cache, and HF_HUB_OFFLINE forbids" in remote.run("inspect", REPOSITORY).error

@@ -1,0 +1,136 @@
+"""Folders of web servers as sources, and the small parts that all remote sources share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4convert.containers.remote.http import list_web_folder
+from dsv4convert.containers.sources import Intervals, is_address, looks_like_hub_id
+from dsv4convert.errors import FileFormatError, InputMissingError
+
+from ..command_line import run_cli
+from .hub_server import Hub
+from .support import Remote, contents
+
+
+class Folder(SimpleHTTPRequestHandler):
+    """Files of a folder with etags, by ranges unless ``whole``."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    whole = False
+    etag = '"first"'
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if self.headers.get("If-Match", type(self).etag) != type(self).etag:
+            self.send_response(412)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = path.read_bytes()
+        part = content if self.whole or not first else content[int(first) : int(last) + 1]
+        self.send_response(200 if part is content else 206)
+        self.send_header("Content-Length", str(len(part)))
+        if part is not content:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        self.send_header("ETag", type(self).etag)
+        super().end_headers()
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+
+@pytest.fixture
+def web(snapshot: Path) -> Iterator[tuple[str, type[Folder]]]:
+    """Yield the address of a web server with the checkpoint, and its handler."""
+
+    class Handler(Folder):
+        pass
+
+    server = Server(("127.0.0.1", 0), partial(Handler, directory=str(snapshot)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", Handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Remote:
+    """Return what runs the program without a hub."""
+    return Remote(Hub(), tmp_path / "home")
+
+
+def test_a_folder_of_a_web_server_makes_the_local_bytes(
+    web: tuple[str, type[Folder]], plain: Remote, snapshot: Path, tmp_path: Path
+) -> None:
+    result = plain.run("dequantize", f"{web[0]}/", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert run_cli("dequantize", snapshot, tmp_path / "local").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_a_server_without_ranges_is_named(web: tuple[str, type[Folder]], plain: Remote) -> None:
+    web[1].whole = True
+    result = plain.run("inspect", web[0])
+    assert result.code == 16
+    assert "the server does not send ranges: expected HTTP status 206, got 200" in result.error
+
+
+def test_a_file_that_changes_on_the_server_is_an_error(
+    web: tuple[str, type[Folder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputMissingError, match="HF_HUB_OFFLINE forbids fetching it"):
+        list_web_folder(web[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    file = list_web_folder(web[0]).files["config.json"]
+    web[1].etag = '"second"'
+    with pytest.raises(FileFormatError, match="changed on the server since it was first looked at"):
+        file.read_into(0, memoryview(bytearray(10)))
+
+
+def test_what_is_no_folder_on_a_server_is_one_line(web: tuple[str, type[Folder]], plain: Remote) -> None:
+    assert "no such file on the server" in plain.run("inspect", f"{web[0]}/elsewhere").error
+    assert "only https is read" in plain.run("inspect", "http://192.0.2.1/model").error
+    error = plain.run("inspect", "https://somebody:password@192.0.2.1/model?key=secret").error
+    assert "has no password, query or fragment" in error
+    assert "secret" not in error
+    assert "password@" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("o/n", True), ("o/n@main", True), ("o/n@refs/pr/1", True), ("a/b/c", False), ("../n", False), ("./o", False)],
+)
+def test_names_of_the_hub_are_told_from_paths(text: str, expected: bool) -> None:
+    assert looks_like_hub_id(text) is expected
+    assert not is_address(text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10)), max_size=12), st.integers(0, 50), st.integers(0, 20))
+def test_runs_of_bytes_are_those_that_were_added(added: list[tuple[int, int]], begin: int, count: int) -> None:
+    runs, held = Intervals(), set()
+    for first, size in added:
+        if size:
+            runs.add(first, first + size)
+            held |= set(range(first, first + size))
+    assert [n for a, b in runs.runs() for n in range(a, b)] == sorted(held)
+    missing = [n for a, b in runs.gaps(begin, begin + count) for n in range(a, b)]
+    assert missing == [n for n in range(begin, begin + count) if n not in held]

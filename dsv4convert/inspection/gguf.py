@@ -81,6 +81,7 @@ def describe_gguf(path: Path) -> Description:
 
 
 MTP_TENSOR = re.compile(r"blk\.\d{1,9}\.(?:nextn|mtp)\.")
+TABLE = re.compile(r"blk\.\d{1,9}\.engram_embd\.weight")
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 
 # Layers that a description lists; metadata that speak of more are not a model's.
@@ -206,12 +207,51 @@ def _describe_roles(found: Description, model: GgufModelFile, numbers: _Numbers)
     source = numbers.get("attention.indexer.candidate_source_layer", "candidate_source_layer_id")
     if source is not None:
         found.roles["candidate source"] = [source]
+    found.unexpected += _wrong_engram_keys(model, numbers)
     for layer in numbers.list("engram.layer_ids"):
         table = model.tensors.get(f"blk.{layer}.engram_embd.weight")
         if table is not None:
             # A row that ends in its scales has one for 32 elements.
             width = numbers.get("engram.key_length") or table.shape[1] * 32 // 33
             found.engram.append(EngramTable(layer, table.shape[0], width))
+
+
+# What finds the rows of an n-gram table: a factor for each place of an n-gram, a prime for each of its columns.
+ENGRAM_LISTS = ("multipliers", "primes", "token_map")
+
+
+def _wrong_engram_keys(model: GgufModelFile, numbers: _Numbers) -> Iterator[str]:
+    """Yield what of the n-gram tables' keys is missing or does not fit together, in llama.cpp's form and in ds4's."""
+    layers = numbers.list("engram.layer_ids")
+    tables = sorted(int(name.split(".")[1]) for name in model.tensors if TABLE.fullmatch(name))
+    if sorted(layers) != tables:
+        yield f"key engram.layer_ids: {layers}, and the tables are of {tables}"
+    if not layers:
+        return
+    lists = {name: numbers.list(f"engram.{name}") for name in ENGRAM_LISTS}
+    for name, values in lists.items():
+        if not values:
+            yield f"key engram.{name}: missing, or no list of integers"
+    pad_id = numbers.get("engram.pad_id")
+    if pad_id is None:
+        yield "key engram.pad_id is missing"
+    elif lists["token_map"] and pad_id not in lists["token_map"]:
+        yield f"key engram.pad_id: {pad_id} is not in the token map"
+    for name in ("multipliers", "primes"):
+        if len(lists[name]) % len(layers):
+            yield f"key engram.{name}: {len(lists[name])} entries for {len(layers)} tables"
+    places, heads = numbers.get("engram.max_ngram_size"), numbers.get("engram.head_count")
+    if places is not None and heads is not None:
+        wanted = {"multipliers": places, "primes": (places - 1) * heads}
+        for name, each in wanted.items():
+            if lists[name] and len(lists[name]) != each * len(layers):
+                yield f"key engram.{name}: expected {each * len(layers)} entries, got {len(lists[name])}"
+    width = len(lists["primes"]) // len(layers)
+    for at, layer in enumerate(layers):
+        table = model.tensors.get(f"blk.{layer}.engram_embd.weight")
+        rows = sum(lists["primes"][at * width : (at + 1) * width])
+        if table is not None and lists["primes"] and rows != table.shape[0]:
+            yield f"key engram.primes: {rows} rows for layer {layer}, whose table has {table.shape[0]}"
 
 
 def _text_tensors(

@@ -26,7 +26,7 @@ from .claims import Claims
 from .drafts import DROP, KEEP, ONLY, SPLIT
 from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
-from .gguf_types import TypeChoice, TypeOptions, check_rules_used
+from .gguf_types import Fallback, TypeChoice, TypeOptions, check_rules_used
 from .low_bit import LOW_BIT, LowBitMaker
 from .recipes import OUTPUT_TYPES, load_recipe, tensor_type_rules
 from .segments import (
@@ -304,7 +304,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
         if draft_mode == KEEP:
             tensors += _block_tensors(drafts, types, claims, shift=config.num_hidden_layers)
             block_count += checkpoint.n_draft
-        _check_types(tensors, dialect)
+        _check_types(tensors, dialect, types.choice.fallbacks)
         if options.engram_last or dialect.name == DS4:
             tensors.sort(key=lambda tensor: tensor.is_table)
         models.append(
@@ -350,7 +350,7 @@ def engram_type(options: GgufOptions, dialect: TensorDialect) -> str:
     return options.engram or dialect.engram
 
 
-def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> None:
+def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect, fallbacks: Mapping[str, Fallback]) -> None:
     """Check that the dialect's reader reads every tensor's type, and gate and up experts alike.
 
     Raises:
@@ -361,8 +361,17 @@ def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect) -> None:
         allowed, kind = dialect.allowed(tensor.name), tensor.type.name
         if allowed and kind not in allowed:
             is_expert = ds4.EXPERTS in tensor.name
+            fallback = fallbacks.get(tensor.name)
+            asked = kind if fallback is None else fallback.wanted.name
+            if fallback is not None and fallback.wanted.name in allowed:
+                filling = [other for other in allowed if fallback.columns % ELEMENT_TYPES[other].elements == 0]
+                raise UsageError(
+                    f"tensor {tensor.name}: {fallback}, which is not supported by dialect {dialect.name}",
+                    expected=" or ".join(filling) or f"rows of a multiple of {fallback.wanted.elements}",
+                    hint="choose a type whose blocks fill the rows, or --dialect llama.cpp",
+                )
             raise UsageError(
-                f"{'--experts' if is_expert else f'tensor {tensor.name}:'} {kind} is not supported by dialect "
+                f"{'--experts' if is_expert else f'tensor {tensor.name}:'} {asked} is not supported by dialect "
                 f"{dialect.name}",
                 expected=" or ".join(allowed),
                 hint="--experts or --recipe chooses one"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import UsageError
@@ -68,6 +70,19 @@ class TypeOptions:
         return chosen
 
 
+class Fallback(NamedTuple):
+    """The type that a tensor gets because the blocks of the wanted one do not fill its rows."""
+
+    wanted: GgmlType
+    kind: GgmlType
+    columns: int
+
+    def __str__(self) -> str:
+        """Return why, and both types."""
+        wanted = self.wanted
+        return f"rows of {self.columns} are no multiple of {wanted.elements}: {self.kind.name} for {wanted.name}"
+
+
 @dataclass
 class TypeChoice:
     """The element types of one model's tensors, and what is worth telling about them.
@@ -82,7 +97,7 @@ class TypeChoice:
     experts: Mapping[Encoding, GgmlType]
     n_layers: int
     by_name: Callable[[str], str | None] = lambda name: None
-    fallbacks: list[str] = field(default_factory=list)
+    fallbacks: dict[str, Fallback] = field(default_factory=dict)
     overridden: list[str] = field(default_factory=list)
     _used: set[int] = field(default_factory=set)
 
@@ -100,9 +115,7 @@ class TypeChoice:
                 self.overridden.append(name)
         kind = fitting_type(wanted, columns)
         if kind is not wanted:
-            note = f"{name}: rows of {columns} are no multiple of {wanted.elements}: {kind.name} for {wanted.name}"
-            if note not in self.fallbacks:
-                self.fallbacks.append(note)
+            self.fallbacks[name] = Fallback(wanted, kind, columns)
         return kind
 
     def _unnamed(self, weight: Weight, name: str) -> GgmlType:
@@ -144,8 +157,8 @@ class TypeChoice:
 
     def notes(self) -> list[str]:
         """Return what the user should know: types that did not fit, and protected tensors that a row named."""
-        notes = list(self.fallbacks[:MAX_LISTED])
-        if self.fallbacks[MAX_LISTED:]:
+        notes = [f"{name}: {fallback}" for name, fallback in islice(self.fallbacks.items(), MAX_LISTED)]
+        if len(self.fallbacks) > MAX_LISTED:
             notes.append(f"{len(self.fallbacks) - MAX_LISTED} more tensors have such rows")
         if self.overridden:
             names = ", ".join([*self.overridden[:MAX_LISTED], *(["…"] if self.overridden[MAX_LISTED:] else [])])

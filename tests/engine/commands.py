@@ -36,6 +36,7 @@ COMMANDS = {
     "hf-to-gguf": "hf-to-gguf {checkpoint} {out}/model.gguf",
     "hf-to-gguf --max-file-size": "hf-to-gguf {checkpoint} {out}/model.gguf --max-file-size 400K",
     "hf-to-gguf --draft split": "hf-to-gguf {checkpoint} {out}/model.gguf --draft split",
+    "hf-to-gguf, low-bit types": "hf-to-gguf {checkpoint} {out}/model.gguf --dense q4_0 --experts q5_0",
     "shard": "shard {checkpoint} {out}/shards --mp 2",
     "unshard": "unshard {shards} {out}/joined --max-file-size 1M",
     "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 1M",

@@ -38,10 +38,12 @@ from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
 from .kernel_copies import KERNEL_COPIES, make_in_python
+from .plans import LOW_BIT
 
 PLANS: dict[str, Callable[[Path, Path], Plan]] = {
     # Several files of one output, files of a folder, and folders of several codecs.
     "hf-to-gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
+    "hf-to-gguf, low-bit types": lambda source, out: plan_gguf(source, out / "model.gguf", LOW_BIT),
     "shard": lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
     "dequantize": lambda source, out: plan_dequantize(source, out / "bf16", max_file_bytes=4_000_000),
     # A file that is shared with the source, and one that is written.

@@ -22,6 +22,9 @@ from dsv4convert.targets.merge import plan_merge
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
+# Types whose blocks fit the rows of the tiny checkpoint, and which ggml makes quickly.
+LOW_BIT = GgufOptions(dense="q4_0", experts="q5_0", output="f32")
+
 MakePlan = Callable[[Path, Path], Plan]
 
 
@@ -38,6 +41,7 @@ def plan_of_set(source: Path, out: Path, *, delete_parts: bool) -> Plan:
 
 PLANS: dict[str, MakePlan] = {
     "gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions()),
+    "low-bit gguf": lambda source, out: plan_gguf(source, out / "model.gguf", LOW_BIT),
     "split gguf": lambda source, out: plan_gguf(source, out / "model.gguf", GgufOptions(split_max_bytes=1_500_000)),
     "shard": lambda source, out: plan_shards(source, out / "shards", ShardOptions(2)).plan,
     "dequantize": lambda source, out: plan_dequantize(source, out / "bf16", max_file_bytes=4_000_000),

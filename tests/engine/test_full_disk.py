@@ -53,31 +53,43 @@ def test_a_disk_too_small_for_the_plan_is_told_before_anything_is_written(tiny: 
     assert list(small_disk.iterdir()) == []
 
 
+# The command line's options for plans whose output is larger than the small disk.
+OPTIONS = {
+    "gguf": [],
+    "low-bit gguf": ["--dense", "q4_0", "--experts", "q5_0", "--output-type", "f32"],
+}
+
+
+@pytest.mark.parametrize("target", OPTIONS)
 def test_a_disk_that_fills_up_during_the_run(
-    tiny: Path, small_disk: Path, whole: Plan, monkeypatch: pytest.MonkeyPatch
+    target: str, tiny: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else takes the room: the check before the run saw enough."""
+    (tmp_path / "whole").mkdir()
+    whole = PLANS[target](tiny, tmp_path / "whole")
+    execute(whole, threads=2)
+    command = ["hf-to-gguf", tiny, small_disk / "model.gguf", *OPTIONS[target]]
     with monkeypatch.context() as patch:
         patch.setattr(convert_module, "check_space", lambda *args: None)
-        result = run_cli("hf-to-gguf", tiny, small_disk / "model.gguf")
+        result = run_cli(*command)
     assert result.code == 10
     assert "No space left on device" in result.error
     assert "(while making tensor " in result.error
     assert result.error.endswith("free some space and run again; the finished work is kept: run again with --resume")
     assert leftovers(small_disk) == ["model.gguf.journal", "model.gguf.partial"]
 
-    again = run_cli("hf-to-gguf", tiny, small_disk / "model.gguf", "--resume")
+    again = run_cli(*command, "--resume")
     assert (again.code, leftovers(small_disk)) == (10, ["model.gguf.journal", "model.gguf.partial"])
 
     subprocess.run(["mount", "-o", f"remount,size={LARGE_DISK}", small_disk], check=True)
-    plan = PLANS["gguf"](tiny, small_disk)
+    plan = PLANS[target](tiny, small_disk)
     execute(plan, threads=2, resume=True)
     assert contents(plan) == contents(whole)
     assert leftovers(small_disk) == []
 
 
 # A merge has a write for each of its 126 tensors and few besides.
-ROOMS = {"gguf": 140, "dequantize": 140, **dict.fromkeys(MERGES, 120)}
+ROOMS = {"gguf": 140, "low-bit gguf": 140, "dequantize": 140, **dict.fromkeys(MERGES, 120)}
 
 
 @pytest.mark.parametrize(

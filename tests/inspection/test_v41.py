@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import pytest
 from jsonschema import Draft202012Validator
 
+from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.engine.conversion import execute
 from dsv4convert.inspection.describe import inspect_path
@@ -101,3 +104,31 @@ def test_roles_of_a_gguf_that_fit_no_tensors_are_listed(tmp_path: Path) -> None:
     unexpected = inspect_path(path).unexpected
     assert "key attention.kv_source_layers: [1, 2], and the tensors are those of [1, 3]" in unexpected
     assert "tensor blk.2.attn_compressor_kv.weight is missing" in unexpected
+
+
+BROKEN_KEYS = {
+    "no primes": ("primes", None, "key engram.primes: missing, or no list of integers"),
+    "too few factors": ("multipliers", [1, 3, 5], "key engram.multipliers: 3 entries for 2 tables"),
+    "a layer without a table": ("layer_ids", [1, 3], "key engram.layer_ids: [1, 3], and the tables are of [0, 3]"),
+    "a foreign padding token": ("pad_id", 10**6, "key engram.pad_id: 1000000 is not in the token map"),
+}
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "ds4"])
+@pytest.mark.parametrize("damage", BROKEN_KEYS)
+def test_keys_of_tables_that_do_not_fit_are_listed(
+    damage: str, dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, value, message = BROKEN_KEYS[damage]
+    wide = {"hidden_size": 256, "moe_intermediate_size": 256}
+    source, path = tmp_path / "s", tmp_path / "m.gguf"
+    write_synth(source, "v41-tiny", overrides=wide)
+    execute(plan_gguf(source, path, GgufOptions(dialect=dialect, experts="q4_k")))
+    model = open_gguf(path)
+    assert inspect_path(path).unexpected == []
+    metadata = dict(model.metadata)
+    metadata[f"{model.architecture}.engram.{key}"] = value
+    kept = {name: value for name, value in metadata.items() if value is not None}
+    damaged = replace(model, parts=(replace(model.parts[0], metadata=kept), *model.parts[1:]))
+    monkeypatch.setattr("dsv4convert.inspection.gguf.open_gguf", lambda path: damaged)
+    assert any(line.startswith(message) for line in inspect_path(path).unexpected), inspect_path(path).unexpected

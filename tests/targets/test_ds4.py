@@ -169,3 +169,14 @@ def test_llama_cpp_runs_the_file_too(make_checkpoint: MakeCheckpoint, tmp_path: 
     assert np.isfinite(ours).all()
     # F16 in place of F32 and BF16, and Q8_0 for the output: about three digits are the same.
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.05 * theirs.std()
+
+
+def test_a_fallback_that_the_port_does_not_read_is_told_with_the_type_that_was_asked_for(
+    tiny: Path, tmp_path: Path
+) -> None:
+    done = run_cli("hf-to-gguf", tiny, tmp_path / "m.gguf", "--dialect", "ds4", "--experts", "q2_k")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    told = "rows of 160 are no multiple of 256: q4_0 for q2_k, which is not supported by dialect ds4; expected mxfp4"
+    assert told.replace("; expected", ": expected") in done.err
+    refused = run_cli("hf-to-gguf", tiny, tmp_path / "m.gguf", "--dialect", "ds4", "--experts", "q3_k")
+    assert "--experts q3_k is not supported by dialect ds4" in refused.err

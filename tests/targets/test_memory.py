@@ -18,6 +18,7 @@ MEBIBYTE = 2**20
 COMMANDS = {
     "gguf": (["hf-to-gguf"], "out.gguf", 256),
     "gguf and its draft": (["hf-to-gguf", "--draft", "split", "--split-max-size", "45G"], "out.gguf", 256),
+    "low-bit gguf": (["hf-to-gguf", "--dense", "q4_0", "--experts", "q4_0"], "out.gguf", 256),
     "dequantize": (["dequantize"], "out", 300),
     "transformers": (["dequantize", "--names", "transformers"], "out", 300),
     "repack": (["repack", "--experts", "fp8"], "out", 300),

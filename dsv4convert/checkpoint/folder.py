@@ -40,6 +40,8 @@ from ..model.tensors import (
     scale_name,
 )
 from .layouts import name_layout
+from .nvfp4 import INPUT_SCALE, config_as_fp4, has_nvfp4
+from .nvfp4 import NOTE as NVFP4_NOTE
 from .renaming import official_name, official_tensors
 from .weights import Weight, needs_scale, pair
 
@@ -393,6 +395,8 @@ def resolve(
     missing: list[str] = []
     unscaled: dict[str, Stored] = {}
     left = dict(tensors)
+    if has_nvfp4(stored):
+        config = replace(config, raw=config_as_fp4(config.raw))
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(tensors)
     scale_fmt = stated_scale_fmt(config)
@@ -436,7 +440,7 @@ def resolve(
             where=left[name].file,
             hint=f"check that this is a DeepSeek-{config.version.value} checkpoint; unknown tensors are never dropped",
         )
-    notes = (*notes, *_vision_note(config, has_tower))
+    notes = (*notes, *_vision_note(config, has_tower), *([NVFP4_NOTE] if has_nvfp4(stored) else []))
     return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
 
 
@@ -524,8 +528,11 @@ def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], lis
         for name in left
         if (found := DRAFT_NAME.match(name)) is not None and name[found.end() :] in UNUSED_DRAFT_SUFFIXES
     ]
-    unknown = [name for name in left if name not in set(copies)]
-    if not copies:
-        return (), unknown
-    nbytes = sum(left[name].nbytes for name in copies)
-    return (Unused(tuple(copies), nbytes, "the draft shares the trunk's embedding and head"),), unknown
+    inputs = [name for name in left if name.endswith(INPUT_SCALE)]
+    kinds = (
+        (copies, "the draft shares the trunk's embedding and head"),
+        (inputs, "scales of activations, of NVFP4 only"),
+    )
+    unused = (Unused(tuple(names), sum(left[n].nbytes for n in names), why) for names, why in kinds if names)
+    known = {*copies, *inputs}
+    return tuple(unused), [name for name in left if name not in known]

@@ -22,6 +22,7 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
+from .nvfp4 import nvfp4_as_fp4
 
 LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
@@ -54,7 +55,7 @@ def official_name(name: str) -> str:
 
 
 def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], int]) -> dict[str, Stored]:
-    """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it.
+    """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it, NVFP4 the FP4 it is.
 
     ``n_experts`` gives the experts of a layer of the trunk (False) and of the draft (True).
 
@@ -62,6 +63,7 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], i
         InventoryError: two tensors that mean the same, or a stack that cannot be cut.
     """
     tensors: dict[str, Stored] = {}
+    stored = nvfp4_as_fp4(stored)
     for name, tensor in stored.items():
         stack = STACK_NAME.fullmatch(name.removeprefix(MODEL_PREFIX))
         if stack is None:

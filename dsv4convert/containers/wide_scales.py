@@ -1,12 +1,15 @@
-"""E8M0 scales that a folder holds as F32 or BF16: read as the bytes that they stand for, or refused by name.
+"""E8M0 scales that a folder holds as F32 or BF16, or as pairs of NVFP4: read as the bytes that they stand for.
 
-Powers of two fit all three types, so that nothing is lost, and what is made of such a folder is byte for byte what is
-made of the published form. Any other value has no E8M0 byte, and rounding it would change weights in silence.
+Powers of two fit all these types, so that nothing is lost, and what is made of such a folder is byte for byte what is
+made of the published form. Any other value has no E8M0 byte, is refused by name: rounding it would change weights in
+silence. Of NVFP4, a byte stands for the e4m3 scales of both halves of a block, alike, times the power of two of the
+second scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InventoryError
-from ..formats.e8m0 import wide_to_e8m0
+from ..formats.e4m3 import NAN_CODE, e4m3_to_f32
+from ..formats.e8m0 import BIAS, MAX_BYTE, NAN_BYTE, wide_to_e8m0
 from .safetensors import Stored, tensor_at
 
 # Integers that hold the bits of a scale, by safetensors dtype.
 WIDE_BITS: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2")}
 E8M0 = "F8_E8M0"
 
+# What stands in ``wide`` for pairs of e4m3 scales: this, and the exponent of the second scale.
+PAIRS = "F8_E4M3*2^"
+PAIR_BITS = np.dtype("<u2")
+PAIR_BYTES = 2
+
 
 def as_e8m0(scale: Stored) -> Stored:
     """Return stored scales as E8M0: one of ``WIDE_BITS`` is to be read through ``narrow``, bytes are what they are."""
     return scale._replace(dtype=E8M0, wide=scale.dtype if scale.dtype in WIDE_BITS else "")
+
+
+def of_pairs(exponent: int) -> str:
+    """Return what ``wide`` is for pairs of e4m3 scales under a second scale of 2^exponent."""
+    return f"{PAIRS}{exponent}"
+
+
+def wide_bits(wide: str) -> np.dtype[Any]:
+    """Return the integers that hold the bits of what stands for a scale."""
+    return PAIR_BITS if wide.startswith(PAIRS) else WIDE_BITS[wide]
+
+
+def wide_dtype(wide: str) -> str:
+    """Return the safetensors dtype of what stands for scales."""
+    return wide.partition("*")[0]
 
 
 def narrow(
@@ -33,14 +57,52 @@ def narrow(
     """Return E8M0 bytes [r, c] of scales as they lie, bytes [r, c · 4 or 2] read at ``offset`` of ``file``.
 
     Raises:
-        InventoryError: a scale is no power of two; names the tensor and the position.
+        InventoryError: a scale is no power of two, or a pair of them no such scale; names the tensor and the position.
     """
-    bits: NDArray[Any] = raw.view(WIDE_BITS[wide])
+    bits: NDArray[Any] = raw.view(wide_bits(wide))
     codes = np.empty(bits.shape, np.uint8) if out is None else out
+    if wide.startswith(PAIRS):
+        exponent = int(wide.removeprefix(PAIRS))
+        found = np.take(_bytes_of_pairs(exponent), bits)
+        if found.size and found.min() < 0:
+            raise _no_pair(raw, int(np.argmin(found)), exponent, file, offset)
+        np.copyto(codes, found, casting="unsafe")
+        return codes
     index = wide_to_e8m0(bits, codes)
     if index is not None:
         raise _no_power_of_two(bits, index, wide, file, offset)
     return codes
+
+
+@cache
+def _bytes_of_pairs(exponent: int) -> NDArray[np.int16]:
+    """Return for the bits of each pair of e4m3 scales, times 2^exponent, their E8M0 byte, or -1 where there is none."""
+    found = np.full(1 << 16, -1, np.int16)
+    codes = np.arange(NAN_CODE, dtype=np.uint8)
+    fraction, power = np.frexp(e4m3_to_f32(codes))
+    byte = power - 1 + exponent + BIAS
+    fits = (fraction == 0.5) & (byte >= 0) & (byte <= MAX_BYTE)
+    pair = codes[fits].astype(np.uint16) * np.uint16((1 << 8) + 1)
+    found[pair] = byte[fits]
+    found[NAN_CODE * ((1 << 8) + 1)] = NAN_BYTE
+    return found
+
+
+def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offset: int) -> InventoryError:
+    first, second = e4m3_to_f32(raw.reshape(-1)[PAIR_BYTES * index : PAIR_BYTES * (index + 1)])
+    where = f"at byte {offset + PAIR_BYTES * index}"
+    found = tensor_at(file, offset + PAIR_BYTES * index)
+    if found is not None:
+        name, stored = found
+        position = np.unravel_index(offset + PAIR_BYTES * index - stored.offset, stored.shape)
+        where = f"tensor {name}: scales from {list(map(int, position))} on"
+    return InventoryError(
+        f"{where} are not one E8M0 scale",
+        where=file,
+        expected="twice the same power of two, as the closed-form cast of FP4 makes it",
+        got=f"{first:.9g} and {second:.9g}, times 2^{exponent}",
+        hint="these weights are NVFP4 that no FP4 is; convert the checkpoint that they were made of",
+    )
 
 
 def _no_power_of_two(bits: NDArray[Any], index: int, wide: str, file: Path, offset: int) -> InventoryError:

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..containers.sources import at
-from ..containers.wide_scales import WIDE_BITS, narrow
+from ..containers.wide_scales import narrow, wide_bits
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
@@ -195,7 +195,7 @@ class Worker:
         if not (follows and first + rows <= operand.rows_per):
             self._read_into(operand.file, offset, tile)
         if operand.wide:
-            shape = count, operand.row_bytes // WIDE_BITS[operand.wide].itemsize
+            shape = count, operand.row_bytes // wide_bits(operand.wide).itemsize
             codes = self._scratch.array(f"e8m0 {index}", shape, np.uint8)
             return narrow(tile, operand.wide, operand.file, offset, codes)
         return tile.view(operand.dtype)

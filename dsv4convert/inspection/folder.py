@@ -19,10 +19,13 @@ from ..checkpoint.folder import (
 )
 from ..checkpoint.layouts import companion_notes, known_layouts, name_layout
 from ..checkpoint.meaning import check_meaning, config_notes
+from ..checkpoint.nvfp4 import INPUT_SCALE
+from ..checkpoint.nvfp4 import NOTE as NVFP4_NOTE
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
+from ..containers.wide_scales import wide_dtype
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, load_config
 from ..model.engram import check_rows
@@ -192,8 +195,12 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
     copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_NAME.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
+    inputs = [name for name in left if name.endswith(INPUT_SCALE)]
+    if inputs:
+        found.notes.append(f"{NVFP4_NOTE}; {len(inputs):,} scales of activations are not read")
+    known = {*copies, *inputs}
     found.unexpected += [f"tensor {name} is missing" for name in missing]
-    found.unexpected += [f"tensor {name}: unknown" for name in left if name not in set(copies)]
+    found.unexpected += [f"tensor {name}: unknown" for name in left if name not in known]
     return weights
 
 
@@ -213,6 +220,6 @@ def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
     uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)
-        scale = None if weight.scale is None else weight.scale.wide or weight.scale.dtype
+        scale = None if weight.scale is None else wide_dtype(weight.scale.wide) or weight.scale.dtype
         uses[family, weight.encoding.value, scale, weight.block] += 1
     found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]

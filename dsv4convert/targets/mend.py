@@ -16,6 +16,7 @@ from ..checkpoint.weights import Weight
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import read_whole
+from ..containers.wide_scales import PAIRS
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import InputMissingError, UnsupportedError, UsageError, check_choice
@@ -70,7 +71,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
 
     Raises:
         UsageError: nothing to mend, an unknown naming, folders that overlap, or two drafts.
-        UnsupportedError: transformers' names for V4.1, or for scales that cannot be stacked.
+        UnsupportedError: NVFP4 weights; transformers' names for V4.1, or for scales that cannot be stacked.
         Dsv4Error: whatever is wrong with the source.
     """
     _check(mends)
@@ -141,6 +142,13 @@ def _open(source: Path, mends: Mends, *, strict: bool) -> tuple[Checkpoint, Mapp
     ]
     checkpoint, config, dropped = choose_draft(checkpoint, DROP if without_draft else KEEP)
     left_out += [Dropped(entry.what, DROP_REASON, entry.count, entry.nbytes) for entry in dropped]
+    pairs = [w for w in checkpoint.weights.values() if w.scale is not None and w.scale.wide.startswith(PAIRS)]
+    if pairs:
+        raise UnsupportedError(
+            f"tensor {pairs[0].name}: NVFP4, whose scales mend would leave behind",
+            where=pairs[0].stored.file,
+            hint="run requantize first, which gives it the published FP4 layout",
+        )
     if mends.rename == TRANSFORMERS and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--rename transformers: transformers has no modules for DeepSeek-V4.1", where=source)
     return checkpoint, config, left_out

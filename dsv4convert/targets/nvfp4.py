@@ -240,10 +240,11 @@ def nvfp4_configs(
     group = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_BLOCK}
     side = FP8_BLOCKS[checkpoint.config.version]
     before = raw.get("quantization_config")
+    own = dict(before) if isinstance(before, Mapping) else {}
+    own.setdefault("activation_scheme", "dynamic")
+    own.setdefault("weight_block_size", [side, side])
     quantization = {
-        "activation_scheme": "dynamic",
-        "weight_block_size": [side, side],
-        **(before if isinstance(before, Mapping) else {}),
+        **own,
         "quant_method": "fp8",
         "moe_quant_algo": "NVFP4",
         "producer": PRODUCER,

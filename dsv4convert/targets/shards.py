@@ -146,16 +146,13 @@ def _shard_config(checkpoint: Checkpoint, config: Mapping[str, Any], options: Sh
 
 def _config_file(source: Checkpoint | ShardCheckpoint, config: Mapping[str, Any]) -> OutputFile:
     """Return config.json: the source's own bytes, or what is true of the output where that differs."""
-    return _same_config(source.folder) if config is source.config.raw else json_file(CONFIG_NAME, config)
-
-
-def _same_config(source: Path) -> OutputFile:
-    """Return the source's config.json: its very bytes, or as plain JSON where other readers would stumble over it."""
-    path = source / CONFIG_NAME
+    path = source.folder / CONFIG_NAME
+    found = read_json_object(path)
+    if config is not source.config.raw or found != config:
+        return json_file(CONFIG_NAME, config)
+    # As plain JSON where other readers would stumble over its very bytes.
     content = read_whole(path, MAX_CONFIG_BYTES)
-    if content == plain_json(content):
-        return whole_file(CONFIG_NAME, content)
-    return json_file(CONFIG_NAME, read_json_object(path))
+    return whole_file(CONFIG_NAME, content) if content == plain_json(content) else json_file(CONFIG_NAME, found)
 
 
 def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFile:

@@ -16,7 +16,7 @@ from ..containers.safetensors import Stored, tensor_at
 from ..containers.sources import SequentialReader, at
 from ..errors import InputMissingError, InputOutputError, InventoryError
 from ..formats.ggml_types import BY_NAME, QUANTISED
-from .numbers import BLOCK, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
+from .numbers import BLOCK, E4M3, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -37,7 +37,7 @@ STORAGE = {
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4"}
-WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2"}
+WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2", "F8_E4M3": "<u2"}
 
 
 class Scale(NamedTuple):
@@ -224,7 +224,7 @@ def read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
 def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
     """Return the scales that serve a region of elements, as integers."""
     height, width = scale.block
-    item = np.dtype(WIDE_DTYPE[scale.wide] if scale.wide else SCALE_DTYPE[scale.dtype])
+    item = np.dtype(WIDE_DTYPE[scale.wide.partition("*")[0]] if scale.wide else SCALE_DTYPE[scale.dtype])
     down = rows[0] // height, (rows[1] - 1) // height + 1
     right = columns[0] // width, (columns[1] - 1) // width + 1
     row_bytes = scale.columns * item.itemsize
@@ -238,6 +238,8 @@ def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
     Raises:
         InventoryError: one is no power of two.
     """
+    if scale.wide.startswith("F8_E4M3"):
+        return _e8m0_of_pairs(grid, scale)
     values = (grid.astype(np.uint32) << np.uint32(32 - 8 * grid.dtype.itemsize)).view(np.float32).astype(np.float64)
     fraction, exponent = np.frexp(values)
     codes = np.where(np.isnan(values), E8M0_NAN, exponent - 1 + E8M0_BIAS)
@@ -252,6 +254,22 @@ def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
             got=values[row, column],
         )
     return np.asarray(codes, np.uint8)
+
+
+def _e8m0_of_pairs(grid: Any, scale: Scale) -> Bytes:
+    """Return the E8M0 bytes that pairs of E4M3 scales stand for, times the power of two that ``scale.wide`` names.
+
+    Raises:
+        InventoryError: a pair is not twice the same power of two.
+    """
+    first, second = grid & 0xFF, grid >> 8
+    fraction, exponent = np.frexp(E4M3[first])
+    codes = exponent - 1 + int(scale.wide.partition("^")[2]) + E8M0_BIAS
+    nan = np.isnan(E4M3[first])
+    right = (first == second) & (nan | ((fraction == 0.5) & (codes >= 0) & (codes < E8M0_NAN)))
+    if not right.all():
+        raise InventoryError("a pair of NVFP4 scales is not one E8M0 scale", where=scale.file)
+    return np.asarray(np.where(nan, E8M0_NAN, codes), np.uint8)
 
 
 def _fp4_parts(matrix: Matrix, rows: Span, columns: Span) -> tuple[Bytes, Bytes]:

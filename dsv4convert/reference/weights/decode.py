@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ...containers.wide_scales import WIDE_BITS, narrow
+from ...containers.wide_scales import narrow, wide_bits
 from ...errors import FileFormatError, InputMissingError, InputOutputError
 from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
@@ -56,7 +56,7 @@ class Scale(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Return the bytes of a row of scales in the file."""
-        return self.shape[1] * (WIDE_BITS[self.wide] if self.wide else SCALE_DTYPES[self.dtype]).itemsize
+        return self.shape[1] * (wide_bits(self.wide) if self.wide else SCALE_DTYPES[self.dtype]).itemsize
 
     def decoded(self, raw: Array, first: int) -> Array:
         """Return bytes of rows of the file, of which the first is row ``first``, as E8M0 bytes or float32.

@@ -1,9 +1,12 @@
-"""dequantize (or repack, to FP8 or to NVFP4) on a Flash slice, in alternation with a cp of as many bytes as it writes.
+"""dequantize (repack, requantize, mlx) on a Flash slice, in alternation with a cp of as many bytes as it writes.
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
 python benchmarks/dequantize.py --command repack-nvfp4 --experts 48 --rounds 5 --save benchmarks/results/nvfp4.json
+python benchmarks/dequantize.py --command requantize --experts 8 --rounds 5 --save benchmarks/results/requantize.json
+python benchmarks/dequantize.py --command mlx --experts 24 --rounds 5 --save benchmarks/results/mlx.json
 
+requantize takes the slice in BF16, and is timed next to a cp of that as well, as it reads several times what it writes.
 Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also
 timed with a single file, at which the threads wait for each other. Takes room for the source and one output:
 12 GB for either.
@@ -27,18 +30,25 @@ from side_by_side import (
     save,
 )
 
+import dsv4convert
 from dsv4convert.targets.dequantize import plan_dequantize
+from dsv4convert.targets.mlx import plan_mlx
 from dsv4convert.targets.repack import plan_repack
+from dsv4convert.targets.requantize import plan_requantize
 
 COMMANDS = {
     "dequantize": ["dequantize"],
     "repack": ["repack", "--experts", "fp8"],
     "repack-nvfp4": ["repack", "--experts", "nvfp4"],
+    "requantize": ["requantize"],
+    "mlx": ["mlx"],
 }
 PLANS = {
     "dequantize": plan_dequantize,
     "repack": plan_repack,
     "repack-nvfp4": partial(plan_repack, experts="nvfp4"),
+    "requantize": plan_requantize,
+    "mlx": plan_mlx,
 }
 
 
@@ -55,6 +65,11 @@ def main() -> None:
     folder: Path = arguments.folder
     source = folder / f"flash-slice-{arguments.experts}"
     make_flash_slice(source, arguments.experts)
+    floats = arguments.command == "requantize"
+    if floats:
+        official, source = source, folder / f"{source.name}-bf16"
+        if not source.exists():
+            dsv4convert.dequantize(official, source)
 
     def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
         command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]
@@ -69,6 +84,8 @@ def main() -> None:
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
         ours(f"dsv4convert {arguments.command}", "ours"),
     ]
+    if floats:
+        contenders.insert(1, Contender("cp of the source", ["cp", "-r", str(source), str(copy)], copy))
     if arguments.transformers and arguments.command == "dequantize":
         contenders.append(ours("... --names transformers", "stacked", "--names", "transformers"))
     if arguments.one_file:

@@ -41,7 +41,7 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 SLICE_SECONDS = 0.1
 
-ADDRESS = re.compile(r"(hf|https?):/+(.+)", re.DOTALL)
+ADDRESS = re.compile(r"(hf|https?|s3|gs|az):/+(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 
 
@@ -540,7 +540,7 @@ def prefetch_heads(paths: Iterable[Path]) -> None:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a source is named by a scheme, such as ``hf://`` or ``https://``."""
+    """Return whether a source is named by a scheme, such as ``hf://`` or ``s3://``."""
     return ADDRESS.fullmatch(text) is not None
 
 

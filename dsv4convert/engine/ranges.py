@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ..containers.sources import RemoteFile, SequentialReader, at
+from ..containers.sources import Intervals, RemoteFile, SequentialReader, at
 from ..plan import Operand, Plan, Quantise, Segment, SquaredWeights
 
 
@@ -37,7 +37,10 @@ class SharedRanges:
                         for _ in range(2 if reads_twice(segment) else 1):
                             begins.setdefault(remote, array("q")).append(begin)
                             ends.setdefault(remote, array("q")).append(end)
-        self._shared = {remote: list(_overlaps(begins[remote], ends[remote])) for remote in begins}
+        self._shared = {remote: Intervals() for remote in begins}
+        for remote, shared in self._shared.items():
+            for begin, end in _overlaps(begins[remote], ends[remote]):
+                shared.add(begin, end)
 
     @property
     def is_empty(self) -> bool:
@@ -46,7 +49,8 @@ class SharedRanges:
 
     def holds(self, remote: RemoteFile, begin: int, end: int) -> bool:
         """Return whether some of the bytes begin..end are read more than once."""
-        return any(first < end and begin < last for first, last in self._shared.get(remote, ()))
+        shared = self._shared.get(remote)
+        return shared is not None and (shared.end_of(begin) > begin or shared.next_begin(begin, end) < end)
 
 
 def _overlaps(begins: array[int], ends: array[int]) -> Iterator[tuple[int, int]]:

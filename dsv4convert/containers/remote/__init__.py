@@ -1,4 +1,4 @@
-"""Folders at an address: repositories of the hub, and folders on web servers.
+"""Folders at an address: repositories of the hub, folders on web servers, and object stores.
 
 Each is listed by a module of its own, which returns its files by name, and mounted here: see ``sources``.
 """
@@ -56,7 +56,17 @@ def mount(text: str, *, headers_only: bool = False, cache: bool = False) -> Path
     found = ADDRESS.fullmatch(text)
     scheme, rest = (found[1], found[2]) if found else ("hf", text)
     rest = rest.rstrip("/")
-    listing = _list_web(f"{scheme}://{rest}", cache) if scheme in ("http", "https") else _list_hub(rest, cache)
+    if scheme in ("http", "https"):
+        listing = _list_web(f"{scheme}://{rest}", cache)
+    elif scheme == "hf":
+        listing = _list_hub(rest, cache)
+    else:
+        _refuse_cache(cache)
+        try:
+            from .stores import list_store
+        except ImportError:
+            raise _missing_package("obstore", "stores", text) from None
+        listing = list_store(scheme, rest)
     if listing.local is not None:
         return _focused(listing.local, listing)
     key = listing.address, listing.revision, headers_only

@@ -1,0 +1,124 @@
+"""Folders in object stores (S3, Google Cloud Storage, Azure), through ``obstore``.
+
+Keys, endpoints and regions come from the environment, by the stores' own variables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.store import from_url
+
+from ...errors import FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..sources import RemoteFile, TransientError, Transport
+from . import Listing, check_names
+from .http import retried
+
+PIECE_BYTES = 2**16
+# Requests are made again here (see ``sources.Stream``), where a run can be stopped meanwhile.
+RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=60)}
+KEYS = "check the address, and the store's keys in the environment (such as AWS_ACCESS_KEY_ID)"
+
+
+def list_store(scheme: str, rest: str) -> Listing:
+    """Return the files below ``scheme://BUCKET/PREFIX``.
+
+    Raises:
+        UsageError: no such address.
+        InputMissingError: nothing there, or the store cannot be reached.
+        FileFormatError: the store names files that no folder can hold.
+    """
+    bucket, _, prefix = rest.partition("/")
+    address = f"{scheme}://{rest}"
+    if not re.fullmatch(r"[\w.-]+", bucket) or re.search(r"[?#@]", rest):
+        raise UsageError("not an address in a store", where=f"{scheme}://…", expected=f"{scheme}://BUCKET/PREFIX")
+    try:
+        store = from_url(f"{scheme}://{bucket}", retry_config=RETRIES)
+    except (BaseError, ValueError) as error:
+        raise InputMissingError(
+            f"the store cannot be opened ({type(error).__name__})", where=address, hint=KEYS
+        ) from None
+    found = retried(lambda: _list(store, prefix, address), address)
+    focus = None
+    if prefix in found:
+        prefix, _, focus = prefix.rpartition("/")
+        found = retried(lambda: _list(store, prefix, address), address)
+    start = f"{prefix}/" if prefix else ""
+    entries = {path.removeprefix(start): entry for path, entry in found.items() if path.startswith(start)}
+    check_names(list(entries), address)
+    if not entries:
+        raise InputMissingError("nothing there", where=address, hint=KEYS)
+    folder = f"{scheme}://{bucket}" + (f"/{prefix}" if prefix else "")
+    files: dict[str, RemoteFile] = {}
+    for name, entry in entries.items():
+        etag, place = entry.get("e_tag"), f"{folder}/{name}"
+        identity = etag or str(entry["last_modified"])
+        files[name] = RemoteFile(place, entry["size"], identity, StoreRanges(store, start + name, place, etag))
+    revision = repr(sorted((name, file.size, file.identity) for name, file in files.items()))
+    return Listing(folder, revision, files, (prefix.rpartition("/")[2] or bucket,), focus)
+
+
+def _list(store: Any, prefix: str, address: str) -> dict[str, Any]:
+    """Return what lies below a prefix by its key, and the object that has the prefix for its key."""
+    try:
+        found = {entry["path"]: entry for page in obstore.list(store, prefix or None) for entry in page}
+        if prefix and not found:
+            found[prefix] = obstore.head(store, prefix)
+        return found
+    except (NotFoundError, FileNotFoundError):
+        raise InputMissingError("nothing there", where=address, hint=KEYS) from None
+    except (BaseError, OSError) as error:
+        raise _ours(error, address) from None
+
+
+def _ours(error: Exception, address: str) -> Exception:
+    """Return an error of the library as ours: without its text, which can hold signed addresses."""
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+        return InputMissingError("the store refuses access", where=address, hint=KEYS)
+    status = re.search(r"\b(4\d\d|5\d\d)\b", str(error))
+    return TransientError(f"{type(error).__name__}{f', HTTP status {status[1]}' if status else ''}")
+
+
+class StoreRanges(Transport):
+    """Ranges of one object; another etag than its own is an error."""
+
+    def __init__(self, store: Any, key: str, address: str, etag: str | None) -> None:
+        self._store = store
+        self._key = key
+        self._address = address
+        self._etag = etag
+
+    @contextmanager
+    def fetch(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
+        """Request bytes; see ``Transport.fetch``."""
+        options: Any = {"range": (begin, end)}
+        if self._etag is not None:
+            options["if_match"] = self._etag
+        try:
+            result = obstore.get(self._store, self._key, options=options)
+        except PreconditionError:
+            raise self._changed() from None
+        except (NotFoundError, FileNotFoundError):
+            raise InputOutputError("no longer there", where=self._address) from None
+        except (BaseError, OSError) as error:
+            raise _ours(error, self._address) from None
+        if self._etag is not None and result.meta["e_tag"] not in (None, self._etag):
+            raise self._changed()
+        yield self._pieces(result)
+
+    def _changed(self) -> FileFormatError:
+        return FileFormatError(
+            "changed in the store since it was first looked at", where=self._address, hint="run again with --fresh"
+        )
+
+    def _pieces(self, result: Any) -> Iterator[bytes]:
+        try:
+            yield from result.stream(min_chunk_size=PIECE_BYTES)
+        except (BaseError, OSError) as error:
+            raise _ours(error, self._address) from None

@@ -1,0 +1,236 @@
+"""hf-to-gguf into low-bit types, in alternation with ggml's quantisers alone on the same float32 elements in memory.
+
+    python benchmarks/lowbit.py --save benchmarks/results/lowbit.json
+
+The checkpoint has the matrices of V4-Flash's experts, in FP4, and little else. Our time is that of the whole command:
+start, headers, reading, decoding, quantising, writing, checksums. The library's is that of ``ggml_quantize_chunk``
+alone, called by as many threads on elements that were decoded before the clock starts, with the same importance; both
+set up the tables of a type, which takes one thread up to eight seconds (IQ1). Each type has as many experts as give its
+library some seconds of work, and the bytes of both are compared. The wall time is the result; next to it stands the
+processor time, which other processes on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side import Contender, commit, compile_package, hardware, run_once, save
+
+import dsv4convert
+from dsv4convert.api import convert_gguf
+from dsv4convert.containers.gguf import open_gguf
+from dsv4convert.containers.imatrix import imatrix_file, importance, read_imatrix
+from dsv4convert.formats.ggml import find_quantiser
+from dsv4convert.formats.ggml_types import BY_NAME
+from dsv4convert.synth.write import write_synth
+
+SHAPE = {
+    "hidden_size": 4096,
+    "moe_intermediate_size": 2048,
+    "q_lora_rank": 256,
+    "o_lora_rank": 64,
+    "num_attention_heads": 2,
+    "o_groups": 2,
+    "num_experts_per_tok": 1,
+}
+# Routed experts by type: some ten seconds of the library's work on two processors.
+EXPERTS = {
+    "q6_k": 24,
+    "q3_k": 24,
+    "q2_k": 6,
+    "q4_k": 6,
+    "q5_k": 6,
+    "iq4_xs": 6,
+    "iq2_xxs": 6,
+    "iq3_xxs": 6,
+    "iq1_m": 6,
+}
+# Elements that a thread of the library takes at a time.
+CHUNK_ELEMENTS = 2**20
+
+
+def make_source(folder: Path, experts: int) -> Path:
+    """Write the checkpoint, its F32 GGUF and an importance matrix of all its matrices, unless they are there."""
+    place = folder / f"experts-{experts}"
+    if place.is_dir():
+        return place
+    place.mkdir(parents=True)
+    write_synth(place / "source", "tiny", ratios=(0,), experts=experts, vocab=384, mtp=False, overrides=SHAPE)
+    convert_gguf(place / "source", place / "wide.gguf", dense="f32", experts="f32")
+    random = np.random.default_rng(5)
+    shapes = {
+        tensor.name: (tensor.shape[0] if len(tensor.shape) > 2 else 1, tensor.shape[-1])
+        for tensor in open_gguf(place / "wide.gguf").tensors.values()
+        if len(tensor.shape) > 1 and tensor.name != "token_embd.weight"
+    }
+    file = imatrix_file(shapes, datasets=["random"], chunks=1, chunk_size=512)
+    content = bytearray(file.header.ljust(file.nbytes, b"\0"))
+    for name, (sums, counts) in file.places.items():
+        for offset, values in (
+            (sums, random.standard_normal(shapes[name]) ** 4),
+            (counts, np.full(shapes[name][0], 512)),
+        ):
+            data = np.asarray(values, "<f4").tobytes()
+            content[offset : offset + len(data)] = data
+    (place / "imatrix.gguf").write_bytes(content)
+    return place
+
+
+class Work:
+    """Rows of one matrix in memory: values, where their blocks go, and the importance of their columns."""
+
+    def __init__(self, values: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
+        self.values, self.out, self.weights = values, out, weights
+
+
+def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None) -> None:
+    """Quantise what ``ours.gguf`` has in ``kind``; print wall and processor seconds, and elements."""
+    quantiser = find_quantiser(ggml_lib)
+    ours, wide = open_gguf(place / "ours.gguf"), open_gguf(place / "wide.gguf")
+    matrix = read_imatrix(place / "imatrix.gguf")
+    work: list[Work] = []
+    made: list[tuple[str, np.ndarray]] = []
+    for tensor in ours.tensors.values():
+        if tensor.type != kind:
+            continue
+        floats = wide.tensors[tensor.name]
+        experts, (rows, columns) = tensor.shape[0] if len(tensor.shape) > 2 else 1, tensor.shape[-2:]
+        values = np.fromfile(floats.file, "<f4", floats.nbytes // 4, offset=floats.offset).reshape(
+            experts, rows, columns
+        )
+        out = np.empty((experts, rows, BY_NAME[kind].row_bytes(columns)), np.uint8)
+        out[...] = 0  # the pages are there before the clock starts
+        made.append((tensor.name, out))
+        entry = matrix.entries[tensor.name]
+        sums = np.fromfile(entry.file, "<f4", entry.values, offset=entry.offset).reshape(experts, columns)
+        step = CHUNK_ELEMENTS // columns
+        for expert in range(experts):
+            weights = np.ascontiguousarray(importance(sums[expert], entry.counts[expert], entry.is_legacy))
+            work += [
+                Work(values[expert, a : a + step], out[expert, a : a + step], weights) for a in range(0, rows, step)
+            ]
+    elements = sum(piece.values.size for piece in work)
+    pieces, lock = iter(work), threading.Lock()
+
+    def run() -> None:
+        while True:
+            with lock:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            quantiser.quantise(kind, piece.values, piece.out, piece.weights)
+
+    crew = [threading.Thread(target=run) for _ in range(threads)]
+    started, processor = time.perf_counter(), time.process_time()
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    for name, out in made:
+        tensor = ours.tensors[name]
+        stored = np.fromfile(tensor.file, np.uint8, tensor.nbytes, offset=tensor.offset)
+        if not np.array_equal(stored, out.reshape(-1)):
+            raise SystemExit(f"{name}: the bytes are not those of the library")
+    print(json.dumps({"seconds": seconds, "processor_seconds": processor, "elements": elements}))
+
+
+def measure(arguments: argparse.Namespace, kind: str, threads: int) -> dict[str, Any]:
+    """Time one type in alternation; return the record."""
+    place = make_source(arguments.folder, EXPERTS[kind] * arguments.times)
+    out = place / "ours.gguf"
+    options = ["--dense", kind, "--experts", kind, "--imatrix", str(place / "imatrix.gguf"), "--quiet"]
+    library_option = [] if arguments.ggml_lib is None else ["--ggml-lib", str(arguments.ggml_lib)]
+    command = [
+        sys.executable,
+        "-m",
+        "dsv4convert",
+        "hf-to-gguf",
+        str(place / "source"),
+        str(out),
+        *options,
+        *library_option,
+    ]
+    ours = Contender("hf-to-gguf", [*command, "--threads", str(threads)], out)
+    library = [sys.executable, __file__, "--library", kind, str(place), str(threads), *library_option]
+    times: dict[str, list[float]] = {name: [] for name in ("ours", "library", "ours_processor", "library_processor")}
+    peak = elements = 0
+    for number in range(-arguments.warmup, arguments.rounds):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds, nbytes = run_once(ours)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = json.loads(subprocess.run(library, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        elements = found["elements"]
+        if number < 0:
+            continue
+        peak = max(peak, nbytes)
+        times["ours"].append(seconds)
+        times["ours_processor"].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        times["library"].append(found["seconds"])
+        times["library_processor"].append(found["processor_seconds"])
+    out.unlink()
+    median = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        "type": kind,
+        "threads": threads,
+        "elements": elements,
+        "ours_of_library": round(median["ours"] / median["library"], 3),
+        "fastest_ours_of_library": round(min(times["ours"]) / min(times["library"]), 3),
+        "processor_ours_of_library": round(median["ours_processor"] / median["library_processor"], 3),
+        "million_elements_a_second": round(elements / median["ours"] / 1e6, 2),
+        "peak_mebibytes": round(peak / 2**20),
+        **{f"{name}_seconds": [round(value, 2) for value in values] for name, values in times.items()},
+    }
+    print(
+        f"{kind:<8} {threads} threads  {elements / 1e6:5.0f} M elements  ours {median['ours']:6.2f} s  "
+        f"library {median['library']:6.2f} s  {result['ours_of_library']:.3f}  "
+        f"(fastest {result['fastest_ours_of_library']:.3f}, "
+        f"processor {result['processor_ours_of_library']:.3f})  peak {result['peak_mebibytes']} MiB",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-lowbit"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--types", nargs="+", choices=EXPERTS, default=list(EXPERTS))
+    parser.add_argument("--times", type=int, default=1, help="multiply the experts, for more processors")
+    parser.add_argument("--ggml-lib", type=Path)
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--library", nargs=3, metavar=("TYPE", "FOLDER", "THREADS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.library is not None:
+        kind, place, threads = arguments.library
+        library_alone(kind, Path(place), int(threads), arguments.ggml_lib)
+        return
+    compile_package()
+    results = [measure(arguments, kind, threads) for kind in arguments.types for threads in arguments.threads]
+    if arguments.save is not None:
+        facts = {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "version": dsv4convert.__version__,
+            "commit": commit(),
+            "hardware": hardware(),
+            "ggml": find_quantiser(arguments.ggml_lib).version,
+            "command": "python benchmarks/lowbit.py",
+        }
+        save({**facts, "results": results}, arguments.save)
+
+
+if __name__ == "__main__":
+    main()

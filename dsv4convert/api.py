@@ -67,7 +67,7 @@ def _on_this_machine(source: StrPath, what: str, *, cache: bool = False) -> Path
     """
     from .containers.sources import needs_local_files
 
-    place = _located(source, headers_only=True, cache=cache)
+    place = _located(source, headers_only=not cache, cache=cache)
     needs_local_files(place, what)
     return place
 

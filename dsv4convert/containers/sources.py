@@ -553,7 +553,7 @@ def local_path(source: str | os.PathLike[str], *, headers_only: bool = False, ca
     """Return the path that stands for a source: the folder itself, or where its address is mounted.
 
     A name OWNER/NAME that is nothing local is a repository of the hub. ``cache`` keeps what is fetched of it in the
-    hub's own cache.
+    hub's own cache, unless only headers are wanted.
 
     Raises:
         InputMissingError: there is no such repository or folder, or it cannot be reached.
@@ -566,7 +566,7 @@ def local_path(source: str | os.PathLike[str], *, headers_only: bool = False, ca
         return path
     from .remote import mount
 
-    return mount(text, headers_only=headers_only, cache=cache)
+    return mount(text, headers_only=headers_only, cache=cache and not headers_only)
 
 
 def needs_local_files(path: Path, what: str) -> None:

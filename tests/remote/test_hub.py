@@ -210,6 +210,9 @@ def test_names_that_leave_the_folder_are_refused(name: str, remote: Remote, tmp_
 def test_cache_keeps_what_is_fetched_and_a_second_run_reads_it(
     remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "a"), "--cache", "--dry-run")
+    assert result.code == 0, result.err
+    assert max(end for runs in remote.hub.sent.values() for _, end in runs) <= 2**18
     result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path / "a"), "--cache")
     assert result.code == 0, result.err
     cached = remote.home / "hub" / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots"

@@ -328,17 +328,12 @@ def unshard(
     Raises:
         Dsv4Error: see ``convert_gguf``.
     """
-    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.drafts import folder_plans
     from .targets.shards import plan_unshard
 
     place = _located(source, headers_only=dry_run, cache=cache)
-    size = parse_size(max_file_size)
-    plans = parts_of_one_model(
-        [
-            plan_unshard(place, folder, wo_a=wo_a, draft=mode, max_file_bytes=size, strict=strict)
-            for folder, mode in folders_of(Path(out), draft)
-        ]
-    )
+    plan = partial(plan_unshard, place, wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
+    plans = folder_plans(plan, Path(out), draft)
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
@@ -368,7 +363,7 @@ def dequantize(
         Dsv4Error: see ``convert_gguf``.
     """
     from .targets.dequantize import plan_dequantize
-    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.drafts import folder_plans
 
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(
@@ -380,7 +375,7 @@ def dequantize(
         strict=strict,
         index=index,
     )
-    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
+    plans = folder_plans(plan, Path(out), draft)
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
@@ -407,12 +402,12 @@ def requantize(
         LossyError: ``strict``, and a value is rounded.
         Dsv4Error: see ``convert_gguf``.
     """
-    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.drafts import folder_plans
     from .targets.requantize import plan_requantize
 
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
-    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
+    plans = folder_plans(plan, Path(out), draft)
     return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
 
 
@@ -477,7 +472,7 @@ def repack(
         LossyError: ``strict``, and an element changes.
         Dsv4Error: see ``convert_gguf``.
     """
-    from .targets.drafts import folders_of, parts_of_one_model
+    from .targets.drafts import folder_plans
     from .targets.repack import plan_repack, summarize_repack
 
     place = _located(source, headers_only=dry_run, cache=cache)
@@ -491,7 +486,7 @@ def repack(
         strict=strict,
         index=index,
     )
-    plans = parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(Path(out), draft)])
+    plans = folder_plans(plan, Path(out), draft)
     return summarize_repack(
         plans,
         _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DeviceError, InputOutputError
+from ..reference.plot import new_figure, save_figure
 
 GIGA = 1e9
 
@@ -37,11 +37,7 @@ def plot_estimate(
         DeviceError: matplotlib is not installed.
         InputOutputError: the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DeviceError("--plot needs the package matplotlib", hint="install dsv4convert[plot]") from None
-    figure = Figure(figsize=(12 if times else 7, 4.5), layout="constrained")
+    figure = new_figure(12 if times else 7)
     left, *rest = figure.subplots(1, 2 if times else 1, squeeze=False)[0]
     contexts = [point.context for point in memory]
     heights = [[getattr(point, name) / GIGA for point in memory] for name in ("weights", "caches", "activations")]
@@ -62,7 +58,4 @@ def plot_estimate(
         axes.set_title("decoding")
         axes.legend()
     figure.suptitle(title)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
-        raise InputOutputError(f"cannot be written ({error})", where=path) from None
+    save_figure(figure, path)

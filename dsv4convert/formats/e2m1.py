@@ -114,22 +114,31 @@ def f32_to_e2m1(values: ArrayF32) -> ArrayU8:
     return code
 
 
-def quantise_fp4(values: ArrayF32) -> tuple[ArrayU8, ArrayU8]:
-    """Quantise float32 [R, C] the published way: (packed codes [R, C/2], e8m0 scales [R, C/32]).
+def fp4_scales(values: ArrayF32) -> ArrayU8:
+    """Return the e8m0 scales [R, C/32] of float32 [R, C]: the smallest power of two with amax/scale <= 6.
 
-    The scale is the smallest power of two with amax/scale <= 6, and 2^-126 at least, so that a block of
-    zeros has a scale too. Raises ValueError on NaN, infinity, or C not a multiple of 32.
+    It is 2^-126 at least, so that a block of zeros has a scale too. Raises ValueError on NaN, infinity, or C not a
+    multiple of 32.
     """
     rows, columns = values.shape
     if columns % GROUP:
         raise ValueError(f"FP4 rows come in groups of {GROUP}, got {columns} columns")
     if not np.isfinite(values).all():
         raise ValueError("cannot quantise NaN or infinity")
-    groups = values.reshape(rows, columns // GROUP, GROUP)
-    amax = np.maximum(np.abs(groups).max(axis=2), np.float32(MAX * 2.0**-126))
-    fraction, exponent = np.frexp(amax)
+    amax = np.abs(values.reshape(rows, columns // GROUP, GROUP)).max(axis=2)
+    fraction, exponent = np.frexp(np.maximum(amax, np.float32(MAX * 2.0**-126)))
     limit_fraction, limit_exponent = np.frexp(np.float32(MAX))
-    scale = f32_to_e8m0(np.ldexp(np.float32(1), exponent - limit_exponent + (fraction > limit_fraction)))
+    return f32_to_e8m0(np.ldexp(np.float32(1), exponent - limit_exponent + (fraction > limit_fraction)))
+
+
+def quantise_fp4(values: ArrayF32) -> tuple[ArrayU8, ArrayU8]:
+    """Quantise float32 [R, C] the published way: (packed codes [R, C/2], e8m0 scales [R, C/32]); see ``fp4_scales``.
+
+    Raises ValueError on NaN, infinity, or C not a multiple of 32.
+    """
+    rows, columns = values.shape
+    scale = fp4_scales(values)
+    groups = values.reshape(rows, columns // GROUP, GROUP)
     scaled = np.ldexp(groups, E8M0_BIAS - scale.astype(np.int32)[:, :, None]).astype(np.float32)
     return pack_e2m1(f32_to_e2m1(scaled)).reshape(rows, columns // 2), scale
 
@@ -149,13 +158,13 @@ def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -
 
 
 def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Return in ``out`` [R, C/32] the e8m0 scales of float32 [R, C] as FP4; see ``quantise_fp4``.
+    """Return in ``out`` [R, C/32] the e8m0 scales of float32 [R, C] as FP4; see ``fp4_scales``.
 
     Raises LossyError on NaN and infinity.
     """
     rows, columns = values.shape
     check_tile_of_floats(values, out, (rows, columns // GROUP))
-    np.copyto(out, quantise_fp4(values)[1])
+    np.copyto(out, fp4_scales(values))
 
 
 def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import DeviceError, InputOutputError
 from .compare import Comparison
 
 # What is worth a line each: the input, what either sublayer adds, and the streams after the layer.
 LINES = ("attn.q", "attn.output", "ffn.routed", "ffn.shared", "ffn.streams")
+
+
+def new_figure(width: float) -> Any:
+    """Return an empty figure of matplotlib, ``width`` inches wide.
+
+    Raises:
+        DeviceError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DeviceError("--plot needs the package matplotlib", hint="install dsv4convert[plot]") from None
+    return Figure(figsize=(width, 4.5), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as the picture that the suffix of ``path`` says.
+
+    Raises:
+        InputOutputError: it cannot be written.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
+        raise InputOutputError(f"cannot be written ({error})", where=path) from None
 
 
 def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
@@ -18,12 +44,9 @@ def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
         DeviceError: matplotlib is not installed.
         InputOutputError: the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise DeviceError("--plot needs the package matplotlib", hint="install dsv4convert[plot]") from None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     for block in LINES:
         points = [
@@ -39,7 +62,4 @@ def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
     axes.set_ylabel("relative RMSE")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
-        raise InputOutputError(f"cannot be written ({error})", where=path) from None
+    save_figure(figure, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -50,6 +50,16 @@ def parts_of_one_model(plans: Sequence[Plan]) -> list[Plan]:
     return [
         replace(plan, dropped=tuple(entry for entry in plan.dropped if entry.reason not in reasons)) for plan in plans
     ]
+
+
+def folder_plans(plan: Callable[..., Plan], out: Path, draft: str) -> list[Plan]:
+    """Return what ``plan`` (folder, draft=) makes for each of the ``folders_of`` a draft option.
+
+    Raises:
+        UsageError: ``draft`` is none of ``DRAFT_MODES``.
+        Dsv4Error: as for ``plan``.
+    """
+    return parts_of_one_model([plan(folder, draft=mode) for folder, mode in folders_of(out, draft)])
 
 
 def _reason(mode: str) -> str:

@@ -20,6 +20,7 @@ from ..plan import (
     Fp4ToFp8Scales,
     MadeSegments,
     Operand,
+    Operation,
     Segment,
     ToFp4Codes,
     ToFp4Scales,
@@ -33,7 +34,6 @@ FP8_BLOCK = 128
 FP8_BLOCKS = {Version.V4: FP8_BLOCK, Version.V41: 32}
 
 CODES_PER_BYTE = 2
-BF16_BYTES = 2
 SCALE_BYTES = {"F8_E8M0": 1, "F32": 4}
 
 
@@ -150,40 +150,32 @@ def bf16_to_fp8_segments(
     """
     if weight.encoding is not Encoding.BF16:
         raise InventoryError(f"tensor {weight.name}: not BF16", where=weight.stored.file, got=weight.encoding.value)
-    rows, columns = weight.shape
-    row_bytes = columns * BF16_BYTES
-    scales_per_row = -(-columns // block[1])
-    codes: list[Segment] = []
-    scales: list[Segment] = []
-    for first, count, height in row_blocks(rows, block[0]):
-        start = weight.stored.offset + first * row_bytes
-        operand = Operand(weight.stored.file, start, height * row_bytes, height, "<u2")
-        codes.append(Segment(Bf16ToFp8Codes(block), (operand,), count, columns))
-        scales.append(
-            Segment(
-                Bf16ToFp8Scales(columns, scale_dtype == "F32", block),
-                (operand._replace(rows_per=1),),
-                count // height,
-                scales_per_row * SCALE_BYTES[scale_dtype],
-            )
-        )
-    return tuple(codes), tuple(scales)
+    operations = Bf16ToFp8Codes(block), Bf16ToFp8Scales(weight.shape[1], scale_dtype == "F32", block)
+    return _block_segments(weight, block, *operations, SCALE_BYTES[scale_dtype])
 
 
 def float_to_fp8_segments(weight: Weight, block: tuple[int, int]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
     """Return the segments of the e4m3 codes and e8m0 scales that a weight of floats is rounded to, as published."""
+    source = SOURCES[weight.encoding]
+    operations = ToFp8Codes(source, block), ToFp8Scales(source, weight.shape[1], block)
+    return _block_segments(weight, block, *operations, SCALE_BYTES["F8_E8M0"])
+
+
+def _block_segments(
+    weight: Weight, block: tuple[int, int], codes: Operation, scales: Operation, scale_bytes: int
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Return the segments of codes and scales of floats; an operand row holds all rows of a block."""
     rows, columns = weight.shape
     (whole,) = operands(weight)
-    source = SOURCES[weight.encoding]
-    codes: list[Segment] = []
-    scales: list[Segment] = []
+    of_codes: list[Segment] = []
+    of_scales: list[Segment] = []
     for first, count, height in row_blocks(rows, block[0]):
         start = whole.offset + first * whole.row_bytes
         operand = whole._replace(offset=start, row_bytes=height * whole.row_bytes, rows_per=height)
-        codes.append(Segment(ToFp8Codes(source, block), (operand,), count, columns))
-        of_scales = ToFp8Scales(source, columns, block)
-        scales.append(Segment(of_scales, (operand._replace(rows_per=1),), count // height, -(-columns // block[1])))
-    return tuple(codes), tuple(scales)
+        of_codes.append(Segment(codes, (operand,), count, columns))
+        row_bytes = -(-columns // block[1]) * scale_bytes
+        of_scales.append(Segment(scales, (operand._replace(rows_per=1),), count // height, row_bytes))
+    return tuple(of_codes), tuple(of_scales)
 
 
 def float_to_fp4_segments(weight: Weight) -> tuple[Segment, Segment]:

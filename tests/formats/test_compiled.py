@@ -312,6 +312,19 @@ def test_subnormal_halves(comparison, name: str) -> None:
     assert comparison(name)([inputs], [np.empty(inputs.shape, np.float16)])
 
 
+def groups_of_exponent(exponent: int, rows: int, below: int, *, short: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the bits of float32 groups whose largest value has an exponent, the others up to so many below.
+
+    Every other row has mantissas of the bits ``short`` only.
+    """
+    less = rng.integers(0, below, (rows, GROUP)).astype(np.int64)
+    less[:, 0] = 0
+    mantissa = rng.integers(0, 1 << 23, (rows, GROUP), dtype=np.uint32)
+    mantissa[::2] &= np.uint32(short)
+    bits = (np.maximum(exponent - less, 0).astype(np.uint32) << np.uint32(23)) | mantissa
+    return bits | rng.integers(0, 2, (rows, GROUP), dtype=np.uint32) << np.uint32(31)
+
+
 @pytest.mark.parametrize("target", ["q8_0", "mxfp4"])
 @pytest.mark.parametrize("source", ["f32", "bf16"])
 def test_blocks_of_floats_of_every_exponent(comparison, source: str, target: str) -> None:
@@ -320,13 +333,7 @@ def test_blocks_of_floats_of_every_exponent(comparison, source: str, target: str
     block_bytes = {"q8_0": 34, "mxfp4": 17}[target]
     done = []
     for exponent in range(256):
-        # 32 rows whose largest values have this exponent, the others up to 12 below; steps of 1/8 are common.
-        below = rng.integers(0, 12, (32, GROUP)).astype(np.int64)
-        below[:, 0] = 0
-        mantissa = rng.integers(0, 1 << 23, (32, GROUP), dtype=np.uint32)
-        mantissa[::2] &= np.uint32(0x700000)
-        bits = (np.maximum(exponent - below, 0).astype(np.uint32) << np.uint32(23)) | mantissa
-        bits |= rng.integers(0, 2, (32, GROUP), dtype=np.uint32) << np.uint32(31)
+        bits = groups_of_exponent(exponent, 32, 12, short=0x700000, rng=rng)
         values = bits.view(np.float32) if source == "f32" else (bits >> np.uint32(16)).astype(np.uint16)
         done.append(compare([values], [np.empty((32, block_bytes), np.uint8)], exponent))
     ordinary = [exponent for exponent, c in enumerate(done) if c]
@@ -344,13 +351,7 @@ def test_blocks_with_scales_of_every_exponent(comparison, name: str) -> None:
     is_fp8 = "fp8" in name
     done = []
     for exponent in range(256):
-        # The largest value has this exponent and any mantissa, the others lie up to 20 below; half are short.
-        below = rng.integers(0, 20, (64, GROUP)).astype(np.int64)
-        below[:, 0] = 0
-        mantissa = rng.integers(0, 1 << 23, (64, GROUP), dtype=np.uint32)
-        mantissa[::2] &= np.uint32(0x7C0000)
-        bits = (np.maximum(exponent - below, 0).astype(np.uint32) << np.uint32(23)) | mantissa
-        bits |= rng.integers(0, 2, (64, GROUP), dtype=np.uint32) << np.uint32(31)
+        bits = groups_of_exponent(exponent, 64, 20, short=0x7C0000, rng=rng)
         values = bits.view(np.float32)
         if exponent == 255:
             with pytest.raises(LossyError, match="a NaN or infinite value cannot be quantised"):

@@ -19,22 +19,13 @@ Optional, with defaults by kind: the parts of those rates that kernels reach, an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from ...containers.untrusted import read_whole
-from ...errors import FileFormatError, UsageError
+from ...containers.toml_files import names_in, parse_toml, read_named
+from ...errors import FileFormatError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-SUFFIX = ".toml"
 MAX_HARDWARE_BYTES = 2**16
 
 # What is taken for granted of a kind of machine where its file says nothing.
@@ -78,11 +69,7 @@ class Hardware:
 
 def hardware_names() -> list[str]:
     """Return the names of the machines that come with the package."""
-    return sorted(
-        entry.name.removesuffix(SUFFIX)
-        for entry in resources.files(__package__).iterdir()
-        if entry.name.endswith(SUFFIX)
-    )
+    return names_in(__package__)
 
 
 def load_hardware(name: str) -> Hardware:
@@ -93,16 +80,7 @@ def load_hardware(name: str) -> Hardware:
         InputMissingError: no such file.
         FileFormatError: malformed; the key is named.
     """
-    if name.endswith(SUFFIX):
-        path = Path(name)
-        return parse_hardware(path.stem, read_whole(path, MAX_HARDWARE_BYTES), path)
-    if name not in hardware_names():
-        raise UsageError(
-            "--hardware: unknown",
-            expected=f"{', '.join(hardware_names())} or a file that ends in {SUFFIX}",
-            got=name,
-        )
-    return parse_hardware(name, (resources.files(__package__) / (name + SUFFIX)).read_bytes(), name)
+    return parse_hardware(*read_named("--hardware", name, __package__, MAX_HARDWARE_BYTES))
 
 
 def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
@@ -111,10 +89,7 @@ def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
     Raises:
         FileFormatError: malformed; the key is named.
     """
-    try:
-        table = tomllib.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise FileFormatError("not a TOML file", where=where, got=error) from None
+    table = parse_toml(content, where)
     kind = table.pop("kind", None)
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise FileFormatError("key kind: unknown", where=where, expected=" or ".join(DEFAULTS), got=kind)

@@ -787,29 +787,16 @@ i64 f16_to_bf16(const u16_at *restrict values, u16_at *restrict out, i64 size) {
 // Return whether any of ``size`` elements has all bits of ``mask``: those of the exponent of NaN and infinity, or of the
 // only codes that are NaN. The table in not_finite.py has the masks.
 
-i64 any_u8(const u8 *values, i64 size, i64 mask) {
-    u8 bits = (u8)mask, largest = 0;
-    for (i64 i = 0; i < size; i++) {
-        u8 held = values[i] & bits;
-        largest = held > largest ? held : largest;
+#define DEFINE_ANY(name, array, element)                                                                               \
+    i64 name(const array *values, i64 size, i64 mask) {                                                                \
+        element bits = (element)mask, largest = 0;                                                                     \
+        for (i64 i = 0; i < size; i++) {                                                                               \
+            element held = values[i] & bits;                                                                           \
+            largest = held > largest ? held : largest;                                                                 \
+        }                                                                                                              \
+        return largest == bits;                                                                                        \
     }
-    return largest == bits;
-}
 
-i64 any_u16(const u16_at *values, i64 size, i64 mask) {
-    u16 bits = (u16)mask, largest = 0;
-    for (i64 i = 0; i < size; i++) {
-        u16 held = values[i] & bits;
-        largest = held > largest ? held : largest;
-    }
-    return largest == bits;
-}
-
-i64 any_u32(const u32_at *values, i64 size, i64 mask) {
-    u32 bits = (u32)mask, largest = 0;
-    for (i64 i = 0; i < size; i++) {
-        u32 held = values[i] & bits;
-        largest = held > largest ? held : largest;
-    }
-    return largest == bits;
-}
+DEFINE_ANY(any_u8, u8, u8)
+DEFINE_ANY(any_u16, u16_at, u16)
+DEFINE_ANY(any_u32, u32_at, u32)

@@ -19,24 +19,15 @@ keep their precision unless a row names them.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from ...containers.untrusted import read_whole
+from ...containers.toml_files import names_in, parse_toml, read_named
 from ...errors import FileFormatError, UsageError
 from ...formats.ggml_types import BY_NAME
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-SUFFIX = ".toml"
 MAX_RECIPE_BYTES = 2**20
 TYPE_KEYS = ("dense", "experts", "output", "embedding")
 _SHARE = re.compile(r"(first|last) ([1-9][0-9]?)/([1-9][0-9]?)")
@@ -79,11 +70,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(SUFFIX)
-        for entry in resources.files(__package__).iterdir()
-        if entry.name.endswith(SUFFIX)
-    )
+    return names_in(__package__)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -94,17 +81,7 @@ def load_recipe(name: str) -> Recipe:
         InputMissingError: no such file.
         FileFormatError: malformed; the key is named.
     """
-    if not name.endswith(SUFFIX):
-        if name not in recipe_names():
-            raise UsageError(
-                "--recipe: unknown",
-                expected=f"{', '.join(recipe_names())} or a file that ends in {SUFFIX}",
-                got=name,
-            )
-        text = (resources.files(__package__) / (name + SUFFIX)).read_bytes()
-        return parse_recipe(name, text, name)
-    path = Path(name)
-    return parse_recipe(path.stem, read_whole(path, MAX_RECIPE_BYTES), path)
+    return parse_recipe(*read_named("--recipe", name, __package__, MAX_RECIPE_BYTES))
 
 
 def parse_recipe(name: str, content: bytes, where: object) -> Recipe:
@@ -113,10 +90,7 @@ def parse_recipe(name: str, content: bytes, where: object) -> Recipe:
     Raises:
         FileFormatError: malformed; the key is named.
     """
-    try:
-        table = tomllib.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise FileFormatError("not a TOML file", where=where, got=error) from None
+    table = parse_toml(content, where)
     description = _text(table.pop("description", ""), "description", where)
     dialect = _text(table.pop("dialect"), "key dialect", where) if "dialect" in table else None
     types = {key: known_type(table.pop(key), f"key {key}", where) for key in TYPE_KEYS if key in table}

@@ -121,9 +121,9 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """The rows of all operands, one next to the other; ``holds`` as for ``Copy``."""
+    """The rows of all operands, one next to the other; ``holds`` as for ``Copy``, of each operand, or of none."""
 
-    holds: str = ""
+    holds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..containers.untrusted import read_whole
 from ..errors import DeviceError, TokenizerError
-from ..model.config import ModelConfig
+from ..model.config import CONFIG_NAME, ModelConfig
 from ..model.engram import EngramConstants, engram_constants
 from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 
@@ -35,7 +35,7 @@ def read_engram_constants(folder: Path, config: ModelConfig) -> EngramConstants:
     """
     if config.engram is None:
         raise ValueError("a config without engram tables has no constants")
-    return engram_constants(config.engram, read_token_map(folder, config.vocab_size))
+    return engram_constants(config.engram, read_token_map(folder, config.vocab_size), folder / CONFIG_NAME)
 
 
 def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:

@@ -178,7 +178,7 @@ def forward(
     from ..reference import generate as generate_tokens
     from ..reference.goldens import write_goldens
     from ..reference.prompt import find_tokenizer
-    from ..reference.vision import embed_image, with_images
+    from ..reference.vision import IMAGE, embed_image, with_images
     from .report import print_json
 
     if record_last is not None and goldens is None:
@@ -194,6 +194,8 @@ def forward(
     prompt = _prompt(PromptOptions(tokens, text, chat, tokenizer), vocabulary, model.config.version)
     if prompt is None:
         raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
+    if IMAGE in prompt and not images:
+        raise UsageError("an image among the --tokens has no file", hint="pass --image FILE once for each")
     embedded = [embed_image(model.parameters, image) for image in images]
     if embedded:
         prompt, embedded = with_images(prompt, embedded, model.parameters)

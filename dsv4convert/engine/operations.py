@@ -128,7 +128,9 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _count(codecs, holds, out, scratch, tally)
         case Join(holds):
             np.concatenate(inputs, axis=1, out=out)
-            _count(codecs, holds, out, scratch, tally)
+            # Operands may hold different things, as the codes and scales of a table's rows do.
+            for kind, rows in zip(holds, inputs, strict=bool(holds)):
+                _count(codecs, kind, rows, scratch, tally)
         case AllEqual():
             _all_equal(inputs, out)
         case Fill(byte):
@@ -168,10 +170,10 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _never(operation)
 
 
-def _count(codecs: Codecs, holds: str, out: Bytes, scratch: Scratch, tally: Tally) -> None:
+def _count(codecs: Codecs, holds: str, rows: Bytes, scratch: Scratch, tally: Tally) -> None:
     """Count the elements of moved rows that are not finite."""
-    magnitudes = scratch.array("magnitudes", (out.size,), np.uint8)
-    tally.nan += codecs.count_not_finite(holds, out.reshape(-1), magnitudes)
+    magnitudes = scratch.array("magnitudes", (rows.size,), np.uint8)
+    tally.nan += codecs.count_not_finite(holds, rows.reshape(-1), magnitudes)
 
 
 def _floats(source: Source, codecs: Codecs, values: NDArray[Any], scratch: Scratch) -> NDArray[np.float32]:

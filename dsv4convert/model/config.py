@@ -348,6 +348,7 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
         flat=raw,
     )
     _check_divisions(config, where)
+    _check_named(config, where)
     if version is Version.V41:
         check_roles(
             ratios[:layers], config.kv_source_layer_ids, config.index_source_layer_ids, config.candidates, where
@@ -485,6 +486,24 @@ def _yarn(scaling: Mapping[str, Any], key: str, where: object) -> YarnScaling | 
         beta_fast=float(scaling.get("beta_fast", 32)),
         beta_slow=float(scaling.get("beta_slow", 1)),
     )
+
+
+def _check_named(config: ModelConfig, where: object) -> None:
+    """Check that tokens and layers which keys name are there: a reader of the output would look them up."""
+    for key in ("dspark_noise_token_id", "image_token_id"):
+        token = config.flat.get(key)
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ConfigError(
+                f"key {key}: no token", where=where, expected=f"below vocab_size {config.vocab_size}", got=token
+            )
+    targets, layers = config.flat.get("dspark_target_layer_ids", ()), config.num_hidden_layers
+    if len(set(targets)) != len(targets) or any(layer >= layers for layer in targets):
+        raise ConfigError(
+            "key dspark_target_layer_ids: not layers of the model",
+            where=where,
+            expected=f"different ones of 0-{layers - 1}",
+            got=list(targets),
+        )
 
 
 def _check_divisions(config: ModelConfig, where: object) -> None:

@@ -61,17 +61,18 @@ class EngramConstants:
         )
 
 
-def engram_constants(engram: EngramConfig, token_map: npt.NDArray[np.int32]) -> EngramConstants:
-    """Return the constants of ``engram``'s tables for a tokenizer's ``token_map``.
+def engram_constants(engram: EngramConfig, token_map: npt.NDArray[np.int32], where: object = None) -> EngramConstants:
+    """Return the constants of ``engram``'s tables for a tokenizer's ``token_map``; ``where`` is the config's file.
 
     Raises:
         ConfigError: the map or the tables have another size than the config says.
     """
-    check_rows(engram)
+    check_rows(engram, where)
     size = int(token_map.max(initial=-1)) + 1
     if size != engram.compressed_vocab_size:
         raise ConfigError(
             "key engram_compressed_vocab_size: the tokenizer's token map has another size",
+            where=where,
             expected=size,
             got=engram.compressed_vocab_size,
             hint="does tokenizer.json belong to this model?",

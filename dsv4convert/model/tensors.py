@@ -14,7 +14,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..errors import ConfigError
-from .config import ModelConfig, Version
+from .config import CONFIG_NAME, ModelConfig, Version
 
 
 class Store(str, Enum):
@@ -517,15 +517,30 @@ def vision_dims(config: ModelConfig) -> dict[str, int]:
     """Return the symbolic dimensions of the vision tables: width vd, inner width vi, patch p, merge ratio r.
 
     Raises:
-        ConfigError: a ``vision_*`` key is missing or is not a positive integer.
+        ConfigError: a ``vision_*`` key is missing, is not a positive integer, or does not fit the others.
     """
     values: dict[str, int] = {}
     for key in VISION_SHAPE_KEYS:
         value = config.flat.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"key {key}: not a size of the vision tower", expected="a positive integer", got=value)
+            raise ConfigError(
+                f"key {key}: not a size of the vision tower",
+                where=CONFIG_NAME,
+                expected="a positive integer",
+                got=value,
+                hint="a nested config.json says the sizes of the tower in vision_config",
+            )
         values[key] = value
     width, inner = values["vision_dim"], values["vision_inter_dim"]
+    heads = config.flat.get("vision_n_heads")
+    # A head's elements turn in pairs, half of them by the row and half by the column.
+    if heads is not None and (type(heads) is not int or heads < 1 or width % (4 * heads)):
+        raise ConfigError(
+            "key vision_n_heads: does not fit the other keys",
+            where=CONFIG_NAME,
+            expected=f"4 * vision_n_heads to divide vision_dim {width}",
+            got=heads,
+        )
     return {
         "D": config.hidden_size,
         "vd": width,

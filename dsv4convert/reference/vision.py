@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
-from ..model.config import ModelConfig, Version
+from ..errors import ConfigError, DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
+from ..model.config import CONFIG_NAME, ModelConfig, Version
 from .arithmetic import product, rms_norm, silu, softmax
 from .parameters import Parameters
 from .weights.protocol import Array
@@ -104,15 +104,27 @@ def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
 
     It gets at least ``min_pixels``, sides rounded up to whole patches, and where that makes more than
     ``max_image_tokens``, the largest size of its shape that does not.
+
+    Raises:
+        ConfigError: a size in the config is none, or leaves no room for an image of this shape.
     """
-    flat = config.flat
     is_v41 = config.version is Version.V41
-    sizes = _Sizes(int(flat["vision_patch_size"]), int(flat["vision_downsample_ratio"]), 1 if is_v41 else 2)
-    widest, least = flat.get("vision_max_wh_ratio"), int(flat["vision_min_pixels"])
+    step = 1 if is_v41 else 2
+    sizes = _Sizes(vision_size(config, "vision_patch_size"), vision_size(config, "vision_downsample_ratio"), step)
+    widest, least = _widest(config), vision_size(config, "vision_min_pixels")
     # Vision-Exp keeps room for the pads before the start.
-    most = int(flat["vision_max_n_token"]) - (0 if is_v41 else COMPRESSED_TOKENS - 1)
+    unused = 0 if is_v41 else COMPRESSED_TOKENS - 1
+    most = vision_size(config, "vision_max_n_token") - unused
+    smallest = len(span_order(1, 1, step))
+    if most < smallest:
+        raise ConfigError(
+            "key vision_max_n_token: no room for an image",
+            where=CONFIG_NAME,
+            expected=f"at least {smallest + unused}",
+            got=most + unused,
+        )
     if widest is not None and width > height * widest:
-        width = int(height * widest)
+        width = max(1, int(height * widest))
     if width * height < least:
         ratio = (least / (width * height)) ** 0.5
         width, height = int(width * ratio), int(height * ratio)
@@ -121,7 +133,28 @@ def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
     while plan.tokens > most:
         plan = sizes.planned(*sizes.largest(height, width, allowed))
         allowed -= 1
+    if not plan.height or not plan.width:
+        raise ConfigError(
+            "key vision_max_n_token: no room for an image of this shape",
+            where=CONFIG_NAME,
+            expected="more than it says",
+            got=most + unused,
+        )
     return plan
+
+
+def vision_size(config: ModelConfig, key: str) -> int:
+    """Return a size that the config says of the vision tower.
+
+    Raises:
+        ConfigError: it is missing, or no positive integer.
+    """
+    value = config.flat.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(
+            f"key {key} is missing or not a size", where=CONFIG_NAME, expected="a positive integer", got=value
+        )
+    return value
 
 
 def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
@@ -143,7 +176,7 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FileFormatError(f"not a readable image ({error})", where=path) from None
     plan = plan_image(image.width, image.height, config)
-    size, widest = (plan.width, plan.height), config.flat.get("vision_max_wh_ratio")
+    size, widest = (plan.width, plan.height), _widest(config)
     if widest is not None and image.width >= widest * image.height:
         resized = image.resize(size)
     else:
@@ -177,11 +210,11 @@ def embed_image(p: Parameters, path: Path) -> Array:
 def tower(p: Parameters, pixels: Array) -> Array:
     """Return the vision tower's output [patches, vd] of pixels [3, height, width], patches in reading order."""
     flat = p.config.flat
-    patch, heads = int(flat["vision_patch_size"]), int(flat["vision_n_heads"])
+    patch, heads = int(flat["vision_patch_size"]), vision_size(p.config, "vision_n_heads")
     rows, columns = pixels.shape[1] // patch, pixels.shape[2] // patch
     patches = pixels.reshape(3, rows, patch, columns, patch).transpose(1, 3, 0, 2, 4).reshape(rows * columns, -1)
     x = p.project(patches, "vision.patch_embed.proj.weight") + p.weight("vision.patch_embed.proj.bias")
-    turn = _turns(rows, columns, x.shape[1] // heads // 2, float(flat["vision_rope_theta"]))
+    turn = _turns(rows, columns, x.shape[1] // heads // 2, _above_zero(p.config, "vision_rope_theta"))
     for n in range(int(flat["vision_n_layers"])):
         at = f"vision.blocks.{n}."
         x = x + _attention(p, rms_norm(x, p.weight(f"{at}norm1.weight"), TOWER_EPSILON), turn, heads, f"{at}attn.")
@@ -190,6 +223,20 @@ def tower(p: Parameters, pixels: Array) -> Array:
         )
         x = x + p.project(silu(gate) * up, f"{at}mlp.w2.weight")
     return rms_norm(x, p.weight("vision.norm.weight"), TOWER_EPSILON)
+
+
+def _widest(config: ModelConfig) -> float | None:
+    """Return the largest ratio of width to height, None where there is no limit."""
+    return None if config.flat.get("vision_max_wh_ratio") is None else _above_zero(config, "vision_max_wh_ratio")
+
+
+def _above_zero(config: ModelConfig, key: str) -> float:
+    value = config.flat.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(
+            f"key {key} is missing or not a number", where=CONFIG_NAME, expected="a number above 0", got=value
+        )
+    return float(value)
 
 
 def align(p: Parameters, x: Array) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME
-from ..plan import JOIN, Segment
+from ..plan import Join, Segment
 from .segments import ElementType, RowSegments, convert_segments, copy_segments, operands
 
 # A row's codes and then its scales; codes and scales in tensors of their own. Named after the published width.
@@ -65,7 +65,7 @@ def table_tensors(name: str, weight: Weight, kind: str) -> list[Table]:
         )
     if kind == ROW264:
         width = columns + scale.shape[1]
-        joined = Segment(JOIN, operands(weight), rows, width)
+        joined = Segment(Join((weight.stored.dtype, scale.dtype)), operands(weight), rows, width)
         return [(name, (rows, width), I8, RowSegments(joined))]
     stem = name.removesuffix(".weight")
     return [

@@ -601,8 +601,9 @@ def gguf_files(
     size = 0
     for tensor in tensors:
         alone = tensor.is_table or (bool(groups[-1]) and groups[-1][-1].is_table)
-        too_large = split_max_bytes is not None and (alone or size + tensor.nbytes > split_max_bytes)
-        if groups[-1] and (too_large or len(groups[-1]) == split_max_tensors):
+        apart = alone and (split_max_bytes is not None or split_max_tensors is not None)
+        too_large = split_max_bytes is not None and size + tensor.nbytes > split_max_bytes
+        if groups[-1] and (apart or too_large or len(groups[-1]) == split_max_tensors):
             groups.append([])
             size = 0
         groups[-1].append(tensor)

@@ -320,7 +320,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
         return copy_segments(first)
     if weight.axis == 1:
         operands = tuple(map(_rows_of, stored))
-        return (Segment(Join(first.dtype), operands, first.shape[0], _width(first) * len(stored)),)
+        return (Segment(Join((first.dtype,) * len(stored)), operands, first.shape[0], _width(first) * len(stored)),)
     if first.wide:
         rows, width = first.shape[0], _width(first)
         if weight.axis == 0:

@@ -82,6 +82,9 @@ def test_a_slice_without_its_kv_source_is_an_error(raw: dict[str, Any]) -> None:
         ({"num_hash_layers": 3}, "key num_hash_layers"),
         ({"dspark_num_experts_per_tok": 200}, "dspark_num_experts_per_tok: does not fit"),
         ({"engram_head_dim": None}, "key engram_head_dim"),
+        ({"dspark_noise_token_id": 129280}, "dspark_noise_token_id: no token: expected below vocab_size 129280"),
+        ({"dspark_target_layer_ids": [37, 38, 40]}, "dspark_target_layer_ids: not layers of the model"),
+        ({"dspark_target_layer_ids": [37, 38, 38]}, "dspark_target_layer_ids: not layers of the model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -90,6 +93,11 @@ def test_what_does_not_fit_is_named_by_its_key(raw: dict[str, Any], change: dict
     broken["text_config"].update(change)
     with pytest.raises(ConfigError, match=says):
         parse_config(broken, "here")
+
+
+def test_an_image_token_outside_the_vocabulary_is_an_error(raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="image_token_id: no token: expected below vocab_size 129280, got 129280"):
+        parse_config(raw | {"image_token_id": 129280}, "here")
 
 
 @pytest.mark.parametrize("key", ["engram_vocab_size", "candidate_block_size", "kv_source_layer_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from click.testing import CliRunner
 from dsv4convert.api import load_model
 from dsv4convert.cli import app
 from dsv4convert.engine.conversion import execute
-from dsv4convert.errors import FileFormatError, InputMissingError, UnsupportedError, UsageError
+from dsv4convert.errors import ConfigError, FileFormatError, InputMissingError, UnsupportedError, UsageError
+from dsv4convert.model.tensors import vision_dims
 from dsv4convert.reference import Model
+from dsv4convert.reference.parameters import Parameters
 from dsv4convert.reference.vision import (
     IMAGE,
     align,
@@ -26,6 +29,7 @@ from dsv4convert.reference.vision import (
     tower,
     with_images,
 )
+from dsv4convert.reference.weights.protocol import DictSource
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
@@ -34,6 +38,8 @@ from ..oracles.mtmd import run_with_image
 from ..v41 import TINY
 
 IMAGE_TOKEN = 510
+# What an image is embedded with before its tower's blocks.
+TOWER = ("vision.patch_embed.proj.weight", "vision.patch_embed.proj.bias")
 
 # (width, height) and what a port of the published processing makes of it: height, width, rows, columns.
 PLANS = [
@@ -191,9 +197,51 @@ def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:
         read_image(path, model.config)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vision_max_n_token": 3}, "vision_max_n_token: no room for an image: expected at least 4, got 3"),
+        ({"vision_min_pixels": None}, "vision_min_pixels is missing or not a size"),
+        ({"vision_min_pixels": -1}, "vision_min_pixels is missing or not a size"),
+        ({"vision_max_n_token": "many"}, "vision_max_n_token is missing or not a size"),
+        ({"vision_rope_theta": None}, "vision_rope_theta is missing or not a number"),
+        ({"vision_max_wh_ratio": "wide"}, "vision_max_wh_ratio is missing or not a number"),
+        ({"vision_max_wh_ratio": 0}, "vision_max_wh_ratio is missing or not a number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_sizes_of_a_config_that_are_none_are_refused(
+    model: Model, picture: Path, change: dict[str, Any], says: str
+) -> None:
+    config = replace(model.config, flat=model.config.flat | change)
+    parameters = Parameters(DictSource(config, {name: model.source.tensor(name) for name in TOWER}))
+    with pytest.raises(ConfigError, match=says):
+        embed_image(parameters, picture)
+
+
+@pytest.mark.parametrize("most", range(4, 30))
+def test_an_image_of_any_shape_has_a_plan_or_is_refused(model: Model, most: int) -> None:
+    config = replace(model.config, flat=model.config.flat | {"vision_max_n_token": most})
+    for width, height in ((1, 1), (9000, 1), (1, 9000), (640, 480), (50, 4000)):
+        plan = plan_image(width, height, config)
+        assert plan.tokens <= most
+        assert plan.height > 0 < plan.width
+
+
+def test_heads_that_do_not_divide_the_tower_are_refused(model: Model) -> None:
+    config = replace(model.config, flat=model.config.flat | {"vision_n_heads": 3})
+    with pytest.raises(ConfigError, match=r"vision_n_heads: does not fit .* to divide vision_dim 64, got 3"):
+        vision_dims(config)
+
+
 def test_a_model_without_a_tower_takes_no_image(tiny: Path, picture: Path) -> None:
     with pytest.raises(UnsupportedError, match="no vision tower"):
         embed_image(load_model(tiny).parameters, picture)
+
+
+def test_an_image_without_a_file_says_how_to_name_one() -> None:
+    result = CliRunner().invoke(app, ["forward", str(TINY["tiny-a"]), "--tokens", "5,image,7"])
+    assert "an image among the --tokens has no file; pass --image FILE once for each" in str(result.exception)
 
 
 def test_the_command_takes_images(picture: Path) -> None:

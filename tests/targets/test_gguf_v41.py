@@ -170,14 +170,30 @@ def test_tables_come_last_when_asked_and_lie_alone_in_a_split(tmp_path: Path) ->
     plan = plan_gguf(TINY["tiny-b"], tmp_path / "m.gguf", GgufOptions(engram_last=True), tokenizer_pre=PRE)
     names = [tensor.name for tensor in plan.files[0].tensors]
     assert names[-2:] == ["blk.1.engram_embd.weight", "blk.5.engram_embd.weight"]
-    for last in (False, True):
-        options = GgufOptions(split_max_bytes=10**9, engram_last=last)
+    for last, limit in ((False, "split_max_bytes"), (True, "split_max_bytes"), (True, "split_max_tensors")):
+        options = GgufOptions(engram_last=last, **{limit: 10**9})
         plan = plan_gguf(TINY["tiny-b"], tmp_path / "m.gguf", options, tokenizer_pre=PRE)
         alone = [
             [t.name for t in file.tensors] for file in plan.files if any("engram_embd" in t.name for t in file.tensors)
         ]
         assert alone == [["blk.1.engram_embd.weight"], ["blk.5.engram_embd.weight"]]
         assert len(plan.files) == (3 if last else 5)
+
+
+@pytest.mark.parametrize(("part", "byte", "counted"), [("weight", 0x7F, 1), ("scale", 0xFF, 1)])
+@pytest.mark.parametrize("kind", ["i8-row264", "i8-split"])
+def test_nan_in_a_lossless_table_is_counted(tmp_path: Path, kind: str, part: str, byte: int, counted: int) -> None:
+    shutil.copytree(TINY["tiny-a"], tmp_path / "s")
+    name = f"layers.0.engram.embed.{part}"
+    file = json.loads((tmp_path / "s" / "model.safetensors.index.json").read_text())["weight_map"][name]
+    path = tmp_path / "s" / file
+    data = bytearray(path.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    begin = json.loads(data[8 : 8 + header])[name]["data_offsets"][0]
+    data[8 + header + begin] = byte
+    path.chmod(0o644)
+    path.write_bytes(data)
+    assert convert(tmp_path / "s", tmp_path / "m.gguf", engram=kind).report.tally.nan == counted
 
 
 def test_a_table_is_many_segments(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,7 +22,7 @@ from click.testing import CliRunner
 
 from dsv4convert.api import convert_gguf, load_model, shard
 from dsv4convert.cli import app
-from dsv4convert.errors import InventoryError, UnsupportedError, UsageError
+from dsv4convert.errors import FileFormatError, InventoryError, UnsupportedError, UsageError
 from dsv4convert.model.config_v41 import Candidates
 from dsv4convert.reference import Model, Speculation, State, generate, generate_speculatively
 from dsv4convert.reference import model as reference_model
@@ -278,3 +279,32 @@ def test_runs_that_differ_are_compared_by_finite_numbers(tmp_path: Path) -> None
     comparison = compare(folder, gguf)
     assert all(np.isfinite(d.error(by_median=False)) for d in comparison.differences)
     assert any(d.name.endswith("indexer.candidates") for d in comparison.differences)
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "value", "says"),
+    [
+        ("primes", 3, 0, "engram.offsets: rows outside the table"),
+        ("offsets", 3, 100_000, "rows outside the table: expected runs within the 660 rows of layer 0, got"),
+        ("multipliers", 0, 2**64 - 1, "engram.multipliers: products beyond int64"),
+        ("token_map", 5, -1, "engram.token_map: no ids: expected 0 or more, got -1"),
+        ("pad_id", 0, 100_000, "engram.pad_id: not in the token map"),
+        ("head_count", 0, 3, "engram.primes: wrong length"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.islower() and " " not in value else "",
+)
+def test_constants_of_a_gguf_that_lead_outside_its_tables_are_refused(
+    tmp_path: Path, key: str, at: int, value: int, says: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    convert_gguf(TINY["tiny-a"], path, tokenizer_pre="joyai-llm")
+    field = gguf.GGUFReader(path).fields[f"deepseek41.engram.{key}"]
+    part = field.data[at]
+    where = field.offset + sum(before.nbytes for before in field.parts[:part])
+    changed = np.array([value]).astype(field.parts[part].dtype).tobytes()
+    data = bytearray(path.read_bytes())
+    data[where : where + len(changed)] = changed
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match=says) as error:
+        load_model(path)
+    assert error.value.where is not None

@@ -10,7 +10,7 @@ import numpy as np
 from ...containers.gguf import GgufModelFile, GgufTensor
 from ...errors import FileFormatError, InventoryError, UnsupportedError
 from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
-from ...model.engram import EngramConstants
+from ...model.engram import INT64_MAX, EngramConstants
 from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY, YARN, key_name
 from ...model.tensors import Draft, Expected, expected_tensors
 from ...targets.engram_tables import SCALE_SUFFIX
@@ -123,7 +123,7 @@ def _read(file: GgufModelFile) -> tuple[TensorDialect, int, EngramConstants | No
     dialect = _dialect(file)
     fields = _Fields(file, dialect)
     n_draft = _draft_layers(fields, file, dialect)
-    engram = _engram_constants(fields) if dialect.architecture == LLAMA_CPP_V41 else None
+    engram = _engram_constants(fields, file.files[0]) if dialect.architecture == LLAMA_CPP_V41 else None
     return dialect, n_draft, engram, _config(fields, file, n_draft, engram)
 
 
@@ -224,11 +224,12 @@ def _v41_values(fields: _Fields, file: GgufModelFile, blocks: int, engram: Engra
     return raw
 
 
-def _engram_constants(fields: _Fields) -> EngramConstants | None:
+def _engram_constants(fields: _Fields, path: object) -> EngramConstants | None:
     """Return what finds the rows of n-gram tables, None where the file has none.
 
     Raises:
-        FileFormatError: a key is missing, or its list is of another length than the others ask for.
+        FileFormatError: a key is missing, or its list is of another length than the others ask for, or leads
+            outside the tables.
     """
     layers = fields.get("engram.layer_ids")
     if not layers:
@@ -240,15 +241,19 @@ def _engram_constants(fields: _Fields) -> EngramConstants | None:
         values = fields[name]
         if width < 1 or len(values) != len(layers) * width:
             raise FileFormatError(
-                f"key {fields.key(name)}: wrong length", expected=len(layers) * width, got=len(values)
+                f"key {fields.key(name)}: wrong length", where=path, expected=len(layers) * width, got=len(values)
             )
         return tuple(tuple(map(int, values[a : a + width])) for a in range(0, len(values), width))
 
     token_map = np.asarray(fields["engram.token_map"], np.int32)
     pad_id = int(fields["engram.pad_id"])
     if pad_id not in token_map:
-        raise FileFormatError(f"key {fields.key('engram.pad_id')}: not in the token map", got=pad_id)
-    return EngramConstants(
+        raise FileFormatError(f"key {fields.key('engram.pad_id')}: not in the token map", where=path, got=pad_id)
+    if token_map.min() < 0:
+        raise FileFormatError(
+            f"key {fields.key('engram.token_map')}: no ids", where=path, expected="0 or more", got=int(token_map.min())
+        )
+    constants = EngramConstants(
         tuple(map(int, layers)),
         by_layer("engram.multipliers", places),
         by_layer("engram.primes", columns),
@@ -256,6 +261,26 @@ def _engram_constants(fields: _Fields) -> EngramConstants | None:
         token_map,
         pad_id,
     )
+    # The hash of a token is an int64, and so must be the products that it is made of.
+    most = INT64_MAX // max(1, int(token_map.max()))
+    for multiplier in (value for values in constants.multipliers for value in values):
+        if not 0 <= multiplier <= most:
+            raise FileFormatError(
+                f"key {fields.key('engram.multipliers')}: products beyond int64",
+                where=path,
+                expected=f"at most {most}",
+                got=multiplier,
+            )
+    for layer, primes, offsets in zip(constants.layer_ids, constants.primes, constants.offsets, strict=True):
+        for prime, offset in zip(primes, offsets, strict=True):
+            if prime < 1 or not 0 <= offset <= sum(primes) - prime:
+                raise FileFormatError(
+                    f"keys {fields.key('engram.primes')} and {fields.key('engram.offsets')}: rows outside the table",
+                    where=path,
+                    expected=f"runs within the {sum(primes)} rows of layer {layer}",
+                    got=f"{prime} from {offset} on",
+                )
+    return constants
 
 
 def _rows_of(file: GgufModelFile, name: str) -> int:

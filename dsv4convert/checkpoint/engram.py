@@ -38,6 +38,21 @@ def read_engram_constants(folder: Path, config: ModelConfig) -> EngramConstants:
     return engram_constants(config.engram, read_token_map(folder, config.vocab_size), folder / CONFIG_NAME)
 
 
+def token_map_notes(folder: Path, config: ModelConfig) -> tuple[str, ...]:
+    """Check that a folder's tokenizer is the one that its n-gram tables are for; notes say where that is not known.
+
+    Raises:
+        ConfigError: as for ``read_engram_constants``: the model would look up the wrong rows.
+    """
+    if config.engram is None or not (folder / TOKENIZER_NAME).exists():
+        return ()
+    try:
+        read_engram_constants(folder, config)
+    except (DeviceError, TokenizerError) as error:
+        return (f"whether the tokenizer belongs to the n-gram tables was not checked ({error.what})",)
+    return ()
+
+
 def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:
     """Return the token map, int32 [vocab_size], of the tokenizer in ``folder``.
 

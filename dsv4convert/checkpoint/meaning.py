@@ -22,6 +22,7 @@ from ..errors import InputMissingError, InventoryError
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import CONFIG_NAME, ModelConfig
 from ..model.tensors import Draft, Store
+from .engram import token_map_notes
 from .folder import BY_INDEX, Checkpoint, open_folder
 from .graft import open_grafted
 from .layouts import companion_notes
@@ -78,7 +79,7 @@ def open_checked(
         found = open_grafted(folder, draft_from, index=index)
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
-    beside = companion_notes(folder)
+    beside = (*companion_notes(folder), *token_map_notes(folder, found.config))
     return replace(found, notes=(*found.notes, *beside, *config_notes(found.config, weights, found.draft), *notes))
 
 

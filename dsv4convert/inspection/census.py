@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.engram import token_map_notes
 from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder
 from ..checkpoint.layouts import companion_notes
 from ..checkpoint.meaning import (
@@ -135,7 +136,8 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
     found = open_folder(folder, index=index)
     weights = found.weights.values()
     report = CheckReport(shown(folder), len(found.files), found.n_tensors)
-    report.notes += [*found.notes, *companion_notes(folder), *config_notes(found.config, weights, found.draft)]
+    beside = (*companion_notes(folder), *token_map_notes(folder, found.config))
+    report.notes += [*found.notes, *beside, *config_notes(found.config, weights, found.draft)]
     report.findings += file_findings(found.config, weights, found.files)
     return Census(found, report, strict, started)
 

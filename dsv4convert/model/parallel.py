@@ -10,6 +10,8 @@ from .tensors import Split
 
 OUTPUT_GROUPS = "o_groups"
 
+DRAFT_EXPERTS = "draft_n_routed_experts"
+
 # What MP must divide, whatever the tensors hold: fields of a ModelConfig, with the config's keys.
 DIVIDED_KEYS = (
     ("vocab_size", "vocab_size"),
@@ -17,7 +19,7 @@ DIVIDED_KEYS = (
     ("index_n_heads", "index_n_heads"),
     (OUTPUT_GROUPS, OUTPUT_GROUPS),
     ("n_routed_experts", "n_routed_experts"),
-    ("draft_n_routed_experts", "dspark_n_routed_experts"),
+    (DRAFT_EXPERTS, "dspark_n_routed_experts"),
 )
 
 # The config keys whose product a split dimension is.
@@ -44,8 +46,12 @@ def shard_name(rank: int, mp: int) -> str:
     return f"model{rank}-mp{mp}.safetensors"
 
 
-def check_divides(config: ModelConfig, mp: int, where: object, output_mp: int | None = None) -> None:
+def check_divides(
+    config: ModelConfig, mp: int, where: object, output_mp: int | None = None, *, has_draft: bool = True
+) -> None:
     """Check that ``mp`` ranks can share vocabulary, heads, groups and experts; ``output_mp`` share the groups, or all.
+
+    Without ``has_draft`` nothing is asked of a draft's experts.
 
     Raises:
         UsageError: they cannot; names the config key and both numbers.
@@ -53,6 +59,8 @@ def check_divides(config: ModelConfig, mp: int, where: object, output_mp: int | 
     if mp < 1:
         raise UsageError("--mp: not a number of ranks", expected="1 or more", got=mp)
     for field, key in DIVIDED_KEYS:
+        if field == DRAFT_EXPERTS and not has_draft:
+            continue
         value = getattr(config, field)
         ranks = output_mp if key == OUTPUT_GROUPS and output_mp is not None else mp
         if value % ranks:

@@ -513,24 +513,31 @@ VISION_SHAPE_KEYS = (
 )
 
 
+def vision_size(config: ModelConfig, key: str) -> int:
+    """Return a size that the config says of the vision tower.
+
+    Raises:
+        ConfigError: it is missing, or no positive integer.
+    """
+    value = config.flat.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(
+            f"key {key}: not a size of the vision tower",
+            where=CONFIG_NAME,
+            expected="a positive integer",
+            got=value,
+            hint="a nested config.json says the sizes of the tower in vision_config",
+        )
+    return value
+
+
 def vision_dims(config: ModelConfig) -> dict[str, int]:
     """Return the symbolic dimensions of the vision tables: width vd, inner width vi, patch p, merge ratio r.
 
     Raises:
         ConfigError: a ``vision_*`` key is missing, is not a positive integer, or does not fit the others.
     """
-    values: dict[str, int] = {}
-    for key in VISION_SHAPE_KEYS:
-        value = config.flat.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                f"key {key}: not a size of the vision tower",
-                where=CONFIG_NAME,
-                expected="a positive integer",
-                got=value,
-                hint="a nested config.json says the sizes of the tower in vision_config",
-            )
-        values[key] = value
+    values = {key: vision_size(config, key) for key in VISION_SHAPE_KEYS}
     width, inner = values["vision_dim"], values["vision_inter_dim"]
     heads = config.flat.get("vision_n_heads")
     # A head's elements turn in pairs, half of them by the row and half by the column.

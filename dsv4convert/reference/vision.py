@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import ConfigError, DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, Version
+from ..model.tensors import vision_size
 from .arithmetic import product, rms_norm, silu, softmax
 from .parameters import Parameters
 from .weights.protocol import Array
@@ -141,20 +142,6 @@ def plan_image(width: int, height: int, config: ModelConfig) -> ImagePlan:
             got=most + unused,
         )
     return plan
-
-
-def vision_size(config: ModelConfig, key: str) -> int:
-    """Return a size that the config says of the vision tower.
-
-    Raises:
-        ConfigError: it is missing, or no positive integer.
-    """
-    value = config.flat.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(
-            f"key {key} is missing or not a size", where=CONFIG_NAME, expected="a positive integer", got=value
-        )
-    return value
 
 
 def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:

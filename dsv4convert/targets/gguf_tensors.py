@@ -290,6 +290,9 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
     if low_bit is None:
         low_bit = LowBitMaker(options.ggml_lib, options.imatrix, squared=options.importance == WEIGHTS)
     type_options = type_options_of(options)
+    if checkpoint.config.engram is None and (options.engram is not None or options.engram_last):
+        option = "--engram" if options.engram is not None else "--engram-last"
+        raise UsageError(f"{option}: the model has no n-gram tables", where=checkpoint.folder)
     engram = engram_type(options, dialect)
     types = _Types(dialect, type_options, checkpoint.config, low_bit, engram)
     choices = [types.choice]

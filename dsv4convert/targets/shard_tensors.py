@@ -104,7 +104,8 @@ def shard_files(
     """
     mp = options.mp
     output_mp = mp if output_mp is None else output_mp
-    check_divides(checkpoint.config, mp, checkpoint.folder / CONFIG_NAME, output_mp)
+    has_draft = checkpoint.n_draft > 0
+    check_divides(checkpoint.config, mp, checkpoint.folder / CONFIG_NAME, output_mp, has_draft=has_draft)
     output_options = replace(options, mp=output_mp)
     ranks = _chosen_ranks(options)
     _check_options(checkpoint, options)

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import dsv4convert
 from dsv4convert.checkpoint.engram import read_engram_constants, read_token_map
 from dsv4convert.checkpoint.folder import Checkpoint, open_folder
+from dsv4convert.checkpoint.meaning import open_checked
 from dsv4convert.checkpoint.weights import Encoding
 from dsv4convert.errors import ConfigError, InventoryError, TokenizerError
 from dsv4convert.model.config import load_config
@@ -66,6 +68,33 @@ def test_draft_stages_have_their_own_number_of_experts(folder: Path) -> None:
     config = checkpoint.config
     for prefix, count in (("layers.0.", config.n_routed_experts), ("mtp.0.", config.draft_n_routed_experts)):
         assert {w.expert for w in checkpoint.weights.values() if w.prefix == prefix} == {None, *range(count)}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder, out: dsv4convert.shard(folder, out, mp=1),
+        dsv4convert.dequantize,
+        dsv4convert.repack,
+        lambda folder, out: dsv4convert.check(folder),
+        lambda folder, out: dsv4convert.verify(folder, TINY["tiny-b"]),
+        lambda folder, out: dsv4convert.load_model(folder),
+    ],
+    ids=["shard", "dequantize", "repack", "check", "verify", "load_model"],
+)
+def test_a_tokenizer_with_another_token_map_is_refused(
+    edited: Callable[..., Path], tmp_path: Path, command: Callable[[Path, Path], object]
+) -> None:
+    folder = edited(engram_compressed_vocab_size=370)
+    with pytest.raises(ConfigError, match=r"config\.json: .*token map has another size: expected 371, got 370"):
+        command(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_note(edited: Callable[..., Path]) -> None:
+    folder = edited()
+    (folder / "tokenizer.json").write_text("{}")
+    assert any("was not checked" in note for note in open_checked(folder).notes)
 
 
 def test_a_source_without_a_compressor_is_an_error(edited: Callable[..., Path]) -> None:

@@ -279,6 +279,16 @@ def test_a_tokenizer_whose_map_has_another_size_is_refused(tmp_path: Path) -> No
         convert(folder, tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize(
+    ("options", "option"), [({"engram": "bf16"}, "--engram"), ({"engram_last": True}, "--engram-last")]
+)
+def test_tables_of_a_model_without_any_are_refused(
+    tiny: Path, tmp_path: Path, options: dict[str, Any], option: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{option}: the model has no n-gram tables"):
+        plan_gguf(tiny, tmp_path / "m.gguf", GgufOptions(**options))
+
+
 def test_options_are_part_of_the_plan() -> None:
     options = replace(GgufOptions(), engram="i8-split", engram_last=True)
     plan = plan_gguf(TINY["tiny-a"], Path("m.gguf"), options, tokenizer_pre=PRE)

@@ -209,3 +209,11 @@ def test_a_draft_that_was_stripped_is_not_in_the_output_configs(tmp_path: Path) 
         assert not any(key.startswith("dspark_") for key in config), name
         assert config.get("num_nextn_predict_layers", config.get("n_mtp_layers")) == 0
     assert [str(problem) for problem in verify(folder, tmp_path / "o").problems] == []
+
+
+def test_a_draft_that_is_dropped_need_not_be_divided(tmp_path: Path) -> None:
+    write_synth(tmp_path / "s", "v41-tiny", overrides={"dspark_n_routed_experts": 6})
+    with pytest.raises(UsageError, match="dspark_n_routed_experts: 6 cannot be divided among 4 ranks"):
+        shard(tmp_path / "s", tmp_path / "kept", mp=4)
+    shard(tmp_path / "s", tmp_path / "out", mp=4, draft="drop")
+    assert open_shards(tmp_path / "out").n_draft == 0

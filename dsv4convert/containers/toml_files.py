@@ -48,6 +48,6 @@ def parse_toml(content: bytes, where: object) -> dict[str, Any]:
     """
     try:
         table: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # besides TOML and UTF-8 errors, integers of more than 4300 digits
         raise FileFormatError("not a TOML file", where=where, got=error) from None
     return table

@@ -19,6 +19,8 @@ from .operators import Routing
 
 # 61 layers of 384 counts take 300 KB.
 MAX_COUNTS_BYTES = 16 * 2**20
+# More tokens than any corpus has; JSON's 1e400 is infinite, and a share of infinity is no number.
+MAX_COUNT = 10**18
 
 
 def read_routing(path: Path, config: ModelConfig) -> Routing:
@@ -37,12 +39,14 @@ def read_routing(path: Path, config: ModelConfig) -> Routing:
                 counts[layer] = _checked(list(entry.counts), layer, config, path)
     else:
         document = read_json_object(path, MAX_COUNTS_BYTES, error=FileFormatError, hint="is it a file of counts?")
+        # Only the plain spelling counts: "01" would be layer 1 a second time.
+        layers = {str(layer): layer for layer in range(config.num_hidden_layers)}
         for key, values in document.items():
-            if not key.isascii() or not key.isdigit() or int(key) >= config.num_hidden_layers:
+            if key not in layers:
                 raise FileFormatError(
                     f"key {key!r}: no layer", where=path, expected=f"0 to {config.num_hidden_layers - 1}"
                 )
-            counts[int(key)] = _checked(values, int(key), config, path)
+            counts[layers[key]] = _checked(values, layers[key], config, path)
     if not counts:
         raise FileFormatError(
             "no counts of experts", where=path, expected=f"lists of {config.n_routed_experts} counts by layer"
@@ -60,8 +64,13 @@ def _checked(values: Any, layer: int, config: ModelConfig, path: Path) -> Sequen
             expected=f"{experts} counts",
             got=len(values) if isinstance(values, list) else type(values).__name__,
         )
-    if any(isinstance(n, bool) or not isinstance(n, (int, float)) or n < 0 for n in values) or not sum(values):
+    if (
+        any(isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n <= MAX_COUNT for n in values)
+        or sum(values) <= 0
+    ):
         raise FileFormatError(
-            f"layer {layer}: counts of experts", where=path, expected="numbers of 0 or more, not all 0"
+            f"layer {layer}: counts of experts",
+            where=path,
+            expected=f"numbers from 0 to {MAX_COUNT:.0e}, not all 0",
         )
     return values

@@ -115,6 +115,8 @@ def collect_imatrix(
     started = time.monotonic()
     _check_positive("--context-size", options.context_size)
     _check_positive("--chunks", options.chunks)
+    if not out.name:  # an empty --out, or a folder such as "/"
+        raise UsageError("--out: not a file name", expected="a .gguf file", got=out)
     device = chosen_device(options.device)
     source = CachedSource(open_source(path), sys.maxsize)
     sums = SquareSums()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..containers.untrusted import open_regular
 from ..errors import ConfigError, DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
 from ..model.config import CONFIG_NAME, ModelConfig, Version
 from ..model.tensors import vision_size
@@ -156,10 +157,14 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
     except ImportError:
         raise DeviceError("--image needs the package Pillow", hint="install dsv4convert[vision]") from None
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        opened = open_regular(path)
     except FileNotFoundError:
         raise InputMissingError("no such file", where=path) from None
+    except OSError as error:
+        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+    try:
+        with opened, Image.open(opened) as file:
+            image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FileFormatError(f"not a readable image ({error})", where=path) from None
     plan = plan_image(image.width, image.height, config)

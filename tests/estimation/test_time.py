@@ -120,6 +120,7 @@ def test_machines_of_the_package() -> None:
     ("text", "message"),
     [
         ("kind = ", "not a TOML file"),
+        ("memory = " + "9" * 5000, "not a TOML file"),
         ('kind = "tpu"', "key kind: unknown.*gpu or unified or cpu"),
         ('kind = "gpu"', "key memory.*got nothing"),
         (PLAIN.format(memory='"much"'), "key memory: expected a number above 0"),

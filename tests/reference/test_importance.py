@@ -361,6 +361,10 @@ def test_texts_that_are_none_are_refused(tiny: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["text"]
 
 
+def test_an_output_without_a_name_is_refused(tiny: Path, text: Path) -> None:
+    assert "--out: not a file name" in run_cli("imatrix", tiny, "--text", text, "-o", "").error
+
+
 def test_older_files_stay_unless_they_are_to_be_replaced(tiny: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("precious")

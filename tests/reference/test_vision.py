@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,9 @@ def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:
     path.write_text("no picture")
     with pytest.raises(FileFormatError, match="not a readable image"):
         read_image(path, model.config)
+    os.mkfifo(tmp_path / "pipe.png")  # opened plainly, it would wait for a writer
+    with pytest.raises(InputMissingError, match=r"cannot be read \(not a regular file\)"):
+        read_image(tmp_path / "pipe.png", model.config)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dsv4convert.api import convert_gguf, list_recipes
-from dsv4convert.errors import UsageError
-from dsv4convert.targets.recipes import recipe_names
+from dsv4convert.errors import FileFormatError, UsageError
+from dsv4convert.targets.recipes import parse_recipe, recipe_names
 
 from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
@@ -143,3 +143,8 @@ def test_the_command_lists_and_stops(whole: Path, tmp_path: Path) -> None:
     assert "--list-recipes and --tensor-type exclude each other" in refused.err
     assert "--context: out of range" in run_cli("hf-to-gguf", whole, "--list-recipes", "--context", "1M").err
     assert "--context is for --fit" in run_cli("hf-to-gguf", whole, tmp_path, "--context", "5").err
+
+
+def test_a_recipe_with_an_integer_that_python_does_not_read_is_malformed() -> None:
+    with pytest.raises(FileFormatError, match="not a TOML file"):
+        parse_recipe("mine", b"description = " + b"9" * 5000, "mine.toml")

@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..containers.safetensors import Stored
+from ..containers.safetensors import Stored, read_header
 from ..containers.sources import mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import CONFIG_NAME, ModelConfig
-from ..model.tensors import Draft, Store
+from ..model.tensors import DRAFT_PREFIX, Draft, Store
 from .engram import token_map_notes
 from .folder import BY_INDEX, Checkpoint, open_folder
 from .graft import open_grafted
@@ -80,7 +81,9 @@ def open_checked(
     weights = found.weights.values()
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
     beside = (*companion_notes(folder), *token_map_notes(folder, found.config))
-    return replace(found, notes=(*found.notes, *beside, *config_notes(found.config, weights, found.draft), *notes))
+    stored = any(official_name(name).startswith(DRAFT_PREFIX) for unused in found.unused for name in unused.names)
+    said = config_notes(found.config, weights, found.draft, is_stored=stored)
+    return replace(found, notes=(*found.notes, *beside, *said, *notes))
 
 
 def check_meaning(
@@ -98,7 +101,7 @@ def check_meaning(
         return _check_remote(config, held, where, strict, headers_only=mount.headers_only)
     with _Reader() as reader:
         check_tables(config, held, reader)
-        found = [*_small_findings(held, reader), *_zero_experts(held, reader), *_zero_tails(held, files, reader)]
+        found = [*_small_findings(held, reader), *_zero_experts(held, reader), *_zero_tails(files, reader)]
     if strict and found:
         refuse(found, where)
     return tuple(map(str, found))
@@ -133,7 +136,7 @@ def file_findings(config: ModelConfig, weights: Iterable[Weight], files: Iterabl
     held = list(weights)
     with _Reader() as reader:
         check_tables(config, held, reader)
-        return list(_zero_tails(held, files, reader))
+        return list(_zero_tails(files, reader))
 
 
 def refuse(found: Sequence[Finding], where: object) -> NoReturn:
@@ -329,33 +332,26 @@ def _zero_experts(weights: Iterable[Weight], reader: _Reader) -> Iterator[Findin
         yield Finding(LOOKS_ZERO.format(count=counted(len(zero), "expert")), tuple(zero))
 
 
-def _zero_tails(weights: Iterable[Weight], files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
-    """Yield the files that end in zero bytes, as a file does whose room was reserved for a download that stopped."""
-    suspects: dict[Path, list[tuple[int, str, Stored]]] = {}
+def _zero_tails(files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
+    """Yield the files that end in zero bytes, as a file does whose room was reserved for a download that stopped.
+
+    Where the zeros begin is a matter of all tensors of a file, those that nothing uses too.
+    """
     for path in files:
         try:
             size = size_of(path)
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-        if size >= PROBE_BYTES and reader.read(path, size - PROBE_BYTES, PROBE_BYTES) == ZEROS:
-            suspects[path] = []
-    if not suspects:
-        return
-    for weight in weights:
-        for stored in (weight.stored, weight.scale):
-            if stored is not None and stored.file in suspects:
-                suspects[stored.file].append((stored.offset, weight.name, stored))
-    for path, tensors in suspects.items():
-        zero: list[str] = []
-        for _, name, stored in sorted(tensors, reverse=True):
-            if not reader.looks_zero(stored):
-                break
-            zero.append(name)
+        if size < PROBE_BYTES or reader.read(path, size - PROBE_BYTES, PROBE_BYTES) != ZEROS:
+            continue
+        stored = sorted(read_header(path).items(), key=lambda item: item[1].offset, reverse=True)
+        tensors = [(official_name(name), tensor) for name, tensor in stored if tensor.nbytes]
+        zero = [name for name, _ in takewhile(lambda item: reader.looks_zero(item[1]), tensors)]
+        what = f"{path.name} ends in zero bytes, did its download stop? They begin in"
         if zero:
-            what = f"{path.name} ends in zero bytes, did its download stop? They begin in"
             yield Finding(f"{what} the last {counted(len(zero))}", (zero[-1],))
         elif tensors:
-            yield Finding(f"{path.name} ends in zero bytes, did its download stop? They begin in", (max(tensors)[1],))
+            yield Finding(what, (tensors[0][0],))
 
 
 # config.json against the tensors
@@ -381,11 +377,17 @@ def stated_expert_dtypes(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in stated.items() if value is not None}
 
 
-def config_notes(config: ModelConfig, weights: Iterable[Weight | ShardedWeight], draft: Draft) -> tuple[str, ...]:
-    """Return notes on what config.json says and the tensors do not bear out; output configs say what is there."""
+def config_notes(
+    config: ModelConfig, weights: Iterable[Weight | ShardedWeight], draft: Draft, *, is_stored: bool = False
+) -> tuple[str, ...]:
+    """Return notes on what config.json says and the tensors do not bear out; output configs say what is there.
+
+    ``is_stored`` says that there are tensors of a draft, of which none is used.
+    """
     notes: list[str] = []
     if draft is Draft.NONE and has_draft_keys(config.flat):
-        notes.append(f"{CONFIG_NAME} speaks of draft layers and no tensor is of one: outputs say that there are none")
+        drafts = "the draft's tensors are not used" if is_stored else "no tensor is of one"
+        notes.append(f"{CONFIG_NAME} speaks of draft layers and {drafts}: outputs say that there are none")
     held = stored_expert_dtype(weights)
     for key, value in stated_expert_dtypes(config.raw).items():
         if held is not None and value != held:

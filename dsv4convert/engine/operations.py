@@ -100,6 +100,8 @@ PLAIN: Mapping[tuple[Source, Target], _Plain] = {
     ("f32", "mxfp4"): lambda codecs: codecs.f32_to_mxfp4,
     ("i64", "i32"): lambda codecs: codecs.i64_to_i32,
 }
+# The safetensors dtypes of sources that can hold infinities.
+FLOATS_OF_FILES: Mapping[Source, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 # Blocks of the source that are those of the output, moved.
 MOVED: frozenset[tuple[Source, Target]] = frozenset({("fp4", "mxfp4")})
 # Conversions in two steps, decoding to float32 and quantising that.
@@ -221,6 +223,7 @@ def _never(operation: NoReturn) -> NoReturn:
 def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     kind = operation.source, operation.target
     made = out.view(DTYPES[operation.target])
+    counted = tally.nan
     if kind in SCALED:
         SCALED[kind](codecs)(inputs[0], inputs[1], _block(operation), made, scratch, tally)
     elif kind in PLAIN:
@@ -229,6 +232,11 @@ def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scr
         codecs.fp4_to_mxfp4(inputs[0], inputs[1], made, scratch, tally)
     else:
         _by_way_of_f32(operation, codecs, inputs, made, scratch, tally)
+    held = FLOATS_OF_FILES.get(operation.source)
+    if held is not None:
+        # Codecs count NaN, which they write in one form; infinities stay what they are, and no model has them either.
+        tally.nan = counted
+        _count(codecs, held, inputs[0].view(np.uint8), scratch, tally)
 
 
 def _block(operation: Convert | Quantise) -> Block:

@@ -164,7 +164,7 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
         UsageError: questions that do not go together, or ranks that cannot share the model.
         Dsv4Error: what is there cannot be read.
     """
-    subject = open_subject(path, index=index)
+    subject = open_subject(path, index=index, draft_wanted=question.draft != "drop")
     q = _checked(question, subject)
     context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
     hardware = None if q.hardware is None else load_hardware(q.hardware)

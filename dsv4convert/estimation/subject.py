@@ -80,8 +80,8 @@ class Subject:
         return sum(part.nbytes for part in self.parts)
 
 
-def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
-    """Open what is to be estimated.
+def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True) -> Subject:
+    """Open what is to be estimated; without ``draft_wanted``, a draft that is not whole does not count.
 
     Raises:
         InputMissingError: nothing there, or nothing that is a model.
@@ -101,7 +101,7 @@ def open_subject(path: Path, *, index: str = BY_INDEX) -> Subject:
     if path.is_dir() and (path / CONFIG_NAME).is_file() and not has_weights:
         return _of_config(path / CONFIG_NAME, load_config(path))
     if path.is_dir():
-        checkpoint = open_folder(path, index=index)
+        checkpoint = open_folder(path, draft_wanted=draft_wanted, index=index)
         return Subject(
             path,
             FOLDER,

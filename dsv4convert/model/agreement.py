@@ -12,6 +12,7 @@ SPELLINGS = (
     ("n_routed_experts", "num_local_experts"),
     ("torch_dtype", "dtype"),
     ("expert_dtype", "quantization_config.expert_dtype"),
+    ("scale_fmt", "quantization_config.scale_fmt"),
     ("rope_theta", "rope_parameters.main.rope_theta"),
     ("compress_rope_theta", "rope_parameters.compress.rope_theta"),
     ("rope_scaling.type", "rope_scaling.rope_type"),
@@ -56,7 +57,8 @@ def check_ratios(raw: Mapping[str, Any], ratios: Sequence[int], where: object) -
                 disagree(f"compress_ratios[{layer}]", ratio, f"layer_types[{layer}]", got, where)
     rates = raw.get("compress_rates")
     if isinstance(rates, list):
-        if rates[: len(ratios)] != list(ratios):
+        # As in the ratios, 1 is another word for 0.
+        if [0 if rate == 1 else rate for rate in rates[: len(ratios)]] != list(ratios):
             disagree("compress_ratios", list(ratios), "compress_rates", rates, where)
     elif isinstance(rates, Mapping):
         for kind, rate in rates.items():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..errors import InventoryError
 from ..model.tensors import DRAFT_PREFIX
 from .arithmetic import silu, softplus
 from .parameters import Parameters, Record
@@ -47,7 +48,11 @@ def shared_expert(p: Parameters, x_TD: Array, at: str) -> Array:
 
 
 def route(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, record: Record) -> tuple[Array, Array]:
-    """Return the experts of each token and their weights, both [T, K]."""
+    """Return the experts of each token and their weights, both [T, K].
+
+    Raises:
+        InventoryError: a routing table names an expert that is not there, or one twice.
+    """
     c = p.config
     is_draft = at.startswith(DRAFT_PREFIX)
     K = c.draft_num_experts_per_tok if is_draft else c.num_experts_per_tok
@@ -55,7 +60,7 @@ def route(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, 
     record(f"{at}gate.affinity", affinity_TE)
     # The bias chooses, it does not weigh. Tokens of an image have one of their own.
     if not is_draft and c.is_hash_routed(int(at.split(".")[1])):
-        experts_TK = p.source.rows(f"{at}gate.tid2eid", tokens_T)
+        experts_TK = _from_table(p, f"{at}gate.tid2eid", tokens_T)
         if image_T.any():
             of_image = _best(affinity_TE[image_T] + p.weight(f"{at}gate.bias_vl"), K)
             experts_TK = experts_TK.copy()
@@ -70,6 +75,38 @@ def route(p: Parameters, x_TD: Array, tokens_T: Array, image_T: Array, at: str, 
     record(f"{at}gate.experts", experts_TK)
     record(f"{at}gate.weights", weights_TK)
     return experts_TK, weights_TK
+
+
+def _from_table(p: Parameters, name: str, tokens_T: Array) -> Array:
+    """Return the experts [T, K] that a routing table has for each token.
+
+    Nothing has checked the tables of a GGUF or of shards before, and there is no model in which an expert is not there
+    or counts twice.
+
+    Raises:
+        InventoryError: an id outside 0..E-1, or one twice in a row; names the tensor, the row and the id.
+    """
+    experts_TK = p.source.rows(name, tokens_T)
+    outside_TK = (experts_TK < 0) | (experts_TK >= p.config.n_routed_experts)
+    if outside_TK.any():
+        t, k = np.argwhere(outside_TK)[0]
+        raise InventoryError(
+            f"tensor {name}: row {tokens_T[t]} names an expert that is not there",
+            expected=f"ids of 0 to {p.config.n_routed_experts - 1}",
+            got=int(experts_TK[t, k]),
+            hint="were experts removed and this table left as it was?",
+        )
+    ordered_TK = np.sort(experts_TK, axis=1)
+    twice_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(axis=1)
+    if twice_T.any():
+        t = int(np.argmax(twice_T))
+        raise InventoryError(
+            f"tensor {name}: row {tokens_T[t]} names an expert twice",
+            expected=f"{experts_TK.shape[1]} distinct ids",
+            got=experts_TK[t].tolist(),
+            hint="was this table lost when the weights were saved?",
+        )
+    return experts_TK
 
 
 def _best(biased_TE: Array, K: int) -> Array:

@@ -543,6 +543,11 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
+    else:
+        # Floats to floats: what dequantize was asked for is the type that some have now, and F32 stays as it is.
+        kinds = [p.output.encoding for p in pieces if p.source.encoding != "f32" and p.output.encoding in FLOATS]
+        if kinds and not quantised:
+            config |= dict.fromkeys(("torch_dtype", "dtype"), DTYPE_NAMES[kinds[0]])
     has_tower = any(is_vision_name(weight.name) for weight in checkpoint.weights.values())
     keeps_tower = is_left_out(THE_MODEL, report) or any(is_vision_name(piece.source.name) for piece in pieces)
     if has_tower and not keeps_tower:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from dsv4convert.checkpoint.folder import open_folder
+from dsv4convert.containers.gguf import open_gguf
+from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import ConfigError
 from dsv4convert.formats.not_finite import count_not_finite
 from dsv4convert.model.config import parse_config
@@ -87,13 +89,30 @@ def test_a_routing_table_that_no_model_can_have_is_refused_by_every_command(
 def test_shards_with_such_a_table_are_refused_too(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     assert run_cli("shard", tiny, out, "--mp", "1", "--quiet").code == 0
-    from dsv4convert.containers.safetensors import read_header
-
     stored = read_header(out / "model0-mp1.safetensors")[TABLE]
     with stored.file.open("r+b") as file:
         file.seek(stored.offset)
         file.write(struct.pack("<2q", 1, 1))
     assert "row 0 names an expert twice" in run_cli("unshard", out, tmp_path / "u").error
+    ran = run_cli("forward", out, "--tokens", "5,0")
+    assert ran.code == 7
+    assert f"tensor {TABLE}: row 0 names an expert twice" in ran.error
+    assert run_cli("forward", out, "--tokens", "5,1").code == 0
+
+
+@pytest.mark.parametrize("wrong", [200, -1])
+def test_a_gguf_with_such_a_table_is_not_run(wrong: int, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    assert run_cli("hf-to-gguf", tiny, out, "--quiet").code == 0
+    stored = open_gguf(out).tensors["blk.0.ffn_gate_tid2eid.weight"]
+    with out.open("r+b") as file:
+        file.seek(stored.offset + 3 * 4 * stored.shape[1])
+        file.write(struct.pack("<i", wrong))
+    for command in (["forward", out], ["compare", tiny, out]):
+        ran = run_cli(*command, "--tokens", "5,3")
+        assert ran.code == 7, ran.err
+        assert f"tensor {TABLE}: row 3 names an expert that is not there" in ran.error
+        assert f"got {wrong}" in ran.error
 
 
 NAN_F32, INF_F32 = np.frombuffer(struct.pack("<2f", np.nan, np.inf), np.uint8).reshape(2, 4)
@@ -205,6 +224,24 @@ def test_a_preallocated_download_that_stopped_is_named(editable: MakeEditable, t
     assert any(note.startswith(f"{path.name} ends in zero bytes, did its download stop?") for note in notes)
 
 
+def test_zeros_at_the_end_begin_in_the_tensor_that_holds_them(editable: MakeEditable, tmp_path: Path) -> None:
+    """It may be one that nothing uses, here of a draft that is not whole: no sound tensor is blamed."""
+    source = editable(files=1).folder
+    path = source / "model.safetensors"
+    stored = read_header(path)
+    last = max(stored, key=lambda name: stored[name].offset)
+    assert last.startswith("mtp.0.")
+    begin = stored[last].offset
+    with path.open("r+b") as file:
+        file.seek(begin)
+        file.write(bytes(path.stat().st_size - begin))
+    assert path.stat().st_size - begin >= 4096
+    Rewritten(source).remove("mtp.0.ffn.gate.bias")
+    notes = json.loads(run_cli("hf-to-gguf", source, tmp_path / "a.gguf", "--dry-run", "--json").out)["notes"]
+    (tail,) = [note for note in notes if "ends in zero bytes" in note]
+    assert tail.endswith(f"They begin in the last 1 tensor: {last}")
+
+
 def test_a_sound_checkpoint_gives_no_such_note(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     for options in ({}, {"variant": "base"}, {"variant": "dspark"}, {"variant": "vision"}):
         source = make_checkpoint(**options)
@@ -223,6 +260,10 @@ def raw(tiny: Path) -> dict[str, Any]:
 
 YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
 DISAGREEMENTS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
+    "format of scales": (
+        {"scale_fmt": "float", "quantization_config": {"scale_fmt": "ue8m0"}},
+        ("scale_fmt", "quantization_config.scale_fmt"),
+    ),
     "rope factor": (
         {"rope_scaling": YARN, "rope_parameters": {"main": {}, "compress": {**YARN, "factor": 4}}},
         ("rope_scaling.factor", "rope_parameters.compress.factor"),
@@ -281,6 +322,8 @@ def test_a_ratio_of_one_is_no_compression_and_drafts_need_no_entry(raw: dict[str
     layers = raw["num_hidden_layers"]
     ratios = [ratio or 1 for ratio in raw["compress_ratios"][:layers]]
     assert parse_config(raw | {"compress_ratios": ratios}, "here") == parse_config(raw, "here")
+    both = raw | {"compress_ratios": ratios, "compress_rates": ratios}
+    assert parse_config(both, "here") == parse_config(raw, "here")
 
 
 def test_outputs_state_ratios_as_published(editable: MakeEditable, tmp_path: Path) -> None:
@@ -347,8 +390,15 @@ def test_a_draft_that_nobody_asks_for_does_not_block_the_trunk(editable: MakeEdi
         out = tmp_path / command[1]
         result = run_cli(command[0], source, out, "--json", *command[2:])
         assert result.code == 0, result.err
-        assert any(name in entry["reason"] for entry in json.loads(result.out)["dropped"])
+        said = json.loads(result.out)
+        assert any(name in entry["reason"] for entry in said["dropped"])
+        assert any("the draft's tensors are not used" in note for note in said["notes"])
+        assert not any("no tensor is of one" in note for note in said["notes"])
         assert run_cli("verify", source, out).code == 0
+    for command in (["forward", source, "--tokens", "1,2"], ["compare", source, source, "--tokens", "1,2"]):
+        assert run_cli(*command).code == 0, command
+    assert f"tensor {name} is missing" in run_cli("estimate", source).error
+    assert run_cli("estimate", source, "--draft", "drop").code == 0
 
 
 class Rewritten:
@@ -359,10 +409,11 @@ class Rewritten:
 
     def remove(self, name: str) -> None:
         """Take a tensor out of its file and of the index."""
-        index_path = self.folder / "model.safetensors.index.json"
-        index = json.loads(index_path.read_text())
-        path = self.folder / index["weight_map"].pop(name)
-        index_path.write_text(json.dumps(index))
+        path, index_path = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if index_path.is_file():
+            index = json.loads(index_path.read_text())
+            path = self.folder / index["weight_map"].pop(name)
+            index_path.write_text(json.dumps(index))
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         header, payload = json.loads(content[8 : 8 + length]), content[8 + length :]

@@ -144,4 +144,5 @@ def open_source(path: Path) -> WeightSource:
         return GgufSource(open_gguf(path))
     if is_shard_folder(path):
         return ShardSource(open_shards(path))
-    return HfSource(open_checked(path))
+    # Only --speculate runs a draft, and it looks itself whether there is one.
+    return HfSource(open_checked(path, draft_wanted=False))

@@ -89,7 +89,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str, di
         folder = tmp_path_factory.mktemp(f"case{i}") / name
         folder.mkdir()
         raw = json.loads((CONFIGS / f"{config}.json").read_text())
-        (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": vocab_size}))
+        sizes = {"vocab_size": vocab_size}
+        if "dspark_noise_token_id" in raw:
+            sizes["dspark_noise_token_id"] = vocab_size - 1
+        (folder / "config.json").write_text(json.dumps(raw | sizes))
         write_synth_tokenizer(folder, vocab_size, seed=i)
         if card:
             (folder / "README.md").write_text(card)

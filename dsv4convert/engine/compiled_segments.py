@@ -20,6 +20,7 @@ from ..formats.base import FP8_TILE, GROUP, Scratch, Tally
 from ..formats.compiled.segments import (
     MIN_BYTES,
     Control,
+    Elements,
     LongDigest,
     Making,
     OperandPlace,
@@ -30,7 +31,7 @@ from ..formats.mxfp4 import BLOCK_BYTES as MXFP4_BYTES
 from ..formats.not_finite import MAGNITUDES
 from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
 from .mappings import SHARERS, Mappings
-from .operations import COPY_TILE_BYTES, rows_per_tile
+from .operations import COPY_TILE_BYTES, FLOATS_OF_FILES, rows_per_tile
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 
 BYTES, F32 = "u1", "<f4"
@@ -83,7 +84,8 @@ class Recipe(NamedTuple):
     width: int = 1
     scales_are_f32: bool = False
     spare_bytes: int = 0  # for each row of the output
-    holds: str = ""
+    holds: str = ""  # what is looked for values that are not finite: the output, and each operand
+    operands_hold: tuple[str, ...] = ()
 
 
 def output_bytes(target: Target, columns: int) -> int | None:
@@ -108,7 +110,7 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
         case Columns(begin, end, holds) if 0 <= begin < end <= first.row_bytes and end - begin == row_bytes:
             return Recipe(Making.COLUMNS, row_bytes, height=begin, width=end, holds=holds)
         case Join(holds) if sum(operand.row_bytes for operand in operands) == row_bytes:
-            return Recipe(Making.JOIN, row_bytes, holds=holds)
+            return Recipe(Making.JOIN, row_bytes, operands_hold=holds)
         case Convert():
             return _conversion(operation, operands, row_bytes)
         case Fp4ToFp8Codes(side) if side == FP8_TILE and row_bytes % GROUP == 0:
@@ -128,7 +130,7 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
     if kind in _PLAIN:
         columns = element.row_bytes // _SOURCE_BYTES[source]
         fits = element.rows_per == 1 and row_bytes == output_bytes(operation.target, columns)
-        return Recipe(_PLAIN[kind], columns) if fits else None
+        return Recipe(_PLAIN[kind], columns, operands_hold=(FLOATS_OF_FILES[source],)) if fits else None
     if kind not in _SCALED or (operation.block is None and source == "fp8"):
         return None
     columns = element.row_bytes * (FP4_PER_BYTE if source == "fp4" else 1)
@@ -148,6 +150,11 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
     if not fits:
         return None
     return Recipe(_SCALED[kind], columns, height, width, scale_bytes > 1, scale.row_bytes if scale_bytes > 1 else 0)
+
+
+def _elements(holds: str) -> Elements:
+    kind = MAGNITUDES.get(holds)
+    return Elements() if kind is None else Elements(np.dtype(kind.dtype).itemsize, kind.least)
 
 
 class CompiledSegment:
@@ -179,8 +186,9 @@ class CompiledSegment:
         elif recipe.making is Making.FP4_TO_Q8_0:
             d = q8_0.fp4_tables()[1]
             self._set_tables(q8_0.fp4_multipliers(), d, q8_0.FP4_TABLE_FIRST_BYTE, q8_0.FP4_TABLE_LAST_BYTE)
-        if (elements := MAGNITUDES.get(recipe.holds)) is not None:
-            self._call.element_bytes, self._call.not_finite = np.dtype(elements.dtype).itemsize, elements.least
+        self._call.holds = _elements(recipe.holds)
+        for place, holds in zip(self._places, recipe.operands_hold, strict=bool(recipe.operands_hold)):
+            place.holds = _elements(holds)
 
     def _set_tables(self, multipliers: NDArray[Any], d: NDArray[Any], first: int, last: int) -> None:
         # The call has addresses only. A cache does not keep every array that it hands out: two threads that ask for a

@@ -94,7 +94,7 @@ KINDS: dict[str, tuple[Operation, list[Matrix], int]] = {
     **{f"copy of {holds}": (copy(holds), [(ordinary("fp8").reshape(-1, 1), 1)], 1) for holds in MAGNITUDES},
     "copy of bytes": (copy(), [(ordinary("fp8").reshape(-1, 1), 1)], 1),
     "columns": (Columns(32, 164, "BF16"), [(ordinary("bf16"), 1)], 132),
-    "join": (Join("F16"), [(ordinary("f16"), 1), (ordinary("f16", columns=32), 1)], 2 * (COLUMNS + 32)),
+    "join": (Join(("F16", "F16")), [(ordinary("f16"), 1), (ordinary("f16", columns=32), 1)], 2 * (COLUMNS + 32)),
     "fp4 to fp8 codes": (
         Fp4ToFp8Codes(128),
         [(ordinary("fp4"), 1), (ordinary("scale", ROWS // 128, 128 * GROUPS), 128)],
@@ -238,6 +238,25 @@ def test_a_tile_that_is_not_ordinary_is_made_in_python_and_the_others_are_not(
         assert sum(end - first for first, end in calls.ends) >= segment.rows // 3
     else:  # the formats that have no NaN, or whose bytes only move
         assert kind.startswith(("fp4 to mxfp4", "columns", "join"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("bf16", "f16", "f32", "columns", "join"))])
+def test_infinities_are_counted_as_in_python(kind: str, tmp_path: Path) -> None:
+    """A few in the middle of the first operand and at the end of the last; then NaN beside them."""
+    segment, operands = segment_of(kind, tmp_path)
+    dtype = operands[0].dtype
+    infinite, nan = {"<u2": (0x7F80, 0xFF81), "<f2": (np.inf, np.nan), "<f4": (-np.inf, np.nan)}[dtype.str]
+    middle = segment.rows // 2 * segment.operands[0].row_bytes + 64
+    _write(segment, 0, np.array([infinite] * 3, dtype).tobytes(), middle)
+    _write(segment, len(operands) - 1, np.array([infinite], dtype).tobytes(), operands[-1].nbytes - dtype.itemsize)
+    is_last_left_out = kind == "columns"
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    assert wanted[2].nan == 4 - is_last_left_out
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    _write(segment, 0, np.array([nan], dtype).tobytes(), middle)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    assert wanted[2].nan == 4 - is_last_left_out
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
 
 
 def _write(segment: Segment, number: int, content: bytes, at: int = 0) -> None:

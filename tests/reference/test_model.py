@@ -170,19 +170,24 @@ def test_fewer_layers_need_no_weight_of_the_others() -> None:
     assert trace["logits"].shape == (3, config.vocab_size)
 
 
-def test_an_expert_named_twice_for_a_token_counts_twice() -> None:
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([4, 4, 4], "row 7 names an expert twice"),
+        ([0, 1, 10**6], "row 7 names an expert that is not there"),
+        ([0, -1, 1], "row 7 names an expert that is not there"),
+    ],
+)
+def test_a_routing_table_that_no_model_can_have_is_refused(row: list[int], says: str) -> None:
     config = parse_config(random_config(0), "test")
     tensors = random_tensors(config, 36)
     table = "layers.0.ffn.gate.tid2eid"
     tensors[table] = tensors[table].copy()
-    tensors[table][7] = [4, 4, 4]
-    trace = dict(Model(DictSource(config, tensors), layers=1).activations([7]))
-    x = trace["layers.0.ffn.input"]
-    limit = config.swiglu_limit
-    w1, w2, w3 = (tensors[f"layers.0.ffn.experts.4.w{i}.weight"].astype(np.float64) for i in (1, 2, 3))
-    g, u = np.minimum(x @ w1.T, limit), np.clip(x @ w3.T, -limit, limit)
-    expected = (g / (1 + np.exp(-g)) * u * config.routed_scaling_factor) @ w2.T
-    np.testing.assert_allclose(trace["layers.0.ffn.routed"], expected, rtol=1e-4, atol=1e-5)
+    tensors[table][7] = row
+    model = Model(DictSource(config, tensors), layers=1)
+    with pytest.raises(InventoryError, match=f"tensor {table}: {says}"):
+        dict(model.activations([7]))
+    assert "layers.0.ffn.routed" in dict(model.activations([6]))
 
 
 @pytest.mark.parametrize(

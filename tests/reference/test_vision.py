@@ -205,9 +205,9 @@ def test_what_is_no_image_is_refused(model: Model, tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"vision_max_n_token": 3}, "vision_max_n_token: no room for an image: expected at least 4, got 3"),
-        ({"vision_min_pixels": None}, "vision_min_pixels : not a size of the vision tower"),
-        ({"vision_min_pixels": -1}, "vision_min_pixels : not a size of the vision tower"),
-        ({"vision_max_n_token": "many"}, "vision_max_n_token : not a size of the vision tower"),
+        ({"vision_min_pixels": None}, "vision_min_pixels: not a size of the vision tower"),
+        ({"vision_min_pixels": -1}, "vision_min_pixels: not a size of the vision tower"),
+        ({"vision_max_n_token": "many"}, "vision_max_n_token: not a size of the vision tower"),
         ({"vision_rope_theta": None}, "vision_rope_theta is missing or not a number"),
         ({"vision_max_wh_ratio": "wide"}, "vision_max_wh_ratio is missing or not a number"),
         ({"vision_max_wh_ratio": 0}, "vision_max_wh_ratio is missing or not a number"),

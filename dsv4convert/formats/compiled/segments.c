@@ -139,10 +139,16 @@ enum making {
 
 enum { NAN_COUNT, OVERFLOW_COUNT, UNDERFLOW_COUNT, CHANGED_COUNT, COUNTS };
 
+// The bytes of elements that are looked at, and the bits of one that is not finite; or 0.
+typedef struct {
+    i64 bytes, not_finite;
+} elements;
+
 // A matrix in a source, whose rows serve `rows_per` rows of the output each, and room for a tile of it.
 typedef struct {
     i64 descriptor, offset, row_bytes, rows_per;
     u8 *tile;
+    elements holds;
 } operand;
 
 // What a worker shares with the thread that watches it.
@@ -164,7 +170,7 @@ typedef struct {
     u8 *spare;           // for scales as bytes, or for scales that are not wanted
     const void *tables[2]; // multipliers and d of Q8_0, for the scale bytes from `first` to `last`
     i64 first, last;
-    i64 element_bytes, not_finite; // of copied elements that are looked at, and the bits of one that is not finite; or 0
+    elements holds; // of the output
     i64 counts[COUNTS];
     i64 zeros; // a bit for each operand: every byte of it is zero, as far as it was read
     xxh3 *checksum; // or NULL, where it is known
@@ -185,14 +191,14 @@ DEFINE_COUNT_NOT_FINITE(count_not_finite_8, u8, any_u8)
 DEFINE_COUNT_NOT_FINITE(count_not_finite_16, u16_at, any_u16)
 DEFINE_COUNT_NOT_FINITE(count_not_finite_32, u32_at, any_u32)
 
-static i64 count_not_finite(const segment *s, const u8 *bytes, i64 size) {
-    switch (s->element_bytes) {
+static i64 count_not_finite(elements holds, const u8 *bytes, i64 size) {
+    switch (holds.bytes) {
     case 1:
-        return count_not_finite_8(bytes, size, s->not_finite);
+        return count_not_finite_8(bytes, size, holds.not_finite);
     case 2:
-        return count_not_finite_16((const u16_at *)bytes, size / 2, s->not_finite);
+        return count_not_finite_16((const u16_at *)bytes, size / 2, holds.not_finite);
     case 4:
-        return count_not_finite_32((const u32_at *)bytes, size / 4, s->not_finite);
+        return count_not_finite_32((const u32_at *)bytes, size / 4, holds.not_finite);
     default:
         return 0;
     }
@@ -318,6 +324,7 @@ static i64 make_tile(const segment *s, i64 rows, i64 *counts) {
 // Writes the tile of the rows from `first` on, with its checksum and counts; returns whether it is done.
 static int write_tile(segment *s, i64 first, i64 rows) {
     i64 counts[COUNTS] = {0, 0, 0, 0}, size = rows * s->row_bytes, offset = s->offset + first * s->row_bytes;
+    i64 not_finite = 0;
     if (s->making == COPY_BYTES && !s->checksum && !s->mapping &&
         copy_in_kernel(s->operands[0].descriptor, s->operands[0].offset + first, s->output, offset, size))
         return 1;
@@ -328,6 +335,7 @@ static int write_tile(segment *s, i64 first, i64 rows) {
             return 0;
         if (s->zeros >> k & 1 && !is_zero(o->tile, (end - begin) * o->row_bytes))
             s->zeros ^= (i64)1 << k;
+        not_finite += count_not_finite(o->holds, o->tile, (end - begin) * o->row_bytes);
     }
     if (make_tile(s, rows, counts) == NEEDS_FALLBACK)
         return 0;
@@ -336,8 +344,9 @@ static int write_tile(segment *s, i64 first, i64 rows) {
         return 0;
     if (s->checksum) {
         xxh3_update(s->checksum, s->tile, size);
-        counts[NAN_COUNT] += count_not_finite(s, s->tile, size);
+        not_finite += count_not_finite(s->holds, s->tile, size);
     }
+    counts[NAN_COUNT] += not_finite;
     for (int i = 0; i < COUNTS; i++)
         s->counts[i] += counts[i];
     return 1;

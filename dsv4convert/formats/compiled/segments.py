@@ -52,6 +52,14 @@ class Control(ctypes.Structure):
     _fields_ = [("stopped", ctypes.c_int64), ("done_bytes", ctypes.c_int64)]
 
 
+class Elements(ctypes.Structure):
+    """The bytes of elements that are looked at, and the bits of one that is not finite; or 0."""
+
+    bytes: int
+    not_finite: int
+    _fields_ = [("bytes", ctypes.c_int64), ("not_finite", ctypes.c_int64)]
+
+
 class OperandPlace(ctypes.Structure):
     """A matrix in an open source, whose rows serve ``rows_per`` rows of the output each, and room for a tile of it."""
 
@@ -60,12 +68,14 @@ class OperandPlace(ctypes.Structure):
     row_bytes: int
     rows_per: int
     tile: int
+    holds: Elements
     _fields_ = [
         ("descriptor", ctypes.c_int64),
         ("offset", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
         ("rows_per", ctypes.c_int64),
         ("tile", ctypes.c_void_p),
+        ("holds", Elements),
     ]
 
 
@@ -90,8 +100,7 @@ class SegmentCall(ctypes.Structure):
     tables: Any
     first: int
     last: int
-    element_bytes: int
-    not_finite: int
+    holds: Elements
     counts: Any
     zeros: int
     checksum: Any
@@ -115,8 +124,7 @@ class SegmentCall(ctypes.Structure):
         ("tables", ctypes.c_void_p * 2),
         ("first", ctypes.c_int64),
         ("last", ctypes.c_int64),
-        ("element_bytes", ctypes.c_int64),
-        ("not_finite", ctypes.c_int64),
+        ("holds", Elements),
         ("counts", ctypes.c_int64 * 4),
         ("zeros", ctypes.c_int64),
         ("checksum", ctypes.c_void_p),

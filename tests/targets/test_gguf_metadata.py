@@ -352,7 +352,9 @@ def test_file_type_follows_the_experts(experts: str, number: int) -> None:
 
 def test_each_file_type_has_the_number_and_name_of_llama_cpp() -> None:
     theirs = {int(kind): kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType}
-    assert all(theirs[number] == name for number, name in FILE_TYPES.values())
+    # The newest is not in every release of gguf; whole files in it are compared with llama.cpp's elsewhere.
+    assert {kind for kind, (number, _) in FILE_TYPES.items() if number not in theirs} <= {"q2_0"}
+    assert all(theirs.get(number, name) == name for number, name in FILE_TYPES.values())
     assert FILE_TYPES.keys() >= set(QUANTISED)
 
 

@@ -25,7 +25,6 @@ COMMANDS = {
     "mend": (["mend", "--drop-draft"], "out", 256),
     "mend and rename": (["mend", "--rename", "transformers"], "out", 256),
     "mlx": (["mlx"], "out", 256),
-    "repack to nvfp4": (["repack", "--experts", "nvfp4"], "out", 300),
 }
 
 # The command line itself, on files of the true sizes that take no room: each worker really makes its

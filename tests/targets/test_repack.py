@@ -190,5 +190,5 @@ def test_fp8_experts_cannot_be_repacked(make_checkpoint: MakeCheckpoint, tmp_pat
 
 
 def test_another_type_of_experts_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--experts: unknown: expected fp8, got int8"):
+    with pytest.raises(UsageError, match="--experts: unknown: expected fp8 or nvfp4, got int8"):
         plan_repack(tiny, tmp_path / "out", experts="int8")

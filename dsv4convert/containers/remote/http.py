@@ -23,6 +23,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..json_object import parse_json_object
 from ..sources import CONNECTIONS, MAX_ATTEMPTS, RemoteFile, TransientError, Transport, wait_after
 from . import Listing, check_names
 
@@ -309,8 +310,7 @@ def _indexed(file: RemoteFile) -> list[str]:
         raise FileFormatError("too large", where=file.address, expected=f"at most {MAX_INDEX_BYTES} bytes")
     content = bytearray(file.size)
     file.read_into(0, memoryview(content))
-    try:
-        names = set(json.loads(content)["weight_map"].values())
-        return sorted(str(name) for name in names)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise FileFormatError("not an index of weights", where=file.address) from None
+    weight_map = parse_json_object(bytes(content), file.address, error=FileFormatError).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FileFormatError("not an index of weights", where=file.address)
+    return sorted(set(weight_map.values()))

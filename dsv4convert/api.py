@@ -169,7 +169,8 @@ def convert_gguf(
     target = None if out is None else Path(out)
     plan = plan_gguf(place, target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     plan = replace(plan, notes=(*notes, *plan.notes))
-    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    inputs = [Path(path) for path in (imatrix, recipe, ggml_lib) if path is not None]
+    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, inputs=inputs)
 
 
 def list_recipes(
@@ -545,10 +546,12 @@ def _carry_out(
     *,
     strict: bool = False,
     exact: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> Summary:
     """Carry out the plans of one model, or only tell what they would write and need.
 
-    ``strict`` refuses values that are not finite and tensors of zeros, ``exact`` values that change.
+    ``strict`` refuses values that are not finite and tensors of zeros, ``exact`` values that change. None of the
+    ``inputs``, files besides the source, may be written.
     """
     from .checkpoint.meaning import refuse_zeros, with_zeros
     from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run
@@ -573,6 +576,7 @@ def _carry_out(
         resume=resume,
         fresh=fresh,
         lock=lock,
+        inputs=inputs,
         progress=_of_total(progress, total),
         before_finish=refuse,
     )

@@ -17,7 +17,7 @@ import typer
 from .. import __version__
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError, UsageError, escape_control
 from .parsing import Commands, Option, raise_usage_error
-from .saying import errors_of_the_system, say, silence_stdout
+from .saying import drop_unsaid, errors_of_the_system, say, silence_stdout, watched_stdout
 
 PROGRAM = "dsv4convert"
 
@@ -142,6 +142,8 @@ def main() -> None:
             "this is a bug: please report it with the output of --debug"
         )
         sys.exit(INTERNAL_ERROR_CODE)
+    finally:
+        drop_unsaid()
 
 
 def run(arguments: list[str]) -> None:
@@ -157,7 +159,11 @@ def run(arguments: list[str]) -> None:
 
         sys.exit(shell_complete(app, {}, PROGRAM, COMPLETION_VARIABLE, instruction))
     try:
-        with errors_of_the_system(), app.make_context(PROGRAM, arguments or ["--help"]) as context:
+        with (
+            watched_stdout(),
+            errors_of_the_system(),
+            app.make_context(PROGRAM, arguments or ["--help"]) as context,
+        ):
             app.invoke(context)
     except typer.Exit as end:
         sys.exit(end.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 
-from ..errors import InputOutputError, OutputExistsError, UsageError, VerifyError, escape_control
+from ..errors import OutputExistsError, UsageError, VerifyError, escape_control
 from .options import LAYERS_METAVAR, json_option, overwrite_option
 from .parsing import (
     COMPARISON,
@@ -24,10 +25,12 @@ from .parsing import (
     command,
     option,
 )
+from .saying import report_before_verdict, say
 from .tables import Block, Table
 
 if TYPE_CHECKING:
     from ..checkpoint.tokenizer import Tokenizer
+    from ..engine.names import Identity
     from ..model.config import Version
     from ..reference import Model
     from ..reference.compare import Comparison, Difference
@@ -187,7 +190,7 @@ def forward(
         raise UsageError("--image and --goldens cannot be combined", hint="goldens record runs of token ids alone")
     if speculate and not generate:
         raise UsageError("--speculate needs --generate")
-    _check_new(logits, overwrite)
+    replaced = _check_new(logits, overwrite, path, tokenizer, chat, *images)
     # Weights are wanted once per run, but again for every generated token.
     model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
@@ -199,16 +202,19 @@ def forward(
     embedded = [embed_image(model.parameters, image) for image in images]
     if embedded:
         prompt, embedded = with_images(prompt, embedded, model.parameters)
+    room = model.config.max_position_embeddings - len(prompt) + 1
+    if generate > room:
+        raise UsageError("--generate: the context gets too long", expected=f"at most {room} tokens", got=generate)
     if goldens is not None:
         recorded_from = 0 if record_last is None else max(0, len(prompt) - record_last)
         count = write_goldens(goldens, model, prompt, recorded_from, overwrite=overwrite)
-        typer.echo(f"wrote {count} activations to {escape_control(str(goldens))}", err=True)
+        say(f"wrote {count} activations to {escape_control(str(goldens))}")
         if logits is None and not generate:
             return
     state = model.new_state()
     of_prompt = model.forward(prompt, state, images=embedded)
     if logits is not None:
-        _save(logits, of_prompt)
+        _save(logits, of_prompt, replaced)
     speculation = Speculation()
     if speculate:
         tokens_after = generate_speculatively(
@@ -233,10 +239,9 @@ def forward(
         if vocabulary is not None:
             typer.echo(escape_control(_text_of(continuation, vocabulary) or ""))
     if speculate:
-        typer.echo(
+        say(
             f"drafts: {speculation.accepted} of {speculation.drafted} guesses accepted"
-            f" in {speculation.steps} runs of the trunk",
-            err=True,
+            f" in {speculation.steps} runs of the trunk"
         )
 
 
@@ -271,6 +276,7 @@ def forward(
     help="Apply the tolerance to the median position instead of all positions.",
 )
 @option("--plot", type=PATH, metavar="FILE", panel=RESULT, help=".png file for a plot of the error by layer.")
+@overwrite_option
 @json_option
 def compare(
     a: Path,
@@ -286,6 +292,7 @@ def compare(
     tolerance: float,
     median: bool,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
@@ -294,27 +301,29 @@ def compare(
     from .tables import print_blocks
 
     asked = PromptOptions(tokens, text, chat, tokenizer, random, seed)
+    replaced = _check_new(plot, overwrite, a, b, tokenizer, chat)
     comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
     if plot is not None:
         from ..reference.plot import plot_errors
 
-        plot_errors(comparison, tolerance, plot)
+        plot_errors(comparison, tolerance, plot, replaced)
     beyond = comparison.first_beyond(tolerance, median)
-    if as_json:
-        print_json(
-            {
-                "a": str(a),
-                "b": str(b),
-                "tolerance": tolerance,
-                "by": "median position" if median else "all positions",
-                "within": beyond is None,
-                "first_beyond": None if beyond is None else beyond.name,
-                "worst": comparison.worst(median).name,
-                **comparison.as_json(),
-            }
-        )
-    else:
-        print_blocks(_describe(comparison))
+    with report_before_verdict(beyond is None):
+        if as_json:
+            print_json(
+                {
+                    "a": str(a),
+                    "b": str(b),
+                    "tolerance": tolerance,
+                    "by": "median position" if median else "all positions",
+                    "within": beyond is None,
+                    "first_beyond": None if beyond is None else beyond.name,
+                    "worst": comparison.worst(median).name,
+                    **comparison.as_json(),
+                }
+            )
+        else:
+            print_blocks(_describe(comparison))
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 
@@ -350,19 +359,38 @@ def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None, version: Version)
     return encode_chat(asked.chat, tokenizer, version) if asked.chat is not None else None
 
 
-def _check_new(path: Path | None, overwrite: bool) -> None:
-    if path is not None and path.exists() and not overwrite:
+def _check_new(path: Path | None, overwrite: bool, *inputs: Path | None) -> Identity | None:
+    """Return what is replaced at the path of a result, having checked that it may be.
+
+    Raises:
+        OutputExistsError: something is there, and ``overwrite`` is false or it is no file.
+        UsageError: it is one of the inputs.
+    """
+    from ..engine.conversion import check_inputs_stay
+    from ..engine.names import Identity, check_file_can_be_replaced
+    from ..engine.outputs import partial_path
+
+    if path is None:
+        return None
+    if os.path.lexists(path) and not overwrite:
         raise OutputExistsError("already exists", where=path, hint="pass --overwrite to replace the file")
+    if os.path.lexists(path) and not path.is_file():
+        raise OutputExistsError("already exists and is not a file", where=path, hint="choose another name")
+    check_inputs_stay(filter(None, inputs), (path, partial_path(path)))
+    check_file_can_be_replaced(path)
+    return Identity.of(path)
 
 
-def _save(path: Path, logits: Array) -> None:
+def _save(path: Path, logits: Array, replaced: Identity | None) -> None:
+    import io
+
     import numpy as np
 
-    try:
-        with path.open("wb") as file:
-            np.save(file, logits)
-    except OSError as error:
-        raise InputOutputError(f"cannot be written ({error.strerror})", where=path) from None
+    from ..engine.outputs import write_file
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(logits))
+    write_file(path, (header.getvalue(), np.ascontiguousarray(logits).data.cast("B")), replaced)
 
 
 # ---- what forward prints ------------------------------------------------------------------------------
@@ -453,6 +481,9 @@ def _comparison_prompt(model: Model, path: Path, asked: PromptOptions) -> list[i
         return prompt
     if prompt is not None:
         raise UsageError("--random cannot be combined with another prompt", hint="pass only one of them")
+    most = model.config.max_position_embeddings
+    if asked.random > most:
+        raise UsageError("--random: the prompt is too long", expected=f"at most {most} tokens", got=asked.random)
     import numpy as np
 
     return [int(token) for token in np.random.default_rng(asked.seed).integers(0, vocab_size, asked.random)]

@@ -90,9 +90,8 @@ def imatrix(
     """Collect activation statistics on a text: an importance matrix for low-bit types."""
     from ..api import imatrix as collect
     from .report import print_json, progress_display
-    from .saying import report_of_done_work, unimportant
+    from .saying import report_of_done_work
 
-    lost: list[str] = []
     with progress_display(quiet or as_json, "collecting") as progress:
         summary = collect(
             model,
@@ -105,7 +104,7 @@ def imatrix(
             tokenizer=tokenizer,
             device=device,
             overwrite=overwrite,
-            progress=None if progress is None else unimportant(progress, lost),
+            progress=progress,
         )
     if quiet and not as_json:
         return
@@ -113,10 +112,10 @@ def imatrix(
         if as_json:
             print_json(summary.as_json())
         else:
-            _print_summary(summary, lost)
+            _print_summary(summary)
 
 
-def _print_summary(summary: ImatrixSummary, notes: list[str]) -> None:
+def _print_summary(summary: ImatrixSummary) -> None:
     from .report import human_bytes, human_seconds
 
     typer.echo(f"wrote {escape_control(summary.path)}  {human_bytes(summary.bytes)}")
@@ -127,9 +126,7 @@ def _print_summary(summary: ImatrixSummary, notes: list[str]) -> None:
     if summary.experts_without_tokens:
         count = sum(len(experts) for _, experts in summary.experts_without_tokens)
         layers = len(summary.experts_without_tokens)
-        notes = [*notes, f"{count} experts in {layers} layers met no token (see --json); a longer text may reach them"]
-    for note in notes:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {count} experts in {layers} layers met no token (see --json); a longer text may reach them")
     typer.echo(
         f"{human_seconds(summary.seconds)} on {summary.device}, peak memory {human_bytes(summary.peak_memory_bytes)}"
     )

@@ -6,14 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from ..errors import escape_control
+from ..errors import ReportError, escape_control
 from ..html_report.figures import human_bytes as human_bytes
 from ..html_report.figures import human_seconds as human_seconds
 from .options import RunOptions
@@ -40,14 +39,22 @@ def print_json(document: Any) -> None:
 
 @contextmanager
 def progress_display(quiet: bool, what: str = "converting") -> Iterator[Progress | None]:
-    """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr."""
+    """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr.
+
+    What cannot be shown never ends the work: it is dropped, and noted once when the work is done.
+    """
     if quiet or sys.stderr is None:
         yield None
-    elif sys.stderr.isatty():
+        return
+    lost: list[str] = []
+    if sys.stderr.isatty():
         with _bar(what) as update:
-            yield update
+            yield unimportant(update, lost)
     else:
-        yield _plain_lines()
+        yield unimportant(_plain_lines(), lost)
+    with suppress(ReportError):  # the summary that follows says so too
+        for note in lost:
+            typer.echo(f"note: {note}")
 
 
 @contextmanager
@@ -69,9 +76,16 @@ def _bar(what: str) -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    # Drawn by the calls alone, and by no thread of its own, whose errors nobody would hear of.
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+    task = bar.add_task(what, total=None)
+    with suppress(OSError, ValueError):
+        bar.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+    finally:
+        with suppress(OSError, ValueError):
+            bar.stop()
 
 
 def _plain_lines() -> Progress:
@@ -157,7 +171,6 @@ def run_conversion(
     convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
 ) -> SummaryT:
     """Call a conversion of the API with progress, and print its summary, or what a dry run found."""
-    lost: list[str] = []
     with progress_display(run.quiet or run.as_json or run.dry_run) as progress:
         summary = convert(
             source,
@@ -167,12 +180,11 @@ def run_conversion(
             resume=run.resume,
             fresh=run.fresh,
             dry_run=run.dry_run,
-            progress=None if progress is None else unimportant(progress, lost),
+            progress=progress,
             lock=not run.no_lock,
             cache=run.cache,
             **options,
         )
-    summary = replace(summary, notes=(*summary.notes, *lost))
     if run.quiet and not run.as_json and summary.dry_run is None:
         return summary
     with report_of_done_work():

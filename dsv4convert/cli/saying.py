@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from ..errors import (
     Dsv4Error,
@@ -32,28 +33,115 @@ def say(line: str) -> None:
 
 def silence_stdout() -> None:
     """Keep Python from writing into a closed or full stdout when it exits."""
+    _silence(sys.stdout)
+
+
+def drop_unsaid() -> None:
+    """Drop what stderr did not take: Python would try again when it exits, and change the exit code."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
+
+
+class _Told:
+    """A stdout whose failures are errors of ours, whichever command writes to it, and however.
+
+    Once one write failed, all do: somebody may have caught the first error, and part of a report is none.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._lost: ReportError | None = None
+
+    def write(self, text: str) -> int:
+        """Write, or say that the report could not be told."""
+        if text == "":  # a probe, of what kind of stream this is
+            return 0
+        if self._stream is None:
+            raise ReportError("the work is done, and stdout is closed: its report cannot be told", hint="use --quiet")
+        with self._failures():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, or say that the report could not be told."""
+        if self._stream is not None:
+            with self._failures():
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+        return self._stream is not None and self._stream.isatty()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn what stdout refuses into one of our errors; a reader that has enough is none.
+
+        Raises:
+            ReportError: stdout is closed or full.
+        """
+        if self._lost is not None:
+            raise self._lost
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError) as error:
+            silence_stdout()
+            reason = error.strerror if isinstance(error, OSError) else error
+            self._lost = ReportError(f"the work is done, and its report could not be written to stdout ({reason})")
+            raise self._lost from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def watched_stdout() -> Iterator[None]:
+    """Let every write to stdout in this context that fails raise ReportError; see ``_Told``."""
+    real = sys.stdout
+    sys.stdout = cast("TextIO", _Told(real))
+    try:
+        yield
+        if real is not None:
+            sys.stdout.flush()
+    finally:
+        sys.stdout = real
 
 
 @contextlib.contextmanager
 def report_of_done_work() -> Iterator[None]:
-    """Tell of work that is done: where stdout cannot take the words, the work stays done and the exit code says so.
+    """Tell of work that is done: it stays done where its reader has gone, and the exit code says so.
 
     Raises:
-        ReportError: stdout is closed or full, or nobody reads it.
+        ReportError: nobody reads stdout.
     """
-    if sys.stdout is None:
-        raise ReportError("the work is done, and stdout is closed: its report cannot be told", hint="use --quiet")
     try:
         yield
         sys.stdout.flush()
-    except (OSError, ValueError) as error:
+    except BrokenPipeError as error:
         silence_stdout()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ReportError(f"the work is done, and its report could not be written to stdout ({reason})") from None
+        raise ReportError(
+            f"the work is done, and its report could not be written to stdout ({error.strerror})"
+        ) from None
+
+
+@contextlib.contextmanager
+def report_before_verdict(ok: bool) -> Iterator[None]:
+    """Tell what a check found; where that is wrong, an error follows on stderr and counts more than a lost report."""
+    try:
+        yield
+    except (ReportError, BrokenPipeError):
+        if ok:
+            raise
 
 
 def unimportant(update: Callable[[int, int], None], lost: list[str]) -> Callable[[int, int], None]:

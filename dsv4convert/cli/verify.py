@@ -12,6 +12,7 @@ from ..errors import UsageError, VerifyError, escape_control
 from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
+from .saying import report_before_verdict
 from .tables import Block, Table
 
 if TYPE_CHECKING:
@@ -128,10 +129,11 @@ def verify(
             progress=progress,
         )
     write_page(report, "verify", out, found.as_json(), overwrite=overwrite_page)
-    if as_json:
-        print_json(found.as_json())
-    elif not quiet:
-        print_blocks(describe(found))
+    with report_before_verdict(found.ok):
+        if as_json:
+            print_json(found.as_json())
+        elif not quiet:
+            print_blocks(describe(found))
     if not found.ok:
         first = found.problems[0]
         more = f" (and {len(found.problems) - 1} more problems)" if found.problems[1:] else ""
@@ -148,21 +150,24 @@ def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
 
     with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_manifest(output, progress=progress)
-    if as_json:
-        print_json(
-            {
-                "verdict": "ok" if found.ok else "differs",
-                "output": str(output),
-                "files": found.files,
-                "tensors": found.tensors,
-                "bytes": found.nbytes,
-                "mismatches": [{"file": m.file, "tensor": m.tensor, "what": m.what} for m in found.mismatches],
-            }
-        )
-    elif not quiet:
-        typer.echo(f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest")
-        for mismatch in found.mismatches[:MAX_LISTED]:
-            typer.echo(escape_control(str(mismatch)))
+    with report_before_verdict(found.ok):
+        if as_json:
+            print_json(
+                {
+                    "verdict": "ok" if found.ok else "differs",
+                    "output": str(output),
+                    "files": found.files,
+                    "tensors": found.tensors,
+                    "bytes": found.nbytes,
+                    "mismatches": [{"file": m.file, "tensor": m.tensor, "what": m.what} for m in found.mismatches],
+                }
+            )
+        elif not quiet:
+            typer.echo(
+                f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest"
+            )
+            for mismatch in found.mismatches[:MAX_LISTED]:
+                typer.echo(escape_control(str(mismatch)))
     if not found.ok:
         raise VerifyError(f"the output differs from the manifest: {found.mismatches[0]}", where=output)
     if not as_json and not quiet:

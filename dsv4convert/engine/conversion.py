@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -85,12 +85,14 @@ def execute(
     before_finish: Callable[[RunReport], None] | None = None,
     record_seconds: float = RECORD_SECONDS,
     lock: bool = True,
+    inputs: Iterable[Path] = (),
 ) -> Summary:
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
     The finished output comes with a manifest of checksums. A run that ends early, however it ends,
     leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
-    ``lock`` False leaves out the locks, for file systems where even a lock file fails.
+    ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
+    plan was made with besides its source; none of them may be written either.
 
     Raises:
         UsageError: ``resume`` with ``fresh``, or an output that is a file of the source.
@@ -111,7 +113,7 @@ def execute(
     outputs.look()
     path, manifest = journal_path(plan), manifest_path(plan)
     fingerprint = fingerprint_of(plan)
-    if _is_finished(plan, outputs, fingerprint, overwrite=overwrite, resume=resume):
+    if _is_finished(plan, outputs, fingerprint, inputs, overwrite=overwrite, resume=resume):
         return summarize_finished(plan, threads)
     with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
         if journal.is_new:
@@ -163,17 +165,27 @@ def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
     return summarize(plan, done)
 
 
-def _is_finished(plan: Plan, outputs: Outputs, fingerprint: dict[str, Any], *, overwrite: bool, resume: bool) -> bool:
+def _is_finished(
+    plan: Plan,
+    outputs: Outputs,
+    fingerprint: dict[str, Any],
+    inputs: Iterable[Path],
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> bool:
     """Return whether there is nothing to do for ``resume``, having made sure that nothing is replaced unasked.
 
     Raises:
-        UsageError: the output would replace a file of the source.
+        UsageError: the output would replace a file of the source, or another input.
         OutputExistsError: an output is there, and ``overwrite`` is false.
+        ResumeError: the output is finished, and unfinished work without a journal lies next to it.
     """
-    check_sources_stay(plan, fingerprint, outputs)
+    check_sources_stay(plan, fingerprint, outputs, inputs)
     check_claimed(manifest_path(plan))
     if not os.path.lexists(journal_path(plan)):
         if resume and finished_before(plan, fingerprint):
+            outputs.check_no_work()  # of a run with --overwrite that was killed as it began anew
             return True
         outputs.check_absent(overwrite)
     check_replaceable(manifest_path(plan))
@@ -198,6 +210,7 @@ def execute_in_turn(
     progress: Callable[[int], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     lock: bool = True,
+    inputs: Sequence[Path] = (),
 ) -> Summary:
     """Carry out plans one after another, and sum them up as one; see ``execute`` for the options.
 
@@ -208,7 +221,7 @@ def execute_in_turn(
         Dsv4Error: as for ``execute``.
     """
     if len(plans) > 1:
-        _check_all(plans, overwrite=overwrite, resume=resume, fresh=fresh, lock=lock)
+        _check_all(plans, inputs, overwrite=overwrite, resume=resume, fresh=fresh, lock=lock)
     summaries: list[Summary] = []
     before = 0
     for plan in plans:
@@ -221,6 +234,7 @@ def execute_in_turn(
             progress=None if progress is None else partial(_add_up, progress, before),
             before_finish=before_finish,
             lock=lock,
+            inputs=inputs,
         )
         summaries.append(summary)
         before += plan.nbytes
@@ -231,7 +245,9 @@ def _add_up(progress: Callable[[int], None], before: int, done: int) -> None:
     progress(before + done)
 
 
-def _check_all(plans: Sequence[Plan], *, overwrite: bool, resume: bool, fresh: bool, lock: bool) -> None:
+def _check_all(
+    plans: Sequence[Plan], inputs: Sequence[Path], *, overwrite: bool, resume: bool, fresh: bool, lock: bool
+) -> None:
     """Check of every plan what can be checked before the first one runs.
 
     Raises:
@@ -241,7 +257,7 @@ def _check_all(plans: Sequence[Plan], *, overwrite: bool, resume: bool, fresh: b
     for plan in plans:
         outputs = outputs_of(plan, lock=lock)
         outputs.look()
-        if _is_finished(plan, outputs, fingerprint_of(plan), overwrite=overwrite, resume=resume):
+        if _is_finished(plan, outputs, fingerprint_of(plan), inputs, overwrite=overwrite, resume=resume):
             continue
         if not (resume or fresh):
             if os.path.lexists(journal_path(plan)):
@@ -303,32 +319,43 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[st
     journal.note_inodes(outputs.inodes())
 
 
-def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs) -> None:
-    """Check that no name that the run writes, renames or removes stands for a file of the source.
+def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs, inputs: Iterable[Path] = ()) -> None:
+    """Check that no name that the run writes, renames or removes stands for a file of the source, or another input.
 
-    Links are followed on both sides, and files compared by device and inode. A folder's files are only made and
-    unlinked: another hard link of a source's file, as an older output may hold, leaves that file as it is.
+    A folder's files are only made and unlinked: another hard link of a source's file, as an older output may hold,
+    leaves that file as it is.
 
     Raises:
         UsageError: one does.
         InputOutputError: the source cannot be looked at.
     """
-    sources = [plan.source / name for name in fingerprint["source"]]
-    with os_errors(plan.source, "read"):
-        if plan.source.is_dir():
-            sources += plan.source.iterdir()
-    inputs: dict[tuple[int, int], list[Path]] = {}
-    for path in sources:
-        status = _status(path)
-        if status is not None:
-            inputs.setdefault((status.st_dev, status.st_ino), []).append(path)
     manifest = manifest_path(plan)
     written = [*plan.final_paths(), *outputs.temporary(), *outputs.paths, journal_path(plan), manifest]
     written += [partial_path(manifest), replaced_path(plan.output_path()), trial_path(plan.output_path())]
     unlinked = {*plan.final_paths(), *outputs.paths} if plan.is_folder else set()
+    sources = (plan.source, *(plan.source / name for name in fingerprint["source"]))
+    check_inputs_stay((*sources, *inputs), written, unlinked)
+
+
+def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked: Collection[Path] = ()) -> None:
+    """Check that no name that is written stands for an input, or for a file in a folder that is one.
+
+    Links are followed on both sides, and files compared by device and inode; ``unlinked`` names lose their link alone,
+    so another name of an input may be among them.
+
+    Raises:
+        UsageError: one does.
+        InputOutputError: an input cannot be looked at.
+    """
+    known: dict[tuple[int, int], list[Path]] = {}
+    for given in inputs:
+        with os_errors(given, "read"):
+            for path in (given, *(given.iterdir() if given.is_dir() else ())):
+                if (status := _status(path)) is not None:
+                    known.setdefault((status.st_dev, status.st_ino), []).append(path)
     for path in written:
         status = _status(path)
-        found = [] if status is None else inputs.get((status.st_dev, status.st_ino), [])
+        found = [] if status is None else known.get((status.st_dev, status.st_ino), [])
         source = next((source for source in found if path not in unlinked or _is_same_entry(path, source)), None)
         if source is not None:
             raise UsageError(

@@ -27,7 +27,7 @@ from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .names import Identity, check_file_can_be_replaced, remove_known
-from .outputs import open_file, os_errors, partial_path, sync_folder, take_final_name, write_all
+from .outputs import open_file, os_errors, partial_path, write_file
 from .run import RunReport
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -184,20 +184,9 @@ def write_manifest(path: Path, plan: Plan, report: RunReport, fingerprint: Mappi
     """
     partial = partial_path(path)
     old, leftover = _claimed(path), _claimed(partial)
-    with os_errors(path, "written"):
+    with os_errors(partial, "removed"):
         remove_known(partial, leftover)
-        descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            position = 0
-            for lines in _batches(manifest_text(plan, report, fingerprint)):
-                write_all(descriptor, memoryview(lines), position)
-                position += len(lines)
-            os.fsync(descriptor)
-            take_final_name(partial, path, descriptor, old)
-        finally:
-            os.close(descriptor)
-        remove_known(partial, old)
-    sync_folder(path.parent)
+    write_file(path, _batches(manifest_text(plan, report, fingerprint)), old)
 
 
 def _batches(pieces: Iterator[str]) -> Iterator[bytes]:

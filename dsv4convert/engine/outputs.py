@@ -16,11 +16,19 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import FileFormatError, InputOutputError, LockedError, OutputExistsError, ResumeError, SpaceError
+from ..errors import (
+    FileFormatError,
+    InputOutputError,
+    LockedError,
+    OutputExistsError,
+    ResumeError,
+    SpaceError,
+    UsageError,
+)
 from ..plan import Plan
 from .links import COPY, HARD_LINK, REFLINK, can_share, hard_link, reflink
 from .locks import try_lock
@@ -63,7 +71,13 @@ OPEN_FILES_PER_WORKER = 24
 
 
 def partial_path(path: Path) -> Path:
-    """Return the temporary name of ``path``, beside it."""
+    """Return the temporary name of ``path``, beside it.
+
+    Raises:
+        UsageError: ``path`` has no name, as the current folder has none.
+    """
+    if not path.name:
+        raise UsageError("the output has no name", where=path, hint="give the name of a file or a folder")
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
@@ -979,6 +993,35 @@ def take_final_name(path: Path, final: Path, descriptor: int, old: Identity | No
         raise appeared(final) from None
     except FileNotFoundError:
         raise swapped(path) from None
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], replaced: Identity | None) -> None:
+    """Write a file that appears under its name whole and durable, in place of what it replaces, if anything.
+
+    Raises:
+        OutputExistsError: something else has its name, or its temporary name.
+        SpaceError, InputOutputError: the system refused.
+    """
+    partial = partial_path(path)
+    with os_errors(path, "written"):
+        try:
+            descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            raise OutputExistsError("already exists", where=partial, hint="move that file away") from None
+        try:
+            position = 0
+            for piece in pieces:
+                write_all(descriptor, memoryview(piece), position)
+                position += memoryview(piece).nbytes
+            os.fsync(descriptor)
+            take_final_name(partial, path, descriptor, replaced)
+        except BaseException:
+            remove_known(partial, descriptor)
+            raise
+        finally:
+            os.close(descriptor)
+        remove_known(partial, replaced)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..engine.names import Identity
 from ..reference.plot import new_figure, save_figure
 
 GIGA = 1e9
@@ -35,7 +36,8 @@ def plot_estimate(
 
     Raises:
         DeviceError: matplotlib is not installed.
-        InputOutputError: the picture cannot be written.
+        UsageError: the suffix of the name is no picture format.
+        OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
     figure = new_figure(12 if times else 7)
     left, *rest = figure.subplots(1, 2 if times else 1, squeeze=False)[0]
@@ -58,4 +60,4 @@ def plot_estimate(
         axes.set_title("decoding")
         axes.legend()
     figure.suptitle(title)
-    save_figure(figure, path)
+    save_figure(figure, path, Identity.of(path))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from ..errors import DeviceError, InputOutputError
+from ..engine.names import Identity
+from ..engine.outputs import write_file
+from ..errors import DeviceError, UsageError
 from .compare import Comparison
 
 # What is worth a line each: the input, what either sublayer adds, and the streams after the layer.
@@ -25,24 +28,28 @@ def new_figure(width: float) -> Any:
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as the picture that the suffix of ``path`` says.
+def save_figure(figure: Any, path: Path, replaced: Identity | None) -> None:
+    """Write a figure as the picture that the suffix of ``path`` says, in place of ``replaced``.
 
     Raises:
-        InputOutputError: it cannot be written.
+        UsageError: the suffix of the name is no picture format.
+        OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
+    picture = io.BytesIO()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture format
-        raise InputOutputError(f"cannot be written ({error})", where=path) from None
+        figure.savefig(picture, format=path.suffix[1:] or "png")
+    except ValueError as error:
+        raise UsageError(f"not a picture format ({error})", where=path, hint="use a name that ends in .png") from None
+    write_file(path, (picture.getvalue(),), replaced)
 
 
-def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
-    """Write a picture of the relative RMSE by layer, one line per sub-block, to ``path``.
+def plot_errors(comparison: Comparison, tolerance: float, path: Path, replaced: Identity | None = None) -> None:
+    """Write a picture of the relative RMSE by layer, one line per sub-block, to ``path``, in place of ``replaced``.
 
     Raises:
         DeviceError: matplotlib is not installed.
-        InputOutputError: the picture cannot be written.
+        UsageError: the suffix of the name is no picture format.
+        OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
     figure = new_figure(8)
     from matplotlib.ticker import MaxNLocator
@@ -62,4 +69,4 @@ def plot_errors(comparison: Comparison, tolerance: float, path: Path) -> None:
     axes.set_ylabel("relative RMSE")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    save_figure(figure, path)
+    save_figure(figure, path, replaced)

@@ -82,9 +82,13 @@ def encode_text(text: str, tokenizer: Tokenizer | None) -> list[int]:
     """Return the ids of ``text``, with a begin-of-sentence token where the tokenizer adds one.
 
     Raises:
-        UsageError: there is no tokenizer that can encode.
+        UsageError: there is no tokenizer that can encode, or the text is not UTF-8.
         DeviceError, TokenizerError: as for ``Tokenizer.encode``.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("the text is not UTF-8", hint="check the encoding of the terminal") from None
     if tokenizer is None or tokenizer.path.name != TOKENIZER_NAME:
         raise UsageError(
             f"{TOKENIZER_NAME} is missing",

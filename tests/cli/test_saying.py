@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from dsv4convert.errors import InputMissingError, ReportError, VerifyError
+
 from ..command_line import run_cli
+from ..engine.restricted import heed_permissions
+from .walk import program
 
-REPORT, NOTE = 17, "progress could not be shown"
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h and linux/capability.h
-
-
-def program(*arguments: object, shell: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a shell that closes or fills its outputs."""
-    words = " ".join(f"'{word}'" for word in (sys.executable, "-m", "dsv4convert", *map(str, arguments)))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        ["bash", "-c", shell.format(words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        cwd=cwd,
-        **options,
-    )
+REPORT, NOTE = ReportError.exit_code, "progress could not be shown"
 
 
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
     ("shell", "code"),
     [
@@ -45,7 +28,10 @@ def program(*arguments: object, shell: str, cwd: Path, **options: Any) -> subpro
         pytest.param("{} >/dev/full 2>/dev/full", REPORT, id="both full"),
     ],
 )
-def test_the_work_is_done_whoever_cannot_be_told(tiny: Path, tmp_path: Path, shell: str, code: int) -> None:
+def test_the_work_is_done_whoever_cannot_be_told(
+    tiny: Path, tmp_path: Path, shell: str, code: int, buffered: bool
+) -> None:
+    shell = shell if buffered else f"export PYTHONUNBUFFERED=1; {shell}"
     done = program("hf-to-gguf", tiny, tmp_path / "model.gguf", shell=shell, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "model.gguf.manifest.json"]
@@ -77,113 +63,63 @@ def test_progress_that_cannot_be_written_is_dropped_and_noted(
     assert len(calls) == 1
 
 
-# ---- what the system refuses of a user's input
-
-COMMANDS: dict[str, list[str]] = {
-    "hf-to-gguf": ["{path}", "{out}.gguf"],
-    "shard": ["{path}", "{out}", "--mp", "2"],
-    "unshard": ["{path}", "{out}"],
-    "dequantize": ["{path}", "{out}"],
-    "repack": ["{path}", "{out}", "--experts", "fp8"],
-    "requantize": ["{path}", "{out}"],
-    "mend": ["{path}", "{out}", "--reindex"],
-    "mlx": ["{path}", "{out}"],
-    "verify": ["{tiny}", "{path}"],
-    "inspect": ["{path}"],
-    "estimate": ["{path}"],
-    "forward": ["{path}", "--tokens", "1,2"],
-    "compare": ["{tiny}", "{path}", "--tokens", "1,2"],
-    "synth": ["{path}/below"],
-}
+def test_a_difference_counts_more_than_a_report_that_cannot_be_told(tiny: Path, tmp_path: Path) -> None:
+    gguf = tmp_path / "model.gguf"
+    assert run_cli("hf-to-gguf", tiny, gguf).code == 0
+    with gguf.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    for words in (("verify", tiny, gguf), ("verify", gguf, "--manifest")):
+        done = program(*words, shell="{} >/dev/full", cwd=tmp_path)
+        assert done.returncode == VerifyError.exit_code
+        assert "differs from the" in done.stderr
 
 
-def arguments(command: str, path: str, tiny: Path, out: str) -> list[str]:
-    return [command, *(word.format(path=path, tiny=tiny, out=out) for word in COMMANDS[command])]
+# ---- results beside an output
 
 
-PATHS = {
-    "too long": "n" * 300,
-    "a NUL": "a\0b",
-    "half a surrogate pair": "a\udc80b",
-    "no such folder": "nowhere/at/all",
-    "a file for a folder": "/proc/self/status/model",
-    "a loop of links": "loop",
-}
+def test_results_replace_no_input_and_no_older_file_unasked(tiny: Path, tmp_path: Path) -> None:
+    chat, plot, older = tmp_path / "chat.json", tmp_path / "plot.png", tmp_path / "logits.npy"
+    text = '[{"role": "user", "content": "hi"}]'
+    chat.write_text(text)
+    for words in (("forward", tiny, "--chat", chat, "--logits", chat, "--overwrite"),
+                  ("compare", tiny, tiny, "--chat", chat, "--plot", chat, "--overwrite")):  # fmt: skip
+        assert "the output would replace a file of the source" in run_cli(*words).error
+    assert chat.read_text() == text
+    for path, words in ((older, ("forward", tiny, "--logits")), (plot, ("compare", tiny, tiny, "--plot"))):
+        path.write_text("three years of work")
+        error = run_cli(*words, path, "--tokens", "1,2").error
+        assert f"{path}: already exists; pass --overwrite" in error
+        assert path.read_text() == "three years of work"
+        assert run_cli(*words, path, "--tokens", "1,2", "--overwrite").code == 0
+        assert path.read_bytes()[1:6] in (b"NUMPY", b"PNG\r\n")
+        assert sorted(tmp_path.glob(f"{path.name}*")) == [path]
 
 
-@pytest.mark.parametrize("kind", PATHS)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_paths_that_cannot_be_are_one_line(
-    command: str, kind: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "loop").symlink_to("loop")
-    source = shutil.copytree(tiny, tmp_path / "source")  # since synth writes below it
-    for result in (
-        run_cli(*arguments(command, PATHS[kind], tiny, "out")),
-        run_cli(*arguments(command, str(source), tiny, PATHS[kind])),
-    ):
-        # Linux takes any bytes but NUL and / in a name, so some of these are outputs like others.
-        assert result.code == 0 or result.error
-        assert result.code < 70
-    assert run_cli(*arguments(command, PATHS["a NUL"], tiny, "out")).code > 0
+def test_an_importance_matrix_is_no_place_for_the_conversion(tiny: Path, tmp_path: Path) -> None:
+    matrix, text = tmp_path / "imatrix.gguf", tmp_path / "text"
+    text.write_text("the cat sat on the mat " * 20)
+    assert run_cli("imatrix", tiny, "--text", text, "-o", matrix, "--context-size", "8", "--chunks", "1").code == 0
+    before = matrix.read_bytes()
+    error = run_cli("hf-to-gguf", tiny, matrix, "--imatrix", matrix, "--overwrite").error
+    assert "the output would replace a file of the source" in error
+    assert matrix.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_current_folder_that_is_gone_is_one_line(command: str, tiny: Path, tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    words = arguments(command, "model", tiny, "out")
-    done = program(*words, shell=f"cd '{gone}' && rmdir '{gone}' && {{}}", cwd=tmp_path)
-    assert 0 < done.returncode < 70, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+# ---- what the system refuses of a user's input; ``test_every_command`` has all commands and all kinds
 
 
-def heed_permissions() -> None:
-    """Take from root, in a child and what it runs, the capabilities that open every folder."""
-    if os.geteuid() == 0:
-        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-            assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability) == 0
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_folders_that_may_not_be_entered_are_one_line(command: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_entered_is_named(tiny: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     shutil.copytree(tiny, locked)
     locked.chmod(0)
-    words = arguments(command, str(locked), tiny, str(tmp_path / "out"))
+    words = ["hf-to-gguf", locked, tmp_path / "out.gguf"]
     done = program(*words, shell="{}", cwd=Path("/"), preexec_fn=heed_permissions)
     locked.chmod(0o700)
-    assert 0 < done.returncode < 70, done.stderr
-    assert f"{locked}" in done.stderr
+    assert done.returncode == InputMissingError.exit_code
+    assert done.stderr.startswith(f"error: {locked}")
     assert "permission denied" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_few_open_files_are_one_line_or_enough(command: str, tiny: Path, tmp_path: Path) -> None:
-    words = arguments(command, str(tiny) if command != "unshard" else "nowhere", tiny, str(tmp_path / "out"))
-    if command == "synth":
-        words = ["synth", str(tmp_path / "made")]
-    done = program(*words, shell="ulimit -n 20; {}", cwd=tmp_path)
-    assert done.returncode < 70, done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) <= 1, done.stderr
-
-
-NUMBERS = [160.0, 2**70, -1, 1e400, "many", None, [], {}]
-
-
-@pytest.mark.parametrize("value", NUMBERS, ids=repr)
-@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "bos_token_id", "rope_theta"])
-def test_numbers_out_of_range_are_one_line(key: str, value: object, tiny: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(tiny, tmp_path / "source")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {key: value}))
-    for command in ("hf-to-gguf", "shard", "dequantize", "inspect", "forward"):
-        result = run_cli(*arguments(command, str(source), tiny, str(tmp_path / command)))
-        assert result.code < 70
-        assert result.code == 0 or result.error
 
 
 # ---- what was given instead of a checkpoint
@@ -201,9 +137,10 @@ def test_a_folder_of_shards_is_named_with_what_to_do(tiny: Path, tmp_path: Path)
 @pytest.mark.parametrize("command", ["hf-to-gguf", "dequantize", "shard"])
 def test_a_file_instead_of_a_folder_is_named(command: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    error = run_cli(*arguments(command, str(tmp_path / "model.gguf"), tiny, str(tmp_path / "out"))).error
+    more = ["--mp", "2"] if command == "shard" else []
+    error = run_cli(command, tmp_path / "model.gguf", tmp_path / "out", *more).error
     assert "a GGUF file cannot be converted; pass the folder of the safetensors checkpoint" in error
-    error = run_cli(*arguments(command, str(tiny / "config.json"), tiny, str(tmp_path / "out"))).error
+    error = run_cli(command, tiny / "config.json", tmp_path / "out", *more).error
     assert f"a file, not a folder; pass its folder, {tiny}" in error
 
 

@@ -60,7 +60,7 @@ OUT = "out"
 USES_UP = "merge --delete-parts"
 PARTS = "parts"  # a copy of the split set, which that command uses up
 
-# The command that begins anew each time: it writes in the last moment of a run.
+# The command that keeps no journal and begins anew each time.
 WITHOUT_RESUME = "imatrix"
 
 # What a run leaves next to an output while it is not finished.

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 # linux/prctl.h, linux/capability.h, linux/seccomp.h, linux/filter.h
 PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 22, 24, 38
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER = 1, 2, 3
+CAPABILITY_VERSION_3 = 0x20080522
 SECCOMP_MODE_FILTER, SECCOMP_RET_ERRNO, SECCOMP_RET_ALLOW = 2, 0x00050000, 0x7FFF0000
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 NUMBER_OFFSET, SECOND_ARGUMENT_OFFSET = 0, 24  # of struct seccomp_data; the low word, on little-endian machines
@@ -132,3 +133,15 @@ def without_locks() -> None:
 def without_renames() -> None:
     """Be on a file system that makes files and lets none change its name."""
     refuse_calls(errno.EPERM, *RENAMES, *LINKS)
+
+
+def heed_permissions() -> None:
+    """Let permissions count for this thread and what it starts, as they do for users other than root."""
+    if os.geteuid() != 0:
+        return
+    drop_capabilities(CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH)
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = ctypes.create_string_buffer(struct.pack("Ii", CAPABILITY_VERSION_3, 0))
+    sets = ctypes.create_string_buffer(6 * 4)  # effective, permitted, inheritable of the first 32, then of the rest
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")

@@ -130,6 +130,19 @@ def test_a_kill_while_a_header_is_written_does_not_end_resuming(plan: Plan, good
     assert contents(plan) == good
 
 
+def test_work_without_a_journal_next_to_a_finished_output_is_named(plan: Plan, good: dict[str, bytes]) -> None:
+    """A run that replaces its own output, killed when it had work, and again as it began anew."""
+    execute(plan, threads=2)
+    interrupt(plan, 3, overwrite=True)
+    journal_path(plan).unlink()
+    with pytest.raises(ResumeError, match=r"\.partial: unfinished work .*pass --fresh"):
+        execute(plan, threads=2, resume=True, overwrite=True)
+    assert contents(plan) == good
+    execute(plan, threads=2, fresh=True, overwrite=True)
+    assert contents(plan) == good
+    assert leftovers(plan.output_path().parent) == []
+
+
 def test_counts_of_an_interrupted_run_are_in_the_summary_of_the_next(tiny: Path, tmp_path: Path) -> None:
     make = lambda out: plan_gguf(tiny, out, GgufOptions(experts="q8_0"))  # noqa: E731
     (tmp_path / "whole").mkdir()

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import dsv4convert
 from dsv4convert.cli import app
-from dsv4convert.errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, UsageError
+from dsv4convert.errors import DeviceError, FileFormatError, InputMissingError, UsageError
 from dsv4convert.estimation.fit import choice, options, rank_bytes
 from dsv4convert.estimation.hardware import hardware_names, load_hardware, parse_hardware
 from dsv4convert.estimation.subject import open_subject
@@ -227,7 +227,7 @@ def test_a_picture_is_drawn(hardware: str | None, tiny: Path, tmp_path: Path) ->
     text = path.read_text()
     assert text.count("<svg") == 1
     assert ("decoding" in text or "axes_2" in text) is (hardware is not None)
-    with pytest.raises(InputOutputError, match="cannot be written"):
+    with pytest.raises(UsageError, match="not a picture format"):
         dsv4convert.estimate(tiny, plot=tmp_path / "picture.mp3")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.untrusted import read_whole
 from ..errors import DeviceError, TokenizerError
-from ..model.config import CONFIG_NAME, ModelConfig
+from ..model.config import ModelConfig
 from ..model.engram import EngramConstants, engram_constants
 from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import prefetch_heads
@@ -28,7 +29,7 @@ from ..errors import (
     UsageError,
     check_choice,
 )
-from ..model.config import CONFIG_NAME, ModelConfig, Version, load_config
+from ..model.config import ModelConfig, Version, load_config
 from ..model.engram import check_rows
 from ..model.tensors import (
     DRAFT_PREFIX,
@@ -44,9 +45,6 @@ from .nvfp4 import INPUT_SCALE, config_as_fp4, has_nvfp4
 from .nvfp4 import NOTE as NVFP4_NOTE
 from .renaming import official_name, official_tensors
 from .weights import Weight, needs_scale, pair
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 # More than V4-Pro has; a forged config could ask for hundreds of millions.
 MAX_MISSING = 200_000

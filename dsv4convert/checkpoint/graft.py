@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..containers.folder_names import CONFIG_NAME
 from ..errors import InventoryError, UsageError
-from ..model.config import CONFIG_NAME, ModelConfig, load_config, parse_config
+from ..model.config import ModelConfig, load_config, parse_config
 from ..model.config_v41 import TEXT
 from ..model.tensors import DRAFT_PREFIX
 from .folder import BY_INDEX, Checkpoint, open_folder, read_folder_headers, resolve

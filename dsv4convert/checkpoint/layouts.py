@@ -14,12 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_pointer
 from ..containers.json_object import read_json
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UnsupportedError
-from ..model.config import CONFIG_NAME, VERSION_BY_ARCHITECTURE
+from ..model.config import VERSION_BY_ARCHITECTURE
 from ..model.parallel import SHARD_NAME
 
 # Files whose first bytes are looked at, and how many of them.

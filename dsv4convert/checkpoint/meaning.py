@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular
 from ..errors import InputMissingError, InventoryError
 from ..formats.not_finite import count_not_finite, element_bytes
-from ..model.config import CONFIG_NAME, ModelConfig
+from ..model.config import ModelConfig
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
 from .engram import token_map_notes
 from .folder import BY_INDEX, Checkpoint, open_folder

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import prefetch_heads
 from ..errors import InputMissingError, InventoryError
-from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.config import ModelConfig, load_config
 from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
 from .folder import draft_alone, draft_kind, vision_kind, with_draft_ratios

@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_optional_json_object
 from ..containers.untrusted import read_whole
 from ..errors import DeviceError, Dsv4Error, TokenizerError
-from ..model.config import CONFIG_NAME
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

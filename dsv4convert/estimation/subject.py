@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder, resolve
 from ..checkpoint.shards import ShardedWeight, is_shard_folder, open_shards
 from ..checkpoint.weights import Weight
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored
@@ -20,7 +21,7 @@ from ..errors import InputMissingError, UnsupportedError
 from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
 from ..inspection.naming import family_of
-from ..model.config import CONFIG_NAME, ModelConfig, load_config, parse_config
+from ..model.config import ModelConfig, load_config, parse_config
 from ..model.tensors import Draft
 from ..reference.weights.gguf import gguf_config
 from ..synth.write import synth_tensors

@@ -14,11 +14,12 @@ from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import open_shards
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import read_header
 from ..containers.sources import size_of
 from ..errors import DeviceError, InputMissingError, TokenizerError, UsageError
 from ..inspection.naming import family_of
-from ..model.config import CONFIG_NAME, ModelConfig
+from ..model.config import ModelConfig
 from ..model.gguf_keys import LLAMA_CPP, LLAMA_CPP_V41
 from ..model.parallel import OUTPUT_GROUPS
 from ..model.tensors import Split

@@ -11,7 +11,6 @@ from typing import Any
 from ..checkpoint.folder import (
     DRAFT_NAME,
     DSPARK_MARKS,
-    INDEX_NAME,
     check_roles_of_tensors,
     read_folder_headers,
     stated_scale_fmt,
@@ -23,11 +22,12 @@ from ..checkpoint.nvfp4 import INPUT_SCALE
 from ..checkpoint.nvfp4 import NOTE as NVFP4_NOTE
 from ..checkpoint.renaming import official_name, official_tensors
 from ..checkpoint.weights import Weight, pair
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
 from ..containers.wide_scales import wide_dtype
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
-from ..model.config import CONFIG_NAME, ModelConfig, load_config
+from ..model.config import ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object, validate_schema
 from ..errors import ConfigError, InputMissingError, UnsupportedError
 from .agreement import (
@@ -33,8 +34,6 @@ from .config_v41 import (
     flat_view,
     source_before,
 )
-
-CONFIG_NAME = "config.json"
 
 
 class Version(str, Enum):

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import NamedTuple
 
+from ..containers.folder_names import CONFIG_NAME
 from ..errors import ConfigError
-from .config import CONFIG_NAME, ModelConfig, Version
+from .config import ModelConfig, Version
 
 
 class Store(str, Enum):

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
-from ..model.config import CONFIG_NAME, ModelConfig, Version
+from ..model.config import ModelConfig, Version
 from ..model.tensors import vision_size
 from .arithmetic import product, rms_norm, silu, softmax
 from .parameters import Parameters

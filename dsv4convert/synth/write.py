@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.engram import read_token_map
-from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from ..checkpoint.tokenizer import TOKENIZER_NAME
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
 from ..engine.outputs import partial_path
 from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
-from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
+from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import TEXT
 from ..model.tensors import TOP_ROWS, Draft, Expected, Store, When, expected_tensors, scale_name, vision_tensors
 from .presets import BYTES_PER_FILE, PUBLISHED_FILES, PUBLISHED_VOCABULARY, V41_TOKEN_KEYS, synth_config

@@ -6,27 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..containers.folder_names import AUXILIARY_FILES
 from ..containers.untrusted import read_whole
 from ..engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from ..errors import FileFormatError, UsageError
 from ..plan import OutputFile
 from .safetensors_files import whole_file
-
-# What a folder holds beside config and weights that the weights are of no use without.
-AUXILIARY_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE",
-)
 
 # Together; the published ones are 7 MB. They are held in memory with the plan.
 MAX_AUXILIARY_BYTES = 64 * 2**20

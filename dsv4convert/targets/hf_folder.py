@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.safetensors import Stored
 from ..containers.safetensors_write import PYTORCH_METADATA
 from ..errors import InventoryError
-from ..model.config import CONFIG_NAME
 from ..model.config_v41 import TEXT
 from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
 from ..plan import Dropped, OutputFile, OutputTensor

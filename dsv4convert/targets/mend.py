@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.folder import BY_HEADERS, BY_INDEX, INDEX_NAME, SINGLE_NAME, Checkpoint
+from ..checkpoint.folder import BY_HEADERS, BY_INDEX, Checkpoint
 from ..checkpoint.graft import is_draft_name
 from ..checkpoint.meaning import counted, open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME
 from ..checkpoint.weights import Weight
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import read_whole
@@ -20,7 +21,7 @@ from ..containers.wide_scales import PAIRS
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import InputMissingError, UnsupportedError, UsageError, check_choice
-from ..model.config import CONFIG_NAME, Version
+from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
 from .companions import auxiliary_files, check_apart

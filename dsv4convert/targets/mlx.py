@@ -9,10 +9,10 @@ from typing import Any
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored
 from ..errors import InventoryError, UnsupportedError, check_choice
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
-from ..model.config import CONFIG_NAME
 from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
 from ..plan import Dropped, OutputFile, OutputTensor, Plan, Segment, SpreadScales

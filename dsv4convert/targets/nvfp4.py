@@ -13,11 +13,11 @@ import numpy as np
 
 from ..checkpoint.folder import Checkpoint, read_folder_headers
 from ..checkpoint.weights import Weight
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError, UsageError
-from ..model.config import CONFIG_NAME
 from ..plan import OutputFile, OutputTensor
 from .fp8_segments import FP8_BLOCKS
 from .hf_folder import is_fp4_expert, json_file

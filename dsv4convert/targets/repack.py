@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
+from ..containers.folder_names import CONFIG_NAME
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError, UsageError, check_choice
-from ..model.config import CONFIG_NAME
 from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTensor, Plan
 from .claims import Claims
 from .companions import auxiliary_files, check_apart

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.weights import FLOAT_ENCODINGS, FP4_BLOCK, Weight
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.wide_scales import PAIRS
 from ..errors import UnsupportedError
-from ..model.config import CONFIG_NAME, Version
+from ..model.config import Version
 from ..model.config_v41 import TEXT
 from ..model.tensors import Store, scale_name
 from ..plan import OutputFile, OutputTensor, Plan

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored
 from ..errors import UsageError, check_choice
-from ..model.config import CONFIG_NAME
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
 from ..plan import (

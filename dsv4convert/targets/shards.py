@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, plain_json, read_json_object
 from ..containers.untrusted import read_whole
 from ..engine.conversion import Summary
 from ..errors import UsageError
-from ..model.config import CONFIG_NAME, Version
+from ..model.config import Version
 from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan

@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..checkpoint.folder import INDEX_NAME, Checkpoint, read_index
+from ..checkpoint.folder import Checkpoint, read_index
 from ..checkpoint.weights import Weight
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
-from ..model.config import CONFIG_NAME, ModelConfig, Version, parse_config
+from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
 from ..model.parallel import SHARD_NAME
 from ..model.tensors import Split, Store, When, is_vision_name

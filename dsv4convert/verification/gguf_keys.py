@@ -25,11 +25,12 @@ from ..checkpoint.engram import read_token_map
 from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.model_card import read_model_card
 from ..checkpoint.tokenizer import MAX_TOKENIZER_BYTES, load_tokenizer, recognise_pre
+from ..containers.folder_names import CONFIG_NAME
 from ..containers.gguf import GgufModelFile
 from ..containers.imatrix import Imatrix
 from ..containers.json_object import read_json_object, read_optional_json_object
 from ..errors import TokenizerError
-from ..model.config import CHAT_TEMPLATES, CONFIG_NAME, ModelConfig, Version, load_config
+from ..model.config import CHAT_TEMPLATES, ModelConfig, Version, load_config
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
 from .low_bit import LOW_BIT
 from .numbers import BLOCK

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import INDEX_NAME, Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
+from ..containers.folder_names import INDEX_NAME
 from ..containers.safetensors import Stored
 from ..model.mlx_names import TEXT_PREFIX, mlx_name, mlx_shape
 from ..model.tensors import Store

@@ -23,6 +23,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..json_object import parse_json_object
 from ..sources import CONNECTIONS, MAX_ATTEMPTS, RemoteFile, TransientError, Transport, wait_after
 from . import Listing, check_names
@@ -36,23 +37,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DENIED = frozenset({401, 403})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
-CONFIG_NAME, INDEX_NAME, SINGLE_NAME = "config.json", "model.safetensors.index.json", "model.safetensors"
 # What a folder may hold next to its weights, where it cannot be listed.
-OTHER_NAMES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "README.md",
-    "LICENSE",
-)
+OTHER_NAMES = (*AUXILIARY_FILES, "README.md")
 
 
 def origin(url: str) -> tuple[str, str, int | None]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from dsv4convert.containers.remote import hub
+from dsv4convert.errors import InputOutputError
 
 from ..command_line import run_cli
 from .hub_server import commit_of
@@ -202,6 +208,46 @@ def test_names_that_leave_the_folder_are_refused(name: str, remote: Remote, tmp_
     result = remote.run("inspect", REPOSITORY)
     assert result.code == 6
     assert "the server gives a file name that is not a plain one" in result.error
+
+
+def around(handler: Any, *asked: str) -> None:
+    handler.refuse(302, {"Location": handler.path})
+
+
+def nowhere(handler: Any, *asked: str) -> None:
+    handler.refuse(302, {"Location": "http://[bad"})
+
+
+def a_list(handler: Any, *asked: str) -> None:
+    handler.send_json([1, 2])
+
+
+def files_that_are_none(handler: Any, *asked: str) -> None:
+    handler.send_json({"id": REPOSITORY, "sha": "0" * 40, "siblings": [1, {"name": "x"}]})
+
+
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [("resolve", around), ("resolve", nowhere), ("info", a_list), ("info", files_that_are_none)],
+    ids=["redirects without end", "redirects nowhere", "a list", "files that are none"],
+)
+@pytest.mark.parametrize("options", [[], ["--cache"]], ids=["", "cache"])
+def test_answers_of_no_hub_are_one_line(
+    method: str, answer: Callable[..., None], options: list[str], remote: Remote, tmp_path: Path
+) -> None:
+    assert remote.hub.server is not None
+    setattr(remote.hub.server.RequestHandlerClass, method, answer)
+    result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path), *options)
+    assert result.code == 16
+    assert "the hub's answer cannot be understood: got " in result.err.splitlines()[-1]
+
+
+def test_the_hub_may_not_lead_away_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = SimpleNamespace(location="http://192.0.2.1/x?Signature=secret")
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: metadata)
+    monkeypatch.setattr(hub, "hf_hub_url", lambda *args, **kw: "https://huggingface.co/o/n/resolve/0/x")
+    with pytest.raises(InputOutputError, match=r"^hf://o/n/x: the hub redirects from https to http$"):
+        hub.HubRanges("o/n", "x", "0", "hf://o/n/x", 9).url()
 
 
 # The hub's cache

@@ -116,6 +116,38 @@ def test_what_is_no_folder_on_a_server_is_one_line(web: tuple[str, type[Folder]]
 
 
 @pytest.mark.parametrize(
+    "url", ["https://[::1", "https://host:port/m", "https://[::1]:99999/m", "https://u:password@\u2100.com/m"]
+)
+def test_what_is_no_web_address_is_one_line(url: str, plain: Remote) -> None:
+    result = plain.run("inspect", url)
+    assert result.code == 2
+    assert "not a web address: expected https://HOST/FOLDER" in result.error
+    assert "password" not in result.error
+
+
+def test_a_host_that_cannot_be_is_one_line(plain: Remote) -> None:
+    result = plain.run("inspect", f"https://{'a' * 64}.example/m")
+    assert result.code == 16
+    assert "config.json: no such address; check the address" in result.error
+
+
+@pytest.mark.parametrize("target", ["http://[bad", "//host:port/x", "http://[::1]:99999/"])
+def test_a_redirect_to_no_address_is_one_line(
+    target: str, web: tuple[str, type[Folder]], plain: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redirect(handler: Folder) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", target)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    monkeypatch.setattr(web[1], "do_HEAD", redirect)
+    result = plain.run("inspect", web[0])
+    assert result.code == 16
+    assert "the server redirects to what is no address" in result.error
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("o/n", True), ("o/n@main", True), ("o/n@refs/pr/1", True), ("a/b/c", False), ("../n", False), ("./o", False)],
 )

@@ -88,12 +88,20 @@ def _list_hub(text: str, cache: bool) -> Listing:
 
 
 def _list_web(url: str, cache: bool) -> Listing:
-    """List a folder of a web server; a page of the hub is taken for its repository."""
+    """List a folder of a web server; a page of the hub is taken for its repository.
+
+    Raises:
+        UsageError: the URL has no such host or port as there can be.
+    """
     try:
-        from .http import list_web_folder
+        from .http import list_web_folder, origin
         from .hub import repository_of_page
     except ImportError:
         raise _missing_package("huggingface_hub", "hub", url.partition("?")[0]) from None
+    try:
+        origin(url)
+    except ValueError:  # the URL may have a password, and is not repeated
+        raise UsageError("not a web address", expected="https://HOST/FOLDER or https://HOST:PORT/FOLDER") from None
     repository = repository_of_page(url)
     if repository is not None:
         return _list_hub(repository, cache)

@@ -36,13 +36,18 @@ TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DENIED = frozenset({401, 403})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+REDIRECTED_NOWHERE = "the server redirects to what is no address"
 
 # What a folder may hold next to its weights, where it cannot be listed.
 OTHER_NAMES = (*AUXILIARY_FILES, "README.md")
 
 
 def origin(url: str) -> tuple[str, str, int | None]:
-    """Return the scheme, host and port of a URL: where its credentials may go."""
+    """Return the scheme, host and port of a URL: where its credentials may go.
+
+    Raises:
+        ValueError: the URL has no such host or port as there can be.
+    """
     parts = urlsplit(url)
     port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
     return parts.scheme, (parts.hostname or "").lower(), port
@@ -67,9 +72,9 @@ def request(
 
     Raises:
         TransientError: it failed and may be made again.
-        InputOutputError: the redirects lead round in circles, or away from HTTPS.
+        InputOutputError: no such address, or the redirects lead to none, round in circles, or away from HTTPS.
     """
-    home = origin(url)
+    home, start = origin(url), url
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_REDIRECTS + 1):
             sent = {**headers, "Accept-Encoding": "identity"}
@@ -84,8 +89,9 @@ def request(
                 raise InputMissingError("HF_HUB_OFFLINE forbids fetching it", where=address) from None
             except httpx2.TransportError as error:
                 raise _broken(error) from None
-            except httpx2.InvalidURL:
-                raise InputOutputError("the server redirects to what is no address", where=address) from None
+            except (httpx2.InvalidURL, UnicodeError):  # such as a host with a label of more than 63 characters
+                what = "no such address" if url == start else REDIRECTED_NOWHERE
+                raise InputOutputError(what, where=address, hint="check the address") from None
             stack.callback(response.close)
             target = response.headers.get("Location")
             if response.status_code not in REDIRECTS or target is None:
@@ -94,8 +100,13 @@ def request(
                 yield response
                 return
             stack.pop_all().close()
-            url, before = urljoin(url, target), origin(url)
-            if origin(url)[0] != "https" and before[0] == "https":
+            before = origin(url)
+            try:
+                url = urljoin(url, target)
+                scheme = origin(url)[0]
+            except ValueError:
+                raise InputOutputError(REDIRECTED_NOWHERE, where=address) from None
+            if scheme != "https" and before[0] == "https":
                 raise InputOutputError("the server redirects from https to http", where=address)
         raise InputOutputError("the server redirects without end", where=address)
 

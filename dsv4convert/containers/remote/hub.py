@@ -164,6 +164,7 @@ def _ask(question: Callable[[], Answer], address: str) -> Answer:
     Raises:
         TransientError: the question may be asked again.
         InputMissingError: there is no such thing, or no access to it.
+        InputOutputError: the answer is none that a hub gives.
     """
     try:
         return question()
@@ -188,6 +189,13 @@ def _ask(question: Callable[[], Answer], address: str) -> Answer:
         raise InputMissingError("the hub refuses the request", where=address, got=f"HTTP {status}") from None
     except (httpx2.TransportError, OSError) as error:
         raise TransientError(f"the hub cannot be reached, {type(error).__name__}") from None
+    except (httpx2.RequestError, httpx2.InvalidURL, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputOutputError(  # the library takes for granted what the server sends
+            "the hub's answer cannot be understood",
+            where=address,
+            got=type(error).__name__,
+            hint="is HF_ENDPOINT a hub? hf download may say more",
+        ) from None
 
 
 class HubRanges(HttpRanges):
@@ -213,11 +221,17 @@ class HubRanges(HttpRanges):
 
     def _resolve(self) -> str:
         try:
-            return str(_ask(lambda: get_hf_file_metadata(self._url, timeout=30.0), self._address).location)
+            return _ask(self._location, self._address)
         except InputMissingError as error:  # it was there when the run began
             raise InputOutputError(
                 error.what, where=self._address, got=error.got, hint="has the token expired? hf auth login, or HF_TOKEN"
             ) from None
+
+    def _location(self) -> str:
+        location = str(get_hf_file_metadata(self._url, timeout=30.0).location)
+        if origin(location)[0] != "https" and origin(self._url)[0] == "https":
+            raise InputOutputError("the hub redirects from https to http", where=self._address)
+        return location
 
     def denied(self, status: int) -> Dsv4Error | TransientError:
         """Return the error of a refusal: the store's address has expired, or the token has."""

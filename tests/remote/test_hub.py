@@ -242,6 +242,18 @@ def test_answers_of_no_hub_are_one_line(
     assert "the hub's answer cannot be understood: got " in result.err.splitlines()[-1]
 
 
+def test_the_token_is_not_for_a_place_that_another_thread_gave_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "https://store.example/x?Signature=secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: SimpleNamespace(location=place))
+    monkeypatch.setattr(hub, "hf_hub_url", lambda *args, **kw: "https://huggingface.co/o/n/resolve/0/x")
+    ranges = hub.HubRanges("o/n", "x", "0", "hf://o/n/x", 9)
+    url = ranges.url()
+    ranges.denied(403)
+    assert ranges.secret(url) == {}
+    assert ranges.secret("https://huggingface.co/o/n/resolve/0/x")["authorization"] == "Bearer hf_token"
+
+
 def test_the_hub_may_not_lead_away_from_https(monkeypatch: pytest.MonkeyPatch) -> None:
     metadata = SimpleNamespace(location="http://192.0.2.1/x?Signature=secret")
     monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, timeout: metadata)

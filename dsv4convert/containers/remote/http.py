@@ -153,8 +153,8 @@ class HttpRanges(Transport):
         """Return where to send the next request."""
         return self._url
 
-    def secret(self) -> Mapping[str, str]:
-        """Return the credentials for the URL's own host."""
+    def secret(self, url: str) -> Mapping[str, str]:
+        """Return the credentials for the host of a URL that ``url`` returned, which may return another by now."""
         return {}
 
     def denied(self, status: int) -> Dsv4Error | TransientError:
@@ -169,7 +169,8 @@ class HttpRanges(Transport):
         headers = {"Range": f"bytes={begin}-{end - 1}"}
         if self._etag is not None and not self._etag.startswith("W/"):
             headers["If-Match"] = self._etag
-        with request("GET", self.url(), headers, self._address, secret=self.secret()) as response:
+        url = self.url()
+        with request("GET", url, headers, self._address, secret=self.secret(url)) as response:
             status = response.status_code
             if status in DENIED:
                 raise self.denied(status)

@@ -213,11 +213,9 @@ class HubRanges(HttpRanges):
                 self._place = self._resolve()
             return self._place
 
-    def secret(self) -> Mapping[str, str]:
-        """Return the token's header, where the next request goes to the hub itself."""
-        if self._place is not None and origin(self._place) != origin(self._url):
-            return {}
-        return _credentials()
+    def secret(self, url: str) -> Mapping[str, str]:
+        """Return the token's header for a URL of the hub itself."""
+        return _credentials() if origin(url) == origin(self._url) else {}
 
     def _resolve(self) -> str:
         try:

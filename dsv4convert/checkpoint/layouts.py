@@ -19,7 +19,7 @@ from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_p
 from ..containers.json_object import read_json
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
-from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UnsupportedError
+from ..errors import ConfigError, Dsv4Error, FileFormatError, InputMissingError, InventoryError, UnsupportedError
 from ..model.config import VERSION_BY_ARCHITECTURE
 from ..model.parallel import SHARD_NAME
 
@@ -156,7 +156,8 @@ def _layer(match: re.Match[str]) -> str:
 class Layout(NamedTuple):
     """A layout: what tells it, as a function that returns what was seen or None, what to do, and the error's class.
 
-    ``keys`` are those of config.json that it explains where they are wrong.
+    ``keys`` are those of config.json that it explains where they are wrong. One that ``is_read`` where its weights
+    allow explains no error of a file.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Layout(NamedTuple):
     advice: str
     error: type[Dsv4Error] = UnsupportedError
     keys: tuple[str, ...] = ()
+    is_read: bool = False
 
     @property
     def explained(self) -> tuple[str, ...]:
@@ -462,7 +464,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "llama.cpp's convert_hf_to_gguf.py may know it; V4 and V4.1 are read here",
         keys=("architectures", "model_type"),
     ),
-    Layout("ModelOpt's NVFP4", _modelopt, UNQUANTISED),
+    Layout("ModelOpt's NVFP4", _modelopt, UNQUANTISED, is_read=True),
     Layout("another of ModelOpt's formats", _modelopt_other, UNQUANTISED),
     Layout("compressed-tensors", _compressed_tensors, UNQUANTISED),
     Layout("GPTQ or AWQ", _gptq, UNQUANTISED),
@@ -532,14 +534,14 @@ def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
     """Return the error that names the layout of a folder, or ``error`` where it is none that is known.
 
     An error about a key of config.json says more than a layout that explains weights, unless by that very key; and
-    where a file is missing, tensors are missing for that reason.
+    where a file is missing or damaged, tensors are missing for that reason.
     """
     is_key = isinstance(error, ConfigError) and error.what.startswith("key")
-    is_absent = isinstance(error, InputMissingError)
+    is_of_file = isinstance(error, InputMissingError | FileFormatError)
     for layout, seen in known_layouts(folder):
         if is_key and layout.error is not InputMissingError and not error.what.startswith(layout.explained):
             continue
-        if is_absent and layout.error is InventoryError:
+        if is_of_file and (layout.error is InventoryError or layout.is_read):
             continue
         return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
     return error

@@ -23,6 +23,7 @@ from ..formats.nvfp4 import BLOCK, SCALES_PER_GROUP
 
 WEIGHT, SCALE, SECOND_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
 FP4_SCALE = ".scale"
+E4M3 = "F8_E4M3"
 CODES_PER_BYTE = 2
 
 NOTE = "NVFP4 weights are read as the FP4 that they were made of: the same codes, and pairs of scales as one E8M0 scale"
@@ -50,12 +51,17 @@ def nvfp4_as_fp4(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     """Return the tensors of a folder with NVFP4 weights as packed FP4; the scales of activations stay.
 
     Raises:
-        InventoryError: one is not whole, misshapen, or its second scale is no power of two.
+        InventoryError: one is not whole, misshapen, has scales of FP4 as well, or its second scale is no power of two.
         InputMissingError, FileFormatError: a second scale cannot be read.
     """
     seconds = {name: tensor for name, tensor in stored.items() if name.endswith(SECOND_SCALE)}
     if not seconds:
         return stored
+    alone = (name for name in stored if name.endswith(SCALE) and name.removesuffix(SCALE) + SECOND_SCALE not in seconds)
+    lost = next((name for name in alone if stored[name].dtype == E4M3), None)
+    if lost is not None:
+        missing = lost.removesuffix(SCALE) + SECOND_SCALE
+        raise InventoryError(f"tensor {missing} is missing, which {lost} belongs to", where=stored[lost].file)
     exponents = dict(zip(seconds, map(_exponent, seconds, _scalars(seconds)), strict=True))
     made = {name: tensor for name, tensor in stored.items() if name not in seconds}
     for name, exponent in exponents.items():
@@ -64,6 +70,13 @@ def nvfp4_as_fp4(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
         if weight is None or scale is None:
             missing = stem + (WEIGHT if weight is None else SCALE)
             raise InventoryError(f"tensor {missing} is missing, which {name} belongs to", where=seconds[name].file)
+        if stem + FP4_SCALE in made:
+            raise InventoryError(
+                f"tensor {stem}{WEIGHT}: scales of both FP4 and NVFP4",
+                where=made[stem + FP4_SCALE].file,
+                expected=f"{SCALE} and {SECOND_SCALE}, or {FP4_SCALE} alone",
+                got=f"{FP4_SCALE} as well",
+            )
         made[stem + WEIGHT] = weight._replace(dtype="I8")
         made[stem + FP4_SCALE] = _as_e8m0(stem, weight, scale, exponent)
     return made
@@ -81,11 +94,11 @@ def _as_e8m0(stem: str, weight: Stored, scale: Stored, exponent: int) -> Stored:
             expected=f"U8 of rows of a multiple of {BLOCK * SCALES_PER_GROUP} elements",
             got=f"{weight.dtype} {list(weight.shape)}",
         )
-    if scale.dtype != "F8_E4M3" or scale.shape != expected:
+    if scale.dtype != E4M3 or scale.shape != expected:
         raise InventoryError(
             f"tensor {stem}{SCALE}: not the scale of NVFP4",
             where=scale.file,
-            expected=f"F8_E4M3 {list(expected)}",
+            expected=f"{E4M3} {list(expected)}",
             got=f"{scale.dtype} {list(scale.shape)}",
         )
     return scale._replace(dtype=E8M0, shape=(rows, columns // BLOCK // SCALES_PER_GROUP), wide=of_pairs(exponent))

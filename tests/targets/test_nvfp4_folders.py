@@ -93,7 +93,7 @@ def test_what_is_read_how_is_told(small: Path, tmp_path: Path) -> None:
 def test_no_second_scale_can_be_lost(small: Path, tmp_path: Path) -> None:
     source = as_nvfp4(small, tmp_path / "nvfp4")
     plan_repack(source, tmp_path / "out")
-    for suffix, what in ((".weight_scale", ".weight_scale is missing"), (".weight", ".weight is missing")):
+    for suffix in (".weight_scale_2", ".weight_scale", ".weight"):
         path = source / "model.safetensors"
         before = path.read_bytes()
         raw = RawSafetensors.read(path)
@@ -101,8 +101,33 @@ def test_no_second_scale_can_be_lost(small: Path, tmp_path: Path) -> None:
         raw.write(path)
         result = run_cli("dequantize", source, tmp_path / "o")
         assert result.code == 5
-        assert f"{STEM}{what}" in result.error
+        assert f"(tensor {STEM}{suffix} is missing, which {STEM}.weight_scale" in result.error
         path.write_bytes(before)
+
+
+def test_scales_of_both_forms_are_an_error(small: Path, tmp_path: Path) -> None:
+    source = as_nvfp4(small, tmp_path / "nvfp4")
+    path = source / "model.safetensors"
+    raw = RawSafetensors.read(path)
+    raw.tensors[f"{STEM}.scale"] = raw.tensors[f"{STEM}.weight_scale"]
+    raw.write(path)
+    result = run_cli("dequantize", source, tmp_path / "o")
+    assert result.code == 5
+    assert f"tensor {STEM}.weight: scales of both FP4 and NVFP4" in result.error
+
+
+def test_a_file_that_is_missing_or_cut_is_told_as_that(small: Path, tmp_path: Path) -> None:
+    source = as_nvfp4(small, tmp_path / "nvfp4", max_file_bytes=10**6)
+    lost = sorted(source.glob("*.safetensors"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    error = run_cli("dequantize", source, tmp_path / "o").error
+    assert error.endswith(f"{lost.name}: no such file; is the download complete?")
+    lost.write_bytes(content[:-1])
+    error = run_cli("dequantize", source, tmp_path / "o").error
+    assert "truncated, the data extends past the end of the file" in error
+    assert "ModelOpt" not in error
+    assert "experts removed" not in error
 
 
 @pytest.mark.parametrize("words", [["--reindex"], ["--rename", "official"], ["--drop-draft"]], ids=lambda w: w[0])

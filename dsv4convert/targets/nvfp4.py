@@ -139,8 +139,11 @@ def _numbers(text: str) -> list[float] | None:
 
 
 def _is_scale(value: float) -> bool:
-    with np.errstate(over="ignore", under="ignore"):
-        return bool(0 < np.float32(value) < math.inf)
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            return bool(0 < np.float32(value) < math.inf)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _stored_scales(folder: Path) -> dict[str, float]:

@@ -68,6 +68,8 @@ def plan_repack(
     scales = InputScales.parse(DEFAULT_INPUT_SCALE if input_scale is None else input_scale)
     checkpoint, config, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
+    if scales.where is not None:
+        check_apart(scales.where, (), out)
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
         raise UnsupportedError(

@@ -206,8 +206,9 @@ def test_input_scales_come_from_a_file_and_from_a_folder(tiny: Path, tmp_path: P
         ({"w1": 1.0, "w2": 1e40, "w3": 1.0}, ConfigError, r"key w2: not a scale"),
         ({"w1": 1.0, "w2": True, "w3": 1.0}, ConfigError, r"key w2: not a scale"),
         ({"w1": 1.0, "w2": 1.0, "w3": 1.0, "layers.9.w1": 1.0}, InventoryError, "key layers.9.w1: no such input scale"),
+        ({"w1": 10**500, "w2": 1.0, "w3": 1.0}, ConfigError, r"key w1: not a scale"),
     ],
-    ids=["uneven", "missing", "zero", "too large", "bool", "unknown"],
+    ids=["uneven", "missing", "zero", "too large", "bool", "unknown", "too large an integer"],
 )
 def test_files_of_input_scales_that_do_not_fit_are_refused(
     content: dict[str, Any], error: type[Exception], what: str, tiny: Path, tmp_path: Path
@@ -221,6 +222,17 @@ def test_files_of_input_scales_that_do_not_fit_are_refused(
 def test_input_scales_that_are_none_are_refused(text: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--input-scale: "):
         plan_repack(tiny, tmp_path / "out", experts="nvfp4", input_scale=text)
+
+
+def test_input_scales_are_not_replaced_by_the_output(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    repack(tiny, out, experts="nvfp4", input_scale="8.4375,150.0")
+    (out / "scales.json").write_text(json.dumps({"w1": 1.0, "w2": 1.0, "w3": 1.0}))
+    for given in (out, out / "scales.json"):
+        result = run_cli("repack", tiny, out, "--experts", "nvfp4", "--input-scale", given, "--overwrite")
+        assert result.code == 2
+        assert f"got {given}" in result.error
+    assert (out / "scales.json").exists()
 
 
 def test_a_folder_without_input_scales_is_refused(tiny: Path, tmp_path: Path) -> None:

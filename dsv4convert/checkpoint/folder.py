@@ -40,7 +40,7 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
-from .layouts import name_layout
+from .layouts import NUMBERED_FILE, name_layout
 from .nvfp4 import INPUT_SCALE, config_as_fp4, has_nvfp4
 from .nvfp4 import NOTE as NVFP4_NOTE
 from .renaming import official_name, official_tensors
@@ -51,7 +51,6 @@ MAX_MISSING = 200_000
 
 # How to find out which file holds a tensor: by the index where there is one, or by the headers of all files.
 BY_INDEX, BY_HEADERS = INDEX_MODES = ("file", "headers")
-NUMBERED_FILE = re.compile(r"(.*?)(\d{1,6})-of-(\d{1,6})\.safetensors")
 MAX_NUMBERED = 10_000
 
 # How many files, and kinds of tensors, an error names.

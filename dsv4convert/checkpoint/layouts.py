@@ -28,6 +28,8 @@ READ_SUFFIXES = (".safetensors", ".json", ".jinja")
 FIRST_BYTES = 512
 MAX_FILES = 4096
 
+NUMBERED_FILE = re.compile(r"(.*?)(\d{1,6})-of-(\d{1,6})\.safetensors")
+
 UNFINISHED_SUFFIXES = (".incomplete", ".aria2", ".crdownload", ".part", ".download")
 SNAPSHOTS, HUB_PREFIX = "snapshots", "models--"
 MODELOPT = "modelopt"
@@ -419,7 +421,8 @@ def _half_width_experts(folder: Folder) -> str | None:
 def _unnumbered(folder: Folder) -> str | None:
     """Several safetensors files, no index, and names that do not say whether they are all."""
     found = folder.named(".safetensors")
-    return _listed(found) if len(found) > 1 and not folder.named(".index.json") else None
+    sets = {(match[1], int(match[3])) for name in found if (match := NUMBERED_FILE.fullmatch(name))}
+    return _listed(found) if len(found) > 1 and len(sets) != 1 and not folder.named(".index.json") else None
 
 
 LFS, PAGE = "Git LFS pointers instead of files", "an error page saved under a file's name"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsv4convert.checkpoint.layouts import LAYOUTS
+from tests.checkpoints import MakeCheckpoint
 from tests.command_line import run_cli
 from tests.oracles.safetensors_bytes import RawSafetensors
 from tests.targets.folders import Editable
@@ -334,6 +335,15 @@ def test_numbered_files_without_an_index_are_read_by_their_headers(
     first_file(source).unlink()
     error = run_cli("dequantize", source, tmp_path / "c").error
     assert "file 1 of 2 is missing" in error
+
+
+def test_one_of_many_numbered_files_that_is_missing_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(make_checkpoint("tiny", files=4), tmp_path / "model"))
+    (source / INDEX).unlink()
+    (source / "model-00003-of-00004.safetensors").unlink()
+    error = run_cli("dequantize", source, tmp_path / "c").error
+    assert "file 3 of 4 is missing" in error
+    assert error.endswith("is the download complete?")
 
 
 def test_an_index_that_is_wrong_is_answered_with_index_headers(

@@ -57,7 +57,10 @@ MAX_NUMBERED = 10_000
 MAX_HOLDERS = 3
 MAX_KINDS = 3
 CHECK_DOWNLOAD = "check that the download is complete and that config.json belongs to these weights"
-GO_BY_HEADERS = "download index and files from one revision, or go by the files with --index headers"
+GO_BY_HEADERS = (
+    "download index and files from one revision, go by the files with --index headers, or write the index anew with "
+    "mend --reindex"
+)
 
 # 145,116 names of V4-Pro make 13 MB.
 MAX_INDEX_BYTES = 32 * 2**20

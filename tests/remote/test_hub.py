@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from dsv4convert.containers.remote import hub
+from dsv4convert.containers.remote.hub import HubRanges
+from dsv4convert.containers.sources import TransientError
 from dsv4convert.errors import InputOutputError
 
 from ..command_line import run_cli
@@ -108,6 +110,35 @@ def test_busy_and_broken_answers_and_expired_addresses_are_asked_again(
     result = remote.run(*conversion(GGUF, REPOSITORY, tmp_path))
     assert result.code == 0, result.err
     assert contents(tmp_path / "out.gguf") == local["gguf"]
+
+
+def test_an_address_that_expires_under_all_threads_at_once_is_asked_for_again(
+    remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    remote.hub.faults.bytes_per_second = 2e6
+    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path), "--threads", 16)
+    remote.wait_for_work(tmp_path)
+    remote.hub.faults.expiring = 40
+    result = finished(process)
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out.gguf") == local["gguf"]
+
+
+def test_a_thread_that_is_late_to_be_refused_neither_ends_the_run_nor_drops_the_new_address() -> None:
+    places = ["https://store.example/old", "https://store.example/new"]
+
+    class Ranges(HubRanges):
+        def _resolve(self) -> str:
+            return places.pop(0)
+
+    ranges = Ranges(REPOSITORY, "model.safetensors", "0" * 40, f"hf://{REPOSITORY}", 1)
+    old = ranges.url()
+    for _ in range(2):
+        assert isinstance(ranges.denied(old, 403), TransientError)
+        assert ranges.secret(old) == {}
+    assert ranges.url() == "https://store.example/new"
+    assert isinstance(ranges.denied(old, 403), TransientError)
+    assert ranges.url() == "https://store.example/new"
 
 
 def test_a_hub_that_stays_broken_ends_the_run_in_one_line(remote: Remote, tmp_path: Path) -> None:

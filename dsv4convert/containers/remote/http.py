@@ -77,12 +77,11 @@ def request(
     home, start = origin(url), url
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_REDIRECTS + 1):
-            sent = {**headers, "Accept-Encoding": "identity"}
-            if secret and origin(url) == home:
-                sent |= secret
+            own = secret if secret and origin(url) == home else {}
+            sent = {**headers, "Accept-Encoding": "identity", **own}
             try:
                 built = get_session().build_request(method, url, headers=sent, timeout=TIMEOUT)
-                if not (secret and origin(url) == home):
+                if not own:
                     built.headers.pop("authorization", None)
                 response = get_session().send(built, stream=True, follow_redirects=False, auth=None)
             except OfflineModeIsEnabled:
@@ -157,8 +156,8 @@ class HttpRanges(Transport):
         """Return the credentials for the host of a URL that ``url`` returned, which may return another by now."""
         return {}
 
-    def denied(self, status: int) -> Dsv4Error | TransientError:
-        """Return the error of a refusal."""
+    def denied(self, url: str, status: int) -> Dsv4Error | TransientError:
+        """Return the error of a refusal by ``url``."""
         return InputOutputError(
             "the server refuses access", where=self._address, got=f"HTTP status {status}", hint="check your access"
         )
@@ -173,7 +172,7 @@ class HttpRanges(Transport):
         with request("GET", url, headers, self._address, secret=self.secret(url)) as response:
             status = response.status_code
             if status in DENIED:
-                raise self.denied(status)
+                raise self.denied(url, status)
             if status == 412 or (self._etag is not None and response.headers.get("ETag", self._etag) != self._etag):
                 raise FileFormatError(
                     "changed on the server since it was first looked at",

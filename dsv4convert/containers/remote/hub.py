@@ -44,6 +44,7 @@ LOGIN = "check the name; a private or gated repository needs access and a token:
 PAGE = re.compile(r"/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([^/]+)(?:/(.*))?)?/?")
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/]+(?:/pr/\d+)?))?(?:/(.+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LOGIN_AGAIN = "has the token expired? hf auth login, or HF_TOKEN"
 # The name may be a mistyped folder's, and the machine have no network: not to be waited for as long as a run would.
 FIRST_ATTEMPTS = 5
 # What a conversion has no use for.
@@ -221,9 +222,7 @@ class HubRanges(HttpRanges):
         try:
             return _ask(self._location, self._address)
         except InputMissingError as error:  # it was there when the run began
-            raise InputOutputError(
-                error.what, where=self._address, got=error.got, hint="has the token expired? hf auth login, or HF_TOKEN"
-            ) from None
+            raise InputOutputError(error.what, where=self._address, got=error.got, hint=LOGIN_AGAIN) from None
 
     def _location(self) -> str:
         location = str(get_hf_file_metadata(self._url, timeout=30.0).location)
@@ -231,18 +230,18 @@ class HubRanges(HttpRanges):
             raise InputOutputError("the hub redirects from https to http", where=self._address)
         return location
 
-    def denied(self, status: int) -> Dsv4Error | TransientError:
-        """Return the error of a refusal: the store's address has expired, or the token has."""
+    def denied(self, url: str, status: int) -> Dsv4Error | TransientError:
+        """Return the error of a refusal: the store's address has expired, or the token has.
+
+        Other threads may be refused by the same address, and one of them may have asked for the next one already.
+        """
         with self._lock:
-            elsewhere = self._place is not None and origin(self._place) != origin(self._url)
-            self._place = None
-        if elsewhere:
+            if self._place == url:
+                self._place = None
+        if origin(url) != origin(self._url):
             return TransientError(f"HTTP status {status}")
         return InputOutputError(
-            "the hub refuses access",
-            where=self._address,
-            got=f"HTTP status {status}",
-            hint="has the token expired? hf auth login, or HF_TOKEN",
+            "the hub refuses access", where=self._address, got=f"HTTP status {status}", hint=LOGIN_AGAIN
         )
 
 

@@ -25,9 +25,7 @@ overwrite_page_option = option(
 )
 
 
-def check_page(
-    path: Path | None, *, overwrite: bool, inputs: Iterable[Path] = (), outputs: Iterable[Path] = ()
-) -> None:
+def check_page(path: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Check that a page can be written where one is asked for; see ``check_report``.
 
     Raises:
@@ -36,7 +34,7 @@ def check_page(
     if path is not None:
         from ..html_report.write import check_report
 
-        check_report(path, overwrite=overwrite, inputs=inputs, outputs=outputs)
+        check_report(path, overwrite=overwrite, inputs=inputs)
 
 
 def write_page(

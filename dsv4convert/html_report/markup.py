@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ..errors import escape_control
 
 # Elements without content.
-VOID = frozenset({"meta", "input", "br"})
+VOID = frozenset({"meta", "input"})
 
 
 class Markup(str):

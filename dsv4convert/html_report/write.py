@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from ..plan import OutputFile, Plan
 SUFFIXES = (".html", ".htm")
 
 
-def check_report(path: Path, *, overwrite: bool, inputs: Iterable[Path] = (), outputs: Iterable[Path] = ()) -> None:
+def check_report(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Check, before anything else is done, that a page can be written to ``path``.
 
-    ``inputs`` are files that it must not replace, ``outputs`` files and folders that the command is about to write.
+    ``inputs`` are files that it must not replace.
 
     Raises:
-        UsageError: the name is not that of a page, or is taken by an input or an output.
+        UsageError: the name is not that of a page, or is taken by an input.
         OutputExistsError: something is there and ``overwrite`` is false, or it can never be replaced.
     """
     if path.suffix.lower() not in SUFFIXES:
@@ -28,10 +27,6 @@ def check_report(path: Path, *, overwrite: bool, inputs: Iterable[Path] = (), ou
     for taken in inputs:
         if path.exists() and taken.is_file() and path.samefile(taken):
             raise UsageError("--report: the page would replace the input", where=path, hint="choose another name")
-    written = Path(os.path.abspath(path))
-    for taken in outputs:
-        if written.is_relative_to(os.path.abspath(taken)):
-            raise UsageError("--report: the page would lie in the output", where=path, hint="choose another place")
     with contextlib.closing(FileOutputs(_plan(path, b""))) as file:
         file.check_absent(overwrite)
 

@@ -32,7 +32,7 @@ class SharedRanges:
                     for operand in segment.operands:
                         remote = at(operand.file)
                         if remote is None:
-                            break
+                            continue
                         begin, end = extent(segment, operand)
                         for _ in range(2 if reads_twice(segment) else 1):
                             begins.setdefault(remote, array("q")).append(begin)

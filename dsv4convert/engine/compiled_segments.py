@@ -31,11 +31,10 @@ from ..formats.mxfp4 import BLOCK_BYTES as MXFP4_BYTES
 from ..formats.not_finite import MAGNITUDES
 from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
 from .mappings import SHARERS, Mappings
-from .operations import COPY_TILE_BYTES, FLOATS_OF_FILES, rows_per_tile
+from .operations import COPY_TILE_BYTES, FLOATS_OF_FILES, FP4_PER_BYTE, rows_per_tile
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 
 BYTES, F32 = "u1", "<f4"
-FP4_PER_BYTE = 2
 FP4_BLOCK = (1, GROUP)
 
 # The conversions that the library has.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..containers.sources import at
 from ..plan import OutputFile
+from .names import nearest_folder
 
 # How a file came to be, as the manifest says it. A reflink shares the source's blocks until one of the two is
 # written; a hard link is the source's file under another name.
@@ -67,12 +68,10 @@ def hard_link(source: Path, path: Path) -> bool:
 
 def can_share(file: OutputFile, folder: Path) -> bool:
     """Return whether an output file in ``folder`` is a file of the source on the same file system."""
-    while not folder.exists():
-        folder = folder.parent
-    if file.same_as is not None and at(file.same_as) is not None:
+    if file.same_as is None or at(file.same_as) is not None:
         return False
     try:
-        return file.same_as is not None and file.same_as.stat().st_dev == folder.stat().st_dev
+        return file.same_as.stat().st_dev == nearest_folder(folder).stat().st_dev
     except OSError:
         return False
 

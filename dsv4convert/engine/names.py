@@ -63,6 +63,13 @@ def is_same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
+def nearest_folder(folder: Path) -> Path:
+    """Return ``folder``, or the nearest folder above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def rename_new(source: Path, target: Path) -> None:
     """Rename a file or folder to a name under which nothing stands.
 

@@ -40,6 +40,7 @@ from .names import (
     check_no_mount_point,
     exchange,
     is_same_file,
+    nearest_folder,
     remove_known,
     remove_known_folder,
     rename_new,
@@ -1046,10 +1047,3 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 def free_bytes(folder: Path) -> int:
     """Return the bytes that an ordinary user can still write on the file system of ``folder``."""
     return shutil.disk_usage(nearest_folder(folder)).free
-
-
-def nearest_folder(folder: Path) -> Path:
-    """Return ``folder``, or the nearest folder above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -18,8 +18,9 @@ from .consume import Consumer
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .mappings import Mappings
+from .names import nearest_folder
 from .operations import TILE_BYTES
-from .outputs import DescriptorCache, Outputs, nearest_folder
+from .outputs import DescriptorCache, Outputs
 from .ranges import RangeReader, SharedRanges
 from .schedule import Lane, Schedule
 from .worker import Made, Worker

@@ -395,7 +395,8 @@ def resolve(
     missing: list[str] = []
     unscaled: dict[str, Stored] = {}
     left = dict(tensors)
-    if has_nvfp4(stored):
+    is_nvfp4 = has_nvfp4(stored)
+    if is_nvfp4:
         config = replace(config, raw=config_as_fp4(config.raw))
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(tensors)
@@ -440,7 +441,7 @@ def resolve(
             where=left[name].file,
             hint=f"check that this is a DeepSeek-{config.version.value} checkpoint; unknown tensors are never dropped",
         )
-    notes = (*notes, *_vision_note(config, has_tower), *([NVFP4_NOTE] if has_nvfp4(stored) else []))
+    notes = (*notes, *_vision_note(config, has_tower), *([NVFP4_NOTE] if is_nvfp4 else []))
     return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
 
 

@@ -41,9 +41,14 @@ def of_pairs(exponent: int) -> str:
     return f"{PAIRS}{exponent}"
 
 
+def is_of_pairs(wide: str) -> bool:
+    """Return whether pairs of e4m3 scales stand for scales: NVFP4."""
+    return wide.startswith(PAIRS)
+
+
 def wide_bits(wide: str) -> np.dtype[Any]:
     """Return the integers that hold the bits of what stands for a scale."""
-    return PAIR_BITS if wide.startswith(PAIRS) else WIDE_BITS[wide]
+    return PAIR_BITS if is_of_pairs(wide) else WIDE_BITS[wide]
 
 
 def wide_dtype(wide: str) -> str:
@@ -61,7 +66,7 @@ def narrow(
     """
     bits: NDArray[Any] = raw.view(wide_bits(wide))
     codes = np.empty(bits.shape, np.uint8) if out is None else out
-    if wide.startswith(PAIRS):
+    if is_of_pairs(wide):
         exponent = int(wide.removeprefix(PAIRS))
         found = np.take(_bytes_of_pairs(exponent), bits)
         if found.size and found.min() < 0:

@@ -17,7 +17,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import read_whole
-from ..containers.wide_scales import PAIRS
+from ..containers.wide_scales import is_of_pairs
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import InputMissingError, UnsupportedError, UsageError, check_choice
@@ -77,7 +77,6 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
     """
     _check(mends)
     checkpoint, config, left_out = _open(source, mends, strict=strict)
-    sources = [source] if mends.graft_draft is None else [source, mends.graft_draft]
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if mends.graft_draft is not None:
         check_apart(mends.graft_draft, checkpoint.files, out)
@@ -90,6 +89,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
     if mends.rename == TRANSFORMERS:
         config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
     files = _tensor_files(wanted, headers)
+    beside = auxiliary_files(source, also=(MODEL_CARD_NAME,))
     return Plan(
         target=MEND,
         source=source,
@@ -100,7 +100,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
             _config_file(checkpoint, config),
             *files,
             *_index(files),
-            *auxiliary_files(source, also=(MODEL_CARD_NAME,)),
+            *beside,
         ),
         dropped=tuple(left_out),
         options={
@@ -111,7 +111,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
             "rename": mends.rename,
         },
         source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_not_taken_over(sources[0], checkpoint.files)),
+        notes=(*checkpoint.notes, *_not_taken_over(source, checkpoint.files, beside)),
     )
 
 
@@ -143,7 +143,7 @@ def _open(source: Path, mends: Mends, *, strict: bool) -> tuple[Checkpoint, Mapp
     ]
     checkpoint, config, dropped = choose_draft(checkpoint, DROP if without_draft else KEEP)
     left_out += [Dropped(entry.what, DROP_REASON, entry.count, entry.nbytes) for entry in dropped]
-    pairs = [w for w in checkpoint.weights.values() if w.scale is not None and w.scale.wide.startswith(PAIRS)]
+    pairs = [w for w in checkpoint.weights.values() if w.scale is not None and is_of_pairs(w.scale.wide)]
     if pairs:
         raise UnsupportedError(
             f"tensor {pairs[0].name}: NVFP4, whose scales mend would leave behind",
@@ -334,10 +334,9 @@ def _index(files: Sequence[OutputFile]) -> list[OutputFile]:
     return [whole_file(INDEX_NAME, safetensors_index(files))]
 
 
-def _not_taken_over(source: Path, read: Iterable[Path]) -> Iterator[str]:
+def _not_taken_over(source: Path, read: Iterable[Path], beside: Iterable[OutputFile]) -> Iterator[str]:
     """Yield a note on what else lies in the source."""
-    known = {path.name for path in read} | {CONFIG_NAME, INDEX_NAME}
-    known |= {file.name for file in auxiliary_files(source, also=(MODEL_CARD_NAME,))}
+    known = {CONFIG_NAME, INDEX_NAME, *(path.name for path in read), *(file.name for file in beside)}
     others = sorted(name for name in os.listdir(source) if name not in known and not name.startswith("."))
     if others:
         more = f" and {len(others) - MAX_NAMED} more" if others[MAX_NAMED:] else ""

@@ -27,7 +27,8 @@ from .segments import BF16, I32, convert_segments, copy_segments, join_segments,
 MLX = "mlx"
 
 # What becomes of FP8 weights.
-MXFP8, BF16_FORM = DENSE_FORMS = ("mxfp8", "bf16")
+MXFP8 = "mxfp8"
+DENSE_FORMS = (MXFP8, "bf16")
 
 # Elements of a row that share one scale in MLX's mxfp4 and mxfp8.
 GROUP_SIZE = 32

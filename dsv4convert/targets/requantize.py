@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.weights import FLOAT_ENCODINGS, FP4_BLOCK, Weight
 from ..containers.folder_names import CONFIG_NAME
-from ..containers.wide_scales import PAIRS
+from ..containers.wide_scales import is_of_pairs
 from ..errors import UnsupportedError
 from ..model.config import Version
 from ..model.config_v41 import TEXT
@@ -81,7 +81,7 @@ def plan_requantize(
 
 
 def _is_quantised_here(weight: Weight) -> bool:
-    if weight.scale is not None and weight.scale.wide.startswith(PAIRS):  # NVFP4, whose scales become E8M0
+    if weight.scale is not None and is_of_pairs(weight.scale.wide):  # NVFP4, whose scales become E8M0
         return True
     return weight.encoding in FLOAT_ENCODINGS and weight.row.store in (Store.DENSE, Store.EXPERT, Store.ENGRAM)
 

@@ -62,9 +62,9 @@ def nvfp4_as_fp4(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     if lost is not None:
         missing = lost.removesuffix(SCALE) + SECOND_SCALE
         raise InventoryError(f"tensor {missing} is missing, which {lost} belongs to", where=stored[lost].file)
-    exponents = dict(zip(seconds, map(_exponent, seconds, _scalars(seconds)), strict=True))
     made = {name: tensor for name, tensor in stored.items() if name not in seconds}
-    for name, exponent in exponents.items():
+    for name, value in read_scalars(seconds).items():
+        exponent = _exponent(name, value, seconds[name].file)
         stem = name.removesuffix(SECOND_SCALE)
         weight, scale = made.get(stem + WEIGHT), made.pop(stem + SCALE, None)
         if weight is None or scale is None:
@@ -104,36 +104,40 @@ def _as_e8m0(stem: str, weight: Stored, scale: Stored, exponent: int) -> Stored:
     return scale._replace(dtype=E8M0, shape=(rows, columns // BLOCK // SCALES_PER_GROUP), wide=of_pairs(exponent))
 
 
-def _scalars(seconds: Mapping[str, Stored]) -> list[tuple[Path, float]]:
-    """Return file and value of each second scale, every file opened once."""
+def read_scalars(tensors: Mapping[str, Stored]) -> dict[str, float]:
+    """Return the value of each tensor of one float32 by its name, every file opened once.
+
+    Raises:
+        InventoryError: one is another tensor.
+        InputMissingError, FileFormatError: a file cannot be read.
+    """
     by_file: dict[Path, list[str]] = {}
-    for name, tensor in seconds.items():
+    for name, tensor in tensors.items():
         if tensor.dtype != "F32" or math.prod(tensor.shape) != 1:
             raise InventoryError(
-                f"tensor {name}: not a second scale",
+                f"tensor {name}: not a scale",
                 where=tensor.file,
                 expected="one F32",
                 got=f"{tensor.dtype} {list(tensor.shape)}",
             )
         by_file.setdefault(tensor.file, []).append(name)
-    prefetch((tensor.file, tensor.offset, tensor.nbytes) for tensor in seconds.values())
-    values: dict[str, tuple[Path, float]] = {}
+    prefetch((tensor.file, tensor.offset, tensor.nbytes) for tensor in tensors.values())
+    values: dict[str, float] = {}
     for path, names in by_file.items():
         try:
             with open_regular(path) as file:
-                for name in sorted(names, key=lambda name: seconds[name].offset):
-                    file.seek(seconds[name].offset)
-                    content = file.read(seconds[name].nbytes)
-                    if len(content) != seconds[name].nbytes:
+                for name in sorted(names, key=lambda name: tensors[name].offset):
+                    file.seek(tensors[name].offset)
+                    content = file.read(tensors[name].nbytes)
+                    if len(content) != tensors[name].nbytes:
                         raise FileFormatError("truncated", where=path, hint="download the file again")
-                    values[name] = path, float(np.frombuffer(content, "<f4")[0])
+                    values[name] = float(np.frombuffer(content, "<f4")[0])
         except OSError as error:
             raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    return [values[name] for name in seconds]
+    return {name: values[name] for name in tensors}
 
 
-def _exponent(name: str, found: tuple[Path, float]) -> int:
-    path, value = found
+def _exponent(name: str, value: float, path: Path) -> int:
     fraction, exponent = math.frexp(value) if math.isfinite(value) else (0.0, 0)
     if fraction != 0.5:
         raise InventoryError(

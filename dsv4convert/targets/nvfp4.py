@@ -12,22 +12,19 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.folder import Checkpoint, read_folder_headers
+from ..checkpoint.nvfp4 import INPUT_SCALE, SCALE, SECOND_SCALE, read_scalars
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object
-from ..containers.safetensors import Stored
-from ..containers.untrusted import open_regular
-from ..errors import ConfigError, FileFormatError, InputMissingError, InventoryError, UsageError
+from ..errors import ConfigError, InventoryError, UsageError
+from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..plan import OutputFile, OutputTensor
-from .fp8_segments import FP8_BLOCKS
+from .fp8_segments import CODES_PER_BYTE, FP8_BLOCKS
 from .hf_folder import is_fp4_expert, json_file
-from .nvfp4_segments import NVFP4_BLOCK, Part, fp4_to_nvfp4_segments, scalar_segments
+from .nvfp4_segments import Part, fp4_to_nvfp4_segments, scalar_segments
 from .safetensors_files import unplaced_tensor
 
 QUANT_CONFIG_NAME = "hf_quant_config.json"
-
-# Tensors beside a weight, by the suffix that takes the place of ``.weight``.
-SCALE, SECOND_SCALE, INPUT_SCALE = ".weight_scale", ".weight_scale_2", ".input_scale"
 
 # The matrices of an expert that are computed as one, and share input and second scale.
 FUSED = {"w1": "w3", "w3": "w1"}
@@ -153,38 +150,16 @@ def _stored_scales(folder: Path) -> dict[str, float]:
         InventoryError: it has none, or one is no positive number.
         InputMissingError, FileFormatError: it cannot be read.
     """
-    found: dict[str, float] = {}
-    for name, stored in sorted(read_folder_headers(folder)[0].items(), key=lambda entry: (entry[1].file, entry[0])):
-        if name.endswith(INPUT_SCALE):
-            found[name] = read_scalar(name, stored)
-    if not found:
+    stored = {name: tensor for name, tensor in read_folder_headers(folder)[0].items() if name.endswith(INPUT_SCALE)}
+    if not stored:
         raise InventoryError(f"no tensor *{INPUT_SCALE}", where=folder, hint="give the folder of an NVFP4 checkpoint")
+    found = read_scalars(stored)
+    for name, value in found.items():
+        if not _is_scale(value):
+            raise InventoryError(
+                f"tensor {name}: not a scale", where=stored[name].file, expected="a positive number", got=value
+            )
     return found
-
-
-def read_scalar(name: str, stored: Stored) -> float:
-    """Return a positive float32 scalar of a safetensors file.
-
-    Raises:
-        InventoryError: it is none.
-        InputMissingError, FileFormatError: it cannot be read.
-    """
-    if stored.dtype != "F32" or math.prod(stored.shape) != 1:
-        raise InventoryError(
-            f"tensor {name}: not a scale", where=stored.file, expected="one F32", got=f"{stored.dtype} {stored.shape}"
-        )
-    try:
-        with open_regular(stored.file) as file:
-            file.seek(stored.offset)
-            content = file.read(stored.nbytes)
-    except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=stored.file) from None
-    if len(content) != stored.nbytes:
-        raise FileFormatError("truncated", where=stored.file)
-    value = float(np.frombuffer(content, "<f4")[0])
-    if not _is_scale(value):
-        raise InventoryError(f"tensor {name}: not a scale", where=stored.file, expected="a positive number", got=value)
-    return value
 
 
 def _matrix(name: str) -> str:
@@ -219,7 +194,7 @@ def nvfp4_tensors(weight: Weight, weights: Mapping[str, Weight], scales: InputSc
     stem = weight.name.removesuffix(".weight")
     rows, columns = weight.shape
     return [
-        unplaced_tensor(weight.name, "U8", (rows, columns // 2), parts[Part.CODES]),
+        unplaced_tensor(weight.name, "U8", (rows, columns // CODES_PER_BYTE), parts[Part.CODES]),
         unplaced_tensor(stem + SCALE, "F8_E4M3", (rows, columns // NVFP4_BLOCK), parts[Part.SCALES]),
         unplaced_tensor(stem + SECOND_SCALE, "F32", (), parts[Part.SECOND]),
         unplaced_tensor(stem + INPUT_SCALE, "F32", (), scalar_segments(scales.of(weight))),

@@ -13,12 +13,11 @@ import numpy as np
 from ..checkpoint.weights import FP4_SCALE_BLOCK, Weight
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
+from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment
+from .fp8_segments import CODES_PER_BYTE
 from .segments import scale_operand, shared
 
-# Elements of a row that share an e4m3 scale, and those of a packed byte.
-NVFP4_BLOCK = 16
-CODES_PER_BYTE = 2
 SCALAR_BYTES = 4
 
 

@@ -15,6 +15,7 @@ from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTe
 from .claims import Claims
 from .companions import auxiliary_files, check_apart
 from .drafts import KEEP, open_with_draft_option
+from .fp8_segments import CODES_PER_BYTE
 from .hf_folder import (
     DEFAULT_MAX_FILE_BYTES,
     hf_files,
@@ -25,7 +26,6 @@ from .hf_folder import (
     stored_tensors,
 )
 from .nvfp4 import DEFAULT_INPUT_SCALE, InputScales, is_cast, nvfp4_configs, nvfp4_tensors
-from .nvfp4_segments import CODES_PER_BYTE
 
 REPACK = "repack"
 FP8, NVFP4 = EXPERT_DTYPES = ("fp8", "nvfp4")

@@ -12,8 +12,11 @@ import numpy as np
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.engine.conversion import Summary, execute
 from dsv4convert.engine.loss import refuse_loss
+from dsv4convert.errors import InventoryError
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.repack import plan_repack, summarize_repack
+
+from ..command_line import run_cli
 
 Edit = Callable[[np.ndarray[Any, Any]], None]
 
@@ -40,6 +43,24 @@ class Editable:
         """Set keys of config.json."""
         path = self.folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusals(source: Path, folder: Path) -> dict[str, str]:
+    """Return what each command that reads every weight of a folder says of one that cannot be read."""
+    commands: dict[str, list[Any]] = {
+        "hf-to-gguf": [folder / "a.gguf"],
+        "shard": [folder / "s", "--mp", "2"],
+        "dequantize": [folder / "d"],
+        "repack": [folder / "r", "--experts", "fp8"],
+        "forward": ["--tokens", "1,2,3,4,5,6"],
+        "check": [],
+    }
+    said: dict[str, str] = {}
+    for command, options in commands.items():
+        result = run_cli(command, source, *options)
+        assert result.code == InventoryError.exit_code, (command, result.out, result.err)
+        said[command] = result.error
+    return said
 
 
 def dequantize(source: Path, out: Path, *, strict: bool = False, overwrite: bool = False, **options: Any) -> Summary:

@@ -212,11 +212,14 @@ def check_tables(config: ModelConfig, weights: Iterable[Weight], reader: _Reader
                 count = min(step, rows - first) * columns
                 offset = weight.stored.offset + first * columns * dtype.itemsize
                 found = reader.read(weight.stored.file, offset, count * dtype.itemsize)
-                check_table_rows(weight, np.frombuffer(found, dtype).reshape(-1, columns), first, experts)
+                ids = np.frombuffer(found, dtype).reshape(-1, columns)
+                check_table_rows(weight.name, ids, np.arange(first, first + len(ids)), experts, weight.stored.file)
 
 
-def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, experts: int) -> None:
-    """Check rows of a routing table, [rows, experts a token], of which ``first`` is the number of the first.
+def check_table_rows(
+    name: str, ids: NDArray[np.integer[Any]], rows: NDArray[np.integer[Any]], experts: int, where: object = None
+) -> None:
+    """Check rows of a routing table, [rows, experts a token]; ``rows`` are their numbers.
 
     Raises:
         InventoryError: a row has an id outside 0..experts-1, or one twice.
@@ -225,8 +228,8 @@ def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, 
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise InventoryError(
-            f"tensor {weight.name}: row {first + row} names an expert that is not there",
-            where=weight.stored.file,
+            f"tensor {name}: row {rows[row]} names an expert that is not there",
+            where=where,
             expected=f"ids of 0 to {experts - 1}",
             got=int(ids[row, column]),
             hint="were experts removed and this table left as it was?",
@@ -236,8 +239,8 @@ def check_table_rows(weight: Weight, ids: NDArray[np.integer[Any]], first: int, 
     if twice.any():
         row, column = np.argwhere(twice)[0]
         raise InventoryError(
-            f"tensor {weight.name}: row {first + row} names an expert twice",
-            where=weight.stored.file,
+            f"tensor {name}: row {rows[row]} names an expert twice",
+            where=where,
             expected=f"{ids.shape[1]} distinct ids",
             got=f"{int(ordered[row, column])} in {ids[row].tolist()}",
             hint="was this table lost when the weights were saved? take the table from the published checkpoint",

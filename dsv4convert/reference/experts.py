@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..errors import InventoryError
+from ..checkpoint.meaning import check_table_rows
 from ..model.tensors import DRAFT_PREFIX
 from .arithmetic import silu, softplus
 from .parameters import Parameters, Record
@@ -87,25 +87,7 @@ def _from_table(p: Parameters, name: str, tokens_T: Array) -> Array:
         InventoryError: an id outside 0..E-1, or one twice in a row; names the tensor, the row and the id.
     """
     experts_TK = p.source.rows(name, tokens_T)
-    outside_TK = (experts_TK < 0) | (experts_TK >= p.config.n_routed_experts)
-    if outside_TK.any():
-        t, k = np.argwhere(outside_TK)[0]
-        raise InventoryError(
-            f"tensor {name}: row {tokens_T[t]} names an expert that is not there",
-            expected=f"ids of 0 to {p.config.n_routed_experts - 1}",
-            got=int(experts_TK[t, k]),
-            hint="were experts removed and this table left as it was?",
-        )
-    ordered_TK = np.sort(experts_TK, axis=1)
-    twice_T = (ordered_TK[:, 1:] == ordered_TK[:, :-1]).any(axis=1)
-    if twice_T.any():
-        t = int(np.argmax(twice_T))
-        raise InventoryError(
-            f"tensor {name}: row {tokens_T[t]} names an expert twice",
-            expected=f"{experts_TK.shape[1]} distinct ids",
-            got=experts_TK[t].tolist(),
-            hint="was this table lost when the weights were saved?",
-        )
+    check_table_rows(name, experts_TK, tokens_T, p.config.n_routed_experts)
     return experts_TK
 
 

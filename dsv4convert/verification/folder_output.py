@@ -14,7 +14,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
-from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
+from ..errors import ConfigError, InputMissingError, UnsupportedError
 from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
 from ..model.parallel import SHARD_NAME
@@ -402,20 +402,12 @@ def _run_piece(rank: int, mp: int, weight: Weight, found: Found, report: Report)
     for stored, byte in zip((found.stored, found.scale), (b"\0", b"\x7f"), strict=True):
         if stored is not None and real < share:
             width = stored.nbytes // share
-            if _read_at(stored.file, stored.offset + real * width, (share - real) * width).strip(byte):
+            filled = read_at(stored.file, stored.offset + real * width, (share - real) * width)
+            if filled.tobytes().strip(byte):
                 what = f"expected rows {real} to {share} to be filled with {byte.hex()}"
                 report.problem(PADDING, f"rank {rank}: tensor {weight.name}", what)
     if real:
         yield Piece(matrix, shape, (0, 0), weight_matrix(weight), (rank * share, 0), (real, matrix.columns))
-
-
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as error:
-        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
 
 
 # Besides tensors

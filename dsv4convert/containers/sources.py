@@ -78,9 +78,8 @@ class RemoteFile:
         self.identity = identity
         self._transport = transport
         self._lock = threading.Lock()  # of what is kept
-        self._fetching = (
-            threading.Lock()
-        )  # one thread at a time fetches what is to be kept, so that none is fetched twice
+        # One thread at a time fetches what is to be kept, so that no byte is fetched twice.
+        self._fetching = threading.Lock()
         self._kept = Intervals()
         self._spool = Spool()
 

@@ -27,7 +27,7 @@ from ..formats.compiled.segments import (
     SegmentCall,
     make_segment,
 )
-from ..formats.mxfp4 import BLOCK_BYTES as MXFP4_BYTES
+from ..formats.ggml_types import BY_NAME
 from ..formats.not_finite import MAGNITUDES
 from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
 from .mappings import SHARERS, Mappings
@@ -89,10 +89,8 @@ class Recipe(NamedTuple):
 
 def output_bytes(target: Target, columns: int) -> int | None:
     """Return the bytes of a row of ``columns`` elements, None where blocks do not fill it."""
-    if target in ("q8_0", "mxfp4"):
-        block = q8_0.BLOCK_BYTES if target == "q8_0" else MXFP4_BYTES
-        return None if columns % GROUP else columns // GROUP * block
-    return columns * (4 if target in ("f32", "i32") else 2)
+    kind = BY_NAME[target]
+    return None if columns % kind.elements else kind.row_bytes(columns)
 
 
 def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int) -> Recipe | None:

@@ -16,14 +16,12 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from side_by_side import commit, hardware
+from side_by_side import circumstances, commit
 
 from dsv4convert.formats.backend import (
     COMPILED,
@@ -309,12 +307,9 @@ def print_table(done: list[Case]) -> None:
 def as_json(done: list[Case], arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", "benchmarks/codecs.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
+        **circumstances(),
         **({"baseline_commit": commit(arguments.baseline)} if arguments.baseline else {}),
         "codecs": describe_codecs(),
-        "hardware": hardware(),
-        "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "rounds": arguments.rounds,
         "threads": 1,

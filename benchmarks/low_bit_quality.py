@@ -18,14 +18,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import commit, hardware, save
+from side_by_side import circumstances, save
 
-import dsv4convert
 from dsv4convert.api import convert_gguf, imatrix, load_model
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.imatrix import importance, read_imatrix
@@ -178,10 +176,7 @@ def main() -> None:
         rows += fixture.file_type(name)
     if arguments.save is not None:
         facts = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "version": dsv4convert.__version__,
-            "commit": commit(),
-            "hardware": hardware(),
+            **circumstances(),
             "llama_cpp_python": llama_cpp.__version__,
             "command": "python benchmarks/low_bit_quality.py",
             "shape": {**SHAPE, "n_routed_experts": EXPERTS, "vocab_size": VOCAB, "compress_ratios": list(LAYERS)},

@@ -20,14 +20,12 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import Contender, commit, compile_package, hardware, run_once, save
+from side_by_side import Contender, circumstances, compile_package, run_once, save
 
-import dsv4convert
 from dsv4convert.api import convert_gguf
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.imatrix import imatrix_file, importance, read_imatrix
@@ -222,10 +220,7 @@ def main() -> None:
     results = [measure(arguments, kind, threads) for kind in arguments.types for threads in arguments.threads]
     if arguments.save is not None:
         facts = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "version": dsv4convert.__version__,
-            "commit": commit(),
-            "hardware": hardware(),
+            **circumstances(),
             "ggml": find_quantiser(arguments.ggml_lib).version,
             "command": "python benchmarks/lowbit.py",
         }

@@ -14,11 +14,10 @@ import argparse
 import os
 import shutil
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from side_by_side import Contender, alternate, make_flash_slice, record, run_once, save
+from side_by_side import Contender, alternate, circumstances, make_flash_slice, record, run_once, save
 
 # Name: command, options, and whether the output is a folder of its own.
 COMMANDS = {
@@ -86,7 +85,7 @@ def main() -> None:
         for what in arguments.commands
     ]
     if arguments.save is not None:
-        save({"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "results": results}, arguments.save)
+        save({**circumstances(), "results": results}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -169,15 +169,22 @@ def alternate(
                         contender.peak_bytes.append(peak)
 
 
-def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **facts: Any) -> dict[str, Any]:
-    """Return the result as JSON values, medians relative to the contender called ``baseline``."""
-    base = statistics.median(next(c for c in contenders if c.name == baseline).seconds)
+def circumstances() -> dict[str, Any]:
+    """Return when, of what and on what a benchmark is run, as JSON values."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "version": dsv4convert.__version__,
         "commit": commit(),
         "hardware": hardware(),
         "python": platform.python_version(),
+    }
+
+
+def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **facts: Any) -> dict[str, Any]:
+    """Return the result as JSON values, medians relative to the contender called ``baseline``."""
+    base = statistics.median(next(c for c in contenders if c.name == baseline).seconds)
+    return {
+        **circumstances(),
         "baseline": baseline,
         **facts,
         "results": [

@@ -39,6 +39,7 @@ MAX_INT64 = 2**63 - 1
 CHUNK_BYTES = 2**20
 U64_BYTES = 8
 
+SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
 SPLIT_FILE = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 
@@ -194,7 +195,7 @@ def _open_split(path: Path, stem: str, count: int, allow_cut: bool) -> GgufModel
     parts: list[GgufPart] = []
     tensors: dict[str, GgufTensor] = {}
     for number in range(count):
-        name = f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+        name = SPLIT_NAME.format(stem=stem, number=number + 1, count=count)
         part = read_gguf_part(path.with_name(name), allow_cut=allow_cut)
         for key, expected in ((SPLIT_NO, number), (SPLIT_COUNT, count)):
             if part.metadata.get(key) != expected:

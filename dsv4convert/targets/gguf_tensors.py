@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
 from ..containers.gguf import DEFAULT_ALIGNMENT as ALIGNMENT
+from ..containers.gguf import SPLIT_NAME
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
@@ -60,7 +61,6 @@ IMPORTANCE_MODES = (WEIGHTS,)
 SHARED_WITH_MTP = ("embed.weight", "norm.weight", "head.weight")
 
 ALIGNMENT_KEY = "general.alignment"
-SPLIT_NAME = "{stem}-{number:05d}-of-{count:05d}.gguf"
 
 
 @dataclass(frozen=True)

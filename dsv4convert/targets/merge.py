@@ -14,6 +14,7 @@ from ..containers.gguf import (
     SCALARS,
     SPLIT_COUNT,
     SPLIT_FILE,
+    SPLIT_NAME,
     SPLIT_NO,
     SPLIT_TENSORS,
     STRING,
@@ -26,7 +27,7 @@ from ..containers.gguf_write import KeyValue
 from ..engine.manifest import manifest_of, remove_manifest
 from ..errors import FileFormatError, InputMissingError, InputOutputError, UsageError
 from ..plan import CopySegments, OutputTensor, Plan
-from .gguf_tensors import SPLIT_NAME, gguf_file
+from .gguf_tensors import gguf_file
 
 MERGE = "merge"
 SPLIT_KEYS = frozenset({SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS})

@@ -24,9 +24,10 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
 from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
 from ..sources import CONNECTIONS, MAX_ATTEMPTS, RemoteFile, TransientError, Transport, wait_after
-from . import Listing, check_names
+from . import MAX_FILES, Listing, check_names
 
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 MAX_REDIRECTS = 5
@@ -267,8 +268,11 @@ def list_web_folder(url: str) -> Listing:
 
 def _of_split(name: str) -> list[str]:
     """Return the names of all files of a split GGUF."""
-    found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", name)
-    return [f"{found[1]}-{n:05}-of-{found[2]}.gguf" for n in range(1, min(int(found[2]), 9999) + 1)] if found else []
+    found = SPLIT_FILE.fullmatch(name)
+    if found is None:
+        return []
+    stem, count = found["stem"], int(found["count"])
+    return [SPLIT_NAME.format(stem=stem, number=n, count=count) for n in range(1, min(count, MAX_FILES) + 1)]
 
 
 def _look(url: str, names: list[str]) -> dict[str, RemoteFile]:

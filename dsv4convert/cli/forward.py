@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 
-from ..errors import OutputExistsError, UsageError, VerifyError, escape_control
+from ..errors import UsageError, VerifyError, escape_control
 from .options import LAYERS_METAVAR, json_option, overwrite_option
 from .parsing import (
     COMPARISON,
@@ -360,25 +359,10 @@ def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None, version: Version)
 
 
 def _check_new(path: Path | None, overwrite: bool, *inputs: Path | None) -> Identity | None:
-    """Return what is replaced at the path of a result, having checked that it may be.
+    """Return what is replaced at the path of a result, where there is to be one; see ``check_result``."""
+    from ..engine.conversion import check_result
 
-    Raises:
-        OutputExistsError: something is there, and ``overwrite`` is false or it is no file.
-        UsageError: it is one of the inputs.
-    """
-    from ..engine.conversion import check_inputs_stay
-    from ..engine.names import Identity, check_file_can_be_replaced
-    from ..engine.outputs import partial_path
-
-    if path is None:
-        return None
-    if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError("already exists", where=path, hint="pass --overwrite to replace the file")
-    if os.path.lexists(path) and not path.is_file():
-        raise OutputExistsError("already exists and is not a file", where=path, hint="choose another name")
-    check_inputs_stay(filter(None, inputs), (path, partial_path(path)))
-    check_file_can_be_replaced(path)
-    return Identity.of(path)
+    return None if path is None else check_result(path, filter(None, inputs), overwrite=overwrite)
 
 
 def _save(path: Path, logits: Array, replaced: Identity | None) -> None:

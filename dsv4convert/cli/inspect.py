@@ -28,9 +28,9 @@ def inspect(path: Path, index: str, report: Path | None, overwrite_page: bool, a
     from ..api import inspect as inspect_path
     from .report import print_json
 
-    check_page(report, overwrite=overwrite_page, inputs=[path])
+    replaced = check_page(report, overwrite=overwrite_page, inputs=[path])
     description = inspect_path(path, index=index)
-    write_page(report, "inspect", path, description.as_json(), overwrite=overwrite_page)
+    write_page(report, "inspect", path, description.as_json(), replaced)
     if as_json:
         print_json(description.as_json())
     else:

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .parsing import PATH, REPORT, option
+
+if TYPE_CHECKING:
+    from ..engine.names import Identity
 
 report_option = option(
     "--report",
@@ -25,20 +28,21 @@ overwrite_page_option = option(
 )
 
 
-def check_page(path: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Check that a page can be written where one is asked for; see ``check_report``.
+def check_page(path: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> Identity | None:
+    """Return what a page replaces, where one is asked for, having checked that it can; see ``check_report``.
 
     Raises:
         UsageError, OutputExistsError: it cannot.
     """
-    if path is not None:
-        from ..html_report.write import check_report
+    if path is None:
+        return None
+    from ..html_report.write import check_report
 
-        check_report(path, overwrite=overwrite, inputs=inputs)
+    return check_report(path, overwrite=overwrite, inputs=inputs)
 
 
 def write_page(
-    path: Path | None, command: str, subject: object, document: Mapping[str, Any], *, overwrite: bool
+    path: Path | None, command: str, subject: object, document: Mapping[str, Any], replaced: Identity | None
 ) -> None:
     """Write the page of a command's JSON about ``subject``, where one is asked for.
 
@@ -60,4 +64,4 @@ def write_page(
     }
     made_at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     origin = Origin(("dsv4convert", *sys.argv[1:]), made_at, versions)
-    write_report(report_page(command, str(subject), document, origin), path, overwrite=overwrite)
+    write_report(report_page(command, str(subject), document, origin), path, replaced)

@@ -111,7 +111,7 @@ def verify(
     from .report import print_json, progress_display
     from .tables import print_blocks
 
-    check_page(report, overwrite=overwrite_page, inputs=[source, out])
+    replaced = check_page(report, overwrite=overwrite_page, inputs=[source, out])
     with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_output(
             source,
@@ -128,7 +128,7 @@ def verify(
             threads=threads,
             progress=progress,
         )
-    write_page(report, "verify", out, found.as_json(), overwrite=overwrite_page)
+    write_page(report, "verify", out, found.as_json(), replaced)
     with report_before_verdict(found.ok):
         if as_json:
             print_json(found.as_json())

@@ -30,7 +30,17 @@ from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
 from .manifest import check_claimed, check_replaceable, finished_before, links_in, manifest_path, write_manifest
-from .outputs import Outputs, os_errors, outputs_of, partial_path, replaced_path, trial_path
+from .names import Identity
+from .outputs import (
+    Outputs,
+    check_new_file,
+    check_no_partial,
+    os_errors,
+    outputs_of,
+    partial_path,
+    replaced_path,
+    trial_path,
+)
 from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 
@@ -364,6 +374,19 @@ def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked:
                 got=f"the same file as {source}",
                 hint="choose another name or folder for the output",
             )
+
+
+def check_result(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> Identity | None:
+    """Return what a result replaces that ``write_file`` writes at the end, having checked that it may.
+
+    Raises:
+        OutputExistsError: as for ``check_new_file``, or something has the temporary name.
+        UsageError: it would replace one of the inputs.
+    """
+    check_new_file(path, overwrite)
+    check_no_partial(path)
+    check_inputs_stay(inputs, (path, partial_path(path)))
+    return Identity.of(path)
 
 
 def _is_same_entry(one: Path, other: Path) -> bool:

@@ -716,15 +716,7 @@ class FileOutputs(Outputs):
     def check_absent(self, overwrite: bool) -> None:
         """Check that no file is there, or that it may be replaced."""
         for final in self._finals:
-            check_parent(final)
-            check_name_fits(final, SUFFIXES)
-            if not os.path.lexists(final):
-                continue
-            if final.is_dir() or not (final.is_symlink() or final.is_file()):
-                raise OutputExistsError("already exists and is not a file", where=final, hint="choose another name")
-            if not overwrite:
-                raise OutputExistsError("already exists", where=final, hint="pass --overwrite to replace the output")
-            check_file_can_be_replaced(final)
+            check_new_file(final, overwrite)
         check_none_replaced(self._finals[0])
         self._check_as_looked()
 
@@ -828,6 +820,23 @@ SUFFIXES = (
     *(PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX),
     *(".journal", ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, ".lock"),
 )
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Check that a file can be made under a name, or that the one that is there may be replaced.
+
+    Raises:
+        OutputExistsError: the folder is missing, or something is there that is no file or not to be replaced.
+    """
+    check_parent(path)
+    check_name_fits(path, SUFFIXES)
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() or not (path.is_symlink() or path.is_file()):
+        raise OutputExistsError("already exists and is not a file", where=path, hint="choose another name")
+    if not overwrite:
+        raise OutputExistsError("already exists", where=path, hint="pass --overwrite to replace the output")
+    check_file_can_be_replaced(path)
 
 
 def outputs_of(plan: Plan, *, lock: bool = True) -> Outputs:
@@ -996,6 +1005,16 @@ def take_final_name(path: Path, final: Path, descriptor: int, old: Identity | No
         raise swapped(path) from None
 
 
+def check_no_partial(path: Path) -> None:
+    """Check that nothing stands under the temporary name of ``path``, as a run that was killed leaves it.
+
+    Raises:
+        OutputExistsError: something does.
+    """
+    if os.path.lexists(partial_path(path)):
+        raise OutputExistsError("already exists", where=partial_path(path), hint="move that file away")
+
+
 def write_file(path: Path, pieces: Iterable[bytes | memoryview], replaced: Identity | None) -> None:
     """Write a file that appears under its name whole and durable, in place of what it replaces, if anything.
 
@@ -1004,11 +1023,9 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], replaced: Ident
         SpaceError, InputOutputError: the system refused.
     """
     partial = partial_path(path)
+    check_no_partial(path)
     with os_errors(path, "written"):
-        try:
-            descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            raise OutputExistsError("already exists", where=partial, hint="move that file away") from None
+        descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             position = 0
             for piece in pieces:

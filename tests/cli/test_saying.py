@@ -163,3 +163,9 @@ def test_options_of_the_program_are_named_with_their_place(tiny: Path) -> None:
     error = run_cli("hf-to-gguf", tiny, "--debug").error
     assert "--debug belongs before the command; use" in error
     assert "--debug hf-to-gguf ..." in error
+
+
+def test_a_result_in_a_folder_that_is_missing_is_told_before_the_model_runs(tiny: Path, tmp_path: Path) -> None:
+    for words in (["forward", tiny, "--logits"], ["compare", tiny, tiny, "--plot"]):
+        result = run_cli(*words, tmp_path / "absent" / "result.png", "--tokens", "no tokens")
+        assert "absent: output folder is missing; create the folder first" in result.error

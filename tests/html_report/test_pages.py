@@ -237,6 +237,14 @@ def test_a_page_replaces_nothing_unasked(tiny: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
 
 
+def test_what_a_killed_run_left_of_a_page_is_told_before_the_work(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html.partial").touch()
+    for command in (["verify", tiny, tmp_path / "no.gguf", "--report"], ["inspect", tiny, "--report"]):
+        result = run_cli(*command, tmp_path / "page.html")
+        assert result.code == 9
+        assert f"{tmp_path}/page.html.partial: already exists; move that file away" in result.error
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -258,7 +266,7 @@ def test_a_page_does_not_replace_the_model(tiny: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     result = run_cli("inspect", model, "--report", model, "--overwrite")
     assert result.code == 2
-    assert "the page would replace the input" in result.error
+    assert "the output would replace a file of the source" in result.error
     assert model.read_bytes() == before
 
 

@@ -201,7 +201,8 @@ def raise_usage_error(error: click.ClickException) -> NoReturn:
     """Raise an error of click as one of ours, on one line."""
     context = getattr(error, "ctx", None)
     if isinstance(error, click.MissingParameter) and error.param is not None:
-        what = f"{error.param.param_type_name} {error.param.get_error_hint(context).strip(chr(39))} is missing"
+        names = error.param.get_error_hint(context).replace("'", "")
+        what = f"{error.param.param_type_name} {names} is missing"
     else:
         what = error.format_message().rstrip(".")
         what = what[:1].lower() + what[1:]

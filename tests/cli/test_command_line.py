@@ -91,6 +91,7 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     ("arguments", "says"),
     [
         (["shard", "a", "b"], "option --mp is missing; see dsv4convert shard -h"),
+        (["imatrix", "a", "--text", "b"], "option --out / -o is missing; see dsv4convert imatrix -h"),
         (["shard", "a", "--mp", "2"], "argument OUT is missing; see dsv4convert shard -h"),
         (["shard", "a", "b", "--mp", "x"], "invalid value for '--mp': 'x' is not a valid integer; see"),
         (["shard", "a", "b", "--mp", "2", "--draft", "alone"], "invalid value for '--draft': 'alone' is not one of"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -357,6 +357,8 @@ def summarize_mend(plan: Plan, summary: Summary) -> MendSummary:
         shared = sum(file.nbytes for file in sharing)
         notes = [f"{counted(len(sharing), 'file')} of the source can be shared"] if sharing else []
     fields = {**summary.__dict__, "notes": (*summary.notes, *notes)}
+    if summary.dry_run is not None:
+        fields["dry_run"] = replace(summary.dry_run, notes=(*summary.dry_run.notes, *notes))
     return MendSummary(**fields, links=links, shared_bytes=shared)
 
 

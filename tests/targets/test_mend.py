@@ -483,4 +483,6 @@ def test_a_dry_run_says_what_would_be_shared(source: Path, tmp_path: Path) -> No
     assert summary.dry_run is not None
     assert "3 files of the source can be shared" in summary.notes
     assert summary.dry_run.disk_needed < 2**17
+    result = run_cli("mend", source, tmp_path / "out", "--reindex", "--dry-run")
+    assert "note: 3 files of the source can be shared" in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -28,7 +28,9 @@ overwrite_page_option = option(
 )
 
 
-def check_page(path: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> Identity | None:
+def check_page(
+    path: Path | None, *, overwrite: bool, inputs: Iterable[Path], outputs: Iterable[Path] = ()
+) -> Identity | None:
     """Return what a page replaces, where one is asked for, having checked that it can; see ``check_report``.
 
     Raises:
@@ -38,7 +40,7 @@ def check_page(path: Path | None, *, overwrite: bool, inputs: Iterable[Path]) ->
         return None
     from ..html_report.write import check_report
 
-    return check_report(path, overwrite=overwrite, inputs=inputs)
+    return check_report(path, overwrite=overwrite, inputs=inputs, outputs=outputs)
 
 
 def write_page(

@@ -111,7 +111,7 @@ def verify(
     from .report import print_json, progress_display
     from .tables import print_blocks
 
-    replaced = check_page(report, overwrite=overwrite_page, inputs=[source, out])
+    replaced = check_page(report, overwrite=overwrite_page, inputs=[source, out], outputs=[out])
     with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_output(
             source,

@@ -270,6 +270,17 @@ def test_a_page_does_not_replace_the_model(tiny: Path, tmp_path: Path) -> None:
     assert model.read_bytes() == before
 
 
+def test_a_page_does_not_lie_in_the_folder_that_is_verified(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, out, link = make_checkpoint(), tmp_path / "out", tmp_path / "link"
+    assert run_cli("dequantize", source, out, "-q").code == 0
+    link.symlink_to(out)
+    for folder in (out, link):
+        result = run_cli("verify", source, out, "--report", folder / "page.html")
+        assert result.code == 2
+        assert "the page would lie in the output" in result.error
+    assert run_cli("verify", "--manifest", out).code == 0
+
+
 def test_a_failed_verification_has_its_page(editable: Callable[..., Any], tiny: Path, tmp_path: Path) -> None:
     other = editable(seed=1)
     page = tmp_path / "page.html"

@@ -652,7 +652,7 @@ def verify(
         index=index,
         imatrix=None if imatrix is None else Path(imatrix),
         ggml_lib=None if ggml_lib is None else Path(ggml_lib),
-        graft_draft=None if graft_draft is None else Path(graft_draft),
+        graft_draft=None if graft_draft is None else _located(graft_draft),
     )
     return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
 

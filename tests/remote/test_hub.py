@@ -85,6 +85,14 @@ def test_check_and_verify_read_the_hub(remote: Remote, snapshot: Path, tmp_path:
     assert json.loads(result.out)["verdict"] == "ok", result.out
 
 
+def test_verify_compares_a_grafted_draft_with_its_repository(remote: Remote, snapshot: Path, tmp_path: Path) -> None:
+    trunk, out = tmp_path / "trunk", tmp_path / "out"
+    assert run_cli("mend", snapshot, trunk, "--drop-draft").code == 0
+    assert run_cli("mend", trunk, out, "--graft-draft", snapshot).code == 0
+    result = remote.run("verify", trunk, out, "--graft-draft", REPOSITORY, "--json")
+    assert json.loads(result.out)["verdict"] == "ok", result.out
+
+
 def test_running_a_model_asks_for_its_files(remote: Remote) -> None:
     error = remote.run("forward", REPOSITORY, "--tokens", "1,2").error
     assert "needs the files on this machine; download them first with hf download" in error

@@ -43,7 +43,7 @@ BITS_AND_BYTES = (".absmax", ".quant_map", ".SCB", ".weight_format")
 DRAFT_LAYER = "draft layer"
 DRAFT_EXPERTS = "dspark_n_routed_experts"
 OFFICIAL = "take the published checkpoint (deepseek-ai) instead"
-UNQUANTISED = f"convert the checkpoint that it was made of; {OFFICIAL}"
+UNQUANTISED = f"convert the checkpoint that it was made of, or {OFFICIAL}"
 
 
 @dataclass(frozen=True)
@@ -317,6 +317,10 @@ def _gpt_oss(folder: Folder) -> str | None:
 def _mlx(folder: Folder) -> str | None:
     inner = folder.config.get("quantization")
     if isinstance(inner, Mapping) and "group_size" in inner and "bits" in inner:
+        # Modes of modules count more than what holds for the modules that have none.
+        modes = {str(module["mode"]) for module in inner.values() if isinstance(module, Mapping) and "mode" in module}
+        if modes:
+            return " and ".join(sorted(modes))[:60]
         return f"{inner['bits']} bits in groups of {inner['group_size']}"[:60]
     for name in folder.named(".safetensors")[:1]:
         try:

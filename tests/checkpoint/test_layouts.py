@@ -157,6 +157,14 @@ DONE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "MLX: 4 bits in groups of 64",
         "convert the checkpoint",
     ),
+    "MLX by modules": (
+        lambda f: (
+            config(f, quantization={"group_size": 64, "bits": 8, "a": {"mode": "mxfp8"}, "b": {"mode": "mxfp4"}}),
+            suffixed(".scale", ".scales")(f),
+        ),
+        "MLX: mxfp4 and mxfp8",
+        "convert the checkpoint",
+    ),
     "adapter": (
         lambda f: rename(f, lambda name: f"base_model.model.{name}.lora_A.weight"),
         "a LoRA adapter, not a model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -113,6 +114,13 @@ def test_what_is_no_folder_on_a_server_is_one_line(web: tuple[str, type[Folder]]
     assert "has no password, query or fragment" in error
     assert "secret" not in error
     assert "password@" not in error
+
+
+def test_a_missing_package_is_told_with_the_address_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dsv4convert.containers.remote.stores", None)
+    result = run_cli("inspect", "s3://models/some/Small-V4")
+    assert result.code == 15
+    assert result.error.startswith("s3://models/some/Small-V4: no such folder here")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def mount(text: str, *, headers_only: bool = False, cache: bool = False) -> Path
         try:
             from .stores import list_store
         except ImportError:
-            raise _missing_package("obstore", "stores", text) from None
+            raise _missing_package("obstore", "stores", f"{scheme}://{rest}") from None
         listing = list_store(scheme, rest)
     if listing.local is not None:
         return _focused(listing.local, listing)

@@ -516,9 +516,9 @@ def mend(
     """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
 
     ``reindex`` goes by the headers of all files and writes the index anew; ``graft_draft`` is the folder of which the
-    draft is taken; ``prune_config`` leaves out keys of config.json that speak of what is not there; ``rename`` is
-    official or transformers. The source is never written. A hard link is one file in two folders: what changes such a
-    file in place changes both.
+    draft is taken; ``prune_config`` leaves out keys of config.json about a vision tower or quantised weights that are
+    not there; ``rename`` is official or transformers. The source is never written. A hard link is one file in two
+    folders: what changes such a file in place changes both.
 
     Raises:
         Dsv4Error: see ``convert_gguf``.

@@ -12,7 +12,7 @@ from .parsing import CHECK, FOLDER, argument, command
 
 
 @command("check", panel=CHECK, example="dsv4convert check DeepSeek-V4-Flash")
-@argument("model", type=FOLDER, description="Checkpoint folder with config.json and safetensors files.")
+@argument("model", type=FOLDER, description="Checkpoint folder with config.json and safetensors files, or its address.")
 @index_option
 @strict_option
 @threads_option

@@ -25,7 +25,11 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
 
 
 @command("estimate", panel=CHECK, example="dsv4convert estimate config.json --context 128k --memory 128GiB")
-@argument("model", type=PATH, description="Checkpoint folder, .gguf file, folder of shards, or a config.json alone.")
+@argument(
+    "model",
+    type=PATH,
+    description="Checkpoint folder, .gguf file or folder of shards, local or by address, or a config.json alone.",
+)
 @option("--mp", type=click.IntRange(min=1), metavar="N", panel=FORM, help="Number of ranks that share the model.")
 @option(
     "--o-proj-tp",

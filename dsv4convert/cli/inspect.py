@@ -18,7 +18,11 @@ MAX_LISTED = 20
 
 
 @command("inspect", panel=CHECK, example="dsv4convert inspect DeepSeek-V4-Flash.gguf")
-@argument("path", type=PATH, description="Checkpoint folder, .gguf file (any file of a split one) or folder of shards.")
+@argument(
+    "path",
+    type=PATH,
+    description="Checkpoint folder, .gguf file (any of a split one) or folder of shards, local or by address.",
+)
 @index_option
 @report_option
 @overwrite_page_option

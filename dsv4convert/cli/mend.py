@@ -31,7 +31,7 @@ from .parsing import CONTENT, CONVERT, FOLDER, command, option
     "--prune-config",
     is_flag=True,
     panel=CONTENT,
-    help="Leave out keys of config.json about a draft, a vision tower or quantised weights that are not there.",
+    help="Leave out keys of config.json about a vision tower or quantised weights that are not there.",
 )
 @option(
     "--rename",

@@ -1,4 +1,4 @@
-"""The option --report: a page of what a command found, beside what it prints."""
+"""The option --report: a page of a command's findings, besides its output on stdout."""
 
 from __future__ import annotations
 

@@ -22,7 +22,11 @@ MAX_LISTED = 20
 
 
 @command("verify", panel=CHECK, example="dsv4convert verify DeepSeek-V4-Flash DeepSeek-V4-Flash.gguf")
-@argument("source", type=PATH, description="Checkpoint folder that was converted; with --manifest, the output.")
+@argument(
+    "source",
+    type=PATH,
+    description="Checkpoint folder that was converted, or its address; with --manifest, the output.",
+)
 @argument(
     "out",
     type=PATH,

@@ -1,4 +1,4 @@
-"""dsv4convert: DeepSeek-V4 checkpoints to GGUF, model-parallel shards, BF16 and FP8, exactly and in bounded memory."""
+"""dsv4convert: DeepSeek-V4 checkpoints to GGUF, model-parallel shards, BF16, FP8, NVFP4 and MLX, exactly."""
 
 from __future__ import annotations
 

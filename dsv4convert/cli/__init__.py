@@ -86,7 +86,7 @@ def _keep_debug(ctx: click.Context, option: click.Parameter, debug: bool) -> Non
 app = Commands(
     name=PROGRAM,
     modules=MODULES,
-    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16 and FP8.",
+    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16, FP8, NVFP4 and MLX.",
     context_settings={"help_option_names": ["-h", "--help"]},
     params=[
         Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from .figures import human_bytes
@@ -43,9 +44,11 @@ def squarified(sizes: Sequence[float], within: Rectangle) -> list[Rectangle]:
     Rectangle(x=0, y=0, width=2.0, height=1.0)
     """
     placed: list[Rectangle] = []
-    left, total = within, float(sum(sizes))
-    start = 0
+    left, start = within, 0
+    # Sums from each size on, the smallest first: a difference of large sums would lose the small ones.
+    totals = [*accumulate(reversed(sizes))][::-1]
     while start < len(sizes):
+        total = totals[start]
         side = min(left.width, left.height)
         scale = left.width * left.height / total if total else 0.0
         end = start + 1
@@ -54,7 +57,6 @@ def squarified(sizes: Sequence[float], within: Rectangle) -> list[Rectangle]:
         row = sizes[start:end]
         part = sum(row) / total if end < len(sizes) else 1.0
         left = _lay(row, part, left, placed)
-        total -= sum(row)
         start = end
     return placed
 

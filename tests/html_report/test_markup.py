@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsv4convert.errors import escape_control
@@ -48,6 +48,15 @@ def test_no_text_becomes_markup(text: str, value: str) -> None:
     assert found.text == escape_control(text)
 
 
+@example(
+    [
+        *(895687429616.2866, 556886814350.6296, 556886814346.8159, 556886814346.6952, 556886805048.9441),
+        *(525983856533.0, 232431156537.0, 190651625868.0, 190651625868.0, 135093568588.71227, 1721539229.0),
+        *(1.3236541748046875, 0.3333333333333333, 0.001),
+    ],
+    1.0,
+    1.0,
+)
 @given(st.lists(st.floats(1e-3, 1e12), min_size=1, max_size=60), st.floats(1, 1e3), st.floats(1, 1e3))
 def test_areas_of_the_map_are_the_bytes_and_fill_it(sizes: list[float], width: float, height: float) -> None:
     sizes.sort(reverse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,18 @@ def open_grafted(folder: Path, draft_from: Path, *, index: str = BY_INDEX) -> Ch
     trunk = {name: tensor for name, tensor in stored.items() if not is_draft_name(name)}
     holders = tuple(dict.fromkeys(tensor.file for tensor in draft.values()))
     config = parse_config(grafted_config(base.config, donor), folder / CONFIG_NAME)
-    return resolve(folder, config, trunk | draft, (*files, *holders), base.notes)
+    found = resolve(folder, config, trunk | draft, (*files, *holders), base.notes)
+    return replace(found, notes=(*found.notes, *_expert_notes(found)))
+
+
+def _expert_notes(grafted: Checkpoint) -> tuple[str, ...]:
+    """Return a note where the draft's experts are stored otherwise than the trunk's, of which alone a config speaks."""
+    experts = [weight for weight in grafted.weights.values() if weight.expert is not None]
+    trunk, draft = ({w.encoding.value for w in experts if w.is_draft is part} for part in (False, True))
+    if not trunk or not draft or draft <= trunk:
+        return ()
+    stored = f"the draft's experts are {' and '.join(sorted(draft))}, the model's {' and '.join(sorted(trunk))}"
+    return (f"{stored}: {CONFIG_NAME} states the model's, and a reader may expect it of both",)
 
 
 def grafted_config(base: ModelConfig, donor: ModelConfig) -> dict[str, Any]:

@@ -27,6 +27,8 @@ CONVERSIONS = {
     "repack": ("repack", "out", "--experts", "fp8"),
 }
 GGUF = CONVERSIONS["gguf"]
+# Bytes a second of one connection, at which a conversion takes several seconds: time to interfere, on a busy machine too.
+SLOW = 5e4
 
 
 def conversion(kind: tuple[str, ...], source: object, folder: Path) -> list[object]:
@@ -157,7 +159,7 @@ def test_a_hub_that_stays_broken_ends_the_run_in_one_line(remote: Remote, tmp_pa
 
 
 def test_a_restarted_server_is_met_again(remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-    remote.hub.faults.bytes_per_second = 5e5
+    remote.hub.faults.bytes_per_second = SLOW
     process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path))
     remote.wait_for_work(tmp_path)
     remote.hub.stop()
@@ -171,7 +173,7 @@ def test_a_restarted_server_is_met_again(remote: Remote, local: dict[str, dict[s
 def test_an_interrupted_run_goes_on_and_a_moved_branch_is_an_error(
     remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    remote.hub.faults.bytes_per_second = 5e5
+    remote.hub.faults.bytes_per_second = SLOW
     arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
     result = remote.interrupted(*arguments, folder=tmp_path / "out")
     assert result.code == 130, result.err
@@ -191,7 +193,7 @@ def test_an_interrupted_run_goes_on_and_a_moved_branch_is_an_error(
 def test_a_branch_that_moves_during_a_run_does_not_mix_revisions(
     remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    remote.hub.faults.bytes_per_second = 5e5
+    remote.hub.faults.bytes_per_second = SLOW
     process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path / "out"))
     remote.wait_for_work(tmp_path / "out")
     other = Path(shutil.copytree(snapshot, tmp_path / "other"))
@@ -200,6 +202,8 @@ def test_a_branch_that_moves_during_a_run_does_not_mix_revisions(
         content[-1000:] = bytes(1000)
         path.write_bytes(content)
     remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
+    assert process.poll() is None
+    remote.hub.faults.bytes_per_second = 0
     result = finished(process)
     assert result.code == 0, result.err
     assert contents(tmp_path / "out" / "out.gguf") == local["gguf"]
@@ -213,7 +217,7 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_file(remote: Remote, tmp_pa
     error = remote.run("inspect", REPOSITORY).error
     assert "no such repository on the hub; check the name; a private or gated repository needs" in error
     remote.environment["HF_TOKEN"] = "hf_secret_token"
-    remote.hub.faults.bytes_per_second = 5e5
+    remote.hub.faults.bytes_per_second = SLOW
     arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
     process = remote.start(*arguments)
     remote.wait_for_work(tmp_path / "out")

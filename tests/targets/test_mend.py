@@ -271,6 +271,14 @@ def test_a_draft_takes_the_place_of_another(make_checkpoint: MakeCheckpoint, tmp
     assert [entry.what for entry in summary.dropped] == ["mtp.*"]
     assert dsv4convert.open_checkpoint(tmp_path / "out").draft.value == "DSpark"
     check(ours, tmp_path / "out", "--graft-draft", theirs)
+    assert not any("draft's experts" in note for note in summary.notes)
+
+
+def test_a_draft_with_experts_of_another_type_is_noted(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    ours, theirs = make_checkpoint("tiny"), make_checkpoint("tiny", variant="base")
+    summary = dsv4convert.mend(ours, tmp_path / "out", drop_draft=True, graft_draft=theirs)
+    assert any("the draft's experts are fp8, the model's fp4" in note for note in summary.notes)
+    check(ours, tmp_path / "out", "--graft-draft", theirs)
 
 
 def test_a_draft_that_does_not_fit_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

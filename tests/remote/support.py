@@ -55,7 +55,7 @@ class Remote:
         process.send_signal(signal.SIGINT)
         return finished(process)
 
-    def wait_for_work(self, folder: Path, requests: int = 10) -> None:
+    def wait_for_work(self, folder: Path, requests: int = 2) -> None:
         """Wait until an output is being made in ``folder``, and so many more requests have been answered."""
         end = time.monotonic() + WAIT_SECONDS
         while not list(folder.glob("*partial*")) and time.monotonic() < end:

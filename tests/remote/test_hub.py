@@ -27,8 +27,8 @@ CONVERSIONS = {
     "repack": ("repack", "out", "--experts", "fp8"),
 }
 GGUF = CONVERSIONS["gguf"]
-# Bytes a second of one connection, at which a conversion takes several seconds: time to interfere, on a busy machine too.
-SLOW = 5e4
+# Bytes a second of one connection: a conversion takes several seconds, time to interfere on a busy machine too.
+SLOW = 2e5
 
 
 def conversion(kind: tuple[str, ...], source: object, folder: Path) -> list[object]:
@@ -224,9 +224,8 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_file(remote: Remote, tmp_pa
     remote.hub.token, remote.hub.faults.expiring = "hf_another_token", 100
     result = finished(process)
     assert result.code == 16
-    assert "the token expired? hf auth login, or HF_TOKEN; the finished work is kept: run again with --resume" in (
-        result.error
-    )
+    error = result.err.splitlines()[-1]  # after progress
+    assert "the token expired? hf auth login, or HF_TOKEN; the finished work is kept: run again with --resume" in error
     printed = result.err + result.out
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     remote.hub.faults.expiring, remote.hub.faults.bytes_per_second = 0, 0
@@ -292,7 +291,7 @@ def test_the_token_is_not_for_a_place_that_another_thread_gave_up(monkeypatch: p
     monkeypatch.setattr(hub, "hf_hub_url", lambda *args, **kw: "https://huggingface.co/o/n/resolve/0/x")
     ranges = hub.HubRanges("o/n", "x", "0", "hf://o/n/x", 9)
     url = ranges.url()
-    ranges.denied(403)
+    ranges.denied(ranges.url(), 403)
     assert ranges.secret(url) == {}
     assert ranges.secret("https://huggingface.co/o/n/resolve/0/x")["authorization"] == "Bearer hf_token"
 

@@ -30,7 +30,7 @@ class Faults:
     busy: float = 0.0
     broken: float = 0.0
     most_cuts: int = 10**9
-    bytes_per_second: float = 0.0
+    holds: Callable[[], bool] = lambda: False  # whether requests for bytes wait now
     seconds_before_answer: float = 0.0
     expiring: int = 0  # so many of the store's addresses are refused as expired
 
@@ -289,6 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_bytes(self, path: Path, name: str, begin: int, end: int) -> None:
         faults, hub = self.hub.faults, self.hub
+        while faults.holds():
+            time.sleep(0.01)
         if faults.seconds_before_answer:
             time.sleep(faults.seconds_before_answer)
         last = end
@@ -304,8 +306,6 @@ class _Handler(BaseHTTPRequestHandler):
                 piece = file.read(min(step, left))
                 self.wfile.write(piece)
                 left -= len(piece)
-                if faults.bytes_per_second:
-                    time.sleep(len(piece) / faults.bytes_per_second)
         hub.record(name, begin, last)
         if last < end:
             self.close_connection = True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,12 @@ main()
 """
 REPOSITORY = "somebody/Small-V4"
 WAIT_SECONDS = 60
+HANDLES_SIGNAL_SECONDS = 2
+
+
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to a background job: its children ignore the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Remote:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=heed_ctrl_c,
         )
 
     def run(self, *arguments: object) -> Result:
@@ -50,18 +59,34 @@ class Remote:
 
     def interrupted(self, *arguments: object, folder: Path) -> Result:
         """Run ``dsv4convert`` and press Ctrl-C when it is writing to ``folder``."""
-        process = self.start(*arguments)
-        self.wait_for_work(folder)
-        process.send_signal(signal.SIGINT)
+        with self.held_at_work(folder):
+            process = self.start(*arguments)
+            self.wait_for_work()
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for the bytes that it has asked for
+                process.wait(HANDLES_SIGNAL_SECONDS)
         return finished(process)
 
-    def wait_for_work(self, folder: Path, requests: int = 2) -> None:
-        """Wait until an output is being made in ``folder``, and so many more requests have been answered."""
+    @contextlib.contextmanager
+    def held_at_work(self, folder: Path) -> Iterator[None]:
+        """Hold the hub's answers inside, once an output is being made in ``folder`` and two more have been given."""
+        begun: list[int] = []
+
+        def holds() -> bool:
+            if not begun and list(folder.glob("*partial*")):
+                begun.append(len(self.hub.requests))
+            return bool(begun) and len(self.hub.requests) >= begun[0] + 2
+
+        self.hub.faults.holds = holds
+        try:
+            yield
+        finally:
+            self.hub.faults.holds = lambda: False
+
+    def wait_for_work(self) -> None:
+        """Wait until the hub holds its answers."""
         end = time.monotonic() + WAIT_SECONDS
-        while not list(folder.glob("*partial*")) and time.monotonic() < end:
-            time.sleep(0.01)
-        begun = len(self.hub.requests)
-        while len(self.hub.requests) < begun + requests:
+        while not self.hub.faults.holds():
             assert time.monotonic() < end, "nothing was asked for"
             time.sleep(0.01)
 

@@ -27,8 +27,6 @@ CONVERSIONS = {
     "repack": ("repack", "out", "--experts", "fp8"),
 }
 GGUF = CONVERSIONS["gguf"]
-# Bytes a second of one connection: a conversion takes several seconds, time to interfere on a busy machine too.
-SLOW = 2e5
 
 
 def conversion(kind: tuple[str, ...], source: object, folder: Path) -> list[object]:
@@ -125,10 +123,10 @@ def test_busy_and_broken_answers_and_expired_addresses_are_asked_again(
 def test_an_address_that_expires_under_all_threads_at_once_is_asked_for_again(
     remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    remote.hub.faults.bytes_per_second = 2e6
-    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path), "--threads", 16)
-    remote.wait_for_work(tmp_path)
-    remote.hub.faults.expiring = 40
+    with remote.held_at_work(tmp_path):
+        process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path), "--threads", 16)
+        remote.wait_for_work()
+        remote.hub.faults.expiring = 40
     result = finished(process)
     assert result.code == 0, result.err
     assert contents(tmp_path / "out.gguf") == local["gguf"]
@@ -159,11 +157,10 @@ def test_a_hub_that_stays_broken_ends_the_run_in_one_line(remote: Remote, tmp_pa
 
 
 def test_a_restarted_server_is_met_again(remote: Remote, local: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
-    remote.hub.faults.bytes_per_second = SLOW
-    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path))
-    remote.wait_for_work(tmp_path)
+    with remote.held_at_work(tmp_path):
+        process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path))
+        remote.wait_for_work()
     remote.hub.stop()
-    remote.hub.faults.bytes_per_second = 0
     remote.hub.start()
     result = finished(process)
     assert result.code == 0, result.err
@@ -173,11 +170,9 @@ def test_a_restarted_server_is_met_again(remote: Remote, local: dict[str, dict[s
 def test_an_interrupted_run_goes_on_and_a_moved_branch_is_an_error(
     remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    remote.hub.faults.bytes_per_second = SLOW
     arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
     result = remote.interrupted(*arguments, folder=tmp_path / "out")
     assert result.code == 130, result.err
-    remote.hub.faults.bytes_per_second = 0
     other = Path(shutil.copytree(snapshot, tmp_path / "other"))
     (other / "README.md").write_text("# another revision\n")
     remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
@@ -193,17 +188,15 @@ def test_an_interrupted_run_goes_on_and_a_moved_branch_is_an_error(
 def test_a_branch_that_moves_during_a_run_does_not_mix_revisions(
     remote: Remote, snapshot: Path, local: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    remote.hub.faults.bytes_per_second = SLOW
-    process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path / "out"))
-    remote.wait_for_work(tmp_path / "out")
-    other = Path(shutil.copytree(snapshot, tmp_path / "other"))
-    for path in other.glob("*.safetensors"):
-        content = bytearray(path.read_bytes())
-        content[-1000:] = bytes(1000)
-        path.write_bytes(content)
-    remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
-    assert process.poll() is None
-    remote.hub.faults.bytes_per_second = 0
+    with remote.held_at_work(tmp_path / "out"):
+        process = remote.start(*conversion(GGUF, REPOSITORY, tmp_path / "out"))
+        remote.wait_for_work()
+        other = Path(shutil.copytree(snapshot, tmp_path / "other"))
+        for path in other.glob("*.safetensors"):
+            content = bytearray(path.read_bytes())
+            content[-1000:] = bytes(1000)
+            path.write_bytes(content)
+        remote.hub.repositories[REPOSITORY] = {"main": other, "before": snapshot}
     result = finished(process)
     assert result.code == 0, result.err
     assert contents(tmp_path / "out" / "out.gguf") == local["gguf"]
@@ -217,18 +210,18 @@ def test_the_token_goes_to_the_hub_alone_and_into_no_file(remote: Remote, tmp_pa
     error = remote.run("inspect", REPOSITORY).error
     assert "no such repository on the hub; check the name; a private or gated repository needs" in error
     remote.environment["HF_TOKEN"] = "hf_secret_token"
-    remote.hub.faults.bytes_per_second = SLOW
     arguments = conversion(GGUF, REPOSITORY, tmp_path / "out")
-    process = remote.start(*arguments)
-    remote.wait_for_work(tmp_path / "out")
-    remote.hub.token, remote.hub.faults.expiring = "hf_another_token", 100
+    with remote.held_at_work(tmp_path / "out"):
+        process = remote.start(*arguments)
+        remote.wait_for_work()
+        remote.hub.token, remote.hub.faults.expiring = "hf_another_token", 100
     result = finished(process)
     assert result.code == 16
     error = result.err.splitlines()[-1]  # after progress
     assert "the token expired? hf auth login, or HF_TOKEN; the finished work is kept: run again with --resume" in error
     printed = result.err + result.out
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    remote.hub.faults.expiring, remote.hub.faults.bytes_per_second = 0, 0
+    remote.hub.faults.expiring = 0
     remote.environment["HF_TOKEN"] = "hf_another_token"
     result = remote.run(*arguments, "--resume")
     assert result.code == 0, result.err

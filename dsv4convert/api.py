@@ -245,17 +245,20 @@ def merge(
     Raises:
         Dsv4Error: see ``convert_gguf``.
     """
+    from .containers.sources import is_address
     from .targets.merge import plan_merge, plan_of_merged, remove_parts
 
+    if delete_parts and resume and not (fresh or dry_run or is_address(os.fspath(source))):
+        merged = plan_of_merged(Path(source), Path(out))
+        if merged is not None:
+            from .engine.conversion import summarize_finished
+
+            _check_threads(threads)
+            remove_parts(merged)
+            return summarize_finished(merged, threads)
     place = _located(source, headers_only=dry_run, cache=cache)
     if delete_parts:
         place = _on_this_machine(source, "--delete-parts")
-    merged = plan_of_merged(place, Path(out)) if delete_parts and resume else None
-    if merged is not None:
-        from .engine.conversion import summarize_finished
-
-        remove_parts(merged)
-        return summarize_finished(merged, threads)
     plan = plan_merge(place, Path(out), delete_parts=delete_parts)
     summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress)
     if summary.dry_run is None:
@@ -723,6 +726,7 @@ def estimate(
     routing: StrPath | None = None,
     hardware: StrPath | None = None,
     plot: StrPath | None = None,
+    overwrite: bool = False,
     index: str = "file",
 ) -> Estimate:
     """Estimate what a model needs, from headers or from a config.json alone: no weight is read.
@@ -732,7 +736,8 @@ def estimate(
     ("128k") of ``batch`` sequences are held as ``kv`` says: published, bf16, f16, q8_0 or f32. ``chunk`` are the
     tokens computed at once in prefill, ``memory`` ("128GiB") that of one device. ``routing`` is a file of how often
     each expert was chosen: JSON, or an importance matrix in GGUF form. ``hardware`` names a machine ("dgx-spark") or a
-    TOML file of one: it gives times, and chooses the form that fits where none is asked for. ``plot`` is a picture.
+    TOML file of one: it gives times, and chooses the form that fits where none is asked for. ``plot`` is a picture,
+    which replaces an older one with ``overwrite`` alone.
 
     Raises:
         Dsv4Error: nothing there that can be read, or questions that do not go together.
@@ -754,6 +759,7 @@ def estimate(
         routing=None if routing is None else Path(routing),
         hardware=None if hardware is None else os.fspath(hardware),
         plot=None if plot is None else Path(plot),
+        overwrite=overwrite,
     )
     return estimate_path(_located(model, headers_only=True), question, index=index)
 

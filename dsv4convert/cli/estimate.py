@@ -85,6 +85,7 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
 )
 @option("--memory", metavar="SIZE", panel=MACHINE, help="Memory of one device, e.g. 128GiB or 80GB.")
 @option("--plot", type=PATH, panel=REPORT, help="Draw memory by context, and time by batch, to this file (extra plot).")
+@option("--overwrite", is_flag=True, panel=REPORT, help="Replace an existing picture of --plot.")
 @json_option
 def estimate(
     model: Path,
@@ -104,6 +105,7 @@ def estimate(
     hardware: str | None,
     memory: str | None,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Say what a model weighs, what its caches take, and whether it fits, without reading a weight."""
@@ -126,6 +128,7 @@ def estimate(
         routing=routing,
         hardware=hardware,
         plot=plot,
+        overwrite=overwrite,
         index=index,
     )
     if as_json:

@@ -189,7 +189,11 @@ def forward(
         raise UsageError("--image and --goldens cannot be combined", hint="goldens record runs of token ids alone")
     if speculate and not generate:
         raise UsageError("--speculate needs --generate")
-    replaced = _check_new(logits, overwrite, path, tokenizer, chat, *images)
+    replaced = None
+    if logits is not None:
+        from ..engine.conversion import check_result
+
+        replaced = check_result(logits, filter(None, (path, tokenizer, chat, *images)), overwrite=overwrite)
     # Weights are wanted once per run, but again for every generated token.
     model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
     vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
@@ -300,11 +304,13 @@ def compare(
     from .tables import print_blocks
 
     asked = PromptOptions(tokens, text, chat, tokenizer, random, seed)
-    replaced = _check_new(plot, overwrite, a, b, tokenizer, chat)
+    replaced = None
+    if plot is not None:
+        from ..reference.plot import check_picture, plot_errors
+
+        replaced = check_picture(plot, filter(None, (a, b, tokenizer, chat)), overwrite=overwrite)
     comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
     if plot is not None:
-        from ..reference.plot import plot_errors
-
         plot_errors(comparison, tolerance, plot, replaced)
     beyond = comparison.first_beyond(tolerance, median)
     with report_before_verdict(beyond is None):
@@ -356,13 +362,6 @@ def _prompt(asked: PromptOptions, tokenizer: Tokenizer | None, version: Version)
     if asked.text is not None:
         return encode_text(asked.text, tokenizer)
     return encode_chat(asked.chat, tokenizer, version) if asked.chat is not None else None
-
-
-def _check_new(path: Path | None, overwrite: bool, *inputs: Path | None) -> Identity | None:
-    """Return what is replaced at the path of a result, where there is to be one; see ``check_result``."""
-    from ..engine.conversion import check_result
-
-    return None if path is None else check_result(path, filter(None, inputs), overwrite=overwrite)
 
 
 def _save(path: Path, logits: Array, replaced: Identity | None) -> None:

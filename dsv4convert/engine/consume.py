@@ -11,16 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import ResumeError
+from ..errors import FileFormatError, ResumeError
 from ..plan import Plan, Segment
-from .outputs import os_errors
+from .names import Identity
+from .outputs import open_file, os_errors
 
 
 class Consumer:
-    """Counts what is left to read of each file that a plan uses up, and cuts those of which nothing is."""
+    """Counts what is left to read of each file that a plan uses up, and cuts those of which nothing is.
+
+    Only the files that stood under the names when the run began are ever cut.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._keep = dict(plan.consumes)
+        self._known = {path: Identity.of(path) for path in self._keep}
         self._left = Counter(path for segment in _segments(plan) for path in self._files(segment))
 
     def _files(self, segment: Segment) -> set[Path]:
@@ -30,13 +35,14 @@ class Consumer:
         """Note segments whose bytes and records are durable; cut the files that they were the last of.
 
         Raises:
+            FileFormatError: another file has taken the name of one; it is left as it is.
             InputOutputError: the system refused.
         """
         for segment in segments if self._keep else ():
             for path in self._files(segment):
                 self._left[path] -= 1
                 if not self._left[path]:
-                    _cut(path, self._keep[path])
+                    _cut(path, self._keep[path], self._known[path])
 
 
 def _segments(plan: Plan) -> Iterator[Segment]:
@@ -47,11 +53,18 @@ def _segments(plan: Plan) -> Iterator[Segment]:
             yield from tensor.segments
 
 
-def _cut(path: Path, nbytes: int) -> None:
+def _cut(path: Path, nbytes: int, known: Identity | None) -> None:
     with os_errors(path, "cut"):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = open_file(path, os.O_WRONLY)
         try:
-            if os.fstat(descriptor).st_size > nbytes:
+            status = os.fstat(descriptor)
+            if Identity.in_status(status) != known:
+                raise FileFormatError(
+                    "changed during the conversion, and is not used up",
+                    where=path,
+                    hint="restore the file that was moved or replaced, and run again with --resume",
+                )
+            if status.st_size > nbytes:
                 os.ftruncate(descriptor, nbytes)
         finally:
             os.close(descriptor)

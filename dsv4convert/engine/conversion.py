@@ -29,7 +29,15 @@ from .consume import check_whole
 from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
-from .manifest import check_claimed, check_replaceable, finished_before, links_in, manifest_path, write_manifest
+from .manifest import (
+    check_beside_outputs,
+    check_claimed,
+    check_replaceable,
+    finished_before,
+    links_in,
+    manifest_path,
+    write_manifest,
+)
 from .names import Identity
 from .outputs import (
     Outputs,
@@ -300,7 +308,7 @@ def _start(
             journal.remove()
         raise
     try:
-        journal.begin(fingerprint, outputs.replaces, outputs.held)
+        journal.begin(fingerprint, outputs.replaces, outputs.held, outputs.discards if fresh else {})
         outputs.create()
         journal.note_inodes(outputs.inodes())
     except BaseException:
@@ -318,7 +326,9 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[st
     check_same(journal.fingerprint or {}, fingerprint, journal.path)
     journal.check_plan(plan)
     started = journal.started_files()
-    outputs.replaces, outputs.held = journal.replaces, journal.held
+    outputs.replaces, outputs.held, outputs.discards = journal.replaces, journal.held, journal.discards
+    if not journal.inodes:  # that run died while it made its files, or before
+        outputs.remove_discarded()
     outputs.reopen(started, journal.complete_files(plan), journal.inodes)
     outputs.check_not_taken()
     check_space(plan, outputs.allocated_bytes())
@@ -381,8 +391,9 @@ def check_result(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iden
 
     Raises:
         OutputExistsError: as for ``check_new_file``, or something has the temporary name.
-        UsageError: it would replace one of the inputs.
+        UsageError: it would replace one of the inputs, or lie in a finished output.
     """
+    check_beside_outputs(path)
     check_new_file(path, overwrite)
     check_no_partial(path)
     check_inputs_stay(inputs, (path, partial_path(path)))

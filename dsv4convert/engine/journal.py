@@ -67,6 +67,7 @@ class Journal:
         self.inodes: list[int] = []
         self.replaces: list[Identity | None] = []
         self.held: dict[str, Identity] = {}
+        self.discards: dict[str, Identity] = {}
         self._finished: dict[Key, Finished] = {}
         self._lock_file: LockFile | None = None
         self._descriptor = self._open(lock)
@@ -156,19 +157,28 @@ class Journal:
         return {index for index, count in enumerate(counts) if not count}
 
     def begin(
-        self, fingerprint: Mapping[str, Any], replaces: Sequence[Identity | None], held: Mapping[str, Identity]
+        self,
+        fingerprint: Mapping[str, Any],
+        replaces: Sequence[Identity | None],
+        held: Mapping[str, Identity],
+        discards: Mapping[str, Identity],
     ) -> None:
-        """Start over with a plan's fingerprint and what stands under the final names, forgetting whatever was there."""
+        """Start over with a plan's fingerprint, forgetting whatever was there.
+
+        ``replaces`` and ``held`` are what stands under the final names, ``discards`` older work under the temporary
+        ones, which this run removes.
+        """
         with os_errors(self.path, "written"):
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
             self.inodes = []
-            self.replaces, self.held = list(replaces), dict(held)
+            self.replaces, self.held, self.discards = list(replaces), dict(held), dict(discards)
             self.fingerprint = dict(fingerprint)
             first = {"journal": FORMAT, "fingerprint": self.fingerprint}
             device = os.fstat(self._descriptor).st_dev
-            self._append([first, {"replaces": self.replaces, "held": self.held, "device": device}, _holder()])
+            found = {"replaces": self.replaces, "held": self.held, "discards": self.discards, "device": device}
+            self._append([first, found, _holder()])
             sync_folder(self.path.parent)
 
     def resume(self) -> None:
@@ -284,10 +294,13 @@ class Journal:
                     raise ValueError
                 self._finished[task[:3]] = Finished(task, digest, Tally(*map(int, fact["n"])), int(fact.get("z", 0)))
             elif "replaces" in fact:
-                device, held = fact.get("device"), fact["held"].items()
+                device = fact.get("device")
                 replaces = [Identity.from_json(value) for value in fact["replaces"]]
                 self.replaces = [identity and self._here(identity, device) for identity in replaces]
-                self.held = {name: self._here(Identity(*map(int, value)), device) for name, value in held}
+                self.held, self.discards = (
+                    {name: self._here(Identity(*map(int, value)), device) for name, value in fact.get(key, {}).items()}
+                    for key in ("held", "discards")
+                )
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):

@@ -22,7 +22,7 @@ import xxhash
 
 from ..containers.json_object import parse_json_object, validate_schema
 from ..containers.untrusted import open_regular, read_whole
-from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError
+from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError, UsageError
 from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
@@ -128,6 +128,23 @@ def check_claimed(path: Path) -> None:
     """
     for name in (path, partial_path(path)):
         _claimed(name)
+
+
+def check_beside_outputs(path: Path) -> None:
+    """Check that a file to be written lies in no folder that is a finished output: a manifest lists all that is there.
+
+    Raises:
+        UsageError: it would.
+        InputOutputError: that cannot be told.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    with contextlib.suppress(OutputExistsError):
+        if folder.name and _claimed(manifest_of(folder)) is not None:
+            raise UsageError(
+                "the file would lie in a finished output, whose manifest would call it a difference",
+                where=path,
+                hint="choose another folder",
+            )
 
 
 def check_replaceable(path: Path) -> None:
@@ -271,25 +288,43 @@ def _is_size(value: Any) -> bool:
 
 def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether the output is there already, finished by the same program from the same source and options."""
+    manifest = _manifest_of_finished(plan)
+    return (
+        manifest is not None
+        and manifest["program"] == fingerprint["program"]
+        and manifest["options"] == fingerprint["options"]
+        and _is_same_source(manifest["source"], _source_entry(fingerprint))
+    )
+
+
+def sources_of_finished(plan: Plan) -> set[str] | None:
+    """Return the names of the files of which the finished output of a plan was made, None where it is not there.
+
+    The source itself can be gone.
+    """
+    manifest = _manifest_of_finished(plan)
+    return None if manifest is None else set(manifest["source"])
+
+
+def _manifest_of_finished(plan: Plan) -> dict[str, Any] | None:
+    """Return the manifest of a plan's output if all its files are there, by name, size and header; None otherwise."""
     path = manifest_path(plan)
     if not path.is_file():
-        return False
+        return None
     try:
         manifest = read_manifest(path)
     except (InputMissingError, FileFormatError):
-        return False
-    return (
-        manifest["program"] == fingerprint["program"]
-        and manifest["target"] == plan.target
-        and manifest["options"] == fingerprint["options"]
-        and _is_same_source(manifest["source"], _source_entry(fingerprint))
+        return None
+    is_finished = (
+        manifest["target"] == plan.target
         and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
-        == [(file.name, file.nbytes, xxhash.xxh3_128_hexdigest(file.header)) for file in plan.files]
+        == [(file.name, file.nbytes, _header_checksum(file)) for file in plan.files]
         and all(
             final.is_file() and final.stat().st_size == file.nbytes
             for final, file in zip(plan.final_paths(), plan.files, strict=True)
         )
     )
+    return manifest if is_finished else None
 
 
 def links_in(path: Path) -> dict[str, str]:

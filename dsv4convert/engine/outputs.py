@@ -135,8 +135,9 @@ class Outputs(ABC):
     """The files of a plan while they are being made.
 
     ``paths`` are their names as they are now, ``replaces`` what stood under each final name when the run began (under
-    that of the folder, with ``held``, the files in it): only that is ever replaced. ``links`` says how files were made
-    that are files of the source: a shared one is never open for writing.
+    that of the folder, with ``held``, the files in it): only that is ever replaced. ``discards`` are the files of older
+    runs that had temporary names then, by name. ``links`` says how files were made that are files of the source: a
+    shared one is never open for writing.
     """
 
     def __init__(self, plan: Plan, *, lock: bool = True) -> None:
@@ -145,6 +146,7 @@ class Outputs(ABC):
         self.paths: list[Path] = []
         self.replaces: list[Identity | None] = []
         self.held: dict[str, Identity] = {}
+        self.discards: dict[str, Identity] = {}
         self.links: dict[int, str] = {}
         self._open: dict[int, int] = {}
         self._made: set[Path] = set()
@@ -183,11 +185,58 @@ class Outputs(ABC):
                     hint="finish that run, or pass --fresh to discard its work",
                 )
 
+    def check_own_work(self) -> None:
+        """Check that a temporary file, where there is one, is that of an earlier run of this very plan.
+
+        That is for runs without a journal: the file has the plan's size and begins with its header, or is empty yet.
+
+        Raises:
+            OutputExistsError: something else has the name.
+            InputOutputError: it cannot be read.
+        """
+        for path, file in zip(self.paths, self._plan.files, strict=True):
+            if not os.path.lexists(path):
+                continue
+            with os_errors(path, "read"):
+                descriptor = open_file(path, os.O_RDONLY)
+                try:
+                    size = os.fstat(descriptor).st_size
+                    begins = os.pread(descriptor, len(file.header), 0)
+                finally:
+                    os.close(descriptor)
+            if size not in (0, file.nbytes) or not _is_part_of(begins, file.header):
+                raise OutputExistsError(
+                    "already exists and is not unfinished work of this command",
+                    where=path,
+                    hint="move that file away or choose another name",
+                )
+
     def look(self) -> None:
         """Keep in mind what has the final and the temporary names: only that is ever replaced or discarded."""
         self.replaces = [_identity(path) for path in self.final()]
         self._leftovers = {path: _identity(path) for path in (*self.temporary(), *self.paths)}
+        self.discards = self._found_work()
         self._has_looked = True
+
+    @abstractmethod
+    def _found_work(self) -> dict[str, Identity]:
+        """Return the files that have temporary names, by name in ``_work_folder``."""
+
+    @abstractmethod
+    def _work_folder(self) -> Path:
+        """Return the folder in which the temporary files lie."""
+
+    def remove_discarded(self) -> None:
+        """Remove what is left of the work that a run discarded which died as it began anew, and nothing else.
+
+        Raises:
+            InputOutputError: the system refused.
+        """
+        for name, identity in self.discards.items():
+            path = self._work_folder() / name
+            with os_errors(path, "removed"):
+                if not path.is_dir():
+                    remove_known(path, identity)
 
     def _check_as_looked(self) -> None:
         """Check that the final names stand for what they stood for when the run began.
@@ -504,7 +553,13 @@ class FolderOutput(Outputs):
     def look(self) -> None:
         """Keep in mind the folder and its files too."""
         super().look()
-        self.held = _held(self._final) if self.replaces[0] is not None else {}
+        self.held = held_in(self._final) if self.replaces[0] is not None else {}
+
+    def _found_work(self) -> dict[str, Identity]:
+        return {} if self._root.is_symlink() else held_in(self._root)
+
+    def _work_folder(self) -> Path:
+        return self._root
 
     def check_absent(self, overwrite: bool) -> None:
         """Check that the folder is not there, is empty, or may be replaced."""
@@ -551,7 +606,7 @@ class FolderOutput(Outputs):
         if self._root == final:
             return
         now = Identity.of(final)
-        if now is not None and (now != old or _held(final) != self.held):
+        if now is not None and (now != old or held_in(final) != self.held):
             raise appeared(final)
 
     def _old(self) -> Identity | None:
@@ -712,6 +767,12 @@ class FileOutputs(Outputs):
     def temporary(self) -> list[Path]:
         """Return the files' temporary names."""
         return self._partials
+
+    def _found_work(self) -> dict[str, Identity]:
+        return {path.name: identity for path in self._partials if (identity := _identity(path)) is not None}
+
+    def _work_folder(self) -> Path:
+        return self._plan.destination
 
     def check_absent(self, overwrite: bool) -> None:
         """Check that no file is there, or that it may be replaced."""
@@ -959,7 +1020,7 @@ def _reflinked(source: Path, output: int) -> bool:
         return reflink(source, output)
 
 
-def _held(folder: Path) -> dict[str, Identity]:
+def held_in(folder: Path) -> dict[str, Identity]:
     """Return the identity of each entry of a folder, by name; nothing where it cannot be read."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         return {entry.name: Identity.in_status(entry.stat(follow_symlinks=False)) for entry in entries}

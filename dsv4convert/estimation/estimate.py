@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint.folder import BY_INDEX
 from ..containers.sources import shown
+from ..engine.names import Identity
 from ..errors import UsageError, check_choice
 from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
@@ -38,7 +39,8 @@ class Question:
     GGUF of a checkpoint, ``experts`` for experts of another type on the ranks. ``context`` tokens a sequence of
     ``batch``, held as ``kv`` says; ``chunk`` are the tokens computed at once in prefill. ``memory`` is that of one
     device in bytes, ``routing`` a file of how often each expert was chosen. ``hardware`` is a machine's name or
-    file: without a form that is asked for, the one that fits it is chosen. ``plot`` is a picture to write.
+    file: without a form that is asked for, the one that fits it is chosen. ``plot`` is a picture to write, with
+    ``overwrite`` in place of an older one.
     """
 
     context: int | None = None
@@ -55,6 +57,7 @@ class Question:
     routing: Path | None = None
     hardware: str | None = None
     plot: Path | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,10 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
 
     Raises:
         UsageError: questions that do not go together, or ranks that cannot share the model.
+        OutputExistsError: there is a picture already, which is not to be replaced.
         Dsv4Error: what is there cannot be read.
     """
+    replaced = _check_plot(path, question)
     subject = open_subject(path, index=index, draft_wanted=question.draft != "drop")
     q = _checked(question, subject)
     context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
@@ -216,9 +221,9 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
             None if drafting is None else timed(drafting, subject.config, machine),
         )
         if q.plot is not None:
-            _plot(q, subject, parts, weights, load, routing, machine)
+            _plot(q, subject, parts, weights, load, routing, machine, replaced)
     elif q.plot is not None:
-        _plot(q, subject, parts, weights, load, routing, None)
+        _plot(q, subject, parts, weights, load, routing, None, replaced)
     notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
     return Estimate(
         shown(path),
@@ -250,6 +255,17 @@ def _of_choice(question: Question, chosen: Option) -> Question:
     return question if chosen.mp == 1 else replace(question, mp=chosen.mp, o_proj_tp=shared)
 
 
+def _check_plot(path: Path, question: Question) -> Identity | None:
+    """Return what the picture replaces, where one is asked for; none of the files that are read is replaced."""
+    if question.plot is None:
+        return None
+    from ..reference.plot import check_picture
+
+    files = (question.routing, question.hardware, question.recipe)
+    inputs = (path, *(Path(file) for file in files if file is not None))
+    return check_picture(question.plot, inputs, overwrite=question.overwrite)
+
+
 def _plot(
     question: Question,
     subject: Subject,
@@ -258,6 +274,7 @@ def _plot(
     load: Load,
     routing: Routing,
     machine: Machine | None,
+    replaced: Identity | None,
 ) -> None:
     """Write the picture that was asked for: memory by context, and on a machine the time of decoding by batch."""
     from .plot import MemoryPoint, TimePoint, plot_estimate
@@ -278,7 +295,7 @@ def _plot(
             times.append(TimePoint(batch, took.seconds, took.tokens_per_second))
     title = f"DeepSeek-{config.version.value}, {config.num_hidden_layers} layers, caches {load.kv}"
     if question.plot is not None:
-        plot_estimate(memory, times, question.memory, title, question.plot)
+        plot_estimate(memory, times, question.memory, title, question.plot, replaced)
 
 
 def _checked(question: Question, subject: Subject) -> Question:

@@ -30,13 +30,18 @@ class TimePoint(NamedTuple):
 
 
 def plot_estimate(
-    memory: Sequence[MemoryPoint], times: Sequence[TimePoint], limit: int | None, title: str, path: Path
+    memory: Sequence[MemoryPoint],
+    times: Sequence[TimePoint],
+    limit: int | None,
+    title: str,
+    path: Path,
+    replaced: Identity | None,
 ) -> None:
     """Write a picture to ``path``: bytes of one device by context, and where there are ``times``, those by batch.
 
+    It takes the place of ``replaced``; see ``check_picture``.
+
     Raises:
-        DeviceError: matplotlib is not installed.
-        UsageError: the suffix of the name is no picture format.
         OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
     figure = new_figure(12 if times else 7)
@@ -60,4 +65,4 @@ def plot_estimate(
         axes.set_title("decoding")
         axes.legend()
     figure.suptitle(title)
-    save_figure(figure, path, Identity.of(path))
+    save_figure(figure, path, replaced)

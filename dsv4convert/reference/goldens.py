@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..containers.json_object import read_json
-from ..errors import FileFormatError, InputMissingError, InputOutputError, OutputExistsError, UsageError
+from ..engine.manifest import check_beside_outputs
+from ..engine.new_folder import NewFolder
+from ..errors import FileFormatError, InputMissingError, UsageError
 from .model import Model
 from .weights.protocol import Array
 
@@ -69,48 +71,35 @@ def write_goldens(
 
     Raises:
         OutputExistsError: the folder holds something and ``overwrite`` is false, or it is no goldens folder.
-        UsageError: as for ``recorded_activations``.
-        InputOutputError: the folder cannot be written.
+        UsageError: as for ``recorded_activations``, or the folder would lie in a finished output.
+        SpaceError, InputOutputError: the folder cannot be written.
     """
-    _make_room(folder, overwrite)
-    entries = []
-    try:
+    check_beside_outputs(folder)
+    index: dict[str, Any] = {
+        "format": FORMAT,
+        "tokens": [int(token) for token in tokens],
+        "recorded_from": recorded_from,
+        "layers": model.n_layers,
+        "activation_rounding": model.activation_rounding,
+        "activations": [],
+    }
+    with NewFolder(folder, INDEX_NAME, _is_of_goldens, overwrite=overwrite).written() as partial:
+        _write_index(partial, index)  # by which the folder is known, should the run be killed
         for number, (name, value) in enumerate(recorded_activations(model, tokens, recorded_from)):
             file = f"{number:04d}.{name}.npy"
-            np.save(folder / file, value)
+            np.save(partial / file, value)
             shape, dtype = list(value.shape), str(value.dtype)
-            entries.append({"name": name, "file": file, "shape": shape, "dtype": dtype})
-        index = {
-            "format": FORMAT,
-            "tokens": [int(token) for token in tokens],
-            "recorded_from": recorded_from,
-            "layers": model.n_layers,
-            "activation_rounding": model.activation_rounding,
-            "activations": entries,
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputOutputError(f"cannot be written ({error.strerror})", where=folder) from None
-    return len(entries)
+            index["activations"].append({"name": name, "file": file, "shape": shape, "dtype": dtype})
+        _write_index(partial, index)
+    return len(index["activations"])
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        present = list(folder.iterdir())
-        if not present:
-            return
-        if not is_goldens(folder):
-            raise OutputExistsError("contains other files", where=folder, hint="choose a new or empty folder")
-        if not overwrite:
-            raise OutputExistsError(
-                "goldens already exist", where=folder, hint="pass --overwrite to replace the goldens"
-            )
-        for path in present:
-            if path.suffix == ".npy" or path.name == INDEX_NAME:
-                path.unlink()
-    except OSError as error:
-        raise InputOutputError(f"cannot be written ({error.strerror})", where=folder) from None
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_of_goldens(name: str) -> bool:
+    return name.endswith(".npy") or name == INDEX_NAME
 
 
 def open_goldens(folder: Path) -> Goldens:

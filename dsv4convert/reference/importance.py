@@ -22,6 +22,7 @@ from ..containers.gguf import is_gguf, open_gguf
 from ..containers.imatrix import ImatrixFile, imatrix_file
 from ..containers.untrusted import read_whole
 from ..engine.conversion import check_sources_stay
+from ..engine.manifest import check_beside_outputs
 from ..engine.outputs import FileOutputs, free_bytes, os_errors, write_all
 from ..engine.run import peak_memory_bytes
 from ..errors import FileFormatError, SpaceError, UsageError
@@ -132,10 +133,13 @@ def collect_imatrix(
     plan = _plan_of(path, out, file)
     outputs = FileOutputs(plan)
     inputs = [text, *(open_gguf(path).files if is_gguf(path) else ())]
+    others = () if options.tokenizer is None else (options.tokenizer,)
+    check_beside_outputs(out)
     with contextlib.closing(outputs):
         outputs.look()
-        check_sources_stay(plan, {"source": [os.path.abspath(name) for name in inputs]}, outputs)
+        check_sources_stay(plan, {"source": [os.path.abspath(name) for name in inputs]}, outputs, others)
         outputs.check_absent(overwrite)
+        outputs.check_own_work()
         passage = Passage(model, source, chunks, plan.destination, progress)
         with contextlib.closing(passage):
             _check_space(plan, passage.nbytes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..engine.conversion import check_result
 from ..engine.names import Identity
 from ..engine.outputs import write_file
 from ..errors import DeviceError, UsageError
@@ -28,27 +30,39 @@ def new_figure(width: float) -> Any:
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path, replaced: Identity | None) -> None:
-    """Write a figure as the picture that the suffix of ``path`` says, in place of ``replaced``.
+def check_picture(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> Identity | None:
+    """Return what a picture replaces, having checked, before anything else is done, that it can be drawn and written.
 
     Raises:
-        UsageError: the suffix of the name is no picture format.
+        DeviceError: matplotlib is not installed.
+        UsageError: the suffix of the name is no picture format, or the picture would replace one of the inputs.
+        OutputExistsError: something is there and ``overwrite`` is false, or it can never be replaced.
+    """
+    replaced = check_result(path, inputs, overwrite=overwrite)
+    if _format_of(path) not in new_figure(1).canvas.get_supported_filetypes():
+        raise UsageError("--plot: not a picture format", where=path, hint="use a name that ends in .png")
+    return replaced
+
+
+def save_figure(figure: Any, path: Path, replaced: Identity | None) -> None:
+    """Write a figure as the picture that the suffix of ``path`` says, in place of ``replaced``; see ``check_picture``.
+
+    Raises:
         OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
     picture = io.BytesIO()
-    try:
-        figure.savefig(picture, format=path.suffix[1:] or "png")
-    except ValueError as error:
-        raise UsageError(f"not a picture format ({error})", where=path, hint="use a name that ends in .png") from None
+    figure.savefig(picture, format=_format_of(path))
     write_file(path, (picture.getvalue(),), replaced)
+
+
+def _format_of(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
 
 
 def plot_errors(comparison: Comparison, tolerance: float, path: Path, replaced: Identity | None = None) -> None:
     """Write a picture of the relative RMSE by layer, one line per sub-block, to ``path``, in place of ``replaced``.
 
     Raises:
-        DeviceError: matplotlib is not installed.
-        UsageError: the suffix of the name is no picture format.
         OutputExistsError, InputOutputError, SpaceError: the picture cannot be written.
     """
     figure = new_figure(8)

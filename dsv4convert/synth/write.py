@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from ..checkpoint.engram import read_token_map
 from ..checkpoint.tokenizer import TOKENIZER_NAME
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
-from ..engine.outputs import partial_path
-from ..errors import InputOutputError, OutputExistsError, SpaceError, UsageError
+from ..engine.new_folder import NewFolder
+from ..engine.outputs import free_bytes
+from ..errors import SpaceError, UsageError
 from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import TEXT
 from ..model.tensors import TOP_ROWS, Draft, Expected, Store, When, expected_tensors, scale_name, vision_tensors
@@ -222,33 +222,21 @@ def write_plan(
         SpaceError: no room on the disk.
         InputOutputError: a write failed.
     """
-    _check_replaceable(out, overwrite)
-    partial = partial_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if not headers_only and free < plan.payload_bytes:
-            raise SpaceError(
-                "not enough disk space", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
-            )
-        _remove_checkpoint(partial)
-        partial.mkdir()
-        try:
-            text = plan.raw.get(TEXT)
-            if text is None:
-                write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
-                _write_json(partial / CONFIG_NAME, plan.raw)
-            else:
-                write_synth_tokenizer(partial, text["vocab_size"], seed, v41=True)
-                _write_json(partial / CONFIG_NAME, _fitted_to_tokenizer(plan.raw, partial))
-            _write_files(partial, plan, seed, headers_only, progress)
-            _remove_checkpoint(out)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise InputOutputError(f"cannot write ({error.strerror})", where=error.filename or out) from error
+    folder = NewFolder(out, CONFIG_NAME, _may_hold, overwrite=overwrite)
+    free = free_bytes(out.parent)
+    if not headers_only and free < plan.payload_bytes:
+        raise SpaceError(
+            "not enough disk space", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
+        )
+    with folder.written() as partial:
+        text = plan.raw.get(TEXT)
+        if text is None:
+            write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
+            _write_json(partial / CONFIG_NAME, plan.raw)
+        else:
+            write_synth_tokenizer(partial, text["vocab_size"], seed, v41=True)
+            _write_json(partial / CONFIG_NAME, _fitted_to_tokenizer(plan.raw, partial))
+        _write_files(partial, plan, seed, headers_only, progress)
     by_dtype = Counter(tensor.dtype for group in plan.files for tensor in group)
     return SynthSummary(
         out,
@@ -432,31 +420,5 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse an existing output, and whatever is no plain checkpoint folder even with ``overwrite``."""
-    if not out.name:
-        raise UsageError("not a folder name", where=out)
-    for path in (out, partial_path(out)):
-        if not path.exists() and not path.is_symlink():
-            continue
-        if path == out and not overwrite:
-            raise OutputExistsError("already exists", where=out, hint="pass --overwrite to replace the folder")
-        if path.is_symlink() or not path.is_dir() or not _holds_only_a_checkpoint(path):
-            raise OutputExistsError(
-                "not replaced: contains files besides a checkpoint",
-                where=path,
-                hint="remove the folder first",
-            )
-
-
-def _holds_only_a_checkpoint(folder: Path) -> bool:
-    entries = list(folder.iterdir())
-    plain = all(
-        path.is_file() and not path.is_symlink() and path.suffix in (".json", ".safetensors") for path in entries
-    )
-    return plain and (not entries or folder / CONFIG_NAME in entries)
-
-
-def _remove_checkpoint(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
+def _may_hold(name: str) -> bool:
+    return name.endswith((".json", ".safetensors"))

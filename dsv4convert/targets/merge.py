@@ -24,8 +24,10 @@ from ..containers.gguf import (
     read_gguf_part,
 )
 from ..containers.gguf_write import KeyValue
-from ..engine.manifest import manifest_of, remove_manifest
-from ..errors import FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..engine.manifest import manifest_of, remove_manifest, sources_of_finished
+from ..engine.names import Identity, remove_known
+from ..engine.outputs import os_errors
+from ..errors import Dsv4Error, FileFormatError, InputMissingError, UsageError
 from ..plan import CopySegments, OutputTensor, Plan
 from .gguf_tensors import gguf_file
 
@@ -59,23 +61,27 @@ def plan_merge(source: Path, out: Path, *, delete_parts: bool = False) -> Plan:
 
 
 def plan_of_merged(source: Path, out: Path) -> Plan | None:
-    """Return the plan of a merge that was interrupted while it removed the files of the set, None where none was.
+    """Return the plan of a merge that was interrupted after it began to remove the files of the set, None without one.
 
-    The output is whole then, every file that is left was used up, and the first one, which goes last, has the keys.
+    The output is whole then, and every file that is left was used up. The first one, which goes last, has the keys;
+    once it is gone too, the output's manifest says of which files it was made.
     """
     paths = _paths_of_set(Path(os.path.abspath(source)))
-    left = [path for path in paths if path.is_file()]
-    if len(left) == len(paths) or paths[0] not in left:
+    left = [path for path in paths if os.path.lexists(path)]
+    if len(left) == len(paths) or (left and left[0] != paths[0]):
+        return None
+    folder, name = _place_of(out, paths[0])
+    if not (folder / name).is_file():
         return None
     parts = [read_gguf_part(path, allow_cut=True) for path in left]
-    folder, name = _place_of(out, paths[0])
-    if any(part.tensors and part.nbytes > part.data_start for part in parts) or not (folder / name).is_file():
+    if not all(_is_used_up(part) for part in parts):
         return None
     merged = open_gguf(folder / name)
-    if key_values(merged) != key_values(GgufModelFile((parts[0],), {})):
-        return None
-    consumes = tuple((part.path, part.data_start) for part in parts)
-    return _plan(merged, (folder, name), paths[0], consumes)
+    plan = _plan(merged, (folder, name), paths[0], tuple((part.path, part.data_start) for part in parts))
+    if parts:
+        return plan if key_values(merged) == key_values(GgufModelFile((parts[0],), {})) else None
+    made_of = sources_of_finished(plan)
+    return plan if made_of and made_of <= {path.name for path in paths} else None
 
 
 def _plan(model: GgufModelFile, place: tuple[Path, str], source: Path, consumes: tuple[tuple[Path, int], ...]) -> Plan:
@@ -109,16 +115,44 @@ def remove_parts(plan: Plan) -> None:
     """Remove the manifest of the files that a finished plan has used up, then the files, the first one last.
 
     Raises:
+        FileFormatError: something else stands under the name of a file; it is left as it is.
         InputOutputError: the system refused.
     """
     paths = _paths_of_set(plan.source) if plan.consumes else []
+    used_up = [_used_up(path, number, len(paths)) for number, path in enumerate(paths)]
     for path in paths[:1]:
         remove_manifest(manifest_of(path))
-    for path in reversed(paths):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise InputOutputError(f"cannot be removed ({error.strerror})", where=path) from None
+    for path, identity in reversed(list(zip(paths, used_up, strict=True))):
+        with os_errors(path, "removed"):
+            remove_known(path, identity)
+
+
+def _used_up(path: Path, number: int, count: int) -> Identity | None:
+    """Return the identity of a file of the set that was used up, None where it is gone.
+
+    Raises:
+        FileFormatError: something else has its name.
+    """
+    identity = Identity.of(path)
+    if identity is None:
+        return None
+    try:
+        part = read_gguf_part(path, allow_cut=True)
+        place = part.metadata.get(SPLIT_NO), part.metadata.get(SPLIT_COUNT)
+        is_ours = not path.is_symlink() and place == (number, count) and _is_used_up(part)
+    except Dsv4Error:
+        is_ours = False
+    if not is_ours:
+        raise FileFormatError(
+            "not the file that was used up, and left in place",
+            where=path,
+            hint="the output is complete: move this file away and run again with --resume",
+        )
+    return identity
+
+
+def _is_used_up(part: GgufPart) -> bool:
+    return not part.tensors or part.nbytes <= part.data_start
 
 
 def _paths_of_set(path: Path) -> list[Path]:

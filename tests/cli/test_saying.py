@@ -169,3 +169,69 @@ def test_a_result_in_a_folder_that_is_missing_is_told_before_the_model_runs(tiny
     for words in (["forward", tiny, "--logits"], ["compare", tiny, tiny, "--plot"]):
         result = run_cli(*words, tmp_path / "absent" / "result.png", "--tokens", "no tokens")
         assert "absent: output folder is missing; create the folder first" in result.error
+
+
+def test_a_picture_of_an_estimate_replaces_no_input_and_no_older_file_unasked(tiny: Path, tmp_path: Path) -> None:
+    plot, routing = tmp_path / "plot.png", tmp_path / "routing.png"
+    plot.write_text("three years of work")
+    routing.write_text("{}")
+    assert f"{plot}: already exists; pass --overwrite" in run_cli("estimate", tiny, "--plot", plot).error
+    assert plot.read_text() == "three years of work"
+    assert run_cli("estimate", tiny, "--plot", plot, "--overwrite").code == 0
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    for option in ("--routing", "--hardware", "--recipe"):
+        words = ["estimate", tiny, "--plot", routing, option, routing, "--overwrite"]
+        assert "the output would replace a file of the source" in run_cli(*words).error
+    for words in (["estimate", tiny], ["compare", tiny, tiny, "--tokens", "no tokens"]):
+        assert "--plot: not a picture format" in run_cli(*words, "--plot", tmp_path / "plot.txt").error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "routing.png"]
+
+
+def test_results_lie_in_no_finished_output(tiny: Path, tmp_path: Path) -> None:
+    """A manifest lists all that is in a folder: what comes later would be a difference."""
+    out, text = tmp_path / "bf16", tmp_path / "text"
+    text.write_text("the cat sat on the mat " * 20)
+    assert run_cli("dequantize", tiny, out).code == 0
+    for words in (
+        ["inspect", out, "--report", out / "page.html"],
+        ["estimate", out, "--plot", out / "plot.png"],
+        ["forward", tiny, "--tokens", "1", "--logits", out / "logits.npy"],
+        ["forward", tiny, "--tokens", "1", "--goldens", out / "goldens"],
+        ["compare", tiny, out, "--tokens", "1", "--plot", out / "plot.png"],
+        ["imatrix", tiny, "--text", text, "--context-size", "8", "-o", out / "imatrix.gguf"],
+    ):
+        assert "the file would lie in a finished output" in run_cli(*words).error
+    assert run_cli("verify", "--manifest", out).code == 0
+    assert run_cli("inspect", out, "--report", tmp_path / "page.html").code == 0
+
+
+def test_an_importance_matrix_takes_nobody_elses_temporary_file(tiny: Path, tmp_path: Path) -> None:
+    text, out, partial = (tmp_path / name for name in ("text", "m.gguf", "m.gguf.partial"))
+    text.write_text("the cat sat on the mat " * 20)
+    words = ["imatrix", tiny, "--text", text, "--context-size", "8", "--chunks", "1", "-o", out]
+    for content in (b"three years of work", b"\0" * 100):
+        partial.write_bytes(content)
+        assert f"{partial}: already exists and is not unfinished work of this command" in run_cli(*words).error
+        assert partial.read_bytes() == content
+    partial.unlink()
+    assert run_cli(*words).code == 0
+    out.rename(partial)  # as a killed run of the same command leaves it
+    assert run_cli(*words).code == 0
+    tokenizer = shutil.copytree(tiny, tmp_path / "tokenizer") / "tokenizer.json"
+    words[-1] = tokenizer
+    error = run_cli(*words, "--tokenizer", tokenizer.parent, "--overwrite").error
+    assert "the output would replace a file of the source" in error
+
+
+def test_goldens_that_cannot_be_made_leave_the_older_ones(tiny: Path, tmp_path: Path) -> None:
+    goldens = tmp_path / "goldens"
+    words = ["forward", tiny, "--layers", "0-0", "--goldens", goldens]
+    assert run_cli(*words, "--tokens", "1,2").code == 0
+    before = {path.name: path.read_bytes() for path in goldens.iterdir()}
+    assert "goldens: already exists; pass --overwrite" in run_cli(*words, "--tokens", "3").error
+    assert run_cli(*words, "--tokens", "3", "--record-last", "5", "--overwrite", "--activation-rounding").code == 0
+    assert run_cli(*words, "--tokens", "99999999", "--overwrite").code != 0
+    assert {path.name for path in goldens.iterdir()} == before.keys()
+    (goldens / "thesis.tex").write_text("three years of work")
+    assert "not replaced: contains thesis.tex" in run_cli(*words, "--tokens", "3", "--overwrite").error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["goldens"]

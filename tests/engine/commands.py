@@ -26,7 +26,6 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import JOURNAL_SUFFIX
 from dsv4convert.engine.locks import LOCK_SUFFIX
 from dsv4convert.engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX
-from dsv4convert.errors import InputMissingError, OutputExistsError
 from dsv4convert.synth.write import write_synth
 
 from .crash import RECORD_SECONDS, THREADS, slow_down
@@ -249,18 +248,6 @@ class Promise:
         """Return the names of files that are not as they are after a run that was left alone."""
         found = files_of(out)
         return sorted(name for name in {*found, *self.after} if found.get(name) != self.after.get(name))
-
-
-def had_ended(command: str, base: Path, promise: Promise, code: int) -> bool:
-    """Return whether a child was refused because the one before it had died with all its work done.
-
-    Nothing is left then by which a source that was used up, or a command without ``--resume``, would be known.
-    """
-    if promise.differing(base / OUT):
-        return False
-    if command == USES_UP:
-        return code == InputMissingError.exit_code and not any((base / PARTS).iterdir())
-    return command == WITHOUT_RESUME and code == OutputExistsError.exit_code
 
 
 def of_outputs(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -37,7 +37,6 @@ from .commands import (
     empty_out,
     files_of,
     final_files,
-    had_ended,
     make_sources,
     run_alone,
     words,
@@ -144,13 +143,12 @@ class LongRun:
             elif code == 0:
                 if differing := victim.promise.differing(out):
                     wrong.append(f"not as in a run left alone: {', '.join(differing)}")
-            elif code not in [refusal.exit_code for refusal in refusals] and not had_ended(
-                victim.command, self.base, victim.promise, code
-            ):
+            elif code not in [refusal.exit_code for refusal in refusals]:
                 wrong.append(f"exit code {code}: {said}")
             self.endings[f"{how or 'plain'}: {'killed' if code < 0 else f'exit code {code}'}"] += 1
             self.wrong += [f"{name}: {'; '.join(story)}: {what}" for what in wrong]
-            if code == 0 or wrong or had_ended(victim.command, self.base, victim.promise, code):
+            # Without --resume a child is refused when the one before it had died with all done.
+            if code == 0 or wrong or (victim.command == WITHOUT_RESUME and not victim.promise.differing(out)):
                 break
             may_live = True
             if victim.command != WITHOUT_RESUME:

@@ -14,6 +14,7 @@ import pytest
 
 from dsv4convert.engine import locks, names, outputs
 from dsv4convert.engine.conversion import execute
+from dsv4convert.engine.fingerprint import fingerprint_of
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import manifest_path
 from dsv4convert.engine.outputs import outputs_of, partial_path, replaced_path
@@ -22,6 +23,7 @@ from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
+from .histories import KILL, NEVER_SECONDS, Deed, World
 from .plans import PLANS, contents, failing_after, interrupt, leftovers
 from .test_journal import line
 
@@ -557,3 +559,32 @@ def test_partial_names_of_strangers_stay(plan: Plan) -> None:
     with pytest.raises(Dsv4Error):
         execute(plan, threads=2, fresh=True)
     assert path.is_fifo()
+
+
+@pytest.mark.parametrize("shape", ["file", "split", "folder"])
+def test_a_fresh_run_that_dies_as_it_discards_older_work_goes_on(shape: str, tmp_path: Path) -> None:
+    """The older work can be of another plan, or an older output that was just replaced: nothing in it is like ours."""
+    resumed = 0
+    for call in range(30, 1000):  # the new journal begins later
+        world = World(tmp_path / str(call), shape)
+        with failing_after(1), pytest.raises(InputOutputError):
+            execute(world.planned("old"), threads=1, record_seconds=NEVER_SECONDS)
+        theirs = partial_path(world.plan.output_path()).with_name("theirs.partial")
+        theirs.write_bytes(THESIS)
+        child = os.fork()  # so that the dead run's files are closed
+        if not child:
+            try:
+                os._exit(0 if world.run({call: Deed(KILL)}, fresh=True) == "done" else 9)
+            finally:
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not code:
+            break
+        assert code == 9
+        journal = journal_path(world.plan)
+        begun = journal.exists() and fingerprint_of(world.plan)["plan"].encode() in journal.read_bytes()
+        ended = world.run({}, resume=True)
+        assert ended == "done" or not begun, f"before call {call}: {ended}"
+        assert theirs.read_bytes() == THESIS
+        resumed += begun
+    assert resumed > 10

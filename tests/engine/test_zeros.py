@@ -52,7 +52,7 @@ def test_zeros_outlive_an_interruption(tmp_path: Path) -> None:
         Finished(Task(0, 0, 1, 8), bytes(16), Tally(nan=1)),
     ]
     with Journal(path) as journal:
-        journal.begin({"plan": "p"}, [], [])
+        journal.begin({"plan": "p"}, [], {}, {})
         journal.record(done)
     with Journal(path) as journal:
         assert list(journal.finished().values()) == done

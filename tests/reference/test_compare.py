@@ -145,14 +145,14 @@ def test_recorded_positions_are_those_of_the_whole_run(recorded: tuple[Path, Mod
 
 def test_goldens_replace_only_goldens_and_only_when_told(recorded: tuple[Path, Model, list[int]]) -> None:
     folder, model, tokens = recorded
-    with pytest.raises(OutputExistsError, match="goldens already exist"):
+    with pytest.raises(OutputExistsError, match="already exists; pass --overwrite"):
         write_goldens(folder, model, tokens)
     write_goldens(folder, model, tokens[:5], overwrite=True)
     assert len(list(folder.iterdir())) == 1 + len(open_goldens(folder).entries)
     other = folder.parent / "other"
     other.mkdir()
     (other / "precious.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="contains other files"):
+    with pytest.raises(OutputExistsError, match="not replaced: contains"):
         write_goldens(other, model, tokens, overwrite=True)
     assert (other / "precious.txt").read_text() == "mine"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -571,7 +572,7 @@ def test_overwrite_removes_nothing_but_a_checkpoint(kind: str, tmp_path: Path) -
         else:
             (out / "thesis.tex").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputExistsError, match="files besides a checkpoint; remove the folder first"):
+    with pytest.raises(OutputExistsError, match=r"(not replaced: (contains|has no)|and is no folder)"):
         write_synth(out, "tiny", overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -592,6 +593,31 @@ def test_an_interrupted_run_leaves_the_old_folder_and_no_partial_one(
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_takes_the_name_during_the_run_stays(overwrite: bool, tmp_path: Path) -> None:
+    out, thesis = tmp_path / "m", tmp_path / "m" / "thesis.json"
+    if overwrite:
+        write_synth(out, "tiny", seed=1)
+
+    def put(done: int) -> None:
+        out.mkdir(exist_ok=True)
+        thesis.write_text("three years of work")
+
+    with pytest.raises(OutputExistsError, match="appeared or changed during the conversion and is left in place"):
+        write_plan(plan_synth("tiny"), out, seed=2, overwrite=overwrite, progress=put)
+    assert thesis.read_text() == "three years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_unfinished_work_of_a_conversion_is_no_stale_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "config.json").write_text("{}")
+    (tmp_path / "m.journal").write_text("unfinished")
+    with pytest.raises(OutputExistsError, match="unfinished work of a conversion; finish it"):
+        write_synth(tmp_path / "m", "tiny")
+    assert (tmp_path / "m.partial" / "config.json").read_text() == "{}"
+
+
 def test_a_stale_partial_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "m.partial").mkdir()
     (tmp_path / "m.partial" / "config.json").write_text("{}")
@@ -603,7 +629,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(synth.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(SpaceError, match="bytes free, got 1000"):
         write_synth(tmp_path / "m", "tiny")
     assert not list(tmp_path.iterdir())
@@ -612,7 +638,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(
 
 def test_a_failed_write_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputOutputError, match="cannot write"):
+    with pytest.raises(InputOutputError, match="cannot be written"):
         write_synth(tmp_path / "file" / "m", "tiny")
 
 

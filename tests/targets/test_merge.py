@@ -17,11 +17,12 @@ from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.gguf_write import STRING, U16, KeyValue
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.manifest import manifest_of
+from dsv4convert.engine.names import Identity
 from dsv4convert.engine.resources import disk_needed
 from dsv4convert.errors import FileFormatError, InputMissingError, ResumeError, UsageError
 from dsv4convert.plan import OutputTensor
 from dsv4convert.targets.gguf_tensors import gguf_file
-from dsv4convert.targets.merge import key_values, plan_merge
+from dsv4convert.targets.merge import key_values, plan_merge, remove_parts
 
 from ..checkpoints import MakeCheckpoint
 from ..oracles.llama_cpp import llama_cpp_folder
@@ -180,14 +181,14 @@ def test_a_run_that_dies_around_a_cut_goes_on(
         try:
             real, seen = consume_module._cut, []
 
-            def dying(path: Path, nbytes: int) -> None:
+            def dying(path: Path, nbytes: int, known: Identity | None) -> None:
                 if after:
-                    real(path, nbytes)
+                    real(path, nbytes, known)
                 if len(seen) == number:
                     os._exit(9)
                 seen.append(path)
                 if not after:
-                    real(path, nbytes)
+                    real(path, nbytes, known)
 
             consume_module._cut = dying
             execute(plan_merge(parts[0], out, delete_parts=True), threads=2, record_seconds=0.0)
@@ -234,6 +235,75 @@ def test_a_run_that_dies_while_it_removes_the_parts_goes_on(
         path.unlink()
     merge(parts[0], out, delete_parts=True, resume=True)
     assert out.read_bytes() == whole.read_bytes()
+    assert not any(path.exists() for path in parts)
+
+
+def test_a_run_that_dies_after_the_last_removal_has_done_its_work(
+    whole: Path, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # parts/NAME, which is gone, could be a repository of the hub by its form
+    source, out = parts[0].relative_to(tmp_path), Path("merged.gguf")
+    merge(source, out, delete_parts=True)
+    assert merge(source, out, delete_parts=True, resume=True).resumed_bytes == out.stat().st_size
+    for other in ({"delete_parts": True}, {"resume": True}, {"delete_parts": True, "resume": True, "dry_run": True}):
+        with pytest.raises(InputMissingError):
+            merge(source, out, **other)  # type: ignore[arg-type]
+    for broken in (lambda: shutil.copy(whole, out), lambda: manifest_of(out).unlink()):
+        merged = out.read_bytes()
+        if broken():
+            with out.open("ab") as file:
+                file.write(b"\0")
+        with pytest.raises((InputMissingError, FileFormatError)):
+            merge(source, out, delete_parts=True, resume=True)
+        out.write_bytes(merged)
+
+
+def test_the_output_of_other_files_is_not_taken_for_that_of_the_missing_ones(parts: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged.gguf"
+    merge(parts[0], out, delete_parts=True)
+    other = parts[0].with_name(parts[0].name.replace("part-", "other-"))
+    with pytest.raises(InputMissingError, match="no such file"):
+        merge(other, out, delete_parts=True, resume=True)
+
+
+def test_a_dry_run_removes_no_part(parts: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "merged.gguf"
+    execute(plan_merge(parts[0], out, delete_parts=True), threads=1)
+    parts[-1].unlink()
+    with pytest.raises(InputMissingError):
+        merge(parts[0], out, delete_parts=True, resume=True, dry_run=True)
+    assert all(path.exists() for path in parts[:-1])
+
+
+@pytest.mark.parametrize("size", [100, 10_000_000], ids=["small", "large"])
+def test_what_takes_the_name_of_a_part_is_neither_cut_nor_removed(
+    size: int, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thesis, out = b"t" * size, tmp_path / "merged.gguf"
+    away = tmp_path / "away"
+    real = consume_module._cut
+
+    def swapping(path: Path, nbytes: int, known: Identity | None) -> None:
+        if path == parts[2]:
+            path.rename(away)
+            path.write_bytes(thesis)
+        real(path, nbytes, known)
+
+    monkeypatch.setattr(consume_module, "_cut", swapping)
+    with pytest.raises(FileFormatError, match=f"{parts[2]}: changed during the conversion, and is not used up"):
+        merge(parts[0], out, delete_parts=True)
+    assert parts[2].read_bytes() == thesis
+    away.rename(parts[2])
+    monkeypatch.undo()
+    plan = plan_merge(parts[0], out, delete_parts=True)
+    execute(plan, resume=True)
+    parts[2].rename(away)
+    parts[2].write_bytes(thesis)
+    with pytest.raises(FileFormatError, match=f"{parts[2]}: not the file that was used up, and left in place"):
+        remove_parts(plan)
+    assert parts[2].read_bytes() == thesis
+    parts[2].unlink()
+    merge(parts[0], out, delete_parts=True, resume=True)
     assert not any(path.exists() for path in parts)
 
 

@@ -29,13 +29,13 @@ COMMANDS = {
 }
 
 
-def ours(source: Path, target: Path, what: str, threads: int, cold: bool = False) -> Contender:
-    """Return a command with so many threads; a folder around its output goes with it."""
+def ours(source: Path, target: Path, what: str, threads: int | None, cold: bool = False) -> Contender:
+    """Return a command with so many threads, None for its default; a folder around its output goes with it."""
     command, options, name = COMMANDS[what]
     line = [sys.executable, "-m", "dsv4convert", command, str(source), str(target / name), "--quiet", *options]
-    return Contender(
-        f"{threads} threads", [*line, "--threads", str(threads)], target, makes_folder_first=True, cold=cold
-    )
+    if threads is not None:
+        line += ["--threads", str(threads)]
+    return Contender(f"{threads or 'default'} threads", line, target, makes_folder_first=True, cold=cold)
 
 
 def copies(kept: Path, target: Path, processes: int, cold: bool = False) -> Contender:
@@ -53,15 +53,16 @@ def measure(what: str, source: Path, folder: Path, threads: list[int], rounds: i
     files = [path for path in (folder / "kept").rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     contenders = [copies(folder / "kept", folder / "copy", number, cold) for number in (1, max(threads))]
-    contenders += [ours(source, folder / "ours", what, number, cold) for number in threads]
+    contenders += [ours(source, folder / "ours", what, number, cold) for number in [*threads, None]]
     alternate(contenders, 0 if cold else 1, rounds, nbytes, say=lambda line: None)
     result = record(contenders, contenders[1].name, nbytes, what=what, cold=cold, files=len(files), output_bytes=nbytes)
     shutil.rmtree(folder / "kept")
     print(f"\n{what}: {len(files)} files, {nbytes / 1e9:.2f} GB")
     for row in result["results"]:
         print(
-            f"  {row['name']:<16} {row['median_seconds']:6.2f} s  {row['gigabytes_per_second']:6.2f} GB/s  "
-            f"{row['relative']:5.2f} of the parallel cp  {row['peak_mebibytes']} MiB",
+            f"  {row['name']:<16} {row['median_seconds']:6.2f} s  {row['processor_seconds']:6.2f} s processor  "
+            f"{row['gigabytes_per_second']:6.2f} GB/s  {row['relative']:5.2f} of the parallel cp  "
+            f"{row['peak_mebibytes']} MiB",
             flush=True,
         )
     return result
@@ -73,13 +74,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--experts", type=int, default=48, help="of a layer of the source: 4.5 GB with 48")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     most = len(os.sched_getaffinity(0))
     threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
     source = arguments.folder / "flash-slice"
-    make_flash_slice(source)
+    make_flash_slice(source, arguments.experts)
     results = [
         measure(what, source, arguments.folder, threads, arguments.rounds, arguments.cold)
         for what in arguments.commands

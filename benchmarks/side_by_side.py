@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dsv4convert
 from dsv4convert.synth.write import write_synth
@@ -57,6 +57,14 @@ def as_many_bytes(source: Path, nbytes: int, folder: Path) -> Path:
     return folder
 
 
+class Used(NamedTuple):
+    """What one run of a command took."""
+
+    seconds: float
+    peak_bytes: int
+    processor_seconds: float
+
+
 @dataclass
 class Contender:
     """A command to time: it writes to ``output``, which is removed before every round (and made, if it wants that)."""
@@ -70,10 +78,17 @@ class Contender:
     cold: bool = False  # nothing of the source in the page cache; root only
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+
+    def note(self, used: Used) -> None:
+        """Keep the figures of a round."""
+        self.seconds.append(used.seconds)
+        self.peak_bytes.append(used.peak_bytes)
+        self.processor_seconds.append(used.processor_seconds)
 
 
-def run_once(contender: Contender) -> tuple[float, int]:
-    """Run a command; return wall seconds and peak resident bytes of its largest process.
+def run_once(contender: Contender) -> Used:
+    """Run a command; return wall seconds, peak resident bytes of its largest process, and processor seconds of all.
 
     A process counts the peak of the one that started it, so nothing comes out smaller than this one.
     """
@@ -95,7 +110,7 @@ def run_once(contender: Contender) -> tuple[float, int]:
     if status:
         message = process.stderr.read().decode() if process.stderr is not None else ""
         raise SystemExit(f"{contender.name} failed:\n{message[-4000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    return Used(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def remove(path: Path) -> None:
@@ -160,13 +175,12 @@ def alternate(
         for number in range(-warmup, rounds):
             for contender in contenders:
                 if contender.rounds is None or -2 < number < contender.rounds:
-                    seconds, peak = run_once(contender)
+                    used = run_once(contender)
                     remove(contender.output)
                     label = "warm-up" if number < 0 else f"round {number + 1}"
-                    say(f"{label}  {contender.name:<28} {seconds:7.2f} s  {peak / 2**20:7.0f} MiB")
+                    say(f"{label}  {contender.name:<28} {used.seconds:7.2f} s  {used.peak_bytes / 2**20:7.0f} MiB")
                     if number >= 0:
-                        contender.seconds.append(seconds)
-                        contender.peak_bytes.append(peak)
+                        contender.note(used)
 
 
 def circumstances() -> dict[str, Any]:
@@ -196,6 +210,7 @@ def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **f
                 "seconds": [round(s, 3) for s in c.seconds],
                 "relative": round(statistics.median(c.seconds) / base, 3),
                 "gigabytes_per_second": round(moved_bytes / statistics.median(c.seconds) / 1e9, 2),
+                "processor_seconds": round(statistics.median(c.processor_seconds), 2),
                 "peak_mebibytes": round(max(c.peak_bytes) / 2**20),
             }
             for c in contenders

@@ -158,7 +158,14 @@ class CompiledSegment:
     """Segments of one kind, one after the other: the call that makes them, and the digest of the one at hand."""
 
     def __init__(
-        self, recipe: Recipe, shapes: tuple[Shape, ...], row_bytes: int, step: int, digest: LongDigest
+        self,
+        recipe: Recipe,
+        shapes: tuple[Shape, ...],
+        row_bytes: int,
+        step: int,
+        digest: LongDigest,
+        *,
+        drops: bool = False,
     ) -> None:
         self.digest = digest
         self._recipe, self._shapes = recipe, shapes
@@ -175,6 +182,7 @@ class CompiledSegment:
             height=recipe.height,
             width=recipe.width,
             scales_are_f32=recipe.scales_are_f32,
+            drops=drops,
         )
         # An operand's row more than a tile takes, for tiles that start inside a scale's block.
         self._tile_bytes = [(-(-step // shape.rows_per) + 1) * shape.row_bytes for shape in shapes]
@@ -240,6 +248,8 @@ class CompiledSegment:
 class CompiledSegments:
     """The segments that the library makes in the buffers of one worker, one at a time.
 
+    With ``drops``, what was read and written does not stay in the page cache.
+
     What segments of a kind share is looked up once: whatever is left to do for each is done with the interpreter's
     lock, which all workers want.
     """
@@ -252,8 +262,11 @@ class CompiledSegments:
         control: Control,
         mappings: Mappings,
         tile_bytes: int,
+        *,
+        drops: bool = False,
     ) -> None:
         self.sharers = 1  # workers in the output at hand
+        self._drops = drops
         self._mappings = mappings
         self._scratch = scratch
         self._descriptors = descriptors
@@ -293,4 +306,4 @@ class CompiledSegments:
             return None
         copies = recipe.making is Making.COPY
         step = COPY_TILE_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
-        return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest)
+        return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest, drops=self._drops)

@@ -115,6 +115,9 @@ class DescriptorCache:
                 os.close(self._open.popitem(last=False)[1])
             with os_errors(path, "opened"):
                 descriptor = os.open(path, flags | os.O_CLOEXEC)
+            if flags == os.O_RDONLY and hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):  # only advice
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             self._open[key] = descriptor
         else:
             self._open.move_to_end(key)

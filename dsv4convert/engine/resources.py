@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..containers.sources import CONNECTIONS, mount_of
@@ -20,9 +22,11 @@ SEGMENT_MEMORY_BYTES = 2**10
 WORKER_MEMORY_BYTES = 6 * TILE_BYTES + 2 * COPY_TILE_BYTES
 
 
-# More threads than these take processor time and give no speed (benchmarks/results/scale_16core_2026-11-26.json):
-# writers of one file wait for each other at its inode, and many short steps in Python at the interpreter's lock.
-ONE_FILE_THREADS, MANY_FILES_THREADS = 4, 8
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+# More threads than these take processor time and give no speed (benchmarks/results/scale_16core_*.json): writers of
+# one file wait for each other at its inode, and all of them for memory or the disk.
+ONE_FILE_THREADS, MANY_FILES_THREADS = 8, 16
 # Files that share the work: smaller ones than this part of the output keep no thread busy.
 FILE_SHARE = 1 / 16
 
@@ -54,12 +58,42 @@ def memory_needed(plan: Plan, threads: int) -> int:
 
 
 def memory_available() -> int:
-    """Return the bytes of memory that the system says can be had."""
+    """Return the bytes of memory that the system says can be had, within the limits of control groups."""
+    available = 2**63
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 2**63
+                available = int(line.split()[1]) * 1024
+    return min([available, *group_limits()])
+
+
+def group_limits(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> Iterator[int]:
+    """Yield the memory limits of the control groups, of either version, that this process is in."""
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, name = groups, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = groups / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # the topmost has no such file, and "max" is no limit
+                yield int((folder / name).read_text(encoding="ascii"))
+
+
+def outgrows_memory(plan: Plan) -> bool:
+    """Return whether memory cannot cache the output and as much of the source.
+
+    What is read and written then leaves the cache at once: otherwise it would drive out what other programs have there,
+    and be driven out itself before anybody comes back to it.
+    """
+    return 2 * plan.nbytes > memory_available()
 
 
 def disk_needed(plan: Plan, already: int = 0) -> int:

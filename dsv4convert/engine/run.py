@@ -22,6 +22,7 @@ from .names import nearest_folder
 from .operations import TILE_BYTES
 from .outputs import DescriptorCache, Outputs
 from .ranges import RangeReader, SharedRanges
+from .resources import outgrows_memory
 from .schedule import Lane, Schedule
 from .worker import Made, Worker
 from .zeros import zero_tensors
@@ -94,6 +95,7 @@ class _Shared:
     copies: dict[Segment, Made] = field(default_factory=dict)
     mappings: Mappings = field(default_factory=Mappings)
     ranges: SharedRanges | None = None
+    drops: bool = False
     error: BaseException | None = None
 
 
@@ -134,6 +136,7 @@ def run_plan(
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())
         shared.ranges = SharedRanges(plan)
+    shared.drops = outgrows_memory(plan)
     workers: list[Worker] = []
     worker_threads = [
         threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
@@ -270,7 +273,9 @@ def _work(
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel:
             ranges = None if shared.ranges is None else RangeReader(shared.ranges, lambda: worker.stopped)
-            worker = Worker(codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes, ranges)
+            worker = Worker(
+                codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes, ranges, drops=shared.drops
+            )
             with shared.lock:
                 workers.append(worker)
                 worker.stopped = shared.error is not None

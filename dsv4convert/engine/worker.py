@@ -50,7 +50,8 @@ class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
     ``copies`` are what repeated copies were found to be, which all workers share: the first worker at one looks at its
-    bytes, and the others need not. They share ``mappings``, too.
+    bytes, and the others need not. They share ``mappings``, too. With ``drops``, bytes that the library moves do not
+    stay in the page cache.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Worker:
         mappings: Mappings,
         tile_bytes: int = TILE_BYTES,
         ranges: RangeReader | None = None,
+        *,
+        drops: bool = False,
     ) -> None:
         self._codecs = codecs
         self._ranges = ranges
@@ -71,7 +74,9 @@ class Worker:
         self._kernel = kernel
         self._copies = copies
         self._control = Control(stopped=False, done_bytes=0)
-        self._compiled = CompiledSegments(codecs, self._scratch, descriptors, self._control, mappings, tile_bytes)
+        self._compiled = CompiledSegments(
+            codecs, self._scratch, descriptors, self._control, mappings, tile_bytes, drops=drops
+        )
 
     def share(self, workers: int) -> None:
         """Note how many workers are in the output that is next."""

@@ -452,6 +452,34 @@ def test_memory_next_to_a_mapped_output_stays(memory: Path, tmp_path: Path, monk
     assert around[before + mmap.PAGESIZE :][: segment.nbytes] == output.read_bytes()
 
 
+def _resident_pages(path: Path) -> int:
+    libc = ctypes.CDLL(None)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        found = ctypes.create_string_buffer(-(-len(mapped) // mmap.PAGESIZE))
+        assert libc.mincore(address_of(memoryview(mapped)), len(mapped), found) == 0
+    return sum(byte & 1 for byte in found.raw[:-1])
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["kept", "dropped"])
+def test_what_memory_cannot_cache_leaves_the_page_cache(drops: bool, tmp_path: Path) -> None:
+    nbytes = 2**26 + 4096
+    source, output = tmp_path / "source", tmp_path / "output"
+    with source.open("wb") as file:
+        file.write(np.random.default_rng(0).bytes(nbytes))
+        file.flush()
+        if lies_in_memory(file.fileno()):
+            pytest.skip("temporary files lie in memory")
+        os.fsync(file.fileno())
+    segment = Segment(copy(), (Operand(source, 0, 1, 1, "u1"),), nbytes, 1)
+    pages = _resident_pages(source)
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("w+b") as file:
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, Mappings(), drops=drops)
+        worker.run(segment, file.fileno(), output, 0)
+    assert (_resident_pages(source) < pages // 2) == drops
+    assert output.read_bytes() == source.read_bytes()
+
+
 def test_files_on_a_disk_are_not_mapped(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w+b") as file:
         file.write(b"bytes")

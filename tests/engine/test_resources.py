@@ -1,4 +1,4 @@
-"""The number of threads that a plan gets: as many as help, never more than there are processors."""
+"""The number of threads that a plan gets, as many as help and never more than there are processors; and memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.engine.resources import MANY_FILES_THREADS, ONE_FILE_THREADS, default_threads
+from dsv4convert.engine import resources
+from dsv4convert.engine.resources import (
+    MANY_FILES_THREADS,
+    ONE_FILE_THREADS,
+    default_threads,
+    group_limits,
+    memory_available,
+    outgrows_memory,
+)
 from dsv4convert.plan import COPY, OutputFile, OutputTensor, Plan, Quantise, Segment
 
 
@@ -35,3 +43,36 @@ def test_a_plan_gets_as_many_threads_as_help(plan: Plan, expected: int, monkeypa
     assert default_threads(plan) == expected
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     assert default_threads(plan) == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limits"),
+    [
+        ("0::/a/b", {"a/memory.max": "4096", "a/b/memory.max": "max", "memory.max": "8192"}, [4096, 8192]),
+        ("0::/", {"memory.max": "4096"}, [4096]),
+        ("0::/", {"memory.max": "max"}, []),
+        ("0::/", {}, []),
+        (
+            "5:cpu,cpuacct:/a\n4:memory:/a:b\n0::/",
+            {"memory/a:b/memory.limit_in_bytes": "4096", "memory/memory.limit_in_bytes": str(2**62)},
+            [4096, 2**62],
+        ),
+    ],
+    ids=["groups", "a container", "no limit", "no files", "version 1"],
+)
+def test_memory_is_that_of_the_control_groups(
+    own: str, files: dict[str, str], limits: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "own").write_text(own + "\n")
+    for name, content in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content + "\n")
+    assert list(group_limits(tmp_path / "own", tmp_path / "groups")) == limits
+    assert list(group_limits(tmp_path / "none", tmp_path / "groups")) == []
+
+
+def test_a_plan_outgrows_memory_with_as_much_of_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "group_limits", lambda: [2000, 3000])
+    assert memory_available() == 2000
+    assert outgrows_memory(plan_of([1000, 1]))
+    assert not outgrows_memory(plan_of([1000]))

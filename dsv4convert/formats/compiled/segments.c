@@ -20,6 +20,8 @@ enum {
     MADVISE = 28,
     GETPID = 39,
     FSTATFS = 138,
+    FADVISE = 221,
+    SYNC_FILE_RANGE = 277,
     PROCESS_VM_WRITEV = 311,
     COPY_FILE_RANGE = 326,
 };
@@ -38,7 +40,9 @@ enum {
     FSTATFS = 44,
     PREAD = 67,
     PWRITE = 68,
+    SYNC_FILE_RANGE = 84,
     GETPID = 172,
+    FADVISE = 223,
     MADVISE = 233,
     PROCESS_VM_WRITEV = 271,
     COPY_FILE_RANGE = 285,
@@ -80,9 +84,28 @@ static int copy_in_kernel(i64 source, i64 begin, i64 output, i64 offset, i64 siz
     return 1;
 }
 
+// --- the page cache ---------------------------------------------------------------------------------------
+
+enum {
+    DONTNEED = 4,        // of fadvise, and of madvise
+    START_WRITING = 2,   // of sync_file_range
+    AT_ONCE = 1 << 22,   // bytes between two calls
+    BEHIND = 1 << 24,    // bytes of an output that may still be on their way to the disk
+    LOOK_BACK = 1 << 26, // bytes before these that are dropped
+};
+
+// Has the disk begin with what was written. Otherwise it idles until the kernel's limit for such pages, and all that is
+// below it is waited for at the end. Returns without waiting.
+static void start_writing(i64 descriptor, i64 offset, i64 size) {
+    system_call(SYNC_FILE_RANGE, descriptor, offset, size, START_WRITING, 0, 0);
+}
+
+// Drops pages that are on the disk from the page cache.
+static void drop(i64 descriptor, i64 offset, i64 size) { system_call(FADVISE, descriptor, offset, size, DONTNEED, 0, 0); }
+
 // --- files in memory --------------------------------------------------------------------------------------
 
-enum { DONTNEED = 4, LARGEST_PAGE = 1 << 16, STATFS_WORDS = 64 };
+enum { LARGEST_PAGE = 1 << 16, STATFS_WORDS = 64 };
 #define TMPFS 0x01021994
 
 // Whether a file lies in a tmpfs.
@@ -167,6 +190,7 @@ typedef struct {
     i64 columns;       // elements of an output row; bytes for copies, FP4 scales of a row for FP4_TO_FP8_SCALES
     i64 height, width; // of a block that shares a scale; for COLUMNS_OF_ROWS the first column, and one behind the last
     i64 scales_are_f32;
+    i64 drops;           // whether what was read and written leaves the page cache
     u8 *spare;           // for scales as bytes, or for scales that are not wanted
     const void *tables[2]; // multipliers and d of Q8_0, for the scale bytes from `first` to `last`
     i64 first, last;
@@ -352,9 +376,28 @@ static int write_tile(segment *s, i64 first, i64 rows) {
     return 1;
 }
 
+// Lets go of rows that are written: to the disk, and out of the page cache where that is wanted.
+static void leave(const segment *s, i64 begin, i64 end) {
+    if (s->mapping)
+        return;
+    i64 offset = s->offset + begin * s->row_bytes;
+    start_writing(s->output, offset, (end - begin) * s->row_bytes);
+    if (!s->drops)
+        return;
+    // Columns are read by several outputs, from the same rows.
+    for (i64 k = 0; k < s->operand_count && s->making != COLUMNS_OF_ROWS; k++) {
+        const operand *o = &s->operands[k];
+        i64 from = begin / o->rows_per;
+        drop(o->descriptor, o->offset + from * o->row_bytes, (operand_rows(o, end) - from) * o->row_bytes);
+    }
+    if (offset > BEHIND)
+        drop(s->output, offset > LOOK_BACK ? offset - LOOK_BACK : 0, smaller(offset, LOOK_BACK) - BEHIND);
+}
+
 // Makes the tiles from row `first` on; returns the first row that is not made, `rows` when all are. Ends early when the
 // worker is stopped.
 i64 make_segment(segment *s, i64 first) {
+    i64 left = first;
     while (first < s->rows && !__atomic_load_n(&s->control->stopped, __ATOMIC_RELAXED)) {
         i64 rows = smaller(s->step, s->rows - first);
         if (!write_tile(s, first, rows))
@@ -362,7 +405,13 @@ i64 make_segment(segment *s, i64 first) {
         first += rows;
         // Nobody else writes it.
         __atomic_store_n(&s->control->done_bytes, s->control->done_bytes + rows * s->row_bytes, __ATOMIC_RELAXED);
+        if ((first - left) * s->row_bytes >= AT_ONCE) {
+            leave(s, left, first);
+            left = first;
+        }
     }
+    if (s->drops && first > left)
+        leave(s, left, first);
     return first;
 }
 

@@ -96,6 +96,7 @@ class SegmentCall(ctypes.Structure):
     height: int
     width: int
     scales_are_f32: int
+    drops: int
     spare: int
     tables: Any
     first: int
@@ -120,6 +121,7 @@ class SegmentCall(ctypes.Structure):
         ("height", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("scales_are_f32", ctypes.c_int64),
+        ("drops", ctypes.c_int64),
         ("spare", ctypes.c_void_p),
         ("tables", ctypes.c_void_p * 2),
         ("first", ctypes.c_int64),

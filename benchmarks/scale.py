@@ -82,12 +82,11 @@ def main() -> None:
     threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
     source = arguments.folder / "flash-slice"
     make_flash_slice(source, arguments.experts)
-    results = [
-        measure(what, source, arguments.folder, threads, arguments.rounds, arguments.cold)
-        for what in arguments.commands
-    ]
-    if arguments.save is not None:
-        save({**circumstances(), "results": results}, arguments.save)
+    results = []
+    for what in arguments.commands:
+        results.append(measure(what, source, arguments.folder, threads, arguments.rounds, arguments.cold))
+        if arguments.save is not None:
+            save({**circumstances(), "results": results}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_too_little_memory_is_an_error_of_ours(plan: Plan) -> None:
 
 
 def test_a_worker_that_cannot_even_begin_ends_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(self: Worker, *_: object) -> None:
+    def no_memory(self: Worker, *_: object, **__: object) -> None:
         raise ValueError("no buffers")
 
     monkeypatch.setattr(Worker, "__init__", no_memory)

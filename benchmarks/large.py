@@ -16,11 +16,10 @@ import mmap
 import os
 import subprocess
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 
 from scale import COMMANDS, copies, ours
-from side_by_side import Contender, make_flash_slice, record, remove, run_once, save
+from side_by_side import Contender, circumstances, make_flash_slice, record, remove, run_once, save
 
 CGROUPS = Path("/sys/fs/cgroup")
 READS = 2  # a page that is read again counts as one in use
@@ -98,7 +97,7 @@ def main() -> None:
             f"{row['peak_mebibytes']} MiB  neighbour left: {left[row['name']]}"
         )
     if arguments.save is not None:
-        save({"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "results": [result]}, arguments.save)
+        save({**circumstances(), "results": [result]}, arguments.save)
 
 
 if __name__ == "__main__":

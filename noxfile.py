@@ -13,6 +13,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # 0 switches the compiled library off: numpy then does the work.
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
 
+MAXTEXT_VERSION = "0.2.5"
+
 nox.options.sessions = ["lint", "test"]
 nox.options.default_venv_backend = "venv"
 
@@ -50,6 +52,18 @@ def mlx(session: nox.Session) -> None:
     """Run the tests that load folders into MLX and mlx-vlm's models, on the processor."""
     session.install("-e", ".[test,mlx]")
     session.run("python", "-m", "pytest", "-ra", "tests/targets/test_mlx_loads.py", *session.posargs)
+
+
+@nox.session
+def maxtext(session: nox.Session) -> None:
+    """Run the tests that hold checkpoints for MaxText against Orbax and MaxText's own functions."""
+    session.install("-e", ".[test]")
+    folder = session.create_tmp()
+    # Its functions alone are run, on any Python; as a package it wants 3.12 and a hundred others.
+    wheel = ("download", "--no-deps", "--ignore-requires-python", "--dest", folder, f"maxtext=={MAXTEXT_VERSION}")
+    session.run("python", "-m", "pip", *wheel)
+    session.env["DSV4CONVERT_MAXTEXT_WHEEL"] = f"{folder}/maxtext-{MAXTEXT_VERSION}-py3-none-any.whl"
+    session.run("python", "-m", "pytest", "-ra", "tests/targets/test_maxtext_loads.py", *session.posargs)
 
 
 @nox.session

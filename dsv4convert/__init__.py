@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .api import (
         check,
         convert_gguf,
+        convert_maxtext,
         convert_mlx,
         dequantize,
         estimate,
@@ -96,6 +97,7 @@ __all__ = [
     "__version__",
     "check",
     "convert_gguf",
+    "convert_maxtext",
     "convert_mlx",
     "dequantize",
     "estimate",

@@ -447,6 +447,53 @@ def convert_mlx(
     return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
 
 
+def convert_maxtext(
+    source: StrPath,
+    out: StrPath,
+    *,
+    dtype: str = "bf16",
+    scan: bool = False,
+    check: bool = False,
+    strict: bool = False,
+    index: str = "file",
+    threads: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    lock: bool = True,
+    cache: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the checkpoint folder ``source`` as a checkpoint that MaxText loads: ``dsv4convert maxtext``.
+
+    ``dtype`` is bf16 or f32; ``scan`` stacks the layers that MaxText scans; ``check`` reads the finished checkpoint
+    back with Orbax, and compares every leaf with its file.
+
+    Raises:
+        DeviceError: ``check``, and Orbax is not installed.
+        FileFormatError: ``check``, and Orbax reads something else.
+        LossyError: ``strict``, and a value is rounded.
+        Dsv4Error: see ``convert_gguf``.
+    """
+    from .targets.maxtext import plan_maxtext
+
+    if check:
+        from .verification.orbax_read_back import import_orbax
+
+        import_orbax()
+    place = _located(source, headers_only=dry_run, cache=cache)
+    plan = plan_maxtext(place, Path(out), dtype=dtype, scan=scan, strict=strict, index=index)
+    summary = _carry_out(
+        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict
+    )
+    if not check or dry_run:
+        return summary
+    from .verification.orbax_read_back import read_back
+
+    return replace(summary, notes=(*summary.notes, read_back(plan.destination)))
+
+
 def repack(
     source: StrPath,
     out: StrPath,

@@ -144,6 +144,9 @@ FOLDERS = {
         for source in ("tiny", "base-any-scales", "v41-tiny")
     },
     "mlx/fp8": "mlx {fp8/tiny} {out}",
+    "maxtext/tiny": "maxtext {synth/tiny} {out} --dtype bf16 --strict",
+    "maxtext-scanned/tiny": "maxtext {synth/tiny} {out} --scan --index headers",
+    "maxtext-f32/vision": "maxtext {synth/vision} {out} --dtype f32",
 }
 
 SHARDS = {
@@ -279,6 +282,9 @@ CASES = {**SOURCES, **FOLDERS, **SHARDS, **GGUF}
 # Outputs that other cases read; the rest are removed once their digests are taken.
 READ_AGAIN = {field for line in CASES.values() for _, field, _, _ in string.Formatter().parse(line) if field}
 
+# Where a checkpoint for MaxText has its arrays, two files each.
+ARRAYS = "0/items/params."
+
 Digests = dict[str, dict[str, str]]
 
 
@@ -296,13 +302,19 @@ class Outputs:
         return self._made[case]
 
     def digests(self, case: str) -> dict[str, str]:
-        """Return the SHA-256 of every file that a case writes, by its path within the output; manifests left out."""
+        """Return the SHA-256 of every file that a case writes, by its path within the output; manifests left out.
+
+        The many files of a checkpoint for MaxText have one together: that of their paths and digests.
+        """
         out = self[case]
         found = {
             path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(out.rglob("*"))
             if path.is_file() and not path.name.endswith(MANIFEST_SUFFIX)
         }
+        arrays = [f"{name} {found.pop(name)}\n" for name in list(found) if name.startswith(ARRAYS)]
+        if arrays:
+            found[ARRAYS] = hashlib.sha256("".join(arrays).encode()).hexdigest()
         if case not in READ_AGAIN:
             shutil.rmtree(self._made.pop(case))
         return found

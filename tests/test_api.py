@@ -121,6 +121,7 @@ COMMANDS = {
     "requantize": dsv4convert.requantize,
     "mend": dsv4convert.mend,
     "mlx": dsv4convert.convert_mlx,
+    "maxtext": dsv4convert.convert_maxtext,
     "verify": dsv4convert.verify,
     "inspect": dsv4convert.inspect,
     "check": dsv4convert.check,

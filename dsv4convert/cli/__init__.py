@@ -32,6 +32,7 @@ MODULES = {
     "requantize": "folders",
     "mend": "mend",
     "mlx": "mlx",
+    "maxtext": "maxtext",
     "verify": "verify",
     "check": "check",
     "inspect": "inspect",
@@ -86,7 +87,8 @@ def _keep_debug(ctx: click.Context, option: click.Parameter, debug: bool) -> Non
 app = Commands(
     name=PROGRAM,
     modules=MODULES,
-    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16, FP8, NVFP4 and MLX.",
+    help="Convert DeepSeek-V4 checkpoints: safetensors to GGUF, model-parallel shards, BF16, FP8, NVFP4, MLX and "
+    "MaxText.",
     context_settings={"help_option_names": ["-h", "--help"]},
     params=[
         Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +30,9 @@ SummaryT = TypeVar("SummaryT", bound="Summary")
 PLAIN_PROGRESS_SECONDS = 10.0
 
 MAX_COUNTED_LINES = 20
+
+# Of a folder with files in more folders than that, one line tells.
+MAX_FOLDERS = 16
 
 
 def print_json(document: Any) -> None:
@@ -114,8 +117,9 @@ def print_summary(summary: Summary) -> None:
 
     if summary.resumed_bytes == summary.written_bytes:
         typer.echo("finished by an earlier run; nothing was left to do")
-    for path, size in summary.files:
-        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}")
+    for path, size, _, count in folded([(path, size, 0) for path, size in summary.files]):
+        files = f"  {count:,} files" if count > 1 else ""
+        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}{files}")
     typer.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
         typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
@@ -139,11 +143,36 @@ def print_summary(summary: Summary) -> None:
     )
 
 
+def folded(files: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int, int]]:
+    """Return files (path, bytes, tensors) with those in a folder of many folders as one entry; last, how many they are.
+
+    >>> folded([("out/a", 1, 0), *((f"out/items/leaf{n}/0", 10, 1) for n in range(40))])
+    [('out/a', 1, 0, 1), ('out/items/', 400, 40, 40)]
+    """
+    files = list(files)
+    within: dict[str, set[str]] = {}
+    for path, _, _ in files:
+        parts = path.split("/")
+        for end in range(1, len(parts) - 1):
+            within.setdefault("/".join(parts[:end]), set()).add(parts[end])
+    entries: dict[str, tuple[int, int, int]] = {}
+    for path, size, tensors in files:
+        parts = path.split("/")
+        folders = ("/".join(parts[:end]) for end in range(1, len(parts) - 1))
+        name = next((f"{folder}/" for folder in folders if len(within[folder]) > MAX_FOLDERS), path)
+        before = entries.get(name, (0, 0, 0))
+        entries[name] = (before[0] + size, before[1] + tensors, before[2] + 1)
+    return [(name, *entry) for name, entry in entries.items()]
+
+
 def describe_plan(plan: DryRun) -> Iterator[Block]:
     """Yield a dry run as tables: files, what is left out, and the disk and memory that the run needs."""
     yield Table(
         ("file to write", "size", "tensors"),
-        [(file.path, human_bytes(file.bytes), f"{file.tensors:,}") for file in plan.files],
+        [
+            (f"{path} ({count:,} files)" if count > 1 else path, human_bytes(size), f"{tensors:,}")
+            for path, size, tensors, count in folded([(file.path, file.bytes, file.tensors) for file in plan.files])
+        ],
         frozenset({1, 2}),
     )
     yield Table(

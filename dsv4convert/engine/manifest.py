@@ -26,7 +26,7 @@ from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExis
 from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
-from .names import Identity, check_file_can_be_replaced, remove_known
+from .names import Identity, check_file_can_be_replaced, entries_within, folders_of_names, remove_known
 from .outputs import open_file, os_errors, partial_path, write_file
 from .run import RunReport
 
@@ -236,8 +236,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise FileFormatError(f"not a manifest: {error.what}", where=path) from None
     for file in manifest["files"]:
-        if "/" in file["name"] or file["name"] in ("", ".", "..") or "\0" in file["name"]:
-            raise FileFormatError("not a manifest: a file name that is not a plain name", where=path, got=file["name"])
+        parts = file["name"].split("/")
+        if "\0" in file["name"] or not {"", ".", ".."}.isdisjoint(parts) or (parts[1:] and not manifest["is_folder"]):
+            raise FileFormatError("not a manifest: a file name that leads elsewhere", where=path, got=file["name"])
     return manifest
 
 
@@ -400,11 +401,9 @@ def check_manifest(output: Path, progress: Callable[[int], None] | None = None) 
             progress(done)
     if manifest["is_folder"] and folder.is_dir():
         known = {entry["name"] for entry in manifest["files"]}
-        mismatches += [
-            Mismatch(path.name, None, "is not in the manifest")
-            for path in sorted(folder.iterdir())
-            if path.name not in known
-        ]
+        found = entries_within(folder, set(folders_of_names(known)).__contains__)
+        names = (os.path.relpath(entry.path, folder) for entry in found)
+        mismatches += [Mismatch(name, None, "is not in the manifest") for name in sorted({*names} - known)]
     return ManifestReport(
         len(manifest["files"]), sum(len(entry["tensors"]) for entry in manifest["files"]), done, tuple(mismatches)
     )

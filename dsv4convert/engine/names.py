@@ -12,8 +12,8 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import OutputExistsError
@@ -183,15 +183,49 @@ def remove_known_folder(path: Path, known: Identity, held: Mapping[str, Identity
         now = Identity.in_status(os.fstat(descriptor))
         if now[:2] != known[:2]:  # its time changes as its files go, in this run or in one that was killed
             return
-        for name in os.listdir(descriptor):
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        for name, identity in held.items():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-                if Identity.in_status(status) == held.get(name):
+                if Identity.in_status(status) == identity:
                     os.unlink(name, dir_fd=descriptor)
+        for name in reversed(folders_of_names(held)):
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=descriptor)
     finally:
         os.close(descriptor)
     with contextlib.suppress(OSError):  # somebody's file is in it, and stays
         path.rmdir()
+
+
+def folders_of_names(names: Iterable[str]) -> list[str]:
+    """Return the folders within a folder in which files of these names lie, outer ones first.
+
+    >>> folders_of_names(["a/b/file", "a/file", "file"])
+    ['a', 'a/b']
+    """
+    return sorted({str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."})
+
+
+def entries_within(folder: Path, opens: Callable[[str], bool], within: str = "") -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder, and in place of folders that ``opens`` accepts by name the entries of those.
+
+    The path of an entry begins with ``folder``. An empty folder is an entry; links are not followed.
+
+    Raises:
+        OSError: the system refused.
+    """
+    with os.scandir(folder / within) as entries:
+        for entry in entries:
+            name = within + entry.name
+            if entry.is_dir(follow_symlinks=False) and opens(name):
+                is_empty = True
+                for found in entries_within(folder, opens, name + "/"):
+                    is_empty = False
+                    yield found
+                if is_empty:
+                    yield entry
+            else:
+                yield entry
 
 
 def try_rename(path: Path, trial: Path) -> None:

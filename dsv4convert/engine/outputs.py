@@ -38,7 +38,9 @@ from .names import (
     check_folder_can_be_replaced,
     check_name_fits,
     check_no_mount_point,
+    entries_within,
     exchange,
+    folders_of_names,
     is_same_file,
     nearest_folder,
     remove_known,
@@ -62,7 +64,12 @@ STAT_BLOCK_BYTES = 512
 # Files of an older conversion, which --overwrite may replace together with their folder.
 CHECKPOINT_FILE = re.compile(
     r"model[\w.-]*\.(safetensors|safetensors\.index\.json)|[\w.-]+\.json|chat_template\.jinja|merges\.txt|LICENSE"
+    # Of a checkpoint for MaxText.
+    r"|maxtext\.yml|models/[\w.-]+\.yml|0/(items/)?(_[A-Z]+(_[A-Z]+)?|_sharding|commit_success\.txt)"
+    r"|0/items/(array_metadatas/process_0|params\.[\w.]+/(zarr\.json|[0-9.]+))"
 )
+# Folders of an older conversion within its folder.
+CHECKPOINT_FOLDER = re.compile(r"models|0(/items(/array_metadatas|/params\.[\w.]+)?)?")
 
 # The unit in which the kernel writes, or a power loss leaves out, parts of a file.
 PAGE_BYTES = 4096
@@ -540,6 +547,7 @@ class FolderOutput(Outputs):
         self._final = plan.destination
         self._root = partial_path(plan.destination)
         self._names = frozenset(file.name for file in plan.files)
+        self._folders = folders_of_names(self._names)
         # A file that this run alone has, by whose inode number the folder is known again.
         self._own = next((index for index, file in enumerate(plan.files) if file.same_as is None), 0)
         self.paths = [self._root / file.name for file in plan.files]
@@ -586,18 +594,22 @@ class FolderOutput(Outputs):
     def _check_replaceable(self, folder: Path, overwrite: bool) -> None:
         """Check that a folder may be replaced: it is empty, or unasked-for things are not lost with it."""
         with os_errors(folder, "read"):
-            entries = list(folder.iterdir())
-        if entries and not overwrite:
-            raise OutputExistsError(
-                "already exists and is not empty", where=folder, hint="pass --overwrite to replace the output"
-            )
-        for entry in entries:
-            if entry.is_dir() or not self._may_hold(entry.name):
+            if any(folder.iterdir()) and not overwrite:
                 raise OutputExistsError(
-                    f"contains {entry.name}, which no conversion wrote",
-                    where=folder,
-                    hint="move that file away or choose another folder",
+                    "already exists and is not empty", where=folder, hint="pass --overwrite to replace the output"
                 )
+            for entry in entries_within(folder, self._may_open):
+                name = os.path.relpath(entry.path, folder)
+                if entry.is_dir() or not self._may_hold(name):
+                    raise OutputExistsError(
+                        f"contains {name}, which no conversion wrote",
+                        where=folder,
+                        hint="move that file away or choose another folder",
+                    )
+
+    def _may_open(self, name: str) -> bool:
+        """Return whether a folder of this name in the folder is one that a conversion makes."""
+        return name in self._folders or CHECKPOINT_FOLDER.fullmatch(name) is not None
 
     def _may_hold(self, name: str) -> bool:
         """Return whether a file of this name in the folder is one that a conversion writes, this one or an older."""
@@ -630,20 +642,27 @@ class FolderOutput(Outputs):
             if not existed:
                 self._made.add(root)
             self._hold_folder(root)
-            entries = {entry: Identity.of(entry) for entry in root.iterdir()}
-            if entries and (not existed or Identity.of(root) != self._leftovers.get(root)):
+            if any(root.iterdir()) and (not existed or Identity.of(root) != self._leftovers.get(root)):
                 raise appeared(root)
-            for entry in entries:
-                if entry.is_dir() or not self._may_hold(entry.name):
+            entries: dict[str, Identity | None] = {}
+            for entry in entries_within(root, self._may_open):
+                name = os.path.relpath(entry.path, root)
+                # A run that was killed at its start can leave folders without files.
+                is_ours = self._may_open(name) if entry.is_dir(follow_symlinks=False) else self._may_hold(name)
+                if not is_ours or (entry.is_symlink() and entry.is_dir()):
                     raise OutputExistsError(
-                        f"contains {entry.name}, which does not belong to this output",
+                        f"contains {name}, which does not belong to this output",
                         where=root,
                         hint="remove that file",
                     )
+                if not entry.is_dir():
+                    entries[name] = Identity.of(root / name)
             self._made.add(root)
-            for entry, identity in entries.items():
-                remove_known(entry, identity)
+            for name, identity in entries.items():
+                remove_known(root / name, identity)
+            _remove_folders(root, [os.path.relpath(path, root) for path, _, _ in os.walk(root) if path != str(root)])
             self._try_names(root)
+            self._make_folders(root)
             for index in range(len(self.paths)):
                 self._make(index)
                 if not index and os.path.lexists(self._final):
@@ -665,6 +684,7 @@ class FolderOutput(Outputs):
         with os_errors(root, "created"):
             root.mkdir(exist_ok=True)
             self._hold_folder(root)
+            self._make_folders(root)
         self._made.add(root)
         for index in range(len(self.paths)):
             self._check_size(index, started)
@@ -683,16 +703,27 @@ class FolderOutput(Outputs):
             raise
         self._folder = descriptor
 
+    def _make_folders(self, root: Path) -> None:
+        """Make the folders within the folder."""
+        for name in self._folders:
+            (root / name).mkdir(exist_ok=True)
+
     def _sync_names(self) -> None:
         """Make the names of the temporary files durable, before a journal speaks of their bytes."""
-        sync_folder(self._root)
+        self._sync_folders()
         sync_folder(self._root.parent)
+
+    def _sync_folders(self) -> None:
+        """Make the names in the folder durable, and those in the folders within it."""
+        for name in reversed(self._folders):
+            sync_folder(self._root / name)
+        sync_folder(self._root)
 
     def finish(self) -> None:
         """Give the folder its name; an older one leaves in the same step, where the system can."""
         self.sync(set(range(len(self.paths))))
         root, final, old = self._root, self._final, self._old()
-        sync_folder(root)
+        self._sync_folders()
         self._check_written()
         if self._folder is None or not is_same_file(root, self._folder):
             raise InputOutputError("no longer the folder that was written", where=root, hint=APPEARED_HINT)
@@ -727,7 +758,7 @@ class FolderOutput(Outputs):
     def _move_paths(self, root: Path) -> None:
         """Note the name that the folder has now."""
         self._root = root
-        self.paths = [root / path.name for path in self.paths]
+        self.paths = [root / file.name for file in self._plan.files]
 
     def _clear_up(self, old: Identity | None) -> None:
         """Remove the older output, under whichever name it has now; nothing else has its identity."""
@@ -742,6 +773,7 @@ class FolderOutput(Outputs):
             return
         for index, descriptor in self._open.items():
             remove_known(self.paths[index], descriptor)
+        _remove_folders(root, self._folders)
         for path in (root, trial_path(self._final)):
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -1024,10 +1056,20 @@ def _reflinked(source: Path, output: int) -> bool:
 
 
 def held_in(folder: Path) -> dict[str, Identity]:
-    """Return the identity of each entry of a folder, by name; nothing where it cannot be read."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return {entry.name: Identity.in_status(entry.stat(follow_symlinks=False)) for entry in entries}
+    """Return the identity of each file of a folder, by name from there; nothing where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return {
+            os.path.relpath(entry.path, folder): Identity.in_status(entry.stat(follow_symlinks=False))
+            for entry in entries_within(folder, opens=lambda name: True)
+        }
     return {}
+
+
+def _remove_folders(root: Path, names: Sequence[str]) -> None:
+    """Remove folders within a folder, as far as nothing is in them; ``names`` has outer ones first."""
+    for name in reversed(names):
+        with contextlib.suppress(OSError):
+            (root / name).rmdir()
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -241,7 +241,7 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
     if len(pieces) == 1:
         return pieces[0]
     segments = [segment for piece in pieces for segment in piece]
-    if len(segments) > 1 and len({_without_places(segment) for segment in segments}) == 1:
+    if len(segments) > 1 and segments[0].operands and len({_without_places(segment) for segment in segments}) == 1:
         return StackedSegments(segments)
     return tuple(segments)
 

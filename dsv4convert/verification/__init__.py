@@ -28,6 +28,7 @@ from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_piece
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT, LowBitCheck
+from .maxtext_output import is_maxtext_folder, maxtext_pieces
 from .mlx_output import is_mlx_folder, mlx_pieces
 from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
 
@@ -36,7 +37,7 @@ __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "veri
 # Files of the source whose faults are not the output's.
 COMPANIONS = (MODEL_CARD_NAME, *NEEDED_FILES, *OTHER_FILES)
 
-GGUF, SHARDS, FOLDER, MLX = "GGUF", "shards", "checkpoint folder", "MLX folder"
+GGUF, SHARDS, FOLDER, MLX, MAXTEXT = "GGUF", "shards", "checkpoint folder", "MLX folder", "MaxText checkpoint"
 
 
 @dataclass
@@ -171,6 +172,9 @@ def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report, i
         return content.pieces
     if layout == SHARDS:
         return shard_pieces(output, checkpoint, report)
+    if is_maxtext_folder(output):
+        report.layout = MAXTEXT
+        return maxtext_pieces(output, checkpoint, report)
     headers = read_folder_headers(output)
     if is_mlx_folder(headers[0]):
         report.layout = MLX

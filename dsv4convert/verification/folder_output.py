@@ -135,7 +135,7 @@ def folder_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, 
     tensors = Tensors(stored)
     present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
     nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
-    _leave_out(nameless, "transformers has no such module", report)
+    leave_out(nameless, "transformers has no such module", report)
     present = without_absent_parts(present, stored, report)
     pieces: list[Piece] = []
     groups: dict[str, list[Weight]] = {}
@@ -282,7 +282,8 @@ def _transformers_name(weight: Weight) -> str | None:
     return name if name is None or weight.layer is None else f"{PREFIX}layers.{weight.layer}.{name}"
 
 
-def _leave_out(weights: Iterable[Weight], reason: str, report: Report) -> None:
+def leave_out(weights: Iterable[Weight], reason: str, report: Report) -> None:
+    """Note weights that the output has no place for."""
     groups: dict[str, int] = {}
     for weight in weights:
         groups[weight.row.name] = groups.get(weight.row.name, 0) + 1 + (weight.scale is not None)
@@ -472,7 +473,7 @@ def check_config(folder: Path, expected_of: Callable[[Mapping[str, Any]], Mappin
                     what = "describes another model than the source's config.json"
                     report.problem(KEY, path, f"{what}: key {key}: expected {left!s:.200}, got {right!s:.200}")
         return
-    _check_json_keys(path, expected, found, report, report.ignored_keys)
+    check_json_keys(path, expected, found, report, report.ignored_keys)
 
 
 def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
@@ -486,12 +487,13 @@ def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterab
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
     with_draft = checkpoint.n_draft > 0 and not is_left_out(THE_DRAFT, report)
     expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
-    _check_json_keys(path, expected, found, report)
+    check_json_keys(path, expected, found, report)
 
 
-def _check_json_keys(
+def check_json_keys(
     path: Path, expected: Mapping[str, Any], found: Mapping[str, Any], report: Report, ignored: Iterable[str] = ()
 ) -> None:
+    """Report the keys of a JSON object that are not the expected ones."""
     for key in sorted({*expected, *found} - set(ignored)):
         report.keys += 1
         for inner, left, right in _differences(key, expected.get(key, ABSENT), found.get(key, ABSENT)):
@@ -608,7 +610,7 @@ def _check_quant_config(folder: Path, pieces: list[Piece], report: Report) -> No
         return
     expected = {"producer": MODELOPT_PRODUCER, "quantization": _modelopt_quantization(pieces)}
     if not report.foreign:
-        _check_json_keys(path, expected, found, report)
+        check_json_keys(path, expected, found, report)
 
 
 def _quantised_config(config: dict[str, Any], side: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ GIVEN: Mapping[str, Mapping[str, Value]] = {
     "repack": {"source": "{checkpoint}", "out": "{out}", "experts": "fp8"},
     "requantize": {"source": "{floats}", "out": "{out}"},
     "mlx": {"source": "{checkpoint}", "out": "{out}"},
+    "maxtext": {"source": "{checkpoint}", "out": "{out}"},
     "mend": {"source": "{checkpoint}", "out": "{out}", "reindex": True},
     "verify": {"source": "{checkpoint}", "out": "{gguf}"},
     "check": {"model": "{checkpoint}"},

@@ -41,6 +41,7 @@ COMMANDS = {
     "dequantize": "dequantize {checkpoint} {out}/bf16 --max-file-size 1M",
     "repack": "repack {checkpoint} {out}/fp8 --experts fp8 --max-file-size 1M",
     "mlx": "mlx {checkpoint} {out}/mlx --max-file-size 1M",
+    "maxtext": "maxtext {checkpoint} {out}/maxtext",
     "requantize": "requantize {floats} {out}/official --max-file-size 1M",
     "merge": "merge {split} {out}/model.gguf",
     "merge --delete-parts": "merge {parts} {out}/model.gguf --delete-parts",

@@ -54,7 +54,8 @@ MERGES: dict[str, MakePlan] = {
 
 def contents(plan: Plan) -> dict[str, bytes]:
     """Return the finished files of a plan and its manifest, by name."""
-    return {path.name: path.read_bytes() for path in (*plan.final_paths(), manifest_path(plan))}
+    files = {file.name: (plan.destination / file.name).read_bytes() for file in plan.files}
+    return files | {manifest_path(plan).name: manifest_path(plan).read_bytes()}
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "mend": (["mend", "--drop-draft"], "out", 256),
     "mend and rename": (["mend", "--rename", "transformers"], "out", 256),
     "mlx": (["mlx"], "out", 256),
+    "maxtext": (["maxtext"], "out", 256),
 }
 
 # The command line itself, on files of the true sizes that take no room: each worker really makes its

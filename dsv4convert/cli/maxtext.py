@@ -1,0 +1,62 @@
+"""The maxtext command: an Orbax checkpoint for MaxText."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import RunOptions, index_option, out_folder_argument, run_options, source_argument
+from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
+
+
+@command("maxtext", panel=CONVERT, example="dsv4convert maxtext DeepSeek-V4-Flash DeepSeek-V4-Flash-MaxText --scan")
+@source_argument
+@out_folder_argument
+@option(
+    "--dtype",
+    type=click.Choice(["bf16", "f32"]),
+    default="bf16",
+    show_default=True,
+    panel=TYPES,
+    help="Type of all weights but those that are published in F32, which stay F32.",
+)
+@option(
+    "--strict",
+    is_flag=True,
+    panel=TYPES,
+    help="Fail if a value is rounded, or the source has values that are not finite, or tensors that are all zero.",
+)
+@option(
+    "--scan",
+    is_flag=True,
+    panel=CONTENT,
+    help="Stack the layers for scan_layers=true, MaxText's default; without it, for scan_layers=false.",
+)
+@index_option
+@option(
+    "--check",
+    is_flag=True,
+    panel=RUN,
+    help="Read the finished checkpoint back with Orbax and compare every leaf with its file.",
+)
+@run_options
+def maxtext(
+    source: Path,
+    out: Path,
+    dtype: str,
+    strict: bool,
+    scan: bool,
+    index: str,
+    check: bool,
+    *,
+    run: RunOptions,
+) -> None:
+    """Write an Orbax checkpoint for MaxText, without scales, with its parameters file."""
+    from ..api import convert_maxtext
+    from .report import run_conversion
+
+    run_conversion(convert_maxtext, run, source, out, dtype=dtype, scan=scan, check=check, strict=strict, index=index)
+
+
+COMMANDS = (maxtext,)

@@ -19,8 +19,8 @@ from .errors import InventoryError
 COPY_SEGMENT_BYTES = 64 * 2**20
 
 # What bytes of a checkpoint, and of an output, hold.
-Source: TypeAlias = Literal["fp4", "fp8", "bf16", "f16", "f32", "i64", "i32"]
-Target: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "mxfp4", "i32"]
+Source: TypeAlias = Literal["fp4", "nvfp4", "int4", "fp8", "bf16", "f16", "f32", "i64", "i32"]
+Target: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "mxfp4", "nvfp4", "i32"]
 # What ggml's library makes.
 LowBit: TypeAlias = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
@@ -33,6 +33,9 @@ Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 CONVERSIONS: frozenset[tuple[Source, Target]] = frozenset(
     {
         ("fp4", "f32"), ("fp4", "bf16"), ("fp4", "f16"), ("fp4", "q8_0"), ("fp4", "mxfp4"),
+        ("nvfp4", "f32"), ("nvfp4", "bf16"), ("nvfp4", "f16"), ("nvfp4", "q8_0"), ("nvfp4", "mxfp4"),
+        ("nvfp4", "nvfp4"),
+        ("int4", "f32"), ("int4", "bf16"), ("int4", "f16"), ("int4", "q8_0"), ("int4", "mxfp4"),
         ("fp8", "f32"), ("fp8", "bf16"), ("fp8", "f16"), ("fp8", "q8_0"), ("fp8", "mxfp4"),
         ("bf16", "f32"), ("bf16", "f16"), ("bf16", "q8_0"), ("bf16", "mxfp4"),
         ("f16", "f32"), ("f16", "bf16"), ("f16", "q8_0"), ("f16", "mxfp4"),
@@ -64,7 +67,10 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Convert:
-    """Elements of another type: one operand, and its scales as a second where ``block`` says what shares one."""
+    """Elements of another type: one operand, and its scales as a second where ``block`` says what shares one.
+
+    A third are the words of zero points that INT4 may have, for eight rows each.
+    """
 
     source: Source
     target: Target
@@ -226,9 +232,12 @@ class ToFp8Scales:
 
 @dataclass(frozen=True, slots=True)
 class ToFp4Codes:
-    """The packed e2m1 codes of floats, rounded, as published."""
+    """The packed e2m1 codes of floats, rounded, as published; NVFP4 and INT4 are decoded first, and have operands of
+    ``Convert``.
+    """
 
     source: Source
+    block: Block | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +245,7 @@ class ToFp4Scales:
     """The e8m0 scales of those codes."""
 
     source: Source
+    block: Block | None = None
 
 
 Operation: TypeAlias = (
@@ -292,8 +302,9 @@ class Operand(NamedTuple):
     """A row-major matrix in a source file: one input of an operation.
 
     ``row_bytes`` bytes a row, each of numpy dtype ``dtype``; one row of it serves ``rows_per`` rows of
-    the output (1 for weights, the block's height for scales). ``wide`` is "F32" or "BF16" where the file holds scales
-    in that type which operations take as the E8M0 bytes that they stand for; ``row_bytes`` are those of the file.
+    the output (1 for weights, the block's height for scales). ``wide`` says how the file holds scales that operations
+    take as the E8M0 bytes or float32 that they stand for (see ``containers.wide_scales``); ``row_bytes`` are those of
+    the file.
     """
 
     file: Path

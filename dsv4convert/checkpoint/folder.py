@@ -41,9 +41,8 @@ from ..model.tensors import (
     scale_name,
 )
 from .layouts import NUMBERED_FILE, name_layout
-from .nvfp4 import INPUT_SCALE, config_as_fp4, has_nvfp4
-from .nvfp4 import NOTE as NVFP4_NOTE
-from .renaming import official_name, official_tensors
+from .packed import INPUT_SCALES, config_without_forms, forms_of, is_packed
+from .renaming import official_name, official_tensors, zero_name
 from .weights import Weight, needs_scale, pair
 
 # More than V4-Pro has; a forged config could ask for hundreds of millions.
@@ -85,7 +84,8 @@ class Checkpoint:
     """A checkpoint folder, read from headers alone and checked against the name tables.
 
     ``weights`` holds every weight under its official name in the published order; scales are inside
-    their weights. ``unused`` lists what the folder holds and no conversion reads.
+    their weights. ``unused`` lists what the folder holds and no conversion reads; ``is_packed`` says that tensors have
+    forms of ModelOpt or compressed-tensors (see ``packed``).
     """
 
     folder: Path
@@ -97,6 +97,7 @@ class Checkpoint:
     n_tensors: int
     unused: tuple[Unused, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    is_packed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -395,9 +396,9 @@ def resolve(
     missing: list[str] = []
     unscaled: dict[str, Stored] = {}
     left = dict(tensors)
-    is_nvfp4 = has_nvfp4(stored)
-    if is_nvfp4:
-        config = replace(config, raw=config_as_fp4(config.raw))
+    has_forms = is_packed(stored)
+    if has_forms:
+        config = replace(config, raw=config_without_forms(config.raw))
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(tensors)
     scale_fmt = stated_scale_fmt(config)
@@ -413,7 +414,8 @@ def resolve(
             missing.append(scale_name(expected.name))
             unscaled[expected.name] = weight
             continue
-        weights[expected.name] = pair(expected, weight, scale, scale_fmt=scale_fmt)
+        zero = left.pop(zero_name(expected.name), None)
+        weights[expected.name] = pair(expected, weight, scale, scale_fmt=scale_fmt, zero=zero)
     unused, unknown = _sort_leftovers(left)
     if missing:
         if len(missing) > 1:
@@ -441,8 +443,9 @@ def resolve(
             where=left[name].file,
             hint=f"check that this is a DeepSeek-{config.version.value} checkpoint; unknown tensors are never dropped",
         )
-    notes = (*notes, *_vision_note(config, has_tower), *([NVFP4_NOTE] if is_nvfp4 else []))
-    return Checkpoint(folder, config, MappingProxyType(weights), draft, n_draft, files, len(stored), unused, notes)
+    notes = (*notes, *_vision_note(config, has_tower), *forms_of(weights.values()))
+    held = MappingProxyType(weights)
+    return Checkpoint(folder, config, held, draft, n_draft, files, len(stored), unused, notes, has_forms)
 
 
 def stated_scale_fmt(config: ModelConfig) -> object:
@@ -529,7 +532,7 @@ def _sort_leftovers(left: Mapping[str, Stored]) -> tuple[tuple[Unused, ...], lis
         for name in left
         if (found := DRAFT_NAME.match(name)) is not None and name[found.end() :] in UNUSED_DRAFT_SUFFIXES
     ]
-    inputs = [name for name in left if name.endswith(INPUT_SCALE)]
+    inputs = [name for name in left if name.endswith(INPUT_SCALES)]
     kinds = (
         (copies, "the draft shares the trunk's embedding and head"),
         (inputs, "scales of activations, of NVFP4 only"),

@@ -22,6 +22,7 @@ from ..containers.untrusted import open_regular
 from ..errors import ConfigError, Dsv4Error, FileFormatError, InputMissingError, InventoryError, UnsupportedError
 from ..model.config import VERSION_BY_ARCHITECTURE
 from ..model.parallel import SHARD_NAME
+from .packed import SUFFIXES
 
 # Files whose first bytes are looked at, and how many of them.
 READ_SUFFIXES = (".safetensors", ".json", ".jinja")
@@ -159,7 +160,7 @@ class Layout(NamedTuple):
     """A layout: what tells it, as a function that returns what was seen or None, what to do, and the error's class.
 
     ``keys`` are those of config.json that it explains where they are wrong. One that ``is_read`` where its weights
-    allow explains no error of a file.
+    allow explains no error but those about its own tensors.
     """
 
     name: str
@@ -473,7 +474,7 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout("ModelOpt's NVFP4", _modelopt, UNQUANTISED, is_read=True),
     Layout("another of ModelOpt's formats", _modelopt_other, UNQUANTISED),
-    Layout("compressed-tensors", _compressed_tensors, UNQUANTISED),
+    Layout("compressed-tensors", _compressed_tensors, UNQUANTISED, is_read=True),
     Layout("GPTQ or AWQ", _gptq, UNQUANTISED),
     Layout("bitsandbytes", _bitsandbytes, UNQUANTISED),
     Layout(
@@ -549,6 +550,8 @@ def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
         if is_key and layout.error is not InputMissingError and not error.what.startswith(layout.explained):
             continue
         if is_of_file and (layout.error is InventoryError or layout.is_read):
+            continue
+        if layout.is_read and not any(suffix in f"{error.what} {error.expected}" for suffix in SUFFIXES):
             continue
         return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
     return error

@@ -1,157 +1,169 @@
-"""NVFP4 weights as ModelOpt stores them, read as the FP4 that the closed-form cast made them of.
+"""NVFP4 weights as ModelOpt and compressed-tensors store them: read as the FP4 that they were made of, or as they are.
 
-The scales of such a weight are powers of two under a second scale that is one too, alike for both halves of each block
-of 32: together they are one E8M0 scale, and the codes are the same. Whether all are so shows when they are read (see
-``containers.wide_scales``); the second scales are read here.
+Where the scales of NVFP4 are powers of two under a second scale that is one too, alike for both halves of each block of
+32, the closed-form cast of FP4 made it: the two are one E8M0 scale, the codes are the same, and the weight is read as
+that FP4. Whether all scales are so shows when they are read (see ``containers.wide_scales``). Second scales, and a few
+scales, are read here: any that is none of the cast's says that a folder was quantised otherwise, and all of it is read
+as NVFP4.
+
+======================== ============================ =========================
+tensor                   ModelOpt                     compressed-tensors
+======================== ============================ =========================
+codes, U8 [R, C/2]       ``weight``                   ``weight_packed``
+scales, E4M3 [R, C/16]   ``weight_scale``             ``weight_scale``
+second scale, F32        ``weight_scale_2``           1 / ``weight_global_scale``
+scale of activations     ``input_scale``              1 / ``input_global_scale``
+======================== ============================ =========================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from ..containers.safetensors import Stored
-from ..containers.sources import prefetch
-from ..containers.untrusted import open_regular
-from ..containers.wide_scales import E8M0, of_pairs
-from ..errors import FileFormatError, InputMissingError, InventoryError
+from ..containers.wide_scales import E8M0, F32, of_pairs, of_second, pairs_up
+from ..errors import InventoryError
 from ..formats.nvfp4 import BLOCK, SCALES_PER_GROUP
+from .small_tensors import read_scalars, read_small
 
 WEIGHT, SCALE, SECOND_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
+PACKED, GLOBAL_SCALE, INPUT_GLOBAL_SCALE = ".weight_packed", ".weight_global_scale", ".input_global_scale"
 FP4_SCALE = ".scale"
 E4M3 = "F8_E4M3"
 CODES_PER_BYTE = 2
 
-NOTE = "NVFP4 weights are read as the FP4 that they were made of: the same codes, and pairs of scales as one E8M0 scale"
-
-# What ModelOpt's configs add to quantization_config for NVFP4 experts.
-CONFIG_KEYS = (
-    "moe_quant_algo",
-    "producer",
-    "quant_algo",
-    "kv_cache_quant_algo",
-    "group_size",
-    "config_groups",
-    "quantized_layers",
-    "exclude_modules",
-    "ignore",
-)
+# How many matrices are looked at, a row of scales of each, to tell a cast of FP4 from other NVFP4.
+LOOKED_AT = 8
 
 
-def has_nvfp4(names: Iterable[str]) -> bool:
-    """Return whether a folder with such tensors holds NVFP4 in ModelOpt's form."""
-    return any(name.endswith(SECOND_SCALE) for name in names)
+class _Parts(NamedTuple):
+    """The names of an NVFP4 weight's tensors; ``is_reciprocal`` says that scales are divided by the second one."""
+
+    stem: str
+    weight: str
+    second: str
+    is_reciprocal: bool
 
 
-def nvfp4_as_fp4(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
-    """Return the tensors of a folder with NVFP4 weights as packed FP4; the scales of activations stay.
+def nvfp4_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Return the tensors of a folder with its NVFP4 weights as pairs of ``.weight`` and ``.scale``.
+
+    NVFP4 that is FP4 becomes that. Scales of activations stay as they are.
 
     Raises:
-        InventoryError: one is not whole, misshapen, has scales of FP4 as well, or its second scale is no power of two.
+        InventoryError: a weight is not whole, misshapen, has scales of FP4 as well, or its second scale is no number.
         InputMissingError, FileFormatError: a second scale cannot be read.
     """
-    seconds = {name: tensor for name, tensor in stored.items() if name.endswith(SECOND_SCALE)}
-    if not seconds:
-        return stored
-    alone = (name for name in stored if name.endswith(SCALE) and name.removesuffix(SCALE) + SECOND_SCALE not in seconds)
-    lost = next((name for name in alone if stored[name].dtype == E4M3), None)
-    if lost is not None:
-        missing = lost.removesuffix(SCALE) + SECOND_SCALE
-        raise InventoryError(f"tensor {missing} is missing, which {lost} belongs to", where=stored[lost].file)
-    made = {name: tensor for name, tensor in stored.items() if name not in seconds}
-    for name, value in read_scalars(seconds).items():
-        exponent = _exponent(name, value, seconds[name].file)
-        stem = name.removesuffix(SECOND_SCALE)
-        weight, scale = made.get(stem + WEIGHT), made.pop(stem + SCALE, None)
-        if weight is None or scale is None:
-            missing = stem + (WEIGHT if weight is None else SCALE)
-            raise InventoryError(f"tensor {missing} is missing, which {name} belongs to", where=seconds[name].file)
-        if stem + FP4_SCALE in made:
+    _check_no_second_is_missing(stored)
+    parts = [part for name in stored if (part := _parts_of(name)) is not None]
+    values = read_scalars({part.second: stored[part.second] for part in parts})
+    for part in parts:
+        if not 0 < values[part.second] < math.inf:
             raise InventoryError(
-                f"tensor {stem}{WEIGHT}: scales of both FP4 and NVFP4",
-                where=made[stem + FP4_SCALE].file,
-                expected=f"{SCALE} and {SECOND_SCALE}, or {FP4_SCALE} alone",
+                f"tensor {part.second}: not a scale",
+                where=stored[part.second].file,
+                expected="a positive number",
+                got=f"{values[part.second]:.9g}",
+            )
+    made = {name: tensor for name, tensor in stored.items() if _parts_of(name) is None}
+    found: list[tuple[_Parts, Stored, Stored]] = []
+    for part in parts:
+        weight, scale = made.pop(part.weight, None), made.pop(part.stem + SCALE, None)
+        if weight is None or scale is None:
+            missing = part.weight if weight is None else part.stem + SCALE
+            raise InventoryError(
+                f"tensor {missing} is missing, which {part.second} belongs to", where=stored[part.second].file
+            )
+        if part.stem + FP4_SCALE in made:
+            raise InventoryError(
+                f"tensor {part.stem}{WEIGHT}: scales of both FP4 and NVFP4",
+                where=made[part.stem + FP4_SCALE].file,
+                expected=f"{SCALE} and {part.second.removeprefix(part.stem)}, or {FP4_SCALE} alone",
                 got=f"{FP4_SCALE} as well",
             )
-        made[stem + WEIGHT] = weight._replace(dtype="I8")
-        made[stem + FP4_SCALE] = _as_e8m0(stem, weight, scale, exponent)
+        _check_shapes(part, weight, scale)
+        found.append((part, weight, scale))
+    is_fp4 = _is_cast_of_fp4(found, values)
+    for part, weight, scale in found:
+        made[part.stem + WEIGHT] = weight._replace(dtype="I8")
+        made[part.stem + FP4_SCALE] = _scale_of(part, scale, values[part.second], is_fp4=is_fp4)
     return made
 
 
-def _as_e8m0(stem: str, weight: Stored, scale: Stored, exponent: int) -> Stored:
-    """Return the scales of a weight as E8M0, each of which is a pair of those that are there."""
+def _parts_of(name: str) -> _Parts | None:
+    """Return the names of the weight whose second scale has this name, None where it is no second scale."""
+    if name.endswith(SECOND_SCALE):
+        stem = name.removesuffix(SECOND_SCALE)
+        return _Parts(stem, stem + WEIGHT, name, is_reciprocal=False)
+    if name.endswith(GLOBAL_SCALE):
+        stem = name.removesuffix(GLOBAL_SCALE)
+        return _Parts(stem, stem + PACKED, name, is_reciprocal=True)
+    return None
+
+
+def _check_no_second_is_missing(stored: Mapping[str, Stored]) -> None:
+    for name, tensor in stored.items():
+        if tensor.dtype != E4M3 or not name.endswith(SCALE):
+            continue
+        stem = name.removesuffix(SCALE)
+        if stem + SECOND_SCALE not in stored and stem + GLOBAL_SCALE not in stored:
+            second = GLOBAL_SCALE if stem + PACKED in stored else SECOND_SCALE
+            raise InventoryError(f"tensor {stem}{second} is missing, which {name} belongs to", where=tensor.file)
+
+
+def _check_shapes(part: _Parts, weight: Stored, scale: Stored) -> None:
     rows, width = weight.shape if len(weight.shape) == 2 else (0, 0)
     columns = width * CODES_PER_BYTE
     expected = (rows, columns // BLOCK)
     if weight.dtype not in ("U8", "I8") or columns % (BLOCK * SCALES_PER_GROUP):
         raise InventoryError(
-            f"tensor {stem}{WEIGHT}: not the codes of NVFP4",
+            f"tensor {part.weight}: not the codes of NVFP4",
             where=weight.file,
             expected=f"U8 of rows of a multiple of {BLOCK * SCALES_PER_GROUP} elements",
             got=f"{weight.dtype} {list(weight.shape)}",
         )
     if scale.dtype != E4M3 or scale.shape != expected:
         raise InventoryError(
-            f"tensor {stem}{SCALE}: not the scale of NVFP4",
+            f"tensor {part.stem}{SCALE}: not the scale of NVFP4",
             where=scale.file,
             expected=f"{E4M3} {list(expected)}",
             got=f"{scale.dtype} {list(scale.shape)}",
         )
-    return scale._replace(dtype=E8M0, shape=(rows, columns // BLOCK // SCALES_PER_GROUP), wide=of_pairs(exponent))
 
 
-def read_scalars(tensors: Mapping[str, Stored]) -> dict[str, float]:
-    """Return the value of each tensor of one float32 by its name, every file opened once.
+def _is_cast_of_fp4(found: list[tuple[_Parts, Stored, Stored]], values: Mapping[str, float]) -> bool:
+    """Return whether all second scales are powers of two, and the scales that are looked at those of FP4.
+
+    Scales that a quantiser chose are hardly ever so, and never all of a row.
 
     Raises:
-        InventoryError: one is another tensor.
-        InputMissingError, FileFormatError: a file cannot be read.
+        InputMissingError, FileFormatError: they cannot be read.
     """
-    by_file: dict[Path, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype != "F32" or math.prod(tensor.shape) != 1:
-            raise InventoryError(
-                f"tensor {name}: not a scale",
-                where=tensor.file,
-                expected="one F32",
-                got=f"{tensor.dtype} {list(tensor.shape)}",
-            )
-        by_file.setdefault(tensor.file, []).append(name)
-    prefetch((tensor.file, tensor.offset, tensor.nbytes) for tensor in tensors.values())
-    values: dict[str, float] = {}
-    for path, names in by_file.items():
-        try:
-            with open_regular(path) as file:
-                for name in sorted(names, key=lambda name: tensors[name].offset):
-                    file.seek(tensors[name].offset)
-                    content = file.read(tensors[name].nbytes)
-                    if len(content) != tensors[name].nbytes:
-                        raise FileFormatError("truncated", where=path, hint="download the file again")
-                    values[name] = float(np.frombuffer(content, "<f4")[0])
-        except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
-    return {name: values[name] for name in tensors}
+    if any(math.frexp(values[part.second])[0] != 0.5 for part, _, _ in found):
+        return False
+    step = max(1, len(found) // LOOKED_AT)
+    exponents = {part.stem: _exponent(part, values[part.second]) for part, _, _ in found[::step]}
+    rows = {
+        part.stem: scale._replace(nbytes=scale.nbytes // scale.shape[0])
+        for part, _, scale in found[::step]
+        if scale.nbytes
+    }
+    return all(pairs_up(np.frombuffer(raw, np.uint8), exponents[stem]) for stem, raw in read_small(rows).items())
 
 
-def _exponent(name: str, value: float, path: Path) -> int:
-    fraction, exponent = math.frexp(value) if math.isfinite(value) else (0.0, 0)
-    if fraction != 0.5:
-        raise InventoryError(
-            f"tensor {name}: not a power of two, so that the weight is no FP4",
-            where=path,
-            expected="2^n, as the closed-form cast of FP4 makes it",
-            got=f"{value:.9g}",
-        )
-    return exponent - 1
+def _exponent(part: _Parts, value: float) -> int:
+    """Return the exponent of the second scale, a power of two."""
+    exponent = math.frexp(value)[1] - 1
+    return -exponent if part.is_reciprocal else exponent
 
 
-def config_as_fp4(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without what ModelOpt adds to it for NVFP4 experts."""
-    quantization = raw.get("quantization_config")
-    if not isinstance(quantization, Mapping):
-        return dict(raw)
-    return {**raw, "quantization_config": {k: v for k, v in quantization.items() if k not in CONFIG_KEYS}}
+def _scale_of(part: _Parts, scale: Stored, value: float, *, is_fp4: bool) -> Stored:
+    """Return the scales of a weight as E8M0, each of which is a pair of those that are there, or as float32."""
+    if not is_fp4:
+        return scale._replace(dtype=F32, wide=of_second(value, is_reciprocal=part.is_reciprocal))
+    rows, columns = scale.shape
+    return scale._replace(dtype=E8M0, shape=(rows, columns // SCALES_PER_GROUP), wide=of_pairs(_exponent(part, value)))

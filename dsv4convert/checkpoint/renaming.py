@@ -22,7 +22,8 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
-from .nvfp4 import nvfp4_as_fp4
+from .int4 import ZERO
+from .packed import unpacked_forms
 
 LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
@@ -47,15 +48,22 @@ def official_name(name: str) -> str:
     table = RESAVED_TOP_NAMES if layer is None else RESAVED_LAYER_NAMES
     if rest in table:
         return prefix + table[rest]
-    for suffix in RESAVED_SCALE_SUFFIXES:
+    for suffix in (*RESAVED_SCALE_SUFFIXES, ZERO):
         weight = table.get(rest.removesuffix(suffix) + ".weight") if rest.endswith(suffix) else None
         if weight is not None:
-            return prefix + scale_name(weight)
+            return prefix + (zero_name(weight) if suffix == ZERO else scale_name(weight))
     return V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], bare)
 
 
+def zero_name(weight_name: str) -> str:
+    """Return the name of the zero points that belong to a weight."""
+    return weight_name.removesuffix(".weight") + ZERO
+
+
 def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], int]) -> dict[str, Stored]:
-    """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it, NVFP4 the FP4 it is.
+    """Return tensors by official name; a stack of experts becomes a tensor for each matrix in it.
+
+    Weights in forms of ModelOpt and compressed-tensors are pairs, and triples (see ``unpacked_forms``).
 
     ``n_experts`` gives the experts of a layer of the trunk (False) and of the draft (True).
 
@@ -63,7 +71,7 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], i
         InventoryError: two tensors that mean the same, or a stack that cannot be cut.
     """
     tensors: dict[str, Stored] = {}
-    stored = nvfp4_as_fp4(stored)
+    stored = unpacked_forms(stored)
     for name, tensor in stored.items():
         stack = STACK_NAME.fullmatch(name.removeprefix(MODEL_PREFIX))
         if stack is None:

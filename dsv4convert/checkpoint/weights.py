@@ -6,8 +6,10 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored
-from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0
+from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0, as_f32, is_of_second, wide_dtype
 from ..errors import InventoryError
+from ..formats.int4 import PER_WORD
+from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..model.tensors import DRAFT_PREFIX, Expected, Row, Store, scale_name
 
 # Elements of a row that share one scale in packed FP4.
@@ -19,6 +21,8 @@ class Encoding(str, Enum):
     """How the bytes of a weight stand for numbers."""
 
     FP4 = "fp4"  # packed float4_e2m1fn with float8_e8m0fnu scales
+    NVFP4 = "nvfp4"  # packed float4_e2m1fn with float8_e4m3fn scales under a second one, read as F32
+    INT4 = "int4"  # packed integers of four bits with F32, BF16 or F16 scales, read as F32, and zero points or none
     FP8 = "fp8"  # float8_e4m3fn with float8_e8m0fnu or F32 scales
     BF16 = "bf16"
     F16 = "f16"
@@ -35,12 +39,16 @@ PLAIN_ENCODINGS = {
     "I32": Encoding.I32,
 }
 PACKED_DTYPES = ("I8", "U8", "F4")
-SCALED_DTYPES = (*PACKED_DTYPES, "F8_E4M3")
+# What no safetensors file says: the bytes of packed integers of four bits.
+INT4_DTYPE = "I4"
+SCALED_DTYPES = (*PACKED_DTYPES, INT4_DTYPE, "F8_E4M3")
 MATRIX_DIMENSIONS = 2
+# What no layout but its own stores as it is.
+PACKED_ENCODINGS = frozenset({Encoding.NVFP4, Encoding.INT4})
 FLOAT_ENCODINGS = frozenset({Encoding.BF16, Encoding.F16, Encoding.F32})
 ALLOWED = {
-    Store.DENSE: FLOAT_ENCODINGS | {Encoding.FP8},
-    Store.EXPERT: FLOAT_ENCODINGS | {Encoding.FP4, Encoding.FP8},
+    Store.DENSE: FLOAT_ENCODINGS | {Encoding.FP8, Encoding.NVFP4, Encoding.INT4},
+    Store.EXPERT: FLOAT_ENCODINGS | {Encoding.FP4, Encoding.FP8, Encoding.NVFP4, Encoding.INT4},
     Store.BF16: FLOAT_ENCODINGS,
     Store.F32: FLOAT_ENCODINGS,
     Store.ENGRAM: FLOAT_ENCODINGS | {Encoding.FP8},
@@ -52,7 +60,8 @@ class Weight(NamedTuple):
     """One weight of the model under its official name, with the bytes and the scales that make it.
 
     ``shape`` is the logical one ([out, in]; FP4 counts elements, not bytes); ``block`` is how many
-    rows and columns share one scale, None without scales.
+    rows and columns share one scale, None without scales. ``zero`` are the words of zero points, each for eight rows,
+    that INT4 may have.
     """
 
     name: str
@@ -65,6 +74,7 @@ class Weight(NamedTuple):
     prefix: str
     layer: int | None
     expert: int | None
+    zero: Stored | None = None
 
     @property
     def is_draft(self) -> bool:
@@ -74,11 +84,13 @@ class Weight(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return the bytes that the weight and its scales take in the source."""
-        return self.stored.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+        return sum(part.nbytes for part in (self.stored, self.scale, self.zero) if part is not None)
 
 
-def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt: object = None) -> Weight:
-    """Combine what the tables expect with what the files hold.
+def pair(
+    expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt: object = None, zero: Stored | None = None
+) -> Weight:
+    """Combine what the tables expect with what the files hold; ``zero`` are zero points.
 
     ``scale_fmt`` is what config.json says of the scales, None where it says nothing. Scales may lie in another type
     than E8M0 (see ``_official_scale``).
@@ -86,9 +98,11 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt:
     Raises:
         InventoryError: a shape, a dtype or a scale that does not fit.
     """
-    if scale is not None:
+    if scale is not None and not scale.wide:
         scale = _official_scale(stored, scale, scale_fmt)
     encoding, shape, block = _classify(expected.name, stored, scale)
+    if zero is not None:
+        _check_zero(expected.name, zero, encoding, shape, block)
     if encoding not in ALLOWED[expected.row.store]:
         raise InventoryError(
             f"tensor {expected.name}: wrong dtype",
@@ -115,7 +129,27 @@ def pair(expected: Expected, stored: Stored, scale: Stored | None, *, scale_fmt:
         expected.prefix,
         expected.layer,
         expected.expert,
+        zero,
     )
+
+
+def _check_zero(
+    name: str, zero: Stored, encoding: Encoding, shape: tuple[int, ...], block: tuple[int, int] | None
+) -> None:
+    """Check the zero points of a weight.
+
+    Raises:
+        InventoryError: the weight has none, or they are of another shape.
+    """
+    height, width = block or (1, 1)
+    wanted = (-(-shape[0] // PER_WORD), -(-shape[-1] // width))
+    if encoding is not Encoding.INT4 or height != 1 or zero.dtype != "I32" or zero.shape != wanted:
+        raise InventoryError(
+            f"tensor {name}: zero points that do not fit",
+            where=zero.file,
+            expected=f"I32 {list(wanted)}, of groups of a row" if encoding is Encoding.INT4 else "none",
+            got=f"{zero.dtype} {list(zero.shape)}",
+        )
 
 
 def _official_scale(stored: Stored, scale: Stored, scale_fmt: object) -> Stored:
@@ -125,6 +159,8 @@ def _official_scale(stored: Stored, scale: Stored, scale_fmt: object) -> Stored:
     published form of their own, whose values need not be powers of two. A config that names another format than
     "ue8m0" is believed of bytes.
     """
+    if stored.dtype == INT4_DTYPE:
+        return as_f32(scale)
     if stored.dtype in PACKED_DTYPES:
         return as_e8m0(scale) if scale.dtype in ("U8", *WIDE_BITS) else scale
     if stored.dtype == "F8_E4M3" and (scale.dtype == "BF16" or (scale.dtype == "U8" and scale_fmt in (None, "ue8m0"))):
@@ -161,6 +197,19 @@ def _classify(
             hint="is the download complete?",
         )
     rows, columns = stored.shape
+    if stored.dtype == INT4_DTYPE:
+        columns *= 2
+        if scale.dtype != "F32" or len(scale.shape) != MATRIX_DIMENSIONS:
+            raise InventoryError(
+                f"tensor {scale_name(name)}: not a scale of INT4",
+                where=scale.file,
+                expected="F32, BF16 or F16 of two dimensions",
+                got=f"{wide_dtype(scale.wide) or scale.dtype} {list(scale.shape)}",
+            )
+        block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
+        return Encoding.INT4, (rows, columns), block
+    if is_of_second(scale.wide):
+        return Encoding.NVFP4, (rows, columns * 2), (1, NVFP4_BLOCK)
     if stored.dtype == "F8_E4M3":
         if scale.dtype not in (E8M0, "F32") or len(scale.shape) != 2:
             raise InventoryError(

@@ -53,8 +53,8 @@ METADATA_KEY = "__metadata__"
 class Stored(NamedTuple):
     """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start).
 
-    ``wide`` is the file's own dtype where values of ``dtype`` are stored in a wider one, as E8M0 scales in F32 or BF16
-    are; the bytes are then those of ``wide``.
+    ``wide`` says how scales are stored that stand for values of ``dtype``, such as E8M0 in F32 or BF16 (see
+    ``containers.wide_scales``); the bytes are then as it says.
     """
 
     file: Path

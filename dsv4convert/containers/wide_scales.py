@@ -1,15 +1,19 @@
-"""E8M0 scales that a folder holds as F32 or BF16, or as pairs of NVFP4: read as the bytes that they stand for.
+"""Scales that a folder holds in another type than operations take: read as the E8M0 bytes or float32 they stand for.
 
-Powers of two fit all these types, so that nothing is lost, and what is made of such a folder is byte for byte what is
-made of the published form. Any other value has no E8M0 byte, is refused by name: rounding it would change weights in
-silence. Of NVFP4, a byte stands for the e4m3 scales of both halves of a block, alike, times the power of two of the
-second scale.
+E8M0 as F32 or BF16, or as pairs of NVFP4: powers of two fit all these types, so that nothing is lost, and what is made
+of such a folder is byte for byte what is made of the published form. Any other value has no E8M0 byte, is refused by
+name: rounding it would change weights in silence. Of NVFP4, a byte stands for the e4m3 scales of both halves of a
+block, alike, times the power of two of the second scale.
+
+Scales that are no powers of two become float32: those of BF16 and F16 exactly; those of NVFP4, e4m3 times the second
+scale (or over its reciprocal), rounded once.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InventoryError
+from ..formats.base import Scratch, Tally
+from ..formats.bf16 import bf16_to_f32, f16_to_f32
 from ..formats.e4m3 import NAN_CODE, e4m3_to_f32
 from ..formats.e8m0 import BIAS, MAX_BYTE, NAN_BYTE, wide_to_e8m0
 from .safetensors import Stored, tensor_at
@@ -29,6 +35,13 @@ E8M0 = "F8_E8M0"
 PAIRS = "F8_E4M3*2^"
 PAIR_BITS = np.dtype("<u2")
 PAIR_BYTES = 2
+
+# What stands there for scales that become float32: the file's dtype and this, or e4m3 with the second scale, in
+# hexadecimal, that multiplies or divides it.
+TO_F32 = ">F32"
+TIMES, OVER = "F8_E4M3*", "F8_E4M3/"
+FLOAT_BITS: Mapping[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+F32 = "F32"
 
 
 def as_e8m0(scale: Stored) -> Stored:
@@ -46,14 +59,79 @@ def is_of_pairs(wide: str) -> bool:
     return wide.startswith(PAIRS)
 
 
+def as_f32(scale: Stored) -> Stored:
+    """Return stored scales as float32: those of BF16 and F16 are to be read so, F32 is what it is."""
+    return scale._replace(dtype=F32, wide=f"{scale.dtype}{TO_F32}" if scale.dtype in FLOAT_BITS else "")
+
+
+def of_second(second: float, *, is_reciprocal: bool) -> str:
+    """Return what ``wide`` is for e4m3 scales of NVFP4 that are to be read as float32.
+
+    ``is_reciprocal`` says that they are to be divided by ``second``.
+    """
+    return f"{OVER if is_reciprocal else TIMES}{second.hex()}"
+
+
+def is_of_second(wide: str) -> bool:
+    """Return whether e4m3 scales under a second scale are read as float32: NVFP4 that is no FP4."""
+    return wide.startswith((TIMES, OVER)) and not is_of_pairs(wide)
+
+
+def second_of(wide: str) -> float:
+    """Return the float32 that e4m3 scales of ``of_second`` are to be multiplied by, rounded where they are divided."""
+    value = np.float32(float.fromhex(wide[len(TIMES) :]))
+    return float(np.float32(1) / value if wide.startswith(OVER) else value)
+
+
 def wide_bits(wide: str) -> np.dtype[Any]:
     """Return the integers that hold the bits of what stands for a scale."""
-    return PAIR_BITS if is_of_pairs(wide) else WIDE_BITS[wide]
+    if is_of_pairs(wide):
+        return PAIR_BITS
+    if is_of_second(wide):
+        return np.dtype("u1")
+    return FLOAT_BITS[wide.removesuffix(TO_F32)] if wide.endswith(TO_F32) else WIDE_BITS[wide]
 
 
 def wide_dtype(wide: str) -> str:
     """Return the safetensors dtype of what stands for scales."""
-    return wide.partition("*")[0]
+    return re.split(r"[*/>]", wide, maxsplit=1)[0]
+
+
+def becomes_f32(wide: str) -> bool:
+    """Return whether scales are read as float32, and not as E8M0 bytes."""
+    return wide.endswith(TO_F32) or is_of_second(wide)
+
+
+def read_wide(
+    raw: NDArray[np.uint8], wide: str, file: Path, offset: int, scratch: Scratch, key: str = "scales"
+) -> NDArray[Any]:
+    """Return what scales as they lie, bytes [r, bytes of a row] read at ``offset`` of ``file``, stand for.
+
+    Those are E8M0 bytes or float32 [r, c], in the array ``key`` of ``scratch``.
+
+    Raises:
+        InventoryError: see ``narrow``.
+    """
+    shape = len(raw), raw.shape[1] // wide_bits(wide).itemsize
+    if not becomes_f32(wide):
+        return narrow(raw, wide, file, offset, scratch.array(f"{key} e8m0", shape, np.uint8))
+    out: NDArray[np.float32] = scratch.array(f"{key} f32", shape, np.float32)
+    if is_of_second(wide):
+        np.take(_f32_of_e4m3(wide), raw, out=out, mode="clip")
+    else:
+        decode = bf16_to_f32 if wide.startswith("BF16") else f16_to_f32
+        decode(raw.view(wide_bits(wide)), out, scratch, Tally())
+    return out
+
+
+@lru_cache(maxsize=256)
+def _f32_of_e4m3(wide: str) -> NDArray[np.float32]:
+    """Return the float32 scale that each e4m3 code is under a second scale."""
+    codes = e4m3_to_f32(np.arange(1 << 8, dtype=np.uint8))
+    second = np.float32(float.fromhex(wide[len(TIMES) :]))
+    with np.errstate(over="ignore", under="ignore"):
+        scales: NDArray[np.float32] = codes * second if wide.startswith(TIMES) else codes / second
+    return scales
 
 
 def narrow(
@@ -91,6 +169,11 @@ def _bytes_of_pairs(exponent: int) -> NDArray[np.int16]:
     found[pair] = byte[fits]
     found[NAN_CODE * ((1 << 8) + 1)] = NAN_BYTE
     return found
+
+
+def pairs_up(scales: NDArray[np.uint8], exponent: int) -> bool:
+    """Return whether e4m3 scales under a second scale of 2^exponent are pairs that are E8M0 scales."""
+    return bool((_bytes_of_pairs(exponent)[scales.view(PAIR_BITS)] >= 0).all())
 
 
 def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offset: int) -> InventoryError:

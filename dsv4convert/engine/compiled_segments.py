@@ -283,7 +283,7 @@ class CompiledSegments:
         Raises:
             InputOutputError: a source cannot be opened.
         """
-        if self._digest is None or segment.nbytes < MIN_BYTES:
+        if self._digest is None or segment.nbytes < MIN_BYTES or any(operand.wide for operand in segment.operands):
             return None
         kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in segment.operands])
         if kind not in self._kinds:

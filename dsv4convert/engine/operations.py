@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from ..errors import InventoryError, LossyError
 from ..formats.backend import Codecs
-from ..formats.base import GROUP, PlainCodec, ScaledCodec, Scratch, Tally
+from ..formats.base import GROUP, BlockwiseCodec, PlainCodec, ScaledCodec, Scratch, Tally
 from ..formats.e8m0 import e8m0_to_f32, power_of_two_bytes, spread_scales
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
+from ..formats.int4 import int4_to_float, unpack_zeros
 from ..formats.nvfp4 import largest_scale, second_scale
 from ..plan import (
     AllEqual,
@@ -71,16 +72,22 @@ DTYPES: Mapping[Target, type[np.generic]] = {
     "i32": np.int32,
     "q8_0": np.uint8,
     "mxfp4": np.uint8,
+    "nvfp4": np.uint8,
 }
 
 _Scaled: TypeAlias = Callable[[Codecs], ScaledCodec]
 _Plain: TypeAlias = Callable[[Codecs], PlainCodec]
+# Operations that may decode their operands to float32 first.
+_Decoded: TypeAlias = Convert | Quantise | ToFp4Codes | ToFp4Scales
 
 SCALED: Mapping[tuple[Source, Target], _Scaled] = {
     ("fp4", "f32"): lambda codecs: codecs.fp4_to_f32,
     ("fp4", "bf16"): lambda codecs: codecs.fp4_to_bf16,
     ("fp4", "f16"): lambda codecs: codecs.fp4_to_f16,
     ("fp4", "q8_0"): lambda codecs: codecs.fp4_to_q8_0,
+    ("nvfp4", "f32"): lambda codecs: codecs.fp4_to_f32,
+    ("nvfp4", "bf16"): lambda codecs: codecs.fp4_to_bf16,
+    ("nvfp4", "f16"): lambda codecs: codecs.fp4_to_f16,
     ("fp8", "f32"): lambda codecs: codecs.fp8_to_f32,
     ("fp8", "bf16"): lambda codecs: codecs.fp8_to_bf16,
     ("fp8", "f16"): lambda codecs: codecs.fp8_to_f16,
@@ -103,9 +110,18 @@ PLAIN: Mapping[tuple[Source, Target], _Plain] = {
 # The safetensors dtypes of sources that can hold infinities.
 FLOATS_OF_FILES: Mapping[Source, str] = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 # Blocks of the source that are those of the output, moved.
-MOVED: frozenset[tuple[Source, Target]] = frozenset({("fp4", "mxfp4")})
+MOVED: Mapping[tuple[Source, Target], Callable[[Codecs], BlockwiseCodec]] = {
+    ("fp4", "mxfp4"): lambda codecs: codecs.fp4_to_mxfp4,
+    ("nvfp4", "nvfp4"): lambda codecs: codecs.nvfp4_to_ggml,
+}
 # Conversions in two steps, decoding to float32 and quantising that.
-BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset({("f16", "q8_0"), ("f16", "mxfp4")})
+BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset(
+    {(source, target) for source in ("f16", "nvfp4", "int4") for target in ("q8_0", "mxfp4")}
+)
+# By a codec that takes zero points, too.
+OF_INT4: frozenset[tuple[Source, Target]] = frozenset({("int4", "f32"), ("int4", "bf16"), ("int4", "f16")})
+# Two elements a byte, and scales.
+PACKED: frozenset[Source] = frozenset({"fp4", "nvfp4", "int4"})
 
 
 def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
@@ -151,9 +167,9 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             out[...] = second_scale(largest_scale(inputs)).view(np.uint8)
         case Bf16ToFp8Codes(block):
             out[...] = bf16_to_fp8_exactly(inputs[0].reshape(out.shape), block)[0]
-        case Bf16ToFp8Scales(columns, as_f32, block):
+        case Bf16ToFp8Scales(columns, in_f32, block):
             scale = bf16_to_fp8_exactly(inputs[0].reshape(-1, columns), block)[1]
-            out[...] = e8m0_to_f32(scale).view(np.uint8) if as_f32 else scale
+            out[...] = e8m0_to_f32(scale).view(np.uint8) if in_f32 else scale
         case SpreadScales(times):
             _spread_scales(inputs[0], times, out, scratch)
         case ToFp8Codes(source, block):
@@ -162,10 +178,10 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
         case ToFp8Scales(source, columns, block):
             values = _floats(source, codecs, inputs[0].reshape(-1, columns), scratch)
             codecs.f32_to_fp8_scales(values, block, out, scratch, tally)
-        case ToFp4Codes(source):
-            codecs.f32_to_fp4(_floats(source, codecs, inputs[0], scratch), out, scratch, tally)
-        case ToFp4Scales(source):
-            codecs.f32_to_fp4_scales(_floats(source, codecs, inputs[0], scratch), out, scratch, tally)
+        case ToFp4Codes():
+            codecs.f32_to_fp4(as_f32(operation, codecs, inputs, scratch, Tally()), out, scratch, tally)
+        case ToFp4Scales():
+            codecs.f32_to_fp4_scales(as_f32(operation, codecs, inputs, scratch, Tally()), out, scratch, tally)
         case Copy():
             raise TypeError("a copy has no tiles: the worker moves its bytes")
         case _:
@@ -194,6 +210,8 @@ def divides_blocks(operation: Operation) -> bool:
     """
     if isinstance(operation, Convert):
         return operation.source == "fp8"
+    if isinstance(operation, Quantise) and operation.source == "int4":
+        return False  # a word of zero points is for eight rows
     return isinstance(operation, Beside | Quantise | Fp4ToNvfp4Codes | Fp4ToNvfp4Scales)
 
 
@@ -224,12 +242,14 @@ def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scr
     kind = operation.source, operation.target
     made = out.view(DTYPES[operation.target])
     counted = tally.nan
-    if kind in SCALED:
+    if kind in OF_INT4:
+        int4_to_float(inputs[0], inputs[1], _zeros(inputs), _block(operation), made, scratch, tally)
+    elif kind in SCALED:
         SCALED[kind](codecs)(inputs[0], inputs[1], _block(operation), made, scratch, tally)
     elif kind in PLAIN:
         PLAIN[kind](codecs)(inputs[0], made, scratch, tally)
     elif kind in MOVED:
-        codecs.fp4_to_mxfp4(inputs[0], inputs[1], made, scratch, tally)
+        MOVED[kind](codecs)(inputs[0], inputs[1], made, scratch, tally)
     else:
         _by_way_of_f32(operation, codecs, inputs, made, scratch, tally)
     held = FLOATS_OF_FILES.get(operation.source)
@@ -239,7 +259,15 @@ def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scr
         _count(codecs, held, inputs[0].view(np.uint8), scratch, tally)
 
 
-def _block(operation: Convert | Quantise) -> Block:
+def _zeros(inputs: Inputs) -> NDArray[Any] | None:
+    """Return the zero points of INT4, None where it has none; what follows may be sums of activations."""
+    if len(inputs) < 3 or inputs[2].dtype != np.int32:
+        return None
+    zeros: NDArray[np.uint8] = unpack_zeros(inputs[2], len(inputs[0]))
+    return zeros
+
+
+def _block(operation: _Decoded) -> Block:
     if operation.block is None:
         raise TypeError(f"{operation!r} has no scales")
     return operation.block
@@ -257,15 +285,21 @@ def _by_way_of_f32(
 
 
 def as_f32(
-    operation: Convert | Quantise, codecs: Codecs, inputs: Inputs, scratch: Scratch, tally: Tally
+    operation: _Decoded,
+    codecs: Codecs,
+    inputs: Inputs,
+    scratch: Scratch,
+    tally: Tally,
 ) -> NDArray[np.float32]:
     """Return the source's elements of a tile as float32 [rows, columns], and count what decoding counts."""
     source = operation.source
     if source == "f32":
         return inputs[0]
-    columns = inputs[0].shape[1] * (FP4_PER_BYTE if source == "fp4" else 1)
+    columns = inputs[0].shape[1] * (FP4_PER_BYTE if source in PACKED else 1)
     wide: NDArray[np.float32] = scratch.array("by way of f32", (len(inputs[0]), columns), np.float32)
-    if (source, "f32") in SCALED:
+    if source == "int4":
+        int4_to_float(inputs[0], inputs[1], _zeros(inputs), _block(operation), wide, scratch, tally)
+    elif (source, "f32") in SCALED:
         SCALED[source, "f32"](codecs)(inputs[0], inputs[1], _block(operation), wide, scratch, tally)
     else:
         PLAIN[source, "f32"](codecs)(inputs[0], wide, scratch, tally)

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..containers.sources import at
-from ..containers.wide_scales import narrow, wide_bits
+from ..containers.wide_scales import read_wide
 from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
@@ -133,7 +133,7 @@ class Worker:
 
     def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
         tally = Tally()
-        # Scales of a wider type are bytes of E8M0 once they are read, and have no zeros in the file.
+        # Scales of another type are not what lies in the file once they are read.
         zeros = {number for number, operand in enumerate(segment.operands) if not operand.wide}
         operation = segment.operation
         compiled = self._begin_compiled(segment, output, offset)
@@ -200,9 +200,7 @@ class Worker:
         if not (follows and first + rows <= operand.rows_per):
             self._read_into(operand.file, offset, tile)
         if operand.wide:
-            shape = count, operand.row_bytes // wide_bits(operand.wide).itemsize
-            codes = self._scratch.array(f"e8m0 {index}", shape, np.uint8)
-            return narrow(tile, operand.wide, operand.file, offset, codes)
+            return read_wide(tile, operand.wide, operand.file, offset, self._scratch, f"scales {index}")
         return tile.view(operand.dtype)
 
     def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:

@@ -47,6 +47,7 @@ class Codecs:
     fp4_to_mxfp4: BlockwiseCodec = mxfp4.fp4_to_mxfp4
     fp4_to_nvfp4: SharingCodec = nvfp4.fp4_to_nvfp4
     fp4_to_nvfp4_scales: SharingScalesCodec = nvfp4.fp4_to_nvfp4_scales
+    nvfp4_to_ggml: BlockwiseCodec = nvfp4.nvfp4_to_ggml
     fp4_to_q8_0: ScaledCodec = q8_0.fp4_to_q8_0
     f32_to_bf16: PlainCodec = bf16.f32_to_bf16
     f32_to_f16: PlainCodec = bf16.f32_to_f16
@@ -109,6 +110,7 @@ def compiled_codecs() -> Codecs:
         fp4_to_mxfp4=twins.fp4_to_mxfp4,
         fp4_to_nvfp4=twins.fp4_to_nvfp4,
         fp4_to_nvfp4_scales=twins.fp4_to_nvfp4_scales,
+        nvfp4_to_ggml=twins.nvfp4_to_ggml,
         fp4_to_fp8_scales=twins.fp4_to_fp8_scales,
         fp4_to_fp8=twins.fp4_to_fp8,
         fp8_to_q8_0=twins.fp8_to_q8_0,

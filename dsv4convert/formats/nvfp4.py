@@ -10,6 +10,9 @@ Packed as FP4 is: byte i of a row holds element 2i in the low nibble and element
 FP4 with e8m0 scales becomes NVFP4 without touching a code. With k_max the largest exponent of the scales that share
 a second scale, second = 2^(k_max - 8), and both halves of a block of 32 get 2^(k - k_max + 8), which e4m3 holds from
 2^8 down to 2^-9: exact where k_max - k <= 17. A block further down gets 2^-9 and its codes rounded to nearest even.
+
+ggml's blocks of 64 elements take 36 bytes: the e4m3 scales of four runs of 16, then eight bytes for each run, byte k
+with element k of the run in the low nibble and element k + 8 in the high one. Their scales have no sign, and 0x7F is 0.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from functools import cache
 
 import numpy as np
 
+from dsv4convert.errors import LossyError
 from dsv4convert.formats.base import GROUP, Array, ArrayF32, ArrayU8, Scratch, Tally, check_contiguous, check_tile
 from dsv4convert.formats.e2m1 import VALUES, f32_to_e2m1, pack_e2m1, unpack_e2m1
 from dsv4convert.formats.e4m3 import MAX_EXPONENT, MIN_SUBNORMAL_EXPONENT, NAN_CODE, f32_to_e4m3
@@ -27,6 +31,11 @@ from dsv4convert.formats.e8m0 import BIAS, NAN_BYTE
 BLOCK = 16  # elements of a row that share an e4m3 scale
 SCALES_PER_GROUP = GROUP // BLOCK
 _BYTE_VALUES = 256
+
+GGML_ELEMENTS, GGML_BYTES = 64, 36
+_RUNS = GGML_ELEMENTS // BLOCK
+_LOW, _HIGH = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0)
+_FOUR = np.uint32(4)
 
 # How far below the largest exponent a scale may be and still have its power of two among the e4m3 numbers.
 EXACT_SPAN = MAX_EXPONENT - MIN_SUBNORMAL_EXPONENT  # 17
@@ -93,6 +102,39 @@ def fp4_to_nvfp4_scales(scale: ArrayU8, largest: int, out: ArrayU8, scratch: Scr
     check_scales(scale, out)
     codes = _scale_codes(largest)
     np.take(codes, scale, out=out.view(np.uint16), mode="clip")
+
+
+def nvfp4_to_ggml(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Return in ``out`` [R, C/64*36] ggml's blocks of NVFP4: packed codes [R, C/2] and e4m3 scales [R, C/16].
+
+    Lossless: moves bits only. Raises LossyError on scales that the blocks do not have, NaN or with a sign, and
+    ValueError on shapes that do not fit.
+    """
+    check_ggml_blocks(packed, scale, out)
+    if scale.size and scale.max() >= NAN_CODE:
+        row, column = (int(index) for index in np.argwhere(scale >= NAN_CODE)[0])
+        raise LossyError(
+            "ggml's NVFP4 has no scale that is NaN or negative",
+            expected="scales from 0x00 to 0x7E",
+            got=f"0x{scale[row, column]:02X} for row {row}, block {column} of a tile",
+            hint="choose another type for the experts",
+        )
+    halves = packed.reshape(-1, 2, BLOCK // 4).view(np.uint32)[:, :, 0]
+    first, second = halves[:, 0], halves[:, 1]
+    codes = scratch.array("nvfp4.codes", (len(first), BLOCK // 2), np.uint8)
+    codes[:, 0::2] = ((first & _LOW) | (second & _LOW) << _FOUR).view(np.uint8).reshape(-1, BLOCK // 4)
+    codes[:, 1::2] = ((first >> _FOUR & _LOW) | (second & _HIGH)).view(np.uint8).reshape(-1, BLOCK // 4)
+    blocks = out.reshape(-1, GGML_BYTES)
+    blocks[:, :_RUNS] = scale.reshape(-1, _RUNS)
+    blocks[:, _RUNS:] = codes.reshape(len(blocks), -1)
+
+
+def check_ggml_blocks(packed: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:
+    """Refuse arrays that are not one matrix as NVFP4 and as ggml's blocks of it. Raises ValueError."""
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    if columns % GGML_ELEMENTS:
+        raise ValueError(f"ggml's NVFP4 rows come in blocks of {GGML_ELEMENTS}, got {columns} columns")
+    check_tile(rows, columns, scale, (1, BLOCK), out, (rows, columns // GGML_ELEMENTS * GGML_BYTES))
 
 
 def check_scales(scale: ArrayU8, out: ArrayU8) -> None:

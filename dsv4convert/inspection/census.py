@@ -34,10 +34,11 @@ from ..checkpoint.meaning import (
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
 from ..containers.sources import SequentialReader, at, shown
-from ..containers.wide_scales import narrow
+from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
 from ..errors import InputMissingError, InputOutputError
 from ..formats.backend import Codecs, default_codecs
+from ..formats.base import Scratch
 from ..formats.not_finite import MAGNITUDES
 from ..model.tensors import scale_name
 
@@ -193,7 +194,7 @@ class _Reader:
 
     def __init__(self, codecs: Codecs) -> None:
         self._count = codecs.count_not_finite
-        self._piece, self._scratch = np.empty(PIECE_BYTES, np.uint8), np.empty(PIECE_BYTES, np.uint8)
+        self._piece, self._arena = np.empty(PIECE_BYTES, np.uint8), Scratch()
         self._path: Path | None = None
         self._remote: SequentialReader | None = None
         self._descriptor = -1
@@ -240,8 +241,9 @@ class _Reader:
 
     def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:
         if stored.wide:
-            piece = narrow(piece, stored.wide, stored.file, offset)
-        return self._count(stored.dtype, piece, self._scratch)
+            read = read_wide(piece[None], stored.wide, stored.file, offset, self._arena)
+            piece = read.view(np.uint8).reshape(-1)
+        return self._count(stored.dtype, piece, self._arena.array("magnitudes", piece.shape, np.uint8))
 
     def _open(self, path: Path) -> None:
         if path != self._path:

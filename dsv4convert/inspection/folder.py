@@ -18,9 +18,8 @@ from ..checkpoint.folder import (
 )
 from ..checkpoint.layouts import companion_notes, known_layouts, name_layout
 from ..checkpoint.meaning import check_meaning, config_notes
-from ..checkpoint.nvfp4 import INPUT_SCALE
-from ..checkpoint.nvfp4 import NOTE as NVFP4_NOTE
-from ..checkpoint.renaming import official_name, official_tensors
+from ..checkpoint.packed import INPUT_SCALES, forms_of
+from ..checkpoint.renaming import official_name, official_tensors, zero_name
 from ..checkpoint.weights import Weight, pair
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.safetensors import Stored, read_header
@@ -185,7 +184,8 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
             continue
         scale = left.pop(scale_name(expected.name), None) if expected.name.endswith(".weight") else None
         try:
-            weight = pair(expected, stored, scale, scale_fmt=stated_scale_fmt(config))
+            zero = left.pop(zero_name(expected.name), None)
+            weight = pair(expected, stored, scale, scale_fmt=stated_scale_fmt(config), zero=zero)
         except InventoryError as error:
             found.unexpected.append(str(error))
             continue
@@ -195,9 +195,10 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
     copies = [name for name in left if name.endswith(UNUSED_DRAFT_SUFFIXES) and DRAFT_NAME.match(name)]
     if copies:
         found.notes.append(f"{', '.join(copies)}: the draft's copies of embedding and head, which nothing reads")
-    inputs = [name for name in left if name.endswith(INPUT_SCALE)]
+    inputs = [name for name in left if name.endswith(INPUT_SCALES)]
+    found.notes += forms_of(weights)
     if inputs:
-        found.notes.append(f"{NVFP4_NOTE}; {len(inputs):,} scales of activations are not read")
+        found.notes.append(f"{len(inputs):,} scales of activations are not read")
     known = {*copies, *inputs}
     found.unexpected += [f"tensor {name} is missing" for name in missing]
     found.unexpected += [f"tensor {name}: unknown" for name in left if name not in known]

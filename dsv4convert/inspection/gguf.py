@@ -27,6 +27,7 @@ from ..model.tensors import (
     applies,
 )
 from ..targets.ds4_v41 import NAMES as DS4_NAMES
+from ..targets.gguf_tensors import SECOND_SUFFIX
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer
 from .naming import DRAFT_FAMILY, OTHER, SHOWN_KEYS, family_of, name_variant
 
@@ -159,7 +160,11 @@ def official_rows(architecture: str | None) -> dict[str, str]:
 def gguf_family(name: str, rows: Mapping[str, str], first_draft: int | None) -> str | None:
     """Return the family of a GGUF tensor, None for one that the layout does not know."""
     block = re.match(r"(?:v\.)?blk\.(\d+)\.", name)
-    official = rows.get(name[block.end() :] if block else name)
+    base = name[block.end() :] if block else name
+    official = rows.get(base)
+    if official is None and base.endswith(SECOND_SUFFIX):  # second scales, of NVFP4 experts
+        official = rows.get(base.removesuffix(SECOND_SUFFIX) + ".weight", "")
+        official = official if ".experts." in official else None
     if official is None:
         return None
     if block and first_draft is not None and int(block[1]) >= first_draft:

@@ -179,7 +179,9 @@ def _block_segments(
 
 
 def float_to_fp4_segments(weight: Weight) -> tuple[Segment, Segment]:
-    """Return the segments of the packed e2m1 codes and e8m0 scales that a weight of floats is rounded to, as published.
+    """Return the segments of the packed e2m1 codes and e8m0 scales that a weight is rounded to, as published.
+
+    It holds floats, or NVFP4 or INT4, which are decoded first.
 
     Raises:
         InventoryError: its rows are no multiple of the elements that share a scale.
@@ -194,6 +196,6 @@ def float_to_fp4_segments(weight: Weight) -> tuple[Segment, Segment]:
         )
     source, inputs = SOURCES[weight.encoding], operands(weight)
     return (
-        Segment(ToFp4Codes(source), inputs, rows, columns // CODES_PER_BYTE),
-        Segment(ToFp4Scales(source), inputs, rows, columns // FP4_BLOCK),
+        Segment(ToFp4Codes(source, weight.block), inputs, rows, columns // CODES_PER_BYTE),
+        Segment(ToFp4Scales(source, weight.block), inputs, rows, columns // FP4_BLOCK),
     )

@@ -21,7 +21,7 @@ from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
-from ..plan import Beside, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from ..plan import Beside, Constant, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from . import ds4, ds4_v41
 from .claims import Claims
 from .drafts import DROP, KEEP, ONLY, SPLIT
@@ -29,6 +29,7 @@ from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
 from .gguf_types import Fallback, TypeChoice, TypeOptions, check_rules_used
 from .low_bit import LOW_BIT, LowBitMaker
+from .nvfp4_segments import moved_segments, second_scales
 from .recipes import OUTPUT_TYPES, load_recipe, tensor_type_rules
 from .segments import (
     BF16,
@@ -88,14 +89,27 @@ class TensorDialect:
 
 DS4 = "ds4"
 
+NVFP4 = "nvfp4"
+SECOND_SUFFIX = ".scale"
+IGNORED_SECOND = (
+    "NVFP4 experts have their second scales in tensors *.scale, which llama.cpp (as of llama-cpp-python 0.3.36) reads "
+    "for these models and does not multiply by, so that its results are wrong; --experts q8_0 or mxfp4 needs none"
+)
+
+_QUANTISED = (Encoding.FP4, Encoding.NVFP4, Encoding.INT4, Encoding.FP8)
 _PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
 DIALECTS = {
     "llama.cpp": TensorDialect(
         name="llama.cpp",
         architecture=LLAMA_CPP,
         name_of=lambda row: row.gguf,
-        default_dense={**_PLAIN_TYPES, Encoding.FP8: Q8_0},
-        default_experts={**_PLAIN_TYPES, Encoding.FP4: MXFP4, Encoding.FP8: Q8_0},
+        default_dense={**_PLAIN_TYPES, **dict.fromkeys(_QUANTISED, Q8_0)},
+        default_experts={
+            **_PLAIN_TYPES,
+            **dict.fromkeys(_QUANTISED, Q8_0),
+            Encoding.FP4: MXFP4,
+            Encoding.NVFP4: ELEMENT_TYPES[NVFP4],
+        },
         mtp_inline=False,
         grouped_wo_a=False,
     ),
@@ -103,8 +117,8 @@ DIALECTS = {
         name="deepseek-v4",
         architecture=PORT,
         name_of=lambda row: row.port,
-        default_dense={**_PLAIN_TYPES, Encoding.FP8: BF16},
-        default_experts={**_PLAIN_TYPES, Encoding.FP4: BF16, Encoding.FP8: BF16},
+        default_dense={**_PLAIN_TYPES, **dict.fromkeys(_QUANTISED, BF16)},
+        default_experts={**_PLAIN_TYPES, **dict.fromkeys(_QUANTISED, BF16)},
         mtp_inline=True,
         grouped_wo_a=True,
     ),
@@ -339,6 +353,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
         claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
     check_rules_used(type_options, choices)
     notes = [note for choice in choices for note in choice.notes()]
+    if any(tensor.name.endswith(SECOND_SUFFIX) for model in models for tensor in model.tensors):
+        notes.append(IGNORED_SECOND)
     return GgufModels(models, claims.close(), low_bit, (*notes, *low_bit.notes()))
 
 
@@ -475,9 +491,17 @@ class _Types:
 
     def segments(self, weights: Sequence[Weight], name: str, base: str, to: ElementType) -> Sequence[Segment]:
         """Return the segments that make one weight, or a stack of experts; ``base`` is the name without its block."""
+        if self.is_moved(weights, to):
+            return moved_segments(weights)
         if to.name in LOW_BIT:
             return self.low_bit.segments(name, gguf_name(base, self.layer_of(weights[0])), weights, to)
         return stack_segments(weights, to) if weights[0].expert is not None else convert_segments(weights[0], to)
+
+    def is_moved(self, weights: Sequence[Weight], to: ElementType) -> bool:
+        """Return whether experts are NVFP4 that becomes ggml's, their second scales a tensor of their own."""
+        if to.name != NVFP4 or self.dialect.architecture == PORT or weights[0].expert is None:
+            return False
+        return all(weight.encoding is Encoding.NVFP4 for weight in weights)
 
     def shape_of(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape under which a weight is listed: wo_a by output group where the dialect wants it."""
@@ -539,7 +563,18 @@ def _block_tensors(weights: Sequence[Weight], types: _Types, claims: Claims | No
             continue
         shape = types.shape_of(group[0]) if group[0].expert is None else (len(group), *group[0].shape)
         specs.append(TensorSpec(name, shape, to, types.segments(group, name, base, to)))
+        if types.is_moved(group, to):
+            specs += _second_scales(name, group)
     return specs
+
+
+def _second_scales(name: str, group: Sequence[Weight]) -> list[TensorSpec]:
+    """Return the tensor of the second scales of a stack of NVFP4 experts, none where all are 1, as llama.cpp does."""
+    scales = second_scales(group)
+    if (scales == 1).all():
+        return []
+    made = Segment(Constant(scales.tobytes()), (), 1, scales.nbytes)
+    return [TensorSpec(name.removesuffix(".weight") + SECOND_SUFFIX, (len(group),), F32, (made,))]
 
 
 def _tower_tensors(weights: Sequence[Weight], types: _Types, claims: Claims) -> list[TensorSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
 from ..errors import InventoryError, UsageError
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
+from ..formats.int4 import PER_WORD
 from ..plan import Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
@@ -112,6 +114,8 @@ class LowBitMaker:
             importance = SquaredWeights()
         operation = Quantise(SOURCES[weight.encoding], LOW_BIT[to.name], weight.block, self.quantiser.path, importance)
         height = 1 if weight.block is None else weight.block[0]
+        if weight.zero is not None:
+            height = math.lcm(height, PER_WORD)
         step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height)
         row_bytes = shared(to.row_bytes(columns))
         return [

@@ -17,7 +17,6 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import read_whole
-from ..containers.wide_scales import is_of_pairs
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import InputMissingError, UnsupportedError, UsageError, check_choice
@@ -143,12 +142,11 @@ def _open(source: Path, mends: Mends, *, strict: bool) -> tuple[Checkpoint, Mapp
     ]
     checkpoint, config, dropped = choose_draft(checkpoint, DROP if without_draft else KEEP)
     left_out += [Dropped(entry.what, DROP_REASON, entry.count, entry.nbytes) for entry in dropped]
-    pairs = [w for w in checkpoint.weights.values() if w.scale is not None and is_of_pairs(w.scale.wide)]
-    if pairs:
+    if checkpoint.is_packed:
         raise UnsupportedError(
-            f"tensor {pairs[0].name}: NVFP4, whose scales mend would leave behind",
-            where=pairs[0].stored.file,
-            hint="run requantize first, which gives it the published FP4 layout",
+            "weights of NVFP4 or compressed-tensors, some of whose tensors mend would leave behind",
+            where=source,
+            hint="run requantize first, which gives them the published layout",
         )
     if mends.rename == TRANSFORMERS and checkpoint.config.version is Version.V41:
         raise UnsupportedError("--rename transformers: transformers has no modules for DeepSeek-V4.1", where=source)

@@ -22,7 +22,7 @@ from .drafts import DROP, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, SAFETENSORS_DTYPE, hf_files, json_file
 from .output_config import QUANTIZATION_KEYS
 from .safetensors_files import unplaced_tensor
-from .segments import BF16, I32, convert_segments, copy_segments, join_segments, scale_operand
+from .segments import BF16, I32, check_stored, convert_segments, copy_segments, join_segments, scale_operand
 
 MLX = "mlx"
 
@@ -102,6 +102,7 @@ def mlx_tensors(checkpoint: Checkpoint, dense: str) -> MlxTensors:
         InventoryError: experts of one stack that differ in their type.
         UnsupportedError: FP8 blocks that mxfp8 cannot hold.
     """
+    check_stored(checkpoint.weights.values(), "a folder of mlx")
     claims = Claims(checkpoint)
     version, groups = checkpoint.config.version, checkpoint.config.o_groups
     stacks: dict[str, list[Weight]] = {}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.folder import Checkpoint, read_folder_headers
-from ..checkpoint.nvfp4 import INPUT_SCALE, SCALE, SECOND_SCALE, read_scalars
+from ..checkpoint.nvfp4 import INPUT_SCALE, SCALE, SECOND_SCALE
+from ..checkpoint.small_tensors import read_scalars
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object

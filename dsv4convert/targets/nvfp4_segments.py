@@ -1,4 +1,4 @@
-"""Segments that make NVFP4 of packed FP4: codes, e4m3 scales and the second scale, each an output of its own."""
+"""Segments that make NVFP4 of packed FP4 (codes, e4m3 scales and the second scale), and ggml's NVFP4 of NVFP4."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 
 from ..checkpoint.weights import FP4_SCALE_BLOCK, Weight
 from ..containers.safetensors import Stored
+from ..containers.wide_scales import second_of
 from ..errors import InventoryError
+from ..formats.ggml_types import BY_NAME
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
-from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment
+from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment, convert
 from .fp8_segments import CODES_PER_BYTE
-from .segments import scale_operand, shared
+from .segments import join_segments, operands, scale_operand, shared
 
 SCALAR_BYTES = 4
 
@@ -99,3 +101,24 @@ def fp4_to_nvfp4_segments(weight: Weight, sharing: Sequence[Weight]) -> dict[Par
 def scalar_segments(value: float) -> tuple[Segment, ...]:
     """Return the segments of a float32 scalar, one object for all tensors with the value."""
     return (Segment(Constant(np.float32(value).tobytes()), (), 1, SCALAR_BYTES),)
+
+
+def moved_segments(weights: Sequence[Weight]) -> Sequence[Segment]:
+    """Return the segments that make ggml's NVFP4 blocks of NVFP4 weights, one behind the other; second scales are left.
+
+    Their rows are a multiple of a block.
+    """
+    return join_segments([(_moved(weight),) for weight in weights])
+
+
+def _moved(weight: Weight) -> Segment:
+    rows, columns = weight.shape
+    codes, scale = operands(weight)
+    # Scales as they lie.
+    raw = scale._replace(wide="", dtype="u1")
+    return Segment(convert("nvfp4", "nvfp4"), (codes, raw), rows, shared(BY_NAME["nvfp4"].row_bytes(columns)))
+
+
+def second_scales(weights: Sequence[Weight]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """Return the float32 second scale of each NVFP4 weight."""
+    return np.array([second_of(weight.scale.wide) for weight in weights if weight.scale is not None], "<f4")

@@ -26,6 +26,7 @@ from .hf_folder import (
     stored_tensors,
 )
 from .nvfp4 import DEFAULT_INPUT_SCALE, InputScales, is_cast, nvfp4_configs, nvfp4_tensors
+from .segments import check_stored
 
 REPACK = "repack"
 FP8, NVFP4 = EXPERT_DTYPES = ("fp8", "nvfp4")
@@ -70,6 +71,7 @@ def plan_repack(
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     if scales.where is not None:
         check_apart(scales.where, (), out)
+    check_stored(checkpoint.weights.values(), "a folder of repack")
     if not any(is_fp4_expert(weight) for weight in checkpoint.weights.values()):
         held = {weight.encoding.value for weight in checkpoint.weights.values() if weight.expert is not None}
         raise UnsupportedError(

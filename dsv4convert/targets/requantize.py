@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
-from ..checkpoint.weights import FLOAT_ENCODINGS, FP4_BLOCK, Weight
+from ..checkpoint.weights import FLOAT_ENCODINGS, FP4_BLOCK, PACKED_ENCODINGS, Weight
 from ..containers.folder_names import CONFIG_NAME
-from ..containers.wide_scales import is_of_pairs
 from ..errors import UnsupportedError
 from ..model.config import Version
 from ..model.config_v41 import TEXT
@@ -29,7 +28,7 @@ from .hf_folder import (
     stored_tensors,
 )
 from .safetensors_files import unplaced_tensor
-from .segments import BF16, F32, convert_segments
+from .segments import BF16, DEQUANTIZE_FIRST, F32, check_stored, convert_segments
 
 REQUANTIZE = "requantize"
 
@@ -59,13 +58,18 @@ def plan_requantize(
     """
     checkpoint, config, left_out = open_with_draft_option(source, draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
-    if not any(_is_quantised_here(weight) for weight in checkpoint.weights.values()):
+    # Of NVFP4 and compressed-tensors' forms, those that are FP4 get their published form.
+    if not checkpoint.is_packed and not any(map(_is_quantised_here, checkpoint.weights.values())):
         raise UnsupportedError(
             "nothing to quantise: no weight that is published as FP8 or FP4 is in BF16, F16 or F32",
             where=source,
             hint="use repack or dequantize for other types",
         )
     claims = Claims(checkpoint)
+    decoded = sum(map(_is_decoded_first, checkpoint.weights.values()))
+    rounded = (
+        (f"{decoded} experts' weights are rounded to FP4: every element that changes is counted",) if decoded else ()
+    )
     tensors = [tensor for weight in checkpoint.weights.values() for tensor in _tensors(claims.take(weight), checkpoint)]
     return Plan(
         target=REQUANTIZE,
@@ -76,19 +80,25 @@ def plan_requantize(
         dropped=(*claims.close(), *left_out),
         options={"draft": draft, "max_file_bytes": max_file_bytes},
         source_bytes=checkpoint.nbytes,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *rounded),
     )
 
 
 def _is_quantised_here(weight: Weight) -> bool:
-    if weight.scale is not None and is_of_pairs(weight.scale.wide):  # NVFP4, whose scales become E8M0
+    if _is_decoded_first(weight):
         return True
     return weight.encoding in FLOAT_ENCODINGS and weight.row.store in (Store.DENSE, Store.EXPERT, Store.ENGRAM)
 
 
+def _is_decoded_first(weight: Weight) -> bool:
+    """Return whether a weight is an expert in NVFP4 that is no FP4, or in INT4."""
+    return weight.row.store is Store.EXPERT and weight.encoding in PACKED_ENCODINGS
+
+
 def _tensors(weight: Weight, checkpoint: Checkpoint) -> list[OutputTensor]:
     """Return the tensors of a weight as the published folders store it: codes and scales, or floats."""
-    if weight.encoding not in FLOAT_ENCODINGS:
+    if weight.encoding not in FLOAT_ENCODINGS and not _is_decoded_first(weight):
+        check_stored([weight], "the published layout", DEQUANTIZE_FIRST)
         return stored_tensors(weight)
     name, store = weight.name, weight.row.store
     if store in PLAIN:

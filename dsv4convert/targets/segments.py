@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from ..checkpoint.weights import Encoding, Weight
+from ..checkpoint.weights import PACKED_ENCODINGS, Encoding, Weight
 from ..containers.safetensors import Stored
-from ..errors import InventoryError
+from ..containers.wide_scales import becomes_f32, wide_dtype
+from ..errors import InventoryError, UnsupportedError
 from ..formats.ggml_types import BY_NAME, GgmlType
+from ..formats.int4 import PER_WORD
 from ..model.tensors import Store
 from ..plan import (
     COPY_SEGMENT_BYTES,
@@ -30,6 +32,8 @@ from ..plan import (
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
+    Encoding.NVFP4: "u1",
+    Encoding.INT4: "u1",
     Encoding.FP8: "u1",
     Encoding.BF16: "<u2",
     Encoding.F16: "<f2",
@@ -39,6 +43,8 @@ NUMPY_DTYPE = {
 }
 SOURCES: Mapping[Encoding, Source] = {
     Encoding.FP4: "fp4",
+    Encoding.NVFP4: "nvfp4",
+    Encoding.INT4: "int4",
     Encoding.FP8: "fp8",
     Encoding.BF16: "bf16",
     Encoding.F16: "f16",
@@ -56,6 +62,9 @@ TARGETS: Mapping[str, Target] = {
 }
 SCALE_DTYPE = {"F8_E8M0": "u1", "F32": "<f4"}
 
+# What to do with NVFP4 and INT4 where a layout has neither.
+DECODE_FIRST = "run requantize first, which rounds experts to FP4, or dequantize"
+DEQUANTIZE_FIRST = "run dequantize first, and requantize the folder that it makes"
 
 # The element types of outputs of every kind: BF16 in a safetensors file is that of ggml.
 ElementType = GgmlType
@@ -67,6 +76,23 @@ Q8_0, MXFP4 = BY_NAME["q8_0"], BY_NAME["mxfp4"]
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return ``shape`` as (rows, columns): a vector is one row."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (1, shape[0] if shape else 1)
+
+
+def check_stored(weights: Iterable[Weight], layout: str, hint: str = DECODE_FIRST) -> None:
+    """Check that ``layout``, which moves weights as they are, has a form for all of them.
+
+    Raises:
+        UnsupportedError: one is NVFP4 that is no FP4, or INT4.
+    """
+    for weight in weights:
+        if weight.encoding in PACKED_ENCODINGS or (weight.scale is not None and becomes_f32(weight.scale.wide)):
+            kind = weight.encoding.value.upper()
+            scales = "" if weight.encoding in PACKED_ENCODINGS else " with scales in BF16 or F16"
+            raise UnsupportedError(
+                f"tensor {weight.name}: {kind}{scales} cannot go into {layout} as it is",
+                where=weight.stored.file,
+                hint=hint,
+            )
 
 
 @lru_cache(maxsize=1024)
@@ -93,7 +119,18 @@ def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:
             f"tensor {weight.name}: row {first} does not begin a scale block",
             expected=f"a multiple of {block[0]}",
         )
-    return weights, scale_operand(scale, first // block[0], rows_per=block[0])
+    scales = scale_operand(scale, first // block[0], rows_per=block[0])
+    if weight.zero is None:
+        return weights, scales
+    if first % PER_WORD:
+        raise InventoryError(
+            f"tensor {weight.name}: row {first} does not begin a word of zero points",
+            expected=f"a multiple of {PER_WORD}",
+        )
+    words = weight.zero
+    width = shared(words.nbytes // words.shape[0])
+    zeros = Operand(words.file, words.offset + first // PER_WORD * width, width, PER_WORD, "<i4")
+    return weights, scales, zeros
 
 
 def scale_operand(scale: Stored, first: int = 0, *, rows_per: int = 1, rows_together: int = 1) -> Operand:
@@ -185,13 +222,14 @@ class RowSegments(MadeSegments):
 class StackedSegments(MadeSegments):
     """Segments that are alike but for where their operands lie, such as those of a layer's experts."""
 
-    __slots__ = ("_files", "_first", "_offsets")
+    __slots__ = ("_files", "_first", "_offsets", "_wides")
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         operands = [operand for segment in segments for operand in segment.operands]
         self._first = segments[0]
         self._files = tuple(operand.file for operand in operands)
         self._offsets = array("q", (operand.offset for operand in operands))
+        self._wides = tuple(operand.wide for operand in operands if operand.wide)
 
     @property
     def nbytes(self) -> int:
@@ -204,9 +242,15 @@ class StackedSegments(MadeSegments):
     def _make(self, number: int) -> Segment:
         begin = number * len(self._first.operands)
         places = enumerate(self._first.operands, start=begin)
+        wides = iter(self._wides[len(self._wides) // len(self) * number :])
         return self._first._replace(
             operands=tuple(
-                operand._replace(file=self._files[place], offset=self._offsets[place]) for place, operand in places
+                operand._replace(
+                    file=self._files[place],
+                    offset=self._offsets[place],
+                    wide=next(wides) if operand.wide else "",
+                )
+                for place, operand in places
             )
         )
 
@@ -247,5 +291,8 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
 
 
 def _without_places(segment: Segment) -> Segment:
-    operands = tuple(operand._replace(file=Path(), offset=0) for operand in segment.operands)
+    # The second scale of NVFP4 is a place's own, too.
+    operands = tuple(
+        operand._replace(file=Path(), offset=0, wide=wide_dtype(operand.wide)) for operand in segment.operands
+    )
     return segment._replace(operands=operands)

@@ -23,6 +23,7 @@ from .companions import auxiliary_files, check_apart
 from .drafts import KEEP, choose_draft, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, json_file, repacked_config
 from .safetensors_files import whole_file
+from .segments import check_stored
 from .shard_tensors import ShardCosts, ShardOptions, shard_files, unshard_tensors
 
 SHARD = "shard"
@@ -69,6 +70,7 @@ def plan_shards(
         raise UsageError("already a folder of shards", where=source, hint="run unshard first")
     checkpoint, config, left_out = open_with_draft_option(source, options.draft, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
+    check_stored(checkpoint.weights.values(), "shards")
     configs = [_shard_config(checkpoint, config, options)]
     if checkpoint.config.version is Version.V41:
         configs.append(_inference_config(checkpoint, options))

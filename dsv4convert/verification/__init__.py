@@ -30,14 +30,12 @@ from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT, LowBitCheck
 from .maxtext_output import is_maxtext_folder, maxtext_pieces
 from .mlx_output import is_mlx_folder, mlx_pieces
-from .report import FILE, LAYOUT, TENSOR, Problem, Report, TensorResult
+from .report import FILE, FOLDER, GGUF, LAYOUT, MAXTEXT, MLX, SHARDS, TENSOR, Problem, Report, TensorResult
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
 
 # Files of the source whose faults are not the output's.
 COMPANIONS = (MODEL_CARD_NAME, *NEEDED_FILES, *OTHER_FILES)
-
-GGUF, SHARDS, FOLDER, MLX, MAXTEXT = "GGUF", "shards", "checkpoint folder", "MLX folder", "MaxText checkpoint"
 
 
 @dataclass

@@ -47,6 +47,11 @@ SAMPLE_BLOCK_ELEMENTS = 2**13
 # What ``requantize`` makes of floats, whose errors are summed as those of low-bit types are.
 REQUANTISED = ("fp8", "fp8/f32", "fp4")
 
+# Two elements a byte; scales are for at least so many columns, or a power of two of them.
+PACKED = ("fp4", "fp4/nv", "fp4/f32", "fp4/e4m3", "int4")
+# Storages of the same bits.
+MOVED = ({"fp4", "mxfp4"}, {"fp8", "fp8/row"}, {"fp4/e4m3", "nvfp4/e4m3"})
+
 # Pieces that are handed out at a time: results wait for the slowest of them, not for all.
 BATCH = 256
 
@@ -191,7 +196,7 @@ def _cut(piece: Piece, how: Comparison) -> Cut:
     if piece.source.encoding in ("fp4", *FLOATS) and piece.output.encoding == "fp8":
         elements, step = TILED_BLOCK_ELEMENTS, _tile(piece)
     else:
-        moved = len(kinds) == 1 or kinds == {"fp4", "mxfp4"}
+        moved = len(kinds) == 1 or kinds in MOVED
         elements = SAME_BLOCK_ELEMENTS if moved else BLOCK_ELEMENTS
     if piece.output.encoding in LOW_BIT:  # whole rows, as they are quantised
         elements = max(ROWS_ELEMENTS if how.sample is None else SAMPLE_BLOCK_ELEMENTS, columns)
@@ -271,7 +276,7 @@ def _same(piece: Piece, original: Bits, found: Bits, foreign: bool, largest: int
     ``largest`` is the largest scale of those that share the second scale of NVFP4.
     """
     source, output = piece.source.encoding, piece.output.encoding
-    if source == output or {source, output} <= {"fp4", "mxfp4"} or {source, output} <= {"fp8", "fp8/row"}:
+    if source == output or any({source, output} <= kinds for kinds in MOVED):
         same = np.equal(original, found)
         if foreign and not same.all() and source in SCALED:
             same |= values_of(source, original) == values_of(output, found)
@@ -311,6 +316,8 @@ def _expected(piece: Piece, original: Bits, found: Bits, largest: int) -> tuple[
         return fp4_as_nvfp4_bits(original, largest)
     if output in ("fp8", "fp8/f32", "fp4"):
         values = values_of(source, original)
+        if source in SCALED:
+            values = values.astype(np.float32).astype(np.float64)  # decoded first
         equal = values == values_of(output, found)
         if equal.all() or output == "fp8/f32" or not np.isfinite(values).all():
             return np.where(equal, found, found + found.dtype.type(1)), True
@@ -332,8 +339,8 @@ def check_fits(piece: Piece) -> None:
     """
     for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
         inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
-        width = BLOCK if matrix.encoding in ("fp4", "fp4/nv") else STORAGE[matrix.encoding][1]
-        blocked = matrix.encoding in ("q8_0", "mxfp4", "fp4", "fp4/nv") or matrix.encoding in LOW_BIT
+        width = BLOCK if matrix.encoding in PACKED else STORAGE[matrix.encoding][1]
+        blocked = matrix.encoding in (*PACKED, "q8_0", "mxfp4", "nvfp4/e4m3") or matrix.encoding in LOW_BIT
         if not inside or (blocked and (at[1] % width or piece.size[1] % width)):
             raise InventoryError(
                 f"tensor {matrix.name}: cannot be compared in parts",

@@ -22,7 +22,7 @@ from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, read_at, stored_matrix, weight_matrix
 from .numbers import NVFP4_BLOCK
-from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, TENSOR, LeftOut, Report
+from .report import EXTRA, FILE, FOLDER, KEY, LAYOUT, MISSING, PADDING, TENSOR, LeftOut, Report
 
 PREFIX = "model."
 SCALE_SUFFIXES = (".scale", ".weight_scale_inv")
@@ -48,6 +48,8 @@ ROW_BLOCK = (1, 32)
 NVFP4_ROW_BLOCK = (1, NVFP4_BLOCK)
 
 FLOATS = ("bf16", "f16", "f32")
+# NVFP4 that is no FP4, and INT4: in sources only.
+PACKED = ("fp4/f32", "int4")
 # What a weight that is published in scaled codes may become.
 PUBLISHED_AS = {Store.DENSE: ("fp8",), Store.EXPERT: ("fp4", "fp8"), Store.ENGRAM: ("fp8",)}
 QUANTISED = ("fp8", "fp8/f32", "fp4", "fp4/nv")
@@ -521,14 +523,14 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     """Return the source's config as the tensors of source and output say that it must have changed."""
     config = borne_out_config(checkpoint)
     quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
-    was_quantised = any(piece.source.encoding in QUANTISED for piece in pieces)
+    was_quantised = any(piece.source.encoding in (*QUANTISED, *PACKED) for piece in pieces)
     if was_quantised and not quantised:
         for key in ("quantization_config", "expert_dtype"):
             config.pop(key, None)
-        floats = [p.output.encoding for p in pieces if p.source.encoding in QUANTISED]
+        floats = [p.output.encoding for p in pieces if p.source.encoding in (*QUANTISED, *PACKED)]
         for key in ("torch_dtype", "dtype"):
             config[key] = DTYPE_NAMES[floats[0]]
-    elif any(p.source.encoding in FLOATS and p.output.encoding in QUANTISED for p in pieces):
+    elif any(p.source.encoding in (*FLOATS, *PACKED) and p.output.encoding in QUANTISED for p in pieces):
         config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
     elif any(p.source.encoding == "fp4" and p.output.encoding == "fp4/nv" for p in pieces):
         config = {**config, "quantization_config": _nvfp4_quantization(checkpoint, config, pieces)}
@@ -538,6 +540,12 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
+    elif (
+        checkpoint.is_packed
+        and report.layout == FOLDER
+        and any(p.source.encoding == p.output.encoding == "fp4" for p in pieces)
+    ):
+        config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
     else:
         # Floats to floats: what dequantize was asked for is the type that some have now, and F32 stays as it is.
         kinds = [p.output.encoding for p in pieces if p.source.encoding != "f32" and p.output.encoding in FLOATS]
@@ -550,6 +558,10 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     if checkpoint.n_draft and is_left_out(THE_DRAFT, report):
         config = without_draft(config)
     return config
+
+
+def _is_fp4_kept(piece: Piece) -> bool:
+    return piece.source.encoding == piece.output.encoding == "fp4"
 
 
 def _without_pruned(config: dict[str, Any], found: Mapping[str, Any], pieces: list[Piece]) -> dict[str, Any]:

@@ -19,9 +19,19 @@ from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
 from .compare import Piece
 from .low_bit import LOW_BIT, ImportanceOf
-from .matrix import STORAGE, Matrix, Scale, as_matrix, read_bits, weight_matrix
+from .matrix import (
+    STORAGE,
+    Matrix,
+    Scale,
+    as_matrix,
+    read_at,
+    read_bits,
+    second_scale,
+    weight_matrix,
+    without_second,
+)
 from .numbers import BLOCK
-from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, LeftOut, Report
+from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, TENSOR, LeftOut, Report
 
 LLAMA_CPP, LLAMA_CPP_V41, PORT, DFLASH, CLIP = "deepseek4", "deepseek41", "deepseek-v4", "dflash", "clip"
 # The architectures of text models of each version.
@@ -243,6 +253,7 @@ def _pieces(
     draft_shift: int,
 ) -> Iterator[Piece]:
     unprotected: list[str] = []
+    scales: set[str] = set()
     for name, weights in wanted.items():
         tensor = model.tensors.get(name)
         if tensor is None:
@@ -265,6 +276,12 @@ def _pieces(
         if weights[0].row.store is Store.F32 and tensor.type != "f32":
             unprotected.append(name)
         matrix = _gguf_matrix(tensor)
+        seconds = _second_scales(model, tensor, weights)
+        if seconds is not None:
+            yield from _moved_nvfp4(matrix._replace(encoding="nvfp4/e4m3"), tensor, weights)
+            _check_second_scales(model, tensor, seconds, report)
+            scales.add(_second_name(name))
+            continue
         entry = None
         if imatrix is not None and tensor.type in LOW_BIT:
             entry = _importance(imatrix, weights, architecture, draft_shift, report)
@@ -282,8 +299,50 @@ def _pieces(
         names = ", ".join([*unprotected[:MAX_NAMED], *(["..."] if unprotected[MAX_NAMED:] else [])])
         report.notes.append(f"{len(unprotected)} tensors that usually keep F32 do not: {names}")
     for name in model.tensors:
-        if name not in wanted and _table_of_scales(name) not in wanted:
+        if name not in wanted and _table_of_scales(name) not in wanted and name not in scales:
             report.problem(EXTRA, f"tensor {name}", "not in the source")
+
+
+def _second_name(name: str) -> str:
+    """Return the name of the tensor with the second scales of NVFP4 experts."""
+    return name.removesuffix(".weight") + ".scale"
+
+
+def _second_scales(model: GgufModelFile, tensor: GgufTensor, weights: Sequence[Weight]) -> list[float] | None:
+    """Return the second scale of each expert of a stack of NVFP4 that was moved; None where it was quantised anew.
+
+    It was moved where there is a tensor of second scales, which only those that are all 1 need not have.
+    """
+    if tensor.type != "nvfp4" or weights[0].expert is None:
+        return None
+    sources = [weight_matrix(weight) for weight in weights]
+    if any(source.encoding != "fp4/f32" for source in sources):
+        return None
+    seconds = list(map(second_scale, sources))
+    return seconds if _second_name(tensor.name) in model.tensors or set(seconds) == {1.0} else None
+
+
+def _moved_nvfp4(matrix: Matrix, tensor: GgufTensor, weights: Sequence[Weight]) -> Iterator[Piece]:
+    for number, weight in enumerate(weights):
+        source = without_second(weight_matrix(weight))
+        size = source.rows, source.columns
+        yield Piece(matrix, tensor.shape, (number * size[0], 0), source, (0, 0), size)
+
+
+def _check_second_scales(model: GgufModelFile, tensor: GgufTensor, seconds: list[float], report: Report) -> None:
+    """Report second scales that are not those of the source."""
+    found = model.tensors.get(_second_name(tensor.name))
+    if found is None:
+        return
+    if found.type != "f32" or found.shape != (len(seconds),):
+        what = f"expected f32 [{len(seconds)}], got {found.type} {list(found.shape)}"
+        report.problem(LAYOUT, f"tensor {found.name}", what)
+        return
+    held = read_at(found.file, found.offset, found.nbytes).view("<f4")
+    for expert, (value, wanted) in enumerate(zip(held.tolist(), seconds, strict=True)):
+        if value != wanted:
+            report.problem(TENSOR, f"tensor {found.name}", f"[{expert}]: expected {wanted:.9g}, got {value:.9g}")
+            return
 
 
 def _importance(

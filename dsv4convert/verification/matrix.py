@@ -32,12 +32,19 @@ STORAGE = {
     "fp8/row": (BLOCK + 1, BLOCK),  # the codes of a row, then its scales
     "fp4": (1, 2),
     "fp4/nv": (1, 2),
+    "fp4/f32": (1, 2),
+    "fp4/e4m3": (1, 2),
+    "nvfp4/e4m3": (36, 64),
+    "int4": (1, 2),
     "mxfp4": (17, BLOCK),
     "q8_0": (34, BLOCK),
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4"}
 WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2", "F8_E4M3": "<u2"}
+FLOAT_DTYPE = {"BF16>F32": "<u2", "F16>F32": "<f2"}
+# Rows that share a word of zero points.
+PER_WORD = 8
 
 
 class Scale(NamedTuple):
@@ -58,7 +65,7 @@ class Scale(NamedTuple):
 class Matrix(NamedTuple):
     """A row-major matrix in a file; a vector is one row, a stack of matrices is one above the other.
 
-    ``second`` is the place of the float32 that all scales of NVFP4 are under.
+    ``second`` is the place of the float32 that all scales of NVFP4 are under; ``zero`` that of the zero points of INT4.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Matrix(NamedTuple):
     columns: int
     scale: Scale | None = None
     second: Stored | None = None
+    zero: Stored | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -108,11 +116,11 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Store
         if scale is not None:
             return f"a scale next to {stored.dtype}"
         return Matrix(name, stored.file, stored.offset, plain, rows, columns)
-    if stored.dtype not in ("F8_E4M3", "I8", "U8", "F4"):
+    if stored.dtype not in ("F8_E4M3", "I8", "U8", "F4", "I4"):
         return f"{stored.dtype} is not decoded here"
     if scale is None:
         return f"a {stored.dtype} weight without a scale"
-    if stored.dtype in ("I8", "U8"):
+    if stored.dtype in ("I8", "U8", "I4"):
         columns *= 2
     grid = as_matrix(scale.shape)
     block = block_of(rows, grid[0]), block_of(columns, grid[1])
@@ -125,6 +133,12 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Store
         if second.dtype != "F32" or second.shape != ():
             return f"NVFP4 with a second scale {second.dtype} {list(second.shape)}"
         encoding = "fp4/nv"
+    elif stored.dtype == "I4":
+        if scale.dtype != "F32":
+            return f"INT4 with a scale {scale.dtype} {list(scale.shape)}"
+        encoding = "int4"
+    elif scale.dtype == "F32" and scale.wide.startswith(("F8_E4M3*", "F8_E4M3/")):
+        encoding = "fp4/f32"
     elif scale.dtype == "F8_E4M3":
         return "a scale F8_E4M3 without a second scale"
     elif stored.dtype == "F8_E4M3":
@@ -147,7 +161,25 @@ def weight_matrix(weight: Weight) -> Matrix:
         raise InventoryError(
             f"tensor {weight.name}: cannot be read", where=weight.stored.file, expected=list(weight.shape), got=got
         )
-    return made
+    return made._replace(zero=weight.zero)
+
+
+def without_second(matrix: Matrix) -> Matrix:
+    """Return an NVFP4 weight as its codes and e4m3 scales alone, as they lie in the file.
+
+    Raises:
+        InventoryError: it has no scales.
+    """
+    if matrix.scale is None:
+        raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
+    return matrix._replace(encoding="fp4/e4m3", scale=matrix.scale._replace(dtype="F8_E4M3", wide=""))
+
+
+def second_scale(matrix: Matrix) -> float:
+    """Return the float32 that the e4m3 scales of an NVFP4 weight are under."""
+    wide = "" if matrix.scale is None else matrix.scale.wide
+    second = np.float32(float.fromhex(wide[len("F8_E4M3*") :]))
+    return float(np.float32(1.0) / second if "/" in wide else second)
 
 
 Span: TypeAlias = tuple[int, int]
@@ -224,12 +256,31 @@ def read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
 def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
     """Return the scales that serve a region of elements, as integers."""
     height, width = scale.block
-    item = np.dtype(WIDE_DTYPE[scale.wide.partition("*")[0]] if scale.wide else SCALE_DTYPE[scale.dtype])
+    if scale.wide.startswith("F8_E4M3") and scale.dtype == "F32":
+        return _nvfp4_grid(scale, rows, columns)
+    item = np.dtype(_kind(scale))
     down = rows[0] // height, (rows[1] - 1) // height + 1
     right = columns[0] // width, (columns[1] - 1) // width + 1
     row_bytes = scale.columns * item.itemsize
     grid = _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
+    if scale.wide in FLOAT_DTYPE:
+        return grid.astype(np.uint32) << np.uint32(16) if scale.wide.startswith("B") else grid.astype("<f4").view("<u4")
     return _as_e8m0(grid, scale, (down[0], right[0])) if scale.wide else grid
+
+
+def _kind(scale: Scale) -> str:
+    """Return the numpy type of scales in the file."""
+    if scale.wide in FLOAT_DTYPE:
+        return FLOAT_DTYPE[scale.wide]
+    return WIDE_DTYPE[scale.wide.partition("*")[0]] if scale.wide else SCALE_DTYPE[scale.dtype]
+
+
+def _nvfp4_grid(scale: Scale, rows: Span, columns: Span) -> Any:
+    """Return the bits of the float32 that e4m3 scales are, times their second scale or over it."""
+    codes = _read_grid(scale._replace(wide="", dtype="F8_E4M3"), rows, columns)
+    values, second = E4M3[codes].astype(np.float32), np.float32(float.fromhex(scale.wide[len("F8_E4M3*") :]))
+    with np.errstate(over="ignore", under="ignore"):
+        return (values / second if "/" in scale.wide else values * second).view(np.uint32)
 
 
 def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
@@ -312,14 +363,44 @@ def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
         spread = np.repeat(_read_grid(matrix.scale, rows, columns), NVFP4_BLOCK, axis=1).astype(np.uint64)
         second = np.uint64(read_at(matrix.second.file, matrix.second.offset, 4).view("<u4")[0])
         return (second << np.uint64(12)) | (spread << np.uint64(4)) | _codes(raw)
+    if matrix.encoding == "fp4/e4m3" and matrix.scale is not None:
+        spread = np.repeat(_read_grid(matrix.scale, rows, columns), NVFP4_BLOCK, axis=1).astype(np.uint16)
+        return (spread << np.uint16(4)) | _codes(raw)
+    if matrix.encoding == "nvfp4/e4m3":
+        return _ggml_nvfp4_bits(raw)
+    if matrix.encoding == "fp4/f32":
+        return _with_scale(matrix, _codes(raw), rows, columns, shift=4)
+    if matrix.encoding == "int4":
+        codes = _codes(raw).astype(np.uint64) | _zeros(matrix, rows, columns) << np.uint64(4)
+        return _with_scale(matrix, codes, rows, columns)
     if matrix.encoding in ("fp4", "mxfp4"):
         codes, scales = _fp4_parts(matrix, rows, columns)
         return (np.repeat(scales, BLOCK, axis=1).astype(np.uint16) << np.uint16(4)) | codes
     return _with_scale(matrix, raw, rows, columns)
 
 
-def _with_scale(matrix: Matrix, codes: Bytes, rows: Span, columns: Span) -> Any:
-    """Return FP8 codes with the scale of each above it."""
+def _ggml_nvfp4_bits(raw: Bytes) -> Any:
+    """Return the bits of ggml's NVFP4 blocks: four scales, then their runs of 16, elements k and k + 8 in a byte."""
+    blocks = raw.reshape(len(raw), -1, STORAGE["nvfp4/e4m3"][0])
+    pairs = blocks[:, :, 4:].reshape(len(raw), -1, 4, NVFP4_BLOCK // 2)
+    codes = np.concatenate([pairs & 0xF, pairs >> 4], axis=-1).astype(np.uint16)
+    bits = blocks[:, :, :4, None].astype(np.uint16) << np.uint16(4) | codes
+    return bits.reshape(len(raw), -1)
+
+
+def _zeros(matrix: Matrix, rows: Span, columns: Span) -> Any:
+    """Return the zero point of each element of INT4, 8 where the matrix has none."""
+    if matrix.zero is None or matrix.scale is None:
+        return np.uint64(8)
+    words, groups = (rows[0] // PER_WORD, (rows[1] - 1) // PER_WORD + 1), matrix.zero.shape[1]
+    raw = _read(matrix.zero.file, matrix.zero.offset, 4 * groups, words, (0, 4 * groups)).view("<u4")
+    row = np.arange(*rows)
+    of_rows = raw[row // PER_WORD - words[0]] >> (4 * (row % PER_WORD)).astype(np.uint32)[:, None] & np.uint32(0xF)
+    return of_rows[:, np.arange(*columns) // matrix.scale.block[1]].astype(np.uint64)
+
+
+def _with_scale(matrix: Matrix, codes: Any, rows: Span, columns: Span, shift: int = 8) -> Any:
+    """Return codes of so many bits with the scale of each above it."""
     scale = matrix.scale
     if scale is None:
         raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
@@ -328,7 +409,7 @@ def _with_scale(matrix: Matrix, codes: Bytes, rows: Span, columns: Span) -> Any:
     column = np.arange(*columns) // width - columns[0] // width
     spread = _read_grid(scale, rows, columns)[:, column][row]
     kind = np.uint16 if matrix.encoding == "fp8" else np.uint64
-    return (spread.astype(kind) << kind(8)) | codes
+    return (spread.astype(kind) << kind(shift)) | codes
 
 
 def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], columns: tuple[int, int]) -> Bytes:

@@ -14,12 +14,16 @@ fp8      scale << 8 | code                e4m3(code) * scale
 fp8/row  the same as fp8                  the same
 fp4      scale << 4 | code                e2m1(code) * 2^(scale - 127)
 fp4/nv   second << 12 | scale << 4 | code e2m1(code) * e4m3(scale) * second
+fp4/e4m3 scale << 4 | code                e2m1(code) * e4m3(scale)
+fp4/f32  scale << 4 | code                e2m1(code) * float32(scale)
+int4     scale << 8 | zero << 4 | code    (code - zero) * float32(scale)
 mxfp4    the same as fp4                  the same
 q8_0     d << 8 | q                       f16(d) * int8(q)
 ======== ================================ =====================================
 
 The scale of fp8 is an e8m0 byte, or the bits of a float32 (encoding "fp8/f32"). The second scale of fp4/nv, which is
-NVFP4, has the bits of a float32. Rows of fp8/row have their scales,
+NVFP4, has the bits of a float32. NVFP4 is fp4/f32 where it is decoded, its scale being the float32 product of both,
+and fp4/e4m3 without the second one; ggml's blocks of the latter are "nvfp4/e4m3". Rows of fp8/row have their scales,
 one for 32 elements, behind their codes.
 """
 
@@ -45,7 +49,7 @@ F16_NAN = 0x7E00
 INTEGERS = ("i32", "i64")
 FLOATS = ("f32", "f16", "bf16")
 # Elements whose value is not what is stored, but is worked out from code and scale.
-SCALED = ("fp8", "fp8/row", "fp8/f32", "fp4", "fp4/nv", "mxfp4", "q8_0")
+SCALED = ("fp8", "fp8/row", "fp8/f32", "fp4", "fp4/nv", "fp4/f32", "fp4/e4m3", "nvfp4/e4m3", "int4", "mxfp4", "q8_0")
 
 
 def e4m3_value(code: int) -> float:
@@ -130,15 +134,27 @@ def _values(encoding: str, bits: Bits) -> Any:
     if encoding == "fp4/nv":
         second = (bits >> np.uint64(12)).astype(np.uint32).view(np.float32).astype(np.float64)
         return E2M1[(bits & np.uint64(0xF)).astype(np.intp)] * _e4m3_scale(bits) * second
+    if encoding in ("fp4/e4m3", "nvfp4/e4m3"):
+        return E2M1[bits & 0xF] * E4M3[bits >> 4]
+    if encoding == "fp4/f32":
+        return E2M1[(bits & np.uint64(0xF)).astype(np.intp)] * _f32_scale(bits, 4)
+    if encoding == "int4":
+        code, zero = (bits & np.uint64(0xF)).astype(np.int64), (bits >> np.uint64(4) & np.uint64(0xF)).astype(np.int64)
+        return (code - zero) * _f32_scale(bits, 8)
     if encoding in ("fp8", "fp8/row"):
         return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
     if encoding == "fp8/f32":
-        scale = (bits >> np.uint64(8)).astype(np.uint32).view(np.float32).astype(np.float64)
-        return E4M3[(bits & np.uint64(0xFF)).astype(np.intp)] * scale
+        return E4M3[(bits & np.uint64(0xFF)).astype(np.intp)] * _f32_scale(bits, 8)
     if encoding == "q8_0":
         d = np.take(all_values("f16"), bits >> 8)
         return (bits & 0xFF).astype(np.uint8).view(np.int8).astype(np.float64) * d
     raise KeyError(encoding)
+
+
+def _f32_scale(bits: Bits, shift: int) -> Values:
+    """Return the float32 scale whose bits stand above so many others."""
+    scale: Values = (bits >> np.uint64(shift)).astype(np.uint32).view(np.float32).astype(np.float64)
+    return scale
 
 
 def _e4m3_scale(bits: Bits) -> Values:

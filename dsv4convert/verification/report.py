@@ -18,6 +18,9 @@ KEY = "key"  # metadata or config
 PADDING = "padding"  # bytes that belong to nothing and are not zero
 FILE = "file"
 
+# Layouts of outputs.
+GGUF, SHARDS, FOLDER, MLX, MAXTEXT = "GGUF", "shards", "checkpoint folder", "MLX folder", "MaxText checkpoint"
+
 
 class Problem(NamedTuple):
     """One thing that is wrong: its kind, where it is, and what it is."""

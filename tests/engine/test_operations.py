@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv4convert.engine.operations import BY_WAY_OF_F32, DTYPES, MOVED, PLAIN, SCALED, divides_blocks, make_tile
+from dsv4convert.engine.operations import (
+    BY_WAY_OF_F32,
+    DTYPES,
+    MOVED,
+    OF_INT4,
+    PLAIN,
+    SCALED,
+    divides_blocks,
+    make_tile,
+)
 from dsv4convert.errors import InventoryError, LossyError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Scratch, Tally
@@ -27,7 +36,7 @@ def made(operation: Operation, *inputs: np.ndarray, row_bytes: int) -> np.ndarra
 
 
 def test_each_conversion_of_a_plan_is_in_one_table() -> None:
-    tables = [set(SCALED), set(PLAIN), set(MOVED), set(BY_WAY_OF_F32)]
+    tables = [set(SCALED), set(PLAIN), set(MOVED), set(BY_WAY_OF_F32), set(OF_INT4)]
     assert set().union(*tables) == CONVERSIONS
     assert sum(map(len, tables)) == len(CONVERSIONS)
     assert {target for _, target in CONVERSIONS} == set(DTYPES)
@@ -37,7 +46,8 @@ def test_each_conversion_of_a_plan_is_in_one_table() -> None:
 def test_a_codec_is_the_one_that_its_names_say(source: str, target: str) -> None:
     table = SCALED if (source, target) in SCALED else PLAIN
     codecs = numpy_codecs()
-    assert table[source, target](codecs) is getattr(codecs, f"{source}_to_{target}")  # type: ignore[index, operator]
+    codes = "fp4" if source == "nvfp4" else source  # whose scales are float32 once they are read
+    assert table[source, target](codecs) is getattr(codecs, f"{codes}_to_{target}")  # type: ignore[index, operator]
 
 
 def test_equal_conversions_are_one_object() -> None:

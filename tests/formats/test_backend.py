@@ -84,6 +84,8 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
     """Ordinary inputs of a codec, as weights have them, and its outputs."""
     rng = np.random.default_rng(seed)
     source, target = name.split("_to_")
+    if source == "nvfp4":
+        columns = -(-columns // 64) * 64  # whole blocks
     groups = columns // 32
     x = (rng.standard_normal((rows, columns)) * 0.02).astype(np.float32)
     if source == "fp8":
@@ -101,6 +103,11 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
             del inputs[0]
         elif target not in ("mxfp4", "fp8", "nvfp4"):
             inputs.append((1, 32))
+    elif source == "nvfp4":
+        inputs = [
+            rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8),
+            rng.integers(0, 0x7F, (rows, columns // 16), dtype=np.uint8),
+        ]
     else:
         inputs = [{"f32": x, "bf16": (x.view(np.uint32) >> 16).astype(np.uint16), "f16": x.astype(np.float16)}[source]]
         if target in ("fp8", "fp8_scales"):
@@ -117,6 +124,7 @@ def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.n
         "nvfp4": [((rows, columns // 2), np.uint8)],
         "nvfp4_scales": [((rows, groups * 2), np.uint8)],
         "mxfp4": [((rows, groups * 17), np.uint8)],
+        "ggml": [((rows, columns // 64 * 36), np.uint8)],
         "q8_0": [((rows, groups * 34), np.uint8)],
     }[target]
     return inputs, [np.full(shape, 7, dtype) for shape, dtype in outputs]

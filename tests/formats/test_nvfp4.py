@@ -8,8 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv4convert.errors import LossyError
 from dsv4convert.formats.backend import Codecs
 from dsv4convert.formats.base import Scratch, Tally
+from dsv4convert.formats.e4m3 import NAN_CODE
+from dsv4convert.formats.ggml_decode import dequantise
 from dsv4convert.formats.nvfp4 import EXACT_SPAN, fp4_to_nvfp4, largest_scale, second_scale
 
 from ..oracles.modelopt_nvfp4 import RECORD, SPANS
@@ -107,6 +110,38 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         fp4_to_nvfp4(packed, np.zeros((2, 4), np.uint8), 1, packed, Scratch(), Tally())
     with pytest.raises(ValueError, match="FP4 rows come in groups of 32, got 48 columns"):
         fp4_to_nvfp4(packed[:, :24], np.zeros((2, 2), np.uint8), 1, packed[:, :24], Scratch(), Tally())
+
+
+# ggml's blocks
+
+
+def test_blocks_hold_every_byte_and_every_scale_and_decode_to_the_same_values(codecs: Codecs) -> None:
+    scale = np.broadcast_to(BYTES[:NAN_CODE, None], (NAN_CODE, 32)).copy()
+    packed = np.broadcast_to(BYTES, (NAN_CODE, 256)).copy()
+    blocks, tally = np.full((NAN_CODE, 8 * 36), 9, np.uint8), Tally()
+    codecs.nvfp4_to_ggml(packed, scale, blocks, Scratch(), tally)
+    assert tally == Tally()
+    expected = values_of(packed, scale, np.ones(1, np.float32))
+    assert np.array_equal(dequantise("nvfp4", blocks), expected)
+    parts = blocks.reshape(NAN_CODE, 8, 36)
+    assert np.array_equal(parts[:, :, :4].reshape(NAN_CODE, 32), scale)
+    runs = parts[:, :, 4:].reshape(NAN_CODE, 32, 8)
+    codes = np.concatenate([runs & 15, runs >> 4], axis=-1).reshape(NAN_CODE, 512)
+    assert np.array_equal(codes, unpacked(packed))  # code 8 as well, which decoders read as 0
+
+
+@pytest.mark.parametrize("code", [0x7F, 0x80, 0xB8, 0xFF])
+def test_scales_that_ggml_lacks_are_refused(codecs: Codecs, code: int) -> None:
+    scale = np.full((3, 8), 0x38, np.uint8)
+    scale[1, 5] = code
+    with pytest.raises(LossyError, match=f"got 0x{code:02X} for row 1, block 5 of a tile"):
+        codecs.nvfp4_to_ggml(np.zeros((3, 64), np.uint8), scale, np.empty((3, 72), np.uint8), Scratch(), Tally())
+
+
+def test_blocks_that_rows_do_not_fill_are_refused(codecs: Codecs) -> None:
+    out = np.empty((2, 36), np.uint8)
+    with pytest.raises(ValueError, match="come in blocks of 64, got 96 columns"):
+        codecs.nvfp4_to_ggml(np.zeros((2, 48), np.uint8), np.zeros((2, 6), np.uint8), out, Scratch(), Tally())
 
 
 # ModelOpt

@@ -135,7 +135,7 @@ def test_mend_leaves_nvfp4_alone(words: list[str], small: Path, tmp_path: Path) 
     source = as_nvfp4(small, tmp_path / "nvfp4")
     result = run_cli("mend", source, tmp_path / "out", *words)
     assert result.code == 5
-    assert "NVFP4, whose scales mend would leave behind; run requantize first" in result.error
+    assert "mend would leave behind; run requantize first" in result.error
 
 
 def test_mlx_makes_what_it_makes_of_the_original(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -159,16 +159,14 @@ def changed(source: Path, name: str, change: Callable[[bytearray], None]) -> Non
     raw.write(path)
 
 
-@pytest.mark.parametrize("value", [0.75, 0.0, -1.0, float("inf"), float("nan")])
-def test_a_second_scale_that_is_no_power_of_two_is_named(value: float, small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_second_scale_that_is_no_positive_number_is_named(value: float, small: Path, tmp_path: Path) -> None:
     source = as_nvfp4(small, tmp_path / "nvfp4")
     changed(source, f"{STEM}.weight_scale_2", lambda content: struct.pack_into("<f", content, 0, value))
     for command in (["hf-to-gguf", source, tmp_path / "a.gguf"], ["dequantize", source, tmp_path / "d"]):
         result = run_cli(*command)
         assert result.code == 5
-        assert (
-            f"ModelOpt's NVFP4: moe_quant_algo NVFP4 (tensor {STEM}.weight_scale_2: not a power of two" in result.error
-        )
+        assert f"ModelOpt's NVFP4: moe_quant_algo NVFP4 (tensor {STEM}.weight_scale_2: not a scale)" in result.error
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,27 @@ i64 fp4_to_nvfp4_scales(const u8 *restrict scale, u16_at *restrict out, i64 grou
     return 0;
 }
 
+enum { RUN = 16, RUNS = 4, NVFP4_BYTES = 36 }; // of ggml's block of 64: elements under a scale, such runs, bytes
+
+// Four scales, then of each run byte k with elements k and k + 8. A scale that ggml lacks is for numpy to refuse.
+i64 nvfp4_to_ggml(const u8 *restrict packed, const u8 *restrict scale, u8 *restrict out, i64 blocks) {
+    if (!all_within(scale, blocks * RUNS, 0, 0x7E))
+        return NEEDS_FALLBACK;
+    for (i64 number = 0; number < blocks; number++) {
+        u8 *block = out + number * NVFP4_BYTES;
+        for (int run = 0; run < RUNS; run++) {
+            const u8 *first = packed + (number * RUNS + run) * (RUN / 2), *second = first + RUN / 4;
+            u8 *codes = block + RUNS + run * (RUN / 2);
+            block[run] = scale[number * RUNS + run];
+            for (int i = 0; i < RUN / 4; i++) {
+                codes[2 * i] = (u8)((first[i] & 0x0F) | second[i] << 4);
+                codes[2 * i + 1] = (u8)(first[i] >> 4 | (second[i] & 0xF0));
+            }
+        }
+    }
+    return 0;
+}
+
 // Scales [rows, groups] to one per tile: the largest / 2^6, at least 2^-127. Returns the smallest exponent of a scale
 // relative to its tile's, or SCALE_IS_NAN, below any.
 enum { SCALE_IS_NAN = -1024, TILES_AT_ONCE = 64 };

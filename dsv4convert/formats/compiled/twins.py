@@ -45,6 +45,7 @@ _fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 f2 n")
 _fp4_to_mxfp4 = Function(_LIBRARY, "fp4_to_mxfp4", "u1 u1 u1 n")
 # Packed codes and scales, output, groups and the largest scale.
 _fp4_to_nvfp4 = Function(_LIBRARY, "fp4_to_nvfp4", "u1 u1 u1 n n")
+_nvfp4_to_ggml = Function(_LIBRARY, "nvfp4_to_ggml", "u1 u1 u1 n")
 _fp4_to_nvfp4_scales = Function(_LIBRARY, "fp4_to_nvfp4_scales", "u1 u1 n n")
 _fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
 _fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
@@ -165,6 +166,14 @@ def fp4_to_nvfp4(packed: ArrayU8, scale: ArrayU8, largest: int, out: ArrayU8, sc
         if _fp4_to_nvfp4(*arrays, scale.size, largest) != NEEDS_FALLBACK:
             return
     nvfp4.fp4_to_nvfp4(packed, scale, largest, out, scratch, tally)
+
+
+def nvfp4_to_ggml(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `nvfp4.nvfp4_to_ggml`."""
+    nvfp4.check_ggml_blocks(packed, scale, out)
+    arrays = np.ascontiguousarray(packed), np.ascontiguousarray(scale), out
+    if _nvfp4_to_ggml(*arrays, out.size // nvfp4.GGML_BYTES) == NEEDS_FALLBACK:
+        nvfp4.nvfp4_to_ggml(packed, scale, out, scratch, tally)
 
 
 def fp4_to_nvfp4_scales(scale: ArrayU8, largest: int, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ...containers.wide_scales import narrow, wide_bits
+from ...containers.wide_scales import read_wide, wide_bits
 from ...errors import FileFormatError, InputMissingError, InputOutputError
 from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
@@ -20,6 +20,7 @@ from ...formats.e2m1 import fp4_to_f32
 from ...formats.e4m3 import fp8_to_f32
 from ...formats.ggml_decode import dequantise
 from ...formats.ggml_types import BY_NAME
+from ...formats.int4 import PER_WORD, int4_to_float, unpack_zeros
 from ...formats.mxfp4 import mxfp4_to_f32
 from ...formats.q8_0 import q8_0_to_f32
 from .protocol import Array
@@ -65,12 +66,51 @@ class Scale(NamedTuple):
             InventoryError: E8M0 in a wider type, and one is no power of two.
         """
         if self.wide:
-            return narrow(raw, self.wide, self.file, self.offset + first * self.row_bytes)
+            return read_wide(raw, self.wide, self.file, self.offset + first * self.row_bytes, Scratch())
         return raw.view(SCALE_DTYPES[self.dtype])
 
 
+class Zero(NamedTuple):
+    """Zero points of INT4: 32-bit words [rows / 8, groups], row-major at ``offset``; each is for eight rows."""
+
+    file: Path
+    offset: int
+    groups: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of a row of words."""
+        return self.groups * F32_BYTES
+
+    def of_rows(self, indices: Array) -> Array:
+        """Return the zero points [rows, groups] of some rows."""
+        first = int(indices.min()) // PER_WORD
+        last = int(indices.max()) // PER_WORD + 1
+        with _opened(self.file) as file:
+            raw = _read(file, self, self.offset + first * self.row_bytes, (last - first) * self.row_bytes)
+        zeros = unpack_zeros(raw.view("<i4").reshape(last - first, -1), (last - first) * PER_WORD)
+        chosen: Array = zeros[indices - first * PER_WORD]
+        return chosen
+
+
+class Factor(NamedTuple):
+    """One float32 at ``offset`` that all elements of a matrix are multiplied by: a second scale of NVFP4."""
+
+    file: Path
+    offset: int
+    row_bytes: int = F32_BYTES
+
+    def value(self) -> float:
+        """Return the number."""
+        with _opened(self.file) as file:
+            return float(_read(file, self, self.offset, self.row_bytes).view("<f4")[0])
+
+
 class Matrix(NamedTuple):
-    """Rows of ``columns`` elements each, row-major at ``offset`` of ``file``, stored as ``kind``."""
+    """Rows of ``columns`` elements each, row-major at ``offset`` of ``file``, stored as ``kind``.
+
+    ``zero`` are the zero points that INT4 may have, ``factor`` is what ggml's NVFP4 is multiplied by.
+    """
 
     file: Path
     offset: int
@@ -78,12 +118,14 @@ class Matrix(NamedTuple):
     rows: int
     columns: int
     scale: Scale | None = None
+    zero: Zero | None = None
+    factor: Factor | None = None
 
     @property
     def row_bytes(self) -> int:
         """Return the bytes of a row."""
         match self.kind:
-            case "fp4":
+            case "fp4" | "int4":
                 return self.columns // 2
             case "fp8":
                 return self.columns
@@ -140,7 +182,8 @@ def _read_tiles(matrix: Matrix, tiles: list[tuple[int, int]], first: int, out: A
                 scales = _read_scales(scale, a // height, -(-b // height))
                 if a % height:
                     scales, block = scales[np.arange(a, b) // height - a // height], (1, block[1])
-            _decode(matrix, raw.reshape(b - a, -1), scales, block, out[a - first : b - first], scratch)
+            part = out[a - first : b - first]
+            _decode(matrix, raw.reshape(b - a, -1), scales, block, part, scratch, np.arange(a, b))
 
 
 @cache
@@ -164,18 +207,27 @@ def gather_rows(matrix: Matrix, indices: Array) -> Array:
     if matrix.scale is not None:
         scales = _gather_scales(matrix.scale, indices // matrix.scale.block[0])
         block = (1, matrix.scale.block[1])
-    _decode(matrix, np.ascontiguousarray(raw), scales, block, out, Scratch())
+    _decode(matrix, np.ascontiguousarray(raw), scales, block, out, Scratch(), indices)
     return out
 
 
 def _decode(
-    matrix: Matrix, raw: Array, scales: Array | None, block: tuple[int, int], out: Array, scratch: Scratch
+    matrix: Matrix,
+    raw: Array,
+    scales: Array | None,
+    block: tuple[int, int],
+    out: Array,
+    scratch: Scratch,
+    rows: Array,
 ) -> None:
-    """Decode bytes [rows, row_bytes] into ``out`` [rows, columns]."""
+    """Decode bytes [rows, row_bytes] into ``out`` [rows, columns]; ``rows`` says which rows of the matrix they are."""
     tally = Tally()
     match matrix.kind:
         case "fp4":
             fp4_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
+        case "int4":
+            zero = None if matrix.zero is None or not len(rows) else matrix.zero.of_rows(rows)
+            int4_to_float(raw, _present(scales, matrix), zero, block, out, scratch, tally)
         case "fp8":
             fp8_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
         case "fp8/row":
@@ -195,6 +247,8 @@ def _decode(
             out[:] = raw.view(TABLE_DTYPES[matrix.kind])
         case _:
             out[:] = dequantise(matrix.kind, raw)
+    if matrix.factor is not None:
+        out *= np.float32(matrix.factor.value())
 
 
 def _present(scales: Array | None, matrix: Matrix) -> Array:
@@ -214,7 +268,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
 
 
-def _read(file: BinaryIO, matrix: Matrix | Scale, offset: int, nbytes: int) -> Array:
+def _read(file: BinaryIO, matrix: Matrix | Scale | Zero | Factor, offset: int, nbytes: int) -> Array:
     file.seek(offset)
     raw = np.fromfile(file, np.uint8, nbytes)
     if len(raw) < nbytes:

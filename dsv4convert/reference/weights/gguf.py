@@ -15,8 +15,8 @@ from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY,
 from ...model.tensors import Draft, Expected, expected_tensors
 from ...targets.engram_tables import SCALE_SUFFIX
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
-from ...targets.gguf_tensors import DIALECTS_V41, SHARED_WITH_MTP, TensorDialect
-from .decode import GGML_KINDS, ROW_SCALE_ELEMENTS, Matrix, Scale, gather_rows, read_rows
+from ...targets.gguf_tensors import DIALECTS_V41, NVFP4, SECOND_SUFFIX, SHARED_WITH_MTP, TensorDialect
+from .decode import F32_BYTES, GGML_KINDS, ROW_SCALE_ELEMENTS, Factor, Matrix, Scale, gather_rows, read_rows
 from .protocol import Array, missing_weight, no_engram_constants
 
 # By architecture. The file of ds4 is one of llama.cpp's in other types.
@@ -319,7 +319,10 @@ def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig,
             if expected.name.endswith(TABLE) and tensor.type == I8:
                 locations[expected.name] = _table_location(tensor, expected, file)
             else:
-                locations[expected.name] = _location(tensor, expected, config)
+                second = (
+                    file.tensors.get(name.removesuffix(".weight") + SECOND_SUFFIX) if tensor.type == NVFP4 else None
+                )
+                locations[expected.name] = _location(tensor, expected, config, second)
     return locations
 
 
@@ -354,7 +357,15 @@ def _wrong_shape(tensor: GgufTensor, expected: list[int]) -> InventoryError:
     )
 
 
-def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Location:
+def _location(
+    tensor: GgufTensor, expected: Expected, config: ModelConfig, second: GgufTensor | None = None
+) -> Location:
+    """Return where a weight lies; ``second`` are the second scales of NVFP4 experts.
+
+    Raises:
+        UnsupportedError: a type that is not decoded here.
+        InventoryError: the shape of either is another.
+    """
     if tensor.type not in GGML_KINDS:
         raise UnsupportedError(
             f"tensor {tensor.name}: {tensor.type} is not decoded",
@@ -371,6 +382,10 @@ def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig) -> Lo
     matrix = Matrix(tensor.file, tensor.offset, tensor.type, stacked * rows, columns * joined)
     if expected.expert is not None:
         matrix = matrix.row_slice(expected.expert * rows, rows)
+    if second is not None:
+        if second.type != "f32" or second.shape != (stacked,):
+            raise _wrong_shape(second, [stacked])
+        matrix = matrix._replace(factor=Factor(second.file, second.offset + (expected.expert or 0) * F32_BYTES))
     half = None
     if joined > 1:
         start = 0 if expected.row.name.startswith("e_proj") else columns

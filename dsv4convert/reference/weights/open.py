@@ -12,11 +12,12 @@ from ...checkpoint import Checkpoint, Stored, Weight
 from ...checkpoint.engram import read_engram_constants
 from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
+from ...checkpoint.weights import Encoding
 from ...containers.gguf import is_gguf, open_gguf
 from ...errors import InputMissingError
 from ...model.config import ModelConfig
 from ...model.engram import EngramConstants
-from .decode import Matrix, Scale, gather_rows, read_rows
+from .decode import Matrix, Scale, Zero, gather_rows, read_rows
 from .gguf import GgufSource
 from .protocol import Array, WeightSource, missing_weight
 
@@ -122,7 +123,10 @@ def weight_matrix(weight: Weight) -> Matrix:
     scale = None
     if weight.scale is not None and weight.block is not None:
         scale = scale_of(weight.scale, weight.block)
-    return Matrix(weight.stored.file, weight.stored.offset, weight.encoding.value, rows, columns, scale)
+    # Where it is no type of ggml, NVFP4 is FP4 whose scales are read as float32.
+    kind = "fp4" if weight.encoding is Encoding.NVFP4 else weight.encoding.value
+    zero = None if weight.zero is None else Zero(weight.zero.file, weight.zero.offset, weight.zero.shape[1])
+    return Matrix(weight.stored.file, weight.stored.offset, kind, rows, columns, scale, zero)
 
 
 def scale_of(stored: Stored, block: tuple[int, int]) -> Scale:

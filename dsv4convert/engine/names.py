@@ -171,7 +171,7 @@ def remove_known(path: Path, known: Identity | int | None) -> None:
 
 
 def remove_known_folder(path: Path, known: Identity, held: Mapping[str, Identity]) -> None:
-    """Remove the folder at ``path`` if it is the known one, with the files that it is known to have held.
+    """Remove the folder at ``path`` if it is the known one, with the files that it is known to have held, in order.
 
     Whatever else is in it, or has changed since, stays, and the folder with it.
     """

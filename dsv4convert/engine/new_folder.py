@@ -26,7 +26,7 @@ from .outputs import (
 class NewFolder:
     """A folder to write, and what stands under its final and its temporary name before: only that is ever removed.
 
-    Such a folder has a file called ``must_hold``, written among the first, and others of which ``may_hold`` says
+    Such a folder has a file called ``must_hold``, written first and removed last, and others of which ``may_hold`` says
     whether a name can be theirs. An older folder, or one that a killed run left, stays with anything else in it.
 
     Raises:
@@ -102,17 +102,16 @@ class NewFolder:
         identity = Identity.of(self._final)
         return None if identity is None else (identity, held_in(self._final))
 
-    @staticmethod
-    def _remove(path: Path, known: tuple[Identity, dict[str, Identity]] | None) -> None:
+    def _remove(self, path: Path, known: tuple[Identity, dict[str, Identity]] | None) -> None:
         if known is not None:
-            remove_known_folder(path, *known)
+            identity, held = known
+            remove_known_folder(path, identity, {name: held[name] for name in sorted(held, key=self._is_last)})
+
+    def _is_last(self, name: str) -> bool:
+        return name == self._must_hold
 
     def _discard(self, descriptor: int) -> None:
-        """Remove the unfinished folder; files that do not belong to it stay."""
-        with contextlib.suppress(OSError):
-            if not is_same_file(self._partial, descriptor):
-                return
-            for entry in list(os.scandir(self._partial)):
-                if self._may_hold(entry.name) and not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-            self._partial.rmdir()
+        """Remove the unfinished folder, unless anything else is in it."""
+        with contextlib.suppress(OSError, OutputExistsError):
+            if is_same_file(self._partial, descriptor):
+                self._remove(self._partial, self._look(self._partial))

@@ -229,10 +229,10 @@ def write_plan(
             "not enough disk space", where=out.parent, expected=f"{plan.payload_bytes} bytes free", got=free
         )
     with folder.written() as partial:
+        _write_json(partial / CONFIG_NAME, plan.raw)  # by which the folder is known, should the run be killed
         text = plan.raw.get(TEXT)
         if text is None:
             write_synth_tokenizer(partial, plan.raw["vocab_size"], seed)
-            _write_json(partial / CONFIG_NAME, plan.raw)
         else:
             write_synth_tokenizer(partial, text["vocab_size"], seed, v41=True)
             _write_json(partial / CONFIG_NAME, _fitted_to_tokenizer(plan.raw, partial))

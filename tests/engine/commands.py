@@ -48,6 +48,8 @@ COMMANDS = {
     "imatrix": "imatrix {shards} --text {text} --tokenizer {checkpoint} --context-size 8 -o {out}/model.gguf",
     "mend": "mend {checkpoint} {out}/mended --drop-draft",
     "repack --experts nvfp4": "repack {checkpoint} {out}/nvfp4 --experts nvfp4 --max-file-size 1M",
+    "synth": "synth {out}/synthetic --layers 0-0 --routed-experts 4 --vocab 320 --files 2",
+    "forward --goldens": "forward {checkpoint} --tokens 1,2 --layers 0-0 --goldens {out}/goldens",
 }
 CHECKPOINT = "checkpoint"
 SHARDS = "shards"
@@ -60,8 +62,8 @@ OUT = "out"
 USES_UP = "merge --delete-parts"
 PARTS = "parts"  # a copy of the split set, which that command uses up
 
-# The command that keeps no journal and begins anew each time.
-WITHOUT_RESUME = "imatrix"
+# The commands that keep no journal and begin anew each time.
+WITHOUT_RESUME = ("imatrix", "synth", "forward --goldens")
 
 # What a run leaves next to an output while it is not finished.
 TEMPORARY = (PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX, JOURNAL_SUFFIX, LOCK_SUFFIX)
@@ -79,8 +81,8 @@ def words(command: str, base: Path, *options: str) -> list[str]:
     places = {name: str(base / name) for name in (*SOURCES, OUT)}
     places[SPLIT], places[PARTS] = (str(base / name / first_of_split(base)) for name in (SPLIT, PARTS))
     line = [word.format(**places) for word in COMMANDS[command].split()]
-    threads = () if command == WITHOUT_RESUME else ("--threads", str(THREADS))
-    return [*line, *options, *threads, "--quiet"]
+    threads = () if command in WITHOUT_RESUME else ("--threads", str(THREADS))
+    return [*line, *options, *threads, *(() if line[0] == "forward" else ("--quiet",))]
 
 
 def first_of_split(base: Path) -> str:
@@ -100,7 +102,7 @@ def make_sources(base: Path, seed: int = 0) -> None:
     empty_out(base)
     with contextlib.redirect_stdout(io.StringIO()):
         for command in COMMANDS:  # imports whatever a child would import
-            cli.run([*words(command, base), *(() if command == WITHOUT_RESUME else ("--dry-run",))])
+            cli.run([*words(command, base), *(() if command in WITHOUT_RESUME else ("--dry-run",))])
     empty_out(base)
 
 

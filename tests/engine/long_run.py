@@ -6,7 +6,7 @@ Each conversion takes a random command, with or without an older output to repla
 live: at a random moment, or before a random system call that changes a file. After each death no final name stands for
 anything but a whole output, old or new. The next child has ``--resume`` and must succeed, or at times ``--fresh`` or
 neither: then it succeeds, or is refused and changes nothing. In the end the files are those of a run that was left
-alone, and nothing else is there. ``imatrix``, which has no ``--resume``, begins anew each time.
+alone, and nothing else is there. Commands without ``--resume`` begin anew each time.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ WAYS = {"--resume": 0.85, "--fresh": 0.1, "": 0.05}
 LIVES = 0.1  # of the children that follow a death, those that are not to be killed
 AFTER_THE_END = 1.05  # moments are chosen up to so many times the length of a run
 SAY_SECONDS = 60.0
+MOST_CHILDREN = 200  # of a conversion: one in ten is let live
 
 # How a child may be refused by what an earlier one left: a plain run by an output or by unfinished work, and one that
 # starts over by an output, which only --overwrite replaces. Neither changes anything.
@@ -148,10 +149,13 @@ class LongRun:
             self.endings[f"{how or 'plain'}: {'killed' if code < 0 else f'exit code {code}'}"] += 1
             self.wrong += [f"{name}: {'; '.join(story)}: {what}" for what in wrong]
             # Without --resume a child is refused when the one before it had died with all done.
-            if code == 0 or wrong or (victim.command == WITHOUT_RESUME and not victim.promise.differing(out)):
+            if code == 0 or wrong or (victim.command in WITHOUT_RESUME and not victim.promise.differing(out)):
+                break
+            if len(story) > MOST_CHILDREN:
+                self.wrong.append(f"{name}: {'; '.join(story[-5:])}: does not come to an end")
                 break
             may_live = True
-            if victim.command != WITHOUT_RESUME:
+            if victim.command not in WITHOUT_RESUME:
                 how = self.rng.choices(list(WAYS), list(WAYS.values()))[0]
         self.conversions += 1
 

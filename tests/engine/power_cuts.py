@@ -87,7 +87,7 @@ FILE_SYSTEMS = {
 }
 
 NUDGE = "nudge"
-RESUMABLE = [command for command in COMMANDS if command != WITHOUT_RESUME]
+RESUMABLE = [command for command in COMMANDS if command not in WITHOUT_RESUME]
 
 UNABLE = 75  # exit code where the system does not let us make disks
 

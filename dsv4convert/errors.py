@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -103,7 +104,7 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
 
 
 class InputMissingError(Dsv4Error):
-    """A missing or unreadable file or folder."""
+    """A missing file or folder, or something else under its name."""
 
     exit_code = 3
 
@@ -181,9 +182,26 @@ class DeviceError(Dsv4Error):
 
 
 class InputOutputError(Dsv4Error):
-    """A read or write that failed in the middle of a run."""
+    """A read or write that the system refused, or that failed in the middle of a run."""
 
     exit_code = 16
+
+
+# What the system answers where nothing, or no regular file, stands under the name of a file.
+_NO_FILE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+        *(errno.EINVAL, errno.ENXIO, errno.ENODEV),
+    }
+)
+
+
+def not_read(path: object, error: OSError) -> Dsv4Error:
+    """Return the error of a file that could not be read: there is none under the name, or the system refused."""
+    if isinstance(error, FileNotFoundError):
+        return InputMissingError("no such file", where=path, hint="is the download complete?")
+    kind = InputMissingError if error.errno in _NO_FILE else InputOutputError
+    return kind(f"cannot be read ({error.strerror})", where=path)
 
 
 class ReportError(Dsv4Error):

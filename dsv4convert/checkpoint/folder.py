@@ -24,6 +24,7 @@ from ..errors import (
     Dsv4Error,
     FileFormatError,
     InputMissingError,
+    InputOutputError,
     InventoryError,
     UnsupportedError,
     UsageError,
@@ -119,6 +120,7 @@ def open_folder(
 
     Raises:
         InputMissingError: the folder or a file of it is not there.
+        InputOutputError: the system refused to read one.
         ConfigError, UnsupportedError: see ``load_config``.
         FileFormatError: a malformed index or safetensors file.
         InventoryError: missing, unknown, duplicate or misshapen tensors.
@@ -129,7 +131,7 @@ def open_folder(
         if draft_wanted:
             return resolve(folder, config, stored, files, notes)
         return _resolve_without_blocking_draft(folder, config, stored, files, notes)
-    except UsageError:
+    except (UsageError, InputOutputError):
         raise
     except Dsv4Error as error:
         if os.path.isfile(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..containers.json_object import read_optional_json_object
-from ..errors import Dsv4Error
+from ..errors import Dsv4Error, InputOutputError
 
 # Files that say how images are prepared, later ones first asked, and the object of each that may hold it.
 PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
@@ -23,12 +23,17 @@ def read_image_normalisation(source: Path) -> tuple[dict[str, list[float]], tupl
     """Return (``image_mean`` and ``image_std``, three numbers each, as far as a processor's file says them, notes).
 
     A file or a value that cannot be used is noted; the converter's own values then stand.
+
+    Raises:
+        InputOutputError: the system refused to read a file that is there.
     """
     found: dict[str, list[float]] = {}
     notes: list[str] = []
     for name, nested in PROCESSOR_FILES:
         try:
             settings = read_optional_json_object(source / name)
+        except InputOutputError:
+            raise
         except Dsv4Error as error:
             notes.append(f"{name}: not used: {error.what}")
             continue

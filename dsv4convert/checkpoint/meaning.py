@@ -20,7 +20,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular
-from ..errors import InputMissingError, InventoryError
+from ..errors import InputOutputError, InventoryError, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import ModelConfig
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
@@ -94,7 +94,7 @@ def check_meaning(
 
     Raises:
         InventoryError: a routing table that no model can have; or anything suspicious, if ``strict``.
-        InputMissingError: a file cannot be read.
+        InputMissingError, InputOutputError: a file cannot be read.
     """
     held = list(weights)
     mount = mount_of(where)
@@ -132,7 +132,7 @@ def file_findings(config: ModelConfig, weights: Iterable[Weight], files: Iterabl
 
     Raises:
         InventoryError: a routing table that no model can have.
-        InputMissingError: a file cannot be read.
+        InputMissingError, InputOutputError: a file cannot be read.
     """
     held = list(weights)
     with _Reader() as reader:
@@ -174,9 +174,9 @@ class _Reader:
             self._file.seek(offset)
             found: bytes = self._file.read(nbytes)
         except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+            raise not_read(path, error) from None
         if len(found) != nbytes:
-            raise InputMissingError("shrank while being read", where=path)
+            raise InputOutputError("shrank while being read", where=path)
         return found
 
     def stored(self, tensor: Stored) -> bytes:
@@ -345,7 +345,7 @@ def _zero_tails(files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
         try:
             size = size_of(path)
         except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+            raise not_read(path, error) from None
         if size < PROBE_BYTES or reader.read(path, size - PROBE_BYTES, PROBE_BYTES) != ZEROS:
             continue
         stored = sorted(read_header(path).items(), key=lambda item: item[1].offset, reverse=True)

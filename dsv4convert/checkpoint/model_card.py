@@ -15,7 +15,7 @@ from typing import Any
 
 from ..containers.json_object import read_optional_json_object
 from ..containers.untrusted import read_whole
-from ..errors import Dsv4Error, FileFormatError
+from ..errors import Dsv4Error, FileFormatError, InputOutputError
 
 MODEL_CARD_NAME = "README.md"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -66,16 +66,24 @@ class _UnusableError(Exception):
 
 
 def read_model_card(folder: Path) -> ModelCard:
-    """Read README.md and generation_config.json of ``folder``; neither has to be there, and neither has to be sound."""
+    """Read README.md and generation_config.json of ``folder``; neither has to be there, and neither has to be sound.
+
+    Raises:
+        InputOutputError: the system refused to read one that is there.
+    """
     notes: list[str] = []
     front_matter: dict[str, Any] = {}
     try:
         front_matter = _front_matter(folder / MODEL_CARD_NAME, notes)
+    except InputOutputError:
+        raise
     except (_UnusableError, Dsv4Error) as error:
         notes.append(f"{MODEL_CARD_NAME}: not used: {_reason(error)}")
     generation: dict[str, Any] = {}
     try:
         generation = read_optional_json_object(folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError)
+    except InputOutputError:
+        raise
     except Dsv4Error as error:
         notes.append(f"{GENERATION_CONFIG_NAME}: not used: {_reason(error)}")
     name = _model_name(os.path.realpath(folder)).encode("utf-8", "replace").decode()

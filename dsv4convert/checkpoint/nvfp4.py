@@ -56,7 +56,7 @@ def nvfp4_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
 
     Raises:
         InventoryError: a weight is not whole, misshapen, has scales of FP4 as well, or its second scale is no number.
-        InputMissingError, FileFormatError: a second scale cannot be read.
+        InputMissingError, InputOutputError, FileFormatError: a second scale cannot be read.
     """
     _check_no_second_is_missing(stored)
     parts = [part for name in stored if (part := _parts_of(name)) is not None]
@@ -141,7 +141,7 @@ def _is_cast_of_fp4(found: list[tuple[_Parts, Stored, Stored]], values: Mapping[
     Scales that a quantiser chose are hardly ever so, and never all of a row.
 
     Raises:
-        InputMissingError, FileFormatError: they cannot be read.
+        InputMissingError, InputOutputError, FileFormatError: they cannot be read.
     """
     if any(math.frexp(values[part.second])[0] != 0.5 for part, _, _ in found):
         return False

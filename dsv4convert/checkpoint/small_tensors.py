@@ -11,14 +11,14 @@ import numpy as np
 from ..containers.safetensors import Stored
 from ..containers.sources import prefetch
 from ..containers.untrusted import open_regular
-from ..errors import FileFormatError, InputMissingError, InventoryError
+from ..errors import FileFormatError, InventoryError, not_read
 
 
 def read_small(tensors: Mapping[str, Stored]) -> dict[str, bytes]:
     """Return the bytes of small tensors by name, every file opened once.
 
     Raises:
-        InputMissingError, FileFormatError: a file cannot be read.
+        InputMissingError, InputOutputError, FileFormatError: a file cannot be read.
     """
     by_file: dict[Path, list[str]] = {}
     for name, tensor in tensors.items():
@@ -35,7 +35,7 @@ def read_small(tensors: Mapping[str, Stored]) -> dict[str, bytes]:
                         raise FileFormatError("truncated", where=path, hint="download the file again")
                     found[name] = content
         except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+            raise not_read(path, error) from None
     return {name: found[name] for name in tensors}
 
 
@@ -44,7 +44,7 @@ def read_scalars(tensors: Mapping[str, Stored]) -> dict[str, float]:
 
     Raises:
         InventoryError: one is another tensor.
-        InputMissingError, FileFormatError: a file cannot be read.
+        InputMissingError, InputOutputError, FileFormatError: a file cannot be read.
     """
     for name, tensor in tensors.items():
         if tensor.dtype != "F32" or math.prod(tensor.shape) != 1:

@@ -13,7 +13,7 @@ from typing import Any
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_optional_json_object
 from ..containers.untrusted import read_whole
-from ..errors import DeviceError, Dsv4Error, TokenizerError
+from ..errors import DeviceError, Dsv4Error, InputOutputError, TokenizerError
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -472,7 +472,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str
 
     Raises:
         TokenizerError: the main template's file is not valid UTF-8, or too large.
-        InputMissingError: it cannot be read.
+        InputMissingError, InputOutputError: one cannot be read.
     """
     notes: list[str] = []
     in_files: list[tuple[str, str]] = []
@@ -486,6 +486,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str
     for path in named:
         try:
             in_files.append((path.name.removesuffix(TEMPLATE_SUFFIX), _read_template(path)))
+        except InputOutputError:
+            raise
         except Dsv4Error as error:
             notes.append(f"{TEMPLATES_FOLDER}/{path.name}: not used: {error.what}")
     stated = _stated_templates(settings.get("chat_template"))

@@ -195,7 +195,7 @@ def _of_system(error: OSError) -> Dsv4Error:
         hint = None if where else "does the current folder still exist?"
         return InputMissingError(what, where=where, hint=hint)
     if isinstance(error, PermissionError):
-        return InputMissingError(what, where=where, hint="check the permissions of the file and of its folders")
+        return InputOutputError(what, where=where, hint="check the permissions of the file and of its folders")
     if error.errno in _FULL:
         return SpaceError(what, where=where, hint="free some space and run again")
     if error.errno in _TOO_MANY_FILES:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import FileFormatError, InputMissingError, UsageError
+from ..errors import FileFormatError, InputMissingError, UsageError, not_read
 from ..formats.ggml_types import GGML_TYPES, GgmlType
 from .untrusted import file_size, open_regular
 
@@ -231,16 +231,14 @@ def read_gguf_part(path: Path, *, allow_cut: bool = False) -> GgufPart:
     """Read the header of one GGUF file, whatever set it belongs to; ``allow_cut`` as for ``open_gguf``.
 
     Raises:
-        InputMissingError: the file is not there or cannot be read.
+        InputMissingError, InputOutputError: the file is not there, or cannot be read.
         FileFormatError: not a GGUF v3 file, truncated, or malformed.
     """
     try:
         with open_regular(path) as file:
             return _Header(path, file, allow_cut).read()
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
 
 
 class _Header:

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FileFormatError, InputMissingError
+from ..errors import FileFormatError, InputMissingError, not_read
 from ..formats.ggml_types import BY_NAME
 from ..plan import align_up
 from .gguf import DEFAULT_ALIGNMENT, MAGIC, read_gguf_part
@@ -29,6 +29,8 @@ from .gguf_write import ARRAY, STRING, U32, KeyValue, TensorInfo, gguf_header
 from .untrusted import file_size, open_regular
 
 TYPE_KEY, IMATRIX_TYPE = "general.type", "imatrix"
+# Where the magic and the version end that a GGUF begins with, and the numbers of tensors and keys after them.
+VERSION_END, COUNTS_END = 8, 24
 DATASETS_KEY, CHUNKS_KEY, CHUNK_SIZE_KEY = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -84,7 +86,7 @@ def read_imatrix(path: Path) -> Imatrix:
     """Read names, counts and places of an importance matrix in either form, and look at each value once.
 
     Raises:
-        InputMissingError: no such file, or it cannot be read.
+        InputMissingError, InputOutputError: no such file, or it cannot be read.
         FileFormatError: malformed, or a value that is no finite number of at least 0.
     """
     try:
@@ -99,7 +101,7 @@ def read_imatrix(path: Path) -> Imatrix:
     except FileNotFoundError:
         raise InputMissingError("no such importance matrix", where=path) from None
     except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
     return imatrix
 
 
@@ -258,6 +260,12 @@ class ImatrixFile(NamedTuple):
     header: bytes
     places: Mapping[str, tuple[int, int]]
     nbytes: int
+
+
+def begins_imatrix(head: bytes) -> bool:
+    """Return whether the first bytes of a file are those of an importance matrix as ``imatrix_file`` lays it out."""
+    expected = gguf_header([KeyValue(TYPE_KEY, STRING, IMATRIX_TYPE)], []).rstrip(b"\0")
+    return head[:VERSION_END] == expected[:VERSION_END] and head[COUNTS_END : len(expected)] == expected[COUNTS_END:]
 
 
 def imatrix_file(

@@ -183,7 +183,7 @@ def read_json(
     """Read JSON of at most ``max_bytes`` from a file that anyone may have written, by hand too (see ``plain_json``).
 
     Raises:
-        InputMissingError: the file is not there or cannot be read.
+        InputMissingError, InputOutputError: the file is not there, or cannot be read.
         ``error``: it is too large or not valid JSON.
     """
     return parse_plain_json(read_whole(path, max_bytes, error=error), path, error=error, hint=hint)
@@ -199,7 +199,7 @@ def read_json_object(
     """Read a JSON object, as ``read_json`` reads any value.
 
     Raises:
-        InputMissingError: the file is not there or cannot be read.
+        InputMissingError, InputOutputError: the file is not there, or cannot be read.
         ``error``: it is too large or not one JSON object.
     """
     return _as_object(read_json(path, max_bytes, error=error, hint=hint), path, error, hint=hint)
@@ -215,7 +215,7 @@ def read_optional_json_object(
     """Return what ``read_json_object`` reads, or an empty object where there is no such file.
 
     Raises:
-        InputMissingError: the file is there and cannot be read.
+        InputMissingError, InputOutputError: the file is there and cannot be read.
         ``error``: it is too large or not one JSON object.
     """
     if not os.path.lexists(path):

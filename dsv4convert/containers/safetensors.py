@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import FileFormatError, InputMissingError
+from ..errors import FileFormatError, not_read
 from .json_object import parse_json_object
 from .untrusted import file_size, open_regular
 
@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Return the tensors of a safetensors file by name, in the header's order.
 
     Raises:
-        InputMissingError: the file is not there or cannot be read.
+        InputMissingError, InputOutputError: the file is not there, or cannot be read.
         FileFormatError: truncated, malformed, unknown dtypes, overlapping or out-of-range offsets.
     """
     header, start, size = _read_json_header(path)
@@ -90,7 +90,7 @@ def read_metadata(path: Path) -> Any:
     """Return what the header of a safetensors file has for ``__metadata__``, None where it has nothing.
 
     Raises:
-        InputMissingError: the file is not there or cannot be read.
+        InputMissingError, InputOutputError: the file is not there, or cannot be read.
         FileFormatError: it is truncated, or its header is not a JSON object.
     """
     return _read_json_header(path)[0].get(METADATA_KEY)
@@ -120,10 +120,8 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
                     hint="is this a safetensors file, completely downloaded?",
                 )
             text = file.read(length)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
     if len(text) < length:
         raise FileFormatError("header truncated", where=path, expected=length, got=len(text))
     header = parse_json_object(text, path, error=FileFormatError, subject="header", hint="download the file again")

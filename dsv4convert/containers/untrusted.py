@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import Dsv4Error, FileFormatError, InputMissingError
+from ..errors import Dsv4Error, FileFormatError, not_read
 from . import sources
 
 
@@ -50,16 +50,15 @@ def read_whole(path: Path, max_bytes: int, *, error: type[Dsv4Error] = FileForma
     """Return the content of a regular file of at most ``max_bytes``; no more than that is ever read.
 
     Raises:
-        InputMissingError: it is not there, cannot be read, or is no regular file.
+        InputMissingError: it is not there, or is no regular file.
+        InputOutputError: the system refused to read it.
         ``error``: it is larger.
     """
     try:
         with open_regular(path) as file:
             content = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as reason:
-        raise InputMissingError(f"cannot be read ({reason.strerror})", where=path) from None
+        raise not_read(path, reason) from None
     if len(content) > max_bytes:
         raise error("too large", where=path, expected=f"at most {max_bytes} bytes")
     return content

@@ -16,7 +16,7 @@ import shutil
 import stat
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -195,10 +195,10 @@ class Outputs(ABC):
                     hint="finish that run, or pass --fresh to discard its work",
                 )
 
-    def check_own_work(self) -> None:
-        """Check that a temporary file, where there is one, is that of an earlier run of this very plan.
+    def check_own_work(self, is_ours: Callable[[bytes], bool]) -> None:
+        """Check that a temporary file, where there is one, is left by an earlier run of the same command.
 
-        That is for runs without a journal: the file has the plan's size and begins with its header, or is empty yet.
+        That is for runs without a journal. ``is_ours`` says it by the first page; or the header is not written yet.
 
         Raises:
             OutputExistsError: something else has the name.
@@ -211,10 +211,11 @@ class Outputs(ABC):
                 descriptor = open_file(path, os.O_RDONLY)
                 try:
                     size = os.fstat(descriptor).st_size
-                    begins = os.pread(descriptor, len(file.header), 0)
+                    begins = os.pread(descriptor, PAGE_BYTES, 0)
                 finally:
                     os.close(descriptor)
-            if size not in (0, file.nbytes) or not _is_part_of(begins, file.header):
+            is_blank = size in (0, file.nbytes) and not begins.strip(b"\0")
+            if not is_blank and not is_ours(begins):
                 raise OutputExistsError(
                     "already exists and is not unfinished work of this command",
                     where=path,

@@ -36,7 +36,7 @@ from ..containers.safetensors import Stored
 from ..containers.sources import SequentialReader, at, shown
 from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
-from ..errors import InputMissingError, InputOutputError
+from ..errors import InputOutputError, not_read
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Scratch
 from ..formats.not_finite import MAGNITUDES
@@ -232,7 +232,7 @@ class _Reader:
                 bad += self._not_finite(piece, stored, stored.offset + done)
                 done += len(piece)
         except OSError as error:
-            raise InputOutputError(f"cannot be read ({error.strerror})", where=stored.file) from None
+            raise not_read(stored.file, error) from None
         finally:
             if self._remote is not None:
                 self._remote.close()
@@ -290,5 +290,5 @@ def _open_null() -> int:
         return -1
 
 
-def _shorter(path: Path) -> InputMissingError:
-    return InputMissingError("became shorter while it was read", where=path)
+def _shorter(path: Path) -> InputOutputError:
+    return InputOutputError("became shorter while it was read", where=path)

@@ -25,7 +25,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
 from ..containers.wide_scales import wide_dtype
-from ..errors import ConfigError, Dsv4Error, InputMissingError, InventoryError, UsageError
+from ..errors import ConfigError, Dsv4Error, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..model.config import ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
@@ -65,7 +65,7 @@ def describe_folder(folder: Path, index: str) -> Description:
     found = Description(shown(folder), "checkpoint folder")
     try:
         found = _described(found, folder, index)
-    except UsageError:
+    except (UsageError, InputOutputError):
         raise
     except Dsv4Error as error:
         raise name_layout(folder, error) from None

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..containers.json_object import read_json
+from ..containers.untrusted import open_regular
 from ..engine.manifest import check_beside_outputs
 from ..engine.new_folder import NewFolder
-from ..errors import FileFormatError, InputMissingError, UsageError
+from ..errors import FileFormatError, InputMissingError, UsageError, not_read
 from .model import Model
 from .weights.protocol import Array
 
@@ -155,9 +156,12 @@ def _is_file_name(name: object) -> bool:
 
 def _load(path: Path) -> Array:
     try:
-        value: Array = np.load(path, allow_pickle=False)
+        with open_regular(path) as file:
+            value: Array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise InputMissingError("no such file", where=path, hint="record the goldens again") from None
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise not_read(path, error) from None
+    except (ValueError, EOFError) as error:
         raise FileFormatError(f"not a readable .npy ({error})", where=path) from None
     return value

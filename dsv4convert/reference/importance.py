@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..containers.gguf import is_gguf, open_gguf
-from ..containers.imatrix import ImatrixFile, imatrix_file
+from ..containers.imatrix import ImatrixFile, begins_imatrix, imatrix_file
 from ..containers.untrusted import read_whole
 from ..engine.conversion import check_sources_stay
 from ..engine.manifest import check_beside_outputs
@@ -139,7 +139,7 @@ def collect_imatrix(
         outputs.look()
         check_sources_stay(plan, {"source": [os.path.abspath(name) for name in inputs]}, outputs, others)
         outputs.check_absent(overwrite)
-        outputs.check_own_work()
+        outputs.check_own_work(begins_imatrix)
         passage = Passage(model, source, chunks, plan.destination, progress)
         with contextlib.closing(passage):
             _check_space(plan, passage.nbytes)

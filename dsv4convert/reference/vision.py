@@ -21,7 +21,14 @@ import numpy as np
 
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.untrusted import open_regular
-from ..errors import ConfigError, DeviceError, FileFormatError, InputMissingError, UnsupportedError, UsageError
+from ..errors import (
+    ConfigError,
+    DeviceError,
+    FileFormatError,
+    UnsupportedError,
+    UsageError,
+    not_read,
+)
 from ..model.config import ModelConfig, Version
 from ..model.tensors import vision_size
 from .arithmetic import product, rms_norm, silu, softmax
@@ -151,7 +158,7 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
 
     Raises:
         DeviceError: the package Pillow is not installed.
-        InputMissingError, FileFormatError: there is no such file, or it is no image.
+        InputMissingError, InputOutputError, FileFormatError: there is no such file, it cannot be read, or is no image.
     """
     try:
         from PIL import Image, ImageOps
@@ -159,10 +166,8 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
         raise DeviceError("--image needs the package Pillow", hint="install dsv4convert[vision]") from None
     try:
         opened = open_regular(path)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path) from None
     except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
     try:
         with opened, Image.open(opened) as file:
             image = file.convert("RGB")

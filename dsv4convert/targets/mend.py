@@ -16,10 +16,10 @@ from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
-from ..containers.untrusted import read_whole
+from ..containers.untrusted import open_regular, read_whole
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
-from ..errors import InputMissingError, UnsupportedError, UsageError, check_choice
+from ..errors import UnsupportedError, UsageError, check_choice, not_read
 from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
@@ -302,10 +302,10 @@ def _same_file(name: str, path: Path, header: Mapping[str, Stored]) -> OutputFil
     )
     last = ordered[-1][1]
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(start)
     except OSError as error:
-        raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
     return OutputFile(name, head, tensors, last.offset + last.nbytes, same_as=path)
 
 

@@ -27,7 +27,7 @@ from ..containers.gguf_write import KeyValue
 from ..engine.manifest import manifest_of, remove_manifest, sources_of_finished
 from ..engine.names import Identity, remove_known
 from ..engine.outputs import os_errors
-from ..errors import Dsv4Error, FileFormatError, InputMissingError, UsageError
+from ..errors import Dsv4Error, FileFormatError, UsageError, not_read
 from ..plan import CopySegments, OutputTensor, Plan
 from .gguf_tensors import gguf_file
 
@@ -183,13 +183,13 @@ def _check_only_names(model: GgufModelFile) -> None:
 
     Raises:
         UsageError: one is a link, or has a second name.
-        InputMissingError: one is gone.
+        InputMissingError, InputOutputError: one is gone, or cannot be looked at.
     """
     for path in model.files:
         try:
             status = path.lstat()
         except OSError as error:
-            raise InputMissingError(f"cannot be read ({error.strerror})", where=path) from None
+            raise not_read(path, error) from None
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             raise UsageError(
                 "--delete-parts: the file is a link or has a second name",

@@ -21,7 +21,7 @@ from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
 from ..containers.sources import shown
-from ..errors import DeviceError, FileFormatError, InputMissingError, InventoryError, UsageError
+from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_pieces
@@ -117,7 +117,7 @@ def prepare(
     matrix = None if imatrix is None else read_imatrix(imatrix)
     try:
         pieces = _pieces(layout, output, checkpoint, report, matrix)
-    except (FileFormatError, InputMissingError, InventoryError) as error:
+    except (FileFormatError, InputMissingError, InputOutputError, InventoryError) as error:
         if error.where in {source / name for name in COMPANIONS}:
             raise
         bare = type(error)(error.what, expected=error.expected, got=error.got, hint=error.hint)

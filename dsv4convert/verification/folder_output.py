@@ -14,7 +14,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
-from ..errors import ConfigError, InputMissingError, UnsupportedError
+from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
 from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
 from ..model.parallel import SHARD_NAME
@@ -456,7 +456,7 @@ def check_config(folder: Path, expected_of: Callable[[Mapping[str, Any]], Mappin
     path = folder / CONFIG_NAME
     try:
         found = read_json_object(path)
-    except (ConfigError, InputMissingError) as error:
+    except (ConfigError, InputMissingError, InputOutputError) as error:
         report.problem(FILE, path, str(error))
         return
     expected = expected_of(found)
@@ -483,7 +483,7 @@ def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterab
     path = folder / INFERENCE_CONFIG_NAME
     try:
         found = read_json_object(path)
-    except (ConfigError, InputMissingError) as error:
+    except (ConfigError, InputMissingError, InputOutputError) as error:
         report.problem(FILE, path, str(error))
         return
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
@@ -617,7 +617,7 @@ def _check_quant_config(folder: Path, pieces: list[Piece], report: Report) -> No
         return
     try:
         found = read_json_object(path)
-    except (ConfigError, InputMissingError) as error:
+    except (ConfigError, InputMissingError, InputOutputError) as error:
         report.problem(FILE, path, str(error))
         return
     expected = {"producer": MODELOPT_PRODUCER, "quantization": _modelopt_quantization(pieces)}

@@ -13,7 +13,8 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.gguf import GgufModelFile, GgufTensor
 from ..containers.imatrix import Entry, Imatrix
-from ..errors import InputOutputError, InventoryError, UnsupportedError
+from ..containers.untrusted import open_regular
+from ..errors import InputOutputError, InventoryError, UnsupportedError, not_read
 from ..formats.ggml_types import QUANTISED
 from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
@@ -440,7 +441,7 @@ def check_padding(model: GgufModelFile, report: Report) -> None:
 def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
     """Yield the first position from ``start`` to ``stop`` that is not zero, if there is one."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
             while start < stop:
                 chunk = file.read(min(CHUNK_BYTES, stop - start))
@@ -451,7 +452,7 @@ def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
                     return
                 start += len(chunk)
     except OSError as error:
-        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
 
 
 def check_split_keys(model: GgufModelFile, report: Report) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored, tensor_at
 from ..containers.sources import SequentialReader, at
-from ..errors import InputMissingError, InputOutputError, InventoryError
+from ..errors import InputOutputError, InventoryError, not_read
 from ..formats.ggml_types import BY_NAME, QUANTISED
 from .numbers import BLOCK, E4M3, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
 
@@ -434,10 +434,8 @@ def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], column
                     _fill(descriptor, memoryview(out[number].data).cast("B"), start, file)
         finally:
             os.close(descriptor)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=file) from None
     except OSError as error:
-        raise InputOutputError(f"cannot be read ({error.strerror})", where=file) from None
+        raise not_read(file, error) from None
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dsv4convert.errors import ReportError
+from dsv4convert.errors import InputOutputError, ReportError
 
 from ..command_line import run_cli
 from ..engine.restricted import heed_permissions
@@ -150,6 +150,24 @@ def damages(source: Path) -> Iterator[tuple[str, bytes]]:
     for name in ("config.json", "tokenizer.json", "README.md", "chat_template.jinja", "model.safetensors.index.json"):
         for content in (b"", b"\0" * 64, b"\xff\xfe{}", b'{"a\0": 1}', b'{"\\ud800": "\\udc00"}', b"[[]]"):
             yield name, content
+
+
+def test_files_of_a_model_that_may_not_be_read(command: str, walk: Walk, tmp_path: Path) -> None:
+    """They are not missing: the system refused, whichever file it is. Some commands do not read all files."""
+    for name, value in GIVEN[command].items():
+        if value in MODELS:
+            source = shutil.copytree(walk.places[str(value).strip("{}")], tmp_path / name)
+            runs = unreadable(source, lambda: walk.words(command, **{name: str(source)}))  # noqa: B023
+            assert in_child(runs, heed_permissions, (0, InputOutputError.exit_code)) == []
+
+
+def unreadable(source: Path, words: Callable[[], list[str]]) -> Iterator[list[str]]:
+    """Yield the words of a command while the folder may not be entered, and while each of its files may not be read."""
+    for path in (source, *sorted(source.iterdir())):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        yield words()
+        path.chmod(mode)
 
 
 def dumped(document: Any) -> bytes:

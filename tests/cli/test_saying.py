@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4convert.errors import InputMissingError, ReportError, VerifyError
+from dsv4convert.errors import InputOutputError, ReportError, VerifyError
 
 from ..command_line import run_cli
 from ..engine.restricted import heed_permissions
@@ -116,7 +116,7 @@ def test_a_folder_that_may_not_be_entered_is_named(tiny: Path, tmp_path: Path) -
     words = ["hf-to-gguf", locked, tmp_path / "out.gguf"]
     done = program(*words, shell="{}", cwd=Path("/"), preexec_fn=heed_permissions)
     locked.chmod(0o700)
-    assert done.returncode == InputMissingError.exit_code
+    assert done.returncode == InputOutputError.exit_code
     assert done.stderr.startswith(f"error: {locked}")
     assert "permission denied" in done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -215,7 +215,8 @@ def test_an_importance_matrix_takes_nobody_elses_temporary_file(tiny: Path, tmp_
         assert partial.read_bytes() == content
     partial.unlink()
     assert run_cli(*words).code == 0
-    out.rename(partial)  # as a killed run of the same command leaves it
+    assert run_cli(*words, "--process-output", "--overwrite").code == 0
+    out.rename(partial)  # as a killed run of the command leaves it, or the older file that it was to replace
     assert run_cli(*words).code == 0
     tokenizer = shutil.copytree(tiny, tmp_path / "tokenizer") / "tokenizer.json"
     words[-1] = tokenizer

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -164,8 +164,13 @@ def program(*arguments: object, shell: str, cwd: Path, **options: Any) -> subpro
     )
 
 
-def in_child(runs: Iterable[list[str]], prepare: Callable[[], object] = lambda: None) -> list[str]:
-    """Run commands one by one in a forked child, ``prepare`` first; return what was not one line of ours, with why."""
+def in_child(
+    runs: Iterable[list[str]], prepare: Callable[[], object] = lambda: None, codes: Collection[int] = range(INTERNAL)
+) -> list[str]:
+    """Run commands one by one in a forked child, ``prepare`` first; return what was not one line of ours, with why.
+
+    ``codes`` are the exit codes with which they may end.
+    """
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
@@ -174,7 +179,7 @@ def in_child(runs: Iterable[list[str]], prepare: Callable[[], object] = lambda: 
             os.closerange(RESULT_DESCRIPTOR + 1, HIGHEST_DESCRIPTOR)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
             prepare()
-            wrong = [why for words in runs if (why := wrong_with(words))]
+            wrong = [why for words in runs if (why := wrong_with(words, codes))]
         except BaseException:  # noqa: BLE001 - told to the parent
             wrong = [traceback.format_exc()]
         with open(RESULT_DESCRIPTOR, "wb") as pipe:
@@ -192,8 +197,8 @@ class _SlowError(BaseException):
     """A command hangs."""
 
 
-def wrong_with(words: list[str]) -> str | None:
-    """Run a command; return what is wrong about how it ended: neither success nor one line with a code of ours."""
+def wrong_with(words: list[str], codes: Collection[int]) -> str | None:
+    """Run a command; return what is wrong about how it ended: neither success nor one line, or not one of ``codes``."""
 
     def alarm(number: int, frame: object) -> None:
         raise _SlowError
@@ -204,7 +209,7 @@ def wrong_with(words: list[str]) -> str | None:
         result = run_cli(*words)
         if result.code:
             assert result.error
-            assert result.code < INTERNAL, result.error
+        assert result.code in codes, f"exit code {result.code}: {result.err}"
     except (AssertionError, _SlowError) as error:
         return f"{words}: {type(error).__name__} {str(error)[:600]}"
     finally:

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ...containers.untrusted import open_regular
 from ...containers.wide_scales import read_wide, wide_bits
-from ...errors import FileFormatError, InputMissingError, InputOutputError
+from ...errors import FileFormatError, InputOutputError, not_read
 from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
 from ...formats.e2m1 import fp4_to_f32
@@ -260,12 +261,10 @@ def _present(scales: Array | None, matrix: Matrix) -> Array:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             yield file
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
     except OSError as error:
-        raise InputOutputError(f"cannot be read ({error.strerror})", where=path) from None
+        raise not_read(path, error) from None
 
 
 def _read(file: BinaryIO, matrix: Matrix | Scale | Zero | Factor, offset: int, nbytes: int) -> Array:
@@ -294,7 +293,7 @@ def _gather_scales(scale: Scale, indices: Array) -> Array:
 def _mapped(path: Path, offset: int, shape: tuple[int, int]) -> Array:
     try:
         return np.memmap(path, np.uint8, "r", offset, shape)
-    except FileNotFoundError:
-        raise InputMissingError("no such file", where=path, hint="is the download complete?") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise not_read(path, error) from None
+    except ValueError as error:
         raise InputOutputError(f"cannot be read ({error})", where=path) from None

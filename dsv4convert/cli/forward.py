@@ -310,25 +310,27 @@ def compare(
 
         replaced = check_picture(plot, filter(None, (a, b, tokenizer, chat)), overwrite=overwrite)
     comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
-    if plot is not None:
-        plot_errors(comparison, tolerance, plot, replaced)
     beyond = comparison.first_beyond(tolerance, median)
     with report_before_verdict(beyond is None):
-        if as_json:
-            print_json(
-                {
-                    "a": str(a),
-                    "b": str(b),
-                    "tolerance": tolerance,
-                    "by": "median position" if median else "all positions",
-                    "within": beyond is None,
-                    "first_beyond": None if beyond is None else beyond.name,
-                    "worst": comparison.worst(median).name,
-                    **comparison.as_json(),
-                }
-            )
-        else:
-            print_blocks(_describe(comparison))
+        try:
+            if as_json:
+                print_json(
+                    {
+                        "a": str(a),
+                        "b": str(b),
+                        "tolerance": tolerance,
+                        "by": "median position" if median else "all positions",
+                        "within": beyond is None,
+                        "first_beyond": None if beyond is None else beyond.name,
+                        "worst": comparison.worst(median).name,
+                        **comparison.as_json(),
+                    }
+                )
+            else:
+                print_blocks(_describe(comparison))
+        finally:
+            if plot is not None:
+                plot_errors(comparison, tolerance, plot, replaced)
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 

@@ -34,11 +34,13 @@ def inspect(path: Path, index: str, report: Path | None, overwrite_page: bool, a
 
     replaced = check_page(report, overwrite=overwrite_page, inputs=[path])
     description = inspect_path(path, index=index)
-    write_page(report, "inspect", path, description.as_json(), replaced)
-    if as_json:
-        print_json(description.as_json())
-    else:
-        print_blocks(describe(description))
+    try:
+        if as_json:
+            print_json(description.as_json())
+        else:
+            print_blocks(describe(description))
+    finally:
+        write_page(report, "inspect", path, description.as_json(), replaced)
 
 
 def describe(found: Description) -> Iterator[Block]:

@@ -14,6 +14,7 @@ from ..errors import (
     FileFormatError,
     InputMissingError,
     InputOutputError,
+    OutputExistsError,
     ReportError,
     SpaceError,
     UsageError,
@@ -136,12 +137,19 @@ def report_of_done_work() -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_before_verdict(ok: bool) -> Iterator[None]:
-    """Tell what a check found; where that is wrong, an error follows on stderr and counts more than a lost report."""
+    """Tell what a check found; where that is wrong, an error follows on stderr and counts more than a lost report.
+
+    So it does more than a page or a picture that cannot be written, which is noted.
+    """
     try:
         yield
     except (ReportError, BrokenPipeError):
         if ok:
             raise
+    except (InputOutputError, OutputExistsError, SpaceError) as error:
+        if ok:
+            raise
+        say(f"note: {error}")
 
 
 def unimportant(update: Callable[[int, int], None], lost: list[str]) -> Callable[[int, int], None]:

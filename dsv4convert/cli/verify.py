@@ -115,7 +115,8 @@ def verify(
     from .report import print_json, progress_display
     from .tables import print_blocks
 
-    replaced = check_page(report, overwrite=overwrite_page, inputs=[source, out], outputs=[out])
+    inputs = [path for path in (source, out, imatrix, ggml_lib, graft_draft) if path is not None]
+    replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
     with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_output(
             source,
@@ -132,12 +133,14 @@ def verify(
             threads=threads,
             progress=progress,
         )
-    write_page(report, "verify", out, found.as_json(), replaced)
     with report_before_verdict(found.ok):
-        if as_json:
-            print_json(found.as_json())
-        elif not quiet:
-            print_blocks(describe(found))
+        try:
+            if as_json:
+                print_json(found.as_json())
+            elif not quiet:
+                print_blocks(describe(found))
+        finally:
+            write_page(report, "verify", out, found.as_json(), replaced)
     if not found.ok:
         first = found.problems[0]
         more = f" (and {len(found.problems) - 1} more problems)" if found.problems[1:] else ""

@@ -227,6 +227,14 @@ def _open_split(path: Path, stem: str, count: int, allow_cut: bool) -> GgufModel
     return GgufModelFile(tuple(parts), tensors)
 
 
+def paths_of_set(path: Path) -> list[Path]:
+    """Return the paths of the split set that ``path`` is one file of by its name, none where it is none."""
+    found = SPLIT_FILE.fullmatch(path.name)
+    count = 0 if found is None else int(found["count"])
+    stem = "" if found is None else found["stem"]
+    return [path.with_name(SPLIT_NAME.format(stem=stem, number=n + 1, count=count)) for n in range(count)]
+
+
 def read_gguf_part(path: Path, *, allow_cut: bool = False) -> GgufPart:
     """Read the header of one GGUF file, whatever set it belongs to; ``allow_cut`` as for ``open_gguf``.
 

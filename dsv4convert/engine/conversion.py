@@ -358,7 +358,7 @@ def check_sources_stay(plan: Plan, fingerprint: dict[str, Any], outputs: Outputs
 
 
 def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked: Collection[Path] = ()) -> None:
-    """Check that no name that is written stands for an input, or for a file in a folder that is one.
+    """Check that no name that is written stands for an input, a file in a folder that is one, or one of its split set.
 
     Links are followed on both sides, and files compared by device and inode; ``unlinked`` names lose their link alone,
     so another name of an input may be among them.
@@ -367,10 +367,12 @@ def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked:
         UsageError: one does.
         InputOutputError: an input cannot be looked at.
     """
+    from ..containers.gguf import paths_of_set
+
     known: dict[tuple[int, int], list[Path]] = {}
     for given in inputs:
         with os_errors(given, "read"):
-            for path in (given, *(given.iterdir() if given.is_dir() else ())):
+            for path in (given, *(given.iterdir() if given.is_dir() else paths_of_set(given))):
                 if (status := _status(path)) is not None:
                     known.setdefault((status.st_dev, status.st_ino), []).append(path)
     for path in written:

@@ -14,13 +14,13 @@ from ..containers.gguf import (
     SCALARS,
     SPLIT_COUNT,
     SPLIT_FILE,
-    SPLIT_NAME,
     SPLIT_NO,
     SPLIT_TENSORS,
     STRING,
     GgufModelFile,
     GgufPart,
     open_gguf,
+    paths_of_set,
     read_gguf_part,
 )
 from ..containers.gguf_write import KeyValue
@@ -66,7 +66,7 @@ def plan_of_merged(source: Path, out: Path) -> Plan | None:
     The output is whole then, and every file that is left was used up. The first one, which goes last, has the keys;
     once it is gone too, the output's manifest says of which files it was made.
     """
-    paths = _paths_of_set(Path(os.path.abspath(source)))
+    paths = paths_of_set(Path(os.path.abspath(source)))
     left = [path for path in paths if os.path.lexists(path)]
     if len(left) == len(paths) or (left and left[0] != paths[0]):
         return None
@@ -118,7 +118,7 @@ def remove_parts(plan: Plan) -> None:
         FileFormatError: something else stands under the name of a file; it is left as it is.
         InputOutputError: the system refused.
     """
-    paths = _paths_of_set(plan.source) if plan.consumes else []
+    paths = paths_of_set(plan.source) if plan.consumes else []
     used_up = [_used_up(path, number, len(paths)) for number, path in enumerate(paths)]
     for path in paths[:1]:
         remove_manifest(manifest_of(path))
@@ -153,14 +153,6 @@ def _used_up(path: Path, number: int, count: int) -> Identity | None:
 
 def _is_used_up(part: GgufPart) -> bool:
     return not part.tensors or part.nbytes <= part.data_start
-
-
-def _paths_of_set(path: Path) -> list[Path]:
-    """Return the paths of the split set that ``path`` is one file of, none where it is none."""
-    found = SPLIT_FILE.fullmatch(path.name)
-    count = 0 if found is None else int(found["count"])
-    stem = "" if found is None else found["stem"]
-    return [path.with_name(SPLIT_NAME.format(stem=stem, number=n + 1, count=count)) for n in range(count)]
 
 
 def key_values(model: GgufModelFile) -> list[KeyValue]:

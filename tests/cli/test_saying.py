@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from dsv4convert.errors import InputOutputError, ReportError, VerifyError
+from dsv4convert.errors import InputOutputError, ReportError, SpaceError, VerifyError
 
 from ..command_line import run_cli
 from ..engine.restricted import heed_permissions
@@ -73,6 +76,36 @@ def test_a_difference_counts_more_than_a_report_that_cannot_be_told(tiny: Path, 
         done = program(*words, shell="{} >/dev/full", cwd=tmp_path)
         assert done.returncode == VerifyError.exit_code
         assert "differs from the" in done.stderr
+
+
+def test_a_page_or_a_picture_that_cannot_be_written_does_not_cost_what_was_found(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf, page, plot = tmp_path / "model.gguf", tmp_path / "page.html", tmp_path / "plot.png"
+    assert run_cli("hf-to-gguf", tiny, gguf).code == 0
+    compared = ["compare", tiny, gguf, "--tokens", "1,2", "--plot", plot, "--overwrite", "--tolerance"]
+    for words, code in (
+        (["verify", tiny, gguf, "--report", page, "--overwrite"], 0),
+        (["inspect", gguf, "--report", page, "--overwrite"], 0),
+        ([*compared, "1"], 0),
+        ([*compared, "0"], VerifyError.exit_code),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("dsv4convert.engine.outputs.write_all", full_disk)
+            lost = run_cli(*words, "--json")
+        assert lost.code == (code or SpaceError.exit_code)
+        assert "cannot be written (No space left on device)" in lost.err
+        good = run_cli(*words, "--json")
+        assert good.code == code
+        assert json.loads(lost.out).keys() == json.loads(good.out).keys()
+    page.unlink()
+    words = ["verify", tiny, gguf, "--report", page]
+    assert program(*words, shell="{} >&-", cwd=tmp_path).returncode == REPORT
+    assert page.exists()
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ---- results beside an output
@@ -185,6 +218,23 @@ def test_a_picture_of_an_estimate_replaces_no_input_and_no_older_file_unasked(ti
     for words in (["estimate", tiny], ["compare", tiny, tiny, "--tokens", "no tokens"]):
         assert "--plot: not a picture format" in run_cli(*words, "--plot", tmp_path / "plot.txt").error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "routing.png"]
+
+
+def test_a_page_or_a_picture_replaces_no_file_of_a_split_set_and_no_second_input(tiny: Path, tmp_path: Path) -> None:
+    assert run_cli("hf-to-gguf", tiny, tmp_path / "part.gguf", "--split-max-tensors", "50").code == 0
+    first, second, *_ = sorted(tmp_path.glob("part-*.gguf"))
+    for name in ("page.html", "plot.png", "logits.npy"):
+        (tmp_path / name).hardlink_to(second)
+    page, plot, logits = (tmp_path / name for name in ("page.html", "plot.png", "logits.npy"))
+    for words in (
+        ["inspect", first, "--report", page],
+        ["estimate", first, "--plot", plot],
+        ["forward", first, "--tokens", "1", "--logits", logits],
+        ["compare", first, tiny, "--tokens", "1", "--plot", plot],
+        ["verify", tiny, tiny, "--imatrix", second, "--report", page],
+        ["verify", tiny, tiny, "--ggml-lib", second, "--report", page],
+    ):
+        assert "the output would replace a file of the source" in run_cli(*words, "--overwrite").error
 
 
 def test_results_lie_in_no_finished_output(tiny: Path, tmp_path: Path) -> None:

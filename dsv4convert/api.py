@@ -246,13 +246,13 @@ def merge(
         Dsv4Error: see ``convert_gguf``.
     """
     from .containers.sources import is_address
+    from .engine.conversion import check_not_both, summarize_finished
     from .targets.merge import plan_merge, plan_of_merged, remove_parts
 
-    if delete_parts and resume and not (fresh or dry_run or is_address(os.fspath(source))):
+    check_not_both(resume=resume, fresh=fresh)
+    if delete_parts and resume and not (dry_run or is_address(os.fspath(source))):
         merged = plan_of_merged(Path(source), Path(out))
         if merged is not None:
-            from .engine.conversion import summarize_finished
-
             _check_threads(threads)
             remove_parts(merged)
             return summarize_finished(merged, threads)

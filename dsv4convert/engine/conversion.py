@@ -121,10 +121,7 @@ def execute(
         SpaceError: no room.
         Dsv4Error: see ``run_plan``.
     """
-    if resume and fresh:
-        raise UsageError(
-            "--resume and --fresh exclude each other", hint="--resume continues the work, --fresh discards the work"
-        )
+    check_not_both(resume=resume, fresh=fresh)
     threads = default_threads(plan) if threads is None else threads
     codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
@@ -172,6 +169,18 @@ def execute(
             raise
         journal.remove()
     return summarize(plan, report)
+
+
+def check_not_both(*, resume: bool, fresh: bool) -> None:
+    """Check that a run is not told to go on and to start over.
+
+    Raises:
+        UsageError: it is.
+    """
+    if resume and fresh:
+        raise UsageError(
+            "--resume and --fresh exclude each other", hint="--resume continues the work, --fresh discards the work"
+        )
 
 
 def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:

@@ -245,6 +245,8 @@ def test_a_run_that_dies_after_the_last_removal_has_done_its_work(
     source, out = parts[0].relative_to(tmp_path), Path("merged.gguf")
     merge(source, out, delete_parts=True)
     assert merge(source, out, delete_parts=True, resume=True).resumed_bytes == out.stat().st_size
+    with pytest.raises(UsageError, match="exclude each other"):
+        merge(source, out, delete_parts=True, resume=True, fresh=True)
     for other in ({"delete_parts": True}, {"resume": True}, {"delete_parts": True, "resume": True, "dry_run": True}):
         with pytest.raises(InputMissingError):
             merge(source, out, **other)  # type: ignore[arg-type]

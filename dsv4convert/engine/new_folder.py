@@ -58,7 +58,7 @@ class NewFolder:
                 raise OutputExistsError("already exists and is no folder", where=path, hint="choose another name")
             check_no_mount_point(path)
             held = held_in(path)
-            strange = sorted(name for name in held if (path / name).is_dir() or not self._may_hold(name))
+            strange = sorted(name for name in held if (path / name).is_dir() or "/" in name or not self._may_hold(name))
             if strange or (held and self._must_hold not in held):
                 why = f"contains {strange[0]}" if strange else f"has no {self._must_hold}"
                 raise OutputExistsError(

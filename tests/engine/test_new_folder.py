@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def stop_with_a_strangers_folder(out: Path) -> None:
     with NewFolder(out, MUST_HOLD, lambda name: name.endswith(".json"), overwrite=True).written() as folder:
         (folder / MUST_HOLD).write_text("new")
         (folder / "sub").mkdir()
+        (folder / "sub" / "thesis.json").write_text("three years of work")
         raise OutputExistsError("stopped")
 
 
@@ -73,9 +75,11 @@ def test_what_joins_the_older_or_the_unfinished_folder_stays(tmp_path: Path) -> 
         (folder / "thesis").unlink()
     with pytest.raises(OutputExistsError, match="stopped"):
         stop_with_a_strangers_folder(out)
-    assert (partial / "sub").is_dir()
+    assert (partial / "sub" / "thesis.json").read_text() == "three years of work"
     assert texts(out) == {"old"}
-    (partial / "sub").rmdir()
+    with pytest.raises(OutputExistsError, match="not replaced: contains sub/thesis"):
+        write(out, "new")
+    shutil.rmtree(partial / "sub")
     with pytest.raises(OutputExistsError, match="out: already exists; pass --overwrite"):
         write(out, "new", overwrite=False)
     write(out, "new")

@@ -184,11 +184,12 @@ class Case:
                 time.sleep(rng.uniform(0, NUDGE_SECONDS))
                 how = rng.random()
                 if how < 0.5:
-                    files = [path for path in (disk / OUT).rglob("*") if path.is_file()]
-                    with contextlib.suppress(OSError), rng.choice(files).open("rb") as written:
-                        libc.sync_file_range(
-                            written.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE
-                        )
+                    with contextlib.suppress(OSError):  # what the child has removed meanwhile
+                        files = [path for path in (disk / OUT).rglob("*") if path.is_file()]
+                        with rng.choice(files).open("rb") as written:
+                            libc.sync_file_range(
+                                written.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE
+                            )
                 elif how < 0.9:
                     file.write(b".")
                     os.fsync(file.fileno())  # ends a transaction of the journal, whatever else is in it

@@ -18,7 +18,7 @@ from .histories import KILL, KINDS, Deed, World
 
 # More in a long run: DSV4_HISTORIES=10000.
 HISTORIES = int(os.environ.get("DSV4_HISTORIES", "500"))
-RUNS = 4
+STEPS = 4
 MEMORY = Path("/dev/shm")
 
 deeds = st.dictionaries(
@@ -48,7 +48,11 @@ class History(RuleBasedStateMachine):
         overwrite=st.booleans(),
     )
     def run(self, deeds: dict[int, Deed], stop_after: int | None, how: str, overwrite: bool) -> None:
-        self.world.run(deeds, stop_after, resume=how == "resume", fresh=how == "fresh", overwrite=overwrite)
+        self.carry_out(deeds, stop_after, resume=how == "resume", fresh=how == "fresh", overwrite=overwrite)
+
+    def carry_out(self, deeds: dict[int, Deed], stop_after: int | None, **options: bool) -> str:
+        """Run among ``deeds``; return how the run ended."""
+        return self.world.run(deeds, stop_after, **options)
 
     @rule(deed=st.builds(Deed, st.sampled_from(KINDS), st.integers(0, 20)))
     def between_runs(self, deed: Deed) -> None:
@@ -77,12 +81,17 @@ class History(RuleBasedStateMachine):
         raise AssertionError(f"the errors lead nowhere: {said}")
 
 
+def settings_for(histories: int, steps: int = STEPS, *, derandomize: bool = False) -> settings:
+    """Return Hypothesis's settings for so many histories, of up to so many runs and deeds between them."""
+    return settings(
+        max_examples=histories,
+        stateful_step_count=steps,
+        deadline=None,
+        derandomize=derandomize,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
 TestHistories = History.TestCase
-TestHistories.settings = settings(
-    max_examples=HISTORIES,
-    stateful_step_count=RUNS,
-    deadline=None,
-    derandomize="DSV4_HISTORIES" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestHistories.settings = settings_for(HISTORIES, derandomize="DSV4_HISTORIES" not in os.environ)

@@ -434,7 +434,7 @@ def convert_mlx(
 ) -> Summary:
     """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
 
-    ``dense`` is the form of FP8 weights, "mxfp8" or "bf16"; FP4 weights become mxfp4.
+    ``dense`` is the form of FP8 weights, "mxfp8", "affine8" or "bf16"; FP4 weights become mxfp4.
 
     Raises:
         LossyError: a scale of FP8 that no E8M0 byte stands for, with "mxfp8".

@@ -248,6 +248,19 @@ class ToFp4Scales:
     block: Block | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ToAffine:
+    """A part of MLX's affine mode of eight bits: elements are decoded to BF16 first; operands are those of ``Convert``.
+
+    ``group`` elements of a row share a scale and a bias.
+    """
+
+    part: Literal["codes", "scales", "biases"]
+    source: Source
+    block: Block | None
+    group: int
+
+
 Operation: TypeAlias = (
     Copy
     | Keep
@@ -271,6 +284,7 @@ Operation: TypeAlias = (
     | ToFp8Scales
     | ToFp4Codes
     | ToFp4Scales
+    | ToAffine
 )
 
 COPY, KEEP, JOIN, ALL_EQUAL = Copy(), Keep(), Join(), AllEqual()

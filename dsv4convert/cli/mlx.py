@@ -23,11 +23,12 @@ from .parsing import CONVERT, TYPES, command, option
 @out_folder_argument
 @option(
     "--dense",
-    type=click.Choice(["mxfp8", "bf16"]),
+    type=click.Choice(["mxfp8", "affine8", "bf16"]),
     default="mxfp8",
     show_default=True,
     panel=TYPES,
-    help="Form of FP8 weights: mxfp8, which holds the same codes, or bf16. FP4 weights become mxfp4.",
+    help="Form of FP8 weights: mxfp8, which holds the same codes; affine8, rounded as MLX's own quantiser does; or "
+    "bf16. FP4 weights become mxfp4.",
 )
 @max_tensor_file_size_option
 @index_option

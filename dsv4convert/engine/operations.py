@@ -21,6 +21,7 @@ from ..formats.e8m0 import e8m0_to_f32, power_of_two_bytes, spread_scales
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
 from ..formats.int4 import int4_to_float, unpack_zeros
+from ..formats.mlx_affine import bf16_to_affine8
 from ..formats.nvfp4 import largest_scale, second_scale
 from ..plan import (
     AllEqual,
@@ -48,6 +49,7 @@ from ..plan import (
     SquaredWeights,
     Sums,
     Target,
+    ToAffine,
     ToFp4Codes,
     ToFp4Scales,
     ToFp8Codes,
@@ -78,7 +80,7 @@ DTYPES: Mapping[Target, type[np.generic]] = {
 _Scaled: TypeAlias = Callable[[Codecs], ScaledCodec]
 _Plain: TypeAlias = Callable[[Codecs], PlainCodec]
 # Operations that may decode their operands to float32 first.
-_Decoded: TypeAlias = Convert | Quantise | ToFp4Codes | ToFp4Scales
+_Decoded: TypeAlias = Convert | Quantise | ToFp4Codes | ToFp4Scales | ToAffine
 
 SCALED: Mapping[tuple[Source, Target], _Scaled] = {
     ("fp4", "f32"): lambda codecs: codecs.fp4_to_f32,
@@ -182,10 +184,38 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             codecs.f32_to_fp4(as_f32(operation, codecs, inputs, scratch, Tally()), out, scratch, tally)
         case ToFp4Scales():
             codecs.f32_to_fp4_scales(as_f32(operation, codecs, inputs, scratch, Tally()), out, scratch, tally)
+        case ToAffine():
+            halves = _bf16(operation, codecs, inputs, scratch)
+            made = out if operation.part == "codes" else out.view(np.uint16)
+            bf16_to_affine8(halves, operation.group, operation.part, made, scratch, tally)
         case Copy():
             raise TypeError("a copy has no tiles: the worker moves its bytes")
         case _:
             _never(operation)
+
+
+def _bf16(operation: ToAffine, codecs: Codecs, inputs: Inputs, scratch: Scratch) -> NDArray[np.uint16]:
+    """Return elements as bfloat16 bits [rows, columns].
+
+    Raises:
+        LossyError: one is NaN or infinite.
+    """
+    source, values = operation.source, inputs[0]
+    bits: NDArray[np.uint16] = scratch.array("bf16", values.shape, np.uint16)
+    if source == "bf16":
+        np.copyto(bits, values)
+    elif (source, "bf16") in SCALED:
+        SCALED[source, "bf16"](codecs)(values, inputs[1], _block(operation), bits, scratch, Tally())
+    else:
+        PLAIN[source, "bf16"](codecs)(values, bits, scratch, Tally())
+    magnitudes = scratch.array("magnitudes", (bits.nbytes,), np.uint8)
+    if codecs.count_not_finite("BF16", bits.view(np.uint8).reshape(-1), magnitudes):
+        raise LossyError(
+            "a NaN or infinite value cannot be quantised",
+            expected="finite values",
+            hint="run dsv4convert check on the source, which names the tensors",
+        )
+    return bits
 
 
 def _count(codecs: Codecs, holds: str, rows: Bytes, scratch: Scratch, tally: Tally) -> None:
@@ -212,6 +242,8 @@ def divides_blocks(operation: Operation) -> bool:
         return operation.source == "fp8"
     if isinstance(operation, Quantise) and operation.source == "int4":
         return False  # a word of zero points is for eight rows
+    if isinstance(operation, ToAffine):
+        return True
     return isinstance(operation, Beside | Quantise | Fp4ToNvfp4Codes | Fp4ToNvfp4Scales)
 
 

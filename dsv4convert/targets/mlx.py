@@ -8,27 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint
-from ..checkpoint.weights import FP4_BLOCK, Encoding, Weight
+from ..checkpoint.weights import FLOAT_ENCODINGS, FP4_BLOCK, Encoding, Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored
 from ..errors import InventoryError, UnsupportedError, check_choice
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
+from ..formats.mlx_affine import Part as AffinePart
 from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
-from ..plan import Dropped, OutputFile, OutputTensor, Plan, Segment, SpreadScales
+from ..plan import Dropped, OutputFile, OutputTensor, Plan, Segment, SpreadScales, ToAffine
 from .claims import Claims
 from .companions import auxiliary_files, check_apart
 from .drafts import DROP, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, SAFETENSORS_DTYPE, hf_files, json_file
 from .output_config import QUANTIZATION_KEYS
 from .safetensors_files import unplaced_tensor
-from .segments import BF16, I32, check_stored, convert_segments, copy_segments, join_segments, scale_operand
+from .segments import (
+    BF16,
+    I32,
+    SOURCES,
+    check_stored,
+    convert_segments,
+    copy_segments,
+    join_segments,
+    operands,
+    scale_operand,
+)
 
 MLX = "mlx"
 
 # What becomes of FP8 weights.
 MXFP8 = "mxfp8"
-DENSE_FORMS = (MXFP8, "bf16")
+AFFINE8 = "affine8"
+DENSE_FORMS = (MXFP8, AFFINE8, "bf16")
+# Elements of a row that share a scale and a bias in the affine mode, the first that divides a row.
+AFFINE_GROUPS = (64, 32)
+AFFINE_BITS = 8
 
 # Elements of a row that share one scale in MLX's mxfp4 and mxfp8.
 GROUP_SIZE = 32
@@ -41,6 +56,7 @@ DEFAULT_MODE = {"group_size": 64, "bits": 8, "mode": "affine"}
 DRAFT_REASON = "mlx-vlm keeps drafts in folders of their own"
 
 WORD_BYTES = 4
+AFFINE_PARTS: tuple[AffinePart, ...] = ("codes", "scales", "biases")
 CODE_BITS = {Encoding.FP4: 4, Encoding.FP8: 8}
 # What is stored without scales and not in its own type.
 PLAIN_TYPES = {Encoding.FP8: BF16, Encoding.I64: I32}
@@ -67,7 +83,8 @@ def plan_mlx(
 ) -> Plan:
     """Plan ``mlx``: the folder ``out`` with the weights of ``source`` under mlx-vlm's names, in MLX's types.
 
-    ``dense`` is what becomes of FP8 weights: "mxfp8", which holds their very codes, or "bf16".
+    ``dense`` is what becomes of FP8 weights: "mxfp8", which holds their very codes, "affine8", to which floats that are
+    published as FP8 are rounded, too, or "bf16".
 
     Raises:
         UsageError: an unknown ``dense``, or folders that overlap.
@@ -133,6 +150,10 @@ def mlx_tensors(checkpoint: Checkpoint, dense: str) -> MlxTensors:
                     "bits": CODE_BITS[first.encoding],
                     "mode": MODES[first.encoding],
                 }
+        elif dense == AFFINE8 and _is_affine(first):
+            group = _affine_group(first)
+            tensors += _affine(name, weights, shape, group)
+            modes[name.removesuffix(".weight")] = {"group_size": group, "bits": AFFINE_BITS, "mode": "affine"}
         else:
             tensors.append(_plain(name, weights, shape))
     return MlxTensors(tensors, modes, claims.close())
@@ -150,6 +171,51 @@ def _packed(name: str, weights: Sequence[Weight], shape: tuple[int, ...]) -> lis
         unplaced_tensor(name, "U32", (*shape[:-1], words), codes),
         unplaced_tensor(f"{name.removesuffix('weight')}scales", "U8", (*shape[:-1], shape[-1] // GROUP_SIZE), scales),
     ]
+
+
+def _is_affine(weight: Weight) -> bool:
+    """Return whether ``--dense affine8`` rounds a weight: FP8, and floats that are published as FP8 or FP4."""
+    if weight.row.store not in (Store.DENSE, Store.EXPERT):
+        return False
+    return weight.encoding is Encoding.FP8 or weight.encoding in FLOAT_ENCODINGS
+
+
+def _affine_group(weight: Weight) -> int:
+    """Return how many elements of a row share a scale and a bias.
+
+    Raises:
+        UnsupportedError: no group divides its rows.
+    """
+    columns = weight.shape[-1]
+    for group in AFFINE_GROUPS:
+        if columns % group == 0:
+            return group
+    raise UnsupportedError(
+        f"tensor {weight.name}: the affine mode cannot hold its rows",
+        where=weight.stored.file,
+        expected=f"rows of a multiple of {AFFINE_GROUPS[-1]}",
+        got=columns,
+        hint="pass --dense bf16",
+    )
+
+
+def _affine(name: str, weights: Sequence[Weight], shape: tuple[int, ...], group: int) -> list[OutputTensor]:
+    """Return the words [.., out, in / 4], scales and biases [.., out, in / group] of weights in the affine mode."""
+    stem = name.removesuffix("weight")
+    of = {part: join_segments([_affine_segments(weight, part, group) for weight in weights]) for part in AFFINE_PARTS}
+    per_group = (*shape[:-1], shape[-1] // group)
+    return [
+        unplaced_tensor(name, "U32", (*shape[:-1], shape[-1] // WORD_BYTES), of["codes"]),
+        unplaced_tensor(f"{stem}scales", "BF16", per_group, of["scales"]),
+        unplaced_tensor(f"{stem}biases", "BF16", per_group, of["biases"]),
+    ]
+
+
+def _affine_segments(weight: Weight, part: AffinePart, group: int) -> Sequence[Segment]:
+    rows, columns = weight.shape
+    row_bytes = columns if part == "codes" else columns // group * BF16.nbytes
+    operation = ToAffine(part, SOURCES[weight.encoding], weight.block, group)
+    return (Segment(operation, operands(weight), rows, row_bytes),)
 
 
 def _scale_segments(weight: Weight) -> Sequence[Segment]:

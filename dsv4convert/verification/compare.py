@@ -25,6 +25,7 @@ from .numbers import (
     Bits,
     Mask,
     Values,
+    affine8_bits,
     all_conversions,
     bits_of,
     fp4_as_fp8_bits,
@@ -111,7 +112,9 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
         layer=layer_of(source.name),
         nbytes=_nbytes(output, piece.size),
         is_low_bit=is_low_bit,
-        is_measured=is_low_bit or (source.encoding in FLOATS and output.encoding in REQUANTISED),
+        is_measured=is_low_bit
+        or output.encoding == "affine8"
+        or (source.encoding in FLOATS and output.encoding in REQUANTISED),
     )
     cut = _cut(piece, how)
     largest = largest_e8m0(piece.sharing) if piece.sharing else 0
@@ -314,6 +317,8 @@ def _expected(piece: Piece, original: Bits, found: Bits, largest: int) -> tuple[
         return fp4_as_fp8_bits(original, _tile(piece))
     if source == "fp4" and output == "fp4/nv":
         return fp4_as_nvfp4_bits(original, largest)
+    if output == "affine8" and piece.output.scale is not None:
+        return affine8_bits(values_of(source, original), piece.output.scale.block[1]), False
     if output in ("fp8", "fp8/f32", "fp4"):
         values = values_of(source, original)
         if source in SCALED:
@@ -339,8 +344,8 @@ def check_fits(piece: Piece) -> None:
     """
     for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
         inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
-        width = BLOCK if matrix.encoding in PACKED else STORAGE[matrix.encoding][1]
-        blocked = matrix.encoding in (*PACKED, "q8_0", "mxfp4", "nvfp4/e4m3") or matrix.encoding in LOW_BIT
+        width = BLOCK if matrix.encoding in (*PACKED, "affine8") else STORAGE[matrix.encoding][1]
+        blocked = matrix.encoding in (*PACKED, "affine8", "q8_0", "mxfp4", "nvfp4/e4m3") or matrix.encoding in LOW_BIT
         if not inside or (blocked and (at[1] % width or piece.size[1] % width)):
             raise InventoryError(
                 f"tensor {matrix.name}: cannot be compared in parts",

@@ -36,11 +36,12 @@ STORAGE = {
     "fp4/e4m3": (1, 2),
     "nvfp4/e4m3": (36, 64),
     "int4": (1, 2),
+    "affine8": (1, 1),
     "mxfp4": (17, BLOCK),
     "q8_0": (34, BLOCK),
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
-SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4"}
+SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4", "BF16": "<u2"}
 WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2", "F8_E4M3": "<u2"}
 FLOAT_DTYPE = {"BF16>F32": "<u2", "F16>F32": "<f2"}
 # Rows that share a word of zero points.
@@ -65,7 +66,8 @@ class Scale(NamedTuple):
 class Matrix(NamedTuple):
     """A row-major matrix in a file; a vector is one row, a stack of matrices is one above the other.
 
-    ``second`` is the place of the float32 that all scales of NVFP4 are under; ``zero`` that of the zero points of INT4.
+    ``second`` is the place of the float32 that all scales of NVFP4 are under; ``zero`` that of the zero points of INT4,
+    or of the biases of MLX's affine mode, which lie as its scales do.
     """
 
     name: str
@@ -139,6 +141,8 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Store
         encoding = "int4"
     elif scale.dtype == "F32" and scale.wide.startswith(("F8_E4M3*", "F8_E4M3/")):
         encoding = "fp4/f32"
+    elif scale.dtype == "BF16":
+        return "a scale BF16 without a bias"
     elif scale.dtype == "F8_E4M3":
         return "a scale F8_E4M3 without a second scale"
     elif stored.dtype == "F8_E4M3":
@@ -370,6 +374,10 @@ def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
         return _ggml_nvfp4_bits(raw)
     if matrix.encoding == "fp4/f32":
         return _with_scale(matrix, _codes(raw), rows, columns, shift=4)
+    if matrix.encoding == "affine8" and matrix.scale is not None and matrix.zero is not None:
+        biases = matrix.scale._replace(file=matrix.zero.file, offset=matrix.zero.offset)
+        spread = np.repeat(_read_grid(biases, rows, columns).astype(np.uint64), biases.block[1], axis=1)
+        return spread << np.uint64(24) | _with_scale(matrix, raw, rows, columns)
     if matrix.encoding == "int4":
         codes = _codes(raw).astype(np.uint64) | _zeros(matrix, rows, columns) << np.uint64(4)
         return _with_scale(matrix, codes, rows, columns)

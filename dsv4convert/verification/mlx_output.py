@@ -25,7 +25,7 @@ from .folder_output import (
     without_absent_parts,
     without_draft,
 )
-from .matrix import Matrix, as_matrix, stored_matrix, weight_matrix
+from .matrix import Matrix, Scale, as_matrix, stored_matrix, weight_matrix
 from .report import EXTRA, FILE, LAYOUT, MISSING, Report
 
 MLX_METADATA = {"format": "mlx"}
@@ -35,6 +35,8 @@ GROUP = 32
 # What a weight in words is in the published folders' types, by the bits of its codes, and MLX's name for it.
 DTYPE_OF_BITS = {4: "I8", 8: "F8_E4M3"}
 MODE_OF_ENCODING = {"fp4": (4, "mxfp4"), "fp8": (8, "mxfp8")}
+AFFINE_GROUPS = (64, 32)
+AFFINE_SOURCES = ("fp8", "fp8/f32", "bf16", "f16", "f32")
 # What MLX may store a source's encoding as; others stay what they are.
 ALLOWED = {"fp4": ("fp4",), "fp8": ("fp8", "bf16"), "fp8/f32": ("fp8", "bf16"), "i64": ("i32",)}
 
@@ -61,16 +63,21 @@ def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, rep
     modes: dict[str, Any] = {}
     for name, weights in groups.items():
         path = name.removesuffix(".weight")
-        words, scales = left.pop(name, None), left.pop(f"{path}.scales", None)
+        words, scales, biases = (left.pop(part, None) for part in (name, f"{path}.scales", f"{path}.biases"))
         if words is None:
             report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
             continue
         shape = mlx_shape(weights[0].row, weights[0].shape, checkpoint.config.o_groups)
         if weights[0].expert is not None:
             shape = (len(weights), *shape)
-        matrix = _checked(name, words, scales, shape, weights[0], report)
+        if biases is not None:
+            matrix = _affine(name, words, scales, biases, shape, weights[0], report)
+        else:
+            matrix = _checked(name, words, scales, shape, weights[0], report)
         if matrix is None:
             continue
+        if matrix.encoding == "affine8" and matrix.scale is not None:
+            modes[path] = {"group_size": matrix.scale.block[1], "bits": 8, "mode": "affine"}
         if matrix.encoding in MODE_OF_ENCODING and weights[0].row.store is not Store.ENGRAM:
             bits, mode = MODE_OF_ENCODING[matrix.encoding]
             modes[path] = {"group_size": GROUP, "bits": bits, "mode": mode}
@@ -85,6 +92,38 @@ def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, rep
     check_config(folder, lambda found: expected, report)
     check_files(folder, checkpoint.folder, report)
     return pieces
+
+
+def _affine(
+    name: str,
+    words: Stored,
+    scales: Stored | None,
+    biases: Stored,
+    shape: tuple[int, ...],
+    weight: Weight,
+    report: Report,
+) -> Matrix | None:
+    """Return the matrix of the affine mode of eight bits, or report why it is none or may not be."""
+    where = f"tensor {name}"
+    rows, columns = as_matrix(shape)
+    logical = (*words.shape[:-1], words.shape[-1] * 4) if words.shape else ()
+    if words.dtype != "U32" or logical != shape:
+        report.problem(LAYOUT, where, f"expected U32 of {list(shape)} bytes, got {words.dtype} {list(words.shape)}")
+        return None
+    group = columns // scales.shape[-1] if scales is not None and scales.shape and scales.shape[-1] else 0
+    wanted = (*shape[:-1], columns // group) if group else ()
+    if scales is None or group not in AFFINE_GROUPS or {scales.shape, biases.shape} != {wanted}:
+        report.problem(
+            LAYOUT, where, f"scales and biases are not those of groups of {' or '.join(map(str, AFFINE_GROUPS))}"
+        )
+        return None
+    if scales.dtype != "BF16" or biases.dtype != "BF16":
+        report.problem(LAYOUT, where, f"expected scales and biases in BF16, got {scales.dtype} and {biases.dtype}")
+        return None
+    if weight_matrix(weight).encoding not in AFFINE_SOURCES or weight.row.store not in (Store.DENSE, Store.EXPERT):
+        report.problem(LAYOUT, where, "the affine mode is for dense weights only")
+    place = Scale(scales.file, scales.offset, "BF16", rows, columns // group, (1, group))
+    return Matrix(name, words.file, words.offset, "affine8", rows, columns, place, zero=biases)
 
 
 def _checked(

@@ -17,6 +17,7 @@ fp4/nv   second << 12 | scale << 4 | code e2m1(code) * e4m3(scale) * second
 fp4/e4m3 scale << 4 | code                e2m1(code) * e4m3(scale)
 fp4/f32  scale << 4 | code                e2m1(code) * float32(scale)
 int4     scale << 8 | zero << 4 | code    (code - zero) * float32(scale)
+affine8  bias << 24 | scale << 8 | code   code * bf16(scale) + bf16(bias)
 mxfp4    the same as fp4                  the same
 q8_0     d << 8 | q                       f16(d) * int8(q)
 ======== ================================ =====================================
@@ -141,6 +142,9 @@ def _values(encoding: str, bits: Bits) -> Any:
     if encoding == "int4":
         code, zero = (bits & np.uint64(0xF)).astype(np.int64), (bits >> np.uint64(4) & np.uint64(0xF)).astype(np.int64)
         return (code - zero) * _f32_scale(bits, 8)
+    if encoding == "affine8":
+        scale, bias = (_values("bf16", (bits >> np.uint64(shift)).astype(np.uint16)) for shift in (8, 24))
+        return (bits & np.uint64(0xFF)).astype(np.float64) * scale + bias
     if encoding in ("fp8", "fp8/row"):
         return E4M3[bits & 0xFF] * e8m0_values(bits >> 8)
     if encoding == "fp8/f32":
@@ -217,6 +221,30 @@ def _q8_0_bits(values: Values) -> Any:
     d16 = np.where(np.isnan(d), np.uint16(F16_NAN), d.astype(np.float16).view(np.uint16))
     bits = (d16.astype(np.uint32) << np.uint32(8)) | q.view(np.uint8)
     return bits.reshape(rows, columns)
+
+
+AFFINE_LEVELS = 255
+
+
+def affine8_bits(values: Values, group: int) -> Bits:
+    """Return finite values [rows, columns] that begin a group as MLX's affine mode of eight bits, BF16 before.
+
+    In float32: the end of a group that is farther from zero is its bias, and a whole number of scales.
+    """
+    one = np.float32
+    x = _values("bf16", _bf16_bits(values)).astype(one).reshape(-1, group)
+    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+    scale = np.maximum((high - low) / one(AFFINE_LEVELS), one(1e-7))
+    upper = np.abs(low) <= np.abs(high)
+    scale, edge = np.where(upper, -scale, scale), np.where(upper, high, low)
+    count = np.rint(edge / scale)
+    scale = np.divide(edge, count, out=scale.copy(), where=count != 0)
+    bias = np.where(count == 0, one(0), edge)
+    code = np.minimum(np.maximum(np.rint((x - bias) / scale), 0), AFFINE_LEVELS).astype(np.uint64)
+    above = _bf16_bits(scale.astype(np.float64)).astype(np.uint64) << np.uint64(8)
+    above |= _bf16_bits(bias.astype(np.float64)).astype(np.uint64) << np.uint64(24)
+    bits: Bits = (above | code).reshape(values.shape)
+    return bits
 
 
 def _nearest_e2m1(scaled: Values) -> Any:

@@ -280,3 +280,46 @@ def test_verify_finds_a_mode_that_the_tensors_have_not(make_checkpoint: MakeChec
 
 def verified(source: Path, out: Path) -> Report:
     return dsv4convert.verify(source, out)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_affine8_rounds_dense_weights_and_verify_knows_how(
+    case: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    preset, options = CASES[case]
+    source, out = make_checkpoint(preset, **options), tmp_path / "out"
+    dsv4convert.convert_mlx(source, out, dense="affine8", threads=2)
+    after = read_folder(out)
+    config = json.loads((out / "config.json").read_text())
+    biases = [name for name in after if name.endswith(".biases")]
+    assert biases
+    assert any(name.endswith("attn.wq_a.biases") for name in biases)
+    for name in biases:
+        words, scales = after[name.replace("biases", "weight")], after[name.replace("biases", "scales")]
+        group = words.values.view(np.uint8).size // scales.values.size
+        assert (words.dtype, scales.dtype, after[name].dtype) == ("U32", "BF16", "BF16")
+        assert scales.values.shape == after[name].values.shape
+        mode = config["quantization"][name.removesuffix(".biases")]
+        assert mode == {"group_size": group, "bits": 8, "mode": "affine"}
+    report = dsv4convert.verify(source, out)
+    assert report.problems == []
+    rounded = [result for result in report.results.values() if result.output == "affine8"]
+    assert len(rounded) == len(biases)
+    assert all(0 < result.squared_error < result.squared_source for result in rounded)
+
+
+def test_a_wrong_code_scale_or_bias_is_found(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source, out = make_checkpoint("tiny"), tmp_path / "out"
+    dsv4convert.convert_mlx(source, out, dense="affine8")
+    path, stem = out / "model.safetensors", "language_model.model.layers.1.attn.wq_a"
+    before = path.read_bytes()
+    for part in ("weight", "scales", "biases"):
+        raw = RawSafetensors.read(path)
+        content = bytearray(raw.tensors[f"{stem}.{part}"].data)
+        content[6] ^= 1
+        raw.tensors[f"{stem}.{part}"].data = bytes(content)
+        raw.write(path)
+        problems = dsv4convert.verify(source, out).problems
+        assert len(problems) == 1, part
+        assert f"tensor {stem}.weight" in str(problems[0])
+        path.write_bytes(before)

@@ -125,3 +125,42 @@ def test_mlx_vlm_computes_the_reference_logits(
     logits = dsv4convert.load_model(source).forward(tokens)
     assert logits.std() > 0.5
     assert np.abs(np.array(found.astype(mx.float32))[0] - logits).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("preset", ["tiny", "v41-tiny"])
+def test_affine8_is_what_mlx_quantises_the_bf16_folder_to(
+    preset: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(preset)
+    dsv4convert.convert_mlx(source, tmp_path / "affine", dense="affine8")
+    dsv4convert.convert_mlx(source, tmp_path / "bf16", dense="bf16")
+    packed, plain = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("affine", "bf16"))
+    paths = [name.removesuffix(".biases") for name in packed if name.endswith(".biases")]
+    assert len(paths) > 20
+    for path in paths:
+        weight = plain[f"{path}.weight"]
+        group = weight.shape[-1] // packed[f"{path}.scales"].shape[-1]
+        parts = mx.quantize(weight, group_size=group, bits=8)
+        for part, made in zip(("weight", "scales", "biases"), parts, strict=True):
+            found = packed[f"{path}.{part}"]
+            assert (found.dtype, found.shape) == (made.dtype, made.shape), path
+            assert bool(mx.array_equal(found.view(mx.uint8), made.view(mx.uint8))), (path, part)
+
+
+@pytest.mark.parametrize("model", ["v4", "v4.1"])
+def test_mlx_vlm_loads_affine8(model: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    utils = pytest.importorskip("mlx_vlm.utils")
+    preset, options = MODELS[model]
+    source, out = make_checkpoint(preset, **options), tmp_path / "out"
+    dsv4convert.convert_mlx(source, out, dense="affine8")
+    config = json.loads((source / "config.json").read_text())
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    if preset == "v41-tiny":
+        (out / "engram_token_map.json").write_text(json.dumps(read_token_map(source, vocabulary).tolist()))
+    loaded = utils.load_model(out)
+    loaded.set_dtype(mx.float32)
+    tokens = np.random.default_rng(0).integers(0, vocabulary - 20, 40).tolist()
+    found = np.array(loaded.language_model(mx.array([tokens]), cache=loaded.make_cache()).logits.astype(mx.float32))[0]
+    logits = dsv4convert.load_model(source).forward(tokens)
+    cosines = (found * logits).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(logits, axis=1)
+    assert np.median(cosines) > 0.99  # what eight bits leave

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..formats.base import Scratch, Tally
 from ..formats.bf16 import bf16_to_f32, f16_to_f32
 from ..formats.e4m3 import NAN_CODE, e4m3_to_f32
 from ..formats.e8m0 import BIAS, MAX_BYTE, NAN_BYTE, wide_to_e8m0
+from ..formats.nvfp4 import block_scales
 from .safetensors import Stored, tensor_at
 
 # Integers that hold the bits of a scale, by safetensors dtype.
@@ -117,21 +118,11 @@ def read_wide(
         return narrow(raw, wide, file, offset, scratch.array(f"{key} e8m0", shape, np.uint8))
     out: NDArray[np.float32] = scratch.array(f"{key} f32", shape, np.float32)
     if is_of_second(wide):
-        np.take(_f32_of_e4m3(wide), raw, out=out, mode="clip")
+        np.take(block_scales(float.fromhex(wide[len(TIMES) :]), wide.startswith(OVER)), raw, out=out, mode="clip")
     else:
         decode = bf16_to_f32 if wide.startswith("BF16") else f16_to_f32
         decode(raw.view(wide_bits(wide)), out, scratch, Tally())
     return out
-
-
-@lru_cache(maxsize=256)
-def _f32_of_e4m3(wide: str) -> NDArray[np.float32]:
-    """Return the float32 scale that each e4m3 code is under a second scale."""
-    codes = e4m3_to_f32(np.arange(1 << 8, dtype=np.uint8))
-    second = np.float32(float.fromhex(wide[len(TIMES) :]))
-    with np.errstate(over="ignore", under="ignore"):
-        scales: NDArray[np.float32] = codes * second if wide.startswith(TIMES) else codes / second
-    return scales
 
 
 def narrow(

@@ -18,14 +18,24 @@ with element k of the run in the low nibble and element k + 8 in the high one. T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
 from dsv4convert.errors import LossyError
-from dsv4convert.formats.base import GROUP, Array, ArrayF32, ArrayU8, Scratch, Tally, check_contiguous, check_tile
-from dsv4convert.formats.e2m1 import VALUES, f32_to_e2m1, pack_e2m1, unpack_e2m1
-from dsv4convert.formats.e4m3 import MAX_EXPONENT, MIN_SUBNORMAL_EXPONENT, NAN_CODE, f32_to_e4m3
+from dsv4convert.formats.base import (
+    GROUP,
+    Array,
+    ArrayF32,
+    ArrayU8,
+    ArrayU16,
+    Scratch,
+    Tally,
+    check_contiguous,
+    check_tile,
+)
+from dsv4convert.formats.e2m1 import VALUES, f32_to_e2m1, fp4_to_bf16, pack_e2m1, unpack_e2m1
+from dsv4convert.formats.e4m3 import MAX_EXPONENT, MIN_SUBNORMAL_EXPONENT, NAN_CODE, e4m3_to_f32, f32_to_e4m3
 from dsv4convert.formats.e8m0 import BIAS, NAN_BYTE
 
 BLOCK = 16  # elements of a row that share an e4m3 scale
@@ -102,6 +112,40 @@ def fp4_to_nvfp4_scales(scale: ArrayU8, largest: int, out: ArrayU8, scratch: Scr
     check_scales(scale, out)
     codes = _scale_codes(largest)
     np.take(codes, scale, out=out.view(np.uint16), mode="clip")
+
+
+@lru_cache(maxsize=256)
+def block_scales(second: float, is_reciprocal: bool) -> ArrayF32:
+    """Return the float32 that each e4m3 scale code is under a second scale: times it, or divided by it.
+
+    Rounded once, as compressed-tensors and ModelOpt do.
+
+    >>> float(block_scales(0.75, False)[0x38]), float(block_scales(8.0, True)[0x38])  # of 1.0
+    (0.75, 0.125)
+    """
+    codes, factor = e4m3_to_f32(np.arange(_BYTE_VALUES, dtype=np.uint8)), np.float32(second)
+    with np.errstate(over="ignore", under="ignore"):
+        scales: ArrayF32 = codes / factor if is_reciprocal else codes * factor
+    scales.flags.writeable = False
+    return scales
+
+
+def nvfp4_to_bf16(
+    packed: ArrayU8,
+    scale: ArrayU8,
+    second: float,
+    is_reciprocal: bool,
+    out: ArrayU16,
+    scratch: Scratch,
+    tally: Tally,
+) -> None:
+    """Decode NVFP4 [R, C/2], e4m3 scales [R, C/16] under a second scale, to bfloat16 bits [R, C].
+
+    A scale is the float32 of ``block_scales``; the exact product with it is rounded once. Raises ValueError on shapes
+    that do not fit.
+    """
+    scales = block_scales(second, is_reciprocal)[scale]
+    fp4_to_bf16(packed, scales, (1, BLOCK), out, scratch, tally)
 
 
 def nvfp4_to_ggml(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:

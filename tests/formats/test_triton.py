@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv4convert.formats import e2m1, e4m3, mxfp4, q8_0
+from dsv4convert.formats import e2m1, e4m3, mxfp4, nvfp4, q8_0
 from dsv4convert.formats.base import Scratch, Tally
 
 BYTES = np.arange(256, dtype=np.uint8)
@@ -195,6 +195,41 @@ def mxfp4_is_equal_for_any_number_of_blocks(device: Any) -> None:
         packed = rng.integers(0, 256, (rows, groups * 16), dtype=np.uint8)
         scale = rng.integers(0, 256, (rows, groups), dtype=np.uint8)
         run_both(device, mxfp4.fp4_to_mxfp4, fp4_to_mxfp4, [packed, scale], [((rows, groups * 17), np.uint8)])
+
+
+@case
+def nvfp4_to_bf16_is_equal_for_every_byte_and_every_scale(device: Any) -> None:
+    from dsv4convert.formats.triton.nvfp4 import nvfp4_to_bf16
+
+    packed = np.tile(BYTES, (256, 1))
+    scale = np.repeat(BYTES[:, None], 32, axis=1)
+    counts = Tally()
+    for second, is_reciprocal in ((1.0, False), (0.00317, False), (719.3, True), (3e38, False), (2.0**-140, False)):
+        counts.add(
+            run_both(
+                device,
+                nvfp4.nvfp4_to_bf16,
+                nvfp4_to_bf16,
+                [packed, scale, second, is_reciprocal],
+                with_shape((256, 512)),
+            )
+        )
+    assert counts.nan
+    assert counts.changed
+    assert counts.overflow
+    assert counts.underflow
+
+
+@case
+def nvfp4_to_bf16_is_equal_at_ragged_edges(device: Any) -> None:
+    from dsv4convert.formats.triton.nvfp4 import nvfp4_to_bf16
+
+    rng = np.random.default_rng(17)
+    for rows, columns in ((7, 96), (1, 16), (33, 176), (70, 1056)):
+        packed = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
+        scale = rng.integers(0, 0x7F, (rows, columns // 16), dtype=np.uint8)
+        inputs = [packed, scale, 0.0123, False]
+        run_both(device, nvfp4.nvfp4_to_bf16, nvfp4_to_bf16, inputs, with_shape((rows, columns)))
 
 
 def fp8_outputs(shape: tuple[int, int]) -> list[tuple[tuple[int, int], Any]]:

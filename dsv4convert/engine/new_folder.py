@@ -15,6 +15,7 @@ from .outputs import (
     appeared,
     check_none_replaced,
     held_in,
+    lock_open,
     os_errors,
     partial_path,
     replaced_path,
@@ -71,18 +72,24 @@ class NewFolder:
         """Yield the folder under its temporary name; it gets its final name after the block, or is removed.
 
         Raises:
+            LockedError: another run is writing the folder.
             OutputExistsError: something else took one of the names meanwhile; it stays.
             SpaceError, InputOutputError: the system refused, in the block too.
         """
         final, partial = self._final, self._partial
         with os_errors(partial, "written"):
             final.parent.mkdir(parents=True, exist_ok=True)
-            self._remove(partial, self._leftover)
+            if self._leftover is not None:
+                descriptor = _locked(partial)
+                try:
+                    self._remove(partial, self._leftover)
+                finally:
+                    os.close(descriptor)
             try:
                 partial.mkdir()
             except FileExistsError:
                 raise appeared(partial) from None
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = _locked(partial)
             try:
                 yield partial
                 if self._look_again() != self._older:
@@ -115,3 +122,19 @@ class NewFolder:
         with contextlib.suppress(OSError, OutputExistsError):
             if is_same_file(self._partial, descriptor):
                 self._remove(self._partial, self._look(self._partial))
+
+
+def _locked(folder: Path) -> int:
+    """Open a folder and lock it until it is closed, so that no other run takes it for that of a killed one.
+
+    Raises:
+        LockedError: another run has it.
+        OSError: the system refused.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        lock_open(descriptor, folder)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -402,14 +402,8 @@ class Outputs(ABC):
             os.close(descriptor)
 
     def _lock_open(self, descriptor: int, path: Path) -> None:
-        if not self._lock:
-            return
-        try:
-            try_lock(descriptor, path)  # where there are no locks at all, the journal has a lock file
-        except BlockingIOError:
-            raise LockedError(
-                "another run is writing this file", where=path, hint="wait for the other run or stop it"
-            ) from None
+        if self._lock:
+            lock_open(descriptor, path)  # where there are no locks at all, the journal has a lock file
 
     def _make(self, index: int) -> None:
         """Make a file with its size and its header, or share the file of the source that has its bytes.
@@ -568,7 +562,8 @@ class FolderOutput(Outputs):
         self.held = held_in(self._final) if self.replaces[0] is not None else {}
 
     def _found_work(self) -> dict[str, Identity]:
-        return {} if self._root.is_symlink() else held_in(self._root)
+        status = _status(self._root)
+        return held_in(self._root) if status is not None and stat.S_ISDIR(status.st_mode) else {}
 
     def _work_folder(self) -> Path:
         return self._root
@@ -1010,6 +1005,21 @@ def open_file(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise OutputExistsError("already exists and is not a regular file", where=path, hint="move that file away")
     return descriptor
+
+
+def lock_open(descriptor: int, path: Path) -> None:
+    """Lock an open file or folder until it is closed, where the file system has locks.
+
+    Raises:
+        LockedError: another run has it.
+        OSError: the system refused.
+    """
+    try:
+        try_lock(descriptor, path)
+    except BlockingIOError:
+        raise LockedError(
+            "another run is writing this file", where=path, hint="wait for the other run or stop it"
+        ) from None
 
 
 def _raise_open_files() -> bool:

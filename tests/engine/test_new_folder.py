@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsv4convert.engine.new_folder import NewFolder
-from dsv4convert.errors import OutputExistsError
+from dsv4convert.errors import LockedError, OutputExistsError
 
 from .crash import Killer
 
@@ -62,6 +62,15 @@ def test_killed_before_any_change_it_is_old_or_new_and_can_be_written_again(has_
             break
         assert code < 0
     assert call > (7 if has_old else 1)
+
+
+def test_a_second_run_leaves_the_folder_of_the_first_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with NewFolder(out, MUST_HOLD, lambda name: name.endswith(".json"), overwrite=True).written() as folder:
+        (folder / MUST_HOLD).write_text("first")
+        with pytest.raises(LockedError, match=f"{folder}: another run is writing this file"):
+            write(out, "second")
+    assert texts(out) == {"first"}
 
 
 def test_what_joins_the_older_or_the_unfinished_folder_stays(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dsv4convert.engine.manifest import manifest_path
 from dsv4convert.engine.outputs import outputs_of, partial_path, replaced_path
 from dsv4convert.errors import Dsv4Error, InputOutputError, LockedError, OutputExistsError, ResumeError, UsageError
 from dsv4convert.plan import Plan
+from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
@@ -444,10 +445,14 @@ def test_no_name_that_is_written_may_be_a_file_of_the_source(name: str, link: st
 # ---- what could never be renamed
 
 
-def test_a_name_without_room_for_its_suffixes_is_refused(tiny: Path, tmp_path: Path) -> None:
-    plan = plan_gguf(tiny, tmp_path / ("m" * 245 + ".gguf"), GgufOptions())
-    with pytest.raises(OutputExistsError, match=r"too long .* expected at most \d+ bytes, got 250"):
-        execute(plan, threads=2)
+@pytest.mark.parametrize("length", [240, 250])
+def test_a_name_without_room_for_its_suffixes_is_refused(length: int, tiny: Path, tmp_path: Path) -> None:
+    name = "m" * (length - 5)
+    gguf = plan_gguf(tiny, tmp_path / f"{name}.gguf", GgufOptions())
+    folder = plan_dequantize(tiny, tmp_path / f"{name}-bf16", max_file_bytes=10**9)
+    for plan in (gguf, folder):
+        with pytest.raises(OutputExistsError, match=rf"too long .* expected at most \d+ bytes, got {length}"):
+            execute(plan, threads=2)
     assert list(tmp_path.iterdir()) == []
 
 

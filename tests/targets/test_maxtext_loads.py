@@ -1,7 +1,7 @@
-"""Orbax and MaxText's own functions on checkpoints of ``maxtext``: what it restores, and what each leaf has to be.
+"""Orbax and MaxText on checkpoints of ``maxtext``: what they restore, what each leaf has to be, and what it computes.
 
 MaxText's functions come out of its wheel, which the variable DSV4CONVERT_MAXTEXT_WHEEL names; without it those tests
-are skipped, and without Orbax (the extra ``maxtext``) all.
+are skipped, and without Orbax (the extra ``maxtext``) all. Its model needs MaxText installed, which wants Python 3.12.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ orbax: Any = pytest.importorskip("orbax.checkpoint")
 
 WHEEL = "DSV4CONVERT_MAXTEXT_WHEEL"
 RATIOS = [0, 4, 128, 4, 128, 4]  # two pairs of layers that MaxText scans
+
+# Both sides compute in float32, in another order; logits have a standard deviation of about 1.
+TOLERANCE = 2e-5
 
 
 def shape_in_the_model(key: str, config: dict[str, Any], pairs: int | None) -> tuple[int, ...] | None:
@@ -85,6 +88,50 @@ def test_every_leaf_is_what_maxtexts_own_functions_make(
         is_f32 = any(name in key for name in ("alpha", "beta", "-hc_", "sinks", "position_bias", "gate-bias"))
         kind = "int32" if "tid2eid" in key else "float32" if is_f32 or dtype == "f32" else "bfloat16"
         assert str(found.dtype) == kind, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["layers", "scanned"])
+def test_maxtexts_model_computes_the_reference_logits(
+    scan: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """By its own loader, with the files of parameters as they are; without YaRN, which MaxText 0.2.5 does not have."""
+    names = ("configs.pyconfig", "common.checkpointing", "layers.quantizations", "models.models")
+    pyconfig, checkpointing, quantizations, models = (pytest.importorskip(f"maxtext.{name}") for name in names)
+    maxtext_utils, max_utils = (pytest.importorskip(f"maxtext.utils.{name}") for name in ("maxtext_utils", "max_utils"))
+    import jax
+
+    source, out = make_checkpoint("tiny", ratios=RATIOS, overrides={"rope_scaling": None}), tmp_path / "out"
+    dsv4convert.convert_maxtext(source, out, scan=scan)
+    tokens = np.random.default_rng(1).integers(0, 490, 300)
+    settings = ["dtype=float32", "weight_dtype=float32", "matmul_precision=highest", "float32_gate_logits=true"]
+    settings += ["attention=dot_product", "sparse_matmul=false", "megablox=false", "hardware=cpu"]
+    settings += [f"max_target_length={len(tokens)}", f"max_prefill_predict_length={len(tokens)}"]
+    settings += ["run_name=test", "per_device_batch_size=1", "enable_checkpointing=false"]
+    settings += ["skip_jax_distributed_system=true", f"base_output_directory={tmp_path}"]
+    config = pyconfig.initialize(["test", str(out / "maxtext.yml"), f"load_parameters_path={out}/0/items", *settings])
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config), config.mesh_axes)
+    model = models.transformer_as_linen(config, mesh, quant=quantizations.configure_quantization(config))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        max_utils.unbox_logicallypartioned(maxtext_utils.get_abstract_param(model, config)),
+    )
+    assert len(jax.tree.leaves(wanted)) == len(read_leaves(out))
+    weights = checkpointing.load_params_from_path(config.load_parameters_path, wanted, 8)
+    inputs = (tokens[None].astype(np.int32), np.arange(len(tokens), dtype=np.int32)[None])
+    with mesh:
+        found = model.apply(
+            weights,
+            *inputs,
+            decoder_segment_ids=np.ones_like(inputs[1]),
+            enable_dropout=False,
+            rngs={"params": jax.random.key(0)},
+            mutable=["intermediates"],
+        )[0]
+    logits = dsv4convert.load_model(source).forward(tokens.tolist())
+    assert logits.std() > 0.5
+    assert np.abs(np.asarray(found)[0] - logits).max() < TOLERANCE
 
 
 def official_values(source: Path) -> dict[str, Array]:

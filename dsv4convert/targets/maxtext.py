@@ -49,6 +49,8 @@ ZARR_TYPES = {"bf16": "bfloat16", "f32": "float32", "i32": "int32"}
 
 NO_MODULE = "MaxText's model has no such module"
 
+YARN_NOTE = "MaxText 0.2.5 ignores rope_scaling (YaRN): its logits will not be those of the published code"
+
 # Larger matrices are cut into chunks along their first axis, so that a host can read its part of one.
 CHUNK_BYTES = 64 * 2**20
 # How many times more chunks than that takes may be made, for rows that divide evenly.
@@ -167,7 +169,7 @@ def plan_maxtext(
         dropped=(*dropped, *(Dropped(d.what, NO_MODULE, d.count, d.nbytes) for d in left_out)),
         options={"dtype": dtype, "scan": scan},
         source_bytes=checkpoint.nbytes,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *([YARN_NOTE] if config.yarn is not None and config.yarn.factor != 1 else [])),
     )
 
 

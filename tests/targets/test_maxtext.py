@@ -132,8 +132,9 @@ def test_floats_are_rounded_as_asked_and_strict_refuses_that(source: Path, tmp_p
 
 
 def test_the_parameters_are_those_of_the_config(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    source = make_checkpoint("tiny", overrides={"rms_norm_eps": 1e-6, "rope_theta": 12345})
-    dsv4convert.convert_maxtext(source, tmp_path / "out", scan=True)
+    source = make_checkpoint("tiny", overrides={"rms_norm_eps": 1e-6, "rope_theta": 12345, "rope_scaling": None})
+    summary = dsv4convert.convert_maxtext(source, tmp_path / "out", scan=True)
+    assert not any("YaRN" in note for note in summary.notes)
     run = yaml.safe_load((tmp_path / "out" / "maxtext.yml").read_text())
     assert run == {"base_config": "base.yml", "model_name": "deepseek4-284b", "scan_layers": True}
     model = yaml.safe_load((tmp_path / "out" / "models" / "deepseek4-284b.yml").read_text())
@@ -169,6 +170,7 @@ def test_the_command_says_what_is_left_out_and_lists_no_leaves(source: Path, tmp
     done = run_cli("maxtext", source, tmp_path / "out")
     assert "left out mtp.*: 87 tensors" in done.out
     assert "MaxText's model has no such module" in done.out
+    assert "note: MaxText 0.2.5 ignores rope_scaling (YaRN)" in done.out
     assert sum("wrote" in line for line in done.out.splitlines()) < 15
     planned = json.loads(run_cli("maxtext", source, tmp_path / "planned", "--dry-run", "--json").out)
     sizes = {Path(file["path"]).relative_to(tmp_path / "planned"): file["bytes"] for file in planned["files"]}

@@ -15,11 +15,12 @@ from ..errors import InputMissingError
 from .description import Description
 from .folder import describe_folder
 from .gguf import describe_gguf
+from .mlx import describe_mlx, is_mlx_folder
 from .shards import describe_shards
 
 
 def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
-    """Describe what there is at ``path``: a checkpoint folder, a GGUF or a folder of shards.
+    """Describe what there is at ``path``: a checkpoint folder, one in MLX's layout, a GGUF or a folder of shards.
 
     Raises:
         InputMissingError: nothing there, or nothing that is one of them.
@@ -34,6 +35,8 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
         return describe_shards(path)
     if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
         return describe_gguf(path)
+    if path.is_dir() and is_mlx_folder(path, index):
+        return describe_mlx(path, index)
     if path.is_dir():
         return describe_folder(path, index)
     raise InputMissingError(

@@ -7,7 +7,7 @@ ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .config import Version
 from .tensors import Row, is_vision_name
@@ -62,6 +62,11 @@ _IN_VISION_BLOCK: Mapping[Version, Mapping[str, str]] = {
 
 # The symbol of the rows of the projection that works group by group: a matrix for each group, [G, o_lora, Hd/G].
 _GROUPED_ROWS = "G*o_lora"
+
+
+def is_mlx(names: Iterable[str]) -> bool:
+    """Return whether the names of tensors are those of mlx-vlm's modules."""
+    return any(name.startswith(TEXT_PREFIX) for name in names)
 
 
 def mlx_name(row: Row, prefix: str, version: Version, *, is_expert: bool = False) -> str:

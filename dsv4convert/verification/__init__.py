@@ -23,13 +23,14 @@ from ..containers.imatrix import Imatrix, read_imatrix
 from ..containers.sources import shown
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
+from ..model.mlx_names import is_mlx
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_pieces
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT, LowBitCheck
 from .maxtext_output import is_maxtext_folder, maxtext_pieces
-from .mlx_output import is_mlx_folder, mlx_pieces
+from .mlx_output import mlx_pieces
 from .report import FILE, FOLDER, GGUF, LAYOUT, MAXTEXT, MLX, SHARDS, TENSOR, Problem, Report, TensorResult
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
@@ -174,7 +175,7 @@ def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report, i
         report.layout = MAXTEXT
         return maxtext_pieces(output, checkpoint, report)
     headers = read_folder_headers(output)
-    if is_mlx_folder(headers[0]):
+    if is_mlx(headers[0]):
         report.layout = MLX
         return mlx_pieces(output, headers, checkpoint, report)
     return folder_pieces(output, headers, checkpoint, report)

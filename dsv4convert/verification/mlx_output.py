@@ -10,7 +10,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import INDEX_NAME
 from ..containers.safetensors import Stored
-from ..model.mlx_names import TEXT_PREFIX, mlx_name, mlx_shape
+from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
 from .compare import Piece
 from .folder_output import (
@@ -39,11 +39,6 @@ AFFINE_GROUPS = (64, 32)
 AFFINE_SOURCES = ("fp8", "fp8/f32", "bf16", "f16", "f32")
 # What MLX may store a source's encoding as; others stay what they are.
 ALLOWED = {"fp4": ("fp4",), "fp8": ("fp8", "bf16"), "fp8/f32": ("fp8", "bf16"), "i64": ("i32",)}
-
-
-def is_mlx_folder(stored: Mapping[str, Stored]) -> bool:
-    """Return whether the names of tensors are those of mlx-vlm's modules."""
-    return any(name.startswith(TEXT_PREFIX) for name in stored)
 
 
 def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, report: Report) -> list[Piece]:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+import dsv4convert
 from dsv4convert.containers.json_object import schema_path
+from dsv4convert.containers.safetensors import read_header
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, UsageError, escape_control
 from dsv4convert.inspection.describe import inspect_path
@@ -445,3 +447,38 @@ def test_the_command_fails_in_one_line(tmp_path: Path) -> None:
 )
 def test_families(name: str, family: str) -> None:
     assert family_of(name) == family
+
+
+@pytest.mark.parametrize("preset", ["tiny", "v41-tiny"])
+@pytest.mark.parametrize("dense", ["mxfp8", "affine8", "bf16"])
+def test_a_folder_in_mlxs_layout_has_nothing_unexpected(
+    preset: str, dense: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(preset)
+    dsv4convert.convert_mlx(source, tmp_path / "mlx", dense=dense)
+    found, original = inspect_path(tmp_path / "mlx"), inspect_path(source)
+    assert found.kind == "MLX folder"
+    assert found.unexpected == []
+    assert found.variant == original.variant
+    assert found.layers == original.layers
+    assert found.bytes == sum(stored.nbytes for stored in read_header(tmp_path / "mlx/model.safetensors").values())
+    encodings = {use.encoding for use in found.encodings}
+    assert {"mxfp4", dense} <= encodings
+    assert {use.block for use in found.encodings if use.encoding == "mxfp4"} == {(1, 32)}
+
+
+def test_what_an_mlx_folder_lacks_or_has_too_much_is_listed(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mlx"
+    dsv4convert.convert_mlx(tiny, out)
+    path = out / "model.safetensors"
+    raw = RawSafetensors.read(path)
+    stem = "language_model.model.layers.1"
+    del raw.tensors[f"{stem}.attn_norm.weight"], raw.tensors[f"{stem}.attn.wq_a.scales"]
+    raw.tensors[f"{stem}.odd"] = raw.tensors.pop(f"{stem}.ffn_norm.weight")
+    raw.write(path)
+    assert sorted(inspect_path(out).unexpected) == [
+        f"tensor {stem}.attn.wq_a.scales is missing, the scales of words",
+        f"tensor {stem}.attn_norm.weight is missing",
+        f"tensor {stem}.ffn_norm.weight is missing",
+        f"tensor {stem}.odd: unknown to the MLX layout",
+    ]

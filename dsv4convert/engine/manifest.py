@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -320,12 +321,18 @@ def _manifest_of_finished(plan: Plan) -> dict[str, Any] | None:
         manifest["target"] == plan.target
         and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
         == [(file.name, file.nbytes, _header_checksum(file)) for file in plan.files]
-        and all(
-            final.is_file() and final.stat().st_size == file.nbytes
-            for final, file in zip(plan.final_paths(), plan.files, strict=True)
-        )
+        and all(_is_of_size(final, file.nbytes) for final, file in zip(plan.final_paths(), plan.files, strict=True))
     )
     return manifest if is_finished else None
+
+
+def _is_of_size(path: Path, nbytes: int) -> bool:
+    """Return whether a regular file of so many bytes is there; a link to one counts."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
 
 
 def links_in(path: Path) -> dict[str, str]:

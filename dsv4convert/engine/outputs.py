@@ -638,10 +638,16 @@ class FolderOutput(Outputs):
             if not existed:
                 self._made.add(root)
             self._hold_folder(root)
-            if any(root.iterdir()) and (not existed or Identity.of(root) != self._leftovers.get(root)):
-                raise appeared(root)
+            # Looked at once: what comes after this, or came after the run began, is somebody else's.
+            found = list(entries_within(root, self._may_open))
             entries: dict[str, Identity | None] = {}
-            for entry in entries_within(root, self._may_open):
+            for entry in found:
+                name = os.path.relpath(entry.path, root)
+                if not entry.is_dir():
+                    entries[name] = Identity.of(root / name)
+            if any(identity != self.discards.get(name) for name, identity in entries.items()):
+                raise appeared(root)
+            for entry in found:
                 name = os.path.relpath(entry.path, root)
                 # A run that was killed at its start can leave folders without files.
                 is_ours = self._may_open(name) if entry.is_dir(follow_symlinks=False) else self._may_hold(name)
@@ -651,8 +657,6 @@ class FolderOutput(Outputs):
                         where=root,
                         hint="remove that file",
                     )
-                if not entry.is_dir():
-                    entries[name] = Identity.of(root / name)
             self._made.add(root)
             for name, identity in entries.items():
                 remove_known(root / name, identity)

@@ -356,11 +356,12 @@ def _token_lists(
         )
     by_id: list[str | None] = [None] * vocab_size
     types = [int(TokenType.UNUSED)] * vocab_size
+    normal_type = int(TokenType.NORMAL)  # members of an enumeration are slow to compare a hundred thousand times
     for text, token_id in vocab.items():
         if (other := by_id[token_id]) is not None:
             raise TokenizerError(f"duplicate id {token_id}: {other[:60]!r} and {text[:60]!r}", where=where)
         by_id[token_id] = text
-        types[token_id] = int(TokenType.NORMAL)
+        types[token_id] = normal_type
     seen: dict[str, int] = {}
     for token in added:
         known = vocab.get(token.text, seen.get(token.text, token.id))
@@ -377,7 +378,7 @@ def _token_lists(
             types[token_id] = int(TokenType.USER_DEFINED)
             by_id[token_id] = text.replace(SENTENCEPIECE_SPACE, " ")
     tokens = tuple(f"[PAD{i}]" if token is None else token for i, token in enumerate(by_id))
-    normal = [text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL]
+    normal = [text for text, kind in zip(tokens, types, strict=True) if kind == normal_type]
     if foreign := set("".join(normal)) - unicode_to_bytes().keys():
         text = next(text for text in normal if foreign & set(text))
         raise TokenizerError(f"token {text[:60]!r}: characters outside the byte-level alphabet", where=where)

@@ -146,6 +146,7 @@ def main() -> None:
         sys.exit(INTERNAL_ERROR_CODE)
     finally:
         drop_unsaid()
+        gc.freeze()  # the interpreter ends with a search for cycles, and what is left of a plan is large and has none
 
 
 def run(arguments: list[str]) -> None:

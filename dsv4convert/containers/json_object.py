@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, Dsv4Error
 from .impostors import BYTE_ORDER_MARK, impostor
+from .schema_rules import obeys
 from .untrusted import read_whole
 
 # An escape that may be half a surrogate pair.
@@ -44,13 +46,17 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
     Raises:
         ConfigError: a key is missing or has a value that the schema does not allow; the key is named.
     """
+    with schema_path(schema).open(encoding="utf-8") as file:
+        rules = json.load(file)
+    with contextlib.suppress(NotImplementedError, RecursionError):
+        if obeys(document, rules, rules):
+            return
     from jsonschema import Draft202012Validator, validators
 
     # JSON Schema counts 160.0 among the integers; a count is no float here.
     extend: Any = validators.extend
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    with schema_path(schema).open(encoding="utf-8") as file:
-        validator = extend(Draft202012Validator, type_checker=types)(json.load(file))
+    validator = extend(Draft202012Validator, type_checker=types)(rules)
     try:
         errors = islice(validator.iter_errors(document), MAX_SCHEMA_ERRORS)
         found = min(errors, key=lambda e: (len(e.absolute_path), e.json_path), default=None)

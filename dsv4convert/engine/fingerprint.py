@@ -31,6 +31,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     has used up count by name.
     """
     sources: dict[str, list[int | str]] = {}
+    names: dict[Path, str] = {}
     digest = xxhash.xxh3_128()
     mount = mount_of(plan.source)
     for file in plan.files:
@@ -41,10 +42,11 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
             for segment in tensor.segments:
                 digest.update(f"{segment.operation} {segment.rows} {segment.row_bytes}\n".encode())
                 for operand in segment.operands:
-                    # A file beside the model, such as an importance matrix, goes by its whole path.
-                    inside = operand.file.parent == plan.source
-                    name = operand.file.name if inside else os.path.abspath(operand.file)
-                    if name not in sources:
+                    name = names.get(operand.file)
+                    if name is None:
+                        # A file beside the model, such as an importance matrix, goes by its whole path.
+                        inside = operand.file.parent == plan.source
+                        name = names[operand.file] = operand.file.name if inside else os.path.abspath(operand.file)
                         sources[name] = USED_UP if is_cut(plan, operand.file) else _mark_of(operand.file)
                     digest.update(f"{name} {operand[1:]}\n".encode())
     return {

@@ -13,7 +13,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -322,7 +321,7 @@ class Journal:
 
 
 def _as_fact(entry: Finished) -> dict[str, Any]:
-    fact = {"s": entry.task, "d": entry.digest.hex(), "n": astuple(entry.tally)}
+    fact = {"s": entry.task, "d": entry.digest.hex(), "n": entry.tally.counts()}
     return fact | {"z": entry.zeros} if entry.zeros else fact
 
 

@@ -81,7 +81,7 @@ def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any])
         yield (",\n" if number else "\n") + _file_head(file, report.links)[:-1] + ', "tensors": ['
         digests: list[str] = []
         for tensor in file.tensors:
-            yield (",\n " if digests else "\n ") + _json(_tensor_entry(tensor, digest := next(reports).digest))
+            yield (",\n " if digests else "\n ") + _tensor_entry(tensor, digest := next(reports).digest)
             digests.append(digest)
         yield f'], "checksum": "{file_checksum(_header_checksum(file), digests)}"}}'
     yield "]}\n"
@@ -101,15 +101,14 @@ def _header_checksum(file: OutputFile) -> str:
     return str(xxhash.xxh3_128_hexdigest(file.header))
 
 
-def _tensor_entry(tensor: OutputTensor, digest: str) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "offset": tensor.offset,
-        "bytes": tensor.nbytes,
-        # Runs of [count, bytes]: segments have few sizes.
-        "segments": [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)],
-        "checksum": digest,
-    }
+def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
+    # Runs of [count, bytes]: segments have few sizes. There are so many tensors that only their names, which may need
+    # escapes, go through an encoder.
+    segments = [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)]
+    return (
+        f'{{"name": {_json(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
+        f'"segments": {segments}, "checksum": "{digest}"}}'
+    )
 
 
 # Made once: json.dumps makes an encoder for every call.

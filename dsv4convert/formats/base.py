@@ -101,6 +101,10 @@ class Tally:
         for field in fields(other):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return the four counts, in the order in which they are declared."""
+        return self.nan, self.overflow, self.underflow, self.changed
+
     @property
     def lossless(self) -> bool:
         """True when every value survived (a NaN that stays a NaN does)."""

@@ -92,7 +92,7 @@ def test_a_journal_damaged_anywhere_is_refused_or_read_right(plan: Plan, kind: s
     rng = random.Random(kind)
     refused = went_on = 0
     messages: set[str] = set()
-    lost_work: list[bytes] = []
+    lost_work: list[int] = []  # finished segments in journals whose work could not be told from another run's
     for _ in range(DAMAGES):
         at = rng.randrange(len(text))
         if kind == "flipped":
@@ -116,8 +116,8 @@ def test_a_journal_damaged_anywhere_is_refused_or_read_right(plan: Plan, kind: s
         if went_on % 15 == 0:
             try:
                 execute(plan, threads=2, resume=True)
-            except ResumeError as error:  # cut down to nothing: there is no telling whose work it is
-                lost_work.append(damaged)
+            except ResumeError as error:  # nothing finished, and the copies made here are other inodes than the run's
+                lost_work.append(len(known))
                 messages.add(str(error))
             else:
                 assert contents(plan) == good
@@ -130,7 +130,7 @@ def test_a_journal_damaged_anywhere_is_refused_or_read_right(plan: Plan, kind: s
     assert refused + went_on == DAMAGES
     next_step = re.compile("--fresh|not a journal of dsv4convert; move that file away")
     assert all(str(tmp_path) in message and next_step.search(message) for message in messages)
-    assert not any(b"\n" in damaged.rstrip(b"\0") for damaged in lost_work)
+    assert not any(lost_work)
     assert went_on > 0
     if kind == "flipped":
         assert refused > DAMAGES // 2

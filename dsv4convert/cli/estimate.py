@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import index_option, json_option
+from .pages import check_page, report_option, write_page
 from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, REPORT, argument, command, option
 from .tables import Block, Table, print_blocks
 
@@ -85,7 +86,13 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
 )
 @option("--memory", metavar="SIZE", panel=MACHINE, help="Memory of one device, e.g. 128GiB or 80GB.")
 @option("--plot", type=PATH, panel=REPORT, help="Draw memory by context, and time by batch, to this file (extra plot).")
-@option("--overwrite", is_flag=True, panel=REPORT, help="Replace an existing picture of --plot.")
+@report_option
+@option(
+    "--overwrite",
+    is_flag=True,
+    panel=REPORT,
+    help="Replace an existing picture of --plot, or an existing page of --report.",
+)
 @json_option
 def estimate(
     model: Path,
@@ -105,6 +112,7 @@ def estimate(
     hardware: str | None,
     memory: str | None,
     plot: Path | None,
+    report: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -112,6 +120,8 @@ def estimate(
     from ..api import estimate as estimate_model
     from .report import print_json
 
+    files = [Path(file) for file in (model, routing, recipe, hardware) if file is not None]
+    replaced = check_page(report, overwrite=overwrite, inputs=files)
     found = estimate_model(
         model,
         context=context,
@@ -131,10 +141,13 @@ def estimate(
         overwrite=overwrite,
         index=index,
     )
-    if as_json:
-        print_json(found.as_json())
-    else:
-        print_blocks(describe(found, show_operators))
+    try:
+        if as_json:
+            print_json(found.as_json())
+        else:
+            print_blocks(describe(found, show_operators))
+    finally:
+        write_page(report, "estimate", model, found.as_json(), replaced)
 
 
 def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import UsageError, VerifyError, escape_control
 from .options import LAYERS_METAVAR, json_option, overwrite_option
+from .pages import check_page, report_option, write_page
 from .parsing import (
     COMPARISON,
     FOLDER,
@@ -279,6 +280,7 @@ def forward(
     help="Apply the tolerance to the median position instead of all positions.",
 )
 @option("--plot", type=PATH, metavar="FILE", panel=RESULT, help=".png file for a plot of the error by layer.")
+@report_option
 @overwrite_option
 @json_option
 def compare(
@@ -295,6 +297,7 @@ def compare(
     tolerance: float,
     median: bool,
     plot: Path | None,
+    report: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -304,33 +307,35 @@ def compare(
     from .tables import print_blocks
 
     asked = PromptOptions(tokens, text, chat, tokenizer, random, seed)
+    inputs = [path for path in (a, b, tokenizer, chat) if path is not None]
+    replaced_page = check_page(report, overwrite=overwrite, inputs=inputs)
     replaced = None
     if plot is not None:
         from ..reference.plot import check_picture, plot_errors
 
-        replaced = check_picture(plot, filter(None, (a, b, tokenizer, chat)), overwrite=overwrite)
+        replaced = check_picture(plot, inputs, overwrite=overwrite)
     comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
     beyond = comparison.first_beyond(tolerance, median)
+    document = {
+        "a": str(a),
+        "b": str(b),
+        "tolerance": tolerance,
+        "by": "median position" if median else "all positions",
+        "within": beyond is None,
+        "first_beyond": None if beyond is None else beyond.name,
+        "worst": comparison.worst(median).name,
+        **comparison.as_json(),
+    }
     with report_before_verdict(beyond is None):
         try:
             if as_json:
-                print_json(
-                    {
-                        "a": str(a),
-                        "b": str(b),
-                        "tolerance": tolerance,
-                        "by": "median position" if median else "all positions",
-                        "within": beyond is None,
-                        "first_beyond": None if beyond is None else beyond.name,
-                        "worst": comparison.worst(median).name,
-                        **comparison.as_json(),
-                    }
-                )
+                print_json(document)
             else:
                 print_blocks(_describe(comparison))
         finally:
             if plot is not None:
                 plot_errors(comparison, tolerance, plot, replaced)
+            write_page(report, "compare", f"{a} and {b}", document, replaced_page)
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 

@@ -53,10 +53,13 @@ def write_page(
     """
     if path is None:
         return
+    import hashlib
+
     from ..formats.backend import describe_codecs
     from ..html_report.page import Origin
     from ..html_report.report import report_page
     from ..html_report.write import write_report
+    from .report import json_text
 
     versions = {
         "dsv4convert": __version__,
@@ -65,5 +68,6 @@ def write_page(
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
     }
     made_at = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    origin = Origin(("dsv4convert", *sys.argv[1:]), made_at, versions)
+    digest = hashlib.sha256((json_text(document) + "\n").encode("utf-8", "backslashreplace")).hexdigest()
+    origin = Origin(("dsv4convert", *sys.argv[1:]), made_at, versions, digest)
     write_report(report_page(command, str(subject), document, origin), path, replaced)

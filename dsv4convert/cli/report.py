@@ -35,9 +35,14 @@ MAX_COUNTED_LINES = 20
 MAX_FOLDERS = 16
 
 
+def json_text(document: Any) -> str:
+    """Return a JSON document as commands print it."""
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
 def print_json(document: Any) -> None:
     """Print a JSON document on stdout."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    typer.echo(json_text(document))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .saying import report_before_verdict
 from .tables import Block, Table
 
 if TYPE_CHECKING:
+    from ..engine.names import Identity
     from ..verification import Report
 
 MAX_LISTED = 20
@@ -103,9 +104,10 @@ def verify(
 ) -> None:
     """Compare a finished conversion with its source, element by element."""
     if manifest:
-        if out is not None or sample is not None or foreign or report is not None:
+        if out is not None or sample is not None or foreign:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
-        _verify_manifest(source, quiet, as_json)
+        replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
+        _verify_manifest(source, quiet, as_json, report, replaced)
         return
     if out is None:
         raise UsageError(
@@ -150,31 +152,33 @@ def verify(
         typer.echo("verified")
 
 
-def _verify_manifest(output: Path, quiet: bool, as_json: bool) -> None:
-    """Re-check the checksums of an output and print the outcome."""
+def _verify_manifest(output: Path, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None) -> None:
+    """Re-check the checksums of an output, print the outcome, and write the page that is asked for."""
     from ..api import verify_manifest
     from .report import human_bytes, print_json, progress_display
 
     with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_manifest(output, progress=progress)
+    document = {
+        "verdict": "ok" if found.ok else "differs",
+        "output": str(output),
+        "files": found.files,
+        "tensors": found.tensors,
+        "bytes": found.nbytes,
+        "mismatches": [{"file": m.file, "tensor": m.tensor, "what": m.what} for m in found.mismatches],
+    }
     with report_before_verdict(found.ok):
-        if as_json:
-            print_json(
-                {
-                    "verdict": "ok" if found.ok else "differs",
-                    "output": str(output),
-                    "files": found.files,
-                    "tensors": found.tensors,
-                    "bytes": found.nbytes,
-                    "mismatches": [{"file": m.file, "tensor": m.tensor, "what": m.what} for m in found.mismatches],
-                }
-            )
-        elif not quiet:
-            typer.echo(
-                f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest"
-            )
-            for mismatch in found.mismatches[:MAX_LISTED]:
-                typer.echo(escape_control(str(mismatch)))
+        try:
+            if as_json:
+                print_json(document)
+            elif not quiet:
+                typer.echo(
+                    f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest"
+                )
+                for mismatch in found.mismatches[:MAX_LISTED]:
+                    typer.echo(escape_control(str(mismatch)))
+        finally:
+            write_page(page, "verify --manifest", output, document, replaced)
     if not found.ok:
         raise VerifyError(f"the output differs from the manifest: {found.mismatches[0]}", where=output)
     if not as_json and not quiet:

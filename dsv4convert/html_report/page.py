@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -21,11 +22,39 @@ class Verdict(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a page comes from: the command line, when it ended, and versions by name."""
+    """Where a page comes from: the command line, when it ended, versions by name, and the digest of its JSON."""
 
     command: Sequence[str]
     made_at: str
     versions: Mapping[str, str]
+    json_sha256: str
+
+
+# An address with a user before its host, or with a query after its path, which can hold a password or a signature.
+USER_IN_ADDRESS, QUERY_OF_ADDRESS = re.compile(r"(://)[^/\s]*@"), re.compile(r"(://[^?#\s]*)[?#]\S*")
+# Tokens of the hub, wherever they stand, and options that hold a secret.
+HUB_TOKEN = re.compile(r"hf_\w{8,}")
+SECRET_OPTIONS = ("--token", "--password", "--secret")
+
+
+def without_secrets(command: Iterable[str]) -> list[str]:
+    """Return a command line to show: passwords, signatures and tokens in it are cut.
+
+    >>> without_secrets(["inspect", "https://me:pass@host/model?X-Amz-Signature=1", "--token=hf_abcdefgh"])
+    ['inspect', 'https://…@host/model?…', '--token=…']
+    """
+    shown: list[str] = []
+    is_secret = False
+    for argument in command:
+        option, equals, _ = argument.partition("=")
+        if is_secret:
+            argument = "…"
+        elif equals and option in SECRET_OPTIONS:
+            argument = f"{option}=…"
+        is_secret = argument in SECRET_OPTIONS
+        argument = QUERY_OF_ADDRESS.sub(r"\1?…", USER_IN_ADDRESS.sub(r"\1…@", argument))
+        shown.append(HUB_TOKEN.sub("hf_…", argument))
+    return shown
 
 
 def page(title: str, verdict: Verdict, content: Iterable[Markup | None], origin: Origin) -> str:
@@ -50,9 +79,12 @@ def page(title: str, verdict: Verdict, content: Iterable[Markup | None], origin:
         "main",
         element("h1", title),
         element("p", verdict.text, class_=judged),
-        element("p", shlex.join(origin.command), class_="command"),
+        element("p", shlex.join(without_secrets(origin.command)), class_="command"),
         *content,
-        facts("Made by", [*origin.versions.items(), ("finished", origin.made_at)]),
+        facts(
+            "Made by",
+            [*origin.versions.items(), ("finished", origin.made_at), ("SHA-256 of its JSON", origin.json_sha256)],
+        ),
     )
     body = element("body", main, element("script", Markup(script)))
     return "<!DOCTYPE html>\n" + element("html", joined([head, body]), lang="en") + "\n"

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from .comparison import compare_sections, compare_verdict
+from .estimation import estimate_sections, estimate_verdict
 from .markup import Markup
 from .page import Origin, Verdict, page
-from .sections import Json, inspect_sections, inspect_verdict, verify_sections, verify_verdict
+from .sections import (
+    Json,
+    inspect_sections,
+    inspect_verdict,
+    manifest_sections,
+    manifest_verdict,
+    verify_sections,
+    verify_verdict,
+)
 
 
 class Kind(NamedTuple):
@@ -20,6 +30,9 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "inspect": Kind(inspect_verdict, inspect_sections),
     "verify": Kind(verify_verdict, verify_sections),
+    "verify --manifest": Kind(manifest_verdict, manifest_sections),
+    "compare": Kind(compare_verdict, compare_sections),
+    "estimate": Kind(estimate_verdict, estimate_sections),
 }
 
 

@@ -19,7 +19,8 @@ OTHER_TYPES = "other types"
 # How an output's tensors are held against their source, from good to bad, with their colours. Types that lose more
 # are those of ggml's low-bit ones, by their relative RMSE.
 ERROR_BANDS = ((0.01, "relative RMSE below 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"))
-ERROR_KINDS = ("exact", "rounded", *(name for _, name in ERROR_BANDS), "20 % and more", "wrong")
+WORST_ERROR = "20 % and more"
+ERROR_KINDS = ("exact", "rounded", *(name for _, name in ERROR_BANDS), WORST_ERROR, "wrong")
 ERROR_CLASSES = ("good0", "warn0", "warn0", "warn1", "warn2", "warn3", "bad0")
 
 Json = Mapping[str, Any]
@@ -69,6 +70,11 @@ def map_by_error(parts: Iterable[Json]) -> Markup | None:
     return _map("Map by error", leaves, ERROR_KINDS, ERROR_CLASSES)
 
 
+def band_of(relative_rmse: float) -> str:
+    """Return the kind of a relative RMSE that is not 0; of one that is no number too."""
+    return next((name for most, name in ERROR_BANDS if relative_rmse < most), WORST_ERROR)
+
+
 def _place(part: Json) -> tuple[int, str]:
     """Return where a part stands in a list: by layer, the trunk's layers last, and by family."""
     return -1 if part["layer"] is None else part["layer"], part["family"]
@@ -78,8 +84,7 @@ def _error_kind(part: Json) -> str:
     if part["wrong"]:
         return "wrong"
     if part["relative_rmse"] is not None:
-        relative = float(part["relative_rmse"])
-        return next((name for most, name in ERROR_BANDS if relative < most), "20 % and more")
+        return band_of(float(part["relative_rmse"]))
     return "rounded" if part["rounded"] else "exact"
 
 
@@ -293,4 +298,23 @@ def plot_by_layer(title: str, label: str, series: Mapping[str, Sequence[tuple[fl
     layers = [point[0] for points in series.values() for point in points]
     values = [point[1] for points in series.values() for point in points]
     placed = {name: sorted(points) for name, points in series.items()}
-    return lines(title, placed, Axis(min(layers), max(layers), "layer"), log_axis(values, label))
+    return lines(title, placed, Axis(min(layers), max(layers), "layer", is_whole=True), log_axis(values, label))
+
+
+# ---- verify --manifest --------------------------------------------------------------------------------
+
+
+def manifest_verdict(found: Json) -> Verdict:
+    """Return what a check of checksums comes to."""
+    told = f"{found['files']:,} files, {found['tensors']:,} tensors, {human_bytes(found['bytes'])} against the manifest"
+    if found["verdict"] == "ok":
+        return Verdict(f"verified; {told}", True)
+    return Verdict(f"the output differs from the manifest in {len(found['mismatches']):,} places; {told}", False)
+
+
+def manifest_sections(found: Json) -> Iterator[Markup | None]:
+    """Yield what a page shows of a check of checksums."""
+    yield facts("What was checked", [("output", found["output"]), ("bytes", found["bytes"])])
+    yield table(
+        "Differences", ("file", "tensor", "what"), [(m["file"], m["tensor"], m["what"]) for m in found["mismatches"]]
+    )

@@ -129,7 +129,7 @@ def _group(name: str, leaves: Sequence[Leaf], total: int, place: Rectangle, colo
     if inner.width <= 0 or inner.height <= 0:
         return
     if inner.height > 3 * NAME_HEIGHT and inner.width > 3 * CHARACTER_WIDTH:
-        yield element("text", _fitting(name, inner.width), x=inner.x + 1, y=inner.y + 10, class_="group")
+        yield element("text", fitting(name, inner.width), x=inner.x + 1, y=inner.y + 10, class_="group")
         inner = inner._replace(y=inner.y + NAME_HEIGHT, height=inner.height - NAME_HEIGHT)
     for leaf, at in zip(leaves, squarified([leaf.nbytes for leaf in leaves], inner), strict=True):
         note = f"; {leaf.note}" if leaf.note else ""
@@ -144,10 +144,10 @@ def _group(name: str, leaves: Sequence[Leaf], total: int, place: Rectangle, colo
             class_=colour.get(leaf.kind, "c7"),
         )
         if at.height > NAME_HEIGHT and at.width > 4 * CHARACTER_WIDTH:
-            yield element("text", _fitting(leaf.name, at.width), x=at.x + 2, y=at.y + 11, class_="leaf")
+            yield element("text", fitting(leaf.name, at.width), x=at.x + 2, y=at.y + 11, class_="leaf")
 
 
-def _fitting(text: str, width: float) -> str:
+def fitting(text: str, width: float) -> str:
     """Return a text, cut where it is wider than ``width``."""
     most = max(1, int(width / CHARACTER_WIDTH))
     return text if len(text) <= most else text[: most - 1] + "…"

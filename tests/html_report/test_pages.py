@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
+from dsv4convert.containers.json_object import schema_path
+from dsv4convert.html_report.page import without_secrets
 from dsv4convert.html_report.tables import MAX_ROWS, table
 
 from ..checkpoints import MakeCheckpoint
@@ -18,7 +22,9 @@ from ..oracles.safetensors_bytes import RawSafetensors
 from .browser import Browser
 
 MakePage = Callable[[str], Path]
-PAGES = ("inspect", "verify")
+PAGES = ("inspect", "verify", "verify-manifest", "compare", "estimate")
+# Pages with a map or a plot; the others have tables alone, and none where nothing is to be told.
+DRAWN = ("inspect", "verify", "compare", "estimate")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,9 @@ def pages(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFact
     commands: dict[str, list[object]] = {
         "inspect": ["inspect", source],
         "verify": ["verify", source, gguf],
+        "verify-manifest": ["verify", "--manifest", gguf],
+        "compare": ["compare", source, gguf, "--random", 8, "--tolerance", 1],
+        "estimate": ["estimate", source, "--hardware", "dgx-spark", "--mp", 2],
     }
     made = {name: folder / f"{name}.html" for name in commands}
     for name, arguments in commands.items():
@@ -49,15 +58,49 @@ def opened(browser: Browser, page: Path, **look: Any) -> Browser:
     return browser
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_shows_map_tables_and_where_it_comes_from(name: str, browser: Browser, pages: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_page_shows_pictures_and_tables(name: str, browser: Browser, pages: dict[str, Path]) -> None:
     opened(browser, pages[name])
-    assert browser.run("document.querySelectorAll('svg.map rect').length") > 20
+    assert browser.run("document.querySelectorAll('svg rect').length") > 20
     assert browser.run("document.querySelectorAll('table tbody tr').length") > 20
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_tells_where_it_comes_from(name: str, browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages[name])
     text = browser.run("document.body.innerText")
-    assert f"dsv4convert {name} " in text
-    for told in ("codecs", "Python", "finished"):
+    assert f"dsv4convert {name.partition('-')[0]} " in text
+    for told in ("codecs", "Python", "finished", "SHA-256"):
         assert told in text
+
+
+@pytest.mark.parametrize("name", ["compare", "estimate"])
+def test_the_json_of_a_page_keeps_to_its_schema_and_is_that_of_its_digest(
+    name: str, tiny: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    arguments = [tiny, tiny, "--random", 4] if name == "compare" else [tiny, "--memory", "1GB"]
+    result = run_cli(name, *arguments, "--json", "--report", page)
+    assert result.code == 0, result.err
+    jsonschema.validate(json.loads(result.out), json.loads(schema_path(f"{name}.schema.json").read_text()))
+    assert hashlib.sha256(result.out.encode()).hexdigest() in page.read_text()
+
+
+def test_an_estimate_page_shows_what_each_rank_and_operator_takes(browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages["estimate"])
+    assert column(browser, "Ranks", 0) == ["0", "1"]
+    titles = browser.run("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+    assert {"Each device, against its 121 GB", "GGUF by recipe", "Times", "Map by type"} <= set(titles)
+    assert [title for title in titles if title.startswith("Operators of ")][:2] != []
+
+
+def test_a_comparison_page_has_a_cell_for_every_layer_and_sub_block(browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages["compare"])
+    drawn = "[...document.querySelectorAll('svg.plot rect title')].map(t => t.textContent.split(':')[0])"
+    cells = browser.run(drawn)
+    layers, blocks, agreed = (column(browser, "Sub-blocks", number) for number in (0, 1, 7))
+    told = [(n, b) for n, b, share in zip(layers, blocks, agreed, strict=True) if n and not share]
+    assert sorted(cells) == sorted(f"{block}, layer {layer}" for layer, block in told)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -206,6 +249,43 @@ def test_names_in_a_verification_are_text(browser: Browser, hostile: Path, tiny:
     assert "the output differs from the source" in text
     for injection in INJECTIONS[:-1]:
         assert injection in text
+
+
+@pytest.mark.parametrize("name", ["compare", "estimate", "verify-manifest"])
+def test_the_name_of_a_folder_is_text(name: str, browser: Browser, tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / FOLDER))
+    made = tmp_path / (FOLDER + ".made")
+    page = tmp_path / "page.html"
+    if name == "verify-manifest":
+        assert run_cli("dequantize", source, made, "-q").code == 0
+        (made / f"{INJECTIONS[2]} {INJECTIONS[3]}".replace("/", "")).touch()
+    commands: dict[str, list[object]] = {
+        "compare": ["compare", source, source, "--random", 4],
+        "estimate": ["estimate", source],
+        "verify-manifest": ["verify", "--manifest", made],
+    }
+    result = run_cli(*commands[name], "--report", page)
+    assert (result.code == 0) == (name != "verify-manifest"), result.err
+    assert FOLDER in assert_harmless(browser, page)
+
+
+@pytest.mark.parametrize(
+    ("argument", "cut"),
+    [
+        ("https://me:pass@host/x", "https://…@host/x"),
+        ("https://me:p@ss@host/x", "https://…@host/x"),
+        ("s3://bucket/x?X-Amz-Signature=abc&y=1", "s3://bucket/x?…"),
+        ("https://host/x#abc", "https://host/x?…"),
+        ("--token=abc", "--token=…"),
+        ("hf_abcdefghijkl", "hf_…"),
+        ("hf://OWNER/NAME@main/part", "hf://OWNER/NAME@main/part"),
+        ("--tokens=1,2", "--tokens=1,2"),
+        ("a?b#c@d", "a?b#c@d"),
+    ],
+)
+def test_no_secret_of_the_command_line_is_shown(argument: str, cut: str) -> None:
+    assert without_secrets(["x", argument]) == ["x", cut]
+    assert without_secrets(["--token", argument, "x"]) == ["--token", "…", "x"]
 
 
 def test_the_policy_stops_a_script_that_got_in_all_the_same(

@@ -136,6 +136,7 @@ FOLDERS = {
     "official/split": "requantize {bf16/v41-tiny} {out}/model --draft split",
     "mlx/tiny": "mlx {synth/tiny} {out}",
     "mlx/files": "mlx {synth/tiny} {out} --dense mxfp8 --max-file-size 700K --strict",
+    "mlx/affine8": "mlx {synth/tiny} {out} --dense affine8",
     "mlx/plain": "mlx {bf16-without-draft/tiny} {out}",
     "mlx/headers": "mlx {synth/dspark} {out} --index headers",
     **{f"mlx/{source}": f"mlx {{synth/{source}}} {{out}}" for source in ("base", "vision", "nano", "v41-tiny")},

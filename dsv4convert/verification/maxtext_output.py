@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
-from ..containers.json_object import read_json_object
+from ..containers.json_object import parse_json, read_json_object
 from ..containers.orbax import (
     ARRAY_NAME,
     ITEMS,
@@ -242,9 +242,12 @@ def _check_yml(folder: Path, config: ModelConfig, scan: bool, report: Report) ->
 
 
 def _value(text: str | None) -> object:
+    """Return the value of a line of YAML: what JSON also writes as that value, any other text as it stands."""
+    if text is None:
+        return ABSENT
     try:
-        return ABSENT if text is None else json.loads(text)
-    except ValueError:
+        return parse_json(text.encode(), YML_NAME, hint=None)
+    except ConfigError:
         return text
 
 

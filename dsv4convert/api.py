@@ -643,13 +643,13 @@ def _check_threads(threads: int | None) -> None:
 def _reading_threads(threads: int | None, place: Path) -> int:
     """Return the number of threads of a command that only reads: as asked, or one per processor, 16 at most.
 
-    Of a remote source, as many as there are connections.
+    Of a remote source, ``READERS``.
     """
-    from .containers.sources import CONNECTIONS, mount_of
+    from .containers.sources import READERS, mount_of
 
     _check_threads(threads)
     if threads is None and mount_of(place) is not None:
-        return CONNECTIONS
+        return READERS
     return threads or min(16, len(os.sched_getaffinity(0)))
 
 

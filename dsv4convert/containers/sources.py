@@ -14,62 +14,32 @@ import io
 import os
 import re
 import threading
-import time
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from .. import errors
 from ..errors import InputMissingError, InputOutputError, SpaceError
+from .fetching import BLOCK_BYTES, Ahead, Transport
 
 # A reader of a file's header gets this much at once: headers of the published checkpoints take 150 to 300 KiB.
 HEAD_BYTES = 256 * 2**10
-# What is kept because it is read more than once is fetched in requests of at most so many bytes.
+# What is kept because it is read more than once is fetched so many bytes at a time.
 REQUEST_BYTES = 8 * 2**20
-# Headers, tables and small tensors are fetched over so many connections.
-CONNECTIONS = 16
-
+# Threads that read remote files: they mostly wait, so that there are more of them than processors.
+READERS = 16
 # Bytes that serve several tiles, such as a row of scales, are held until the next tile has them too.
 MAX_HELD_BYTES = 2**22
-
-# How often, and after which waits, a request is made again that brought no byte.
-MAX_ATTEMPTS = 10
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
-SLICE_SECONDS = 0.1
 
 ADDRESS = re.compile(r"(hf|https?|s3|gs|az):/+(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 
 
-class TransientError(Exception):
-    """A request that failed and may succeed when it is made again, after ``wait`` seconds if the server said so."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class Transport(ABC):
-    """How bytes of one remote file are fetched."""
-
-    @abstractmethod
-    def fetch(self, begin: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
-        """Request bytes begin..end (exclusive); the iterator yields them as they arrive.
-
-        Raises:
-            TransientError: the request failed, or the bytes stopped coming, and it may be made again.
-            Dsv4Error: it will not succeed.
-        """
-
-
 class RemoteFile:
     """A remote file of ``size`` bytes; ``identity`` (a commit or an etag) changes when its content does.
 
-    Bytes fetched by ``read_into`` are kept, in a nameless file, so that none is fetched twice. A ``Stream`` keeps none.
+    Bytes fetched by ``read_into`` are kept, in a nameless file, so that none is fetched twice. ``ahead`` keeps none.
     """
 
     def __init__(self, address: str, size: int, identity: str, transport: Transport) -> None:
@@ -103,7 +73,7 @@ class RemoteFile:
     ) -> None:
         """Fill ``view`` with the bytes at ``offset``; what is missing of them is fetched and kept.
 
-        ``ahead`` is up to where bytes will be wanted next: a request then asks for ``REQUEST_BYTES`` of them.
+        ``ahead`` is up to where bytes will be wanted next: ``REQUEST_BYTES`` of them are then fetched at once.
 
         Raises:
             Dsv4Error: they cannot be had.
@@ -119,11 +89,11 @@ class RemoteFile:
         self._spool.read_into(offset, view)
 
     def _keep(self, begin: int, end: int, stopped: Callable[[], bool] | None) -> None:
-        buffer = memoryview(bytearray(min(REQUEST_BYTES, end - begin)))
-        with Stream(self, begin, end, stopped) as stream:
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
+        with self.ahead(begin, end, stopped) as fetched:
             while begin < end:
                 piece = buffer[: end - begin]
-                stream.read_into(piece)
+                fetched.read_into(piece)
                 self._spool.write(begin, piece)
                 with self._lock:
                     self._kept.add(begin, begin + piece.nbytes)
@@ -138,9 +108,9 @@ class RemoteFile:
                 old.read_into(at, piece)
                 self._spool.write(at, piece)
 
-    def fetch(self, begin: int, end: int) -> AbstractContextManager[Iterator[bytes]]:
-        """Request bytes; see ``Transport.fetch``."""
-        return self._transport.fetch(begin, end)
+    def ahead(self, begin: int, end: int, stopped: Callable[[], bool] | None = None) -> Ahead:
+        """Return bytes begin..end (exclusive) to be read in order, fetched ahead and not kept."""
+        return Ahead(self._transport, self.address, begin, end, stopped)
 
     def open(self) -> io.BufferedReader:
         """Return a file object that reads the remote file, keeping what it fetches."""
@@ -271,102 +241,6 @@ class _Raw(io.RawIOBase):
         return count
 
 
-class Stream:
-    """Bytes begin..end (exclusive) of a remote file, once and in order; a request that breaks is made again.
-
-    Use it as a context manager. ``stopped`` says whether to give up while waiting.
-    """
-
-    def __init__(self, remote: RemoteFile, begin: int, end: int, stopped: Callable[[], bool] | None = None) -> None:
-        self._remote = remote
-        self.position = begin
-        self.end = end
-        self._stopped = stopped
-        self._request = ExitStack()
-        self._pieces: Iterator[bytes] | None = None
-        self._piece = memoryview(b"")
-        self._arrived = begin
-        self._failures = 0
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the request."""
-        self._pieces = None
-        self._request.close()
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill ``view`` with the next bytes.
-
-        Raises:
-            InputOutputError: the server failed ``MAX_ATTEMPTS`` times in a row, or the run was stopped.
-            Dsv4Error: see ``Transport.fetch``.
-        """
-        done = 0
-        while done < view.nbytes:
-            if not self._piece.nbytes:
-                self._piece = self._next_piece()
-            count = min(self._piece.nbytes, view.nbytes - done)
-            view[done : done + count] = self._piece[:count]
-            self._piece = self._piece[count:]
-            done += count
-        self.position += done
-
-    def _next_piece(self) -> memoryview:
-        while True:
-            try:
-                if self._pieces is None:
-                    self._pieces = self._request.enter_context(self._remote.fetch(self._arrived, self.end))
-                piece = memoryview(next(self._pieces, b""))
-                if not piece.nbytes:
-                    raise TransientError("the connection was closed early")
-                if piece.nbytes > self.end - self._arrived:
-                    raise InputOutputError("the server sent more bytes than asked for", where=self._remote.address)
-                self._arrived += piece.nbytes
-                self._failures = 0
-                return piece
-            except TransientError as error:
-                self.close()
-                self._failures = wait_after(error, self._failures, self._remote.address, self._stopped)
-
-
-def wait_after(
-    error: TransientError,
-    failures: int,
-    address: str,
-    stopped: Callable[[], bool] | None = None,
-    most: int = MAX_ATTEMPTS,
-) -> int:
-    """Wait before a request is made again; return how many have failed in a row, of which ``most`` are too many.
-
-    Raises:
-        InputOutputError: too many have, or the run was stopped.
-    """
-    import random
-
-    failures += 1
-    if failures >= most:
-        raise InputOutputError(
-            f"cannot be fetched ({error})",
-            where=address,
-            got=f"{failures} failures in a row",
-            hint="check the connection and try again",
-        )
-    wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1)) * random.uniform(0.5, 1)
-    if error.wait is not None:
-        wait = max(wait, min(error.wait, 10 * LONGEST_WAIT_SECONDS))
-    end = time.monotonic() + wait
-    while (left := end - time.monotonic()) > 0:
-        if stopped is not None and stopped():
-            raise InputOutputError("fetching was stopped", where=address)
-        time.sleep(min(left, SLICE_SECONDS))
-    return failures
-
-
 class SequentialReader:
     """Reads bytes begin..end of a remote file from front to back, without keeping them; what is kept is not fetched.
 
@@ -389,15 +263,15 @@ class SequentialReader:
         self._is_kept = is_kept
         self._again = min(again, MAX_HELD_BYTES)
         self._stopped = stopped
-        self._stream: Stream | None = None
+        self._fetched: Ahead | None = None
         self._position = begin
         self._held = b""
 
     def close(self) -> None:
         """End the request."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._fetched is not None:
+            self._fetched.close()
+            self._fetched = None
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes at ``offset``.
@@ -428,13 +302,13 @@ class SequentialReader:
                 count = min(view.nbytes, kept_end - self._position)
                 self._remote.read_into(self._position, view[:count])
             else:
-                if self._stream is None or self._stream.position != self._position:
+                if self._fetched is None or self._fetched.position != self._position:
                     self.close()
                     end = min(self.end, self._remote.next_kept(self._position))
-                    self._stream = Stream(self._remote, self._position, end, self._stopped)
-                count = min(view.nbytes, self._stream.end - self._position)
-                self._stream.read_into(view[:count])
-                if self._stream.position == self._stream.end:
+                    self._fetched = self._remote.ahead(self._position, end, self._stopped)
+                count = min(view.nbytes, self._fetched.end - self._position)
+                self._fetched.read_into(view[:count])
+                if self._fetched.position == self._fetched.end:
                     self.close()
             self._position += count
             view = view[count:]
@@ -518,7 +392,7 @@ def prefetch(ranges: Iterable[tuple[Path, int, int]]) -> None:
     if wanted:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(_prefetch, wanted):
                 pass
 

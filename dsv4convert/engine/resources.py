@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..containers.sources import CONNECTIONS, mount_of
+from ..containers.fetching import AHEAD_BYTES
+from ..containers.sources import READERS, mount_of
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
 from .consume import read_bytes_by_file
@@ -34,12 +35,12 @@ FILE_SHARE = 1 / 16
 def default_threads(plan: Plan) -> int:
     """Return the number of worker threads for a plan, of the processors that this process may use.
 
-    Workers that read from a server mostly wait for it, each at a connection of its own, so that there are more of them.
+    Workers that read from a server mostly wait for it, so that there are more of them.
     Low-bit types keep every processor busy with arithmetic in one call a tile. Everything else is bound by writes.
     """
     processors = len(os.sched_getaffinity(0))
     if mount_of(plan.source) is not None:
-        return max(processors, CONNECTIONS)
+        return max(processors, READERS)
     if any(
         isinstance(tensor.segments[0].operation, Quantise)
         for file in plan.files
@@ -54,7 +55,8 @@ def default_threads(plan: Plan) -> int:
 def memory_needed(plan: Plan, threads: int) -> int:
     """Return the bytes of memory that carrying out ``plan`` with ``threads`` workers takes at most."""
     segments = sum(len(tensor.segments) for file in plan.files for tensor in file.tensors)
-    return BASE_MEMORY_BYTES + segments * SEGMENT_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES
+    ahead = 0 if mount_of(plan.source) is None else AHEAD_BYTES
+    return BASE_MEMORY_BYTES + segments * SEGMENT_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES + ahead
 
 
 def memory_available() -> int:

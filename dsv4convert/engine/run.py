@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import threading
 import time
@@ -271,8 +272,10 @@ def _work(
     shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[Worker]
 ) -> None:
     try:
-        with DescriptorCache() as descriptors, KernelCopier() as kernel:
-            ranges = None if shared.ranges is None else RangeReader(shared.ranges, lambda: worker.stopped)
+        with DescriptorCache() as descriptors, KernelCopier() as kernel, contextlib.ExitStack() as stack:
+            ranges = None
+            if shared.ranges is not None:
+                ranges = stack.enter_context(RangeReader(shared.ranges, lambda: worker.stopped))
             worker = Worker(
                 codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes, ranges, drops=shared.drops
             )

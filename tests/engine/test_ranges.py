@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv4convert.containers import sources
-from dsv4convert.containers.sources import RemoteFile, Transport
+from dsv4convert.containers.fetching import Transport
+from dsv4convert.containers.sources import RemoteFile
 from dsv4convert.engine.ranges import SharedRanges
 from dsv4convert.plan import Convert, Operand, OutputFile, OutputTensor, Plan, Segment
 

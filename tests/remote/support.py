@@ -17,8 +17,8 @@ from .hub_server import Hub
 
 # The program with waits short enough for tests.
 PROGRAM = """
-from dsv4convert.containers import sources
-sources.FIRST_WAIT_SECONDS, sources.LONGEST_WAIT_SECONDS = 0.01, 0.1
+from dsv4convert.containers import fetching
+fetching.FIRST_WAIT_SECONDS, fetching.LONGEST_WAIT_SECONDS = 0.01, 0.1
 from dsv4convert.cli import main
 main()
 """

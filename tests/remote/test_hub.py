@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from dsv4convert.containers.fetching import TransientError
 from dsv4convert.containers.remote import hub
 from dsv4convert.containers.remote.hub import HubRanges
-from dsv4convert.containers.sources import TransientError
 from dsv4convert.errors import InputOutputError
 
 from ..command_line import run_cli

@@ -23,10 +23,11 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
+from ..fetching import MAX_ATTEMPTS, TransientError, Transport, wait_after
 from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
-from ..sources import CONNECTIONS, MAX_ATTEMPTS, RemoteFile, TransientError, Transport, wait_after
+from ..sources import READERS, RemoteFile
 from . import MAX_FILES, Listing, check_names
 
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
@@ -277,7 +278,7 @@ def _of_split(name: str) -> list[str]:
 
 def _look(url: str, names: list[str]) -> dict[str, RemoteFile]:
     """Return those of the files that are there."""
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda name: retried(lambda: _look_at(url, name), f"{url}/{name}"), names)
         return {name: file for name, file in zip(names, found, strict=True) if file is not None}
 

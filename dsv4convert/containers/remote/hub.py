@@ -35,7 +35,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from ...errors import Dsv4Error, InputMissingError, InputOutputError, UsageError
-from ..sources import RemoteFile, TransientError
+from ..fetching import TransientError
+from ..sources import RemoteFile
 from . import Listing, check_names
 from .http import DENIED, TRANSIENT_STATUSES, HttpRanges, origin, retried
 

@@ -16,7 +16,8 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import from_url
 
 from ...errors import FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..sources import RemoteFile, TransientError, Transport
+from ..fetching import TransientError, Transport
+from ..sources import RemoteFile
 from . import Listing, check_names
 from .http import retried
 

@@ -18,7 +18,7 @@ from ..errors import InputOutputError
 # Connections over which blocks are fetched at once, the bytes of a block, and those that blocks take together.
 CONNECTIONS = 32
 BLOCK_BYTES = 2 * 2**20
-AHEAD_BYTES = 96 * 2**20
+AHEAD_BYTES = 80 * 2**20
 # A block that nobody wants any more is given up after so many bytes at the latest.
 GIVE_UP_BYTES = 2**18
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from .. import errors
 from ..errors import InputMissingError, InputOutputError, SpaceError
-from .fetching import BLOCK_BYTES, Ahead, Transport
+from .fetching import BLOCK_BYTES, SLICE_SECONDS, Ahead, Transport
 
 # A reader of a file's header gets this much at once: headers of the published checkpoints take 150 to 300 KiB.
 HEAD_BYTES = 256 * 2**10
@@ -47,10 +47,10 @@ class RemoteFile:
         self.size = size
         self.identity = identity
         self._transport = transport
-        self._lock = threading.Lock()  # of what is kept
-        # One thread at a time fetches what is to be kept, so that no byte is fetched twice.
-        self._fetching = threading.Lock()
+        self._lock = threading.Lock()  # of what is kept, and of what threads are fetching to keep it
+        self._more = threading.Condition(self._lock)
         self._kept = Intervals()
+        self._claims: list[tuple[int, int]] = []
         self._spool = Spool()
 
     def kept_until(self, offset: int) -> int:
@@ -79,14 +79,37 @@ class RemoteFile:
             Dsv4Error: they cannot be had.
         """
         end = offset + view.nbytes
-        if self.kept_until(offset) < end:
-            with self._fetching:
-                with self._lock:
-                    gaps = list(self._kept.gaps(offset, end))
-                for begin, gap_end in gaps:
-                    wanted = min(begin + REQUEST_BYTES, ahead or 0, self.next_kept(begin))
-                    self._keep(begin, max(gap_end, wanted), stopped)
+        while self.kept_until(offset) < end:
+            claim = self._claim(offset, end, ahead or end)
+            if claim is not None:
+                try:
+                    self._keep(*claim, stopped)
+                finally:
+                    with self._lock:
+                        self._claims.remove(claim)
+                        self._more.notify_all()
+            elif stopped is not None and stopped():
+                raise InputOutputError("fetching was stopped", where=self.address)
         self._spool.read_into(offset, view)
+
+    def _claim(self, offset: int, end: int, ahead: int) -> tuple[int, int] | None:
+        """Return the first missing bytes of a range that no other thread fetches, for this one to fetch.
+
+        None: others fetch all of them; returned once one of them has, or after a while.
+        """
+        with self._lock:
+            taken = Intervals()
+            for claim in self._claims:
+                taken.add(*claim)
+            gaps = list(self._kept.gaps(offset, end))
+            for first, last in (free for gap in gaps for free in taken.gaps(*gap)):
+                limit = min(self._kept.next_begin(first, self.size), taken.next_begin(first, self.size))
+                claim = first, max(last, min(first + REQUEST_BYTES, ahead, limit))
+                self._claims.append(claim)
+                return claim
+            if gaps:
+                self._more.wait(SLICE_SECONDS)
+        return None
 
     def _keep(self, begin: int, end: int, stopped: Callable[[], bool] | None) -> None:
         buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
@@ -97,6 +120,7 @@ class RemoteFile:
                 self._spool.write(begin, piece)
                 with self._lock:
                     self._kept.add(begin, begin + piece.nbytes)
+                    self._more.notify_all()
                 begin += piece.nbytes
 
     def keep_in(self, folder: Path) -> None:
@@ -123,9 +147,10 @@ class Spool:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._file: IO[bytes] | None = None
+        self._making = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write ``data`` at ``offset``; nobody else may write meanwhile.
+        """Write ``data`` at ``offset``.
 
         Raises:
             SpaceError: the disk is full, or takes nothing.
@@ -133,8 +158,9 @@ class Spool:
         import tempfile
 
         try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - it lives as long as this object
+            with self._making:
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives as long as this object
             while data.nbytes:
                 written = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[written:], offset + written

@@ -24,7 +24,6 @@ main()
 """
 REPOSITORY = "somebody/Small-V4"
 WAIT_SECONDS = 60
-HANDLES_SIGNAL_SECONDS = 2
 
 
 def heed_ctrl_c() -> None:
@@ -63,9 +62,7 @@ class Remote:
             process = self.start(*arguments)
             self.wait_for_work()
             process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for the bytes that it has asked for
-                process.wait(HANDLES_SIGNAL_SECONDS)
-        return finished(process)
+            return finished(process)  # without a byte more
 
     @contextlib.contextmanager
     def held_at_work(self, folder: Path) -> Iterator[None]:

@@ -205,7 +205,8 @@ class Connections:
             is_kept = size == BLOCK_BYTES and self._free
             block = _Block(transport, address, begin, self._free.pop() if is_kept else memoryview(bytearray(size)))
             self._queue.append(block)
-            if not self._idle and self._threads < self._count:
+            # An idle thread counts as one until it has taken a block, and takes one only.
+            if len(self._queue) > self._idle and self._threads < self._count:
                 self._threads += 1
                 threading.Thread(target=self._fetch_blocks, name="connection", daemon=True).start()
             self._work.notify()

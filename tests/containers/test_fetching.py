@@ -15,8 +15,15 @@ from dsv4convert.containers.fetching import BLOCK_BYTES, Ahead, Connections, Tra
 from dsv4convert.containers.sources import RemoteFile
 from dsv4convert.errors import InputOutputError
 
+STOP_SECONDS = 20.0
 CONTENT = bytes(range(251)) * (7 * BLOCK_BYTES // 251)
-STOP_SECONDS = 5.0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + STOP_SECONDS
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 class Server(Transport):
@@ -42,8 +49,7 @@ class Server(Transport):
                 self.now -= 1
 
     def pieces(self, begin: int, end: int) -> Iterator[bytes]:
-        while self.holds(begin):
-            time.sleep(0.01)
+        wait_until(lambda: not self.holds(begin))
         for at in range(begin, end, 100_000):
             yield CONTENT[at : min(at + 100_000, end)]
 
@@ -65,13 +71,6 @@ def read(reader: Ahead, step: int) -> bytes:
         reader.read_into(memoryview(piece))
         got += piece
     return bytes(got)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + STOP_SECONDS
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("step", [1000, 300_000, 5 * BLOCK_BYTES])
@@ -116,6 +115,16 @@ def test_a_reader_that_is_stopped_does_not_wait_for_bytes_on_their_way() -> None
         reader.read_into(memoryview(bytearray(10)))
     assert time.monotonic() - started < STOP_SECONDS
     server.holds = lambda begin: False
+
+
+def test_one_idle_connection_does_not_serve_several_blocks_one_by_one() -> None:
+    server = Server()
+    connections = Connections(4)
+    with Ahead(server, "place", 0, 10, connections=connections) as reader:
+        reader.read_into(memoryview(bytearray(10)))
+    server.holds = lambda begin: server.most < 4
+    with Ahead(server, "place", 0, len(CONTENT), connections=connections) as reader:
+        assert read(reader, len(CONTENT)) == CONTENT
 
 
 def test_an_error_reaches_the_reader_where_the_bytes_are_missing() -> None:

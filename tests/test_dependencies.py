@@ -25,7 +25,7 @@ IMPORTED_EXTRAS = {"gpu", "plot", "text", "vision", "hub", "stores", "maxtext"}
 RUN_BY_NAME = {"pytest-xdist", "ziglang"}
 
 # What made a record in fixtures/, and is imported only to make it anew: too large to install for the tests.
-MADE_A_RECORD = {"modelopt"}
+MADE_A_RECORD = {"compressed_tensors", "modelopt"}
 
 
 def normalised(name: str) -> str:

@@ -170,7 +170,7 @@ def nvfp4_to_ggml(packed: ArrayU8, scale: ArrayU8, out: ArrayU8, scratch: Scratc
     codes[:, 1::2] = ((first >> _FOUR & _LOW) | (second & _HIGH)).view(np.uint8).reshape(-1, BLOCK // 4)
     blocks = out.reshape(-1, GGML_BYTES)
     blocks[:, :_RUNS] = scale.reshape(-1, _RUNS)
-    blocks[:, _RUNS:] = codes.reshape(len(blocks), -1)
+    blocks[:, _RUNS:] = codes.reshape(len(blocks), blocks.shape[1] - _RUNS)
 
 
 def check_ggml_blocks(packed: ArrayU8, scale: ArrayU8, out: ArrayU8) -> None:

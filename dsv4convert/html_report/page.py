@@ -40,8 +40,8 @@ SECRET_OPTIONS = ("--token", "--password", "--secret")
 def without_secrets(command: Iterable[str]) -> list[str]:
     """Return a command line to show: passwords, signatures and tokens in it are cut.
 
-    >>> without_secrets(["inspect", "https://me:pass@host/model?X-Amz-Signature=1", "--token=hf_abcdefgh"])
-    ['inspect', 'https://…@host/model?…', '--token=…']
+    >>> without_secrets(["inspect", "https://me:pass@models.example/model?X-Amz-Signature=1", "--token=hf_abcdefgh"])
+    ['inspect', 'https://…@models.example/model?…', '--token=…']
     """
     shown: list[str] = []
     is_secret = False

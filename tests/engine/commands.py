@@ -1,12 +1,13 @@
 """The converting commands as users type them, in forked children that can be killed, and what must be true afterwards.
 
-Shared by the long runs: ``power_cuts`` and ``long_run``.
+Shared by the long runs: ``power_cuts``, ``long_run`` and ``many_histories``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,13 @@ def about_this_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "processors": len(os.sched_getaffinity(0)),
     }
+
+
+def save_record(found: Mapping[str, Any], seed: int, began: float, file: Path | None) -> None:
+    """Write what a long run has found since ``began`` (monotonic), and where, as JSON: to ``file``, or to stdout."""
+    about = {**about_this_machine(), "seed": seed, "seconds": round(time.monotonic() - began)}
+    text = json.dumps({**about, **found}, indent=1) + "\n"
+    if file is None:
+        sys.stdout.write(text)
+    else:
+        file.write_text(text)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import random
 import shutil
 import sys
@@ -33,12 +32,12 @@ from .commands import (
     WITHOUT_RESUME,
     Child,
     Promise,
-    about_this_machine,
     empty_out,
     files_of,
     final_files,
     make_sources,
     run_alone,
+    save_record,
     words,
 )
 from .crash import Killer
@@ -217,12 +216,7 @@ def main() -> None:
                 sys.stderr.write(f"{sum(run.kills.values())} kills, {len(run.wrong)} wrong, {said - began:.0f} s\n")
     finally:
         shutil.rmtree(arguments.folder)
-    about = {**about_this_machine(), "seed": arguments.seed, "seconds": round(time.monotonic() - began)}
-    text = json.dumps({**about, **run.record()}, indent=1) + "\n"
-    if arguments.save is not None:
-        arguments.save.write_text(text)
-    else:
-        sys.stdout.write(text)
+    save_record(run.record(), arguments.seed, began, arguments.save)
 
 
 if __name__ == "__main__":

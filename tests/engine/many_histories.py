@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
-import sys
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +14,7 @@ from typing import ClassVar
 import hypothesis
 from hypothesis.stateful import run_state_machine_as_test
 
-from .commands import about_this_machine
+from .commands import save_record
 from .histories import Deed
 from .test_histories import History, settings_for
 
@@ -55,20 +53,13 @@ def main() -> None:
         )
     except AssertionError as error:
         wrong.append(str(error))
-    record = {
-        **about_this_machine(),
-        "seed": arguments.seed,
-        "seconds": round(time.monotonic() - began),
+    found = {
         "histories": Counted.histories,
         "runs": sum(Counted.endings.values()),
         "endings": dict(sorted(Counted.endings.items())),
         "wrong": wrong,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    if arguments.save is not None:
-        arguments.save.write_text(text)
-    else:
-        sys.stdout.write(text)
+    save_record(found, arguments.seed, began, arguments.save)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ from .commands import (
     WITHOUT_RESUME,
     Child,
     Promise,
-    about_this_machine,
     empty_out,
     files_of,
     final_files,
     make_sources,
     run_alone,
+    save_record,
     words,
 )
 from .logged_disk import (
@@ -349,19 +349,12 @@ def main() -> None:
         ]
     finally:
         shutil.rmtree(arguments.folder)
-    record = {
-        **about_this_machine(),
-        "seed": arguments.seed,
+    found = {
         "cuts": sum(result["cuts"] for result in results),
         "wrong": sum(len(result["wrong"]) for result in results),
-        "seconds": round(time.monotonic() - began),
         "file_systems": results,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    if arguments.save is not None:
-        arguments.save.write_text(text)
-    else:
-        sys.stdout.write(text)
+    save_record(found, arguments.seed, began, arguments.save)
 
 
 if __name__ == "__main__":

@@ -272,10 +272,10 @@ def test_the_name_of_a_folder_is_text(name: str, browser: Browser, tiny: Path, t
 @pytest.mark.parametrize(
     ("argument", "cut"),
     [
-        ("https://me:pass@host/x", "https://…@host/x"),
-        ("https://me:p@ss@host/x", "https://…@host/x"),
+        ("https://me:pass@models.example/x", "https://…@models.example/x"),
+        ("https://me:p@ss@models.example/x", "https://…@models.example/x"),
         ("s3://bucket/x?X-Amz-Signature=abc&y=1", "s3://bucket/x?…"),
-        ("https://host/x#abc", "https://host/x?…"),
+        ("https://models.example/x#abc", "https://models.example/x?…"),
         ("--token=abc", "--token=…"),
         ("hf_abcdefghijkl", "hf_…"),
         ("hf://OWNER/NAME@main/part", "hf://OWNER/NAME@main/part"),

@@ -50,6 +50,17 @@ class ZarrArray(NamedTuple):
         return tuple(size // step for size, step in zip(self.shape, self.chunk, strict=True))
 
     @property
+    def is_in_order(self) -> bool:
+        """Return whether every chunk is a run of the elements as they lie in the axes' order, and so the next one.
+
+        >>> [ZarrArray((4, 6), "float32", (0, 1), chunk).is_in_order for chunk in ((2, 6), (1, 3), (4, 3))]
+        [True, True, False]
+        """
+        grid = [self.grid[axis] for axis in self.order]
+        cut = max((axis for axis, count in enumerate(grid) if count > 1), default=0)
+        return all(self.chunk[axis] == 1 for axis in self.order[:cut])
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of all elements."""
         return math.prod(self.shape) * ITEMSIZES[self.dtype]

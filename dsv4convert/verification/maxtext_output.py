@@ -141,6 +141,11 @@ def _leaf_pieces(
         got = f"shape {list(array.shape)}, axes {list(array.order)}"
         report.problem(LAYOUT, where, f"expected shape {list(leaf.shape)}, axes {list(leaf.order)}, got {got}")
         return
+    if not array.is_in_order:
+        # The file's bytes are compared as they lie; a loader would put those of such chunks elsewhere.
+        what = "expected chunks that are runs of its bytes, one behind the other"
+        report.problem(LAYOUT, where, f"{what}, got chunks of {list(array.chunk)}, axes {list(array.order)}")
+        return
     matrix = _data(items, name, array, report)
     if matrix is None:
         return

@@ -238,6 +238,19 @@ def change(name: str, before: str, after: str) -> Callable[[Path], None]:
     return damage
 
 
+def cut_otherwise(out: Path) -> None:
+    """Say that the chunks of experts are cut along another axis: as many and as large, so that their index stays."""
+    path = out / ITEMS / EXPERTS / "zarr.json"
+    array = read_array(path)
+    experts, inner = array.shape[0], array.order[1]
+    chunk = [*array.shape]
+    chunk[inner] //= experts
+    other = array._replace(chunk=tuple(chunk))
+    assert array.chunk[0] == 1
+    assert other.chunk_index() == array.chunk_index()
+    path.write_text(json.dumps(other.document()))
+
+
 def remove(out: Path) -> None:
     for path in (out / ITEMS / KERNEL).iterdir():
         path.unlink()
@@ -252,6 +265,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a bit of a table": (flip("params.Tid2EidVar.decoder.layers_0.mlp.MoeBlock_0.tid2eid", 16), "tid2eid"),
     "a shape": (change(f"0/items/{KERNEL}/zarr.json", "[160, 96]", "[96, 160]"), KERNEL),
     "an order of axes": (change(f"0/items/{KERNEL}/zarr.json", "[1, 0]", "[0, 1]"), KERNEL),
+    "chunks along another axis": (cut_otherwise, "one behind the other"),
     "a compressed array": (change(f"0/items/{KERNEL}/zarr.json", '"bytes"', '"zstd"'), "not an array"),
     "a missing leaf": (remove, "not in the output"),
     "the tree": (change("0/items/_METADATA", '"key": "wq_a"', '"key": "wq_b"'), "_METADATA"),

@@ -138,7 +138,7 @@ def measure(name: str, source: Path, folder: Path, limits: tuple[float, float, f
     line = [sys.executable, "-m", "dsv4convert", command, f"http://127.0.0.1:{ours.recv()}", str(place), "--quiet"]
     line += [*options, *(["--threads", str(threads)] if threads else [])]
     environment = {"HF_HUB_OFFLINE": "0"}
-    seconds, peak = run_once(Contender(name, line, target, environment=environment, makes_folder_first=True))
+    used = run_once(Contender(name, line, target, environment=environment, makes_folder_first=True))
     remove(target)
     ours.send(None)
     sent, busy, median = ours.recv()
@@ -147,10 +147,10 @@ def measure(name: str, source: Path, folder: Path, limits: tuple[float, float, f
         "command": name,
         "sent_bytes": sent,
         "seconds_from_first_request_to_last_byte": round(busy, 2),
-        "seconds": round(seconds, 2),
+        "seconds": round(used.seconds, 2),
         "share_of_link": round(sent / busy / (limits[0] * 1e6), 3),
         "share_of_link_in_median_second": round(median / (limits[0] * 1e6), 3),
-        "peak_mebibytes": round(peak / 2**20),
+        "peak_mebibytes": round(used.peak_bytes / 2**20),
     }
 
 

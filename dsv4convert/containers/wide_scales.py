@@ -61,8 +61,8 @@ def is_of_pairs(wide: str) -> bool:
 
 
 def as_f32(scale: Stored) -> Stored:
-    """Return stored scales as float32: those of BF16 and F16 are to be read so, F32 is what it is."""
-    return scale._replace(dtype=F32, wide=f"{scale.dtype}{TO_F32}" if scale.dtype in FLOAT_BITS else "")
+    """Return stored scales as float32: those of BF16 and F16 are to be read so, any other type is what it is."""
+    return scale._replace(dtype=F32, wide=f"{scale.dtype}{TO_F32}") if scale.dtype in FLOAT_BITS else scale
 
 
 def of_second(second: float, *, is_reciprocal: bool) -> str:

@@ -299,6 +299,22 @@ def test_an_int4_weight_that_is_not_whole_is_named(
     assert said in result.error, result.error
 
 
+@pytest.mark.parametrize("dtype", ["I32", "I64", "U8", "F8_E8M0", "F64"])
+def test_scales_of_int4_of_another_type_are_refused(dtype: str, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    source = repacked(small, tmp_path / "packed", int4(128, zeros=False), quantization=PACK_QUANTIZED)
+    for path in source.glob("*.safetensors"):
+        raw = RawSafetensors.read(path)
+        if f"{STEM}.weight_scale" in raw.tensors:
+            shape = raw.tensors[f"{STEM}.weight_scale"].shape
+            size = {"U8": 1, "F8_E8M0": 1, "I32": 4}.get(dtype, 8)
+            raw.tensors[f"{STEM}.weight_scale"] = RawTensor(dtype, shape, bytes(size * int(np.prod(shape))))
+            raw.write(path)
+    result = run_cli("dequantize", source, tmp_path / "o")
+    assert result.code == 7, result.error
+    assert f"not a scale of INT4: expected F32, BF16 or F16 of two dimensions, got {dtype} [128, 2]" in result.error
+
+
 def test_an_order_of_columns_is_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     source = repacked(small, tmp_path / "packed", int4(32, zeros=False), quantization=PACK_QUANTIZED)

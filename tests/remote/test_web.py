@@ -28,7 +28,8 @@ class Folder(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     whole = False
-    etag = '"first"'
+    told = ("ETag", '"first"')  # with every answer
+    heeds_conditions = True
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -36,7 +37,8 @@ class Folder(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
         first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-        if self.headers.get("If-Match", type(self).etag) != type(self).etag:
+        asked = self.headers.get("If-Match") or self.headers.get("If-Unmodified-Since") or self.told[1]
+        if self.heeds_conditions and asked != self.told[1]:
             self.send_response(412)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -50,8 +52,12 @@ class Folder(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part)
 
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Last-Modified" or value == self.told[1]:  # the date of the file on the disk is not told
+            super().send_header(keyword, value)
+
     def end_headers(self) -> None:
-        self.send_header("ETag", type(self).etag)
+        self.send_header(*self.told)
         super().end_headers()
 
 
@@ -95,14 +101,30 @@ def test_a_server_without_ranges_is_named(web: tuple[str, type[Folder]], plain: 
     assert "the server does not send ranges: expected HTTP status 206, got 200" in result.error
 
 
-def test_a_file_that_changes_on_the_server_is_an_error(
-    web: tuple[str, type[Folder]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("heeds_conditions", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("ETag", '"first"'), ("ETag", '"second"')),
+        (("ETag", '"first"'), ("X-Nothing", "told")),
+        (("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT"), ("Last-Modified", "Thu, 26 Nov 2026 10:00:01 GMT")),
+        (("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT"), ("X-Nothing", "told")),
+    ],
+    ids=["other etag", "etag no longer told", "other date", "date no longer told"],
+)
+def test_a_file_that_may_have_changed_on_the_server_is_an_error(
+    web: tuple[str, type[Folder]],
+    before: tuple[str, str],
+    after: tuple[str, str],
+    heeds_conditions: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    web[1].told, web[1].heeds_conditions = before, heeds_conditions
     with pytest.raises(InputMissingError, match="HF_HUB_OFFLINE forbids fetching it"):
         list_web_folder(web[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     file = list_web_folder(web[0]).files["config.json"]
-    web[1].etag = '"second"'
+    web[1].told = after
     with pytest.raises(FileFormatError, match="changed on the server since it was first looked at"):
         file.read_into(0, memoryview(bytearray(10)))
 

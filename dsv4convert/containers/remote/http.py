@@ -141,14 +141,18 @@ def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS) -> Any:
             failures = wait_after(error, failures, address, most=most)
 
 
-class HttpRanges(Transport):
-    """Ranges of one file at a URL; ``etag`` is the content's, where another one is an error."""
+# What tells one content of a file from another, the better one first, and the header that asks for no other.
+VALIDATORS: Mapping[str, str] = {"ETag": "If-Match", "Last-Modified": "If-Unmodified-Since"}
 
-    def __init__(self, url: str, address: str, size: int, etag: str | None = None) -> None:
+
+class HttpRanges(Transport):
+    """Ranges of one file at a URL; any other value of the header ``told`` (of ``VALIDATORS``) is an error."""
+
+    def __init__(self, url: str, address: str, size: int, told: tuple[str, str] | None = None) -> None:
         self._url = url
         self._address = address
         self._size = size
-        self._etag = etag
+        self._told = told
 
     def url(self) -> str:
         """Return where to send the next request."""
@@ -168,14 +172,14 @@ class HttpRanges(Transport):
     def fetch(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
         """Request bytes; see ``Transport.fetch``."""
         headers = {"Range": f"bytes={begin}-{end - 1}"}
-        if self._etag is not None and not self._etag.startswith("W/"):
-            headers["If-Match"] = self._etag
+        if self._told is not None and not self._told[1].startswith("W/"):
+            headers[VALIDATORS[self._told[0]]] = self._told[1]
         url = self.url()
         with request("GET", url, headers, self._address, secret=self.secret(url)) as response:
             status = response.status_code
             if status in DENIED:
                 raise self.denied(url, status)
-            if status == 412 or (self._etag is not None and response.headers.get("ETag", self._etag) != self._etag):
+            if status == 412 or (status in (200, 206) and self._may_have_changed(response.headers)):
                 raise FileFormatError(
                     "changed on the server since it was first looked at",
                     where=self._address,
@@ -197,6 +201,9 @@ class HttpRanges(Transport):
             self._check_range(response.headers, begin, end, whole)
             yield self._pieces(response)
 
+    def _may_have_changed(self, headers: Mapping[str, str]) -> bool:
+        return self._told is not None and headers.get(self._told[0]) != self._told[1]
+
     def _check_range(self, headers: Mapping[str, str], begin: int, end: int, whole: bool) -> None:
         if headers.get("Content-Encoding", "identity") != "identity":
             raise InputOutputError("the server sends compressed bytes unasked", where=self._address)
@@ -204,7 +211,7 @@ class HttpRanges(Transport):
             if headers.get("Content-Length", str(self._size)) != str(self._size):
                 raise self._wrong_size(headers["Content-Length"])
             return
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+        found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", headers.get("Content-Range", ""))
         if found is None or int(found[1]) != begin or int(found[2]) + 1 != end:
             raise InputOutputError(
                 "the server sends other bytes than asked for",
@@ -295,15 +302,14 @@ def _look_at(folder: str, name: str) -> RemoteFile | None:
             raise InputMissingError(
                 "cannot be read from the server", where=address, expected="HTTP 200", got=response.status_code
             )
-    etag = headers.get("ETag")
-    identity = etag or headers.get("Last-Modified")
-    if identity is None:
+    told = next(((name, headers[name]) for name in VALIDATORS if headers.get(name)), None)
+    if told is None:
         raise InputMissingError(
             "the server tells neither etag nor date, so that a change would go unseen",
             where=address,
             hint="download the files and pass their folder",
         )
-    return RemoteFile(address, int(length), identity, HttpRanges(url, address, int(length), etag))
+    return RemoteFile(address, int(length), told[1], HttpRanges(url, address, int(length), told))
 
 
 def _indexed(file: RemoteFile) -> list[str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+
+from dsv4convert.errors import FileFormatError
 
 from ..command_line import run_cli
 from .hub_server import Hub
@@ -54,3 +57,32 @@ def test_a_folder_of_a_store_makes_the_local_bytes(s3: Remote, snapshot: Path, t
     assert "--cache is for repositories of the hub" in (
         s3.run("dequantize", "s3://models/some/Small-V4", tmp_path / "c", "--cache").error
     )
+
+
+@pytest.mark.parametrize("told", ["e_tag", "last_modified"])
+def test_an_object_that_changes_in_the_store_is_an_error(told: str) -> None:
+    from dsv4convert.containers.remote.stores import StoreRanges
+
+    store = obstore.store.MemoryStore()
+    obstore.put(store, "model", b"first")
+    ranges = StoreRanges(store, "model", "s3://models/model", told, obstore.head(store, "model")[told])
+    with ranges.fetch(0, 5) as pieces:
+        assert b"".join(map(bytes, pieces)) == b"first"
+    obstore.put(store, "model", b"other")
+    with pytest.raises(FileFormatError, match="changed in the store"), ranges.fetch(0, 5):
+        pass
+
+
+def test_an_object_whose_etag_is_no_longer_told_is_an_error() -> None:
+    from dsv4convert.containers.remote.stores import StoreRanges
+
+    class Silent:
+        meta: ClassVar = {"e_tag": None}
+
+    store = obstore.store.MemoryStore()
+    obstore.put(store, "model", b"first")
+    ranges = StoreRanges(store, "model", "s3://models/model", "e_tag", obstore.head(store, "model")["e_tag"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obstore, "get", lambda *_, **__: Silent())
+        with pytest.raises(FileFormatError, match="changed in the store"), ranges.fetch(0, 5):
+            pass

@@ -58,9 +58,9 @@ def list_store(scheme: str, rest: str) -> Listing:
     folder = f"{scheme}://{bucket}" + (f"/{prefix}" if prefix else "")
     files: dict[str, RemoteFile] = {}
     for name, entry in entries.items():
-        etag, place = entry.get("e_tag"), f"{folder}/{name}"
-        identity = etag or str(entry["last_modified"])
-        files[name] = RemoteFile(place, entry["size"], identity, StoreRanges(store, start + name, place, etag))
+        told, place = "e_tag" if entry.get("e_tag") else "last_modified", f"{folder}/{name}"
+        ranges = StoreRanges(store, start + name, place, told, entry[told])
+        files[name] = RemoteFile(place, entry["size"], str(entry[told]), ranges)
     revision = repr(sorted((name, file.size, file.identity) for name, file in files.items()))
     return Listing(folder, revision, files, (prefix.rpartition("/")[2] or bucket,), focus)
 
@@ -87,20 +87,21 @@ def _ours(error: Exception, address: str) -> Exception:
 
 
 class StoreRanges(Transport):
-    """Ranges of one object; another etag than its own is an error."""
+    """Ranges of one object; another ``value`` of what is ``told`` of it (e_tag or last_modified) is an error."""
 
-    def __init__(self, store: Any, key: str, address: str, etag: str | None) -> None:
+    def __init__(self, store: Any, key: str, address: str, told: str, value: object) -> None:
         self._store = store
         self._key = key
         self._address = address
-        self._etag = etag
+        self._told = told
+        self._value = value
 
     @contextmanager
     def fetch(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
         """Request bytes; see ``Transport.fetch``."""
         options: Any = {"range": (begin, end)}
-        if self._etag is not None:
-            options["if_match"] = self._etag
+        if self._told == "e_tag":
+            options["if_match"] = self._value
         try:
             result = obstore.get(self._store, self._key, options=options)
         except PreconditionError:
@@ -109,7 +110,7 @@ class StoreRanges(Transport):
             raise InputOutputError("no longer there", where=self._address) from None
         except (BaseError, OSError) as error:
             raise _ours(error, self._address) from None
-        if self._etag is not None and result.meta["e_tag"] not in (None, self._etag):
+        if result.meta[self._told] != self._value:
             raise self._changed()
         yield self._pieces(result)
 

@@ -19,8 +19,7 @@ from .description import Description, EncodingUse
 from .folder import describe_config, lenient_config
 from .naming import DEPTH_KEYS, EXPERTS, OTHER, WIDTH_KEYS, family_of, layer_of, name_variant
 
-WORD, BYTE_SCALES, WORD_BITS = "U32", "U8", 32
-MXFP_GROUP = 32
+WORD, WORD_BITS = "U32", 32
 SCALES, BIASES = "scales", "biases"
 
 

@@ -560,10 +560,6 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     return config
 
 
-def _is_fp4_kept(piece: Piece) -> bool:
-    return piece.source.encoding == piece.output.encoding == "fp4"
-
-
 def _without_pruned(config: dict[str, Any], found: Mapping[str, Any], pieces: list[Piece]) -> dict[str, Any]:
     """Return a config without the keys that ``found`` may leave out: they speak of what the output does not have."""
     has_tower = any(is_vision_name(piece.source.name) for piece in pieces)

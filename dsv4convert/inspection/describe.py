@@ -12,10 +12,11 @@ from ..checkpoint.folder import BY_INDEX
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import is_gguf
 from ..errors import InputMissingError
+from ..model.mlx_names import is_mlx
 from .description import Description
-from .folder import describe_folder
+from .folder import describe_folder, readable_headers
 from .gguf import describe_gguf
-from .mlx import describe_mlx, is_mlx_folder
+from .mlx import describe_mlx
 from .shards import describe_shards
 
 
@@ -35,10 +36,11 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
         return describe_shards(path)
     if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
         return describe_gguf(path)
-    if path.is_dir() and is_mlx_folder(path, index):
-        return describe_mlx(path, index)
     if path.is_dir():
-        return describe_folder(path, index)
+        headers = readable_headers(path, index)
+        if headers is not None and is_mlx(headers[0]):
+            return describe_mlx(path, headers)
+        return describe_folder(path, index, headers)
     raise InputMissingError(
         "neither a checkpoint folder nor a GGUF", where=path, hint="pass a folder with config.json or a .gguf file"
     )

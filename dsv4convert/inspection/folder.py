@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..checkpoint.folder import (
     DRAFT_NAME,
@@ -32,6 +32,9 @@ from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_d
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
 
+# Tensors by name as stored, files and notes, as ``read_folder_headers`` returns them.
+FolderHeaders: TypeAlias = tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]
+
 
 def describe_config(found: Description, config: ModelConfig) -> None:
     """Add what a config says: the keys shown, the kinds and roles of layers, and n-gram tables."""
@@ -56,15 +59,23 @@ def describe_config(found: Description, config: ModelConfig) -> None:
         found.engram = [EngramTable(layer, rows, config.engram.head_dim) for layer, rows in tables]
 
 
-def describe_folder(folder: Path, index: str) -> Description:
-    """Return the description of a checkpoint folder.
+def readable_headers(folder: Path, index: str) -> FolderHeaders | None:
+    """Return the headers of a folder, None where something is wrong with them, which ``describe_folder`` says."""
+    try:
+        return read_folder_headers(folder, index)
+    except Dsv4Error:
+        return None
+
+
+def describe_folder(folder: Path, index: str, headers: FolderHeaders | None) -> Description:
+    """Return the description of a checkpoint folder; ``headers`` are those of ``readable_headers``.
 
     Raises:
         Dsv4Error: nothing there that can be read.
     """
     found = Description(shown(folder), "checkpoint folder")
     try:
-        found = _described(found, folder, index)
+        found = _described(found, folder, index, headers)
     except (UsageError, InputOutputError):
         raise
     except Dsv4Error as error:
@@ -76,9 +87,9 @@ def describe_folder(folder: Path, index: str) -> Description:
     return found
 
 
-def _described(found: Description, folder: Path, index: str) -> Description:
+def _described(found: Description, folder: Path, index: str, headers: FolderHeaders | None) -> Description:
     config = lenient_config(folder, found)
-    stored, files, notes = _lenient_headers(folder, found, index)
+    stored, files, notes = _lenient_headers(folder, found, index) if headers is None else headers
     found.files = len(files)
     found.notes += notes
     for name, tensor in stored.items():
@@ -116,9 +127,7 @@ def lenient_config(folder: Path, found: Description) -> ModelConfig | None:
         return None
 
 
-def _lenient_headers(
-    folder: Path, found: Description, index: str
-) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
+def _lenient_headers(folder: Path, found: Description, index: str) -> FolderHeaders:
     """Return the headers of a folder; where index and files disagree, those of all files that are there."""
     try:
         return read_folder_headers(folder, index)

@@ -8,37 +8,28 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from ..checkpoint.folder import read_folder_headers, vision_kind
+from ..checkpoint.folder import vision_kind
 from ..containers.safetensors import Stored
 from ..containers.sources import shown
-from ..errors import Dsv4Error
 from ..model.config import ModelConfig
-from ..model.mlx_names import is_mlx, mlx_name, mlx_shape
+from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Draft, Expected, expected_tensors, vision_tensors
 from .description import Description, EncodingUse
-from .folder import describe_config, lenient_config
+from .folder import FolderHeaders, describe_config, lenient_config
 from .naming import DEPTH_KEYS, EXPERTS, OTHER, WIDTH_KEYS, family_of, layer_of, name_variant
 
 WORD, WORD_BITS = "U32", 32
 SCALES, BIASES = "scales", "biases"
 
 
-def is_mlx_folder(folder: Path, index: str) -> bool:
-    """Return whether a folder's tensors have the names of mlx-vlm's modules; False where it cannot be read."""
-    try:
-        return is_mlx(read_folder_headers(folder, index)[0])
-    except Dsv4Error:
-        return False
-
-
-def describe_mlx(folder: Path, index: str) -> Description:
-    """Return the description of a folder in MLX's layout.
+def describe_mlx(folder: Path, headers: FolderHeaders) -> Description:
+    """Return the description of a folder in MLX's layout, whose headers are read.
 
     Raises:
-        Dsv4Error: its files cannot be read.
+        Dsv4Error: its config.json cannot be read.
     """
     found = Description(shown(folder), "MLX folder")
-    stored, files, notes = read_folder_headers(folder, index)
+    stored, files, notes = headers
     config = lenient_config(folder, found)
     found.files = len(files)
     found.notes += notes

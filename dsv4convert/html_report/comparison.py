@@ -11,6 +11,7 @@ from .page import Verdict
 from .sections import ERROR_BANDS, ERROR_CLASSES, ERROR_KINDS, WORST_ERROR, Json, band_of, error, plot_by_layer
 from .tables import Number, facts, table
 
+INFINITE = float("inf")
 LAYER_NAME = re.compile(r"layers\.(\d{1,6})\.(.+)")
 
 # Without "rounded" and "wrong", which are verdicts of verify.
@@ -42,8 +43,8 @@ def compare_sections(found: Json) -> Iterator[Markup | None]:
             ("next token agrees", f"{logits['argmax_agreement']:.2%}"),
             ("KL(A||B), mean", _nats(logits["kl_mean"])),
             ("KL(A||B), largest", _nats(logits["kl_max"])),
-            ("cosine of logits, median", _or_none(logits["cosine_median"])),
-            ("cosine of logits, smallest", _or_none(logits["cosine_min"])),
+            ("cosine of logits, median", _cosine(logits["cosine_median"])),
+            ("cosine of logits, smallest", _cosine(logits["cosine_min"])),
         ],
     )
     yield _errors(found)
@@ -93,9 +94,6 @@ def _worst_by_layer(found: Json) -> Markup | None:
     return plot_by_layer("Largest errors by layer", "relative RMSE", {name: series[name] for name in most})
 
 
-INFINITE = float("inf")
-
-
 def _number(block: Json, key: str) -> float:
     """Return a number of a sub-block; JSON has null for one that is not finite."""
     value = block[key]
@@ -119,5 +117,5 @@ def _nats(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g} nats"
 
 
-def _or_none(value: float | None) -> str:
+def _cosine(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.7f}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def tree_document(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def sharding_document(names: Iterator[str] | Sequence[str]) -> dict[str, str]:
+def sharding_document(names: Iterable[str]) -> dict[str, str]:
     """Return what ``_sharding`` says of arrays: each is whole on one device, where nothing else is asked for."""
     sharding = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
     return {base64.b64encode(name.encode()).decode(): sharding for name in names}

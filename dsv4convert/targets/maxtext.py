@@ -163,7 +163,7 @@ def plan_maxtext(
             *auxiliary_files(source),
             *(whole_file(name, content) for name, content in step_documents()),
             _json_file(METADATA_NAME, tree_document({name: array.shape for name, array in arrays.items()})),
-            _json_file(SHARDING_NAME, sharding_document(list(arrays))),
+            _json_file(SHARDING_NAME, sharding_document(arrays)),
             *(file for name, array in arrays.items() for file in _array_files(name, array, leaves[name])),
         ),
         dropped=(*dropped, *(Dropped(d.what, NO_MODULE, d.count, d.nbytes) for d in left_out)),

@@ -207,7 +207,7 @@ def _check_ones(
 def _check_documents(folder: Path, arrays: Mapping[str, ZarrArray], report: Report) -> None:
     """Report what Orbax's own files say wrong of the arrays."""
     shapes = {name: array.shape for name, array in arrays.items()}
-    expected = {METADATA_NAME: tree_document(shapes), SHARDING_NAME: dict(sharding_document(list(arrays)))}
+    expected = {METADATA_NAME: tree_document(shapes), SHARDING_NAME: sharding_document(arrays)}
     for name, document in expected.items():
         path = folder / ITEMS / name
         try:

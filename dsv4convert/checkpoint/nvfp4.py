@@ -60,7 +60,8 @@ def nvfp4_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
     """
     _check_no_second_is_missing(stored)
     parts = [part for name in stored if (part := _parts_of(name)) is not None]
-    values = read_scalars({part.second: stored[part.second] for part in parts})
+    seconds = {part.second: stored[part.second] for part in parts}
+    values = read_scalars(seconds)
     for part in parts:
         if not 0 < values[part.second] < math.inf:
             raise InventoryError(
@@ -69,7 +70,7 @@ def nvfp4_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
                 expected="a positive number",
                 got=f"{values[part.second]:.9g}",
             )
-    made = {name: tensor for name, tensor in stored.items() if _parts_of(name) is None}
+    made = {name: tensor for name, tensor in stored.items() if name not in seconds}
     found: list[tuple[_Parts, Stored, Stored]] = []
     for part in parts:
         weight, scale = made.pop(part.weight, None), made.pop(part.stem + SCALE, None)

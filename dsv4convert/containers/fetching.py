@@ -226,7 +226,7 @@ class Connections:
             raise block.error
 
     def give_back(self, block: _Block) -> None:
-        """Give back the memory of a block, whether or not it is there: whoever fetches it gives up."""
+        """Give back the memory of a block, whether or not it is there; a thread that still fetches it gives up."""
         with self._lock:
             block.is_given_up = True
             if block in self._queue:

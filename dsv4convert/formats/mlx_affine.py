@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from dsv4convert.formats.base import Array, ArrayF32, ArrayU16, Scratch, Tally, check_contiguous
+from dsv4convert.formats.base import Array, ArrayF32, ArrayF64, ArrayU16, Scratch, Tally, check_contiguous
 from dsv4convert.formats.bf16 import bf16_to_f32, f32_to_bf16
 
 Part = Literal["codes", "scales", "biases"]
@@ -72,9 +72,10 @@ def scales_and_biases(groups: ArrayF32) -> tuple[ArrayF32, ArrayF32]:
     return scale.astype(np.float32), np.where(has_steps, edge, 0).astype(np.float32)
 
 
-def _stored(values: ArrayF32, scratch: Scratch) -> Array:
-    """Return values as they are stored, in bfloat16."""
+def _stored(values: ArrayF32, scratch: Scratch) -> ArrayF64:
+    """Return values as they are stored, rounded to bfloat16."""
     bits = scratch.array("affine.bits", values.shape, np.uint16)
     f32_to_bf16(values, bits, scratch, Tally())
-    kept: ArrayF32 = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return kept
+    wide = scratch.array("affine.stored", values.shape, np.float32)
+    bf16_to_f32(bits, wide, scratch, Tally())
+    return wide.astype(np.float64)

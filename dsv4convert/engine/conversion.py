@@ -30,8 +30,8 @@ from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
 from .manifest import (
-    check_beside_outputs,
     check_claimed,
+    check_outside_outputs,
     check_replaceable,
     finished_before,
     links_in,
@@ -404,7 +404,7 @@ def check_result(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iden
         OutputExistsError: as for ``check_new_file``, or something has the temporary name.
         UsageError: it would replace one of the inputs, or lie in a finished output.
     """
-    check_beside_outputs(path)
+    check_outside_outputs(path)
     check_new_file(path, overwrite)
     check_no_partial(path)
     check_inputs_stay(inputs, (path, partial_path(path)))

@@ -130,7 +130,7 @@ def check_claimed(path: Path) -> None:
         _claimed(name)
 
 
-def check_beside_outputs(path: Path) -> None:
+def check_outside_outputs(path: Path) -> None:
     """Check that a file to be written lies in no folder that is a finished output: a manifest lists all that is there.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..containers.json_object import read_json
 from ..containers.untrusted import open_regular
-from ..engine.manifest import check_beside_outputs
+from ..engine.manifest import check_outside_outputs
 from ..engine.new_folder import NewFolder
 from ..errors import FileFormatError, InputMissingError, UsageError, not_read
 from .model import Model
@@ -75,7 +75,7 @@ def write_goldens(
         UsageError: as for ``recorded_activations``, or the folder would lie in a finished output.
         SpaceError, InputOutputError: the folder cannot be written.
     """
-    check_beside_outputs(folder)
+    check_outside_outputs(folder)
     index: dict[str, Any] = {
         "format": FORMAT,
         "tokens": [int(token) for token in tokens],

@@ -22,7 +22,7 @@ from ..containers.gguf import is_gguf, open_gguf
 from ..containers.imatrix import ImatrixFile, begins_imatrix, imatrix_file
 from ..containers.untrusted import read_whole
 from ..engine.conversion import check_sources_stay
-from ..engine.manifest import check_beside_outputs
+from ..engine.manifest import check_outside_outputs
 from ..engine.outputs import FileOutputs, free_bytes, os_errors, write_all
 from ..engine.run import peak_memory_bytes
 from ..errors import FileFormatError, SpaceError, UsageError
@@ -134,7 +134,7 @@ def collect_imatrix(
     outputs = FileOutputs(plan)
     inputs = [text, *(open_gguf(path).files if is_gguf(path) else ())]
     others = () if options.tokenizer is None else (options.tokenizer,)
-    check_beside_outputs(out)
+    check_outside_outputs(out)
     with contextlib.closing(outputs):
         outputs.look()
         check_sources_stay(plan, {"source": [os.path.abspath(name) for name in inputs]}, outputs, others)

@@ -180,7 +180,7 @@ def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offs
         where=file,
         expected="twice the same power of two, as the closed-form cast of FP4 makes it",
         got=f"{first:.9g} and {second:.9g}, times 2^{exponent}",
-        hint="these weights are NVFP4 that no FP4 is; convert the checkpoint that they were made of",
+        hint="these weights are NVFP4 that is not FP4; convert the checkpoint that they were made of",
     )
 
 

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 import dsv4convert
 from dsv4convert.containers.json_object import schema_path
-from dsv4convert.containers.safetensors import read_header
+from dsv4convert.containers.safetensors import Stored, read_header
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import FileFormatError, InputMissingError, UsageError, escape_control
 from dsv4convert.inspection.describe import inspect_path
@@ -482,3 +482,20 @@ def test_what_an_mlx_folder_lacks_or_has_too_much_is_listed(tiny: Path, tmp_path
         f"tensor {stem}.ffn_norm.weight is missing",
         f"tensor {stem}.odd: unknown to the MLX layout",
     ]
+
+
+@pytest.mark.parametrize("is_mlx", [False, True], ids=["published", "mlx"])
+def test_the_header_of_a_file_is_read_once_for_names_and_shapes(
+    is_mlx: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_mlx:
+        dsv4convert.convert_mlx(tiny, tmp_path / "mlx")
+    read: list[Path] = []
+
+    def noted(path: Path) -> dict[str, Stored]:
+        read.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr("dsv4convert.checkpoint.folder.read_header", noted)
+    assert inspect_path(tmp_path / "mlx" if is_mlx else tiny).unexpected == []
+    assert len(read) == len(set(read)) > 0

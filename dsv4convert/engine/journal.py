@@ -25,10 +25,9 @@ from ..plan import Plan
 from .ledger import DIGEST_BYTES, digest_of_range
 from .locks import LOCK_SUFFIX, LockFile, try_lock
 from .names import Identity, is_same_file, remove_known
-from .outputs import FRESH_HINT, open_file, os_errors, sync_folder, write_all
+from .outputs import FRESH_HINT, JOURNAL_SUFFIX, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
-JOURNAL_SUFFIX = ".journal"
 FORMAT = 3
 
 # A journal of V4-Pro has some 75,000 lines of about 120 bytes.

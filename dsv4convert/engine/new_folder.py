@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import OutputExistsError
-from .journal import JOURNAL_SUFFIX
 from .names import Identity, check_name_fits, check_no_mount_point, is_same_file, remove_known_folder
 from .outputs import (
+    JOURNAL_SUFFIX,
     SUFFIXES,
     appeared,
     check_none_replaced,

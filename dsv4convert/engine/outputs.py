@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..plan import Plan
 from .links import COPY, HARD_LINK, REFLINK, can_share, hard_link, reflink
-from .locks import try_lock
+from .locks import LOCK_SUFFIX, try_lock
 from .names import (
     Identity,
     check_file_can_be_replaced,
@@ -53,6 +53,7 @@ from .names import (
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 TRIAL_SUFFIX = ".trial"
+JOURNAL_SUFFIX = ".journal"
 
 # The next step where an interrupted run cannot go on.
 FRESH_HINT = "pass --fresh to start over"
@@ -914,7 +915,7 @@ class FileOutputs(Outputs):
 # Names beside an output that are made with it.
 SUFFIXES = (
     *(PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX),
-    *(".journal", ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, ".lock"),
+    *(JOURNAL_SUFFIX, ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, LOCK_SUFFIX),
 )
 
 

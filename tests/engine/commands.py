@@ -24,9 +24,8 @@ from typing import Any
 
 from dsv4convert import api, cli
 from dsv4convert.engine.conversion import execute
-from dsv4convert.engine.journal import JOURNAL_SUFFIX
 from dsv4convert.engine.locks import LOCK_SUFFIX
-from dsv4convert.engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX
+from dsv4convert.engine.outputs import JOURNAL_SUFFIX, PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX
 from dsv4convert.synth.write import write_synth
 
 from .crash import RECORD_SECONDS, THREADS, slow_down

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4convert.engine.journal import JOURNAL_SUFFIX
+from dsv4convert.engine.outputs import JOURNAL_SUFFIX
 from dsv4convert.errors import InputMissingError, OutputExistsError, ResumeError
 
 from .commands import (

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..containers.folder_names import CONFIG_NAME
+from ..containers.presence import exists
 from ..containers.untrusted import read_whole
 from ..errors import DeviceError, TokenizerError
 from ..model.config import ModelConfig
@@ -45,7 +46,7 @@ def token_map_notes(folder: Path, config: ModelConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: as for ``read_engram_constants``: the model would look up the wrong rows.
     """
-    if config.engram is None or not (folder / TOKENIZER_NAME).exists():
+    if config.engram is None or not exists(folder / TOKENIZER_NAME):
         return ()
     try:
         read_engram_constants(folder, config)
@@ -61,7 +62,7 @@ def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:
         DeviceError, TokenizerError: as for ``read_engram_constants``.
     """
     path = folder / TOKENIZER_NAME
-    if not path.exists():
+    if not exists(path):
         raise TokenizerError(f"{path.name} is missing", where=folder, hint="is the download complete?")
     text = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     key = sha256(text).hexdigest(), vocab_size

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_pointer
 from ..containers.json_object import read_json
+from ..containers.presence import is_folder
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, Dsv4Error, FileFormatError, InputMissingError, InventoryError, UnsupportedError
@@ -229,7 +230,7 @@ def _hub_repository(folder: Folder) -> str | None:
 def _snapshot(repository: Path) -> Path | None:
     """Return the snapshot that a repository's main branch has, else the latest."""
     try:
-        revisions = [path for path in (repository / SNAPSHOTS).iterdir() if path.is_dir()]
+        revisions = [path for path in (repository / SNAPSHOTS).iterdir() if is_folder(path)]
         revisions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError:
         return None

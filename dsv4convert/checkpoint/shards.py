@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..containers.folder_names import CONFIG_NAME
+from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import prefetch_heads
 from ..errors import InputMissingError, InventoryError
@@ -103,7 +104,7 @@ def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
         InputMissingError: the folder is not there.
         InventoryError: shards of several sets, or of ranks that the set does not have.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputMissingError("no such folder", where=folder, hint="pass the folder of the shards")
     found = {
         (int(match[2]), int(match[1])): path
@@ -129,7 +130,7 @@ def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
 
 def is_shard_folder(folder: Path) -> bool:
     """Return whether ``folder`` holds model-parallel shards."""
-    return folder.is_dir() and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return is_folder(folder) and any(SHARD_NAME.fullmatch(path.name) for path in folder.iterdir())
 
 
 def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
@@ -157,7 +158,7 @@ def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
             got=f"{len(files)} of {mp} ranks",
             hint="copy the shards of all ranks into one folder",
         )
-    if not (folder / CONFIG_NAME).is_file():
+    if not is_file(folder / CONFIG_NAME):
         raise InputMissingError(
             f"{CONFIG_NAME} is missing",
             where=folder,

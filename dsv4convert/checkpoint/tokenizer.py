@@ -12,6 +12,7 @@ from typing import Any
 
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_optional_json_object
+from ..containers.presence import exists
 from ..containers.untrusted import read_whole
 from ..errors import DeviceError, Dsv4Error, InputOutputError, TokenizerError
 
@@ -253,7 +254,7 @@ def _is_plain_byte_level(step: Mapping[str, Any]) -> bool:
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if required and not path.exists():
+    if required and not exists(path):
         raise TokenizerError(f"{path.name} is missing", where=path.parent, hint="is the download complete?")
     return read_optional_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import FileFormatError, InputMissingError, UsageError, not_read
 from ..formats.ggml_types import GGML_TYPES, GgmlType
+from .presence import is_folder
 from .untrusted import file_size, open_regular
 
 MAGIC = b"GGUF"
@@ -146,7 +147,7 @@ def open_gguf(path: Path, *, allow_cut: bool = False) -> GgufModelFile:
         UsageError: a folder with several models.
         FileFormatError: a malformed file, or files that do not belong together.
     """
-    path = _choose(path) if path.is_dir() else path
+    path = _choose(path) if is_folder(path) else path
     found = SPLIT_FILE.fullmatch(path.name)
     if found is None or int(found["count"]) < 2:
         part = read_gguf_part(path)
@@ -164,7 +165,7 @@ def open_gguf(path: Path, *, allow_cut: bool = False) -> GgufModelFile:
 
 def is_gguf(path: Path) -> bool:
     """Return whether ``path`` is a GGUF file by name or magic, or a folder that holds one."""
-    if path.is_dir():
+    if is_folder(path):
         return any(path.glob("*.gguf"))
     if path.suffix == ".gguf":
         return True

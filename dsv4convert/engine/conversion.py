@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..containers.presence import is_folder
 from ..containers.sources import shown
 from ..errors import (
     Dsv4Error,
@@ -381,7 +382,7 @@ def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked:
     known: dict[tuple[int, int], list[Path]] = {}
     for given in inputs:
         with os_errors(given, "read"):
-            for path in (given, *(given.iterdir() if given.is_dir() else paths_of_set(given))):
+            for path in (given, *(given.iterdir() if is_folder(given) else paths_of_set(given))):
                 if (status := _status(path)) is not None:
                     known.setdefault((status.st_dev, status.st_ino), []).append(path)
     for path in written:

@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from ..containers.json_object import parse_json_object, validate_schema
+from ..containers.presence import exists, is_file, is_folder
 from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError, UsageError
 from ..plan import OutputFile, OutputTensor, Plan
@@ -224,7 +225,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputMissingError: it is not there.
         FileFormatError: it is not a manifest.
     """
-    if not path.exists():
+    if not exists(path):
         raise InputMissingError("manifest is missing", where=path, hint="only outputs of dsv4convert have one")
     try:
         text = read_whole(path, MAX_MANIFEST_BYTES, error=ConfigError)
@@ -310,7 +311,7 @@ def sources_of_finished(plan: Plan) -> set[str] | None:
 def _manifest_of_finished(plan: Plan) -> dict[str, Any] | None:
     """Return the manifest of a plan's output if all its files are there, by name, size and header; None otherwise."""
     path = manifest_path(plan)
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
         manifest = read_manifest(path)
@@ -405,7 +406,7 @@ def check_manifest(output: Path, progress: Callable[[int], None] | None = None) 
         done += entry["bytes"]
         if progress is not None:
             progress(done)
-    if manifest["is_folder"] and folder.is_dir():
+    if manifest["is_folder"] and is_folder(folder):
         known = {entry["name"] for entry in manifest["files"]}
         found = entries_within(folder, set(folders_of_names(known)).__contains__)
         names = (os.path.relpath(entry.path, folder) for entry in found)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from ..containers.presence import exists, is_folder
 from ..errors import OutputExistsError
 
 AT_FDCWD = -100
@@ -65,7 +66,7 @@ def is_same_file(path: Path, descriptor: int) -> bool:
 
 def nearest_folder(folder: Path) -> Path:
     """Return ``folder``, or the nearest folder above it that is there."""
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     return folder
 
@@ -298,7 +299,7 @@ def check_no_mount_point(path: Path) -> None:
     """
     if not os.path.lexists(path) or not _is_mount_point(path):
         return
-    hint = "choose a name inside the mount point" if path.is_dir() else "choose another name"
+    hint = "choose a name inside the mount point" if is_folder(path) else "choose another name"
     raise OutputExistsError(
         "a mount point cannot be replaced", where=path, hint=f"{hint}, or copy the finished output into its place"
     )
@@ -311,7 +312,7 @@ def check_name_fits(path: Path, suffixes: tuple[str, ...]) -> None:
         OutputExistsError: one is too long.
     """
     try:
-        most = os.pathconf(path.parent if path.parent.is_dir() else ".", "PC_NAME_MAX")
+        most = os.pathconf(path.parent if is_folder(path.parent) else ".", "PC_NAME_MAX")
     except (OSError, ValueError):
         return
     longest = max((path.name + suffix for suffix in suffixes), key=lambda name: len(os.fsencode(name)))
@@ -337,7 +338,7 @@ def is_overlay(folder: Path) -> bool:
 
 def _is_mount_point(path: Path) -> bool:
     """Return whether something is mounted on ``path``, a bind-mounted file too."""
-    if path.is_dir() and os.path.ismount(path):
+    if is_folder(path) and os.path.ismount(path):
         return True
     # Blanks, tabs, newlines and backslashes are octal there.
     wanted = os.path.join(os.path.realpath(path.parent), path.name)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..containers.presence import is_folder, is_link
 from ..errors import OutputExistsError
 from .names import Identity, check_name_fits, check_no_mount_point, is_same_file, remove_known_folder
 from .outputs import (
@@ -55,11 +56,11 @@ class NewFolder:
             identity = Identity.of(path)
             if identity is None:
                 return None
-            if path.is_symlink() or not path.is_dir():
+            if is_link(path) or not is_folder(path):
                 raise OutputExistsError("already exists and is no folder", where=path, hint="choose another name")
             check_no_mount_point(path)
             held = held_in(path)
-            strange = sorted(name for name in held if (path / name).is_dir() or "/" in name or not self._may_hold(name))
+            strange = sorted(name for name in held if is_folder(path / name) or "/" in name or not self._may_hold(name))
             if strange or (held and self._must_hold not in held):
                 why = f"contains {strange[0]}" if strange else f"has no {self._must_hold}"
                 raise OutputExistsError(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from ..containers.presence import exists, is_file, is_folder, is_link
 from ..errors import (
     FileFormatError,
     InputOutputError,
@@ -247,7 +248,7 @@ class Outputs(ABC):
         for name, identity in self.discards.items():
             path = self._work_folder() / name
             with os_errors(path, "removed"):
-                if not path.is_dir():
+                if not is_folder(path):
                     remove_known(path, identity)
 
     def _check_as_looked(self) -> None:
@@ -575,11 +576,11 @@ class FolderOutput(Outputs):
         check_parent(final)
         check_name_fits(final, SUFFIXES)
         if os.path.lexists(final):
-            if final.is_symlink() or not final.is_dir():
-                what = "is a link" if final.is_symlink() else "already exists, and is no folder"
+            if is_link(final) or not is_folder(final):
+                what = "is a link" if is_link(final) else "already exists, and is no folder"
                 hint = (
                     f"pass the target of the link, {os.path.realpath(final)}"
-                    if final.is_symlink()
+                    if is_link(final)
                     else "choose another name"
                 )
                 raise OutputExistsError(what, where=final, hint=hint)
@@ -629,12 +630,12 @@ class FolderOutput(Outputs):
         """Make the folder and its files."""
         root = self._root
         remove_trial(trial_path(self._final))
-        if os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+        if os.path.lexists(root) and (is_link(root) or not is_folder(root)):
             raise OutputExistsError(
                 "already exists and is not a working folder of dsv4convert", where=root, hint="remove that folder"
             )
         with os_errors(root, "created"):
-            existed = root.exists()
+            existed = exists(root)
             root.mkdir(exist_ok=True)
             if not existed:
                 self._made.add(root)
@@ -680,7 +681,7 @@ class FolderOutput(Outputs):
         if in_place:
             self._root = root = final
             self.paths = [root / file.name for file in self._plan.files]
-        elif os.path.lexists(root) and (root.is_symlink() or not root.is_dir()):
+        elif os.path.lexists(root) and (is_link(root) or not is_folder(root)):
             raise ResumeError("not a working folder of dsv4convert", where=root, hint=FRESH_HINT)
         with os_errors(root, "created"):
             root.mkdir(exist_ok=True)
@@ -844,7 +845,7 @@ class FileOutputs(Outputs):
         with os_errors(path, "removed"):
             if not os.path.lexists(path):
                 return
-            if path.is_symlink() or not path.is_file():
+            if is_link(path) or not is_file(path):
                 raise OutputExistsError(
                     "already exists and is not a working file of dsv4convert", where=path, hint="remove that file"
                 )
@@ -929,7 +930,7 @@ def check_new_file(path: Path, overwrite: bool) -> None:
     check_name_fits(path, SUFFIXES)
     if not os.path.lexists(path):
         return
-    if path.is_dir() or not (path.is_symlink() or path.is_file()):
+    if is_folder(path) or not (is_link(path) or is_file(path)):
         raise OutputExistsError("already exists and is not a file", where=path, hint="choose another name")
     if not overwrite:
         raise OutputExistsError("already exists", where=path, hint="pass --overwrite to replace the output")

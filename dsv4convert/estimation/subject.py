@@ -15,6 +15,7 @@ from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json_object
+from ..containers.presence import exists, is_file, is_folder
 from ..containers.safetensors import Stored
 from ..containers.sources import size_of
 from ..errors import InputMissingError, UnsupportedError
@@ -88,20 +89,20 @@ def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True
         InputMissingError: nothing there, or nothing that is a model.
         Dsv4Error: what is there cannot be read.
     """
-    if not path.exists():
+    if not exists(path):
         raise InputMissingError("no such file or folder", where=path)
-    if path.is_file() and path.suffix == ".json":
+    if is_file(path) and path.suffix == ".json":
         return _of_config(path, parse_config(read_json_object(path), path))
-    if path.is_file() and path.suffix == ".safetensors":
+    if is_file(path) and path.suffix == ".safetensors":
         path = path.parent
     if is_shard_folder(path):
         return _of_shards(path)
-    has_weights = path.is_dir() and any(path.glob("*.safetensors"))
+    has_weights = is_folder(path) and any(path.glob("*.safetensors"))
     if is_gguf(path) and not has_weights:
         return _of_gguf(path)
-    if path.is_dir() and (path / CONFIG_NAME).is_file() and not has_weights:
+    if is_folder(path) and is_file(path / CONFIG_NAME) and not has_weights:
         return _of_config(path / CONFIG_NAME, load_config(path))
-    if path.is_dir():
+    if is_folder(path):
         checkpoint = open_folder(path, draft_wanted=draft_wanted, index=index)
         return Subject(
             path,

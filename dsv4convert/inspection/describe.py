@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint.folder import BY_INDEX
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import is_gguf
+from ..containers.presence import exists, is_file, is_folder
 from ..errors import InputMissingError
 from ..model.mlx_names import is_mlx
 from .description import Description
@@ -28,15 +29,15 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
         FileFormatError: a file with a header that cannot be read.
         UnsupportedError: another architecture.
     """
-    if not path.exists():
+    if not exists(path):
         raise InputMissingError("no such file or folder", where=path)
-    if path.is_file() and path.suffix == ".safetensors":
+    if is_file(path) and path.suffix == ".safetensors":
         path = path.parent
     if is_shard_folder(path):
         return describe_shards(path)
-    if is_gguf(path) and not (path.is_dir() and any(path.glob("*.safetensors"))):
+    if is_gguf(path) and not (is_folder(path) and any(path.glob("*.safetensors"))):
         return describe_gguf(path)
-    if path.is_dir():
+    if is_folder(path):
         headers = readable_headers(path, index)
         if headers is not None and is_mlx(headers[0]):
             return describe_mlx(path, headers)

@@ -22,6 +22,7 @@ from ..checkpoint.packed import INPUT_SCALES, forms_of
 from ..checkpoint.renaming import official_name, official_tensors, zero_name
 from ..checkpoint.weights import Weight, pair
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
+from ..containers.presence import is_file
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
 from ..containers.wide_scales import wide_dtype
@@ -136,7 +137,7 @@ def _lenient_headers(folder: Path, found: Description, index: str) -> FolderHead
         if not files:
             raise
         found.unexpected.append(str(error))
-        if not (folder / INDEX_NAME).is_file():
+        if not is_file(folder / INDEX_NAME):
             found.notes.append("without an index, all safetensors files are taken to belong together")
     stored: dict[str, Stored] = {}
     for file in files:

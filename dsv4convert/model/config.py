@@ -16,6 +16,7 @@ from typing import Any
 
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object, validate_schema
+from ..containers.presence import is_file, is_folder
 from ..errors import ConfigError, InputMissingError, UnsupportedError
 from .agreement import (
     RATIO_BY_LAYER_TYPE,
@@ -275,10 +276,10 @@ def load_config(folder: Path) -> ModelConfig:
         ConfigError: the file is malformed or inconsistent; the key is named.
         UnsupportedError: another architecture.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputMissingError("no such folder", where=folder, hint="pass the folder that holds config.json")
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not is_file(path):
         raise InputMissingError(
             "config.json is missing", where=folder, hint="is this a checkpoint folder, fully downloaded?"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..containers.json_object import read_json
+from ..containers.presence import exists, is_file
 from ..containers.untrusted import open_regular
 from ..engine.manifest import check_outside_outputs
 from ..engine.new_folder import NewFolder
@@ -48,7 +49,7 @@ class Goldens:
 
 def is_goldens(path: Path) -> bool:
     """Return whether ``path`` is a folder of goldens."""
-    return (path / INDEX_NAME).is_file()
+    return is_file(path / INDEX_NAME)
 
 
 def recorded_activations(model: Model, tokens: Sequence[int], recorded_from: int = 0) -> Iterator[tuple[str, Array]]:
@@ -111,7 +112,7 @@ def open_goldens(folder: Path) -> Goldens:
         FileFormatError: it is malformed.
     """
     path = folder / INDEX_NAME
-    if not path.exists():
+    if not exists(path):
         raise InputMissingError(f"{INDEX_NAME} is missing", where=folder)
     index = read_json(path, MAX_INDEX_BYTES, error=FileFormatError, hint="record the goldens again")
     if not _is_index(index):

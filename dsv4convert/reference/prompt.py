@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json
+from ..containers.presence import is_file
 from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError
 from ..model.config import CHAT_TEMPLATES, Version
 from .vision import IMAGE
@@ -50,7 +51,7 @@ def find_tokenizer(model: Path, vocab_size: int, folder: Path | None = None) -> 
         return load_tokenizer(folder, vocab_size, UNNAMED_PRE)
     if is_gguf(model):
         return _gguf_tokenizer(model)
-    if not (model / TOKENIZER_NAME).is_file():
+    if not is_file(model / TOKENIZER_NAME):
         return None
     try:
         return load_tokenizer(model, vocab_size, UNNAMED_PRE)

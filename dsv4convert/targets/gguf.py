@@ -15,6 +15,7 @@ from ..checkpoint.model_card import read_model_card
 from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
+from ..containers.presence import is_folder
 from ..errors import UsageError
 from ..model.config import CHAT_TEMPLATES, Version
 from ..model.engram import EngramConstants
@@ -240,12 +241,12 @@ class _Describer:
 def _output_folder(out: Path | None) -> Path:
     if out is None:
         return Path()
-    return out if out.is_dir() else out.parent
+    return out if is_folder(out) else out.parent
 
 
 def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> str:
     """Return the file name without ``.gguf``: the one asked for, or the conventional one."""
-    if out is None or out.is_dir():
+    if out is None or is_folder(out):
         return default.removesuffix(".gguf")
     if out.suffix != ".gguf":
         raise UsageError("the output must end in .gguf or be an existing folder", where=out)

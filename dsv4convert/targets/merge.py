@@ -24,6 +24,7 @@ from ..containers.gguf import (
     read_gguf_part,
 )
 from ..containers.gguf_write import KeyValue
+from ..containers.presence import is_file, is_folder, is_link
 from ..engine.manifest import manifest_of, remove_manifest, sources_of_finished
 from ..engine.names import Identity, remove_known
 from ..engine.outputs import os_errors
@@ -71,7 +72,7 @@ def plan_of_merged(source: Path, out: Path) -> Plan | None:
     if len(left) == len(paths) or (left and left[0] != paths[0]):
         return None
     folder, name = _place_of(out, paths[0])
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         return None
     parts = [read_gguf_part(path, allow_cut=True) for path in left]
     if not all(_is_used_up(part) for part in parts):
@@ -139,7 +140,7 @@ def _used_up(path: Path, number: int, count: int) -> Identity | None:
     try:
         part = read_gguf_part(path, allow_cut=True)
         place = part.metadata.get(SPLIT_NO), part.metadata.get(SPLIT_COUNT)
-        is_ours = not path.is_symlink() and place == (number, count) and _is_used_up(part)
+        is_ours = not is_link(path) and place == (number, count) and _is_used_up(part)
     except Dsv4Error:
         is_ours = False
     if not is_ours:
@@ -211,7 +212,7 @@ def _check_keys(part: GgufPart, model: GgufModelFile) -> None:
 
 def _place_of(out: Path, first: Path) -> tuple[Path, str]:
     """Return folder and name of the file to write."""
-    if out.is_dir():
+    if is_folder(out):
         found = SPLIT_FILE.fullmatch(first.name)
         return out, f"{found['stem'] if found is not None else first.stem}.gguf"
     if out.suffix != ".gguf":

@@ -17,6 +17,7 @@ from ..checkpoint.small_tensors import read_scalars
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object
+from ..containers.presence import is_folder
 from ..errors import ConfigError, InventoryError, UsageError
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..plan import OutputFile, OutputTensor
@@ -67,7 +68,7 @@ class InputScales:
                 raise UsageError("--input-scale: too many numbers", expected="one, or two: W1-AND-W3,W2", got=text)
             return cls({"w1": numbers[0], "w2": numbers[-1], "w3": numbers[0]})
         path = Path(text)
-        if path.is_dir():
+        if is_folder(path):
             return cls({}, _stored_scales(path), path)
         if not os.path.lexists(path):
             raise UsageError(
@@ -109,7 +110,7 @@ class InputScales:
         """
         known = {input_scale_name(weight.name) for weight in weights}
         unknown = next((name for name in self.by_tensor if name not in known), None)
-        if unknown is not None and self.where is not None and not self.where.is_dir():
+        if unknown is not None and self.where is not None and not is_folder(self.where):
             raise InventoryError(
                 f"key {unknown[:200]}: no such input scale in the output",
                 where=self.where,

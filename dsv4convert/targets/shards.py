@@ -12,6 +12,7 @@ from ..checkpoint.meaning import check_meaning, config_notes
 from ..checkpoint.shards import ShardCheckpoint, is_shard_folder, open_shards
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, plain_json, read_json_object
+from ..containers.presence import is_file
 from ..containers.untrusted import read_whole
 from ..engine.conversion import Summary
 from ..errors import UsageError
@@ -168,7 +169,5 @@ def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFi
 
 def _missing_tokenizer(source: Path) -> tuple[str, ...]:
     return tuple(
-        f"no {name} in the source, so none beside the weights"
-        for name in TOKENIZER_FILES
-        if not (source / name).is_file()
+        f"no {name} in the source, so none beside the weights" for name in TOKENIZER_FILES if not is_file(source / name)
     )

@@ -20,6 +20,7 @@ from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
+from ..containers.presence import exists
 from ..containers.sources import shown
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
@@ -107,7 +108,7 @@ def prepare(
     """
     started = time.monotonic()
     checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index, draft_from=graft_draft)
-    if not output.exists():
+    if not exists(output):
         raise InputMissingError("no such file or folder", where=output)
     if os.path.realpath(source) == os.path.realpath(output):
         raise UsageError("source and output are the same", where=output)

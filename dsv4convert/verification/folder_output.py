@@ -12,6 +12,7 @@ from ..checkpoint.folder import Checkpoint, read_index
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.json_object import read_json_object
+from ..containers.presence import is_file
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
@@ -131,7 +132,7 @@ def folder_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, 
     for stray in strays:
         report.problem(FILE, folder, stray)
     check_file_metadata(files, report, PYTORCH_METADATA, *(read_metadata(path) for path in checkpoint.files))
-    if (folder / INDEX_NAME).is_file():
+    if is_file(folder / INDEX_NAME):
         check_index(folder / INDEX_NAME, stored, report)
     transformers = any(".self_attn." in name for name in stored)
     tensors = Tensors(stored)
@@ -668,9 +669,9 @@ def check_files(folder: Path, source: Path, report: Report) -> None:
     """Report files next to the weights that are not the source's."""
     for name in NEEDED_FILES + OTHER_FILES:
         original, copy = source / name, folder / name
-        if not original.is_file():
+        if not is_file(original):
             continue
-        if not copy.is_file():
+        if not is_file(copy):
             if name in NEEDED_FILES and not report.foreign:
                 report.problem(FILE, copy, "missing from the output")
             continue

@@ -29,6 +29,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.gguf import GgufModelFile
 from ..containers.imatrix import Imatrix
 from ..containers.json_object import read_json_object, read_optional_json_object
+from ..containers.presence import exists
 from ..errors import TokenizerError
 from ..model.config import CHAT_TEMPLATES, ModelConfig, Version, load_config
 from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
@@ -482,7 +483,7 @@ def _special_vocab(document: Mapping[str, Any], source: Path, vocab_size: int) -
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, content in documents.items():
-            if content or (source / name).exists():
+            if content or exists(source / name):
                 (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
         return gguf.SpecialVocab(Path(folder), load_merges=True, n_vocab=vocab_size)
 

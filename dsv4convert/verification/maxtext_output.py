@@ -23,6 +23,7 @@ from ..containers.orbax import (
     step_documents,
     tree_document,
 )
+from ..containers.presence import is_file, is_folder
 from ..containers.untrusted import read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError
 from ..model.config import ModelConfig
@@ -56,7 +57,7 @@ class _Place(NamedTuple):
 
 def is_maxtext_folder(folder: Path) -> bool:
     """Return whether a folder holds a checkpoint in Orbax's form."""
-    return (folder / ITEMS / METADATA_NAME).is_file()
+    return is_file(folder / ITEMS / METADATA_NAME)
 
 
 def maxtext_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list[Piece]:
@@ -96,7 +97,7 @@ def _arrays(items: Path, report: Report) -> dict[str, ZarrArray]:
     """Return the arrays of a checkpoint by name; what is malformed is reported."""
     arrays: dict[str, ZarrArray] = {}
     for path in sorted(items.iterdir()):
-        if not path.is_dir():
+        if not is_folder(path):
             continue
         try:
             array = read_array(path / ARRAY_NAME)

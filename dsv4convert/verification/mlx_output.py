@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import INDEX_NAME
+from ..containers.presence import is_file
 from ..containers.safetensors import Stored
 from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
@@ -47,7 +48,7 @@ def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, rep
     for stray in strays:
         report.problem(FILE, folder, stray)
     check_file_metadata(files, report, MLX_METADATA)
-    if (folder / INDEX_NAME).is_file():
+    if is_file(folder / INDEX_NAME):
         check_index(folder / INDEX_NAME, stored, report)
     groups: dict[str, list[Weight]] = {}
     for weight in without_absent_parts(list(checkpoint.weights.values()), stored, report):

@@ -14,6 +14,7 @@ from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ...checkpoint.weights import Encoding
 from ...containers.gguf import is_gguf, open_gguf
+from ...containers.presence import exists
 from ...errors import InputMissingError
 from ...model.config import ModelConfig
 from ...model.engram import EngramConstants
@@ -142,7 +143,7 @@ def open_source(path: Path) -> WeightSource:
         InputMissingError: there is nothing at ``path``.
         Dsv4Error: what is there is not a readable model.
     """
-    if not path.exists():
+    if not exists(path):
         raise InputMissingError("no such file or folder", where=path)
     if is_gguf(path):
         return GgufSource(open_gguf(path))

@@ -299,6 +299,16 @@ def test_f32_about_every_rounding_boundary(comparison, name: str, kept: int, dty
     assert [exponent for exponent, ordinary in enumerate(done) if ordinary] == list(range(last + 1))
 
 
+@pytest.mark.parametrize("among", [0x3F800001, 0x00000001, 0x7F7F7FFF], ids=["ordinary", "subnormal", "largest"])
+@pytest.mark.parametrize("sign", [0, 1 << 31], ids=["+", "-"])
+def test_the_first_magnitude_that_rounds_to_infinity(comparison, among: int, sign: int) -> None:
+    compare = comparison("f32_to_bf16")
+    for bits, ordinary in ((0x7F7F7FFF, True), (0x7F7F8000, False), (0x7F800001, False)):
+        values = np.full((5, 8001), among, np.uint32)
+        values[-1, -1] = sign | bits
+        assert compare([values.view(np.float32)], [np.empty(values.shape, np.uint16)], hex(bits)) == ordinary
+
+
 @pytest.mark.parametrize("name", ["f32_to_f16", "bf16_to_f16"])
 def test_subnormal_halves(comparison, name: str) -> None:
     """Every float16 below the normal ones, the halves of their steps, and what lies just beside those."""

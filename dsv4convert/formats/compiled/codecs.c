@@ -27,6 +27,8 @@ typedef u8 lanes_at __attribute__((vector_size(32), aligned(1), may_alias));
 #define KEEP_LOOP _Pragma("clang loop unroll(disable)")
 // Before a loop over groups with little to do for each: its speed then depends less on the address that it lies at.
 #define FOUR_AT_ONCE _Pragma("clang loop unroll_count(4)")
+// Before a loop that is as quick as the memory: more vectors in flight make it slower.
+#define TWO_VECTORS _Pragma("clang loop interleave_count(2)")
 
 enum {
     NEEDS_FALLBACK = -1,
@@ -91,19 +93,6 @@ INLINE int flushes_subnormals(void) {
 // e8m0: 2^(byte - 127). Byte 0 (a float32 subnormal) and 255 (NaN) are for numpy.
 INLINE float e8m0(u8 byte) { return float_of((u32)byte << 23); }
 
-// e4m3 without the sign: eeee mmm, bias 7; NaN reads as 480. Touches no float32 subnormal.
-INLINE float e4m3(u32 magnitude) {
-    float subnormal = (float)(int32_t)magnitude * 0x1p-9f;
-    float normal = float_of((magnitude << 20) + ((127u - E4M3_BIAS) << 23));
-    return magnitude < E4M3_FIRST_NORMAL ? subnormal : normal;
-}
-
-// e2m1 without the sign: 0, .5, 1, 1.5, 2, 3, 4, 6. Code 2 is 1.0; code 1, the only subnormal, the exponent below.
-INLINE float e2m1(u32 magnitude) {
-    u32 bits = ((magnitude - (magnitude == 1)) << 22) + (126u << 23);
-    return float_of(magnitude == 0 ? 0 : bits);
-}
-
 // A group of packed FP4: element 2i in the low nibble of byte i, 2i + 1 in the high one.
 INLINE void unpack(const u8 *packed, u8 *codes) {
     KEEP_LOOP
@@ -113,14 +102,18 @@ INLINE void unpack(const u8 *packed, u8 *codes) {
     }
 }
 
-// The bits of a float16 for a magnitude that it holds exactly.
-INLINE u32 exact_f16(float magnitude) {
-    u32 normal = (bits_of(magnitude) >> 13) - F16_REBIAS;
-    u32 subnormal = (u32)(int32_t)(magnitude * 0x1p24f);
-    return bits_of(magnitude) < F16_MIN_NORMAL ? subnormal : normal;
-}
+// float16 without the sign: the bits for a magnitude below 65520, rounded to nearest even; the bits for a magnitude that
+// it holds exactly; the value of bits. A processor that converts float16 itself does so whatever the thread does with
+// subnormals.
+#ifdef __F16C__
+typedef union { u16 bits; _Float16 value; } f16_parts;
 
-// The bits of a float16 for a magnitude below 65520, rounded to nearest even.
+INLINE u32 rounded_f16(float magnitude) { return ((f16_parts){.value = (_Float16)magnitude}).bits; }
+
+INLINE u32 exact_f16(float magnitude) { return rounded_f16(magnitude); }
+
+INLINE float f16(u32 bits) { return (float)((f16_parts){.bits = (u16)bits}).value; }
+#else
 INLINE u32 rounded_f16(float magnitude) {
     u32 bits = bits_of(magnitude);
     u32 normal = ((bits + 0xFFF + ((bits >> 13) & 1)) >> 13) - F16_REBIAS;
@@ -128,11 +121,41 @@ INLINE u32 rounded_f16(float magnitude) {
     return bits < F16_MIN_NORMAL ? subnormal : normal;
 }
 
+INLINE u32 exact_f16(float magnitude) {
+    u32 normal = (bits_of(magnitude) >> 13) - F16_REBIAS;
+    u32 subnormal = (u32)(int32_t)(magnitude * 0x1p24f);
+    return bits_of(magnitude) < F16_MIN_NORMAL ? subnormal : normal;
+}
+
 INLINE float f16(u32 magnitude) {
     float subnormal = (float)(int32_t)magnitude * 0x1p-24f;
     float normal = float_of((magnitude << 13) + (112u << 23));
     float value = magnitude < 0x400 ? subnormal : normal;
     return magnitude == F16_INFINITY ? float_of(F32_INFINITY) : value;
+}
+#endif
+
+// e4m3 without the sign: eeee mmm, bias 7; NaN reads as 480. Touches no float32 subnormal. Moved to where float16 has its
+// exponent and mantissa, the bits are a number 2^8 times smaller, for the bias there is 15.
+INLINE float e4m3(u32 magnitude) {
+#ifdef __F16C__
+    return f16(magnitude << 7) * 0x1p8f;
+#else
+    float subnormal = (float)(int32_t)magnitude * 0x1p-9f;
+    float normal = float_of((magnitude << 20) + ((127u - E4M3_BIAS) << 23));
+    return magnitude < E4M3_FIRST_NORMAL ? subnormal : normal;
+#endif
+}
+
+// e2m1 without the sign: 0, .5, 1, 1.5, 2, 3, 4, 6. Code 2 is 1.0; code 1, the only subnormal, the exponent below. As
+// float16, see e4m3, 2^14 times smaller.
+INLINE float e2m1(u32 magnitude) {
+#ifdef __F16C__
+    return f16(magnitude << 9) * 0x1p14f;
+#else
+    u32 bits = ((magnitude - (magnitude == 1)) << 22) + (126u << 23);
+    return float_of(magnitude == 0 ? 0 : bits);
+#endif
 }
 
 // The bits of a magnitude that the type holds exactly, with a sign (bit 31).
@@ -150,6 +173,20 @@ INLINE u32 load(const void *values, i64 i, int type) {
 
 // --- FP8 to F32, BF16, F16 --------------------------------------------------------------------------------
 
+// An e4m3 code times a scale. The code as float16, see e4m3, is multiplied by 2^8 and the scale in one go; without
+// float16, the scale is a number added to the exponent.
+INLINE u32 fp8_as(int type, u8 code, u8 scale) {
+#ifdef __F16C__
+    // With its sign: copied upwards, it stays in the highest of sixteen bits.
+    return as_type(type, f16((u32)(int8_t)code << 7 & 0xBFFF) * (0x1p8f * e8m0(scale)), 0);
+#else
+    u32 magnitude = code & 0x7F;
+    float subnormal = (float)(int32_t)magnitude * (0x1p-9f * e8m0(scale));
+    float normal = float_of((magnitude << 20) + ((u32)(scale - E4M3_BIAS) << 23));
+    return as_type(type, magnitude < E4M3_FIRST_NORMAL ? subnormal : normal, (u32)code >> 7 << 31);
+#endif
+}
+
 INLINE int has_nan(const u8 *restrict codes, i64 size) {
     u8 largest = 0;
     for (i64 i = 0; i < size; i++) {
@@ -160,7 +197,7 @@ INLINE int has_nan(const u8 *restrict codes, i64 size) {
 }
 
 // Codes [rows, columns], one scale per block of height x width; with scales from `first` to `last` all products are
-// exact, and none is a float32 subnormal. A power of two is then a number added to the exponent.
+// exact, and none is a float32 subnormal.
 INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const u8 *restrict scale, void *restrict out,
                   i64 rows, i64 columns, i64 height, i64 width) {
     i64 block_columns = (columns + width - 1) / width;
@@ -169,16 +206,12 @@ INLINE i64 fp8_to(int type, u8 first, u8 last, const u8 *restrict weight, const 
         if (has_nan(weight + row * columns, columns))
             return NEEDS_FALLBACK;
         for (i64 block = 0; block < block_columns; block++) {
-            if (row_scale[block] < first || row_scale[block] > last)
+            u8 block_scale = row_scale[block];
+            if (block_scale < first || block_scale > last)
                 return NEEDS_FALLBACK;
-            u32 exponent = (u32)(row_scale[block] - E4M3_BIAS) << 23;
-            float step = 0x1p-9f * e8m0(row_scale[block]);
             i64 stop = row * columns + smaller((block + 1) * width, columns);
             for (i64 i = row * columns + block * width; i < stop; i++) {
-                u32 code = weight[i], magnitude = code & 0x7F;
-                float subnormal = (float)(int32_t)magnitude * step;
-                float normal = float_of((magnitude << 20) + exponent);
-                u32 bits = as_type(type, magnitude < E4M3_FIRST_NORMAL ? subnormal : normal, code >> 7 << 31);
+                u32 bits = fp8_as(type, weight[i], block_scale);
                 if (type == F32)
                     ((u32_at *)out)[i] = bits;
                 else
@@ -713,21 +746,27 @@ i64 f32_to_fp4_scales(const u32_at *restrict values, u8 *restrict out, i64 group
 
 // --- floats ---------------------------------------------------------------------------------------------
 
-// counts: values rounded in the normal range, and below it.
+// counts: values rounded in the normal range, and below it. One comparison tells that a chunk has neither zeros and
+// subnormals, which wrap round, nor what overflows; any other is read again.
 i64 f32_to_bf16(const u32_at *restrict values, u16_at *restrict out, i64 *restrict counts, i64 size) {
     counts[0] = counts[1] = 0;
     for (i64 start = 0; start < size; start += CHUNK) {
+        i64 stop = smaller(start + CHUNK, size);
         u32 largest = 0, inexact = 0, tiny = 0;
-        for (i64 i = start; i < smaller(start + CHUNK, size); i++) {
-            u32 bits = values[i], magnitude = bits & F32_MAGNITUDE;
-            u32 lost = (bits & 0xFFFF) != 0;
-            largest = magnitude > largest ? magnitude : largest;
-            inexact += lost;
-            tiny += lost & (magnitude < F32_MIN_NORMAL);
+        TWO_VECTORS
+        for (i64 i = start; i < stop; i++) {
+            u32 bits = values[i], above_subnormals = (bits << 1) - (F32_MIN_NORMAL << 1);
+            largest = above_subnormals > largest ? above_subnormals : largest;
+            inexact += (bits & 0xFFFF) != 0;
             out[i] = (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
         }
-        if (largest >= BF16_OVERFLOW)
-            return NEEDS_FALLBACK;
+        if (largest >= (BF16_OVERFLOW - F32_MIN_NORMAL) << 1)
+            for (i64 i = start; i < stop; i++) {
+                u32 magnitude = values[i] & F32_MAGNITUDE;
+                if (magnitude >= BF16_OVERFLOW)
+                    return NEEDS_FALLBACK;
+                tiny += magnitude < F32_MIN_NORMAL && (magnitude & 0xFFFF) != 0;
+            }
         counts[0] += inexact - tiny;
         counts[1] += tiny;
     }

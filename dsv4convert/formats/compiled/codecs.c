@@ -482,25 +482,48 @@ i64 fp4_to_q8_0(const u8 *restrict packed, const u8 *restrict scale, const u32_a
     return 0;
 }
 
-// llama.cpp's formula in float32: d = amax / 127, q = x * (1/d), half away from zero.
+// The largest magnitude of a group, as float32 bits.
+INLINE u32 largest_in_group(int type, const void *restrict values, i64 group) {
+    u32 largest = 0;
+    for (int j = 0; j < GROUP; j++) {
+        u32 magnitude = load(values, group * GROUP + j, type) & F32_MAGNITUDE;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+// To the nearest integer, half away from zero: the float below 1/2, added, is too little to carry what lies below a half.
+INLINE int32_t nearest(float value) {
+    float below_half = float_of(bits_of(0x1.FFFFFEp-2f) | (bits_of(value) & ~F32_MAGNITUDE));
+    return (int32_t)(value + below_half);
+}
+
+// llama.cpp's formula in float32: d = amax / 127, q = x * (1/d), half away from zero. The scales of some groups are made
+// at once, since the divisions of a single one would be waited for.
 INLINE i64 float_to_q8_0(int type, const void *restrict values, u8 *restrict out, i64 groups) {
-    for (i64 group = 0; group < groups; group++) {
-        u8 *block = out + group * Q8_0_BYTES;
-        u32 largest = 0;
-        for (int j = 0; j < GROUP; j++) {
-            u32 magnitude = load(values, group * GROUP + j, type) & F32_MAGNITUDE;
-            largest = magnitude > largest ? magnitude : largest;
+    enum { AT_ONCE = 64 };
+    for (i64 first = 0; first < groups; first += AT_ONCE) {
+        u32 largest[AT_ONCE], d_bits[AT_ONCE], needs_fallback = 0;
+        float inverses[AT_ONCE];
+        i64 count = smaller(AT_ONCE, groups - first);
+        for (i64 g = 0; g < count; g++)
+            largest[g] = largest_in_group(type, values, first + g);
+        for (i64 g = 0; g < count; g++) {
+            float d = float_of(largest[g]) / 127.0f;
+            inverses[g] = d == 0.0f ? 0.0f : 1.0f / d;
+            d_bits[g] = rounded_f16(d);
+            u32 too_large = largest[g] >= F32_INFINITY || bits_of(d) >= F16_OVERFLOW;
+            u32 too_small = bits_of(inverses[g]) >= F32_INFINITY || (d_bits[g] == 0 && largest[g] != 0);
+            needs_fallback |= too_large | too_small;
         }
-        float d = float_of(largest) / 127.0f;
-        float inverse = d == 0.0f ? 0.0f : 1.0f / d;
-        if (largest >= F32_INFINITY || bits_of(d) >= F16_OVERFLOW || bits_of(inverse) >= F32_INFINITY ||
-            store_d(block, rounded_f16(d), largest))
+        if (needs_fallback)
             return NEEDS_FALLBACK;
-        for (int j = 0; j < GROUP; j++) {
-            float scaled = float_of(load(values, group * GROUP + j, type)) * inverse;
-            int32_t whole = (int32_t)scaled;
-            float rest = scaled - (float)whole;
-            block[2 + j] = (u8)(whole + (rest >= 0.5f) - (rest <= -0.5f));
+        for (i64 g = 0; g < count; g++) {
+            u8 *block = out + (first + g) * Q8_0_BYTES;
+            block[0] = (u8)d_bits[g];
+            block[1] = (u8)(d_bits[g] >> 8);
+            for (int j = 0; j < GROUP; j++)
+                block[2 + j] = (u8)nearest(float_of(load(values, (first + g) * GROUP + j, type)) * inverses[g]);
         }
     }
     return 0;
@@ -558,11 +581,7 @@ INLINE i64 float_to_mxfp4(int type, const void *restrict values, u8 *restrict ou
         return NEEDS_FALLBACK;
     for (i64 group = 0; group < groups; group++) {
         u8 *block = out + group * MXFP4_BYTES, codes[GROUP];
-        u32 largest = 0;
-        for (int j = 0; j < GROUP; j++) {
-            u32 magnitude = load(values, group * GROUP + j, type) & F32_MAGNITUDE;
-            largest = magnitude > largest ? magnitude : largest;
-        }
+        u32 largest = largest_in_group(type, values, group);
         // 6 = 1.5 * 2^2: a largest 1.m * 2^k takes the scale 2^(k-2), or 2^(k-1) once 1.m passes 1.5.
         u32 mantissa = largest & F32_MANTISSA;
         int32_t scale = (int32_t)(largest >> 23) - 2 + (mantissa > 0x400000);

@@ -6,8 +6,9 @@ python benchmarks/codecs.py --baseline ../before --json benchmarks/results/codec
 The tile is the engine's: 512 KiB of FP8 or packed FP4, and as many elements of the floats as of FP8.
 ``--baseline`` times the compiled codecs of another checkout as well, those that it has, in the same process.
 All contenders of a conversion are checked to give the same bytes, then timed in turn, a round each; the
-table shows medians. "copy" is np.copyto of the output's bytes from one cached buffer to another. Speeds are
-output bytes per second.
+table shows medians. The rounds are spread over several sets of buffers (``--placements``): the pages that a
+buffer lies in decide what it competes with for the cache, which is worth several per cent to either side.
+"copy" is np.copyto of the output's bytes from one cached buffer to another. Speeds are output bytes per second.
 """
 
 from __future__ import annotations
@@ -236,7 +237,18 @@ def same_bytes(name: str, who: str, got: Array, want: Array) -> None:
         raise SystemExit(f"{name}: {who} gives other bytes than numpy; nothing was timed")
 
 
-def measure(case: Case, backends: dict[str, Codecs], rounds: int) -> None:
+def measure(case: Case, backends: dict[str, Codecs], rounds: int, placements: int) -> None:
+    """Time all contenders of a case ``rounds`` times, in buffers at ``placements`` places of the memory in turn."""
+    case.seconds = {}
+    kept = []
+    for _ in range(placements):
+        kept.append((case.inputs, case.outputs))  # not freed, or the next would lie in the same pages
+        case.inputs = [a.copy() if isinstance(a, np.ndarray) else a for a in case.inputs]
+        case.outputs = [a.copy() for a in case.outputs]
+        _measure_here(case, backends, rounds // placements)
+
+
+def _measure_here(case: Case, backends: dict[str, Codecs], rounds: int) -> None:
     contenders = {who: _ours(codecs, case) for who, codecs in backends.items() if hasattr(codecs, case.name)}
     contenders.update(case.others)
     want = contenders["numpy"]().copy()
@@ -246,13 +258,12 @@ def measure(case: Case, backends: dict[str, Codecs], rounds: int) -> None:
     contenders["copy"] = lambda: np.copyto(target, want)  # type: ignore[assignment,return-value]
     for run in contenders.values():
         run()
-    case.seconds = {who: [] for who in contenders}
     for _ in range(rounds):
         for who, run in contenders.items():
             run()  # the tile, the tables and the code are back in the cache after the others' turn
             started = time.perf_counter()
             run()
-            case.seconds[who].append(time.perf_counter() - started)
+            case.seconds.setdefault(who, []).append(time.perf_counter() - started)
 
 
 def baseline_codecs(checkout: Path) -> Codecs:
@@ -312,6 +323,7 @@ def as_json(done: list[Case], arguments: argparse.Namespace) -> dict[str, Any]:
         "codecs": describe_codecs(),
         "packages": {name: version(name) for name in PACKAGES},
         "rounds": arguments.rounds,
+        "placements": arguments.placements,
         "threads": 1,
         "load_average": os.getloadavg()[0],
         "results": [
@@ -345,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="a multiple of 128")
     parser.add_argument("--columns", type=int, default=4096, help="of FP8, a multiple of 128")
     parser.add_argument("--rounds", type=int, default=101)
+    parser.add_argument("--placements", type=int, default=7, help="sets of buffers that the rounds are spread over")
     parser.add_argument("--only", help="conversions whose name contains this")
     parser.add_argument("--baseline", type=Path, metavar="CHECKOUT", help="also time this checkout's compiled codecs")
     parser.add_argument("--json", type=Path)
@@ -357,7 +370,7 @@ def main() -> None:
         backends[BASELINE] = baseline_codecs(arguments.baseline)
     chosen = [c for c in cases(arguments.rows, arguments.columns) if not arguments.only or arguments.only in c.name]
     for case in chosen:
-        measure(case, backends, arguments.rounds)
+        measure(case, backends, arguments.rounds, arguments.placements)
     print_table(chosen)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

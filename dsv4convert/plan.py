@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 from .errors import InventoryError
+from .scale_forms import ScaleForm
 
 # Verbatim ranges are cut into segments of this many bytes, so that threads can share a large tensor.
 COPY_SEGMENT_BYTES = 64 * 2**20
@@ -316,9 +317,8 @@ class Operand(NamedTuple):
     """A row-major matrix in a source file: one input of an operation.
 
     ``row_bytes`` bytes a row, each of numpy dtype ``dtype``; one row of it serves ``rows_per`` rows of
-    the output (1 for weights, the block's height for scales). ``wide`` says how the file holds scales that operations
-    take as the E8M0 bytes or float32 that they stand for (see ``containers.wide_scales``); ``row_bytes`` are those of
-    the file.
+    the output (1 for weights, the block's height for scales). ``scale_form`` says how the file holds scales that
+    operations take as the E8M0 bytes or float32 that they stand for; ``row_bytes`` are those of the file.
     """
 
     file: Path
@@ -326,7 +326,7 @@ class Operand(NamedTuple):
     row_bytes: int
     rows_per: int
     dtype: str
-    wide: str = ""
+    scale_form: ScaleForm | None = None
 
 
 class Segment(NamedTuple):

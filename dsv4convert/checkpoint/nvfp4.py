@@ -25,9 +25,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..containers.safetensors import Stored
-from ..containers.wide_scales import E8M0, F32, of_pairs, of_second, pairs_up
+from ..containers.wide_scales import E8M0, F32, pairs_up
 from ..errors import InventoryError
 from ..formats.nvfp4 import BLOCK, SCALES_PER_GROUP
+from ..scale_forms import Over, Pairs, Times
 from .small_tensors import read_scalars, read_small
 
 WEIGHT, SCALE, SECOND_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
@@ -165,6 +166,7 @@ def _exponent(part: _Parts, value: float) -> int:
 def _scale_of(part: _Parts, scale: Stored, value: float, *, is_fp4: bool) -> Stored:
     """Return the scales of a weight as E8M0, each of which is a pair of those that are there, or as float32."""
     if not is_fp4:
-        return scale._replace(dtype=F32, wide=of_second(value, is_reciprocal=part.is_reciprocal))
+        return scale._replace(dtype=F32, scale_form=Over(value) if part.is_reciprocal else Times(value))
     rows, columns = scale.shape
-    return scale._replace(dtype=E8M0, shape=(rows, columns // SCALES_PER_GROUP), wide=of_pairs(_exponent(part, value)))
+    pairs = Pairs(_exponent(part, value))
+    return scale._replace(dtype=E8M0, shape=(rows, columns // SCALES_PER_GROUP), scale_form=pairs)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..containers.safetensors import Stored
-from ..containers.wide_scales import as_f32, is_of_pairs
+from ..containers.wide_scales import as_f32
+from ..scale_forms import Pairs
 from .int4 import ORDER, SHAPE, ZERO_POINT, packed_as_pairs
 from .nvfp4 import (
     E4M3,
@@ -82,7 +83,7 @@ def forms_of(weights: Iterable[Weight]) -> tuple[str, ...]:
             notes[AS_NVFP4] = None
         elif weight.encoding is Encoding.INT4:
             notes[AS_INT4] = None
-        elif weight.scale is not None and is_of_pairs(weight.scale.wide):
+        elif weight.scale is not None and isinstance(weight.scale.scale_form, Pairs):
             notes[AS_FP4] = None
     return tuple(notes)
 

@@ -6,11 +6,12 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..containers.safetensors import Stored
-from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0, as_f32, is_of_second, wide_dtype
+from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0, as_f32, stored_dtype
 from ..errors import InventoryError
 from ..formats.int4 import PER_WORD
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..model.tensors import DRAFT_PREFIX, Expected, Row, Store, scale_name
+from ..scale_forms import Over, Times
 
 # Elements of a row that share one scale in packed FP4.
 FP4_BLOCK = 32
@@ -98,7 +99,7 @@ def pair(
     Raises:
         InventoryError: a shape, a dtype or a scale that does not fit.
     """
-    if scale is not None and not scale.wide:
+    if scale is not None and scale.scale_form is None:
         scale = _official_scale(stored, scale, scale_fmt)
     encoding, shape, block = _classify(expected.name, stored, scale)
     if zero is not None:
@@ -204,11 +205,11 @@ def _classify(
                 f"tensor {scale_name(name)}: not a scale of INT4",
                 where=scale.file,
                 expected="F32, BF16 or F16 of two dimensions",
-                got=f"{wide_dtype(scale.wide) or scale.dtype} {list(scale.shape)}",
+                got=f"{stored_dtype(scale)} {list(scale.shape)}",
             )
         block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
         return Encoding.INT4, (rows, columns), block
-    if is_of_second(scale.wide):
+    if isinstance(scale.scale_form, Times | Over):
         return Encoding.NVFP4, (rows, columns * 2), (1, NVFP4_BLOCK)
     if stored.dtype == "F8_E4M3":
         if scale.dtype not in (E8M0, "F32") or len(scale.shape) != 2:
@@ -216,7 +217,7 @@ def _classify(
                 f"tensor {scale_name(name)}: not a scale of FP8",
                 where=scale.file,
                 expected="F8_E8M0, F32 or BF16 of two dimensions",
-                got=f"{scale.wide or scale.dtype} {list(scale.shape)}",
+                got=f"{stored_dtype(scale)} {list(scale.shape)}",
             )
         block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
         return Encoding.FP8, stored.shape, block
@@ -227,7 +228,7 @@ def _classify(
             f"tensor {scale_name(name)}: not the scale of packed FP4",
             where=scale.file,
             expected=f"F8_E8M0 {[rows, columns // FP4_BLOCK]} ({FP4_BLOCK} elements a scale)",
-            got=f"{scale.wide or scale.dtype} {list(scale.shape)}",
+            got=f"{stored_dtype(scale)} {list(scale.shape)}",
         )
     return Encoding.FP4, (rows, columns), FP4_SCALE_BLOCK
 

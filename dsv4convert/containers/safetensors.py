@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import FileFormatError, not_read
+from ..scale_forms import ScaleForm
 from .json_object import parse_json_object
 from .untrusted import file_size, open_regular
 
@@ -53,8 +54,8 @@ METADATA_KEY = "__metadata__"
 class Stored(NamedTuple):
     """A tensor where it lies: ``nbytes`` row-major bytes at ``offset`` (from the file's start).
 
-    ``wide`` says how scales are stored that stand for values of ``dtype``, such as E8M0 in F32 or BF16 (see
-    ``containers.wide_scales``); the bytes are then as it says.
+    ``scale_form`` says how scales lie that stand for values of ``dtype``, such as E8M0 in F32 or BF16; shape and bytes
+    are then as ``containers.wide_scales`` has them.
     """
 
     file: Path
@@ -62,7 +63,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    wide: str = ""
+    scale_form: ScaleForm | None = None
 
 
 def read_header(path: Path) -> dict[str, Stored]:

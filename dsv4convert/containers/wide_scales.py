@@ -11,11 +11,10 @@ scale (or over its reciprocal), rounded once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,85 +25,72 @@ from ..formats.bf16 import bf16_to_f32, f16_to_f32
 from ..formats.e4m3 import NAN_CODE, e4m3_to_f32
 from ..formats.e8m0 import BIAS, MAX_BYTE, NAN_BYTE, wide_to_e8m0
 from ..formats.nvfp4 import block_scales
+from ..scale_forms import Floats, Over, Pairs, PowersOfTwo, ScaleForm, Times
 from .safetensors import Stored, tensor_at
 
 # Integers that hold the bits of a scale, by safetensors dtype.
 WIDE_BITS: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<u4"), "BF16": np.dtype("<u2")}
 E8M0 = "F8_E8M0"
 
-# What stands in ``wide`` for pairs of e4m3 scales: this, and the exponent of the second scale.
-PAIRS = "F8_E4M3*2^"
+# The integers that hold two e4m3 scales, and those that hold one.
 PAIR_BITS = np.dtype("<u2")
 PAIR_BYTES = 2
+E4M3_BITS = np.dtype("u1")
 
-# What stands there for scales that become float32: the file's dtype and this, or e4m3 with the second scale, in
-# hexadecimal, that multiplies or divides it.
-TO_F32 = ">F32"
-TIMES, OVER = "F8_E4M3*", "F8_E4M3/"
 FLOAT_BITS: Mapping[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 F32 = "F32"
+E4M3 = "F8_E4M3"
+
+_POWERS_OF_TWO = {"F32": PowersOfTwo("F32"), "BF16": PowersOfTwo("BF16")}
+_FLOATS = {"BF16": Floats("BF16"), "F16": Floats("F16")}
 
 
 def as_e8m0(scale: Stored) -> Stored:
-    """Return stored scales as E8M0: one of ``WIDE_BITS`` is to be read through ``narrow``, bytes are what they are."""
-    return scale._replace(dtype=E8M0, wide=scale.dtype if scale.dtype in WIDE_BITS else "")
-
-
-def of_pairs(exponent: int) -> str:
-    """Return what ``wide`` is for pairs of e4m3 scales under a second scale of 2^exponent."""
-    return f"{PAIRS}{exponent}"
-
-
-def is_of_pairs(wide: str) -> bool:
-    """Return whether pairs of e4m3 scales stand for scales: NVFP4."""
-    return wide.startswith(PAIRS)
+    """Return stored scales as E8M0: those of ``WIDE_BITS`` are powers of two, bytes are what they are."""
+    return scale._replace(dtype=E8M0, scale_form=_POWERS_OF_TWO.get(scale.dtype))
 
 
 def as_f32(scale: Stored) -> Stored:
     """Return stored scales as float32: those of BF16 and F16 are to be read so, any other type is what it is."""
-    return scale._replace(dtype=F32, wide=f"{scale.dtype}{TO_F32}") if scale.dtype in FLOAT_BITS else scale
+    return scale._replace(dtype=F32, scale_form=_FLOATS[scale.dtype]) if scale.dtype in _FLOATS else scale
 
 
-def of_second(second: float, *, is_reciprocal: bool) -> str:
-    """Return what ``wide`` is for e4m3 scales of NVFP4 that are to be read as float32.
-
-    ``is_reciprocal`` says that they are to be divided by ``second``.
-    """
-    return f"{OVER if is_reciprocal else TIMES}{second.hex()}"
+def second_of(form: Times | Over) -> float:
+    """Return the float32 that e4m3 scales are to be multiplied by, rounded where they are divided."""
+    return float(np.float32(1) / np.float32(form.second)) if isinstance(form, Over) else form.second
 
 
-def is_of_second(wide: str) -> bool:
-    """Return whether e4m3 scales under a second scale are read as float32: NVFP4 that is no FP4."""
-    return wide.startswith((TIMES, OVER)) and not is_of_pairs(wide)
+def stored_dtype(scale: Stored) -> str:
+    """Return the safetensors dtype that scales have in their file."""
+    match scale.scale_form:
+        case None:
+            return scale.dtype
+        case PowersOfTwo(dtype) | Floats(dtype):
+            return dtype
+        case Pairs() | Times() | Over():
+            return E4M3
 
 
-def second_of(wide: str) -> float:
-    """Return the float32 that e4m3 scales of ``of_second`` are to be multiplied by, rounded where they are divided."""
-    value = np.float32(float.fromhex(wide[len(TIMES) :]))
-    return float(np.float32(1) / value if wide.startswith(OVER) else value)
+def bits_of(form: ScaleForm) -> np.dtype[Any]:
+    """Return the numbers that hold the bits of what stands for a scale."""
+    match form:
+        case PowersOfTwo(dtype):
+            return WIDE_BITS[dtype]
+        case Floats(dtype):
+            return FLOAT_BITS[dtype]
+        case Pairs():
+            return PAIR_BITS
+        case Times() | Over():
+            return E4M3_BITS
 
 
-def wide_bits(wide: str) -> np.dtype[Any]:
-    """Return the integers that hold the bits of what stands for a scale."""
-    if is_of_pairs(wide):
-        return PAIR_BITS
-    if is_of_second(wide):
-        return np.dtype("u1")
-    return FLOAT_BITS[wide.removesuffix(TO_F32)] if wide.endswith(TO_F32) else WIDE_BITS[wide]
-
-
-def wide_dtype(wide: str) -> str:
-    """Return the safetensors dtype of what stands for scales."""
-    return re.split(r"[*/>]", wide, maxsplit=1)[0]
-
-
-def becomes_f32(wide: str) -> bool:
+def becomes_f32(form: ScaleForm | None) -> TypeGuard[Floats | Times | Over]:
     """Return whether scales are read as float32, and not as E8M0 bytes."""
-    return wide.endswith(TO_F32) or is_of_second(wide)
+    return isinstance(form, Floats | Times | Over)
 
 
 def read_wide(
-    raw: NDArray[np.uint8], wide: str, file: Path, offset: int, scratch: Scratch, key: str = "scales"
+    raw: NDArray[np.uint8], form: ScaleForm, file: Path, offset: int, scratch: Scratch, key: str = "scales"
 ) -> NDArray[Any]:
     """Return what scales as they lie, bytes [r, bytes of a row] read at ``offset`` of ``file``, stand for.
 
@@ -113,38 +99,39 @@ def read_wide(
     Raises:
         InventoryError: see ``narrow``.
     """
-    shape = len(raw), raw.shape[1] // wide_bits(wide).itemsize
-    if not becomes_f32(wide):
-        return narrow(raw, wide, file, offset, scratch.array(f"{key} e8m0", shape, np.uint8))
+    shape = len(raw), raw.shape[1] // bits_of(form).itemsize
+    if isinstance(form, PowersOfTwo | Pairs):
+        return narrow(raw, form, file, offset, scratch.array(f"{key} e8m0", shape, np.uint8))
     out: NDArray[np.float32] = scratch.array(f"{key} f32", shape, np.float32)
-    if is_of_second(wide):
-        np.take(block_scales(float.fromhex(wide[len(TIMES) :]), wide.startswith(OVER)), raw, out=out, mode="clip")
-    else:
-        decode = bf16_to_f32 if wide.startswith("BF16") else f16_to_f32
-        decode(raw.view(wide_bits(wide)), out, scratch, Tally())
+    match form:
+        case Floats(dtype):
+            decode = bf16_to_f32 if dtype == "BF16" else f16_to_f32
+            decode(raw.view(FLOAT_BITS[dtype]), out, scratch, Tally())
+        case Times(second) | Over(second):
+            np.take(block_scales(second, isinstance(form, Over)), raw, out=out, mode="clip")
     return out
 
 
 def narrow(
-    raw: NDArray[np.uint8], wide: str, file: Path, offset: int, out: NDArray[np.uint8] | None = None
+    raw: NDArray[np.uint8], form: PowersOfTwo | Pairs, file: Path, offset: int, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
     """Return E8M0 bytes [r, c] of scales as they lie, bytes [r, c · 4 or 2] read at ``offset`` of ``file``.
 
     Raises:
         InventoryError: a scale is no power of two, or a pair of them no such scale; names the tensor and the position.
     """
-    bits: NDArray[Any] = raw.view(wide_bits(wide))
+    bits: NDArray[Any] = raw.view(bits_of(form))
     codes = np.empty(bits.shape, np.uint8) if out is None else out
-    if is_of_pairs(wide):
-        exponent = int(wide.removeprefix(PAIRS))
-        found = np.take(_bytes_of_pairs(exponent), bits)
-        if found.size and found.min() < 0:
-            raise _no_pair(raw, int(np.argmin(found)), exponent, file, offset)
-        np.copyto(codes, found, casting="unsafe")
-        return codes
-    index = wide_to_e8m0(bits, codes)
-    if index is not None:
-        raise _no_power_of_two(bits, index, wide, file, offset)
+    match form:
+        case Pairs(exponent):
+            found = np.take(_bytes_of_pairs(exponent), bits)
+            if found.size and found.min() < 0:
+                raise _no_pair(raw, int(np.argmin(found)), exponent, file, offset)
+            np.copyto(codes, found, casting="unsafe")
+        case PowersOfTwo(dtype):
+            index = wide_to_e8m0(bits, codes)
+            if index is not None:
+                raise _no_power_of_two(bits, index, dtype, file, offset)
     return codes
 
 
@@ -184,8 +171,8 @@ def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offs
     )
 
 
-def _no_power_of_two(bits: NDArray[Any], index: int, wide: str, file: Path, offset: int) -> InventoryError:
-    size = WIDE_BITS[wide].itemsize
+def _no_power_of_two(bits: NDArray[Any], index: int, dtype: str, file: Path, offset: int) -> InventoryError:
+    size = WIDE_BITS[dtype].itemsize
     value = (int(bits.reshape(-1)[index]) << (32 - 8 * size)).to_bytes(4, "little")
     place = offset + index * size
     found = tensor_at(file, place)
@@ -193,7 +180,7 @@ def _no_power_of_two(bits: NDArray[Any], index: int, wide: str, file: Path, offs
     if found is not None:
         name, stored = found
         position = np.unravel_index((place - stored.offset) // size, stored.shape)
-        where = f"tensor {name}: {wide} scale {list(map(int, position))}"
+        where = f"tensor {name}: {dtype} scale {list(map(int, position))}"
     return InventoryError(
         f"{where} is not a power of two",
         where=file,

@@ -30,6 +30,7 @@ from ..formats.compiled.segments import (
 from ..formats.ggml_types import BY_NAME
 from ..formats.not_finite import MAGNITUDES
 from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
+from ..scale_forms import ScaleForm
 from .mappings import SHARERS, Mappings
 from .operations import COPY_TILE_BYTES, FLOATS_OF_FILES, FP4_PER_BYTE, rows_per_tile
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
@@ -71,7 +72,7 @@ class Shape(NamedTuple):
     row_bytes: int
     rows_per: int
     dtype: str
-    wide: str = ""
+    scale_form: ScaleForm | None = None
 
 
 class Recipe(NamedTuple):
@@ -99,7 +100,7 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
     It has no checks of its own: what is not exactly as it expects is left to Python, which has them.
     """
     first = operands[0] if operands else Shape(0, 1, "")
-    if any(operand.wide for operand in operands):
+    if any(operand.scale_form is not None for operand in operands):
         return None
     match operation:
         case Copy(holds=holds) if first.row_bytes == row_bytes == 1:
@@ -283,7 +284,8 @@ class CompiledSegments:
         Raises:
             InputOutputError: a source cannot be opened.
         """
-        if self._digest is None or segment.nbytes < MIN_BYTES or any(operand.wide for operand in segment.operands):
+        held_otherwise = any(operand.scale_form is not None for operand in segment.operands)
+        if self._digest is None or segment.nbytes < MIN_BYTES or held_otherwise:
             return None
         kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in segment.operands])
         if kind not in self._kinds:

@@ -134,7 +134,7 @@ class Worker:
     def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
         tally = Tally()
         # Scales of another type are not what lies in the file once they are read.
-        zeros = {number for number, operand in enumerate(segment.operands) if not operand.wide}
+        zeros = {number for number, operand in enumerate(segment.operands) if operand.scale_form is None}
         operation = segment.operation
         compiled = self._begin_compiled(segment, output, offset)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
@@ -199,8 +199,8 @@ class Worker:
         # An operand's first row serves every tile that ends within its output rows, and is there since the first.
         if not (follows and first + rows <= operand.rows_per):
             self._read_into(operand.file, offset, tile)
-        if operand.wide:
-            return read_wide(tile, operand.wide, operand.file, offset, self._scratch, f"scales {index}")
+        if operand.scale_form is not None:
+            return read_wide(tile, operand.scale_form, operand.file, offset, self._scratch, f"scales {index}")
         return tile.view(operand.dtype)
 
     def _read_into(self, file: Path, offset: int, buffer: NDArray[np.uint8]) -> None:

@@ -213,7 +213,7 @@ class _Reader:
             InventoryError: a scale that must be a power of two is none.
         """
         bad, is_zero, done = 0, True, 0
-        is_looked_at = bool(stored.wide) or stored.dtype in MAGNITUDES
+        is_looked_at = stored.scale_form is not None or stored.dtype in MAGNITUDES
         try:
             remote = at(stored.file)
             if remote is not None:
@@ -240,8 +240,8 @@ class _Reader:
         return Seen(name, stored.nbytes, bad, is_zero)
 
     def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:
-        if stored.wide:
-            read = read_wide(piece[None], stored.wide, stored.file, offset, self._arena)
+        if stored.scale_form is not None:
+            read = read_wide(piece[None], stored.scale_form, stored.file, offset, self._arena)
             piece = read.view(np.uint8).reshape(-1)
         return self._count(stored.dtype, piece, self._arena.array("magnitudes", piece.shape, np.uint8))
 

@@ -25,7 +25,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
 from ..containers.presence import is_file
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
-from ..containers.wide_scales import wide_dtype
+from ..containers.wide_scales import stored_dtype
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..model.config import ModelConfig, load_config
 from ..model.engram import check_rows
@@ -231,6 +231,6 @@ def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
     uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)
-        scale = None if weight.scale is None else wide_dtype(weight.scale.wide) or weight.scale.dtype
+        scale = None if weight.scale is None else stored_dtype(weight.scale)
         uses[family, weight.encoding.value, scale, weight.block] += 1
     found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]

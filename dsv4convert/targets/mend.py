@@ -17,6 +17,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import open_regular, read_whole
+from ..containers.wide_scales import stored_dtype
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import UnsupportedError, UsageError, check_choice, not_read
@@ -261,7 +262,7 @@ def _scale_suffix(name: str) -> str:
 def _as_it_lies(part: Stored, lying: Mapping[tuple[Path, int, int], Stored]) -> Stored:
     """Return a tensor with the type that its file gives it, whatever it is read as."""
     found = lying.get((part.file, part.offset, part.nbytes))
-    return part._replace(dtype=part.wide or part.dtype, wide="") if found is None else found
+    return part._replace(dtype=stored_dtype(part), scale_form=None) if found is None else found
 
 
 def _tensor_files(wanted: Iterable[_Wanted], headers: Mapping[Path, Mapping[str, Stored]]) -> list[OutputFile]:

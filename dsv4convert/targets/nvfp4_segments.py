@@ -17,6 +17,7 @@ from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment, convert
+from ..scale_forms import Over, Times
 from .fp8_segments import CODES_PER_BYTE
 from .segments import join_segments, operands, scale_operand, shared
 
@@ -115,10 +116,11 @@ def _moved(weight: Weight) -> Segment:
     rows, columns = weight.shape
     codes, scale = operands(weight)
     # Scales as they lie.
-    raw = scale._replace(wide="", dtype="u1")
+    raw = scale._replace(scale_form=None, dtype="u1")
     return Segment(convert("nvfp4", "nvfp4"), (codes, raw), rows, shared(BY_NAME["nvfp4"].row_bytes(columns)))
 
 
 def second_scales(weights: Sequence[Weight]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Return the float32 second scale of each NVFP4 weight."""
-    return np.array([second_of(weight.scale.wide) for weight in weights if weight.scale is not None], "<f4")
+    forms = [weight.scale.scale_form for weight in weights if weight.scale is not None]
+    return np.array([second_of(form) for form in forms if isinstance(form, Times | Over)], "<f4")

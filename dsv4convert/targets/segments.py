@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.weights import PACKED_ENCODINGS, Encoding, Weight
 from ..containers.safetensors import Stored
-from ..containers.wide_scales import becomes_f32, wide_dtype
+from ..containers.wide_scales import becomes_f32
 from ..errors import InventoryError, UnsupportedError
 from ..formats.ggml_types import BY_NAME, GgmlType
 from ..formats.int4 import PER_WORD
@@ -29,6 +29,7 @@ from ..plan import (
     Target,
     convert,
 )
+from ..scale_forms import Floats, Over, Pairs, PowersOfTwo, ScaleForm, Times
 
 NUMPY_DTYPE = {
     Encoding.FP4: "u1",
@@ -85,7 +86,7 @@ def check_stored(weights: Iterable[Weight], layout: str, hint: str = DECODE_FIRS
         UnsupportedError: one is NVFP4 that is no FP4, or INT4.
     """
     for weight in weights:
-        if weight.encoding in PACKED_ENCODINGS or (weight.scale is not None and becomes_f32(weight.scale.wide)):
+        if weight.encoding in PACKED_ENCODINGS or (weight.scale is not None and becomes_f32(weight.scale.scale_form)):
             kind = weight.encoding.value.upper()
             scales = "" if weight.encoding in PACKED_ENCODINGS else " with scales in BF16 or F16"
             raise UnsupportedError(
@@ -137,7 +138,8 @@ def scale_operand(scale: Stored, first: int = 0, *, rows_per: int = 1, rows_toge
     """Return the operand of scales [r, c] from row ``first`` on, a row of it being ``rows_together`` rows of scales."""
     row_bytes = scale.nbytes // scale.shape[0]
     place = scale.offset + first * row_bytes
-    return Operand(scale.file, place, shared(rows_together * row_bytes), rows_per, SCALE_DTYPE[scale.dtype], scale.wide)
+    together, dtype = shared(rows_together * row_bytes), SCALE_DTYPE[scale.dtype]
+    return Operand(scale.file, place, together, rows_per, dtype, scale.scale_form)
 
 
 def is_verbatim(weight: Weight, to: ElementType) -> bool:
@@ -222,14 +224,14 @@ class RowSegments(MadeSegments):
 class StackedSegments(MadeSegments):
     """Segments that are alike but for where their operands lie, such as those of a layer's experts."""
 
-    __slots__ = ("_files", "_first", "_offsets", "_wides")
+    __slots__ = ("_files", "_first", "_forms", "_offsets")
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         operands = [operand for segment in segments for operand in segment.operands]
         self._first = segments[0]
         self._files = tuple(operand.file for operand in operands)
         self._offsets = array("q", (operand.offset for operand in operands))
-        self._wides = tuple(operand.wide for operand in operands if operand.wide)
+        self._forms = tuple(operand.scale_form for operand in operands if operand.scale_form is not None)
 
     @property
     def nbytes(self) -> int:
@@ -242,13 +244,13 @@ class StackedSegments(MadeSegments):
     def _make(self, number: int) -> Segment:
         begin = number * len(self._first.operands)
         places = enumerate(self._first.operands, start=begin)
-        wides = iter(self._wides[len(self._wides) // len(self) * number :])
+        forms = iter(self._forms[len(self._forms) // len(self) * number :])
         return self._first._replace(
             operands=tuple(
                 operand._replace(
                     file=self._files[place],
                     offset=self._offsets[place],
-                    wide=next(wides) if operand.wide else "",
+                    scale_form=None if operand.scale_form is None else next(forms),
                 )
                 for place, operand in places
             )
@@ -257,14 +259,14 @@ class StackedSegments(MadeSegments):
 
 def copy_segments(stored: Stored, *, is_repeated: bool = False) -> Sequence[Segment]:
     """Return the segments that copy a stored tensor (see ``copy_rows``); for ``is_repeated`` see ``CopySegments``."""
-    if stored.wide:
+    if stored.scale_form is not None:
         return copy_rows(stored, 0, stored.shape[0])
     return CopySegments(stored.file, stored.offset, stored.nbytes, stored.dtype, is_repeated=is_repeated)
 
 
 def copy_rows(stored: Stored, first: int, rows: int) -> Sequence[Segment]:
     """Return the segments that copy rows of a stored tensor byte for byte; scales of a wider type become E8M0."""
-    if stored.wide:
+    if stored.scale_form is not None:
         columns = stored.shape[1]
         return (Segment(Columns(0, columns, stored.dtype), (scale_operand(stored, first),), rows, columns),)
     width = stored.nbytes // stored.shape[0]
@@ -291,8 +293,19 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
 
 
 def _without_places(segment: Segment) -> Segment:
-    # The second scale of NVFP4 is a place's own, too.
     operands = tuple(
-        operand._replace(file=Path(), offset=0, wide=wide_dtype(operand.wide)) for operand in segment.operands
+        operand._replace(file=Path(), offset=0, scale_form=_without_second(operand.scale_form))
+        for operand in segment.operands
     )
     return segment._replace(operands=operands)
+
+
+def _without_second(form: ScaleForm | None) -> ScaleForm | None:
+    """Return the form of scales but for the second scale of NVFP4, which is a place's own."""
+    match form:
+        case Pairs():
+            return Pairs(0)
+        case Times() | Over():
+            return Times(1.0)
+        case PowersOfTwo() | Floats() | None:
+            return form

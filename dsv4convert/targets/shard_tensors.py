@@ -241,12 +241,12 @@ def _split(stored: Stored, split: Split, rank: int, mp: int) -> Sequence[Segment
 
 def _width(stored: Stored) -> int:
     """Return the bytes of a row of a stored tensor in an output."""
-    return stored.shape[1] if stored.wide else stored.nbytes // stored.shape[0]
+    return stored.nbytes // stored.shape[0] if stored.scale_form is None else stored.shape[1]
 
 
 def _rows_of(stored: Stored) -> Operand:
     """Return the operand of the rows of stored bytes, whatever they mean; scales of a wider type as E8M0."""
-    if stored.wide:
+    if stored.scale_form is not None:
         return scale_operand(stored)
     return Operand(stored.file, stored.offset, stored.nbytes // stored.shape[0], 1, "u1")
 
@@ -322,7 +322,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
     if weight.axis == 1:
         operands = tuple(map(_rows_of, stored))
         return (Segment(Join((first.dtype,) * len(stored)), operands, first.shape[0], _width(first) * len(stored)),)
-    if first.wide:
+    if first.scale_form is not None:
         rows, width = first.shape[0], _width(first)
         if weight.axis == 0:
             return tuple(segment for part in stored for segment in copy_rows(part, 0, rows))

@@ -16,6 +16,7 @@ from ..containers.safetensors import Stored, tensor_at
 from ..containers.sources import SequentialReader, at
 from ..errors import InputOutputError, InventoryError, not_read
 from ..formats.ggml_types import BY_NAME, QUANTISED
+from ..scale_forms import Floats, Over, Pairs, PowersOfTwo, ScaleForm, Times
 from .numbers import BLOCK, E4M3, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,8 +43,6 @@ STORAGE = {
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4", "BF16": "<u2"}
-WIDE_DTYPE = {"F32": "<u4", "BF16": "<u2", "F8_E4M3": "<u2"}
-FLOAT_DTYPE = {"BF16>F32": "<u2", "F16>F32": "<f2"}
 # Rows that share a word of zero points.
 PER_WORD = 8
 
@@ -51,7 +50,7 @@ PER_WORD = 8
 class Scale(NamedTuple):
     """The scales of a matrix, [rows, columns]; each serves a ``block`` of (rows, columns) elements.
 
-    ``wide`` is the type of the file where it holds E8M0 scales as F32 or BF16.
+    ``form`` is how the file holds them, where that is not as ``dtype`` says.
     """
 
     file: Path
@@ -60,7 +59,7 @@ class Scale(NamedTuple):
     rows: int
     columns: int
     block: tuple[int, int]
-    wide: str = ""
+    form: ScaleForm | None = None
 
 
 class Matrix(NamedTuple):
@@ -139,7 +138,7 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Store
         if scale.dtype != "F32":
             return f"INT4 with a scale {scale.dtype} {list(scale.shape)}"
         encoding = "int4"
-    elif scale.dtype == "F32" and scale.wide.startswith(("F8_E4M3*", "F8_E4M3/")):
+    elif isinstance(scale.scale_form, Times | Over):
         encoding = "fp4/f32"
     elif scale.dtype == "BF16":
         return "a scale BF16 without a bias"
@@ -149,7 +148,7 @@ def stored_matrix(name: str, stored: Stored, scale: Stored | None, second: Store
         encoding = "fp8" if scale.dtype == "F8_E8M0" else "fp8/f32"
     elif block != (1, BLOCK) or scale.dtype != "F8_E8M0":
         return f"packed FP4 with a scale {scale.dtype} {list(scale.shape)}"
-    place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]), scale.wide)
+    place = Scale(scale.file, scale.offset, scale.dtype, *grid, (block[0], block[1]), scale.scale_form)
     return Matrix(name, stored.file, stored.offset, encoding, rows, columns, place, second)
 
 
@@ -176,14 +175,20 @@ def without_second(matrix: Matrix) -> Matrix:
     """
     if matrix.scale is None:
         raise InventoryError(f"tensor {matrix.name}: no scale", where=matrix.file)
-    return matrix._replace(encoding="fp4/e4m3", scale=matrix.scale._replace(dtype="F8_E4M3", wide=""))
+    return matrix._replace(encoding="fp4/e4m3", scale=matrix.scale._replace(dtype="F8_E4M3", form=None))
 
 
 def second_scale(matrix: Matrix) -> float:
-    """Return the float32 that the e4m3 scales of an NVFP4 weight are under."""
-    wide = "" if matrix.scale is None else matrix.scale.wide
-    second = np.float32(float.fromhex(wide[len("F8_E4M3*") :]))
-    return float(np.float32(1.0) / second if "/" in wide else second)
+    """Return the float32 that the e4m3 scales of an NVFP4 weight are under.
+
+    Raises:
+        InventoryError: it has none.
+    """
+    form = None if matrix.scale is None else matrix.scale.form
+    if not isinstance(form, Times | Over):
+        raise InventoryError(f"tensor {matrix.name}: no second scale", where=matrix.file)
+    second = np.float32(form.second)
+    return float(np.float32(1.0) / second if isinstance(form, Over) else second)
 
 
 Span: TypeAlias = tuple[int, int]
@@ -260,41 +265,52 @@ def read_raw(matrix: Matrix, rows: Span, columns: Span) -> Bytes:
 def _read_grid(scale: Scale, rows: Span, columns: Span) -> Any:
     """Return the scales that serve a region of elements, as integers."""
     height, width = scale.block
-    if scale.wide.startswith("F8_E4M3") and scale.dtype == "F32":
-        return _nvfp4_grid(scale, rows, columns)
+    form = scale.form
+    if isinstance(form, Times | Over):
+        return _nvfp4_grid(scale, form, rows, columns)
     item = np.dtype(_kind(scale))
     down = rows[0] // height, (rows[1] - 1) // height + 1
     right = columns[0] // width, (columns[1] - 1) // width + 1
     row_bytes = scale.columns * item.itemsize
     grid = _read(scale.file, scale.offset, row_bytes, down, (0, row_bytes)).view(item)[:, right[0] : right[1]]
-    if scale.wide in FLOAT_DTYPE:
-        return grid.astype(np.uint32) << np.uint32(16) if scale.wide.startswith("B") else grid.astype("<f4").view("<u4")
-    return _as_e8m0(grid, scale, (down[0], right[0])) if scale.wide else grid
+    match form:
+        case None:
+            return grid
+        case Floats(dtype):
+            return grid.astype(np.uint32) << np.uint32(16) if dtype == "BF16" else grid.astype("<f4").view("<u4")
+        case Pairs(exponent):
+            return _e8m0_of_pairs(grid, scale, exponent)
+        case PowersOfTwo(dtype):
+            return _as_e8m0(grid, scale, dtype, (down[0], right[0]))
 
 
 def _kind(scale: Scale) -> str:
     """Return the numpy type of scales in the file."""
-    if scale.wide in FLOAT_DTYPE:
-        return FLOAT_DTYPE[scale.wide]
-    return WIDE_DTYPE[scale.wide.partition("*")[0]] if scale.wide else SCALE_DTYPE[scale.dtype]
+    match scale.form:
+        case PowersOfTwo(dtype):
+            return "<u4" if dtype == "F32" else "<u2"
+        case Floats(dtype):
+            return "<f2" if dtype == "F16" else "<u2"
+        case Pairs():
+            return "<u2"
+        case None | Times() | Over():
+            return SCALE_DTYPE[scale.dtype]
 
 
-def _nvfp4_grid(scale: Scale, rows: Span, columns: Span) -> Any:
+def _nvfp4_grid(scale: Scale, form: Times | Over, rows: Span, columns: Span) -> Any:
     """Return the bits of the float32 that e4m3 scales are, times their second scale or over it."""
-    codes = _read_grid(scale._replace(wide="", dtype="F8_E4M3"), rows, columns)
-    values, second = E4M3[codes].astype(np.float32), np.float32(float.fromhex(scale.wide[len("F8_E4M3*") :]))
+    codes = _read_grid(scale._replace(form=None, dtype="F8_E4M3"), rows, columns)
+    values, second = E4M3[codes].astype(np.float32), np.float32(form.second)
     with np.errstate(over="ignore", under="ignore"):
-        return (values / second if "/" in scale.wide else values * second).view(np.uint32)
+        return (values / second if isinstance(form, Over) else values * second).view(np.uint32)
 
 
-def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
+def _as_e8m0(grid: Any, scale: Scale, dtype: str, corner: Span) -> Bytes:
     """Return the E8M0 bytes that scales of a wider type stand for: the exponent of each, NaN as 255.
 
     Raises:
         InventoryError: one is no power of two.
     """
-    if scale.wide.startswith("F8_E4M3"):
-        return _e8m0_of_pairs(grid, scale)
     values = (grid.astype(np.uint32) << np.uint32(32 - 8 * grid.dtype.itemsize)).view(np.float32).astype(np.float64)
     fraction, exponent = np.frexp(values)
     codes = np.where(np.isnan(values), E8M0_NAN, exponent - 1 + E8M0_BIAS)
@@ -304,22 +320,22 @@ def _as_e8m0(grid: Any, scale: Scale, corner: Span) -> Bytes:
         position = [int(corner[0] + row), int(corner[1] + column)]
         found = tensor_at(scale.file, scale.offset)
         raise InventoryError(
-            f"tensor {'?' if found is None else found[0]}: {scale.wide} scale {position} is not a power of two",
+            f"tensor {'?' if found is None else found[0]}: {dtype} scale {position} is not a power of two",
             where=scale.file,
             got=values[row, column],
         )
     return np.asarray(codes, np.uint8)
 
 
-def _e8m0_of_pairs(grid: Any, scale: Scale) -> Bytes:
-    """Return the E8M0 bytes that pairs of E4M3 scales stand for, times the power of two that ``scale.wide`` names.
+def _e8m0_of_pairs(grid: Any, scale: Scale, power: int) -> Bytes:
+    """Return the E8M0 bytes that pairs of E4M3 scales stand for, times 2^``power``.
 
     Raises:
         InventoryError: a pair is not twice the same power of two.
     """
     first, second = grid & 0xFF, grid >> 8
     fraction, exponent = np.frexp(E4M3[first])
-    codes = exponent - 1 + int(scale.wide.partition("^")[2]) + E8M0_BIAS
+    codes = exponent - 1 + power + E8M0_BIAS
     nan = np.isnan(E4M3[first])
     right = (first == second) & (nan | ((fraction == 0.5) & (codes >= 0) & (codes < E8M0_NAN)))
     if not right.all():

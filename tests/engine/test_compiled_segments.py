@@ -41,6 +41,7 @@ from dsv4convert.plan import (
     convert,
     copy,
 )
+from dsv4convert.scale_forms import PowersOfTwo
 
 from .plans import PLANS, contents
 
@@ -305,7 +306,7 @@ def test_scales_of_a_wider_type_are_left_to_python(tmp_path: Path, monkeypatch: 
     wide = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype("<f4")
     (tmp_path / "scales").write_bytes(wide.tobytes())
     element, scale = segment.operands
-    stored = Operand(tmp_path / "scales", 0, wide[0].nbytes, scale.rows_per, "u1", "F32")
+    stored = Operand(tmp_path / "scales", 0, wide[0].nbytes, scale.rows_per, "u1", PowersOfTwo("F32"))
     calls = Calls(monkeypatch)
     made = make(segment._replace(operands=(element, stored)), compiled_codecs(), tmp_path / "wide")
     assert not calls.ends

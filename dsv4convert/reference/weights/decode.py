@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ...containers.untrusted import open_regular
-from ...containers.wide_scales import read_wide, wide_bits
+from ...containers.wide_scales import bits_of, read_wide
 from ...errors import FileFormatError, InputOutputError, not_read
 from ...formats.base import Scratch, Tally
 from ...formats.bf16 import bf16_to_f32
@@ -24,6 +24,7 @@ from ...formats.ggml_types import BY_NAME
 from ...formats.int4 import PER_WORD, int4_to_float, unpack_zeros
 from ...formats.mxfp4 import mxfp4_to_f32
 from ...formats.q8_0 import q8_0_to_f32
+from ...scale_forms import ScaleForm
 from .protocol import Array
 
 # Decoded bytes of a tile: it and the codecs' scratch space, a few times as large, stay in the cache.
@@ -53,12 +54,13 @@ class Scale(NamedTuple):
     dtype: str
     shape: tuple[int, int]
     block: tuple[int, int]
-    wide: str = ""
+    scale_form: ScaleForm | None = None
 
     @property
     def row_bytes(self) -> int:
         """Return the bytes of a row of scales in the file."""
-        return self.shape[1] * (wide_bits(self.wide) if self.wide else SCALE_DTYPES[self.dtype]).itemsize
+        bits = SCALE_DTYPES[self.dtype] if self.scale_form is None else bits_of(self.scale_form)
+        return self.shape[1] * bits.itemsize
 
     def decoded(self, raw: Array, first: int) -> Array:
         """Return bytes of rows of the file, of which the first is row ``first``, as E8M0 bytes or float32.
@@ -66,8 +68,8 @@ class Scale(NamedTuple):
         Raises:
             InventoryError: E8M0 in a wider type, and one is no power of two.
         """
-        if self.wide:
-            return read_wide(raw, self.wide, self.file, self.offset + first * self.row_bytes, Scratch())
+        if self.scale_form is not None:
+            return read_wide(raw, self.scale_form, self.file, self.offset + first * self.row_bytes, Scratch())
         return raw.view(SCALE_DTYPES[self.dtype])
 
 
@@ -285,7 +287,7 @@ def _read_scales(scale: Scale, first: int, last: int) -> Array:
 def _gather_scales(scale: Scale, indices: Array) -> Array:
     """Return rows of scales, touching no others: those of an n-gram table take gigabytes."""
     raw = _mapped(scale.file, scale.offset, (scale.shape[0], scale.row_bytes))[indices]
-    if scale.wide:
+    if scale.scale_form is not None:
         return np.concatenate([scale.decoded(row[None], int(index)) for row, index in zip(raw, indices, strict=True)])
     return np.ascontiguousarray(raw).view(SCALE_DTYPES[scale.dtype])
 

@@ -133,7 +133,7 @@ def weight_matrix(weight: Weight) -> Matrix:
 def scale_of(stored: Stored, block: tuple[int, int]) -> Scale:
     """Return where and how the scales of a weight lie."""
     rows, columns = stored.shape
-    return Scale(stored.file, stored.offset, stored.dtype, (rows, columns), block, stored.wide)
+    return Scale(stored.file, stored.offset, stored.dtype, (rows, columns), block, stored.scale_form)
 
 
 def open_source(path: Path) -> WeightSource:

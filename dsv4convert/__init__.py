@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .engine.conversion import Summary
     from .engine.dry_run import DryRun
     from .engine.manifest import ManifestReport
+    from .engine.upload import Upload
     from .errors import (
         ConfigError,
         DeviceError,
@@ -92,6 +93,7 @@ __all__ = [
     "Summary",
     "TokenizerError",
     "UnsupportedError",
+    "Upload",
     "UsageError",
     "VerifyError",
     "__version__",
@@ -134,6 +136,7 @@ _CLASSES = {
     "Report": ".verification.report",
     "ShardSummary": ".targets.shards",
     "Summary": ".engine.conversion",
+    "Upload": ".engine.upload",
 }
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine.conversion import Summary
     from .engine.manifest import ManifestReport
     from .engine.run import RunReport
+    from .engine.upload import Upload
     from .estimation.estimate import Estimate
     from .inspection.census import CheckReport
     from .inspection.description import Description
@@ -111,6 +112,7 @@ def convert_gguf(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
@@ -170,7 +172,9 @@ def convert_gguf(
     plan = plan_gguf(place, target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     plan = replace(plan, notes=(*notes, *plan.notes))
     inputs = [Path(path) for path in (imatrix, recipe, ggml_lib) if path is not None]
-    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, inputs=inputs)
+    return _carry_out(
+        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, inputs=inputs
+    )
 
 
 def list_recipes(
@@ -235,6 +239,7 @@ def merge(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the split GGUF that ``source`` is one file of as one file: ``dsv4convert merge``.
@@ -257,10 +262,12 @@ def merge(
             remove_parts(merged)
             return summarize_finished(merged, threads)
     place = _located(source, headers_only=dry_run, cache=cache)
+    if delete_parts and upload is not None:
+        raise UsageError("--delete-parts and --upload exclude each other", hint="upload first, then delete the parts")
     if delete_parts:
         place = _on_this_machine(source, "--delete-parts")
     plan = plan_merge(place, Path(out), delete_parts=delete_parts)
-    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress)
+    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload)
     if summary.dry_run is None:
         remove_parts(plan)
     return summary
@@ -283,6 +290,7 @@ def shard(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
@@ -306,7 +314,7 @@ def shard(
         for folder, mode in folders_of(Path(out), draft)
     ]
     plans = parts_of_one_model([shards.plan for shards in made])
-    summary = _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    summary = _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
     return ShardSummary(**summary.__dict__, costs=join_costs([shards.costs for shards in made]))
 
 
@@ -325,6 +333,7 @@ def unshard(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
@@ -338,7 +347,7 @@ def unshard(
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(plan_unshard, place, wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
 
 
 def dequantize(
@@ -358,6 +367,7 @@ def dequantize(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
@@ -380,7 +390,9 @@ def dequantize(
         index=index,
     )
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
+    return _carry_out(
+        plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+    )
 
 
 def requantize(
@@ -398,6 +410,7 @@ def requantize(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the floats of the checkpoint folder ``source`` in the official layout: FP8 and FP4, rounded as published.
@@ -412,7 +425,9 @@ def requantize(
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict)
+    return _carry_out(
+        plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+    )
 
 
 def convert_mlx(
@@ -430,6 +445,7 @@ def convert_mlx(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
@@ -444,7 +460,7 @@ def convert_mlx(
 
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = plan_mlx(place, Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
-    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
 
 
 def convert_maxtext(
@@ -512,6 +528,7 @@ def repack(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> RepackSummary:
     """Write the checkpoint folder ``source`` with its FP4 experts in FP8, or in NVFP4.
@@ -540,7 +557,9 @@ def repack(
     plans = folder_plans(plan, Path(out), draft)
     return summarize_repack(
         plans,
-        _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict),
+        _carry_out(
+            plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+        ),
     )
 
 
@@ -561,6 +580,7 @@ def mend(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> MendSummary:
     """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
@@ -580,7 +600,7 @@ def mend(
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
     plan = plan_mend(place, Path(out), mends, strict=strict)
     return summarize_mend(
-        plan, _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict)
+        plan, _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
     )
 
 
@@ -593,6 +613,7 @@ def _carry_out(
     dry_run: bool,
     lock: bool,
     progress: Progress | None,
+    upload: Upload | str | None,
     *,
     strict: bool = False,
     exact: bool = False,
@@ -604,12 +625,22 @@ def _carry_out(
     ``inputs``, files besides the source, may be written.
     """
     from .checkpoint.meaning import refuse_zeros, with_zeros
-    from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run
+    from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run, summarize_finished
     from .engine.loss import refuse_loss, refuse_not_finite
 
     _check_threads(threads)
+    uploading = None
+    if upload is not None:
+        from .engine.upload import Upload, Uploading
+
+        if len(plans) > 1:
+            raise UsageError("--upload takes one output", hint="run once for the trunk and once for the draft")
+        request = Upload(upload) if isinstance(upload, str) else upload
+        uploading = Uploading(plans[0], request, overwrite=overwrite, resume=resume)
     if dry_run:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
+    if uploading is not None and uploading.was_finished():
+        return summarize_finished(plans[0], threads)
 
     def refuse(report: RunReport) -> None:
         if exact:
@@ -629,10 +660,14 @@ def _carry_out(
         inputs=inputs,
         progress=_of_total(progress, total),
         before_finish=refuse,
+        uploading=uploading,
     )
     if progress is not None:  # headers and padding are no worker's task: they are done when all is
         progress(total, total)
-    return replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
+    summary = replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
+    if uploading is not None:
+        summary = replace(summary, notes=(*summary.notes, f"uploaded to {uploading.finish(summary.notes)}"))
+    return summary
 
 
 def _check_threads(threads: int | None) -> None:

@@ -109,6 +109,8 @@ class RunOptions:
     dry_run: bool
     no_lock: bool
     cache: bool
+    upload: str | None
+    delete_uploaded: bool
     quiet: bool
     as_json: bool
 
@@ -130,6 +132,19 @@ RUN_OPTIONS = (
         is_flag=True,
         panel=RUN,
         help="Download a source on the hub into the hub's own cache first, and convert it from there.",
+    ),
+    option(
+        "--upload",
+        metavar="REPOSITORY",
+        panel=RUN,
+        help="Send each finished file to a repository on the hub, OWNER/NAME, with a model card; readers see all files "
+        "at the end at once.",
+    ),
+    option(
+        "--delete-uploaded",
+        is_flag=True,
+        panel=RUN,
+        help="With --upload: remove the local output once the repository has all of it.",
     ),
     quiet_option,
     json_option,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from ..errors import ReportError, escape_control
+from ..errors import ReportError, UsageError, escape_control
 from ..html_report.figures import human_bytes as human_bytes
 from ..html_report.figures import human_seconds as human_seconds
 from .options import RunOptions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..api import Progress
     from ..engine.conversion import Summary
     from ..engine.dry_run import DryRun
+    from ..engine.upload import Upload
 
 SummaryT = TypeVar("SummaryT", bound="Summary")
 
@@ -201,6 +203,17 @@ def describe_plan(plan: DryRun) -> Iterator[Block]:
     )
 
 
+def _upload(run: RunOptions) -> Upload | None:
+    """Return where to send the output, and the command for the model card."""
+    if run.upload is None:
+        if run.delete_uploaded:
+            raise UsageError("--delete-uploaded is for --upload", hint="add --upload OWNER/NAME")
+        return None
+    from ..engine.upload import Upload
+
+    return Upload(run.upload, run.delete_uploaded, shlex.join(["dsv4convert", *sys.argv[1:]]))
+
+
 def run_conversion(
     convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
 ) -> SummaryT:
@@ -217,6 +230,7 @@ def run_conversion(
             progress=progress,
             lock=not run.no_lock,
             cache=run.cache,
+            upload=_upload(run),
             **options,
         )
     if run.quiet and not run.as_json and summary.dry_run is None:

@@ -52,6 +52,7 @@ from .outputs import (
 )
 from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
+from .upload import Uploading
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
 
@@ -105,13 +106,15 @@ def execute(
     record_seconds: float = RECORD_SECONDS,
     lock: bool = True,
     inputs: Iterable[Path] = (),
+    uploading: Uploading | None = None,
 ) -> Summary:
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
     The finished output comes with a manifest of checksums. A run that ends early, however it ends,
     leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
     ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
-    plan was made with besides its source; none of them may be written either.
+    plan was made with besides its source; none of them may be written either. ``uploading`` sends each file that is
+    whole; what it has not sent at the end, ``Uploading.finish`` does.
 
     Raises:
         UsageError: ``resume`` with ``fresh``, or an output that is a file of the source.
@@ -131,7 +134,13 @@ def execute(
     fingerprint = fingerprint_of(plan)
     if _is_finished(plan, outputs, fingerprint, inputs, overwrite=overwrite, resume=resume):
         return summarize_finished(plan, threads)
-    with contextlib.closing(outputs), Journal(path, forget=fresh, lock=lock) as journal:
+    if uploading is not None:
+        uploading.begin()
+    with (
+        contextlib.closing(outputs),
+        Journal(path, forget=fresh, lock=lock) as journal,
+        contextlib.nullcontext() if uploading is None else contextlib.closing(uploading),
+    ):
         if journal.is_new:
             _start(plan, outputs, journal, fingerprint, overwrite, fresh)
         elif resume:
@@ -144,6 +153,8 @@ def execute(
             check_unchanged(plan, fingerprint)
             if before_finish is not None:
                 before_finish(report)
+            if uploading is not None:
+                uploading.settle()
 
         try:
             report = run_plan(
@@ -155,6 +166,7 @@ def execute(
                 recorder=journal,
                 record_seconds=record_seconds,
                 before_finish=before_rename,
+                file_done=None if uploading is None else uploading.file_done,
             )
             write_manifest(manifest, plan, report, fingerprint)
         except KeyboardInterrupt:
@@ -188,7 +200,8 @@ def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
     """Return the summary of a plan that an earlier run carried out."""
     threads = default_threads(plan) if threads is None else threads
     name = default_codecs().name
-    links = links_in(manifest_path(plan))
+    manifest = manifest_path(plan)
+    links = links_in(manifest) if manifest.is_file() else {}  # it goes with an output that was uploaded
     done = RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes, links=links)
     return summarize(plan, done)
 
@@ -239,11 +252,13 @@ def execute_in_turn(
     before_finish: Callable[[RunReport], None] | None = None,
     lock: bool = True,
     inputs: Sequence[Path] = (),
+    uploading: Uploading | None = None,
 ) -> Summary:
     """Carry out plans one after another, and sum them up as one; see ``execute`` for the options.
 
     That no output is in the way, and that the disk holds all of them, is checked before the first begins. Each
-    appears when it is done; ``resume`` goes on where the last run stopped, whichever plan it was in.
+    appears when it is done; ``resume`` goes on where the last run stopped, whichever plan it was in. ``uploading`` is
+    for a single plan.
 
     Raises:
         Dsv4Error: as for ``execute``.
@@ -263,6 +278,7 @@ def execute_in_turn(
             before_finish=before_finish,
             lock=lock,
             inputs=inputs,
+            uploading=uploading,
         )
         summaries.append(summary)
         before += plan.nbytes

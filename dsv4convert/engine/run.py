@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..containers.sources import any_mounted, keep_in
@@ -111,12 +112,14 @@ def run_plan(
     recorder: Recorder | None = None,
     record_seconds: float = RECORD_SECONDS,
     before_finish: Callable[[RunReport], None] | None = None,
+    file_done: Callable[[int, Path], None] | None = None,
 ) -> RunReport:
     """Make all files of ``plan`` and give them their names.
 
     ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``progress``
     is told the bytes done, several times a second. ``before_finish`` sees the report while the files
-    still have their temporary names; an error from it keeps them from getting their own.
+    still have their temporary names; an error from it keeps them from getting their own. ``file_done`` is told each
+    file that is whole, by number and the name that it has until ``before_finish`` is called, in no order.
 
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
@@ -133,6 +136,7 @@ def run_plan(
         done.add(*entry.task[:3], *entry[1:])
         resumed += _segment(plan, entry.task).nbytes
         consumer.take([_segment(plan, entry.task)])
+    whole = _WholeFiles(plan, outputs, done, file_done)
     shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())
@@ -149,7 +153,12 @@ def run_plan(
             recorder.record(batch)
             consumer.take(_segment(plan, entry.task) for entry in batch)
 
-    keeper = _Keeper(shared, workers, outputs, done, None if recorder is None else record, record_seconds)
+    def note(batch: list[Finished]) -> None:
+        for entry in batch:
+            done.add(*entry.task[:3], *entry[1:])
+        whole.tell(batch)
+
+    keeper = _Keeper(shared, workers, outputs, note, None if recorder is None else record, record_seconds)
     try:
         for thread in (*worker_threads, keeper):
             thread.start()
@@ -206,12 +215,12 @@ class _Keeper(threading.Thread):
         shared: _Shared,
         workers: list[Worker],
         outputs: Outputs,
-        done: Ledger,
+        note: Callable[[list[Finished]], None],
         record: Callable[[list[Finished]], None] | None,
         seconds: float,
     ) -> None:
         super().__init__(daemon=True)
-        self._shared, self._workers, self._outputs, self._done = shared, workers, outputs, done
+        self._shared, self._workers, self._outputs, self._note = shared, workers, outputs, note
         self._record = record
         self._seconds = seconds
         self._ending = threading.Event()
@@ -248,8 +257,37 @@ class _Keeper(threading.Thread):
                 if self._given_up:
                     return
                 self._record(batch)
-        for entry in batch:
-            self._done.add(*entry.task[:3], *entry[1:])
+        self._note(batch)
+
+
+class _WholeFiles:
+    """Tells a function which files are whole, each once."""
+
+    def __init__(self, plan: Plan, outputs: Outputs, done: Ledger, tell: Callable[[int, Path], None] | None) -> None:
+        self._outputs = outputs
+        self._tell = tell
+        self._left = [
+            sum(
+                not done.holds(index, tensor, segment)
+                for tensor, made in enumerate(file.tensors)
+                for segment in range(len(made.segments))
+            )
+            for index, file in enumerate(plan.files if tell is not None else ())
+        ]
+        for index, left in enumerate(self._left):
+            if not left:
+                self._say(index)
+
+    def tell(self, batch: list[Finished]) -> None:
+        """Note segments that have been written."""
+        for entry in batch if self._left else ():
+            self._left[entry.task.file] -= 1
+            if not self._left[entry.task.file]:
+                self._say(entry.task.file)
+
+    def _say(self, index: int) -> None:
+        if self._tell is not None:
+            self._tell(index, self._outputs.paths[index])
 
 
 def peak_memory_bytes() -> int:

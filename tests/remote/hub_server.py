@@ -5,10 +5,12 @@ The hub answers at 127.0.0.1 and its store at localhost, so that what is sent to
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT_HEADER, LINKED_ETAG, LINKED_SIZE = "X-Repo-Commit", "X-Linked-Etag", "X-Linked-Size"
@@ -33,6 +36,11 @@ class Faults:
     holds: Callable[[], bool] = lambda: False  # whether requests for bytes wait now
     seconds_before_answer: float = 0.0
     expiring: int = 0  # so many of the store's addresses are refused as expired
+    cut_uploads: int = 0  # so many files that are sent are cut in the middle
+    broken_posts: int = 0  # so many requests that change something are answered by 503
+    lost_commits: int = 0  # so many commits are made, and their answer is lost
+    wrong_sha: bool = False  # the hub names another SHA-256 than was sent
+    before_upload: Callable[[int], None] = lambda number: None  # called with the number of files sent before
 
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
@@ -49,6 +57,13 @@ class Hub:
     authorized: list[str] = field(default_factory=list)  # hosts that were sent a token
     sent: dict[str, Counter[tuple[int, int]]] = field(default_factory=dict)  # by file, runs of bytes that were sent
     cuts: int = 0
+    folders: Path | None = None  # where folders of commits are made
+    part_bytes: int | None = None  # files that are sent in parts of so many bytes
+    objects: dict[str, bytes] = field(default_factory=dict)  # content of large files by SHA-256
+    parts: dict[str, bytes] = field(default_factory=dict)  # parts by object and number
+    received: list[str] = field(default_factory=list)  # objects and parts in the order in which they were sent
+    commits: list[tuple[str, list[str]]] = field(default_factory=list)  # repository, names
+    visibility: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     server: ThreadingHTTPServer | None = None
     port: int = 0
@@ -163,14 +178,139 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_PUT(self) -> None:
+        """Take the content of a file, or a part of it, as the store does."""
+        hub, name = self.hub, urlsplit(self.path).path.removeprefix("/lfs/")
+        self.note_request()
+        hub.faults.before_upload(len(hub.received))
+        with hub.lock:
+            is_cut = hub.faults.cut_uploads > 0
+            hub.faults.cut_uploads -= is_cut
+        if is_cut:
+            self.rfile.read(1)
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return None
+        content = self.read_body()
+        with hub.lock:
+            hub.received.append(name)
+            if "/" in name:
+                hub.parts[name] = content
+            elif hashlib.sha256(content).hexdigest() == name:
+                hub.objects[name] = content
+        return self.refuse(200, {"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
+
+    def do_POST(self) -> None:
+        """Answer what changes a repository."""
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        self.note_request()
+        body = self.read_body()
+        with hub.lock:
+            is_broken = hub.faults.broken_posts > 0
+            hub.faults.broken_posts -= is_broken
+        is_signed = path.startswith("/lfs-")
+        if not is_signed and hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.refuse(401)
+        if is_broken:
+            return self.refuse(503)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            assert hub.folders is not None
+            folder = hub.folders / name
+            folder.mkdir(parents=True)
+            hub.repositories[name] = {"main": folder}
+            hub.visibility[name] = asked.get("visibility", "public")
+            return self.send_json({"url": f"{hub.endpoint}/{name}"})
+        if re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(WEIGHT_SUFFIXES) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.send_json({"files": files})
+        if re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return self.send_json({"objects": [self.batch(entry) for entry in json.loads(body)["objects"]]})
+        if found := re.fullmatch(r"/lfs-complete/(\w+)", path):
+            pieces = [hub.parts[f"{found[1]}/{part['partNumber']}"] for part in json.loads(body)["parts"]]
+            content = b"".join(pieces)
+            if hashlib.sha256(content).hexdigest() == found[1]:
+                hub.objects[found[1]] = content
+            return self.send_json({})
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if path == "/lfs-verify":
+            return self.refuse(200 if json.loads(body)["oid"] in hub.objects else 422)
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self.take_commit(found[1], [json.loads(line) for line in body.splitlines()])
+        return self.refuse(404)
+
+    def note_request(self) -> None:
+        host = self.headers.get("Host", "").partition(":")[0]
+        with self.hub.lock:
+            self.hub.requests.append((host, self.command, self.path))
+            if "Authorization" in self.headers:
+                self.hub.authorized.append(host)
+
+    def read_body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        content = bytearray()
+        while size := int(self.rfile.readline(), 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return bytes(content)
+
+    def batch(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return where the content of a file is to be sent, if it is not there."""
+        hub, oid = self.hub, entry["oid"]
+        if oid in hub.objects:
+            return entry
+        place = f"{hub.store}/lfs/{oid}"
+        verify = {"href": f"{hub.endpoint}/lfs-verify?Signature=secret-signature"}
+        if hub.part_bytes is None:
+            return entry | {"actions": {"upload": {"href": f"{place}?Signature=secret-signature"}, "verify": verify}}
+        count = -(-entry["size"] // hub.part_bytes)
+        parts = {str(number): f"{place}/{number}?Signature=secret-signature" for number in range(1, count + 1)}
+        upload = {"href": f"{hub.endpoint}/lfs-complete/{oid}", "header": {"chunk_size": str(hub.part_bytes), **parts}}
+        return entry | {"actions": {"upload": upload, "verify": verify}}
+
+    def take_commit(self, repository: str, lines: list[dict[str, Any]]) -> None:
+        hub = self.hub
+        main = hub.repositories[repository]["main"]
+        if lines[0]["value"].get("parentCommit") != hub.commit(repository, "main"):
+            return self.refuse(412)
+        assert hub.folders is not None
+        folder = hub.folders / f"{repository}-{len(hub.commits)}"
+        shutil.copytree(main, folder, copy_function=shutil.copy)
+        names = []
+        for line in lines[1:]:
+            path = folder / line["value"]["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names.append(line["value"]["path"])
+            if line["key"] == "deletedFile":
+                path.unlink()
+            elif line["key"] == "lfsFile":
+                path.write_bytes(hub.objects[line["value"]["oid"]])
+            else:
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        hub.commits.append((repository, names))
+        hub.repositories[repository] = {"main": folder, f"before-{len(hub.commits)}": main}
+        if hub.faults.lost_commits:
+            hub.faults.lost_commits -= 1
+            return self.refuse(503)
+        oid = hub.commit(repository, "main")
+        return self.send_json({"commitUrl": f"{hub.endpoint}/{repository}", "commitOid": oid, "pullRequestUrl": None})
+
     def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         host = self.headers.get("Host", "").partition(":")[0]
         hub = self.hub
-        with hub.lock:
-            hub.requests.append((host, self.command, self.path))
-            if "Authorization" in self.headers:
-                hub.authorized.append(host)
+        self.note_request()
         if host != "localhost" and hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.refuse(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid credentials"})
         faults = hub.faults
@@ -208,15 +348,20 @@ class _Handler(BaseHTTPRequestHandler):
         folder = hub.folder(repository, revision)
         if folder is None:
             return self.refuse(404, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [
-            {"rfilename": str(path.relative_to(folder)), "size": path.stat().st_size, "blobId": "0" * 40}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        ]
+        siblings = [self.sibling(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in hub.extra_names]
         return self.send_json(
             {"id": repository, "sha": hub.commit(repository, revision), "siblings": siblings, "tags": []}
         )
+
+    def sibling(self, path: Path, folder: Path) -> dict[str, Any]:
+        content = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry: dict[str, Any] = {"rfilename": str(path.relative_to(folder)), "size": len(content), "blobId": blob}
+        if path.name.endswith(WEIGHT_SUFFIXES):
+            sha = "0" * 64 if self.hub.faults.wrong_sha else hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"sha256": sha, "size": len(content), "pointerSize": 134}
+        return entry
 
     def tree(self, repository: str, revision: str) -> None:
         folder = self.hub.folder(repository, revision)

@@ -21,6 +21,7 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpx2
 from huggingface_hub import get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils.logging import set_verbosity_error
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
 from ..fetching import MAX_ATTEMPTS, TransientError, Transport, wait_after
@@ -29,6 +30,9 @@ from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
 from ..sources import READERS, RemoteFile
 from . import MAX_FILES, Listing, check_names
+
+# The library's warnings repeat the addresses that failed, which are signed.
+set_verbosity_error()
 
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 MAX_REDIRECTS = 5

@@ -81,8 +81,8 @@ def list_hub(text: str, *, cache: bool = False) -> Listing:
     name = f"hf://{repository}" + (f"@{found[2]}" if found[2] else "")
     if constants.HF_HUB_OFFLINE:
         return _offline(repository, revision, inside, name)
-    ask = partial(HfApi().model_info, repository, revision=revision, files_metadata=True)
-    info = retried(lambda: _ask(ask, name), name, FIRST_ATTEMPTS)
+    look = partial(HfApi().model_info, repository, revision=revision, files_metadata=True)
+    info = retried(lambda: ask(look, name), name, FIRST_ATTEMPTS)
     commit = str(info.sha)
     if COMMIT.fullmatch(commit) is None:
         raise InputMissingError("the hub gives no commit for the revision", where=name, got=commit[:60])
@@ -144,7 +144,7 @@ def _download(repository: str, revision: str, commit: str, names: list[str], add
     """
     patterns = list(map(_literal, names))
     download = partial(snapshot_download, repository, revision=revision, allow_patterns=patterns)
-    folder = retried(lambda: _ask(download, address), address)
+    folder = retried(lambda: ask(download, address), address)
     if Path(folder).name != commit:
         raise InputMissingError(
             "the revision moved while it was looked at",
@@ -160,7 +160,7 @@ def _literal(name: str) -> str:
     return re.sub(r"[\[\]*?]", lambda found: f"[{found[0]}]", name)
 
 
-def _ask(question: Callable[[], Answer], address: str) -> Answer:
+def ask(question: Callable[[], Answer], address: str) -> Answer:
     """Return the library's answer, its errors as ours: without URLs, which may hold secrets.
 
     Raises:
@@ -221,7 +221,7 @@ class HubRanges(HttpRanges):
 
     def _resolve(self) -> str:
         try:
-            return _ask(self._location, self._address)
+            return ask(self._location, self._address)
         except InputMissingError as error:  # it was there when the run began
             raise InputOutputError(error.what, where=self._address, got=error.got, hint=LOGIN_AGAIN) from None
 

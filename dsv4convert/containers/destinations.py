@@ -1,0 +1,103 @@
+"""Where finished files are sent: a repository of the hub, or a folder in an object store.
+
+Nothing here imports a network library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DeviceError, UsageError
+from .sources import ADDRESS, HUB_ID
+
+READ_BYTES = 2**20
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A file as it was sent: its size in bytes and the hex SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Sent:
+        """Return what a file on this disk is.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(READ_BYTES):
+                digest.update(piece)
+                size += len(piece)
+        return cls(size, digest.hexdigest())
+
+
+class Destination(ABC):
+    """A place elsewhere for the files of one output, which readers find there all at once, or not at all.
+
+    ``address`` is what to call it. Every method raises Dsv4Error: InputOutputError where the run may go on later.
+    """
+
+    address: str
+
+    @abstractmethod
+    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool) -> None:
+        """Make sure that files may be sent under ``names``, and make the place where it is not there.
+
+        ``is_folder``: they are a checkpoint, with which other weights in the same place would be mixed up.
+
+        Raises:
+            OutputExistsError: files of another output are there, and ``overwrite`` is false.
+        """
+
+    @abstractmethod
+    def send(self, name: str, path: Path, sent: Sent) -> None:
+        """Send a file so that no reader sees it yet; one whose content is there already is not sent again."""
+
+    @abstractmethod
+    def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:
+        """Show readers all files together, and return an address of exactly these.
+
+        ``card`` returns the text of README.md, of which the older one, if any, is its argument.
+
+        Raises:
+            OutputExistsError: files of another output came meanwhile.
+        """
+
+    @abstractmethod
+    def card(self) -> str | None:
+        """Return the README.md that is there, None where there is none."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Return the files that are there, with their sizes in bytes."""
+
+
+def open_destination(address: str) -> Destination:
+    """Return the destination of an address: OWNER/NAME or hf://OWNER/NAME on the hub. Nothing is asked of it yet.
+
+    Raises:
+        UsageError: no address that files can be sent to.
+        DeviceError: the packages for it are not installed.
+    """
+    found = ADDRESS.fullmatch(address)
+    scheme, rest = (found[1], found[2].strip("/")) if found else ("hf", address)
+    if (found is None and HUB_ID.fullmatch(address) is None) or scheme in ("http", "https"):
+        raise UsageError("--upload: no such destination", expected="OWNER/NAME", got=address)
+    if scheme != "hf":
+        raise UsageError("--upload: files can be sent to the hub alone", expected="OWNER/NAME", got=f"{scheme}://…")
+    try:
+        from .remote.hub_upload import HubDestination
+    except ImportError:
+        raise DeviceError(
+            "--upload needs huggingface_hub", where=address, hint="run pip install 'dsv4convert[hub]'"
+        ) from None
+    return HubDestination(rest)

@@ -479,6 +479,7 @@ def convert_maxtext(
     dry_run: bool = False,
     lock: bool = True,
     cache: bool = False,
+    upload: Upload | str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` as a checkpoint that MaxText loads: ``dsv4convert maxtext``.
@@ -487,6 +488,7 @@ def convert_maxtext(
     back with Orbax, and compares every leaf with its file.
 
     Raises:
+        UsageError: ``check`` with ``upload``, which would show others what has not been read back.
         DeviceError: ``check``, and Orbax is not installed.
         FileFormatError: ``check``, and Orbax reads something else.
         LossyError: ``strict``, and a value is rounded.
@@ -494,6 +496,10 @@ def convert_maxtext(
     """
     from .targets.maxtext import plan_maxtext
 
+    if check and upload is not None:
+        raise UsageError(
+            "--check and --upload exclude each other", hint="check first; --resume --upload sends what is made"
+        )
     if check:
         from .verification.orbax_read_back import import_orbax
 
@@ -501,7 +507,7 @@ def convert_maxtext(
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = plan_maxtext(place, Path(out), dtype=dtype, scan=scan, strict=strict, index=index)
     summary = _carry_out(
-        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, strict=strict, exact=strict
+        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
     )
     if not check or dry_run:
         return summary

@@ -127,8 +127,18 @@ COMMANDS = {
     "check": dsv4convert.check,
     "estimate": dsv4convert.estimate,
 }
-# Options about printing, and those that have functions of their own.
-NO_KEYWORDS = {"quiet", "as_json", "help", "manifest", "list_recipes", "show_operators", "report", "overwrite_page"}
+# Options about printing, those that have functions of their own, and a field of the keyword ``upload``.
+NO_KEYWORDS = {
+    "delete_uploaded",
+    "quiet",
+    "as_json",
+    "help",
+    "manifest",
+    "list_recipes",
+    "show_operators",
+    "report",
+    "overwrite_page",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

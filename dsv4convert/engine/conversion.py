@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..containers.presence import is_folder
+from ..containers.presence import is_file, is_folder
 from ..containers.sources import shown
 from ..errors import (
     Dsv4Error,
@@ -201,7 +201,7 @@ def summarize_finished(plan: Plan, threads: int | None = None) -> Summary:
     threads = default_threads(plan) if threads is None else threads
     name = default_codecs().name
     manifest = manifest_path(plan)
-    links = links_in(manifest) if manifest.is_file() else {}  # it goes with an output that was uploaded
+    links = links_in(manifest) if is_file(manifest) else {}  # it goes with an output that was uploaded
     done = RunReport((), Tally(), plan.nbytes, 0.0, threads, name, resumed_bytes=plan.nbytes, links=links)
     return summarize(plan, done)
 

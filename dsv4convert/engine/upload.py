@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..containers.destinations import CARD_NAME, Destination, Sent, open_destination
+from ..containers.presence import is_file
 from ..containers.sources import mount_of
 from ..errors import InputOutputError, RunInterruptedError, UsageError
 from ..plan import Plan
@@ -172,7 +173,7 @@ class Uploading:
         """Remove the local files, the manifest last: while it is there, it says whose they are."""
         output = self._plan.output_path()
         with os_errors(output, "removed"):
-            if manifest_path(self._plan).is_file():
+            if is_file(manifest_path(self._plan)):
                 for path in self._plan.final_paths():
                     path.unlink(missing_ok=True)
                 if self._plan.is_folder:

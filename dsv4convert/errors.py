@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -202,6 +203,25 @@ def not_read(path: object, error: OSError) -> Dsv4Error:
         return InputMissingError("no such file", where=path, hint="is the download complete?")
     kind = InputMissingError if error.errno in _NO_FILE else InputOutputError
     return kind(f"cannot be read ({error.strerror})", where=path)
+
+
+# Characters of a note on a file that is not used.
+MAX_NOTE = 200
+
+
+@contextmanager
+def noted(name: str, notes: list[str]) -> Iterator[None]:
+    """Note what is wrong with a file that nothing depends on, and go on without it.
+
+    Raises:
+        InputOutputError: the system refused to read it.
+    """
+    try:
+        yield
+    except InputOutputError:
+        raise
+    except Dsv4Error as error:
+        notes.append(f"{name}: not used: {' '.join(error.what.split())[:MAX_NOTE]}")
 
 
 class ReportError(Dsv4Error):

@@ -416,7 +416,7 @@ def resolve(
             missing.append(scale_name(expected.name))
             unscaled[expected.name] = weight
             continue
-        zero = left.pop(zero_name(expected.name), None)
+        zero = left.pop(zero_name(expected.name), None) if has_forms else None
         weights[expected.name] = pair(expected, weight, scale, scale_fmt=scale_fmt, zero=zero)
     unused, unknown = _sort_leftovers(left)
     if missing:

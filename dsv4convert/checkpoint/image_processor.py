@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..containers.json_object import read_optional_json_object
-from ..errors import Dsv4Error, InputOutputError
+from ..errors import noted
 
 # Files that say how images are prepared, later ones first asked, and the object of each that may hold it.
 PROCESSOR_FILES = (("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor"))
@@ -30,13 +31,9 @@ def read_image_normalisation(source: Path) -> tuple[dict[str, list[float]], tupl
     found: dict[str, list[float]] = {}
     notes: list[str] = []
     for name, nested in PROCESSOR_FILES:
-        try:
+        settings: dict[str, Any] = {}
+        with noted(name, notes):
             settings = read_optional_json_object(source / name)
-        except InputOutputError:
-            raise
-        except Dsv4Error as error:
-            notes.append(f"{name}: not used: {error.what}")
-            continue
         inner = settings.get(nested)
         settings |= inner if isinstance(inner, dict) else {}
         for key in NORMALISATION_KEYS:

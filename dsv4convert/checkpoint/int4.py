@@ -22,7 +22,7 @@ import numpy as np
 from ..containers.safetensors import Stored
 from ..errors import InventoryError, UnsupportedError
 from ..formats.int4 import PER_WORD
-from .nvfp4 import FP4_SCALE, PACKED, SCALE, WEIGHT
+from .nvfp4 import CODES, FP4_SCALE, SCALE, WEIGHT
 from .small_tensors import read_small
 from .weights import INT4_DTYPE
 
@@ -40,17 +40,17 @@ def packed_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
         InputMissingError, FileFormatError: a shape cannot be read.
     """
     made = dict(stored)
-    stems = [name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)]
+    stems = [name.removesuffix(CODES) for name in stored if name.endswith(CODES)]
     for name, tensor in stored.items():
-        if name.endswith(SHAPE) and name.removesuffix(SHAPE) + PACKED not in stored:
-            missing = name.removesuffix(SHAPE) + PACKED
+        if name.endswith(SHAPE) and name.removesuffix(SHAPE) + CODES not in stored:
+            missing = name.removesuffix(SHAPE) + CODES
             raise InventoryError(f"tensor {missing} is missing, which {name} belongs to", where=tensor.file)
     shapes = _shapes({stem: made.pop(stem + SHAPE) for stem in stems if stem + SHAPE in made})
     for stem in stems:
-        packed = made.pop(stem + PACKED)
+        packed = made.pop(stem + CODES)
         scale = made.pop(stem + SCALE, None)
         if scale is None:
-            raise InventoryError(f"tensor {stem}{SCALE} is missing, which {stem}{PACKED} belongs to", where=packed.file)
+            raise InventoryError(f"tensor {stem}{SCALE} is missing, which {stem}{CODES} belongs to", where=packed.file)
         if stem + ORDER in made:
             raise UnsupportedError(
                 f"tensor {stem}{ORDER}: columns in another order than that of their groups (actorder)",
@@ -61,7 +61,7 @@ def packed_as_pairs(stored: Mapping[str, Stored]) -> dict[str, Stored]:
         shape = (weight.shape[0], 2 * weight.shape[1])
         if shapes.get(stem, shape) != shape:
             raise InventoryError(
-                f"tensor {stem}{PACKED}: {list(shape)} elements of four bits, weight_shape says {list(shapes[stem])}",
+                f"tensor {stem}{CODES}: {list(shape)} elements of four bits, weight_shape says {list(shapes[stem])}",
                 where=packed.file,
             )
         zero = made.pop(stem + ZERO_POINT, None)
@@ -78,7 +78,7 @@ def _as_bytes(stem: str, packed: Stored) -> Stored:
     if len(packed.shape) == 2 and packed.dtype == "U8":
         return packed
     raise InventoryError(
-        f"tensor {stem}{PACKED}: not packed elements",
+        f"tensor {stem}{CODES}: not packed elements",
         where=packed.file,
         expected=f"I32, {PER_WORD} integers in each, or U8, two FP4 in each, of two dimensions",
         got=f"{packed.dtype} {list(packed.shape)}",

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..containers.json_object import read_optional_json_object
 from ..containers.untrusted import read_whole
-from ..errors import Dsv4Error, FileFormatError, InputOutputError
+from ..errors import FileFormatError, noted
 
 MODEL_CARD_NAME = "README.md"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -61,10 +61,6 @@ class ModelCard:
     notes: tuple[str, ...] = ()
 
 
-class _UnusableError(Exception):
-    """Front matter that cannot be used, and why."""
-
-
 def read_model_card(folder: Path) -> ModelCard:
     """Read README.md and generation_config.json of ``folder``; neither has to be there, and neither has to be sound.
 
@@ -73,19 +69,11 @@ def read_model_card(folder: Path) -> ModelCard:
     """
     notes: list[str] = []
     front_matter: dict[str, Any] = {}
-    try:
+    with noted(MODEL_CARD_NAME, notes):
         front_matter = _front_matter(folder / MODEL_CARD_NAME, notes)
-    except InputOutputError:
-        raise
-    except (_UnusableError, Dsv4Error) as error:
-        notes.append(f"{MODEL_CARD_NAME}: not used: {_reason(error)}")
     generation: dict[str, Any] = {}
-    try:
+    with noted(GENERATION_CONFIG_NAME, notes):
         generation = read_optional_json_object(folder / GENERATION_CONFIG_NAME, MAX_CARD_BYTES, error=FileFormatError)
-    except InputOutputError:
-        raise
-    except Dsv4Error as error:
-        notes.append(f"{GENERATION_CONFIG_NAME}: not used: {_reason(error)}")
     name = _model_name(os.path.realpath(folder)).encode("utf-8", "replace").decode()
     return ModelCard(name or "model", front_matter, generation, tuple(notes))
 
@@ -96,11 +84,6 @@ def _model_name(path: str) -> str:
     return match[1] if match else Path(path).name
 
 
-def _reason(error: Exception) -> str:
-    text = error.what if isinstance(error, Dsv4Error) else str(error)
-    return " ".join(text.split())[:200]
-
-
 def _front_matter(path: Path, notes: list[str]) -> dict[str, Any]:
     """Return the usable part of a card's front matter, and note what is not."""
     if not os.path.lexists(path):
@@ -109,18 +92,18 @@ def _front_matter(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise _UnusableError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from None
+        raise FileFormatError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from None
     if not lines or lines[0].rstrip() != FENCE:
         return {}
     end = next((number for number, line in enumerate(lines[1:], start=1) if line.rstrip() == FENCE), len(lines))
     head = "\n".join(lines[1:end]).replace("\t", "  ") + "\n"
     if len(head) > MAX_HEAD_CHARACTERS:
-        raise _UnusableError(f"front matter of {len(head)} characters, more than {MAX_HEAD_CHARACTERS}")
+        raise FileFormatError(f"front matter of {len(head)} characters, more than {MAX_HEAD_CHARACTERS}")
     document = _load(head)
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise _UnusableError("front matter is no object")
+        raise FileFormatError("front matter is no object")
     found: dict[str, Any] = {}
     dropped: list[str] = []
     for key, value in document.items():
@@ -140,7 +123,7 @@ def _load(head: str) -> Any:
     """Parse YAML that anyone may have written: no tags of Python, no aliases, bounded in depth and parts.
 
     Raises:
-        _UnusableError: it is not such YAML.
+        FileFormatError: it is not such YAML.
     """
     import yaml  # type: ignore[import-untyped]
 
@@ -148,16 +131,16 @@ def _load(head: str) -> Any:
         depth = 0
         for number, event in enumerate(yaml.parse(head, Loader=yaml.SafeLoader)):
             if isinstance(event, yaml.AliasEvent):
-                raise _UnusableError("front matter has an alias, write the value out")
+                raise FileFormatError("front matter has an alias, write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH or number > MAX_EVENTS:
-                raise _UnusableError("front matter is nested too deeply or has too many parts")
+                raise FileFormatError("front matter is nested too deeply or has too many parts")
         return yaml.safe_load(head)
-    except _UnusableError:
+    except FileFormatError:
         raise
     except Exception as error:  # noqa: BLE001 - its constructors raise whatever int(), date() and base64 raise
-        raise _UnusableError(f"front matter is not valid YAML ({' '.join(str(error).split())})"[:200]) from None
+        raise FileFormatError(f"front matter is not valid YAML ({error})") from None
 
 
 def _usable(key: str, value: object) -> Any:

@@ -32,7 +32,7 @@ from ..scale_forms import Over, Pairs, Times
 from .small_tensors import read_scalars, read_small
 
 WEIGHT, SCALE, SECOND_SCALE, INPUT_SCALE = ".weight", ".weight_scale", ".weight_scale_2", ".input_scale"
-PACKED, GLOBAL_SCALE, INPUT_GLOBAL_SCALE = ".weight_packed", ".weight_global_scale", ".input_global_scale"
+CODES, GLOBAL_SCALE, INPUT_GLOBAL_SCALE = ".weight_packed", ".weight_global_scale", ".input_global_scale"
 FP4_SCALE = ".scale"
 E4M3 = "F8_E4M3"
 CODES_PER_BYTE = 2
@@ -103,7 +103,7 @@ def _parts_of(name: str) -> _Parts | None:
         return _Parts(stem, stem + WEIGHT, name, is_reciprocal=False)
     if name.endswith(GLOBAL_SCALE):
         stem = name.removesuffix(GLOBAL_SCALE)
-        return _Parts(stem, stem + PACKED, name, is_reciprocal=True)
+        return _Parts(stem, stem + CODES, name, is_reciprocal=True)
     return None
 
 
@@ -113,7 +113,7 @@ def _check_no_second_is_missing(stored: Mapping[str, Stored]) -> None:
             continue
         stem = name.removesuffix(SCALE)
         if stem + SECOND_SCALE not in stored and stem + GLOBAL_SCALE not in stored:
-            second = GLOBAL_SCALE if stem + PACKED in stored else SECOND_SCALE
+            second = GLOBAL_SCALE if stem + CODES in stored else SECOND_SCALE
             raise InventoryError(f"tensor {stem}{second} is missing, which {name} belongs to", where=tensor.file)
 
 

@@ -10,11 +10,11 @@ from ..containers.wide_scales import as_f32
 from ..scale_forms import Pairs
 from .int4 import ORDER, SHAPE, ZERO_POINT, packed_as_pairs
 from .nvfp4 import (
+    CODES,
     E4M3,
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
-    PACKED,
     SCALE,
     SECOND_SCALE,
     WEIGHT,
@@ -26,7 +26,7 @@ COMPRESSED_TENSORS = "compressed-tensors"
 INPUT_SCALES = (INPUT_SCALE, INPUT_GLOBAL_SCALE)
 
 # By which errors about weights in these forms can be told.
-SUFFIXES = (SCALE, SECOND_SCALE, GLOBAL_SCALE, PACKED, SHAPE, ZERO_POINT, ORDER)
+SUFFIXES = (SCALE, SECOND_SCALE, GLOBAL_SCALE, CODES, SHAPE, ZERO_POINT, ORDER)
 
 AS_FP4 = (
     "NVFP4 weights are read as the FP4 that they were made of: the same codes, and pairs of scales as one E8M0 scale"
@@ -52,7 +52,7 @@ CONFIG_KEYS = (
 
 def is_packed(names: Iterable[str]) -> bool:
     """Return whether a folder with such tensors holds one of these forms."""
-    return any(name.endswith((SECOND_SCALE, PACKED)) for name in names)
+    return any(name.endswith((SECOND_SCALE, CODES)) for name in names)
 
 
 def unpacked_forms(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
@@ -67,7 +67,7 @@ def unpacked_forms(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
     if not is_packed(stored):
         return stored
     made = packed_as_pairs(nvfp4_as_pairs(stored))
-    if any(name.endswith(PACKED) for name in stored):
+    if any(name.endswith(CODES) for name in stored):
         for name, tensor in made.items():
             weight = made.get(name.removesuffix(SCALE) + WEIGHT) if name.endswith(SCALE) else None
             if weight is not None and weight.dtype == E4M3 and tensor.dtype in ("BF16", "F16"):

@@ -14,7 +14,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_optional_json_object
 from ..containers.presence import exists
 from ..containers.untrusted import read_whole
-from ..errors import DeviceError, Dsv4Error, InputOutputError, TokenizerError
+from ..errors import DeviceError, TokenizerError, noted
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -486,12 +486,8 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str
     except OSError:
         named = []
     for path in named:
-        try:
+        with noted(f"{TEMPLATES_FOLDER}/{path.name}", notes):
             in_files.append((path.name.removesuffix(TEMPLATE_SUFFIX), _read_template(path)))
-        except InputOutputError:
-            raise
-        except Dsv4Error as error:
-            notes.append(f"{TEMPLATES_FOLDER}/{path.name}: not used: {error.what}")
     stated = _stated_templates(settings.get("chat_template"))
     if not stated and not in_files:
         legacy = _read_json(folder / CHAT_TEMPLATE_JSON_NAME, required=False).get("chat_template")

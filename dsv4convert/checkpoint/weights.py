@@ -200,27 +200,16 @@ def _classify(
     rows, columns = stored.shape
     if stored.dtype == INT4_DTYPE:
         columns *= 2
-        if scale.dtype != "F32" or len(scale.shape) != MATRIX_DIMENSIONS:
-            raise InventoryError(
-                f"tensor {scale_name(name)}: not a scale of INT4",
-                where=scale.file,
-                expected="F32, BF16 or F16 of two dimensions",
-                got=f"{stored_dtype(scale)} {list(scale.shape)}",
-            )
-        block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
+        block = _blocks(name, (rows, columns), scale, ("F32",), "INT4", "F32, BF16 or F16")
         return Encoding.INT4, (rows, columns), block
     if isinstance(scale.scale_form, Times | Over):
         return Encoding.NVFP4, (rows, columns * 2), (1, NVFP4_BLOCK)
     if stored.dtype == "F8_E4M3":
-        if scale.dtype not in (E8M0, "F32") or len(scale.shape) != 2:
-            raise InventoryError(
-                f"tensor {scale_name(name)}: not a scale of FP8",
-                where=scale.file,
-                expected="F8_E8M0, F32 or BF16 of two dimensions",
-                got=f"{stored_dtype(scale)} {list(scale.shape)}",
-            )
-        block = (_block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale))
-        return Encoding.FP8, stored.shape, block
+        return (
+            Encoding.FP8,
+            stored.shape,
+            _blocks(name, stored.shape, scale, (E8M0, "F32"), "FP8", "F8_E8M0, F32 or BF16"),
+        )
     if stored.dtype != "F4":
         columns *= 2
     if scale.dtype != E8M0 or scale.shape != (rows, columns // FP4_BLOCK) or columns % FP4_BLOCK:
@@ -231,6 +220,25 @@ def _classify(
             got=f"{stored_dtype(scale)} {list(scale.shape)}",
         )
     return Encoding.FP4, (rows, columns), FP4_SCALE_BLOCK
+
+
+def _blocks(
+    name: str, shape: tuple[int, ...], scale: Stored, dtypes: tuple[str, ...], kind: str, expected: str
+) -> tuple[int, int]:
+    """Return how many rows and columns of a weight share one scale, which is read as one of ``dtypes``.
+
+    Raises:
+        InventoryError: the scales are of another type or shape.
+    """
+    if scale.dtype not in dtypes or len(scale.shape) != MATRIX_DIMENSIONS:
+        raise InventoryError(
+            f"tensor {scale_name(name)}: not a scale of {kind}",
+            where=scale.file,
+            expected=f"{expected} of two dimensions",
+            got=f"{stored_dtype(scale)} {list(scale.shape)}",
+        )
+    rows, columns = shape
+    return _block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale)
 
 
 def _block(length: int, scales: int, name: str, scale: Stored) -> int:

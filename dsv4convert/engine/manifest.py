@@ -29,10 +29,9 @@ from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .names import Identity, check_file_can_be_replaced, entries_within, folders_of_names, remove_known
-from .outputs import open_file, os_errors, partial_path, write_file
+from .outputs import MANIFEST_SUFFIX, open_file, os_errors, partial_path, write_file
 from .run import RunReport
 
-MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
 CHECKSUM = "xxh3_128"
 # How a manifest of ours begins.

@@ -123,7 +123,7 @@ BY_WAY_OF_F32: frozenset[tuple[Source, Target]] = frozenset(
 # By a codec that takes zero points, too.
 OF_INT4: frozenset[tuple[Source, Target]] = frozenset({("int4", "f32"), ("int4", "bf16"), ("int4", "f16")})
 # Two elements a byte, and scales.
-PACKED: frozenset[Source] = frozenset({"fp4", "nvfp4", "int4"})
+FOUR_BIT: frozenset[Source] = frozenset({"fp4", "nvfp4", "int4"})
 
 
 def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
@@ -327,7 +327,7 @@ def as_f32(
     source = operation.source
     if source == "f32":
         return inputs[0]
-    columns = inputs[0].shape[1] * (FP4_PER_BYTE if source in PACKED else 1)
+    columns = inputs[0].shape[1] * (FP4_PER_BYTE if source in FOUR_BIT else 1)
     wide: NDArray[np.float32] = scratch.array("by way of f32", (len(inputs[0]), columns), np.float32)
     if source == "int4":
         int4_to_float(inputs[0], inputs[1], _zeros(inputs), _block(operation), wide, scratch, tally)

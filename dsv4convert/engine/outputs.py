@@ -55,6 +55,7 @@ PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 TRIAL_SUFFIX = ".trial"
 JOURNAL_SUFFIX = ".journal"
+MANIFEST_SUFFIX = ".manifest.json"
 
 # The next step where an interrupted run cannot go on.
 FRESH_HINT = "pass --fresh to start over"
@@ -916,7 +917,7 @@ class FileOutputs(Outputs):
 # Names beside an output that are made with it.
 SUFFIXES = (
     *(PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX),
-    *(JOURNAL_SUFFIX, ".manifest.json", ".manifest.json" + PARTIAL_SUFFIX, LOCK_SUFFIX),
+    *(JOURNAL_SUFFIX, MANIFEST_SUFFIX, MANIFEST_SUFFIX + PARTIAL_SUFFIX, LOCK_SUFFIX),
 )
 
 
@@ -1024,7 +1025,7 @@ def lock_open(descriptor: int, path: Path) -> None:
         try_lock(descriptor, path)
     except BlockingIOError:
         raise LockedError(
-            "another run is writing this file", where=path, hint="wait for the other run or stop it"
+            "another run is writing this output", where=path, hint="wait for the other run or stop it"
         ) from None
 
 

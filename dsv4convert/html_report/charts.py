@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from .markup import Markup, element
-from .treemap import fitting, scrolled
+from .markup import Markup, element, fitting, scrolled
 
 WIDTH, HEIGHT = 640.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 12.0, 10.0, 40.0

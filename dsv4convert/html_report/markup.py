@@ -10,6 +10,8 @@ from ..errors import escape_control
 
 # Elements without content.
 VOID = frozenset({"meta", "input"})
+# Pixels of a character of a label, about.
+CHARACTER_WIDTH = 6.2
 
 
 class Markup(str):
@@ -54,6 +56,17 @@ def element(tag: str, /, *children: Child, **attributes: Attribute) -> Markup:
 def joined(children: Iterable[Child]) -> Markup:
     """Return texts and markup one after another."""
     return Markup("".join(escaped(child) for child in children if child is not None))
+
+
+def scrolled(label: str) -> dict[str, str]:
+    """Return the attributes of what is wider than a phone and can be scrolled with the keyboard too."""
+    return {"class_": "scroll", "role": "region", "tabindex": "0", "aria_label": label}
+
+
+def fitting(text: str, width: float) -> str:
+    """Return a text, cut where it is wider than ``width``."""
+    most = max(1, int(width / CHARACTER_WIDTH))
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _written(value: str | int | float) -> str:

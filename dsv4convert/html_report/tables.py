@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from .markup import Markup, element
-from .treemap import scrolled
+from .markup import Markup, element, scrolled
 
 # Rows that a page shows of a table: browsers lay out more of them slowly.
 MAX_ROWS = 3000

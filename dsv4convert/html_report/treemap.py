@@ -7,13 +7,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from .figures import human_bytes
-from .markup import Markup, element, joined
+from .markup import CHARACTER_WIDTH, Markup, element, fitting, joined, scrolled
 
 WIDTH, HEIGHT = 900.0, 560.0
 # Pixels around the families of a group, and above them where its name fits.
 GAP, NAME_HEIGHT = 1.5, 13.0
-# A character of a label is about so wide.
-CHARACTER_WIDTH = 6.2
 
 
 class Leaf(NamedTuple):
@@ -119,11 +117,6 @@ def treemap(leaves: Sequence[Leaf], kinds: Sequence[str], title: str, classes: S
     return joined([element("ul", *legend, class_="legend"), element("div", picture, **scrolled(title))])
 
 
-def scrolled(label: str) -> dict[str, str]:
-    """Return the attributes of what is wider than a phone and can be scrolled with the keyboard too."""
-    return {"class_": "scroll", "role": "region", "tabindex": "0", "aria_label": label}
-
-
 def _group(name: str, leaves: Sequence[Leaf], total: int, place: Rectangle, colour: dict[str, str]) -> Iterator[Markup]:
     inner = Rectangle(place.x + GAP, place.y + GAP, place.width - 2 * GAP, place.height - 2 * GAP)
     if inner.width <= 0 or inner.height <= 0:
@@ -145,9 +138,3 @@ def _group(name: str, leaves: Sequence[Leaf], total: int, place: Rectangle, colo
         )
         if at.height > NAME_HEIGHT and at.width > 4 * CHARACTER_WIDTH:
             yield element("text", fitting(leaf.name, at.width), x=at.x + 2, y=at.y + 11, class_="leaf")
-
-
-def fitting(text: str, width: float) -> str:
-    """Return a text, cut where it is wider than ``width``."""
-    most = max(1, int(width / CHARACTER_WIDTH))
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -49,7 +49,7 @@ SAMPLE_BLOCK_ELEMENTS = 2**13
 REQUANTISED = ("fp8", "fp8/f32", "fp4")
 
 # Two elements a byte; scales are for at least so many columns, or a power of two of them.
-PACKED = ("fp4", "fp4/nv", "fp4/f32", "fp4/e4m3", "int4")
+FOUR_BIT = ("fp4", "fp4/nv", "fp4/f32", "fp4/e4m3", "int4")
 # Storages of the same bits.
 MOVED = ({"fp4", "mxfp4"}, {"fp8", "fp8/row"}, {"fp4/e4m3", "nvfp4/e4m3"})
 
@@ -344,8 +344,8 @@ def check_fits(piece: Piece) -> None:
     """
     for matrix, at in ((piece.output, piece.at), (piece.source, piece.source_at)):
         inside = at[0] + piece.size[0] <= matrix.rows and at[1] + piece.size[1] <= matrix.columns
-        width = BLOCK if matrix.encoding in (*PACKED, "affine8") else STORAGE[matrix.encoding][1]
-        blocked = matrix.encoding in (*PACKED, "affine8", "q8_0", "mxfp4", "nvfp4/e4m3") or matrix.encoding in LOW_BIT
+        width = BLOCK if matrix.encoding in (*FOUR_BIT, "affine8") else STORAGE[matrix.encoding][1]
+        blocked = matrix.encoding in (*FOUR_BIT, "affine8", "q8_0", "mxfp4", "nvfp4/e4m3") or matrix.encoding in LOW_BIT
         if not inside or (blocked and (at[1] % width or piece.size[1] % width)):
             raise InventoryError(
                 f"tensor {matrix.name}: cannot be compared in parts",

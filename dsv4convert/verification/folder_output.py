@@ -50,7 +50,7 @@ NVFP4_ROW_BLOCK = (1, NVFP4_BLOCK)
 
 FLOATS = ("bf16", "f16", "f32")
 # NVFP4 that is no FP4, and INT4: in sources only.
-PACKED = ("fp4/f32", "int4")
+DECODED_FIRST = ("fp4/f32", "int4")
 # What a weight that is published in scaled codes may become.
 PUBLISHED_AS = {Store.DENSE: ("fp8",), Store.EXPERT: ("fp4", "fp8"), Store.ENGRAM: ("fp8",)}
 QUANTISED = ("fp8", "fp8/f32", "fp4", "fp4/nv")
@@ -524,14 +524,14 @@ def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report
     """Return the source's config as the tensors of source and output say that it must have changed."""
     config = borne_out_config(checkpoint)
     quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
-    was_quantised = any(piece.source.encoding in (*QUANTISED, *PACKED) for piece in pieces)
+    was_quantised = any(piece.source.encoding in (*QUANTISED, *DECODED_FIRST) for piece in pieces)
     if was_quantised and not quantised:
         for key in ("quantization_config", "expert_dtype"):
             config.pop(key, None)
-        floats = [p.output.encoding for p in pieces if p.source.encoding in (*QUANTISED, *PACKED)]
+        floats = [p.output.encoding for p in pieces if p.source.encoding in (*QUANTISED, *DECODED_FIRST)]
         for key in ("torch_dtype", "dtype"):
             config[key] = DTYPE_NAMES[floats[0]]
-    elif any(p.source.encoding in (*FLOATS, *PACKED) and p.output.encoding in QUANTISED for p in pieces):
+    elif any(p.source.encoding in (*FLOATS, *DECODED_FIRST) and p.output.encoding in QUANTISED for p in pieces):
         config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
     elif any(p.source.encoding == "fp4" and p.output.encoding == "fp4/nv" for p in pieces):
         config = {**config, "quantization_config": _nvfp4_quantization(checkpoint, config, pieces)}

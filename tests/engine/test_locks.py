@@ -78,7 +78,7 @@ def test_outputs_that_share_a_file_exclude_each_other(tiny: Path, tmp_path: Path
     held = outputs_of(both)
     held.create()
     size = held.paths[1].stat().st_size
-    with pytest.raises(LockedError, match=r"mtp-model\.gguf\.partial: another run is writing this file"):
+    with pytest.raises(LockedError, match=r"mtp-model\.gguf\.partial: another run is writing this output"):
         execute(alone, fresh=True)
     assert held.paths[1].stat().st_size == size
     assert leftovers(tmp_path) == ["model.gguf.partial", "mtp-model.gguf.partial"]

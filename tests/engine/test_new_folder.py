@@ -68,7 +68,7 @@ def test_a_second_run_leaves_the_folder_of_the_first_alone(tmp_path: Path) -> No
     out = tmp_path / "out"
     with NewFolder(out, MUST_HOLD, lambda name: name.endswith(".json"), overwrite=True).written() as folder:
         (folder / MUST_HOLD).write_text("first")
-        with pytest.raises(LockedError, match=f"{folder}: another run is writing this file"):
+        with pytest.raises(LockedError, match=f"{folder}: another run is writing this output"):
             write(out, "second")
     assert texts(out) == {"first"}
 

@@ -117,7 +117,7 @@ def test_a_second_run_without_the_first_ones_journal_mixes_nothing(
         (out / f"{name}.journal").unlink()
         second = run_cli(*arguments(tiny, out, name, "--fresh"))
         assert second.code == LOCKED
-        assert f"{name}.partial: another run is writing this file" in second.error
+        assert f"{name}.partial: another run is writing this output" in second.error
     assert end(process) == (DONE, "")
     assert files(out) == whole(tiny, tmp_path / "whole", name)
 

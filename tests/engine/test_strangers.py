@@ -338,7 +338,7 @@ def test_a_second_run_without_the_first_ones_journal_is_refused(plan: Plan) -> N
 
     def second() -> None:
         journal_path(plan).unlink()
-        with pytest.raises(LockedError, match="another run is writing this file"):
+        with pytest.raises(LockedError, match="another run is writing this output"):
             execute(plan, threads=2, fresh=True)
 
     execute(plan, threads=2, before_finish=during(second))

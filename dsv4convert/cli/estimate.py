@@ -264,7 +264,7 @@ def _describe_times(times: Times, show_operators: bool) -> Iterator[Block]:
     yield f"on {devices}{times.hardware.name}: {times.hardware.description}"
     phases = [("prefill", times.prefill), ("decode", times.decode), ("draft", times.draft)]
     yield Table(
-        ("phase", "tokens/s", "time", "compute", "memory", "kernels", "communication"),
+        ("phase", "tokens/s", "time", "compute", "memory", "decoding", "kernels", "communication"),
         [
             (
                 name,
@@ -272,13 +272,13 @@ def _describe_times(times: Times, show_operators: bool) -> Iterator[Block]:
                 _seconds(phase.seconds),
                 *(
                     f"{part / phase.seconds:.0%}"
-                    for part in (phase.compute, phase.memory, phase.kernels, phase.communication)
+                    for part in (phase.compute, phase.memory, phase.decoding, phase.kernels, phase.communication)
                 ),
             )
             for name, phase in phases
             if phase is not None
         ],
-        frozenset(range(1, 7)),
+        frozenset(range(1, 8)),
     )
     if show_operators:
         yield Table(

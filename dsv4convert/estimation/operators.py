@@ -12,6 +12,7 @@ of them at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,7 +48,8 @@ class Operator(NamedTuple):
     """What an operator costs in all steps together; ``layer`` None outside the layers.
 
     ``divided`` says who has a part of the work where ranks share the model, ``arithmetic`` is the family of weights
-    whose type decides the speed of its products.
+    whose type decides the speed of its products. ``weights`` are those that are read, by stored type, as often as they
+    are.
     """
 
     layer: int | None
@@ -58,6 +60,7 @@ class Operator(NamedTuple):
     weight_bytes: float
     read_bytes: float
     written_bytes: float
+    weights: Mapping[str, float]
     divided: str = BY_RANK
     arithmetic: str = "dense"
 
@@ -145,8 +148,10 @@ class Phase:
         found: dict[tuple[str, str], Operator] = {}
         for operator in self.operators:
             before = found.get((operator.sublayer, operator.name))
-            sums = {} if before is None else {key: getattr(before, key) + getattr(operator, key) for key in SUMMED}
-            found[operator.sublayer, operator.name] = operator._replace(layer=None, **sums)
+            if before is not None:
+                sums = {key: getattr(before, key) + getattr(operator, key) for key in SUMMED}
+                operator = operator._replace(weights=Counter(before.weights) + Counter(operator.weights), **sums)
+            found[operator.sublayer, operator.name] = operator._replace(layer=None)
         return list(found.values())
 
     def as_json(self) -> dict[str, Any]:
@@ -248,18 +253,46 @@ def _window_pairs(width: int, steps: Steps) -> Counts:
 # ---- the model ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Held:
+    """Weights that an operator reads: their bytes, and how many there are of each stored type.
+
+    Times an array, they are the weights of every step.
+    """
+
+    nbytes: Any = 0
+    elements: Mapping[str, Any] = field(default_factory=dict)
+
+    # An array leaves the multiplication to ``__rmul__``.
+    __array_ufunc__ = None
+
+    def __rmul__(self, times: Any) -> Held:
+        """Return the weights of steps that read them so many times."""
+        return Held(times * self.nbytes, {kind: times * count for kind, count in self.elements.items()})
+
+    def __truediv__(self, share: int) -> Held:
+        """Return one of so many equal shares."""
+        return Held(self.nbytes / share, {kind: count / share for kind, count in self.elements.items()})
+
+
+NO_WEIGHTS = Held()
+
+
 class Weights:
-    """The bytes of a model's weights by layer and name."""
+    """A model's weights by layer and name."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._bytes: dict[tuple[int | None, bool, str], int] = {}
+        self._parts: dict[tuple[int | None, bool, str], list[Part]] = {}
         for part in parts:
-            key = part.layer, part.is_draft, part.name
-            self._bytes[key] = self._bytes.get(key, 0) + part.nbytes
+            self._parts.setdefault((part.layer, part.is_draft, part.name), []).append(part)
 
-    def __call__(self, layer: int | None, *names: str, is_draft: bool = False) -> int:
-        """Return the bytes of the named weights of a layer."""
-        return sum(self._bytes.get((layer, is_draft, name), 0) for name in names)
+    def __call__(self, layer: int | None, *names: str, is_draft: bool = False) -> Held:
+        """Return the named weights of a layer."""
+        found = [part for name in names for part in self._parts.get((layer, is_draft, name), ())]
+        elements: Counter[str] = Counter()
+        for part in found:
+            elements[part.type] += part.elements
+        return Held(sum(part.nbytes for part in found), elements)
 
 
 EXPERT_NAMES = ("ffn.experts.w1.weight", "ffn.experts.w2.weight", "ffn.experts.w3.weight")
@@ -285,7 +318,7 @@ class Costs:
         """Yield the operators of embedding, layers and head, in the order of computation."""
         c, n = self.config, self.steps.computed
         width = c.hidden_size
-        embedding = c.vocab_size and self.weights(None, "embed.weight") / c.vocab_size
+        embedding = c.vocab_size and self.weights(None, "embed.weight").nbytes / c.vocab_size
         yield self._operator(
             None, EMBEDDING, "embedding", read=n * embedding, written=n * c.hc_mult * width * BF16_BYTES
         )
@@ -317,7 +350,7 @@ class Costs:
         *,
         flops: Any = 0,
         elementwise: Any = 0,
-        weights: Any = 0,
+        weights: Held = NO_WEIGHTS,
         read: Any = 0,
         written: Any = 0,
         divided: str = BY_RANK,
@@ -335,9 +368,10 @@ class Costs:
             name,
             total(flops),
             total(elementwise),
-            total(weights),
+            total(weights.nbytes),
             total(read),
             total(written),
+            {kind: total(count) for kind, count in weights.elements.items()},
             divided,
             arithmetic,
         )
@@ -350,7 +384,7 @@ class Costs:
         tokens: Any,
         inputs: int,
         outputs: int,
-        weights: float,
+        weights: Held,
         *,
         divided: str = BY_RANK,
         out_bytes: int = BF16_BYTES,
@@ -419,7 +453,7 @@ class Costs:
         """Yield the projections to queries and to the key that all heads share."""
         c = self.config
 
-        def weights(*names: str) -> int:
+        def weights(*names: str) -> Held:
             return self.weights(layer, *(f"attn.{name}.weight" for name in names), is_draft=is_draft)
 
         heads = c.num_attention_heads * c.head_dim
@@ -612,7 +646,7 @@ class Costs:
             divided=WHOLE, out_bytes=F32_BYTES, arithmetic="full",
         )  # fmt: skip
         hashed = not is_draft and c.is_hash_routed(layer)
-        table = self.weights(layer, "ffn.gate.tid2eid")
+        table = self.weights(layer, "ffn.gate.tid2eid").nbytes
         yield self._operator(
             layer,
             sublayer,
@@ -657,7 +691,7 @@ class Costs:
             return
         hc, width = c.hc_mult, c.hidden_size
         columns = engram.rows_per_token * engram.head_dim
-        row = self.weights(layer, "engram.embed.weight", "engram.embed.scale") / max(1, engram.rows(layer))
+        row = self.weights(layer, "engram.embed.weight", "engram.embed.scale").nbytes / max(1, engram.rows(layer))
         yield self._operator(
             layer,
             ENGRAM,
@@ -700,7 +734,7 @@ class Costs:
                 layer, fn, fn.replace("_fn", "_base"), fn.replace("_fn", "_scale"), is_draft=is_draft
             )
             yield self._product(
-                layer, sublayer, "head mixing", n, hc * width, hc, weights * runs, divided=WHOLE, out_bytes=F32_BYTES,
+                layer, sublayer, "head mixing", n, hc * width, hc, runs * weights, divided=WHOLE, out_bytes=F32_BYTES,
                 arithmetic="full",
             )  # fmt: skip
         yield self._operator(
@@ -708,7 +742,7 @@ class Costs:
             sublayer,
             "head collapse and norm",
             flops=2 * n * hc * width,
-            weights=self.weights(layer, "norm.weight", is_draft=is_draft) * runs,
+            weights=runs * self.weights(layer, "norm.weight", is_draft=is_draft),
             read=n * hc * width * BF16_BYTES,
             written=n * width * BF16_BYTES,
             divided=WHOLE,
@@ -721,7 +755,7 @@ class Costs:
             n,
             width,
             c.vocab_size,
-            self.weights(None, matrix) * runs,
+            runs * self.weights(None, matrix),
             out_bytes=F32_BYTES,
             arithmetic="full",
         )
@@ -748,7 +782,7 @@ class Costs:
         c, steps = self.config, self.steps
         n, width = steps.computed, c.hidden_size
 
-        def weights(*names: str) -> int:
+        def weights(*names: str) -> Held:
             return self.weights(0, *(f"{name}.weight" for name in names), is_draft=True)
 
         yield self._product(0, DRAFT, "e_proj", n, width, width, weights("e_proj", "enorm"), divided=WHOLE)
@@ -802,8 +836,8 @@ class Costs:
             DRAFT,
             "Markov head",
             flops=2 * n * rank * c.vocab_size,
-            weights=matrix * block,  # one guess after the other
-            read=n * lookup / c.vocab_size,
+            weights=block * matrix,  # one guess after the other
+            read=n * lookup.nbytes / c.vocab_size,
             written=n * c.vocab_size * F32_BYTES,
         )
         confidence = self.weights(last, "confidence_head.proj.weight", is_draft=True)

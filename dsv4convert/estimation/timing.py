@@ -1,8 +1,9 @@
 """How long a phase takes on a machine: a roofline, operator by operator, and what ranks tell each other.
 
-An operator takes as long as its FLOPs or its bytes, whichever is longer, at the shares of the maker's rates that
-kernels reach, and a kernel's own time in every run. Ranks split heads, vocabulary and experts as the published code
-does, and add up what they have after every sublayer. Nothing overlaps: neither operators nor communication.
+An operator takes as long as the longest of three things: its FLOPs and its bytes, at the shares of the maker's rates
+that kernels reach, and the decoding of its weights, where a machine's file says how fast kernels decode their type; and
+a kernel's own time in every run. Ranks split heads, vocabulary and experts as the published code does, and add up what
+they have after every sublayer. Nothing overlaps: neither operators nor communication.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ class Message(NamedTuple):
 class Timed:
     """How long a phase takes, and why.
 
-    ``compute``, ``memory`` and ``kernels`` are the seconds of the operators that FLOPs limit, of those that bytes
-    limit, and of kernels as such; ``operators`` are seconds by sublayer and operator.
+    ``compute``, ``memory`` and ``decoding`` are the seconds of the operators that FLOPs limit, bytes, or the decoding
+    of weights; ``kernels`` those of kernels as such. ``operators`` are seconds by sublayer and operator.
     """
 
     phase: Phase
     compute: float
     memory: float
+    decoding: float
     kernels: float
     communication: float
     messages: tuple[Message, ...]
@@ -58,7 +60,7 @@ class Timed:
     @property
     def seconds(self) -> float:
         """Return the seconds of the phase."""
-        return self.compute + self.memory + self.kernels + self.communication
+        return self.compute + self.memory + self.decoding + self.kernels + self.communication
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,6 +74,7 @@ class Timed:
             "tokens_per_second": self.tokens_per_second,
             "compute_seconds": self.compute,
             "memory_seconds": self.memory,
+            "decoding_seconds": self.decoding,
             "kernel_seconds": self.kernels,
             "communication_seconds": self.communication,
             "messages": [message._asdict() for message in self.messages],
@@ -82,38 +85,53 @@ class Timed:
         }
 
 
+class Limits(NamedTuple):
+    """The seconds that an operator takes at least, by what limits it: the longest counts, of two alike the first."""
+
+    memory: float
+    compute: float
+    decoding: float
+
+
 def timed(phase: Phase, config: ModelConfig, machine: Machine) -> Timed:
     """Return how long a phase takes."""
     hardware = machine.hardware
-    compute = memory = kernels = 0.0
+    kernel = phase.runs * hardware.kernel_seconds
+    limits = dict.fromkeys(Limits._fields, 0.0)
     operators: dict[tuple[str, str], float] = {}
     for operator in phase.operators:
-        multiplying, moving = _seconds(operator, machine)
-        if multiplying > moving:
-            compute += multiplying
-        else:
-            memory += moving
-        kernel = phase.runs * hardware.kernel_seconds
-        kernels += kernel
+        seconds = _seconds(operator, machine)
+        longest = max(seconds)
+        limits[Limits._fields[seconds.index(longest)]] += longest
         key = operator.sublayer, operator.name
-        operators[key] = operators.get(key, 0.0) + max(multiplying, moving) + kernel
+        operators[key] = operators.get(key, 0.0) + longest + kernel
     messages = tuple(_messages(phase, config, machine)) if machine.mp > 1 else ()
     communication = sum(
         message.sent_bytes / (hardware.link_bandwidth * hardware.bandwidth_share)
         + message.operations * hardware.link_latency
         for message in messages
     )
-    return Timed(phase, compute, memory, kernels, communication, messages, operators)
+    kernels = len(phase.operators) * kernel
+    return Timed(phase, **limits, kernels=kernels, communication=communication, messages=messages, operators=operators)
 
 
-def _seconds(operator: Operator, machine: Machine) -> tuple[float, float]:
-    """Return the seconds of an operator's FLOPs and of its bytes on one device."""
+def _seconds(operator: Operator, machine: Machine) -> Limits:
+    """Return the seconds of an operator's bytes, of its FLOPs and of the decoding of its weights on one device."""
     hardware = machine.hardware
     ranks = {WHOLE: 1, BY_RANK: machine.mp, BY_EXPERT: machine.mp, BY_OUTPUT_RANK: machine.o_proj_tp}[operator.divided]
     rate = hardware.fp8 if operator.arithmetic in SCALED and not machine.is_gguf else hardware.bf16
     multiplying = operator.flops / ranks / (rate * hardware.flops_share)
     moving = operator.bytes / ranks / (hardware.bandwidth * hardware.bandwidth_share)
-    return multiplying, moving
+    return Limits(moving, multiplying, _decoding_seconds(operator, hardware) / ranks)
+
+
+def _decoding_seconds(operator: Operator, hardware: Hardware) -> float:
+    """Return the seconds that kernels decode weights: once for every ``decoded_tile`` tokens that share them."""
+    once = sum(count / hardware.decoded[kind] for kind, count in operator.weights.items() if kind in hardware.decoded)
+    if not once:
+        return 0.0
+    tokens = operator.flops / 2 / sum(operator.weights.values())
+    return once * max(1.0, tokens / hardware.decoded_tile)
 
 
 def _messages(phase: Phase, config: ModelConfig, machine: Machine) -> list[Message]:

@@ -106,18 +106,21 @@ def _left(free: int | None) -> Cell:
     return Number(free, f"{human_bytes(abs(free))} {'left' if free >= 0 else 'missing'}")
 
 
+TIME_PARTS = ("compute", "memory", "decoding", "kernel", "communication")
+
+
 def _times(times: Json) -> Markup | None:
-    """Return what each phase takes and what of: computing, reading memory, starting kernels, communicating."""
+    """Return what each phase takes and what of: computing, memory, decoding weights, kernels, communicating."""
     found = [(name, times[name]) for name in ("prefill", "decode", "draft") if times[name] is not None]
     return table(
         "Times",
-        ("phase", "tokens/s", "time", "computing", "memory", "kernels", "communication"),
+        ("phase", "tokens/s", "time", "computing", "memory", "decoding", "kernels", "communication"),
         [
             (
                 name,
                 Number(phase["tokens_per_second"], f"{phase['tokens_per_second']:.4g}"),
                 _seconds(phase["seconds"]),
-                *(_seconds(phase[f"{part}_seconds"]) for part in ("compute", "memory", "kernel", "communication")),
+                *(_seconds(phase[f"{part}_seconds"]) for part in TIME_PARTS),
             )
             for name, phase in found
         ],

@@ -15,33 +15,47 @@ Optional, with defaults by kind: the parts of those rates that kernels reach, an
     bandwidth_share = 0.6
     flops_share = 0.4
     kernel_seconds = 6e-6     # of every operator in every run
+    decoded_tile = 1          # tokens of a run that share one decoding of the weights
+
+And how many weights a second products with one token decode, by the ggml type that they are stored in. A type that is
+not there is as quick as the bandwidth allows.
+
+    [decoded]
+    iq2_xxs = 4e10
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...containers.toml_files import names_in, parse_toml, read_named
 from ...errors import FileFormatError
+from ...formats.ggml_types import BY_NAME
 
 MAX_HARDWARE_BYTES = 2**16
 
 # What is taken for granted of a kind of machine where its file says nothing.
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
-    "gpu": {"usable": 0.9, "bandwidth_share": 0.6, "flops_share": 0.4, "kernel_seconds": 6e-6},
+    "gpu": {"usable": 0.9, "bandwidth_share": 0.6, "flops_share": 0.085, "kernel_seconds": 6e-6},
     "unified": {"usable": 0.95, "bandwidth_share": 0.6, "flops_share": 0.4, "kernel_seconds": 5e-6},
-    "cpu": {"usable": 0.95, "bandwidth_share": 0.6, "flops_share": 0.2, "kernel_seconds": 5e-6},
+    "cpu": {"usable": 0.95, "bandwidth_share": 0.6, "flops_share": 0.2, "kernel_seconds": 16e-6},
 }
+DEFAULT_TILE = 1
 RATES = ("bandwidth", "bf16", "fp8", "link_bandwidth")
 SECONDS = ("link_latency", "kernel_seconds")
 SHARES = ("usable", "bandwidth_share", "flops_share")
+TILE, DECODED = "decoded_tile", "decoded"
+MAX_TILE = 2**20
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device of a machine: bytes, rates a second, seconds, and the shares of them that are reached."""
+    """One device of a machine: bytes, rates a second, seconds, and the shares of them that are reached.
+
+    ``decoded`` are the weights of each ggml type that are decoded in a second, once for ``decoded_tile`` tokens.
+    """
 
     name: str
     description: str
@@ -56,6 +70,8 @@ class Hardware:
     bandwidth_share: float
     flops_share: float
     kernel_seconds: float
+    decoded_tile: float = DEFAULT_TILE
+    decoded: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def usable_memory(self) -> int:
@@ -102,13 +118,25 @@ def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
     for keys, most in ((RATES, float("inf")), (SECONDS, 1.0), (SHARES, 1.0)):
         for key in keys:
             values[key] = _number(table.pop(key, None), key, most, where)
+    values[TILE] = _number(table.pop(TILE, DEFAULT_TILE), TILE, MAX_TILE, where)
+    decoded = _decoded(table.pop(DECODED, {}), where)
     for key in table:
         raise FileFormatError(
             f"unknown key {key!r}",
             where=where,
-            expected=", ".join(("description", "kind", "memory", *RATES, *SECONDS, *SHARES)),
+            expected=", ".join(("description", "kind", "memory", *RATES, *SECONDS, *SHARES, TILE, DECODED)),
         )
-    return Hardware(name, description, kind, memory, **values)
+    return Hardware(name, description, kind, memory, **values, decoded=decoded)
+
+
+def _decoded(table: object, where: object) -> dict[str, float]:
+    """Return the rates of decoding by ggml type."""
+    if not isinstance(table, dict):
+        raise FileFormatError(f"key {DECODED}: not a table", where=where, expected=f"[{DECODED}]", got=table)
+    for kind in table:
+        if kind not in BY_NAME:
+            raise FileFormatError(f"unknown key {DECODED}.{kind}", where=where, expected=", ".join(BY_NAME))
+    return {kind: _number(rate, f"{DECODED}.{kind}", float("inf"), where) for kind, rate in table.items()}
 
 
 def _number(value: object, key: str, most: float, where: object) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from .checkpoint.folder import Checkpoint
+    from .engine.cluster import Cluster
     from .engine.conversion import Summary
     from .engine.manifest import ManifestReport
     from .engine.run import RunReport
@@ -113,6 +115,7 @@ def convert_gguf(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
@@ -126,6 +129,8 @@ def convert_gguf(
     i8-split; ``engram_last`` puts them behind all other tensors.
     ``fit`` chooses the largest recipe of which the files and the KV cache for ``context`` tokens ("128k", the default
     where the model has as many) take at most so many bytes together; with ``recipe`` it checks that one.
+    ``workers``, here as in every conversion, is a Ray cluster that does the work: "ray", "ray:4", "ray:auto" or
+    "ray://HOST:PORT"; source and output are on a file system that all its machines share.
 
     Raises:
         Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.
@@ -173,7 +178,18 @@ def convert_gguf(
     plan = replace(plan, notes=(*notes, *plan.notes))
     inputs = [Path(path) for path in (imatrix, recipe, ggml_lib) if path is not None]
     return _carry_out(
-        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, inputs=inputs
+        [plan],
+        threads,
+        overwrite,
+        resume,
+        fresh,
+        dry_run,
+        lock,
+        workers,
+        progress,
+        upload,
+        strict=strict,
+        inputs=inputs,
     )
 
 
@@ -240,6 +256,7 @@ def merge(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the split GGUF that ``source`` is one file of as one file: ``dsv4convert merge``.
@@ -267,7 +284,7 @@ def merge(
     if delete_parts:
         place = _on_this_machine(source, "--delete-parts")
     plan = plan_merge(place, Path(out), delete_parts=delete_parts)
-    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload)
+    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload)
     if summary.dry_run is None:
         remove_parts(plan)
     return summary
@@ -291,6 +308,7 @@ def shard(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
@@ -314,7 +332,9 @@ def shard(
         for folder, mode in folders_of(Path(out), draft)
     ]
     plans = parts_of_one_model([shards.plan for shards in made])
-    summary = _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
+    summary = _carry_out(
+        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict
+    )
     return ShardSummary(**summary.__dict__, costs=join_costs([shards.costs for shards in made]))
 
 
@@ -334,6 +354,7 @@ def unshard(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
@@ -347,7 +368,7 @@ def unshard(
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = partial(plan_unshard, place, wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
+    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict)
 
 
 def dequantize(
@@ -368,6 +389,7 @@ def dequantize(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
@@ -391,7 +413,7 @@ def dequantize(
     )
     plans = folder_plans(plan, Path(out), draft)
     return _carry_out(
-        plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
     )
 
 
@@ -411,6 +433,7 @@ def requantize(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the floats of the checkpoint folder ``source`` in the official layout: FP8 and FP4, rounded as published.
@@ -426,7 +449,7 @@ def requantize(
     plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     plans = folder_plans(plan, Path(out), draft)
     return _carry_out(
-        plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
     )
 
 
@@ -446,6 +469,7 @@ def convert_mlx(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
@@ -460,7 +484,9 @@ def convert_mlx(
 
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = plan_mlx(place, Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
-    return _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
+    return _carry_out(
+        [plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict
+    )
 
 
 def convert_maxtext(
@@ -480,6 +506,7 @@ def convert_maxtext(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Write the checkpoint folder ``source`` as a checkpoint that MaxText loads: ``dsv4convert maxtext``.
@@ -507,7 +534,7 @@ def convert_maxtext(
     place = _located(source, headers_only=dry_run, cache=cache)
     plan = plan_maxtext(place, Path(out), dtype=dtype, scan=scan, strict=strict, index=index)
     summary = _carry_out(
-        [plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+        [plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
     )
     if not check or dry_run:
         return summary
@@ -535,6 +562,7 @@ def repack(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> RepackSummary:
     """Write the checkpoint folder ``source`` with its FP4 experts in FP8, or in NVFP4.
@@ -564,7 +592,18 @@ def repack(
     return summarize_repack(
         plans,
         _carry_out(
-            plans, threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict, exact=strict
+            plans,
+            threads,
+            overwrite,
+            resume,
+            fresh,
+            dry_run,
+            lock,
+            workers,
+            progress,
+            upload,
+            strict=strict,
+            exact=strict,
         ),
     )
 
@@ -587,6 +626,7 @@ def mend(
     lock: bool = True,
     cache: bool = False,
     upload: Upload | str | None = None,
+    workers: str | None = None,
     progress: Progress | None = None,
 ) -> MendSummary:
     """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
@@ -606,7 +646,8 @@ def mend(
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
     plan = plan_mend(place, Path(out), mends, strict=strict)
     return summarize_mend(
-        plan, _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, progress, upload, strict=strict)
+        plan,
+        _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict),
     )
 
 
@@ -618,6 +659,7 @@ def _carry_out(
     fresh: bool,
     dry_run: bool,
     lock: bool,
+    workers: str | None,
     progress: Progress | None,
     upload: Upload | str | None,
     *,
@@ -643,6 +685,7 @@ def _carry_out(
             raise UsageError("--upload takes one output", hint="run once for the trunk and once for the draft")
         request = Upload(upload) if isinstance(upload, str) else upload
         uploading = Uploading(plans[0], request, overwrite=overwrite, resume=resume)
+    cluster = _cluster_of(workers, plans, threads)
     if dry_run:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     if uploading is not None and uploading.was_finished():
@@ -656,24 +699,48 @@ def _carry_out(
             refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
-    summary = execute_in_turn(
-        plans,
-        threads=threads,
-        overwrite=overwrite,
-        resume=resume,
-        fresh=fresh,
-        lock=lock,
-        inputs=inputs,
-        progress=_of_total(progress, total),
-        before_finish=refuse,
-        uploading=uploading,
-    )
+    with cluster or nullcontext():
+        summary = execute_in_turn(
+            plans,
+            threads=threads,
+            overwrite=overwrite,
+            resume=resume,
+            fresh=fresh,
+            lock=lock,
+            inputs=inputs,
+            cluster=cluster,
+            progress=_of_total(progress, total),
+            before_finish=refuse,
+            uploading=uploading,
+        )
     if progress is not None:  # headers and padding are no worker's task: they are done when all is
         progress(total, total)
     summary = replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
     if uploading is not None:
         summary = replace(summary, notes=(*summary.notes, f"uploaded to {uploading.finish(summary.notes)}"))
     return summary
+
+
+def _cluster_of(workers: str | None, plans: Sequence[Plan], threads: int | None) -> Cluster | None:
+    """Return the cluster that is to carry out the plans, None where this process does it.
+
+    Raises:
+        UsageError: it is named wrongly, or cannot be had with ``threads`` or with plans that use their source up.
+        InputMissingError: the source is not on a file system.
+        DeviceError: Ray is not installed.
+    """
+    if workers is None:
+        return None
+    from .containers.sources import needs_local_files
+    from .engine.cluster import Cluster
+
+    if threads is not None:
+        raise UsageError("--threads and --workers exclude each other", hint="give the number of workers as ray:N")
+    for plan in plans:
+        needs_local_files(plan.source, "--workers")
+        if plan.consumes:
+            raise UsageError("--workers and --delete-parts exclude each other", hint="leave out one of them")
+    return Cluster(workers)
 
 
 def _check_threads(threads: int | None) -> None:

@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OURS = {"dsv4convert", "tests"}
 
 # Extras of which the package itself imports something, and the tools of the others, which are run by name.
-IMPORTED_EXTRAS = {"gpu", "plot", "text", "vision", "hub", "stores", "maxtext"}
+IMPORTED_EXTRAS = {"gpu", "plot", "text", "vision", "hub", "stores", "maxtext", "ray"}
 RUN_BY_NAME = {"pytest-xdist", "ziglang"}
 
 # What made a record in fixtures/, and is imported only to make it anew: too large to install for the tests.

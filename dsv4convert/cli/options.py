@@ -111,6 +111,7 @@ class RunOptions:
     cache: bool
     upload: str | None
     delete_uploaded: bool
+    workers: str | None
     quiet: bool
     as_json: bool
 
@@ -145,6 +146,13 @@ RUN_OPTIONS = (
         is_flag=True,
         panel=RUN,
         help="With --upload: remove the local output once the repository has all of it.",
+    ),
+    option(
+        "--workers",
+        metavar="ray|ray:N|ray:auto|ray://HOST:PORT",
+        panel=RUN,
+        help="Have a Ray cluster do the work: one started on this machine (with N workers), the one that this machine "
+        "belongs to, or one elsewhere.",
     ),
     quiet_option,
     json_option,

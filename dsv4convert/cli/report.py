@@ -231,6 +231,7 @@ def run_conversion(
             lock=not run.no_lock,
             cache=run.cache,
             upload=_upload(run),
+            workers=run.workers,
             **options,
         )
     if run.quiet and not run.as_json and summary.dry_run is None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..containers.presence import is_file, is_folder
 from ..containers.sources import shown
@@ -53,6 +53,9 @@ from .outputs import (
 from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
 from .upload import Uploading
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
 
@@ -107,6 +110,7 @@ def execute(
     lock: bool = True,
     inputs: Iterable[Path] = (),
     uploading: Uploading | None = None,
+    cluster: Cluster | None = None,
 ) -> Summary:
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
@@ -114,9 +118,11 @@ def execute(
     leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
     ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
     plan was made with besides its source; none of them may be written either. ``uploading`` sends each file that is
-    whole; what it has not sent at the end, ``Uploading.finish`` does.
+    whole; what it has not sent at the end, ``Uploading.finish`` does. A ``cluster`` has the work done by its processes,
+    in place of ``threads`` of this one.
 
     Raises:
+        DeviceError: the cluster cannot be reached.
         UsageError: ``resume`` with ``fresh``, or an output that is a file of the source.
         OutputExistsError: an output is there and ``overwrite`` is false, or something took its name meanwhile.
         LockedError: another run is writing this output.
@@ -134,6 +140,8 @@ def execute(
     fingerprint = fingerprint_of(plan)
     if _is_finished(plan, outputs, fingerprint, inputs, overwrite=overwrite, resume=resume):
         return summarize_finished(plan, threads)
+    if cluster is not None:
+        cluster.connect()
     if uploading is not None:
         uploading.begin()
     with (
@@ -157,6 +165,11 @@ def execute(
                 uploading.settle()
 
         try:
+            makers = None
+            if cluster is not None:
+                from .cluster import ClusterMakers
+
+                makers = ClusterMakers(cluster, plan, outputs, journal.claim)
             report = run_plan(
                 plan,
                 outputs,
@@ -167,6 +180,7 @@ def execute(
                 record_seconds=record_seconds,
                 before_finish=before_rename,
                 file_done=None if uploading is None else uploading.file_done,
+                makers=makers,
             )
             write_manifest(manifest, plan, report, fingerprint)
         except KeyboardInterrupt:
@@ -253,6 +267,7 @@ def execute_in_turn(
     lock: bool = True,
     inputs: Sequence[Path] = (),
     uploading: Uploading | None = None,
+    cluster: Cluster | None = None,
 ) -> Summary:
     """Carry out plans one after another, and sum them up as one; see ``execute`` for the options.
 
@@ -279,6 +294,7 @@ def execute_in_turn(
             lock=lock,
             inputs=inputs,
             uploading=uploading,
+            cluster=cluster,
         )
         summaries.append(summary)
         before += plan.nbytes

@@ -47,7 +47,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
                         # A file beside the model, such as an importance matrix, goes by its whole path.
                         inside = operand.file.parent == plan.source
                         name = names[operand.file] = operand.file.name if inside else os.path.abspath(operand.file)
-                        sources[name] = USED_UP if is_cut(plan, operand.file) else _mark_of(operand.file)
+                        sources[name] = USED_UP if is_cut(plan, operand.file) else mark_of(operand.file)
                     digest.update(f"{name} {operand[1:]}\n".encode())
     return {
         "program": f"dsv4convert {__version__}",
@@ -58,7 +58,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     } | ({} if mount is None else {"revision": mount.revision})
 
 
-def _mark_of(path: Path) -> list[int | str]:
+def mark_of(path: Path) -> list[int | str]:
     """Return what changes when a source file does: size and time, of a remote file size and commit or etag."""
     remote = at(path)
     if remote is not None:
@@ -123,7 +123,7 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
     """
     for name, before in fingerprint["source"].items():
         path = plan.source / name
-        if _mark_of(path) != before and not is_cut(plan, path):
+        if mark_of(path) != before and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

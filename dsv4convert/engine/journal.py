@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -39,6 +40,46 @@ CLAIM = b'0123456789abcdef {"journal":'
 HEX, HEX_BYTES = frozenset(b"0123456789abcdef"), 16
 
 Key = tuple[int, int, int]
+
+# How the text of a line begins with which a run takes a journal.
+HOLDER = b'{"holder":'
+
+
+class Claim(NamedTuple):
+    """A run's hold on its journal, for its workers elsewhere: the line with which it took it, and where that stands.
+
+    Bytes before ``end`` were that run's own when this was asked for.
+    """
+
+    path: Path
+    offset: int
+    line: bytes
+    end: int
+
+    def check(self) -> None:
+        """Check that no other run has taken the journal since.
+
+        A run takes the journal before it makes or opens a file of the output. So a file that was opened before this
+        check is not one that a later run made.
+
+        Raises:
+            LockedError: one has, or the journal is gone, as it is after the end of a run.
+            InputOutputError: it cannot be read.
+        """
+        with os_errors(self.path, "read"):
+            try:
+                with self.path.open("rb", buffering=0) as file:  # opened anew: NFS then asks the server
+                    is_same = os.pread(file.fileno(), len(self.line), self.offset) == self.line
+                    file.seek(self.end)
+                    rest = file.readall()
+            except FileNotFoundError:
+                is_same, rest = False, b""
+        if not is_same or HOLDER in rest:
+            raise LockedError(
+                "the run that this worker belongs to has ended, or another has taken over its output",
+                where=self.path,
+                hint="run again with --resume",
+            )
 
 
 def journal_path(plan: Plan) -> Path:
@@ -70,6 +111,8 @@ class Journal:
         self._lock_file: LockFile | None = None
         self._descriptor = self._open(lock)
         self._end = 0
+        self._held_by = b""
+        self._held_at = 0
         try:
             self._check_claim()
             if not forget:
@@ -176,14 +219,25 @@ class Journal:
             first = {"journal": FORMAT, "fingerprint": self.fingerprint}
             device = os.fstat(self._descriptor).st_dev
             found = {"replaces": self.replaces, "held": self.held, "discards": self.discards, "device": device}
-            self._append([first, found, _holder()])
+            self._append([first, found])
+            self._hold()
             sync_folder(self.path.parent)
 
     def resume(self) -> None:
         """Note that this process has taken over; a torn last line goes."""
         with os_errors(self.path, "written"):
             os.ftruncate(self._descriptor, self._end)
-        self._append([_holder()])
+        self._hold()
+
+    def claim(self) -> Claim:
+        """Return this run's hold on the journal."""
+        return Claim(self.path, self._held_at, self._held_by, self._end)
+
+    def _hold(self) -> None:
+        """Note that this run has the journal from now on."""
+        fact = _holder()
+        self._held_at, self._held_by = self._end, _line(fact)
+        self._append([fact])
 
     def note_inodes(self, inodes: list[int]) -> None:
         """Keep the inode numbers of the output's files, by which they are found again under their final names."""
@@ -348,6 +402,7 @@ def _holder() -> dict[str, Any]:
     return {
         "holder": f"process {os.getpid()} on {socket.gethostname()}",
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "run": secrets.token_hex(8),
     }
 
 

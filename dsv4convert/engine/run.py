@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -67,6 +68,28 @@ class Recorder(Protocol):
         ...
 
 
+class Makers(Protocol):
+    """Makes segments in other processes than this one (see ``cluster``)."""
+
+    @property
+    def count(self) -> int:
+        """Return how many segments are made at once."""
+        ...
+
+    def make(
+        self,
+        files: Sequence[Iterator[Task]],
+        take: Callable[[Sequence[Finished]], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Make what is to be made of each file, until ``stopped``; ``take`` gets what is finished and durable.
+
+        Raises:
+            Dsv4Error: as a worker's; says the tensor.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class RunReport:
     """What a run did: bytes, seconds, and per tensor its checksum and counts.
@@ -85,6 +108,23 @@ class RunReport:
     flagged: Sequence[TensorReport] = ()
     zero: Sequence[str] = ()
     links: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Worker(Protocol):
+    """What a run wants of its workers: how many bytes each has made, and that it stops when it should."""
+
+    stopped: bool
+
+    @property
+    def done_bytes(self) -> int: ...
+
+
+@dataclass
+class _Elsewhere:
+    """The workers of other processes, as one."""
+
+    stopped: bool = False
+    done_bytes: int = 0
 
 
 @dataclass
@@ -113,13 +153,15 @@ def run_plan(
     record_seconds: float = RECORD_SECONDS,
     before_finish: Callable[[RunReport], None] | None = None,
     file_done: Callable[[int, Path], None] | None = None,
+    makers: Makers | None = None,
 ) -> RunReport:
     """Make all files of ``plan`` and give them their names.
 
     ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``progress``
     is told the bytes done, several times a second. ``before_finish`` sees the report while the files
     still have their temporary names; an error from it keeps them from getting their own. ``file_done`` is told each
-    file that is whole, by number and the name that it has until ``before_finish`` is called, in no order.
+    file that is whole, by number and the name that it has until ``before_finish`` is called, in no order. ``makers``
+    make the segments in other processes, in place of ``threads`` of this one.
 
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
@@ -137,16 +179,22 @@ def run_plan(
         resumed += _segment(plan, entry.task).nbytes
         consumer.take([_segment(plan, entry.task)])
     whole = _WholeFiles(plan, outputs, done, file_done)
-    shared = _Shared(Schedule(_file_tasks(plan, done, number) for number in range(len(plan.files))))
+    files = [_file_tasks(plan, done, number) for number in range(len(plan.files))]
+    shared = _Shared(Schedule(files if makers is None else ()))
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())
         shared.ranges = SharedRanges(plan)
     shared.drops = outgrows_memory(plan)
-    workers: list[Worker] = []
-    worker_threads = [
-        threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
-        for _ in range(threads)
-    ]
+    workers: list[_Worker] = []
+    if makers is None:
+        worker_threads = [
+            threading.Thread(target=_work, args=(shared, plan, outputs, backend, tile_bytes, workers), daemon=True)
+            for _ in range(threads)
+        ]
+    else:
+        threads = makers.count
+        watcher = partial(_have_made, shared, plan, outputs, makers, files, workers)
+        worker_threads = [threading.Thread(target=watcher, daemon=True)]
 
     def record(batch: list[Finished]) -> None:
         if recorder is not None:
@@ -164,7 +212,7 @@ def run_plan(
             thread.start()
         while any(thread.is_alive() for thread in worker_threads):
             for thread in worker_threads:
-                thread.join(POLL_SECONDS / threads)
+                thread.join(POLL_SECONDS / len(worker_threads))
             if progress is not None:
                 progress(resumed + sum(worker.done_bytes for worker in workers))
         keeper.finish()
@@ -213,7 +261,7 @@ class _Keeper(threading.Thread):
     def __init__(
         self,
         shared: _Shared,
-        workers: list[Worker],
+        workers: list[_Worker],
         outputs: Outputs,
         note: Callable[[list[Finished]], None],
         record: Callable[[list[Finished]], None] | None,
@@ -307,7 +355,7 @@ def peak_memory_bytes() -> int:
 
 
 def _work(
-    shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[Worker]
+    shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[_Worker]
 ) -> None:
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel, contextlib.ExitStack() as stack:
@@ -334,7 +382,7 @@ def _work(
                         _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
                     )
                 except Exception as error:
-                    raise _with_tensor(error, plan, task) from error
+                    raise with_tensor(error, plan.files[task.file].tensors[task.tensor].name) from error
                 # A worker that was stopped may have left the segment half done.
                 if not worker.stopped:
                     with shared.lock:
@@ -343,7 +391,33 @@ def _work(
         _fail(shared, workers, error)
 
 
-def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
+def _have_made(
+    shared: _Shared,
+    plan: Plan,
+    outputs: Outputs,
+    makers: Makers,
+    files: Sequence[Iterator[Task]],
+    workers: list[_Worker],
+) -> None:
+    elsewhere = _Elsewhere()
+
+    def take(finished: Sequence[Finished]) -> None:
+        with shared.lock:
+            shared.batch.extend(finished)
+        elsewhere.done_bytes += sum(_segment(plan, entry.task).nbytes for entry in finished)
+
+    try:
+        # Headers are on the disk before another machine writes into the same page.
+        outputs.sync(set(range(len(plan.files))))
+        with shared.lock:
+            workers.append(elsewhere)
+            elsewhere.stopped = shared.error is not None
+        makers.make(files, take, lambda: elsewhere.stopped)
+    except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
+        _fail(shared, workers, error)
+
+
+def _fail(shared: _Shared, workers: list[_Worker], error: BaseException) -> None:
     """Stop the run with ``error``, unless another was first."""
     with shared.lock:
         if shared.error is None:
@@ -351,16 +425,15 @@ def _fail(shared: _Shared, workers: list[Worker], error: BaseException) -> None:
     _stop(shared, workers)
 
 
-def _stop(shared: _Shared, workers: list[Worker]) -> None:
+def _stop(shared: _Shared, workers: list[_Worker]) -> None:
     with shared.lock:
         shared.tasks.stop()
         for worker in workers:
             worker.stopped = True
 
 
-def _with_tensor(error: Exception, plan: Plan, task: Task) -> Exception:
+def with_tensor(error: Exception, name: str) -> Exception:
     """Return the error with the tensor's name in it."""
-    name = plan.files[task.file].tensors[task.tensor].name
     if isinstance(error, MemoryError):
         return SpaceError(f"not enough memory for tensor {name}", hint="use fewer --threads")
     if not isinstance(error, Dsv4Error):

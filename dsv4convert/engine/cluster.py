@@ -1,0 +1,327 @@
+"""Carrying out a plan on a Ray cluster: runs of segments are its tasks, and this process alone keeps the journal.
+
+A task carries its piece of the plan with it (see ``cluster_worker``). Ray places the tasks and repeats those whose
+worker or machine died; a process of its own (``cluster_bridge``) speaks with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
+from ..plan import Plan, Quantise, Segment
+from .cluster_bridge import WORKERS, Done, Nodes, Submit
+from .cluster_worker import Part, Piece, library_digest, program_digest
+from .fingerprint import mark_of
+from .journal import Claim
+from .outputs import Outputs
+from .run import Finished, Task
+from .schedule import Lane, Schedule
+
+INSTALL_HINT = "install it with: pip install 'dsv4convert[ray]'"
+EXPECTED = "ray, ray:N, ray:auto or ray://HOST:PORT"
+
+# The work of a task is its bytes read and written, of a low-bit type so many times these, for its arithmetic.
+LOW_BIT_WEIGHT = 16
+# Each worker gets so many tasks, so that all end at about the same time, in these limits.
+TASKS_PER_WORKER = 16
+LEAST_WORK, MOST_WORK = 2**20, 2**29
+
+POLL_SECONDS = 0.2
+JOIN_SECONDS = 120.0
+SILENT_SECONDS = 45.0  # the bridge tells of the machines every few seconds, unless Ray holds it
+END_SECONDS = 10.0
+
+Message = Nodes | Done | Exception
+
+_BRIDGE = "import sys; sys.path[:] = {path!r}; from dsv4convert.engine.cluster_bridge import serve; serve({descriptor})"
+
+
+@dataclass
+class _Slot:
+    """A processor of the cluster, and the file that it is in: it stays there, where it reads on in its sources."""
+
+    node: str
+    lane: Lane[list[Task]] | None = None
+
+
+@dataclass
+class Cluster:
+    """The workers of a Ray cluster, as ``--workers`` names them; use it as a context manager.
+
+    The cluster is joined, or a local one started, by the first run that has work.
+
+    Raises:
+        UsageError: it is named wrongly.
+        DeviceError: Ray is not installed.
+    """
+
+    workers: str
+    processors: dict[str, int] = field(default_factory=dict, init=False)
+    _connection: Connection | None = field(default=None, init=False)
+    _bridge: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    heard: float = field(default=0.0, init=False)
+    numbers: Iterator[int] = field(default_factory=count, init=False)
+
+    def __post_init__(self) -> None:
+        if WORKERS.fullmatch(self.workers) is None:
+            raise UsageError("--workers: unknown", expected=EXPECTED, got=self.workers)
+        if importlib.util.find_spec("ray") is None:
+            raise DeviceError("--workers needs the package ray, which is missing", hint=INSTALL_HINT)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._bridge is not None:
+            try:
+                self._bridge.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._bridge.kill()
+                self._bridge.wait()
+            self._bridge = None
+
+    def connect(self) -> None:
+        """Join the cluster, or start one on this machine.
+
+        Raises:
+            DeviceError: it cannot be reached, or has no processor.
+        """
+        if self._connection is not None:
+            return
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = _BRIDGE.format(path=sys.path, descriptor=theirs.fileno())
+            # A session of its own: Ctrl-C is for the run, which then ends the bridge. What Ray says is in its logs too.
+            self._bridge = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send(self.workers)
+        if not self._connection.poll(JOIN_SECONDS):
+            raise DeviceError("the Ray cluster does not answer", where=self.workers, got=f"{JOIN_SECONDS} s of silence")
+        self.receive(0.0)
+        if not sum(self.processors.values()):
+            raise DeviceError(
+                "the Ray cluster has no processor", where=self.workers, hint="start machines with --num-cpus"
+            )
+
+    def send(self, task: Submit) -> None:
+        """Have a task carried out.
+
+        Raises:
+            InputOutputError: the cluster was lost.
+        """
+        assert self._connection is not None
+        try:
+            self._connection.send(task)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self, seconds: float) -> Done | None:
+        """Return what became of a task, None if nothing is known after so many seconds.
+
+        Raises:
+            InputOutputError: the cluster was lost.
+            DeviceError: it could not be reached.
+        """
+        assert self._connection is not None
+        try:
+            message: Message | None = self._connection.recv() if self._connection.poll(seconds) else None
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, Nodes):
+            self.processors = dict(message.processors)
+            self.heard = time.monotonic()
+            return None
+        return message
+
+    def _lost(self) -> InputOutputError:
+        return InputOutputError("the Ray cluster was lost", where=self.workers, hint="Ray's logs say why")
+
+    def check_heard(self) -> None:
+        """Check that the bridge has told of the cluster lately.
+
+        Raises:
+            InputOutputError: it has not.
+        """
+        silence = time.monotonic() - self.heard
+        if silence > SILENT_SECONDS:
+            raise InputOutputError("the Ray cluster was lost", where=self.workers, got=f"{silence:.0f} s of silence")
+
+
+class ClusterMakers:
+    """Makes a plan's segments by tasks of a cluster that was joined; see ``run.Makers``.
+
+    ``claim`` gives the run's hold on its journal.
+    """
+
+    def __init__(self, cluster: Cluster, plan: Plan, outputs: Outputs, claim: Callable[[], Claim]) -> None:
+        self._cluster, self._plan, self._outputs, self._claim = cluster, plan, outputs, claim
+        self._paths: dict[Path, Path] = {}
+        self._given: dict[str, Path] = {}
+        self._marks: dict[Path, Sequence[int | str]] = {}
+        work, libraries = _size_up(plan)
+        self._libraries = {library: library_digest(library) for library in sorted(libraries)}
+        self._most_work = min(MOST_WORK, max(LEAST_WORK, work // (TASKS_PER_WORKER * self.count)))
+
+    @property
+    def count(self) -> int:
+        """Return the number of the cluster's processors."""
+        return max(1, sum(self._cluster.processors.values()))
+
+    def make(
+        self,
+        files: Sequence[Iterator[Task]],
+        take: Callable[[Sequence[Finished]], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Have the segments made, as many tasks at once as there are processors; see ``run.Makers``.
+
+        Raises:
+            InputOutputError: the cluster was lost, or a task's worker died again and again.
+            Dsv4Error: as a worker's; says the tensor.
+        """
+        schedule = Schedule(self._runs(tasks) for tasks in files)
+        known: dict[str, int] = {}
+        idle: list[_Slot] = []
+        running: dict[int, tuple[_Slot, list[Task]]] = {}
+        is_given_out = False
+        while not stopped():
+            there = self._cluster.processors
+            if there is not known:
+                idle += [
+                    _Slot(node) for node, processors in there.items() if node not in known for _ in range(processors)
+                ]
+                known = there
+            while idle:
+                slot = idle.pop()
+                if slot.node not in there:
+                    continue
+                found = schedule.next(slot.lane)
+                if found is None:
+                    is_given_out = True
+                    break
+                slot.lane, tasks = found
+                number = next(self._cluster.numbers)
+                running[number] = slot, tasks
+                self._cluster.send(Submit(number, slot.node, self._piece(tasks)))
+            if is_given_out and not running:
+                return
+            done = self._cluster.receive(POLL_SECONDS)
+            if done is None:
+                self._cluster.check_heard()
+                continue
+            if done.number not in running:  # of an earlier run that failed
+                continue
+            if isinstance(done.made, Exception):
+                raise self._as_given(done.made)
+            slot, tasks = running.pop(done.number)
+            take([Finished(task, *made) for task, made in zip(tasks, done.made, strict=True)])
+            idle.append(slot)
+
+    def _as_given(self, error: Exception) -> Exception:
+        """Return a worker's error with its path as it was given to this run."""
+        if not isinstance(error, Dsv4Error):
+            return error
+        error.where = self._given.get(str(error.where), error.where)
+        return error.with_changes()
+
+    def _runs(self, tasks: Iterable[Task]) -> Iterator[list[Task]]:
+        """Yield tasks of a file together, as many as make one of the cluster's."""
+        run: list[Task] = []
+        work = 0
+        for task in tasks:
+            run.append(task)
+            work += _work_of(self._segment(task))
+            if work >= self._most_work:
+                yield run
+                run, work = [], 0
+        if run:
+            yield run
+
+    def _segment(self, task: Task) -> Segment:
+        return self._plan.files[task.file].tensors[task.tensor].segments[task.segment]
+
+    def _piece(self, tasks: Sequence[Task]) -> Piece:
+        file = tasks[0].file
+        tensors = self._plan.files[file].tensors
+        parts = [
+            Part(self._found_anywhere(self._segment(task)), tensors[task.tensor].name, task.offset) for task in tasks
+        ]
+        read = {operand.file for part in parts for operand in part.segment.operands}
+        used = {part.segment.operation.library for part in parts if isinstance(part.segment.operation, Quantise)}
+        status = os.fstat(self._outputs.descriptor(file))
+        return Piece(
+            program=program_digest(),
+            claim=self._claim_anywhere(),
+            path=self._absolute(self._outputs.paths[file]),
+            inode=status.st_ino,
+            nbytes=status.st_size,
+            is_shared=self._outputs.is_shared(file),
+            sources={path: self._marks[path] for path in read},
+            libraries={library: self._libraries[library] for library in used},
+            parts=parts,
+        )
+
+    def _claim_anywhere(self) -> Claim:
+        claim = self._claim()
+        return claim._replace(path=self._absolute(claim.path))
+
+    def _found_anywhere(self, segment: Segment) -> Segment:
+        """Return a segment whose sources have absolute paths."""
+        operands = [operand._replace(file=self._source(operand.file)) for operand in segment.operands]
+        return segment._replace(operands=tuple(operands))
+
+    def _source(self, path: Path) -> Path:
+        absolute = self._absolute(path)
+        if absolute not in self._marks:
+            self._marks[absolute] = mark_of(path)
+        return absolute
+
+    def _absolute(self, path: Path) -> Path:
+        if path not in self._paths:
+            self._paths[path] = Path(os.path.abspath(path))
+            self._given[str(self._paths[path])] = path
+        return self._paths[path]
+
+
+def _work_of(segment: Segment) -> int:
+    """Return the work of a segment in bytes read and written."""
+    read = sum(-(-segment.rows // operand.rows_per) * operand.row_bytes for operand in segment.operands)
+    return (read + segment.nbytes) * (LOW_BIT_WEIGHT if isinstance(segment.operation, Quantise) else 1)
+
+
+def _size_up(plan: Plan) -> tuple[int, set[str]]:
+    """Return the work of all segments, and the libraries that some of them need."""
+    work, libraries = 0, set()
+    for file in plan.files:
+        for tensor in file.tensors:
+            for segment in tensor.segments:
+                work += _work_of(segment)
+                if isinstance(segment.operation, Quantise):
+                    libraries.add(segment.operation.library)
+    return work, libraries

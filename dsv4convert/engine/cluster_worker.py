@@ -1,0 +1,173 @@
+"""A task of a cluster: a run of segments of one output file, made by a worker on any machine.
+
+All machines see source and output under the same paths, on a shared file system. A worker makes the segments at their
+offsets of the temporary file, as a thread of one machine does, and sends their digests back.
+
+Two machines never write the same page of a file through a cache: NFS writes whole pages where it holds one, and a page
+held by one client lacks what another has written to it. So segments at the ends of a task, whose pages belong to its
+neighbours too, are written with O_DSYNC, for which NFS writes exactly the bytes that are given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from .. import __version__
+from ..errors import DeviceError, FileFormatError
+from ..formats.backend import default_codecs
+from ..plan import Segment
+from .fingerprint import mark_of
+from .journal import Claim
+from .kernel_copy import KernelCopier
+from .mappings import Mappings
+from .outputs import DescriptorCache, open_file, os_errors, swapped
+from .run import with_tensor
+from .worker import Made, Worker
+
+# No machine has larger pages.
+PAGE_BYTES = 2**16
+
+
+class Part(NamedTuple):
+    """A segment of a task with its tensor's name and its offset in the file."""
+
+    segment: Segment
+    tensor: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A task: parts of one output file in order, and how a worker knows that it sees the same files as the driver.
+
+    ``sources`` are the marks (see ``mark_of``) of the files it reads, ``libraries`` the digests of ggml's. A shared
+    file has the source's bytes already: they are only looked at.
+    """
+
+    program: str
+    claim: Claim
+    path: Path
+    inode: int
+    nbytes: int
+    is_shared: bool
+    sources: Mapping[Path, Sequence[int | str]]
+    libraries: Mapping[str, str]
+    parts: Sequence[Part]
+
+
+def make_piece(piece: Piece) -> list[Made]:
+    """Make the segments of a task, in a worker; their bytes are durable when it returns.
+
+    Raises:
+        FileFormatError, DeviceError: this machine has another program, library or source file.
+        LockedError: the run is over, or another has taken its output.
+        Dsv4Error: as for a thread's segment; says the tensor.
+    """
+    _check_machine(piece)
+    flags = os.O_RDONLY if piece.is_shared else os.O_WRONLY
+    made = []
+    with contextlib.ExitStack() as stack:
+        descriptors, kernel = stack.enter_context(DescriptorCache()), stack.enter_context(KernelCopier())
+        worker = Worker(default_codecs(), descriptors, kernel, {}, Mappings())
+        make = worker.look if piece.is_shared else worker.run
+        output, exact = (_open_output(piece, more, stack) for more in (flags, flags | os.O_DSYNC))
+        edges = _edges(piece)
+        for part in piece.parts:
+            piece.claim.check()  # after the file was opened
+            descriptor = exact if _touches(part, edges) else output
+            try:
+                made.append(make(part.segment, descriptor, piece.path, part.offset))
+            except Exception as error:
+                raise with_tensor(error, part.tensor) from error
+        if not piece.is_shared:
+            with os_errors(piece.path, "flushed"):
+                os.fdatasync(output)
+    return made
+
+
+def _open_output(piece: Piece, flags: int, stack: contextlib.ExitStack) -> int:
+    with os_errors(piece.path, "opened"):
+        descriptor = open_file(piece.path, flags)
+        stack.callback(os.close, descriptor)
+        status = os.fstat(descriptor)
+    if (status.st_ino, status.st_size) != (piece.inode, piece.nbytes):
+        raise swapped(piece.path)
+    return descriptor
+
+
+def _edges(piece: Piece) -> tuple[int, int]:
+    """Return the end of the piece's first page and the begin of its last one: outside of them are others' bytes too."""
+    begin, last = piece.parts[0].offset, piece.parts[-1]
+    end = last.offset + last.segment.nbytes
+    return -(-begin // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+
+
+def _touches(part: Part, edges: tuple[int, int]) -> bool:
+    return part.offset < edges[0] or part.offset + part.segment.nbytes > edges[1]
+
+
+def _check_machine(piece: Piece) -> None:
+    """Check that this machine would make the driver's bytes.
+
+    Raises:
+        DeviceError: another program or library.
+        FileFormatError: another source file.
+        InputOutputError: it does not see one of the files.
+    """
+    if (program := program_digest()) != piece.program:
+        raise DeviceError(
+            f"machine {os.uname().nodename} has another dsv4convert",
+            expected=piece.program,
+            got=program,
+            hint="install the same version on every machine",
+        )
+    for library, digest in piece.libraries.items():
+        if (got := library_digest(library)) != digest:
+            raise DeviceError(
+                f"machine {os.uname().nodename} has another library of ggml",
+                where=library,
+                expected=digest,
+                got=got,
+                hint="install the same release on every machine, or pass --ggml-lib on the shared file system",
+            )
+    for path, mark in piece.sources.items():
+        if (seen := mark_of(path)) != list(mark):
+            raise FileFormatError(
+                f"differs on machine {os.uname().nodename}",
+                where=path,
+                expected=f"size and time {mark}",
+                got=seen,
+                hint="every machine must see the same file system under the same path",
+            )
+
+
+@cache
+def program_digest() -> str:
+    """Return the version and the xxh3-128 of the package's sources: what decides the bytes that a worker makes."""
+    digest = xxhash.xxh3_128()
+    package = Path(__file__).parents[1]
+    for path in sorted(path for kind in ("*.py", "*.c") for path in package.rglob(kind)):
+        digest.update(f"{path.relative_to(package)}\n".encode())
+        digest.update(path.read_bytes())
+    return f"{__version__} ({digest.hexdigest()})"
+
+
+@cache
+def library_digest(path: str) -> str:
+    """Return the xxh3-128 of a library; of one that only the loader knows, its name.
+
+    Raises:
+        InputOutputError: it cannot be read.
+    """
+    if not os.path.isabs(path):
+        return path
+    with os_errors(Path(path), "read"):
+        return xxhash.xxh3_128_hexdigest(Path(path).read_bytes())

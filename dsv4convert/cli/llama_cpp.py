@@ -9,7 +9,7 @@ LLAMA_CPP_OPTIONS = {
     "--fp8-as-q8": "FP8 weights become Q8_0 by default; use --dense and --experts for another type",
     "--model-name": "use --name",
     "--metadata": "use --name; license, tags and authors come from the README.md in the source folder",
-    "--remote": "download the checkpoint first, then pass its folder",
+    "--remote": "pass the repository as the source: dsv4convert hf-to-gguf deepseek-ai/DeepSeek-V4-Flash OUT.gguf",
     "--target-model-dir": "use --draft split or --draft only on the folder that holds both model and draft",
     "--no-mtp": "use --draft drop, which is the default",
     "--no-nextn": "use --draft drop, which is the default",

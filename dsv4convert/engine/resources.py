@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from ..containers.fetching import AHEAD_BYTES
 from ..containers.sources import READERS, mount_of
@@ -60,17 +61,20 @@ def memory_needed(plan: Plan, threads: int) -> int:
 
 
 def memory_available() -> int:
-    """Return the bytes of memory that the system says can be had, within the limits of control groups."""
+    """Return the bytes of memory that the system says can be had, within what control groups leave of their limits."""
     available = 2**63
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    return min([available, *group_limits()])
+    return min([available, *left_by_groups()])
 
 
-def group_limits(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> Iterator[int]:
-    """Yield the memory limits of the control groups, of either version, that this process is in."""
+def left_by_groups(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> Iterator[int]:
+    """Yield what can still be had in each of the control groups, of either version, that this process is in.
+
+    That is the limit without what is in use. Cached pages of files count as not in use, as they do in MemAvailable.
+    """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -78,15 +82,39 @@ def group_limits(own: Path = OWN_GROUPS, groups: Path = GROUPS) -> Iterator[int]
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            top, name = groups, "memory.max"
+            top, files = groups, _GroupFiles("memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
-            top, name = groups / "memory", "memory.limit_in_bytes"
+            # "total_" are the figures with those of the groups within, as the limit and all figures of version 2 are.
+            files = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            top = groups / "memory"
         else:
             continue
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # the topmost has no such file, and "max" is no limit
-                yield int((folder / name).read_text(encoding="ascii"))
+                limit = int((folder / files.limit).read_text(encoding="ascii"))
+                yield max(0, limit - _used(folder, files))
+
+
+class _GroupFiles(NamedTuple):
+    """Names of a control group's files, and how the names of figures in its memory.stat begin."""
+
+    limit: str
+    usage: str
+    prefix: str
+
+
+def _used(folder: Path, files: _GroupFiles) -> int:
+    """Return the bytes that a control group uses and cannot let go; 0 where that cannot be told."""
+    try:
+        usage = int((folder / files.usage).read_text(encoding="ascii"))
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        figures = {name: int(figure) for name, _, figure in (line.partition(" ") for line in lines)}
+    except (OSError, ValueError):
+        return 0
+    # Files in a tmpfs are not among these.
+    cached = (figures.get(f"{files.prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+    return max(0, usage - sum(cached))
 
 
 def outgrows_memory(plan: Plan) -> bool:

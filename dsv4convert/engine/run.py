@@ -369,9 +369,13 @@ def _work(
                 workers.append(worker)
                 worker.stopped = shared.error is not None
             lane: Lane[Task] | None = None
-            while not worker.stopped:
+            finished: Finished | None = None
+            while True:
+                # Once for both: every time, a worker may have to wait for the others.
                 with shared.lock:
-                    found = shared.tasks.next(lane)
+                    if finished is not None:
+                        shared.batch.append(finished)
+                    found = None if worker.stopped else shared.tasks.next(lane)
                 if found is None:
                     return
                 lane, task = found
@@ -384,9 +388,7 @@ def _work(
                 except Exception as error:
                     raise with_tensor(error, plan.files[task.file].tensors[task.tensor].name) from error
                 # A worker that was stopped may have left the segment half done.
-                if not worker.stopped:
-                    with shared.lock:
-                        shared.batch.append(Finished(task, *made))
+                finished = None if worker.stopped else Finished(task, *made)
     except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
         _fail(shared, workers, error)
 

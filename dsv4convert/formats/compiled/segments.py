@@ -148,14 +148,14 @@ class LongDigest:
     """The xxh3-128 of ``MIN_BYTES`` bytes and more, by the methods of ``xxhash.xxh3_128``; segments add to it in C."""
 
     def __init__(self) -> None:
-        self._library = functions()
+        self._library, self._short = functions(), short_functions()
         self._state = _DigestState()
         self.address = ctypes.addressof(self._state)
         self.begin()
 
     def begin(self) -> None:
         """Start anew."""
-        self._library.xxh3_begin(self.address)
+        self._short.xxh3_begin(self.address)
 
     def update(self, data: memoryview) -> None:
         """Add the bytes of a contiguous, writable buffer."""
@@ -166,7 +166,7 @@ class LongDigest:
     def digest(self) -> bytes:
         """Return the digest of all bytes so far."""
         found = ctypes.create_string_buffer(DIGEST_BYTES)
-        self._library.xxh3_digest(self.address, found)
+        self._short.xxh3_digest(self.address, found)
         return found.raw
 
 
@@ -199,12 +199,25 @@ def functions() -> ctypes.CDLL:
     """
     library = load_library()
     for name, result, parameters in (
-        ("xxh3_begin", None, (ctypes.c_void_p,)),
         ("xxh3_update", None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-        ("xxh3_digest", None, (ctypes.c_void_p, ctypes.c_void_p)),
         ("lies_in_memory", ctypes.c_int64, (ctypes.c_int64,)),
         ("make_segment", ctypes.c_int64, (ctypes.POINTER(SegmentCall), ctypes.c_int64)),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, parameters
+    return library
+
+
+@cache
+def short_functions() -> ctypes.PyDLL:
+    """Return the library with the functions that are done in no time, and are called with the interpreter's lock.
+
+    To give the lock up and wait for it again takes longer, where many threads want it.
+
+    Raises:
+        OSError, AttributeError: as for ``functions``.
+    """
+    library = ctypes.PyDLL(load_library()._name)
+    library.xxh3_begin.restype, library.xxh3_begin.argtypes = None, (ctypes.c_void_p,)
+    library.xxh3_digest.restype, library.xxh3_digest.argtypes = None, (ctypes.c_void_p, ctypes.c_void_p)
     return library

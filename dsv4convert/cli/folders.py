@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from .options import (
-    RunOptions,
     folder_draft_option,
     index_option,
     max_tensor_file_size_option,
@@ -48,34 +47,12 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
 @max_tensor_file_size_option
 @index_option
 @run_options
-def dequantize(
-    source: Path,
-    out: Path,
-    dtype: str,
-    strict: bool,
-    names: str,
-    draft: str,
-    max_file_size: str,
-    index: str,
-    *,
-    run: RunOptions,
-) -> None:
+def dequantize(**options: Any) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
-    from ..api import dequantize as dequantize_folder
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(
-        dequantize_folder,
-        run,
-        source,
-        out,
-        dtype=dtype,
-        names=names,
-        draft=draft,
-        max_file_size=max_file_size,
-        strict=strict,
-        index=index,
-    )
+    run_conversion(api.dequantize, **options)
 
 
 @command("repack", panel=CONVERT, example="dsv4convert repack DeepSeek-V4-Flash DeepSeek-V4-Flash-FP8 --experts fp8")
@@ -109,36 +86,12 @@ def dequantize(
 @max_tensor_file_size_option
 @index_option
 @run_options
-def repack(
-    source: Path,
-    out: Path,
-    experts: str,
-    draft_experts: bool,
-    input_scale: str | None,
-    strict: bool,
-    draft: str,
-    max_file_size: str,
-    index: str,
-    *,
-    run: RunOptions,
-) -> None:
+def repack(**options: Any) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4, or with NVFP4 experts."""
-    from ..api import repack as repack_folder
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(
-        repack_folder,
-        run,
-        source,
-        out,
-        experts=experts,
-        draft_experts=draft_experts,
-        input_scale=input_scale,
-        draft=draft,
-        max_file_size=max_file_size,
-        strict=strict,
-        index=index,
-    )
+    run_conversion(api.repack, **options)
 
 
 @command("requantize", panel=CONVERT, example="dsv4convert requantize my-fine-tune-BF16 my-fine-tune")
@@ -154,30 +107,12 @@ def repack(
 @max_tensor_file_size_option
 @index_option
 @run_options
-def requantize(
-    source: Path,
-    out: Path,
-    strict: bool,
-    draft: str,
-    max_file_size: str,
-    index: str,
-    *,
-    run: RunOptions,
-) -> None:
+def requantize(**options: Any) -> None:
     """Write a BF16, F16 or F32 folder in the official layout, with FP8 weights and FP4 experts."""
-    from ..api import requantize as requantize_folder
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(
-        requantize_folder,
-        run,
-        source,
-        out,
-        draft=draft,
-        max_file_size=max_file_size,
-        strict=strict,
-        index=index,
-    )
+    run_conversion(api.requantize, **options)
 
 
 COMMANDS = (dequantize, repack, requantize)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +25,10 @@ from .parsing import CONTENT, CONVERT, METADATA, PATH, RUN, TYPES, argument, com
 if TYPE_CHECKING:
     from ..targets.recipe_sizes import RecipeSizes
     from .tables import Block
+
+
+# Options that say what a recipe says, and are of no use in a list of recipes.
+TYPE_OPTIONS = ("dense", "experts", "recipe", "tensor_type", "output_type", "embedding_type", "pure")
 
 
 @command(
@@ -170,85 +173,29 @@ if TYPE_CHECKING:
 @index_option
 @strict_option
 @run_options
-def hf_to_gguf(
-    source: Path,
-    out: Path | None,
-    dense: str | None,
-    experts: str | None,
-    recipe: str | None,
-    list_recipes: bool,
-    fit: str | None,
-    context: str | None,
-    tensor_type: tuple[str, ...],
-    output_type: str | None,
-    embedding_type: str | None,
-    pure: bool,
-    imatrix: Path | None,
-    importance: str | None,
-    ggml_lib: Path | None,
-    draft: str | None,
-    mmproj: str | None,
-    layers: str | None,
-    max_file_size: str | None,
-    split_max_tensors: int | None,
-    no_tensor_first_split: bool,
-    dialect: str,
-    engram: str | None,
-    engram_last: bool,
-    tokenizer_pre: str | None,
-    name: str | None,
-    index: str,
-    strict: bool,
-    *,
-    run: RunOptions,
-) -> None:
+def hf_to_gguf(list_recipes: bool, *, run: RunOptions, **options: Any) -> None:
     """Convert a checkpoint folder to GGUF for llama.cpp."""
-    from ..api import convert_gguf
+    from .. import api
     from .report import run_conversion
 
-    about_sizes = {
-        "fit": fit,
-        "context": context,
-        "imatrix": imatrix,
-        "importance": importance,
-        "draft": draft,
-        "mmproj": mmproj,
-        "max_file_size": max_file_size,
-        "split_max_tensors": split_max_tensors,
-        "no_tensor_first_split": no_tensor_first_split,
-        "layers": layers,
-        "dialect": dialect,
-        "engram": engram,
-        "engram_last": engram_last,
-        "tokenizer_pre": tokenizer_pre,
-        "name": name,
-        "index": index,
-    }
-    about_types = {
-        "dense": dense,
-        "experts": experts,
-        "recipe": recipe,
-        "tensor_type": tensor_type,
-        "output_type": output_type,
-        "embedding_type": embedding_type,
-        "pure": pure,
-    }
-    if list_recipes:
-        for option_name, value in {**about_types, "out": out}.items():
-            if value:
-                shown = "OUT" if option_name == "out" else f"--{option_name.replace('_', '-')}"
-                raise UsageError(f"--list-recipes and {shown} exclude each other", hint=f"leave out {shown}")
-        _print_recipes(source, run, about_sizes)
+    if not list_recipes:
+        run_conversion(api.convert_gguf, run, **options)
         return
-    run_conversion(convert_gguf, run, source, out, **about_types, **about_sizes, ggml_lib=ggml_lib, strict=strict)
+    for name in (*TYPE_OPTIONS, "out"):
+        if options.pop(name):
+            shown = "OUT" if name == "out" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"--list-recipes and {shown} exclude each other", hint=f"leave out {shown}")
+    for name in ("ggml_lib", "strict"):
+        del options[name]
+    _print_recipes(run, options)
 
 
-def _print_recipes(source: Path, run: RunOptions, options: Mapping[str, Any]) -> None:
+def _print_recipes(run: RunOptions, options: Mapping[str, Any]) -> None:
     from .. import api
     from .report import print_json
     from .tables import print_blocks
 
-    sizes = api.list_recipes(source, **options)
+    sizes = api.list_recipes(**options)
     if run.as_json:
         print_json(sizes.as_json())
     else:
@@ -295,12 +242,12 @@ def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
     "disk needs room for two of them only; after an interruption only --resume can continue.",
 )
 @run_options
-def merge(source: Path, out: Path, delete_parts: bool, *, run: RunOptions) -> None:
+def merge(**options: Any) -> None:
     """Merge the files of a split GGUF into one."""
-    from ..api import merge as merge_gguf
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(merge_gguf, run, source, out, delete_parts=delete_parts)
+    run_conversion(api.merge, **options)
 
 
 COMMANDS = (hf_to_gguf, merge)

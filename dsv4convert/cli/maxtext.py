@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from .options import RunOptions, index_option, out_folder_argument, run_options, source_argument
+from .options import index_option, out_folder_argument, run_options, source_argument
 from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
 
 
@@ -41,22 +41,12 @@ from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
     help="Read the finished checkpoint back with Orbax and compare every leaf with its file.",
 )
 @run_options
-def maxtext(
-    source: Path,
-    out: Path,
-    dtype: str,
-    strict: bool,
-    scan: bool,
-    index: str,
-    check: bool,
-    *,
-    run: RunOptions,
-) -> None:
+def maxtext(**options: Any) -> None:
     """Write an Orbax checkpoint for MaxText, without scales, with its parameters file."""
-    from ..api import convert_maxtext
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(convert_maxtext, run, source, out, dtype=dtype, scan=scan, check=check, strict=strict, index=index)
+    run_conversion(api.convert_maxtext, **options)
 
 
 COMMANDS = (maxtext,)

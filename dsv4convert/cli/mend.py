@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from .options import RunOptions, out_folder_argument, run_options, source_argument, strict_option
+from .options import out_folder_argument, run_options, source_argument, strict_option
 from .parsing import CONTENT, CONVERT, FOLDER, command, option
 
 
@@ -41,34 +41,12 @@ from .parsing import CONTENT, CONVERT, FOLDER, command, option
 )
 @strict_option
 @run_options
-def mend(
-    source: Path,
-    out: Path,
-    reindex: bool,
-    drop_draft: bool,
-    graft_draft: Path | None,
-    prune_config: bool,
-    rename: str | None,
-    strict: bool,
-    *,
-    run: RunOptions,
-) -> None:
+def mend(**options: Any) -> None:
     """Write a checkpoint folder with its index, draft, config or names put right, sharing the files that stay."""
-    from ..api import mend as mend_folder
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(
-        mend_folder,
-        run,
-        source,
-        out,
-        reindex=reindex,
-        drop_draft=drop_draft,
-        graft_draft=graft_draft,
-        prune_config=prune_config,
-        rename=rename,
-        strict=strict,
-    )
+    run_conversion(api.mend, **options)
 
 
 COMMANDS = (mend,)

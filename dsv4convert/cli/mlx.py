@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
 from .options import (
-    RunOptions,
     index_option,
     max_tensor_file_size_option,
     out_folder_argument,
@@ -34,21 +33,12 @@ from .parsing import CONVERT, TYPES, command, option
 @index_option
 @strict_option
 @run_options
-def mlx(
-    source: Path,
-    out: Path,
-    dense: str,
-    max_file_size: str,
-    index: str,
-    strict: bool,
-    *,
-    run: RunOptions,
-) -> None:
+def mlx(**options: Any) -> None:
     """Write a checkpoint folder for MLX on Apple computers, as mlx-vlm loads it."""
-    from ..api import convert_mlx
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(convert_mlx, run, source, out, dense=dense, max_file_size=max_file_size, strict=strict, index=index)
+    run_conversion(api.convert_mlx, **options)
 
 
 COMMANDS = (mlx,)

@@ -217,7 +217,10 @@ def _upload(run: RunOptions) -> Upload | None:
 def run_conversion(
     convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
 ) -> SummaryT:
-    """Call a conversion of the API with progress, and print its summary, or what a dry run found."""
+    """Call a conversion of the API with progress, and print its summary, or what a dry run found.
+
+    ``options`` are a command's own: they have the names of the API's keywords.
+    """
     with progress_display(run.quiet or run.as_json or run.dry_run) as progress:
         summary = convert(
             source,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import typer
@@ -52,34 +51,12 @@ LISTED_KINDS = 6
 @index_option
 @strict_option
 @run_options
-def shard(
-    source: Path,
-    out: Path,
-    mp: int,
-    rank: tuple[int, ...],
-    draft: str,
-    experts: str | None,
-    index: str,
-    strict: bool,
-    *,
-    run: RunOptions,
-) -> None:
+def shard(rank: tuple[int, ...], *, run: RunOptions, **options: Any) -> None:
     """Divide a checkpoint among ranks, in the layout that the published inference code loads."""
-    from ..api import shard as shard_folder
+    from .. import api
     from .report import run_conversion
 
-    summary = run_conversion(
-        shard_folder,
-        run,
-        source,
-        out,
-        mp=mp,
-        rank=rank or None,
-        experts=experts,
-        draft=draft,
-        strict=strict,
-        index=index,
-    )
+    summary = run_conversion(api.shard, run, rank=rank or None, **options)
     if summary.dry_run is not None and not run.as_json:
         typer.echo()
         print_blocks(_describe(summary.costs))
@@ -100,14 +77,12 @@ def shard(
 )
 @strict_option
 @run_options
-def unshard(
-    source: Path, out: Path, draft: str, max_file_size: str, wo_a: str, strict: bool, *, run: RunOptions
-) -> None:
+def unshard(**options: Any) -> None:
     """Join model-parallel shards into a checkpoint folder."""
-    from ..api import unshard as unshard_folder
+    from .. import api
     from .report import run_conversion
 
-    run_conversion(unshard_folder, run, source, out, wo_a=wo_a, draft=draft, max_file_size=max_file_size, strict=strict)
+    run_conversion(api.unshard, **options)
 
 
 def _describe(costs: ShardCosts) -> Iterator[Block]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import typer
@@ -73,39 +72,14 @@ if TYPE_CHECKING:
 @overwrite_option
 @quiet_option
 @json_option
-def imatrix(
-    model: Path,
-    text: Path,
-    out: Path,
-    context_size: int,
-    chunks: int | None,
-    tokenizer: Path | None,
-    process_output: bool,
-    layers: str | None,
-    device: str,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def imatrix(quiet: bool, as_json: bool, **options: Any) -> None:
     """Collect activation statistics on a text: an importance matrix for low-bit types."""
-    from ..api import imatrix as collect
+    from .. import api
     from .report import print_json, progress_display
     from .saying import report_of_done_work
 
     with progress_display(quiet or as_json, "collecting") as progress:
-        summary = collect(
-            model,
-            out,
-            text=text,
-            context_size=context_size,
-            chunks=chunks,
-            layers=layers,
-            process_output=process_output,
-            tokenizer=tokenizer,
-            device=device,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        summary = api.imatrix(progress=progress, **options)
     if quiet and not as_json:
         return
     with report_of_done_work():

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..plan import align_up
 from .gguf import DEFAULT_ALIGNMENT, MAGIC, VERSION
 
-U8, U16, U32, I32 = GGUFValueType.UINT8, GGUFValueType.UINT16, GGUFValueType.UINT32, GGUFValueType.INT32
+U16, U32, I32 = GGUFValueType.UINT16, GGUFValueType.UINT32, GGUFValueType.INT32
 U64 = GGUFValueType.UINT64
 F32, BOOL = GGUFValueType.FLOAT32, GGUFValueType.BOOL
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY

@@ -163,42 +163,14 @@ def plan_synth(
 
 
 def write_synth(
-    out: Path,
-    preset: str,
-    *,
-    variant: str | None = None,
-    layers: int | None = None,
-    ratios: Sequence[int] | None = None,
-    experts: int | None = None,
-    vocab: int | None = None,
-    files: int | None = None,
-    seed: int = 0,
-    headers_only: bool = False,
-    mtp: bool = True,
-    overwrite: bool = False,
-    engram_rows: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    power_of_two_scales: bool = True,
+    out: Path, preset: str, *, seed: int = 0, headers_only: bool = False, overwrite: bool = False, **cuts: Any
 ) -> SynthSummary:
-    """Write a synthetic checkpoint folder: ``plan_synth`` and ``write_plan`` in one.
+    """Write a synthetic checkpoint folder: ``plan_synth``, which takes the ``cuts``, and ``write_plan`` in one.
 
     Raises:
         Dsv4Error: what either of them raises.
     """
-    plan = plan_synth(
-        preset,
-        variant=variant,
-        layers=layers,
-        ratios=ratios,
-        experts=experts,
-        vocab=vocab,
-        files=files,
-        mtp=mtp,
-        engram_rows=engram_rows,
-        overrides=overrides,
-        power_of_two_scales=power_of_two_scales,
-    )
-    return write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite)
+    return write_plan(plan_synth(preset, **cuts), out, seed=seed, headers_only=headers_only, overwrite=overwrite)
 
 
 def write_plan(

@@ -20,8 +20,12 @@ from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
 LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
 
-# Elements of a segment at most: of the slowest type some seconds' work, so that little is lost with a kill.
+# Elements of a segment at most: of the slowest type some seconds' work, so that little is lost with a kill. Tensors of
+# fewer than two thousand million are cut finer, so that threads do not wait seconds for the last one at the end, while
+# a plan of the largest model stays small.
 SEGMENT_ELEMENTS = 2**22
+LEAST_SEGMENT_ELEMENTS = 2**20
+SEGMENTS_OF_A_TENSOR = 512
 # One row of sums serves all rows of a matrix: more than any has, and a power of two, so that tiles may have any height.
 ALL_ROWS = 2**40
 
@@ -70,9 +74,10 @@ class LowBitMaker:
         """
         entry = self._entry(name, entry_name, weights, to)
         self.quantiser.check(to.name)
+        most = segment_elements(sum(math.prod(weight.shape) for weight in weights))
         made: list[Segment] = []
         for number, weight in enumerate(weights):
-            made += self._of_matrix(weight, to, entry, number)
+            made += self._of_matrix(weight, to, entry, number, most)
         if len(made) > 1 and len({(s.operation, s.rows, s.row_bytes, _shape(s)) for s in made}) == 1:
             return StackedSegments(made)
         return tuple(made)
@@ -101,7 +106,7 @@ class LowBitMaker:
             self.missing.append(entry_name)
         return None
 
-    def _of_matrix(self, weight: Weight, to: GgmlType, entry: Entry | None, number: int) -> list[Segment]:
+    def _of_matrix(self, weight: Weight, to: GgmlType, entry: Entry | None, number: int, most: int) -> list[Segment]:
         rows, columns = matrix_shape(weight.shape)
         importance: Sums | SquaredWeights | None = None
         sums: tuple[Operand, ...] = ()
@@ -116,7 +121,7 @@ class LowBitMaker:
         height = 1 if weight.block is None else weight.block[0]
         if weight.zero is not None:
             height = math.lcm(height, PER_WORD)
-        step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height)
+        step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height, most)
         row_bytes = shared(to.row_bytes(columns))
         return [
             Segment(operation, (*operands(weight, first), *sums), min(step, rows - first), row_bytes)
@@ -157,12 +162,23 @@ def _shape(segment: Segment) -> tuple[tuple[int, int, str], ...]:
     return tuple((operand.row_bytes, operand.rows_per, operand.dtype) for operand in segment.operands)
 
 
-def _rows_of_a_segment(rows: int, columns: int, height: int) -> int:
+def segment_elements(elements: int) -> int:
+    """Return how many elements a segment of a tensor of ``elements`` has at most.
+
+    >>> segment_elements(2**20) == segment_elements(2**29) == 2**20, segment_elements(2**30) == 2**21
+    (True, True)
+    >>> segment_elements(2**31) == segment_elements(2**33) == 2**22
+    True
+    """
+    return min(SEGMENT_ELEMENTS, max(LEAST_SEGMENT_ELEMENTS, elements // SEGMENTS_OF_A_TENSOR))
+
+
+def _rows_of_a_segment(rows: int, columns: int, height: int, most_elements: int) -> int:
     """Return the rows of equal segments: whole scale blocks, the last one shorter where it must be.
 
     A stack of experts wants all segments of a tensor equal, so parts that divide the rows come first.
     """
-    most = max(1, SEGMENT_ELEMENTS // columns)
+    most = max(1, most_elements // columns)
     if rows <= most:
         return rows
     for parts in range(-(-rows // most), 4 * -(-rows // most)):

@@ -30,6 +30,9 @@ LowBit: TypeAlias = Literal[
 ]  # fmt: skip
 Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 
+# What one row of an operand serves where it serves all rows of a segment: more than any has.
+ALL_ROWS = 2**40
+
 # Every conversion that there is a codec for.
 CONVERSIONS: frozenset[tuple[Source, Target]] = frozenset(
     {
@@ -91,14 +94,17 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class SquaredWeights:
-    """Weights of columns without activations: the sum over all rows of the matrix of each element's square."""
+    """Weights of columns without activations: the sum over all rows of the matrix of each element's square.
+
+    Behind the operands of a segment's own rows stand the same ones of the whole matrix, each in one row.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
     """Elements of a low-bit type, made by ggml's library at ``library``: operands of ``Convert``, then those of sums.
 
-    ``importance`` None leaves all columns alike. ``SquaredWeights`` wants all rows of a matrix in one segment.
+    ``importance`` None leaves all columns alike.
     """
 
     source: Source

@@ -24,6 +24,7 @@ from ..formats.int4 import int4_to_float, unpack_zeros
 from ..formats.mlx_affine import bf16_to_affine8
 from ..formats.nvfp4 import largest_scale, second_scale
 from ..plan import (
+    ALL_ROWS,
     AllEqual,
     Beside,
     Bf16ToFp8Codes,
@@ -41,6 +42,7 @@ from ..plan import (
     Fp4ToNvfp4Second,
     Join,
     Keep,
+    Operand,
     Operation,
     Quantise,
     Segment,
@@ -247,13 +249,21 @@ def divides_blocks(operation: Operation) -> bool:
     return isinstance(operation, Beside | Quantise | Fp4ToNvfp4Codes | Fp4ToNvfp4Scales)
 
 
+def tile_operands(segment: Segment) -> tuple[Operand, ...]:
+    """Return the operands that a tile reads rows of; those of a whole matrix stand behind them."""
+    operation = segment.operation
+    if isinstance(operation, Quantise) and isinstance(operation.importance, SquaredWeights):
+        return segment.operands[: len(segment.operands) // 2]
+    return segment.operands
+
+
 def rows_per_tile(segment: Segment, tile_bytes: int) -> int:
     """Return how many output rows a tile takes: whole scale blocks, or a part of one that divides it evenly.
 
     Rows of 16,384 elements make a block of 128 rows larger than a cache; all rows of a part share the
     block's scales, which are read again for each part. Operations that need whole blocks get them.
     """
-    alignment = math.lcm(*(operand.rows_per for operand in segment.operands))
+    alignment = math.lcm(*(operand.rows_per for operand in segment.operands if operand.rows_per < ALL_ROWS))
     row_cost = segment.row_bytes + sum(operand.row_bytes / operand.rows_per for operand in segment.operands)
     fitting = int(tile_bytes / row_cost)
     if fitting >= alignment:

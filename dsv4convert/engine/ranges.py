@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..containers.sources import Intervals, RemoteFile, SequentialReader, at
-from ..plan import Operand, Plan, Quantise, Segment, SquaredWeights
+from ..plan import Operand, Plan, Segment
 
 
 def extent(segment: Segment, operand: Operand) -> tuple[int, int]:
@@ -34,9 +34,8 @@ class SharedRanges:
                         if remote is None:
                             continue
                         begin, end = extent(segment, operand)
-                        for _ in range(2 if reads_twice(segment) else 1):
-                            begins.setdefault(remote, array("q")).append(begin)
-                            ends.setdefault(remote, array("q")).append(end)
+                        begins.setdefault(remote, array("q")).append(begin)
+                        ends.setdefault(remote, array("q")).append(end)
         self._shared = {remote: Intervals() for remote in begins}
         for remote, shared in self._shared.items():
             for begin, end in _overlaps(begins[remote], ends[remote]):
@@ -60,11 +59,6 @@ def _overlaps(begins: array[int], ends: array[int]) -> Iterator[tuple[int, int]]
         if begin < furthest:
             yield begin, min(end, furthest)
         furthest = max(furthest, end)
-
-
-def reads_twice(segment: Segment) -> bool:
-    """Return whether a segment reads its operands from the start again."""
-    return isinstance(segment.operation, Quantise) and isinstance(segment.operation.importance, SquaredWeights)
 
 
 class RangeReader:

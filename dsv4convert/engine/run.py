@@ -17,6 +17,7 @@ from ..errors import Dsv4Error, RunInterruptedError, SpaceError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
+from .column_sums import SharedSums
 from .consume import Consumer
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
@@ -129,13 +130,14 @@ class _Elsewhere:
 
 @dataclass
 class _Shared:
-    """What the workers of one run share: ``copies`` and ``mappings`` as they find them, the rest under ``lock``."""
+    """What the workers of one run share: ``copies``, ``mappings`` and ``sums`` unguarded, the rest under ``lock``."""
 
     tasks: Schedule[Task]
     lock: threading.Lock = field(default_factory=threading.Lock)
     batch: list[Finished] = field(default_factory=list)
     copies: dict[Segment, Made] = field(default_factory=dict)
     mappings: Mappings = field(default_factory=Mappings)
+    sums: SharedSums = field(default_factory=SharedSums)
     ranges: SharedRanges | None = None
     drops: bool = False
     error: BaseException | None = None
@@ -363,7 +365,15 @@ def _work(
             if shared.ranges is not None:
                 ranges = stack.enter_context(RangeReader(shared.ranges, lambda: worker.stopped))
             worker = Worker(
-                codecs, descriptors, kernel, shared.copies, shared.mappings, tile_bytes, ranges, drops=shared.drops
+                codecs,
+                descriptors,
+                kernel,
+                shared.copies,
+                shared.mappings,
+                tile_bytes,
+                ranges,
+                sums=shared.sums,
+                drops=shared.drops,
             )
             with shared.lock:
                 workers.append(worker)

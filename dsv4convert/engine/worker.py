@@ -7,6 +7,7 @@ where there is none.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
 from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
-from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
+from ..plan import Copy, Operand, Quantise, Segment
+from .column_sums import ColumnSums, SharedSums
 from .compiled_segments import CompiledSegment, CompiledSegments
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
-from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares
+from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares, tile_operands
 from .outputs import DescriptorCache, os_errors, write_all
 from .ranges import RangeReader
 
@@ -50,8 +52,8 @@ class Worker:
     """Reads, converts and writes segments; owns its buffers, descriptors and pipes.
 
     ``copies`` are what repeated copies were found to be, which all workers share: the first worker at one looks at its
-    bytes, and the others need not. They share ``mappings``, too. With ``drops``, bytes that the library moves do not
-    stay in the page cache.
+    bytes, and the others need not. They share ``mappings`` and the ``sums`` of matrices, too. With ``drops``, bytes
+    that the library moves do not stay in the page cache.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Worker:
         tile_bytes: int = TILE_BYTES,
         ranges: RangeReader | None = None,
         *,
+        sums: SharedSums | None = None,
         drops: bool = False,
     ) -> None:
         self._codecs = codecs
@@ -73,6 +76,8 @@ class Worker:
         self._scratch = Scratch()
         self._kernel = kernel
         self._copies = copies
+        self._all_sums = SharedSums() if sums is None else sums
+        self._sums: ColumnSums | None = None
         self._control = Control(stopped=False, done_bytes=0)
         self._compiled = CompiledSegments(
             codecs, self._scratch, descriptors, self._control, mappings, tile_bytes, drops=drops
@@ -133,18 +138,19 @@ class Worker:
 
     def _convert(self, segment: Segment, path: Path, output: int, offset: int) -> Made:
         tally = Tally()
+        operands = tile_operands(segment)
         # Scales of another type are not what lies in the file once they are read.
-        zeros = {number for number, operand in enumerate(segment.operands) if operand.scale_form is None}
+        zeros = {number for number, operand in enumerate(operands) if operand.scale_form is None}
         operation = segment.operation
         compiled = self._begin_compiled(segment, output, offset)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         first = 0 if compiled is None else compiled.make(0)
         if first < segment.rows:
             step = rows_per_tile(segment, self._tile_bytes)
-            weights = self._squared_weights(segment, operation, step) if isinstance(operation, Quantise) else ()
+            weights = () if operands is segment.operands else self._squared_weights(segment, step)
         while first < segment.rows and not self.stopped:
             rows = min(step, segment.rows - first)
-            inputs = [*self._inputs(segment, first, rows, follows=first > 0 and compiled is None), *weights]
+            inputs = [*self._inputs(operands, first, rows, follows=first > 0 and compiled is None), *weights]
             zeros = {number for number in zeros if is_zero(inputs[number])}
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             make_tile(operation, self._codecs, inputs, out, self._scratch, tally)
@@ -172,23 +178,32 @@ class Worker:
             return None
         return self._compiled.begin(segment, output, offset, with_digest=with_digest)
 
-    def _inputs(self, segment: Segment, first: int, rows: int, *, follows: bool = False) -> list[NDArray[Any]]:
+    def _inputs(
+        self, operands: Sequence[Operand], first: int, rows: int, *, follows: bool = False
+    ) -> list[NDArray[Any]]:
         """Return the operands' tiles; ``follows`` a tile of the same segment that was read here as well."""
-        return [
-            self._read(index, operand, first, rows, follows=follows) for index, operand in enumerate(segment.operands)
-        ]
+        return [self._read(index, operand, first, rows, follows=follows) for index, operand in enumerate(operands)]
 
-    def _squared_weights(self, segment: Segment, operation: Quantise, step: int) -> tuple[NDArray[np.float32], ...]:
-        """Return the weights of the columns where they come from the segment's own elements, read once before."""
-        if not isinstance(operation.importance, SquaredWeights):
-            return ()
-        total: NDArray[np.float64] | float = 0.0
-        for first in range(0, segment.rows, step):
-            if self.stopped:
-                break
-            inputs = self._inputs(segment, first, min(step, segment.rows - first))
-            total = total + squares(as_f32(operation, self._codecs, inputs, self._scratch, Tally()))
-        return (np.asarray(total, np.float32).reshape(-1),)
+    def _squared_weights(self, segment: Segment, step: int) -> tuple[NDArray[np.float32]]:
+        """Return the weights of columns that are the squares of all rows of the matrix, ``step`` rows a part."""
+        operation = segment.operation
+        if not isinstance(operation, Quantise):
+            raise TypeError(f"{operation!r} has no weights of columns")
+        mine = tile_operands(segment)
+        whole = segment.operands[len(mine) :]
+        matrix = [
+            operand._replace(file=all_rows.file, offset=all_rows.offset)
+            for operand, all_rows in zip(mine, whole, strict=True)
+        ]
+        rows = whole[0].row_bytes // mine[0].row_bytes
+
+        def take(part: int) -> NDArray[np.float64]:
+            first = part * step
+            inputs = self._inputs(matrix, first, min(step, rows - first))
+            return squares(as_f32(operation, self._codecs, inputs, self._scratch, Tally()))
+
+        self._sums = self._all_sums.of(whole, -(-rows // step))
+        return (self._sums.get(take, lambda: self.stopped),)
 
     def _read(self, index: int, operand: Operand, first: int, rows: int, *, follows: bool) -> NDArray[Any]:
         """Return the rows of an operand that serve output rows first..first+rows."""

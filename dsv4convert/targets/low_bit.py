@@ -15,7 +15,7 @@ from ..errors import InventoryError, UsageError
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..formats.int4 import PER_WORD
-from ..plan import Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
+from ..plan import ALL_ROWS, Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
 LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
@@ -26,8 +26,6 @@ LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
 SEGMENT_ELEMENTS = 2**22
 LEAST_SEGMENT_ELEMENTS = 2**20
 SEGMENTS_OF_A_TENSOR = 512
-# One row of sums serves all rows of a matrix: more than any has, and a power of two, so that tiles may have any height.
-ALL_ROWS = 2**40
 
 MAX_NAMED = 5
 
@@ -109,22 +107,23 @@ class LowBitMaker:
     def _of_matrix(self, weight: Weight, to: GgmlType, entry: Entry | None, number: int, most: int) -> list[Segment]:
         rows, columns = matrix_shape(weight.shape)
         importance: Sums | SquaredWeights | None = None
-        sums: tuple[Operand, ...] = ()
+        serves_all: tuple[Operand, ...] = ()
         if entry is not None:
             count = entry.counts[number] if len(entry.counts) > 1 else entry.counts[0]
             importance = Sums(count, entry.is_legacy)
             row_bytes = columns * F32_BYTES
-            sums = (Operand(entry.file, entry.offset + number * row_bytes, row_bytes, ALL_ROWS, "<f4"),)
+            serves_all = (Operand(entry.file, entry.offset + number * row_bytes, row_bytes, ALL_ROWS, "<f4"),)
         elif self.squared:
             importance = SquaredWeights()
+            serves_all = tuple(_in_one_row(operand, rows) for operand in operands(weight))
         operation = Quantise(SOURCES[weight.encoding], LOW_BIT[to.name], weight.block, self.quantiser.path, importance)
         height = 1 if weight.block is None else weight.block[0]
         if weight.zero is not None:
             height = math.lcm(height, PER_WORD)
-        step = rows if isinstance(importance, SquaredWeights) else _rows_of_a_segment(rows, columns, height, most)
+        step = _rows_of_a_segment(rows, columns, height, most)
         row_bytes = shared(to.row_bytes(columns))
         return [
-            Segment(operation, (*operands(weight, first), *sums), min(step, rows - first), row_bytes)
+            Segment(operation, (*operands(weight, first), *serves_all), min(step, rows - first), row_bytes)
             for first in range(0, rows, step)
         ]
 
@@ -156,6 +155,11 @@ _OTHER_TYPE = "or choose another type for it with --tensor-type"
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join([*names[:MAX_NAMED], *(["…"] if names[MAX_NAMED:] else [])])
+
+
+def _in_one_row(operand: Operand, rows: int) -> Operand:
+    """Return the operand of ``rows`` rows of output as one row that serves all of them."""
+    return operand._replace(row_bytes=shared(-(-rows // operand.rows_per) * operand.row_bytes), rows_per=ALL_ROWS)
 
 
 def _shape(segment: Segment) -> tuple[tuple[int, int, str], ...]:

@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from dsv4convert.api import convert_gguf
 from dsv4convert.errors import UsageError
 from dsv4convert.formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
+from dsv4convert.targets import low_bit
 
 from ..checkpoints import MakeCheckpoint
 from ..low_bit import SLOW, SMALL, WHOLE, write_imatrix
@@ -180,6 +181,19 @@ def test_squared_weights_are_an_importance_matrix_of_them(kind: str, case: Case,
     asked = replace(asked_of(ours, case, squares, 3, kind), stated={})
     quantise(asked)
     check_equal(ours, asked.out, kind)
+
+
+def test_a_matrix_in_several_segments_has_the_squares_of_all_its_rows(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An embedding of four tiles, and weights with scales: bytes depend neither on segments nor on threads."""
+    source = make_checkpoint("tiny", overrides=WHOLE, **{**SMALL, "vocab": 8192})
+    kinds = {"dense": "q4_0", "experts": "q4_0", "pure": True, "importance": "weights"}
+    convert_gguf(source, tmp_path / "whole.gguf", threads=1, **kinds)
+    monkeypatch.setattr(low_bit, "SEGMENT_ELEMENTS", 2**14)
+    monkeypatch.setattr(low_bit, "LEAST_SEGMENT_ELEMENTS", 2**14)
+    convert_gguf(source, tmp_path / "cut.gguf", threads=5, **kinds)
+    assert (tmp_path / "cut.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("kind", sorted(NEED_IMPORTANCE))

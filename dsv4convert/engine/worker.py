@@ -78,6 +78,7 @@ class Worker:
         self._copies = copies
         self._all_sums = SharedSums() if sums is None else sums
         self._sums: ColumnSums | None = None
+        self.file: int | None = None  # the number of the output file in work
         self._control = Control(stopped=False, done_bytes=0)
         self._compiled = CompiledSegments(
             codecs, self._scratch, descriptors, self._control, mappings, tile_bytes, drops=drops

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import (
-    ggml_lib_option,
-    index_option,
-    json_option,
-    progress_option,
-    quiet_option,
-    strict_option,
-    threads_option,
-)
+from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
 from .saying import report_before_verdict
@@ -89,7 +81,6 @@ MAX_LISTED = 20
 @threads_option
 @report_option
 @overwrite_page_option
-@progress_option
 @quiet_option
 @json_option
 def verify(
@@ -108,7 +99,6 @@ def verify(
     threads: int | None,
     report: Path | None,
     overwrite_page: bool,
-    progress: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -117,7 +107,7 @@ def verify(
         if out is not None or sample is not None or foreign:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
-        _verify_manifest(source, progress, quiet, as_json, report, replaced)
+        _verify_manifest(source, quiet, as_json, report, replaced)
         return
     if out is None:
         raise UsageError(
@@ -129,7 +119,7 @@ def verify(
 
     inputs = [path for path in (source, out, imatrix, ggml_lib, graft_draft) if path is not None]
     replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
-    with progress_display(quiet or as_json, "verifying", form=progress) as display:
+    with progress_display(quiet or as_json, "verifying") as progress:
         found = verify_output(
             source,
             out,
@@ -143,7 +133,7 @@ def verify(
             ggml_lib=ggml_lib,
             graft_draft=graft_draft,
             threads=threads,
-            progress=display,
+            progress=progress,
         )
     with report_before_verdict(found.ok):
         try:
@@ -162,15 +152,13 @@ def verify(
         typer.echo("verified")
 
 
-def _verify_manifest(
-    output: Path, progress: str, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None
-) -> None:
+def _verify_manifest(output: Path, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None) -> None:
     """Re-check the checksums of an output, print the outcome, and write the page that is asked for."""
     from ..api import verify_manifest
     from .report import human_bytes, print_json, progress_display
 
-    with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = verify_manifest(output, progress=display)
+    with progress_display(quiet or as_json, "verifying") as progress:
+        found = verify_manifest(output, progress=progress)
     document = {
         "verdict": "ok" if found.ok else "differs",
         "output": str(output),

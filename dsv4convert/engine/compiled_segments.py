@@ -29,16 +29,33 @@ from ..formats.compiled.segments import (
 )
 from ..formats.ggml_types import BY_NAME
 from ..formats.not_finite import MAGNITUDES
-from ..plan import Columns, Convert, Copy, Fp4ToFp8Codes, Fp4ToFp8Scales, Join, Operation, Segment, Source, Target
+from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
+from ..formats.nvfp4 import second_scale
+from ..plan import (
+    NVFP4_SECOND,
+    Columns,
+    Convert,
+    Copy,
+    Fp4ToFp8Codes,
+    Fp4ToFp8Scales,
+    Fp4ToNvfp4Codes,
+    Fp4ToNvfp4Scales,
+    Join,
+    Operation,
+    Segment,
+    Source,
+    Target,
+    ToFp4Codes,
+    ToFp4Scales,
+    ToFp8Codes,
+    ToFp8Scales,
+)
 from ..scale_forms import ScaleForm
 from .mappings import SHARERS, Mappings
-from .operations import FLOATS_OF_FILES, FP4_PER_BYTE, rows_per_tile
+from .operations import COPY_TILE_BYTES, FLOATS_OF_FILES, FP4_PER_BYTE, rows_per_tile
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 
 BYTES, F32 = "u1", "<f4"
-# Copied bytes are written while they are in the processor's own cache: with 16 workers up to 13 % faster than 1 MiB
-# (benchmarks/results/scale_16core_2026-11-26_start.txt).
-COPIED_BYTES = 2**18
 FP4_BLOCK = (1, GROUP)
 
 # The conversions that the library has.
@@ -67,6 +84,24 @@ _PLAIN: Mapping[tuple[Source, Target], Making] = {
     ("f32", "mxfp4"): Making.F32_TO_MXFP4,
 }
 _SOURCE_BYTES: Mapping[Source, int] = {"bf16": 2, "f16": 2, "f32": 4}
+# Codes and scales of floats.
+_FP8_PARTS: Mapping[Source, tuple[Making, Making]] = {
+    "bf16": (Making.BF16_TO_FP8_CODES, Making.BF16_TO_FP8_SCALES),
+    "f32": (Making.F32_TO_FP8_CODES, Making.F32_TO_FP8_SCALES),
+}
+_FP4_PARTS: Mapping[Source, tuple[Making, Making]] = {
+    "bf16": (Making.BF16_TO_FP4_CODES, Making.BF16_TO_FP4_SCALES),
+    "f32": (Making.F32_TO_FP4_CODES, Making.F32_TO_FP4_SCALES),
+}
+# Segments whose bytes are those of an operand.
+_UNCHANGED = (Making.COPY, Making.FP4_TO_NVFP4_CODES)
+
+# Codes with which the scales are found that they go by.
+_WITH_SCALES = tuple(codes for codes, _ in (*_FP8_PARTS.values(), *_FP4_PARTS.values()))
+# Bytes of such scales that are kept until they are written: those of a matrix of experts are less than one MiB.
+MAX_KNOWN_BYTES = 2**21
+# The operands of NVFP4's codes that are the matrix itself; the others are scales under one second scale.
+_OWN_OPERANDS = 2
 
 
 class Shape(NamedTuple):
@@ -122,6 +157,56 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
         case Fp4ToFp8Scales(groups, side) if side == FP8_TILE:
             if operands == (Shape(side * groups, 1, BYTES),) and row_bytes == -(-groups * GROUP // side):
                 return Recipe(Making.FP4_TO_FP8_SCALES, groups)
+        case Fp4ToNvfp4Codes() if _share_scales(operands[_OWN_OPERANDS:], row_bytes * FP4_PER_BYTE):
+            columns = row_bytes * FP4_PER_BYTE
+            if operands[:2] == (Shape(row_bytes, 1, BYTES), Shape(columns // GROUP, 1, BYTES)):
+                return Recipe(Making.FP4_TO_NVFP4_CODES, columns)
+        case Fp4ToNvfp4Scales() if _share_scales(operands[1:], row_bytes * NVFP4_BLOCK):
+            columns = row_bytes * NVFP4_BLOCK
+            if first == Shape(columns // GROUP, 1, BYTES):
+                return Recipe(Making.FP4_TO_NVFP4_SCALES, columns)
+        case ToFp8Codes(source, block) if source in _FP8_PARTS:
+            block_rows = (min(first.rows_per, block[0]), block[1])
+            if first.row_bytes == first.rows_per * row_bytes * _SOURCE_BYTES[source]:
+                return Recipe(_FP8_PARTS[source][0], row_bytes, *block_rows)
+        case ToFp8Scales(source, columns, block) if source in _FP8_PARTS:
+            height, rest = divmod(first.row_bytes, columns * _SOURCE_BYTES[source])
+            if (first.rows_per, rest) == (1, 0) and height <= block[0] and row_bytes == -(-columns // block[1]):
+                return Recipe(_FP8_PARTS[source][1], columns, height, block[1])
+        case ToFp4Codes(source, None) if source in _FP4_PARTS:
+            return _fp4_recipe(_FP4_PARTS[source][0], source, first, row_bytes * FP4_PER_BYTE)
+        case ToFp4Scales(source, None) if source in _FP4_PARTS:
+            return _fp4_recipe(_FP4_PARTS[source][1], source, first, row_bytes * GROUP)
+    return None
+
+
+def _share_scales(operands: tuple[Shape, ...], columns: int) -> bool:
+    """Return whether each operand is a row of all scales of a matrix of packed FP4 that serves all rows of it."""
+    row_bytes = columns // GROUP
+    return columns % GROUP == 0 and all(
+        operand == Shape(operand.rows_per * row_bytes, operand.rows_per, BYTES) for operand in operands
+    )
+
+
+def _fp4_recipe(making: Making, source: Source, operand: Shape, columns: int) -> Recipe | None:
+    fits = columns % GROUP == 0 and operand[:2] == (columns * _SOURCE_BYTES[source], 1)
+    return Recipe(making, columns, *FP4_BLOCK) if fits else None
+
+
+def known_with(segment: Segment) -> Segment | None:
+    """Return the segment whose bytes the library has found once it has made another, None where there is none."""
+    operands = segment.operands
+    match segment.operation:
+        case ToFp8Codes(source, block):
+            blocks = segment.rows // operands[0].rows_per, -(-segment.row_bytes // block[1])
+            return Segment(ToFp8Scales(source, segment.row_bytes, block), (operands[0]._replace(rows_per=1),), *blocks)
+        case ToFp4Codes(source, block):
+            return Segment(
+                ToFp4Scales(source, block), operands, segment.rows, segment.row_bytes * FP4_PER_BYTE // GROUP
+            )
+        case Fp4ToNvfp4Codes():
+            sharing = tuple(scales._replace(rows_per=1) for scales in operands[_OWN_OPERANDS:])
+            return Segment(NVFP4_SECOND, sharing, 1, np.dtype(np.float32).itemsize)
     return None
 
 
@@ -156,6 +241,13 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
 def _elements(holds: str) -> Elements:
     kind = MAGNITUDES.get(holds)
     return Elements() if kind is None else Elements(np.dtype(kind.dtype).itemsize, kind.least)
+
+
+class Known(NamedTuple):
+    """The bytes of a segment that nothing is counted in, and ``Made.zeros``."""
+
+    content: NDArray[np.uint8]
+    zeros: int
 
 
 class CompiledSegment:
@@ -220,7 +312,7 @@ class CompiledSegment:
         for index, (place, operand) in enumerate(zip(self._places, segment.operands, strict=True)):
             place.descriptor, place.offset = descriptors[index], operand.offset
             place.tile = scratch.address(f"input {index}", self._tile_bytes[index])
-        if self._recipe.making is Making.COPY:
+        if self._recipe.making in _UNCHANGED:
             call.tile = self._places[0].tile
         else:
             call.tile = scratch.address("output", call.step * call.row_bytes)
@@ -228,6 +320,11 @@ class CompiledSegment:
         call.output, call.offset, call.mapping, call.rows = output, offset, mapping, segment.rows
         call.counts[:] = (0, 0, 0, 0)
         call.zeros = (1 << len(segment.operands)) - 1
+        self._known = known_with(segment)
+        self._scales = None
+        if self._known is not None and self._recipe.making in _WITH_SCALES and self._known.nbytes <= MAX_KNOWN_BYTES:
+            self._scales = np.empty(self._known.nbytes, np.uint8)
+        call.scales = None if self._scales is None else self._scales.ctypes.data
 
     def share(self, control: Control, *, with_digest: bool) -> None:
         """Say who may stop the work, and whether a digest is wanted."""
@@ -242,6 +339,16 @@ class CompiledSegment:
     def zeros(self) -> int:
         """Return the operands of which every byte was zero in the tiles that the library made, as in ``Made.zeros``."""
         return self._call.zeros
+
+    def known(self) -> tuple[Segment, Known] | None:
+        """Return another segment of which all is known, now that the library has made all rows of this one."""
+        if self._known is None:
+            return None
+        if self._scales is not None:
+            return self._known, Known(self._scales, self.zeros)
+        if self._recipe.making is Making.FP4_TO_NVFP4_CODES:
+            return self._known, Known(second_scale(self._call.largest).view(np.uint8), self.zeros >> _OWN_OPERANDS)
+        return None
 
     def add_counts(self, tally: Tally) -> None:
         """Add what was counted in the tiles that the library made."""
@@ -310,5 +417,5 @@ class CompiledSegments:
         if recipe is None or len(shapes) > OPEN_FILES_PER_WORKER:
             return None
         copies = recipe.making is Making.COPY
-        step = COPIED_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
+        step = COPY_TILE_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
         return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest, drops=self._drops)

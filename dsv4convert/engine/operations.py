@@ -178,10 +178,16 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _spread_scales(inputs[0], times, out, scratch)
         case ToFp8Codes(source, block):
             values = _floats(source, codecs, inputs[0].reshape(out.shape), scratch)
-            codecs.f32_to_fp8(values, block, out, scratch, tally)
+            quantise = codecs.bf16_to_fp8 if source == "bf16" else codecs.f32_to_fp8
+            quantise(values, block, out, scratch, tally)
         case ToFp8Scales(source, columns, block):
             values = _floats(source, codecs, inputs[0].reshape(-1, columns), scratch)
-            codecs.f32_to_fp8_scales(values, block, out, scratch, tally)
+            quantise = codecs.bf16_to_fp8_scales if source == "bf16" else codecs.f32_to_fp8_scales
+            quantise(values, block, out, scratch, tally)
+        case ToFp4Codes("bf16"):
+            codecs.bf16_to_fp4(inputs[0], out, scratch, tally)
+        case ToFp4Scales("bf16"):
+            codecs.bf16_to_fp4_scales(inputs[0], out, scratch, tally)
         case ToFp4Codes():
             codecs.f32_to_fp4(as_f32(operation, codecs, inputs, scratch, Tally()), out, scratch, tally)
         case ToFp4Scales():
@@ -226,9 +232,12 @@ def _count(codecs: Codecs, holds: str, rows: Bytes, scratch: Scratch, tally: Tal
     tally.nan += codecs.count_not_finite(holds, rows.reshape(-1), magnitudes)
 
 
-def _floats(source: Source, codecs: Codecs, values: NDArray[Any], scratch: Scratch) -> NDArray[np.float32]:
-    """Return floats without scales as float32, in their shape; what is not finite is for the caller to refuse."""
-    if source == "f32":
+def _floats(source: Source, codecs: Codecs, values: NDArray[Any], scratch: Scratch) -> NDArray[Any]:
+    """Return floats without scales in a type that quantisers take, F32 or BF16, in their shape.
+
+    What is not finite is for the caller to refuse.
+    """
+    if source in ("f32", "bf16"):
         return values
     wide: NDArray[np.float32] = scratch.array("floats", values.shape, np.float32)
     PLAIN[source, "f32"](codecs)(values, wide, scratch, Tally())
@@ -356,8 +365,7 @@ def squares(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     wide = as_f32(operation, codecs, inputs, scratch, tally)
-    magnitudes = scratch.array("magnitudes", (wide.nbytes,), np.uint8)
-    if codecs.count_not_finite("F32", wide.reshape(-1).view(np.uint8), magnitudes):
+    if not np.isfinite(wide).all():
         row, column = np.argwhere(~np.isfinite(wide))[0]
         raise LossyError(
             f"a NaN or infinite value cannot be stored as {operation.target}",

@@ -24,7 +24,7 @@ from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
 from ..plan import Copy, Operand, Quantise, Segment
 from .column_sums import ColumnSums, SharedSums
-from .compiled_segments import CompiledSegment, CompiledSegments
+from .compiled_segments import CompiledSegment, CompiledSegments, Known
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
 from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares, tile_operands
@@ -32,6 +32,9 @@ from .outputs import DescriptorCache, os_errors, write_all
 from .ranges import RangeReader
 
 MAX_ELEMENT_BYTES = 8
+
+# Segments that are known before their turn: those of a tensor, which come right after those of another.
+MAX_KNOWN = 4
 
 # Bytes of a tile that tell, as a rule, that it is not all zero.
 FIRST_BYTES = 64
@@ -78,8 +81,8 @@ class Worker:
         self._copies = copies
         self._all_sums = SharedSums() if sums is None else sums
         self._sums: ColumnSums | None = None
-        self.file: int | None = None  # the number of the output file in work
         self._control = Control(stopped=False, done_bytes=0)
+        self._known: dict[Segment, Known] = {}
         self._compiled = CompiledSegments(
             codecs, self._scratch, descriptors, self._control, mappings, tile_bytes, drops=drops
         )
@@ -113,6 +116,9 @@ class Worker:
         """
         if self._ranges is not None:
             self._ranges.begin(segment)
+        known = self._known.pop(segment, None)
+        if known is not None:
+            return self._write_known(known, path, output, offset)
         if isinstance(segment.operation, Copy):
             return self._copy(segment, segment.operation, path, output, offset)
         return self._convert(segment, path, output, offset)
@@ -146,6 +152,10 @@ class Worker:
         compiled = self._begin_compiled(segment, output, offset)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         first = 0 if compiled is None else compiled.make(0)
+        if compiled is not None and first == segment.rows and (known := compiled.known()) is not None:
+            if len(self._known) == MAX_KNOWN:
+                self._known.pop(next(iter(self._known)))
+            self._known.update([known])
         if first < segment.rows:
             step = rows_per_tile(segment, self._tile_bytes)
             weights = () if operands is segment.operands else self._squared_weights(segment, step)
@@ -167,6 +177,13 @@ class Worker:
             compiled.add_counts(tally)
             zero_bits &= compiled.zeros
         return Made(digest.digest(), tally, zero_bits)
+
+    def _write_known(self, known: Known, path: Path, output: int, offset: int) -> Made:
+        """Write a segment that came with another, which need not be read again."""
+        with os_errors(path, "written"):
+            write_all(output, known.content.data, offset)
+        self._control.done_bytes += known.content.nbytes
+        return Made(xxhash.xxh3_128_digest(known.content.data), Tally(), known.zeros)
 
     def _is_remote(self, segment: Segment) -> bool:
         return self._ranges is not None and any(at(operand.file) is not None for operand in segment.operands)

@@ -57,6 +57,10 @@ class Codecs:
     f32_to_fp8_scales: BlockQuantiser = e4m3.f32_to_fp8_scales
     f32_to_fp4: PlainCodec = e2m1.f32_to_fp4
     f32_to_fp4_scales: PlainCodec = e2m1.f32_to_fp4_scales
+    bf16_to_fp8: BlockQuantiser = e4m3.bf16_to_fp8
+    bf16_to_fp8_scales: BlockQuantiser = e4m3.bf16_to_fp8_scales
+    bf16_to_fp4: PlainCodec = e2m1.bf16_to_fp4
+    bf16_to_fp4_scales: PlainCodec = e2m1.bf16_to_fp4_scales
     bf16_to_f32: PlainCodec = bf16.bf16_to_f32
     bf16_to_f16: PlainCodec = bf16.bf16_to_f16
     bf16_to_q8_0: PlainCodec = q8_0.bf16_to_q8_0
@@ -124,6 +128,10 @@ def compiled_codecs() -> Codecs:
         f32_to_fp4=twins.f32_to_fp4,
         f32_to_fp4_scales=twins.f32_to_fp4_scales,
         bf16_to_mxfp4=twins.bf16_to_mxfp4,
+        bf16_to_fp8=twins.bf16_to_fp8,
+        bf16_to_fp8_scales=twins.bf16_to_fp8_scales,
+        bf16_to_fp4=twins.bf16_to_fp4,
+        bf16_to_fp4_scales=twins.bf16_to_fp4_scales,
         f32_to_bf16=twins.f32_to_bf16,
         f32_to_f16=twins.f32_to_f16,
         bf16_to_f16=twins.bf16_to_f16,

@@ -59,6 +59,13 @@ def bf16_to_f32(source: ArrayU16, out: ArrayF32, scratch: Scratch, tally: Tally)
         np.copyto(bits, F32_NAN_BITS, where=nan)
 
 
+def widened_bf16(values: ArrayU16, scratch: Scratch) -> ArrayF32:
+    """Return bfloat16 bits, any shape, as float32."""
+    wide: ArrayF32 = scratch.array("bf16.widened", values.shape, np.float32)
+    bf16_to_f32(values, wide, scratch, Tally())
+    return wide
+
+
 def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
     """Widen float16 [R, C] to float32 [R, C]; exact, a NaN becomes the one NaN."""
     np.copyto(out, source)

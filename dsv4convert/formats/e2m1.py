@@ -38,7 +38,7 @@ from dsv4convert.formats.base import (
     check_tile_of_floats,
     column_blocks,
 )
-from dsv4convert.formats.bf16 import store_products
+from dsv4convert.formats.bf16 import store_products, widened_bf16
 from dsv4convert.formats.e4m3 import MIN_SUBNORMAL_EXPONENT as E4M3_MIN_EXPONENT
 from dsv4convert.formats.e4m3 import e4m3_to_f32, f32_to_e4m3, spread_blocks
 from dsv4convert.formats.e8m0 import BIAS as E8M0_BIAS
@@ -165,6 +165,16 @@ def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: T
     rows, columns = values.shape
     check_tile_of_floats(values, out, (rows, columns // GROUP))
     np.copyto(out, fp4_scales(values))
+
+
+def bf16_to_fp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise bfloat16 bits [R, C]; see `f32_to_fp4`."""
+    f32_to_fp4(widened_bf16(values, scratch), out, scratch, tally)
+
+
+def bf16_to_fp4_scales(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Return in ``out`` [R, C/32] the e8m0 scales of bfloat16 bits [R, C] as FP4; see ``fp4_scales``."""
+    f32_to_fp4_scales(widened_bf16(values, scratch), out, scratch, tally)
 
 
 def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:

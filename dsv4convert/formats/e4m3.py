@@ -36,7 +36,7 @@ from dsv4convert.formats.base import (
     require_subnormals,
     spread_columns,
 )
-from dsv4convert.formats.bf16 import f32_to_bf16, store_products
+from dsv4convert.formats.bf16 import f32_to_bf16, store_products, widened_bf16
 from dsv4convert.formats.e8m0 import BIAS as E8M0_BIAS
 from dsv4convert.formats.e8m0 import (
     F32_MANTISSA_BITS,
@@ -191,6 +191,16 @@ def f32_to_fp8_scales(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scr
     rows, columns = values.shape
     check_tile_of_floats(values, out, (-(-rows // block[0]), -(-columns // block[1])))
     np.copyto(out, fp8_scales(values, block, PUBLISHED_AMAX))
+
+
+def bf16_to_fp8(values: ArrayU16, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Quantise bfloat16 bits [R, C]; see `f32_to_fp8`."""
+    f32_to_fp8(widened_bf16(values, scratch), block, out, scratch, tally)
+
+
+def bf16_to_fp8_scales(values: ArrayU16, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Return in ``out`` the e8m0 scales per block of bfloat16 bits [R, C]; see `f32_to_fp8_scales`."""
+    f32_to_fp8_scales(widened_bf16(values, scratch), block, out, scratch, tally)
 
 
 def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:

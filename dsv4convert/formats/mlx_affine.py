@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from dsv4convert.formats.base import Array, ArrayF32, ArrayF64, ArrayU16, Scratch, Tally, check_contiguous
-from dsv4convert.formats.bf16 import bf16_to_f32, f32_to_bf16
+from dsv4convert.formats.bf16 import bf16_to_f32, f32_to_bf16, widened_bf16
 
 Part = Literal["codes", "scales", "biases"]
 
@@ -40,8 +40,7 @@ def bf16_to_affine8(values: ArrayU16, group: int, part: Part, out: Array, scratc
     if columns % group or out.shape != shape:
         raise ValueError(f"{part} of {rows}x{columns} elements in groups of {group}: got {out.shape}")
     check_contiguous(out)
-    wide = scratch.array("affine.values", values.shape, np.float32)
-    bf16_to_f32(values, wide, scratch, Tally())
+    wide = widened_bf16(values, scratch)
     if not np.isfinite(wide).all():
         raise ValueError("cannot quantise NaN or infinity")
     groups = wide.reshape(-1, group)

@@ -22,7 +22,7 @@ from dsv4convert.engine.kernel_copy import KernelCopier
 from dsv4convert.engine.mappings import SHARERS, Mappings
 from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 from dsv4convert.engine.worker import Worker
-from dsv4convert.errors import InputOutputError
+from dsv4convert.errors import InputOutputError, LossyError
 from dsv4convert.formats import q8_0
 from dsv4convert.formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Tally
@@ -31,6 +31,8 @@ from dsv4convert.formats.not_finite import MAGNITUDES
 from dsv4convert.plan import (
     ALL_EQUAL,
     CONVERSIONS,
+    NVFP4_CODES,
+    NVFP4_SCALES,
     Columns,
     Fp4ToFp8Codes,
     Fp4ToFp8Scales,
@@ -38,6 +40,11 @@ from dsv4convert.plan import (
     Operand,
     Operation,
     Segment,
+    Source,
+    ToFp4Codes,
+    ToFp4Scales,
+    ToFp8Codes,
+    ToFp8Scales,
     convert,
     copy,
 )
@@ -91,8 +98,34 @@ def conversions() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
 
 
 GROUPS = COLUMNS // 32
+
+
+def quantisations() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
+    """Yield the same for codes and scales of floats."""
+    source: Source
+    for source in ("bf16", "f32"):
+        x = ordinary(source)
+        yield f"quantised {source} to fp8 codes", ToFp8Codes(source, (128, 128)), [(blocks(x, 128), 128)], COLUMNS
+        # Blocks are small, so that the output is not too short for the library.
+        yield f"quantised {source} to fp8 scales", ToFp8Scales(source, COLUMNS, (8, 32)), [(blocks(x, 8), 1)], GROUPS
+        yield f"quantised {source} to fp4 codes", ToFp4Codes(source), [(x, 1)], COLUMNS // 2
+        yield f"quantised {source} to fp4 scales", ToFp4Scales(source), [(x, 1)], GROUPS
+
+
+def blocks(x: np.ndarray, height: int) -> np.ndarray:
+    """Return a matrix with ``height`` rows in one."""
+    return x.reshape(len(x) // height, -1)
+
+
+NVFP4_OPERANDS: list[Matrix] = [
+    (ordinary("scale", ROWS, GROUPS), 1),
+    (blocks(ordinary("scale", ROWS, GROUPS), ROWS), ROWS),
+    (blocks(ordinary("scale", ROWS, GROUPS) + np.uint8(3), ROWS), ROWS),
+]
 KINDS: dict[str, tuple[Operation, list[Matrix], int]] = {
-    **{name: (operation, operands, row_bytes) for name, operation, operands, row_bytes in conversions()},
+    **{name: rest for name, *rest in (*conversions(), *quantisations())},
+    "nvfp4 codes": (NVFP4_CODES, [(ordinary("fp4"), 1), *NVFP4_OPERANDS], COLUMNS // 2),
+    "nvfp4 scales": (NVFP4_SCALES, NVFP4_OPERANDS, COLUMNS // 16),
     **{f"copy of {holds}": (copy(holds), [(ordinary("fp8").reshape(-1, 1), 1)], 1) for holds in MAGNITUDES},
     "copy of bytes": (copy(), [(ordinary("fp8").reshape(-1, 1), 1)], 1),
     "columns": (Columns(32, 164, "BF16"), [(ordinary("bf16"), 1)], 132),
@@ -221,7 +254,7 @@ def test_tables_that_no_cache_keeps_stay_as_long_as_the_library_reads_them(
     assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "copy" not in kind])
+@pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith(("copy", "quantised", "nvfp4"))])
 def test_a_tile_that_is_not_ordinary_is_made_in_python_and_the_others_are_not(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +273,84 @@ def test_a_tile_that_is_not_ordinary_is_made_in_python_and_the_others_are_not(
         assert sum(end - first for first, end in calls.ends) >= segment.rows // 3
     else:  # the formats that have no NaN, or whose bytes only move
         assert kind.startswith(("fp4 to mxfp4", "columns", "join"))
+
+
+@pytest.mark.parametrize("kind", ["nvfp4 codes", "nvfp4 scales"])
+def test_scales_that_nvfp4_lacks_are_for_python(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too far below the others leaves its tile to Python; one that is NaN under the second scale leaves all."""
+    segment, operands = segment_of(kind, tmp_path)
+    own = len(operands) - 3
+    _write(segment, own, b"\x01", operands[own].nbytes // 2)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    assert bool(wanted[2].changed) == (kind == "nvfp4 codes")
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    assert len(calls.ends) > 1 or segment.nbytes < TILE_BYTES
+    _write(segment, own + 2, b"\xff", 5)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    calls.ends.clear()
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    assert sum(end - first for first, end in calls.ends) == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("quantised")])
+def test_what_cannot_be_quantised_is_told_as_by_python(kind: str, tmp_path: Path) -> None:
+    segment, operands = segment_of(kind, tmp_path)
+    _write(segment, 0, b"\xff" * operands[0].itemsize, operands[0].nbytes // 2)
+    told = []
+    for codecs in (numpy_codecs(), compiled_codecs()):
+        with pytest.raises(LossyError, match="NaN or infinite") as caught:
+            make(segment, codecs, tmp_path / codecs.name)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+WITH_ANOTHER = ["quantised bf16 to fp8 codes", "quantised f32 to fp8 codes", "quantised bf16 to fp4 codes",
+                "quantised f32 to fp4 codes", "nvfp4 codes"]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_zero", [False, True], ids=["", "zeros"])
+@pytest.mark.parametrize("kind", WITH_ANOTHER)
+def test_what_is_found_with_codes_is_not_read_again(kind: str, is_zero: bool, tmp_path: Path) -> None:
+    """Scales of floats, and NVFP4's second scale: bytes, digest and counts are as of a worker that makes them alone."""
+    segment, operands = segment_of(kind, tmp_path)
+    if is_zero:
+        for number, array in enumerate(operands):
+            _write(segment, number, bytes(array.nbytes))
+    other = compiled_segments.known_with(segment)
+    assert other is not None
+    wanted = make(other, numpy_codecs(), tmp_path / "python")
+    output = tmp_path / "library"
+    output.write_bytes(bytes(segment.nbytes + other.nbytes))
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, Mappings(), TILE_BYTES)
+        worker.run(segment, file.fileno(), output, 0)
+        os.truncate(tmp_path / "source", 0)
+        found = worker.run(other, file.fileno(), output, segment.nbytes)
+        assert (output.read_bytes()[segment.nbytes :], *found) == wanted
+        assert worker.done_bytes == segment.nbytes + other.nbytes
+        with pytest.raises(InputOutputError, match="shrank"):  # it is known once
+            worker.run(other, file.fileno(), output, segment.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "unusual"),
+    [("nvfp4 codes", 1, b"\x01"), ("quantised f32 to fp4 codes", 0, np.float32(1e38).tobytes())],
+)
+def test_nothing_is_known_of_another_segment_where_python_made_a_tile(
+    kind: str, number: int, unusual: bytes, tmp_path: Path
+) -> None:
+    segment, operands = segment_of(kind, tmp_path)
+    _write(segment, number, unusual, operands[number].nbytes // 2)
+    other = compiled_segments.known_with(segment)
+    assert other is not None
+    output = tmp_path / "library"
+    output.write_bytes(bytes(segment.nbytes + other.nbytes))
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, output.open("r+b") as file:
+        worker = Worker(compiled_codecs(), descriptors, kernel, {}, Mappings(), TILE_BYTES)
+        worker.run(segment, file.fileno(), output, 0)
+        found = worker.run(other, file.fileno(), output, segment.nbytes)
+    assert (output.read_bytes()[segment.nbytes :], *found) == make(other, numpy_codecs(), tmp_path / "python")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("bf16", "f16", "f32", "columns", "join"))])

@@ -354,26 +354,52 @@ def test_blocks_of_floats_of_every_exponent(comparison, source: str, target: str
     assert ordinary == list(range(ordinary[0], ordinary[-1] + 1))
 
 
-@pytest.mark.parametrize("name", ["f32_to_fp8", "f32_to_fp8_scales", "f32_to_fp4", "f32_to_fp4_scales"])
-def test_blocks_with_scales_of_every_exponent(comparison, name: str) -> None:
+@pytest.mark.parametrize("target", ["fp8", "fp8_scales", "fp4", "fp4_scales"])
+@pytest.mark.parametrize("source", ["f32", "bf16"])
+def test_blocks_with_scales_of_every_exponent(comparison, source: str, target: str) -> None:
+    name = f"{source}_to_{target}"
     compare = comparison(name)
     rng = np.random.default_rng(0)
-    is_fp8 = "fp8" in name
+    is_fp8 = "fp8" in target
+    shape = {"fp8": (64, GROUP), "fp8_scales": (8, 2), "fp4": (64, 16)}.get(target, (64, 1))
     done = []
     for exponent in range(256):
         bits = groups_of_exponent(exponent, 64, 20, short=0x7C0000, rng=rng)
-        values = bits.view(np.float32)
+        values = bits.view(np.float32) if source == "f32" else (bits >> np.uint32(16)).astype(np.uint16)
+        inputs = [values, *([(8, 16)] if is_fp8 else [])]
         if exponent == 255:
             with pytest.raises(LossyError, match="a NaN or infinite value cannot be quantised"):
-                compare([values, *([(8, 16)] if is_fp8 else [])], [np.empty(out_shape(name), np.uint8)])
+                compare(inputs, [np.empty(shape, np.uint8)])
             continue
-        done.append(compare([values, *([(8, 16)] if is_fp8 else [])], [np.empty(out_shape(name), np.uint8)], exponent))
+        done.append(compare(inputs, [np.empty(shape, np.uint8)], exponent))
     # Past a scale of 1, what is divided by FP4's may vanish.
     assert done == [name != "f32_to_fp4" or exponent <= 128 for exponent in range(255)]
 
 
-def out_shape(name: str) -> tuple[int, int]:
-    return {"f32_to_fp8": (64, GROUP), "f32_to_fp8_scales": (8, 2), "f32_to_fp4": (64, 16)}.get(name, (64, 1))
+@pytest.mark.parametrize("target", ["fp8", "fp4"])
+def test_every_bf16_at_every_scale(comparison, target: str) -> None:
+    """Every magnitude up to the largest that a scale is for, with either sign; FP4 in groups with that one in each."""
+    compare = comparison(f"bf16_to_{target}")
+    exponents, largest = {"fp8": (range(-22, 120), 448.0), "fp4": (range(-126, 126), 6.0)}[target]
+    for exponent in exponents:
+        bound = int(np.array(largest * 2.0**exponent, np.float32).view(np.uint32) >> 16)
+        bits = np.arange(bound + 1, dtype=np.uint16)
+        bits[::2] |= 0x8000
+        if target == "fp8":
+            inputs, outputs = [bits[None], (1, bits.size)], [np.empty((1, bits.size), np.uint8)]
+        else:
+            groups = np.full((-(-bits.size // (GROUP - 1)), GROUP), bound, np.uint16)
+            groups[:, 1:].flat[: bits.size] = bits
+            inputs, outputs = [groups], [np.empty((len(groups), GROUP // 2), np.uint8)]
+        assert compare(inputs, outputs, exponent)
+
+
+def test_bf16_blocks_of_more_elements_than_a_counter_holds_count_all(comparison) -> None:
+    """Of 2^21 elements and more in a block, all are rounded, or are too small."""
+    values = np.full((3, 2**20), 0x3F81, np.uint16)
+    values[0, 0] = 0x4480
+    assert comparison("bf16_to_fp8")([values, values.shape], [np.empty(values.shape, np.uint8)])
+    assert comparison("bf16_to_fp4")([values], [np.empty((3, 2**19), np.uint8)])
 
 
 def test_fp8_about_every_rounding_boundary(comparison) -> None:
@@ -390,12 +416,13 @@ def test_fp8_about_every_rounding_boundary(comparison) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (131, 352), (256, 96), (3, 160)])
-@pytest.mark.parametrize("block", [(128, 128), (32, 32), (3, 64)])
+@pytest.mark.parametrize("block", [(128, 128), (32, 32), (3, 64), (5, 40)])
 def test_ragged_blocks_of_fp8(comparison, shape: tuple[int, int], block: tuple[int, int]) -> None:
     values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     scales = np.empty((-(-shape[0] // block[0]), -(-shape[1] // block[1])), np.uint8)
-    assert comparison("f32_to_fp8")([values, block], [np.empty(shape, np.uint8)])
-    assert comparison("f32_to_fp8_scales")([values, block], [scales])
+    for source, elements in (("f32", values), ("bf16", (values.view(np.uint32) >> 16).astype(np.uint16))):
+        assert comparison(f"{source}_to_fp8")([elements, block], [np.empty(shape, np.uint8)])
+        assert comparison(f"{source}_to_fp8_scales")([elements, block], [scales])
 
 
 @pytest.mark.parametrize("source", ["f32", "bf16"])

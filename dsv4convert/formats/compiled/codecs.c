@@ -21,6 +21,12 @@ typedef u32 __attribute__((aligned(1), may_alias)) u32_at;
 // The elements of a group, where a loop over bytes would be done in wider integers.
 typedef u8 lanes __attribute__((vector_size(32)));
 typedef u8 lanes_at __attribute__((vector_size(32), aligned(1), may_alias));
+// The same of 16 bits, as they are and as pairs, and a group's bytes in packed FP4.
+typedef u16 halves __attribute__((vector_size(64)));
+typedef u16 halves_at __attribute__((vector_size(64), aligned(1), may_alias));
+typedef u32 pairs __attribute__((vector_size(64)));
+typedef u8 packed_lanes __attribute__((vector_size(16)));
+typedef u8 packed_lanes_at __attribute__((vector_size(16), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 // Before a short loop over bytes: unrolled early, it would be taken for single bytes to be gathered into vectors.
@@ -761,6 +767,177 @@ i64 f32_to_fp4_scales(const u32_at *restrict values, u8 *restrict out, i64 group
         out[group] = (u8)fp4_scale_of(largest);
     }
     return 0;
+}
+
+// --- bfloat16 to FP8 and FP4 with scales -------------------------------------------------------------------
+
+// The same as above in integers of 16 bits: bits of floats are ordered as their magnitudes are, and all values halfway
+// between two codes times a scale have a few bits of mantissa.
+
+enum { BF16_MAGNITUDE = 0x7FFF, BF16_INFINITY = 0x7F80, BF16_MANTISSA_BITS = 7, GROUPS_AT_ONCE = 64, MAX_LANE = 0xFFFF };
+
+// bfloat16 bits of 2^(exponent - 127) * (1 + mantissa / 2^7).
+INLINE u16 bf16_of(u32 exponent, u32 mantissa) { return (u16)(exponent << BF16_MANTISSA_BITS | mantissa); }
+
+INLINE u32 largest_bf16(const u16_at *restrict values, i64 rows, i64 columns, i64 stride) {
+    u16 largest = 0;
+    for (i64 row = 0; row < rows; row++)
+        for (i64 i = 0; i < columns; i++) {
+            u16 magnitude = values[row * stride + i] & BF16_MAGNITUDE;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+    return (u32)largest << 16;
+}
+
+INLINE i64 sum_of(halves counter) {
+    i64 sum = 0;
+    for (int i = 0; i < GROUP; i++)
+        sum += counter[i];
+    return sum;
+}
+
+// Codes below 2^-6 count steps of 2^-9: the values halfway between two are from 1/2 to 15/2 steps, ties go to even.
+// Whole steps are 0, 1, 2, 3, and from 4 on what has two bits of mantissa.
+INLINE halves subnormal_steps(halves magnitude, u32 scale, halves *whole) {
+    halves steps = -(halves)(magnitude > bf16_of(scale - 10, 0)) - (halves)(magnitude >= bf16_of(scale - 9, 0x40)) -
+                   (halves)(magnitude > bf16_of(scale - 8, 0x20)) - (halves)(magnitude >= bf16_of(scale - 8, 0x60)) -
+                   (halves)(magnitude > bf16_of(scale - 7, 0x10)) - (halves)(magnitude >= bf16_of(scale - 7, 0x30)) -
+                   (halves)(magnitude > bf16_of(scale - 7, 0x50)) - (halves)(magnitude >= bf16_of(scale - 7, 0x70));
+    *whole = (halves)(magnitude == 0) | (halves)(magnitude == bf16_of(scale - 9, 0)) |
+             (halves)(magnitude == bf16_of(scale - 8, 0)) | (halves)(magnitude == bf16_of(scale - 8, 0x40)) |
+             ((halves)(magnitude >= bf16_of(scale - 7, 0)) & (halves)((magnitude & 0x1F) == 0));
+    return steps;
+}
+
+// The codes of a group; adds to the lanes of counters: values rounded, and those of them below e4m3's normal numbers.
+// Normal codes keep the upper three bits of the mantissa, ties to even; a carry runs into the exponent.
+INLINE lanes bf16_group_to_fp8(halves bits, u32 scale, halves *restrict inexact, halves *restrict tiny) {
+    halves magnitude = bits & BF16_MAGNITUDE;
+    halves code = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (u16)((scale - E4M3_BIAS) << 3);
+    halves lost = (halves)((magnitude & 0xF) != 0), small = (halves)(magnitude < bf16_of(scale - 6, 0));
+    if (__builtin_reduce_or(small)) { // seldom
+        halves whole, steps = subnormal_steps(magnitude, scale, &whole);
+        code = (small & steps) | (~small & code);
+        lost = (small & ~whole) | (~small & lost);
+        *tiny -= lost & small;
+    }
+    *inexact -= lost;
+    return __builtin_convertvector(code | (bits >> 8 & 0x80), lanes);
+}
+
+// Codes and, unless `scales` is NULL, the scales. counts: values rounded among e4m3's normal numbers, and below them.
+INLINE i64 bf16_to_fp8_and_scales(const u16_at *restrict values, u8 *restrict out, u8 *restrict scales,
+                                  i64 *restrict counts, i64 rows, i64 columns, i64 height, i64 width) {
+    i64 rounded = 0, below = 0;
+    for (i64 top = 0; top < rows; top += height)
+        for (i64 left = 0; left < columns; left += width) {
+            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left), counted = 0;
+            const u16_at *block = values + top * columns + left;
+            u32 largest = largest_bf16(block, high, wide, columns), scale = fp8_scale_of(largest);
+            if (largest >= F32_INFINITY)
+                return NEEDS_FALLBACK;
+            if (scales)
+                *scales++ = (u8)scale;
+            halves inexact = {}, tiny = {};
+            for (i64 row = 0; row < high; row++)
+                for (i64 i = 0; i < wide; i += GROUP) {
+                    const u16_at *group = block + row * columns + i;
+                    u8 *made = out + (top + row) * columns + left + i;
+                    if (wide - i >= GROUP) {
+                        *(lanes_at *)made = bf16_group_to_fp8(*(const halves_at *)group, scale, &inexact, &tiny);
+                    } else {
+                        halves last = {};
+                        for (i64 k = 0; k < wide - i; k++)
+                            last[k] = group[k];
+                        lanes codes = bf16_group_to_fp8(last, scale, &inexact, &tiny);
+                        for (i64 k = 0; k < wide - i; k++)
+                            made[k] = codes[k];
+                    }
+                    if (++counted == MAX_LANE) {
+                        rounded += sum_of(inexact);
+                        below += sum_of(tiny);
+                        inexact = tiny = (halves){};
+                        counted = 0;
+                    }
+                }
+            rounded += sum_of(inexact);
+            below += sum_of(tiny);
+        }
+    counts[0] = rounded - below;
+    counts[1] = below;
+    return 0;
+}
+
+i64 bf16_to_fp8(const u16_at *restrict values, u8 *restrict out, i64 *restrict counts, i64 rows, i64 columns,
+                i64 height, i64 width) {
+    return bf16_to_fp8_and_scales(values, out, 0, counts, rows, columns, height, width);
+}
+
+i64 bf16_to_fp8_scales(const u16_at *restrict values, u8 *restrict out, i64 rows, i64 columns, i64 height, i64 width) {
+    for (i64 top = 0; top < rows; top += height)
+        for (i64 left = 0; left < columns; left += width) {
+            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left);
+            u32 largest = largest_bf16(values + top * columns + left, high, wide, columns);
+            if (largest >= F32_INFINITY)
+                return NEEDS_FALLBACK;
+            *out++ = (u8)fp8_scale_of(largest);
+        }
+    return 0;
+}
+
+// A group's packed codes. From 1 on they keep one bit of the mantissa; below, 0.25 and 0.75 are the values halfway. For
+// the smallest two scales these are subnormal.
+INLINE packed_lanes bf16_group_to_fp4(halves bits, u32 scale, halves *restrict inexact) {
+    u16 one = bf16_of(scale, 0), half = scale > 1 ? bf16_of(scale - 1, 0) : 0x40;
+    u16 quarter = scale > 2 ? bf16_of(scale - 2, 0) : half / 2;
+    u16 three_quarters = scale > 1 ? bf16_of(scale - 1, 0x40) : 0x60;
+    halves magnitude = bits & BF16_MAGNITUDE;
+    halves code = ((magnitude + 0x1F + (magnitude >> 6 & 1)) >> 6) - (u16)(2 * scale - 2);
+    halves small = (halves)(magnitude < one);
+    halves steps = -(halves)(magnitude > quarter) - (halves)(magnitude >= three_quarters);
+    halves exact = (small & ((halves)(magnitude == 0) | (halves)(magnitude == half))) |
+                   (~small & (halves)((magnitude & 0x3F) == 0));
+    *inexact -= ~exact;
+    pairs of_codes = (pairs)((small & steps) | (~small & code) | (bits >> 12 & 8));
+    return __builtin_convertvector((of_codes & 0xF) | (of_codes >> 12 & 0xF0), packed_lanes);
+}
+
+// Returns whether all are finite.
+INLINE int bf16_fp4_scales(const u16_at *restrict values, u8 *restrict out, i64 groups) {
+    u32 all = 0;
+    for (i64 group = 0; group < groups; group++) {
+        u32 largest = largest_bf16(values + group * GROUP, 1, GROUP, GROUP);
+        all = largest > all ? largest : all;
+        out[group] = (u8)fp4_scale_of(largest);
+    }
+    return all < F32_INFINITY;
+}
+
+// Codes and, unless `scales` is NULL, the scales. Returns how many values were rounded.
+INLINE i64 bf16_to_fp4_and_scales(const u16_at *restrict values, u8 *restrict out, u8 *restrict scales, i64 groups) {
+    i64 changed = 0;
+    for (i64 first = 0; first < groups; first += GROUPS_AT_ONCE) {
+        u8 here[GROUPS_AT_ONCE];
+        i64 some = smaller(GROUPS_AT_ONCE, groups - first);
+        u8 *scale = scales ? scales + first : here;
+        if (!bf16_fp4_scales(values + first * GROUP, scale, some))
+            return NEEDS_FALLBACK;
+        halves inexact = {};
+        for (i64 i = 0; i < some; i++) {
+            const halves_at *group = (const halves_at *)(values + (first + i) * GROUP);
+            *(packed_lanes_at *)(out + (first + i) * PACKED) = bf16_group_to_fp4(*group, scale[i], &inexact);
+        }
+        changed += sum_of(inexact);
+    }
+    return changed;
+}
+
+i64 bf16_to_fp4(const u16_at *restrict values, u8 *restrict out, i64 groups) {
+    return bf16_to_fp4_and_scales(values, out, 0, groups);
+}
+
+i64 bf16_to_fp4_scales(const u16_at *restrict values, u8 *restrict out, i64 groups) {
+    return bf16_fp4_scales(values, out, groups) ? 0 : NEEDS_FALLBACK;
 }
 
 // --- floats ---------------------------------------------------------------------------------------------

@@ -158,6 +158,16 @@ enum making {
     F32_TO_F16,
     F32_TO_Q8_0,
     F32_TO_MXFP4,
+    FP4_TO_NVFP4_CODES,
+    FP4_TO_NVFP4_SCALES,
+    BF16_TO_FP8_CODES,
+    BF16_TO_FP8_SCALES,
+    BF16_TO_FP4_CODES,
+    BF16_TO_FP4_SCALES,
+    F32_TO_FP8_CODES,
+    F32_TO_FP8_SCALES,
+    F32_TO_FP4_CODES,
+    F32_TO_FP4_SCALES,
 };
 
 enum { NAN_COUNT, OVERFLOW_COUNT, UNDERFLOW_COUNT, CHANGED_COUNT, COUNTS };
@@ -172,6 +182,7 @@ typedef struct {
     i64 descriptor, offset, row_bytes, rows_per;
     u8 *tile;
     elements holds;
+    i64 held_from, held_to; // the rows that lie in the tile
 } operand;
 
 // What a worker shares with the thread that watches it.
@@ -187,19 +198,23 @@ typedef struct {
     u8 *mapping;               // of the whole output, or NULL
     i64 rows, row_bytes, step; // of the output; rows of a tile
     u8 *tile;
-    i64 columns;       // elements of an output row; bytes for copies, FP4 scales of a row for FP4_TO_FP8_SCALES
+    i64 columns;       // elements of a row; bytes for copies, FP4 scales of a row for FP4_TO_FP8_SCALES
     i64 height, width; // of a block that shares a scale; for COLUMNS_OF_ROWS the first column, and one behind the last
     i64 scales_are_f32;
     i64 drops;           // whether what was read and written leaves the page cache
     u8 *spare;           // for scales as bytes, or for scales that are not wanted
     const void *tables[2]; // multipliers and d of Q8_0, for the scale bytes from `first` to `last`
     i64 first, last;
+    i64 largest;    // of the scales that rows share, or UNKNOWN
+    u8 *scales;     // all scales of the segment, which come with its codes; or NULL, where they are not wanted
     elements holds; // of the output
     i64 counts[COUNTS];
     i64 zeros; // a bit for each operand: every byte of it is zero, as far as it was read
     xxh3 *checksum; // or NULL, where it is known
     control *control;
 } segment;
+
+enum { UNKNOWN = -1 };
 
 // Counts the elements that have all bits of `mask`; `any` tells quickly, as a rule, that there are none.
 #define DEFINE_COUNT_NOT_FINITE(name, element, any)                                                                    \
@@ -266,12 +281,28 @@ static void columns_of_rows(const segment *s, i64 rows) {
                    s->row_bytes);
 }
 
-// Makes a tile of the operands' tiles; returns NEEDS_FALLBACK where it cannot.
-static i64 make_tile(const segment *s, i64 rows, i64 *counts) {
+// Notes the largest e8m0 scale of the operands from number `first` on; returns whether none is NaN.
+static int find_largest(segment *s, i64 first) {
+    if (s->largest == UNKNOWN) {
+        u8 largest = 0;
+        for (i64 k = first; k < s->operand_count; k++) {
+            const operand *o = &s->operands[k];
+            for (i64 i = 0; i < (o->held_to - o->held_from) * o->row_bytes; i++)
+                largest = o->tile[i] > largest ? o->tile[i] : largest;
+        }
+        s->largest = largest;
+    }
+    return s->largest != 0xFF;
+}
+
+// Makes the tile of the rows from `first` on of the operands' tiles; returns NEEDS_FALLBACK where it cannot.
+static i64 make_tile(segment *s, i64 first, i64 rows, i64 *counts) {
     const u8 *a = s->operands[0].tile, *b = s->operand_count > 1 ? s->operands[1].tile : 0;
     void *out = s->tile;
     i64 columns = s->columns, height = s->height, width = s->width, size = rows * columns, groups = size / GROUP;
     i64 made = 0;
+    // Where blocks of columns have scales, a row of the output's scales, or a row of blocks of its codes, is `height` rows.
+    u8 *scales = s->scales ? s->scales + first / height * ((columns + width - 1) / width) : 0;
     if (s->scales_are_f32) {
         i64 scales = operand_rows(&s->operands[1], rows) * s->operands[1].row_bytes / (i64)sizeof(float);
         if (!scale_bytes((const u32_at *)b, s->spare, scales))
@@ -335,6 +366,34 @@ static i64 make_tile(const segment *s, i64 rows, i64 *counts) {
         return f32_to_q8_0((const u32_at *)a, out, groups);
     case F32_TO_MXFP4:
         return counts[CHANGED_COUNT] = f32_to_mxfp4((const u32_at *)a, out, groups);
+    case FP4_TO_NVFP4_CODES: // the tile is that of the operand
+        return find_largest(s, 2) && largest_allows(b, groups, s->largest) ? 0 : NEEDS_FALLBACK;
+    case FP4_TO_NVFP4_SCALES:
+        return find_largest(s, 1) ? fp4_to_nvfp4_scales(a, out, groups, s->largest) : NEEDS_FALLBACK;
+    case BF16_TO_FP8_CODES:
+        made = bf16_to_fp8_and_scales((const u16_at *)a, out, scales, counts + UNDERFLOW_COUNT, rows, columns, height,
+                                      width);
+        break;
+    case BF16_TO_FP8_SCALES:
+        return bf16_to_fp8_scales((const u16_at *)a, out, rows * height, columns, height, width);
+    case BF16_TO_FP4_CODES:
+        return counts[CHANGED_COUNT] = bf16_to_fp4_and_scales((const u16_at *)a, out, scales, groups);
+    case BF16_TO_FP4_SCALES:
+        return bf16_to_fp4_scales((const u16_at *)a, out, groups);
+    case F32_TO_FP8_CODES:
+        made = f32_to_fp8((const u32_at *)a, out, counts + UNDERFLOW_COUNT, rows, columns, height, width);
+        if (scales && made != NEEDS_FALLBACK)
+            f32_to_fp8_scales((const u32_at *)a, scales, rows, columns, height, width);
+        break;
+    case F32_TO_FP8_SCALES:
+        return f32_to_fp8_scales((const u32_at *)a, out, rows * height, columns, height, width);
+    case F32_TO_FP4_CODES:
+        made = f32_to_fp4((const u32_at *)a, out, groups);
+        if (scales && made != NEEDS_FALLBACK)
+            f32_to_fp4_scales((const u32_at *)a, scales, groups);
+        return counts[CHANGED_COUNT] = made;
+    case F32_TO_FP4_SCALES:
+        return f32_to_fp4_scales((const u32_at *)a, out, groups);
     default:
         return NEEDS_FALLBACK;
     }
@@ -353,15 +412,22 @@ static int write_tile(segment *s, i64 first, i64 rows) {
         copy_in_kernel(s->operands[0].descriptor, s->operands[0].offset + first, s->output, offset, size))
         return 1;
     for (i64 k = 0; k < s->operand_count; k++) {
-        const operand *o = &s->operands[k];
+        operand *o = &s->operands[k];
         i64 begin = first / o->rows_per, end = operand_rows(o, first + rows);
+        if (begin == o->held_from && end == o->held_to)
+            continue; // a row that serves several tiles
+        o->held_to = 0;
         if (!transfer(PREAD, o->descriptor, o->tile, (end - begin) * o->row_bytes, o->offset + begin * o->row_bytes))
             return 0;
         if (s->zeros >> k & 1 && !is_zero(o->tile, (end - begin) * o->row_bytes))
             s->zeros ^= (i64)1 << k;
         not_finite += count_not_finite(o->holds, o->tile, (end - begin) * o->row_bytes);
+        o->held_from = begin;
+        o->held_to = end;
+        if (o->rows_per > 1)
+            s->largest = UNKNOWN;
     }
-    if (make_tile(s, rows, counts) == NEEDS_FALLBACK)
+    if (make_tile(s, first, rows, counts) == NEEDS_FALLBACK)
         return 0;
     if (!(s->mapping && store_in_mapping(s->mapping, offset, s->tile, size)) &&
         !transfer(PWRITE, s->output, s->tile, size, offset))
@@ -398,6 +464,9 @@ static void leave(const segment *s, i64 begin, i64 end) {
 // worker is stopped.
 i64 make_segment(segment *s, i64 first) {
     i64 left = first;
+    s->largest = UNKNOWN;
+    for (i64 k = 0; k < s->operand_count; k++) // others have had the tiles meanwhile
+        s->operands[k].held_from = s->operands[k].held_to = 0;
     while (first < s->rows && !__atomic_load_n(&s->control->stopped, __ATOMIC_RELAXED)) {
         i64 rows = smaller(s->step, s->rows - first);
         if (!write_tile(s, first, rows))

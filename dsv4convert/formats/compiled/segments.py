@@ -42,6 +42,16 @@ class Making(IntEnum):
     F32_TO_F16 = auto()
     F32_TO_Q8_0 = auto()
     F32_TO_MXFP4 = auto()
+    FP4_TO_NVFP4_CODES = auto()
+    FP4_TO_NVFP4_SCALES = auto()
+    BF16_TO_FP8_CODES = auto()
+    BF16_TO_FP8_SCALES = auto()
+    BF16_TO_FP4_CODES = auto()
+    BF16_TO_FP4_SCALES = auto()
+    F32_TO_FP8_CODES = auto()
+    F32_TO_FP8_SCALES = auto()
+    F32_TO_FP4_CODES = auto()
+    F32_TO_FP4_SCALES = auto()
 
 
 class Control(ctypes.Structure):
@@ -69,6 +79,8 @@ class OperandPlace(ctypes.Structure):
     rows_per: int
     tile: int
     holds: Elements
+    held_from: int
+    held_to: int
     _fields_ = [
         ("descriptor", ctypes.c_int64),
         ("offset", ctypes.c_int64),
@@ -76,6 +88,8 @@ class OperandPlace(ctypes.Structure):
         ("rows_per", ctypes.c_int64),
         ("tile", ctypes.c_void_p),
         ("holds", Elements),
+        ("held_from", ctypes.c_int64),
+        ("held_to", ctypes.c_int64),
     ]
 
 
@@ -101,6 +115,8 @@ class SegmentCall(ctypes.Structure):
     tables: Any
     first: int
     last: int
+    largest: int
+    scales: int | None
     holds: Elements
     counts: Any
     zeros: int
@@ -126,6 +142,8 @@ class SegmentCall(ctypes.Structure):
         ("tables", ctypes.c_void_p * 2),
         ("first", ctypes.c_int64),
         ("last", ctypes.c_int64),
+        ("largest", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
         ("holds", Elements),
         ("counts", ctypes.c_int64 * 4),
         ("zeros", ctypes.c_int64),

@@ -59,6 +59,10 @@ _f32_to_fp8 = Function(_LIBRARY, "f32_to_fp8", f"f4 u1 i8 {_FP8_SIZES}")
 _f32_to_fp8_scales = Function(_LIBRARY, "f32_to_fp8_scales", f"f4 u1 {_FP8_SIZES}")
 _f32_to_fp4 = Function(_LIBRARY, "f32_to_fp4", "f4 u1 n")
 _f32_to_fp4_scales = Function(_LIBRARY, "f32_to_fp4_scales", "f4 u1 n")
+_bf16_to_fp8 = Function(_LIBRARY, "bf16_to_fp8", f"u2 u1 i8 {_FP8_SIZES}")
+_bf16_to_fp8_scales = Function(_LIBRARY, "bf16_to_fp8_scales", f"u2 u1 {_FP8_SIZES}")
+_bf16_to_fp4 = Function(_LIBRARY, "bf16_to_fp4", "u2 u1 n")
+_bf16_to_fp4_scales = Function(_LIBRARY, "bf16_to_fp4_scales", "u2 u1 n")
 # Output, and the counts of changed and underflowed values.
 _f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "f4 u2 i8 n")
 _f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "f4 f2 i8 n")
@@ -296,16 +300,28 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
 # --- to FP8 and FP4 with scales ------------------------------------------------------------------------
 
 
-def f32_to_fp8(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e4m3.f32_to_fp8`."""
+def _to_fp8(function: Function, values: Array, block: Block, out: ArrayU8, tally: Tally) -> bool:
+    """Run ``function`` and add its counts; False when numpy has to do the tile."""
     _check_same_size(values, out)
     counts = np.empty(2, np.int64)
-    if _f32_to_fp8(np.ascontiguousarray(values), out, counts, *values.shape, *block) == NEEDS_FALLBACK:
-        e4m3.f32_to_fp8(values, block, out, scratch, tally)
-        return
+    if function(np.ascontiguousarray(values), out, counts, *values.shape, *block) == NEEDS_FALLBACK:
+        return False
     changed, underflow = counts.tolist()
     tally.changed += changed
     tally.underflow += underflow
+    return True
+
+
+def f32_to_fp8(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.f32_to_fp8`."""
+    if not _to_fp8(_f32_to_fp8, values, block, out, tally):
+        e4m3.f32_to_fp8(values, block, out, scratch, tally)
+
+
+def bf16_to_fp8(values: ArrayU16, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.bf16_to_fp8`."""
+    if not _to_fp8(_bf16_to_fp8, values, block, out, tally):
+        e4m3.bf16_to_fp8(values, block, out, scratch, tally)
 
 
 def f32_to_fp8_scales(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -315,15 +331,33 @@ def f32_to_fp8_scales(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scr
         e4m3.f32_to_fp8_scales(values, block, out, scratch, tally)
 
 
+def bf16_to_fp8_scales(values: ArrayU16, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e4m3.bf16_to_fp8_scales`."""
+    _check_scales(values, block, out)
+    if _bf16_to_fp8_scales(np.ascontiguousarray(values), out, *values.shape, *block) == NEEDS_FALLBACK:
+        e4m3.bf16_to_fp8_scales(values, block, out, scratch, tally)
+
+
+def _to_fp4(function: Function, values: Array, out: ArrayU8, tally: Tally) -> bool:
+    """Run ``function`` and add its count; False when numpy has to do the tile."""
+    _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
+    changed = function(np.ascontiguousarray(values), out, values.size // GROUP)
+    if changed == NEEDS_FALLBACK:
+        return False
+    tally.changed += changed
+    return True
+
+
 def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `e2m1.f32_to_fp4`."""
-    rows, columns = values.shape
-    _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
-    changed = _f32_to_fp4(np.ascontiguousarray(values), out, rows * columns // GROUP)
-    if changed == NEEDS_FALLBACK:
+    if not _to_fp4(_f32_to_fp4, values, out, tally):
         e2m1.f32_to_fp4(values, out, scratch, tally)
-    else:
-        tally.changed += changed
+
+
+def bf16_to_fp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.bf16_to_fp4`."""
+    if not _to_fp4(_bf16_to_fp4, values, out, tally):
+        e2m1.bf16_to_fp4(values, out, scratch, tally)
 
 
 def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -331,6 +365,13 @@ def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: T
     _check_scales(values, (1, GROUP), out)
     if _f32_to_fp4_scales(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
         e2m1.f32_to_fp4_scales(values, out, scratch, tally)
+
+
+def bf16_to_fp4_scales(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
+    """Twin of `e2m1.bf16_to_fp4_scales`."""
+    _check_scales(values, (1, GROUP), out)
+    if _bf16_to_fp4_scales(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
+        e2m1.bf16_to_fp4_scales(values, out, scratch, tally)
 
 
 def _check_scales(values: Array, block: Block, out: Array, per_group: int = 1) -> None:

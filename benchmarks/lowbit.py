@@ -4,7 +4,9 @@
     python benchmarks/lowbit.py --types q2_k iq2_xxs --threads 16 --times 4 --save benchmarks/results/lowbit_16.json
 
 The checkpoint has the matrices of V4-Flash's experts, in FP4, and little else. Our time is that of the whole command:
-start, headers, reading, decoding, quantising, writing, checksums. The library's is that of ``ggml_quantize_chunk``
+start, headers, reading, decoding, quantising, writing, checksums. Start and end do not grow with the model, and these
+runs take seconds where a model takes hours: ``made_of_library`` compares the part between, from the first byte to the
+last checksum, as the command's summary tells it. The library's time is that of ``ggml_quantize_chunk``
 alone, called by as many threads on elements that were decoded before the clock starts, with the same importance; both
 set up the tables of a type, which takes one thread up to eight seconds (IQ1). Each type has as many experts as give its
 library some seconds of work, and memory holds; the bytes of both are compared, but for MXFP4, which is moved here and
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import Contender, circumstances, commit, compile_package, run_once, save
+from side_by_side import Contender, circumstances, commit, compile_package, run_once, save, warm_memory
 
 from dsv4convert.api import convert_gguf
 from dsv4convert.containers.gguf import open_gguf
@@ -144,11 +146,10 @@ def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None) -
     print(json.dumps({"seconds": seconds, "processor_seconds": processor, "elements": elements}))
 
 
-def measure(arguments: argparse.Namespace, kind: str, threads: int) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path) -> dict[str, Any]:
     """Time one type in alternation; return the record."""
-    place = make_source(arguments.folder, EXPERTS[kind] * arguments.times)
     out = place / "ours.gguf"
-    options = ["--dense", kind, "--experts", kind, "--imatrix", str(place / "imatrix.gguf"), "--quiet"]
+    options = ["--dense", kind, "--experts", kind, "--imatrix", str(place / "imatrix.gguf"), "--json"]
     library_option = [] if arguments.ggml_lib is None else ["--ggml-lib", str(arguments.ggml_lib)]
     command = [
         sys.executable,
@@ -160,18 +161,23 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int) -> dict[str,
         *options,
         *library_option,
     ]
-    ours = Contender("hf-to-gguf", [*command, "--threads", str(threads)], out)
+    summary = place / "summary.json"
+    to_summary = ["sh", "-c", 'exec "$@" > "$0"', str(summary)]
+    ours = Contender("hf-to-gguf", [*to_summary, *command, "--threads", str(threads)], out)
     library = [sys.executable, __file__, "--library", kind, str(place), str(threads), *library_option]
-    times: dict[str, list[float]] = {name: [] for name in ("ours", "library", "ours_processor", "library_processor")}
+    names = ("ours", "made", "library", "ours_processor", "library_processor")
+    times: dict[str, list[float]] = {name: [] for name in names}
     peak = elements = 0
     for number in range(-arguments.warmup, arguments.rounds):
         used = run_once(ours)
+        made = json.loads(summary.read_text(encoding="utf-8"))["seconds"]
         found = json.loads(subprocess.run(library, check=True, stdout=subprocess.PIPE, text=True).stdout)
         elements = found["elements"]
         if number < 0:
             continue
         peak = max(peak, used.peak_bytes)
         times["ours"].append(used.seconds)
+        times["made"].append(made)
         times["ours_processor"].append(used.processor_seconds)
         times["library"].append(found["seconds"])
         times["library_processor"].append(found["processor_seconds"])
@@ -183,6 +189,8 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int) -> dict[str,
         "elements": elements,
         "commit": commit(),
         "ours_of_library": round(median["ours"] / median["library"], 3),
+        "made_of_library": round(median["made"] / median["library"], 3),
+        "fastest_made_of_library": round(min(times["made"]) / min(times["library"]), 3),
         "fastest_ours_of_library": round(min(times["ours"]) / min(times["library"]), 3),
         "processor_ours_of_library": round(median["ours_processor"] / median["library_processor"], 3),
         "million_elements_a_second": round(elements / median["ours"] / 1e6, 2),
@@ -191,7 +199,7 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int) -> dict[str,
     }
     print(
         f"{kind:<8} {threads} threads  {elements / 1e6:5.0f} M elements  ours {median['ours']:6.2f} s  "
-        f"library {median['library']:6.2f} s  {result['ours_of_library']:.3f}  "
+        f"library {median['library']:6.2f} s  {result['ours_of_library']:.3f}  made {result['made_of_library']:.3f}  "
         f"(fastest {result['fastest_ours_of_library']:.3f}, "
         f"processor {result['processor_ours_of_library']:.3f})  peak {result['peak_mebibytes']} MiB",
         flush=True,
@@ -225,7 +233,9 @@ def main() -> None:
         return
     compile_package()
     for kind in arguments.types:
-        results = [measure(arguments, kind, threads) for threads in arguments.threads]
+        place = make_source(arguments.folder, EXPERTS[kind] * arguments.times)
+        with warm_memory(place, (place / "wide.gguf").stat().st_size // 4):  # no type has more than a quarter of F32
+            results = [measure(arguments, kind, threads, place) for threads in arguments.threads]
         if arguments.save is not None:
             facts = {
                 **circumstances(),

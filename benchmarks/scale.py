@@ -46,14 +46,19 @@ def copies(kept: Path, target: Path, processes: int, cold: bool = False) -> Cont
     return Contender(f"cp, {processes} at once", ["sh", "-c", line], target, makes_folder_first=True, cold=cold)
 
 
-def measure(what: str, source: Path, folder: Path, threads: list[int], rounds: int, cold: bool) -> dict[str, Any]:
-    """Time one command with each number of threads; return the record."""
+def measure(
+    what: str, source: Path, folder: Path, threads: list[int], rounds: int, alone: int, cold: bool
+) -> dict[str, Any]:
+    """Time one command with each number of threads; return the record. ``alone`` are the rounds of one at a time."""
     kept = ours(source, folder / "kept", what, max(threads))
     run_once(kept)
     files = [path for path in (folder / "kept").rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     contenders = [copies(folder / "kept", folder / "copy", number, cold) for number in (1, max(threads))]
     contenders += [ours(source, folder / "ours", what, number, cold) for number in [*threads, None]]
+    contenders[0].rounds = alone
+    for contender, number in zip(contenders[2:], threads, strict=False):
+        contender.rounds = alone if number == 1 else None
     alternate(contenders, 0 if cold else 1, rounds, nbytes, say=lambda line: None)
     result = record(contenders, contenders[1].name, nbytes, what=what, cold=cold, files=len(files), output_bytes=nbytes)
     shutil.rmtree(folder / "kept")
@@ -72,6 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-scale"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rounds-alone", type=int, help="of one thread and one process of cp, the slowest; as the others"
+    )
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--threads", type=int, nargs="+")
     parser.add_argument("--experts", type=int, default=48, help="of a layer of the source: 4.5 GB with 48")
@@ -84,7 +92,8 @@ def main() -> None:
     make_flash_slice(source, arguments.experts)
     results = []
     for what in arguments.commands:
-        results.append(measure(what, source, arguments.folder, threads, arguments.rounds, arguments.cold))
+        alone = arguments.rounds if arguments.rounds_alone is None else arguments.rounds_alone
+        results.append(measure(what, source, arguments.folder, threads, arguments.rounds, alone, arguments.cold))
         if arguments.save is not None:
             save({**circumstances(), "results": results}, arguments.save)
 

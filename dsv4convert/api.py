@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .engine.cluster import Cluster
     from .engine.conversion import Summary
     from .engine.manifest import ManifestReport
+    from .engine.monitor import Step
     from .engine.run import RunReport
     from .engine.upload import Upload
     from .estimation.estimate import Estimate
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
-# Called with the bytes done and the bytes in all.
+# Called with the bytes done and the bytes in all; a ``StepListener`` of ``engine.monitor`` is told more of conversions.
 Progress: TypeAlias = Callable[[int, int], None]
 
 DEFAULT_MAX_FILE_SIZE = "5GB"
@@ -699,6 +700,7 @@ def _carry_out(
             refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
+    watch = _steps_of_total(progress, total)
     with cluster or nullcontext():
         summary = execute_in_turn(
             plans,
@@ -709,7 +711,8 @@ def _carry_out(
             lock=lock,
             inputs=inputs,
             cluster=cluster,
-            progress=_of_total(progress, total),
+            progress=None if watch is not None else _of_total(progress, total),
+            watch=watch,
             before_finish=refuse,
             uploading=uploading,
         )
@@ -763,6 +766,12 @@ def _reading_threads(threads: int | None, place: Path) -> int:
 
 def _of_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
     return None if progress is None else lambda done: progress(done, total)
+
+
+def _steps_of_total(progress: Progress | None, total: int) -> Callable[[Step], None] | None:
+    from .engine.monitor import StepListener
+
+    return (lambda step: progress.step(step, total)) if isinstance(progress, StepListener) else None
 
 
 # ---- checking -----------------------------------------------------------------------------------------

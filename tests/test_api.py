@@ -127,7 +127,8 @@ COMMANDS = {
     "check": dsv4convert.check,
     "estimate": dsv4convert.estimate,
 }
-# Options about printing, those that have functions of their own, and a field of the keyword ``upload``.
+# Options about printing (the keyword ``progress`` is a function), those that have functions of their own, and a field
+# of the keyword ``upload``.
 NO_KEYWORDS = {
     "delete_uploaded",
     "quiet",
@@ -138,6 +139,7 @@ NO_KEYWORDS = {
     "show_operators",
     "report",
     "overwrite_page",
+    "progress",
 }
 
 

@@ -22,7 +22,7 @@ OURS = {"dsv4convert", "tests"}
 
 # Extras of which the package itself imports something, and the tools of the others, which are run by name.
 IMPORTED_EXTRAS = {"gpu", "plot", "text", "vision", "hub", "stores", "maxtext", "ray"}
-RUN_BY_NAME = {"pytest-xdist", "ziglang"}
+RUN_BY_NAME = {"pytest-xdist", "mypy", "ziglang"}
 
 # What made a record in fixtures/, and is imported only to make it anew: too large to install for the tests.
 MADE_A_RECORD = {"compressed_tensors", "modelopt"}

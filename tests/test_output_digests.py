@@ -19,7 +19,7 @@ RECORDED: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-
 # Commands with an output whose bytes have no record (what imatrix sums up depends on the order in which a matrix
 # library adds), and options that do not reach the bytes.
 WITHOUT_RECORD = {"verify", "imatrix"}
-WITHOUT_EFFECT = {"index"}
+WITHOUT_EFFECT = {"index", "progress"}
 
 
 @pytest.fixture(scope="module")

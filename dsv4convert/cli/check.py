@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from ..errors import escape_control
-from .options import index_option, json_option, quiet_option, strict_option, threads_option
+from .options import index_option, json_option, progress_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, FOLDER, argument, command
 
 
@@ -16,15 +16,18 @@ from .parsing import CHECK, FOLDER, argument, command
 @index_option
 @strict_option
 @threads_option
+@progress_option
 @quiet_option
 @json_option
-def check(model: Path, index: str, strict: bool, threads: int | None, quiet: bool, as_json: bool) -> None:
+def check(
+    model: Path, index: str, strict: bool, threads: int | None, progress: str, quiet: bool, as_json: bool
+) -> None:
     """Read a whole checkpoint once and report what cannot be right: tables, NaN, tensors and experts of zeros."""
     from ..api import check as check_folder
     from .report import human_bytes, human_seconds, print_json, progress_display
 
-    with progress_display(quiet or as_json, "checking") as progress:
-        report = check_folder(model, index=index, strict=strict, threads=threads, progress=progress)
+    with progress_display(quiet or as_json, "checking", form=progress) as display:
+        report = check_folder(model, index=index, strict=strict, threads=threads, progress=display)
     if as_json:
         print_json(report.as_json())
         return

@@ -179,7 +179,7 @@ def hf_to_gguf(list_recipes: bool, *, run: RunOptions, **options: Any) -> None:
     from .report import run_conversion
 
     if not list_recipes:
-        run_conversion(api.convert_gguf, run, **options)
+        run_conversion(api.convert_gguf, run, writes_folder=False, **options)
         return
     for name in (*TYPE_OPTIONS, "out"):
         if options.pop(name):
@@ -247,7 +247,7 @@ def merge(**options: Any) -> None:
     from .. import api
     from .report import run_conversion
 
-    run_conversion(api.merge, **options)
+    run_conversion(api.merge, writes_folder=False, **options)
 
 
 COMMANDS = (hf_to_gguf, merge)

@@ -9,7 +9,7 @@ import typer
 
 from ..api import DEFAULT_CONTEXT_SIZE
 from ..errors import escape_control
-from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
+from .options import LAYERS_METAVAR, json_option, overwrite_option, progress_option, quiet_option
 from .parsing import CONTENT, FOLDER, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
 
 if TYPE_CHECKING:
@@ -70,16 +70,17 @@ if TYPE_CHECKING:
     help="Where to multiply matrices: numpy on the CPU, or torch on a GPU; auto takes a GPU where torch finds one.",
 )
 @overwrite_option
+@progress_option
 @quiet_option
 @json_option
-def imatrix(quiet: bool, as_json: bool, **options: Any) -> None:
+def imatrix(quiet: bool, as_json: bool, progress: str, **options: Any) -> None:
     """Collect activation statistics on a text: an importance matrix for low-bit types."""
     from .. import api
     from .report import print_json, progress_display
     from .saying import report_of_done_work
 
-    with progress_display(quiet or as_json, "collecting") as progress:
-        summary = api.imatrix(progress=progress, **options)
+    with progress_display(quiet or as_json, "collecting", form=progress) as display:
+        summary = api.imatrix(progress=display, **options)
     if quiet and not as_json:
         return
     with report_of_done_work():

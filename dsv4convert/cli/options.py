@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
+from .pages import report_option
 from .parsing import CONTENT, FOLDER, PATH, REPORT, RUN, argument, option
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files, or its address, such as OWNER/NAME on the hub."
@@ -95,6 +97,15 @@ strict_option = option(
     help="Fail if the source has NaN or infinite values, or tensors or files that are all zero, instead of noting it.",
 )
 quiet_option = option("--quiet", "-q", is_flag=True, panel=REPORT, help="Print errors only.")
+TEXT, JSON = "text", "json"
+progress_option = option(
+    "--progress",
+    type=click.Choice([TEXT, JSON]),
+    default=TEXT,
+    show_default=True,
+    panel=REPORT,
+    help="Progress on stderr: text for people, or a line of JSON twice a second for a program.",
+)
 json_option = option("--json", "as_json", is_flag=True, panel=REPORT, help="Print the summary as JSON.")
 
 
@@ -114,6 +125,8 @@ class RunOptions:
     workers: str | None
     quiet: bool
     as_json: bool
+    progress: str
+    report: Path | None
 
 
 RUN_OPTIONS = (
@@ -154,6 +167,8 @@ RUN_OPTIONS = (
         help="Have a Ray cluster do the work: one started on this machine (with N workers), the one that this machine "
         "belongs to, or one elsewhere.",
     ),
+    report_option,
+    progress_option,
     quiet_option,
     json_option,
 )

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from ..containers.sources import shown
+from ..engine.monitor import Step, StepListener, Timeline
 from ..errors import ReportError, UsageError, escape_control
 from ..html_report.figures import human_bytes as human_bytes
 from ..html_report.figures import human_seconds as human_seconds
-from .options import RunOptions
+from ..html_report.report import CONVERSION
+from .options import JSON, TEXT, RunOptions
+from .pages import check_page, write_page
 from .saying import report_of_done_work, unimportant
 from .tables import Block, Table, print_blocks
 
@@ -28,8 +32,16 @@ if TYPE_CHECKING:
 
 SummaryT = TypeVar("SummaryT", bound="Summary")
 
-# Seconds between progress lines where there is no terminal.
-PLAIN_PROGRESS_SECONDS = 10.0
+# Seconds between progress lines where there is no terminal, and between those for programs.
+PLAIN_PROGRESS_SECONDS, JSON_PROGRESS_SECONDS = 10.0, 0.5
+
+# What threads mostly do, as the bar says it.
+WAITING = {
+    "processor": "computing",
+    "disk": "waiting for the disk",
+    "network": "waiting for the network",
+    "other": "waiting",
+}
 
 MAX_COUNTED_LINES = 20
 
@@ -47,29 +59,55 @@ def print_json(document: Any) -> None:
     typer.echo(json_text(document))
 
 
+class _Listener(StepListener):
+    """Shows progress, and keeps a time line of it."""
+
+    def __init__(self, show: Callable[[Step, int], None] | None, timeline: Timeline | None = None) -> None:
+        self._show = show
+        self._timeline = timeline
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many bytes of so many are done."""
+        self.step(Step(done), total)
+
+    def step(self, step: Step, total: int) -> None:
+        """Show how far a conversion of ``total`` bytes is."""
+        if self._timeline is not None and step.threads:
+            self._timeline.add(step.threads)
+        if self._show is not None:
+            self._show(step, total)
+
+
 @contextmanager
-def progress_display(quiet: bool, what: str = "converting") -> Iterator[Progress | None]:
+def progress_display(
+    quiet: bool, what: str = "converting", *, form: str = TEXT, timeline: Timeline | None = None
+) -> Iterator[Progress | None]:
     """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr.
 
-    What cannot be shown never ends the work: it is dropped, and noted once when the work is done.
+    Of conversions the bar shows the file in work and what is waited for too. In the form JSON there are lines that a
+    program can read instead, with ``quiet`` as well. A ``timeline`` is filled. What cannot be shown never ends the
+    work: it is dropped, and without ``quiet`` noted once when the work is done.
     """
-    if quiet or sys.stderr is None:
-        yield None
-        return
     lost: list[str] = []
-    if sys.stderr.isatty():
+    if sys.stderr is not None and form == JSON:
+        yield _Listener(unimportant(_json_lines(), lost), timeline)
+    elif quiet or sys.stderr is None:
+        yield None if timeline is None else _Listener(None, timeline)
+    elif sys.stderr.isatty():
         with _bar(what) as update:
-            yield unimportant(update, lost)
+            yield _Listener(unimportant(update, lost), timeline)
     else:
-        yield unimportant(_plain_lines(), lost)
+        lines = unimportant(_plain_lines(), lost)
+        yield lines if timeline is None else _Listener(lambda step, total: lines(step.done, total), timeline)
     with suppress(ReportError):  # the summary that follows says so too
-        for note in lost:
+        for note in () if quiet else lost:
             typer.echo(f"note: {note}")
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Progress]:
+def _bar(what: str) -> Iterator[Callable[[Step, int], None]]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -91,29 +129,79 @@ def _bar(what: str) -> Iterator[Progress]:
     task = bar.add_task(what, total=None)
     with suppress(OSError, ValueError):
         bar.start()
+
+    def update(step: Step, total: int) -> None:
+        told = what if step.file is None else f"{what} {step.file}"
+        if step.waiting is not None:
+            told += f", {WAITING[step.waiting.most]}"
+        bar.update(task, description=escape(escape_control(told)), completed=step.done, total=total, refresh=True)
+
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total, refresh=True)
+        yield update
     finally:
         with suppress(OSError, ValueError):
             bar.stop()
 
 
-def _plain_lines() -> Progress:
-    started = time.monotonic()
-    last = started
+class _Rate:
+    """Bytes a second from the first call on: what a resumed run finds done is not counted."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def of(self, done: int) -> tuple[float, float]:
+        """Return the seconds since the first call, and the rate of a run of which ``done`` bytes are done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, done
+        seconds = now - self._first[0]
+        return seconds, (done - self._first[1]) / seconds if seconds else 0.0
+
+
+def _plain_lines() -> Callable[[int, int], None]:
+    rate_of = _Rate()
+    last = 0.0
 
     def update(done: int, total: int) -> None:
         nonlocal last
-        now = time.monotonic()
-        if now - last < PLAIN_PROGRESS_SECONDS or not done:
+        seconds, rate = rate_of.of(done)
+        if seconds - last < PLAIN_PROGRESS_SECONDS or not rate:
             return
-        last = now
-        rate = done / (now - started)
+        last = seconds
         typer.echo(
             f"{done / total:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {human_bytes(rate)}/s  "
             f"{human_seconds((total - done) / rate)} left",
             err=True,
         )
+
+    return update
+
+
+def _json_lines() -> Callable[[Step, int], None]:
+    """Return what writes a line of JSON (schemas/progress.schema.json) now and then, and one when all is done."""
+    rate_of = _Rate()
+    last = -JSON_PROGRESS_SECONDS
+    is_over = False
+
+    def update(step: Step, total: int) -> None:
+        nonlocal last, is_over
+        seconds, rate = rate_of.of(step.done)
+        is_last = step.done >= total and step.file is None  # what the last call of every command says
+        if is_over or (seconds - last < JSON_PROGRESS_SECONDS and not is_last):
+            return
+        last, is_over = seconds, is_last
+        line = {
+            "event": "finished" if is_last else "progress",
+            "done": step.done,
+            "total": total,
+            "seconds": round(seconds, 3),
+            "bytes_per_second": round(rate, 1),
+            "seconds_left": round((total - step.done) / rate, 1) if rate else None,
+            "file": step.file,
+            "waiting": None if step.waiting is None else {k: round(v, 3) for k, v in step.waiting._asdict().items()},
+        }
+        sys.stderr.write(json.dumps(line) + "\n")
+        sys.stderr.flush()
 
     return update
 
@@ -215,13 +303,28 @@ def _upload(run: RunOptions) -> Upload | None:
 
 
 def run_conversion(
-    convert: Callable[..., SummaryT], run: RunOptions, source: Path, out: Path | None, **options: Any
+    convert: Callable[..., SummaryT],
+    run: RunOptions,
+    source: Path,
+    out: Path | None,
+    *,
+    writes_folder: bool = True,
+    **options: Any,
 ) -> SummaryT:
     """Call a conversion of the API with progress, and print its summary, or what a dry run found.
 
-    ``options`` are a command's own: they have the names of the API's keywords.
+    ``options`` are a command's own: they have the names of the API's keywords. ``writes_folder``: ``out`` is a folder
+    that appears whole, and OUT-draft another; a page may lie in neither.
     """
-    with progress_display(run.quiet or run.as_json or run.dry_run) as progress:
+    if run.report is not None and run.dry_run:
+        raise UsageError("--report and --dry-run exclude each other", hint="a page is about a run; --json has the plan")
+    inputs = [source, *(value for value in options.values() if isinstance(value, Path))]
+    inputs += [Path(options[name]) for name in ("recipe", "input_scale") if options.get(name) is not None]
+    outputs = [out, out.with_name(f"{out.name}-draft")] if writes_folder and out is not None and out.name else []
+    replaced = check_page(run.report, overwrite=run.overwrite, inputs=inputs, outputs=outputs)
+    timeline = None if run.report is None else Timeline()
+    is_quiet = run.quiet or run.as_json or run.dry_run
+    with progress_display(is_quiet, form=TEXT if run.dry_run else run.progress, timeline=timeline) as progress:
         summary = convert(
             source,
             out,
@@ -237,13 +340,20 @@ def run_conversion(
             workers=run.workers,
             **options,
         )
-    if run.quiet and not run.as_json and summary.dry_run is None:
-        return summary
-    with report_of_done_work():
-        if run.as_json:
-            print_json(summary.as_json())
-        elif summary.dry_run is not None:
-            print_blocks(describe_plan(summary.dry_run))
-        else:
-            print_summary(summary)
+    document = summary.as_json()
+    if timeline is not None:
+        from .conversion_page import more_for_a_page
+
+        document |= more_for_a_page(summary, source, timeline)
+    try:
+        if not run.quiet or run.as_json or summary.dry_run is not None:
+            with report_of_done_work():
+                if run.as_json:
+                    print_json(document)
+                elif summary.dry_run is not None:
+                    print_blocks(describe_plan(summary.dry_run))
+                else:
+                    print_summary(summary)
+    finally:
+        write_page(run.report, CONVERSION, shown(source), document, replaced)
     return summary

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from ..errors import (
     Dsv4Error,
@@ -20,6 +20,8 @@ from ..errors import (
     UsageError,
     escape_control,
 )
+
+T = TypeVar("T")
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TOO_MANY_FILES = frozenset({errno.EMFILE, errno.ENFILE})
@@ -152,10 +154,10 @@ def report_before_verdict(ok: bool) -> Iterator[None]:
         say(f"note: {error}")
 
 
-def unimportant(update: Callable[[int, int], None], lost: list[str]) -> Callable[[int, int], None]:
+def unimportant(update: Callable[[T, int], None], lost: list[str]) -> Callable[[T, int], None]:
     """Return a progress function that never ends the work: what it cannot show is dropped, once noted in ``lost``."""
 
-    def shown(done: int, total: int) -> None:
+    def shown(done: T, total: int) -> None:
         if lost:
             return
         try:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import ggml_lib_option, index_option, json_option, quiet_option, strict_option, threads_option
+from .options import (
+    ggml_lib_option,
+    index_option,
+    json_option,
+    progress_option,
+    quiet_option,
+    strict_option,
+    threads_option,
+)
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
 from .saying import report_before_verdict
@@ -81,6 +89,7 @@ MAX_LISTED = 20
 @threads_option
 @report_option
 @overwrite_page_option
+@progress_option
 @quiet_option
 @json_option
 def verify(
@@ -99,6 +108,7 @@ def verify(
     threads: int | None,
     report: Path | None,
     overwrite_page: bool,
+    progress: str,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -107,7 +117,7 @@ def verify(
         if out is not None or sample is not None or foreign:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
-        _verify_manifest(source, quiet, as_json, report, replaced)
+        _verify_manifest(source, progress, quiet, as_json, report, replaced)
         return
     if out is None:
         raise UsageError(
@@ -119,7 +129,7 @@ def verify(
 
     inputs = [path for path in (source, out, imatrix, ggml_lib, graft_draft) if path is not None]
     replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
-    with progress_display(quiet or as_json, "verifying") as progress:
+    with progress_display(quiet or as_json, "verifying", form=progress) as display:
         found = verify_output(
             source,
             out,
@@ -133,7 +143,7 @@ def verify(
             ggml_lib=ggml_lib,
             graft_draft=graft_draft,
             threads=threads,
-            progress=progress,
+            progress=display,
         )
     with report_before_verdict(found.ok):
         try:
@@ -152,13 +162,15 @@ def verify(
         typer.echo("verified")
 
 
-def _verify_manifest(output: Path, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None) -> None:
+def _verify_manifest(
+    output: Path, progress: str, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None
+) -> None:
     """Re-check the checksums of an output, print the outcome, and write the page that is asked for."""
     from ..api import verify_manifest
     from .report import human_bytes, print_json, progress_display
 
-    with progress_display(quiet or as_json, "verifying") as progress:
-        found = verify_manifest(output, progress=progress)
+    with progress_display(quiet or as_json, "verifying", form=progress) as display:
+        found = verify_manifest(output, progress=display)
     document = {
         "verdict": "ok" if found.ok else "differs",
         "output": str(output),

@@ -39,6 +39,7 @@ from .manifest import (
     manifest_path,
     write_manifest,
 )
+from .monitor import Step
 from .names import Identity
 from .outputs import (
     Outputs,
@@ -105,6 +106,7 @@ def execute(
     resume: bool = False,
     fresh: bool = False,
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[Step], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     record_seconds: float = RECORD_SECONDS,
     lock: bool = True,
@@ -176,6 +178,7 @@ def execute(
                 threads=threads,
                 codecs=codecs,
                 progress=progress,
+                watch=watch,
                 recorder=journal,
                 record_seconds=record_seconds,
                 before_finish=before_rename,
@@ -263,6 +266,7 @@ def execute_in_turn(
     resume: bool = False,
     fresh: bool = False,
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[Step], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     lock: bool = True,
     inputs: Sequence[Path] = (),
@@ -290,6 +294,7 @@ def execute_in_turn(
             resume=resume,
             fresh=fresh,
             progress=None if progress is None else partial(_add_up, progress, before),
+            watch=None if watch is None else partial(_add_step, watch, before),
             before_finish=before_finish,
             lock=lock,
             inputs=inputs,
@@ -303,6 +308,10 @@ def execute_in_turn(
 
 def _add_up(progress: Callable[[int], None], before: int, done: int) -> None:
     progress(before + done)
+
+
+def _add_step(watch: Callable[[Step], None], before: int, step: Step) -> None:
+    watch(step._replace(done=before + step.done))
 
 
 def _check_all(

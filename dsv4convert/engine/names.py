@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -345,6 +346,18 @@ def _is_mount_point(path: Path) -> bool:
     for character in "\\ \t\n":
         wanted = wanted.replace(character, f"\\{ord(character):03o}")
     return any(mount.point == wanted for mount in _mounts())
+
+
+def kind_of_file_system(path: Path) -> str | None:
+    """Return the kind of the file system that ``path`` lies on, as the mount table has it; None if it does not tell."""
+    where = Path(os.path.realpath(path))
+    found = [mount for mount in _mounts() if where.is_relative_to(_unescaped(mount.point))]
+    return max(found, key=lambda mount: len(mount.point)).kind if found else None
+
+
+def _unescaped(point: str) -> str:
+    """Return a mount point as it is: the table writes spaces and the like as octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)
 
 
 class _Mount(NamedTuple):

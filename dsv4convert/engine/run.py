@@ -6,6 +6,7 @@ import contextlib
 import resource
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from .consume import Consumer
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .mappings import Mappings
+from .monitor import Monitor, Step
 from .names import nearest_folder
 from .operations import TILE_BYTES
 from .outputs import DescriptorCache, Outputs
@@ -112,9 +114,10 @@ class RunReport:
 
 
 class _Worker(Protocol):
-    """What a run wants of its workers: how many bytes each has made, and that it stops when it should."""
+    """What a run wants of its workers: how many bytes each has made, in which file, and that each stops when told."""
 
     stopped: bool
+    file: int | None
 
     @property
     def done_bytes(self) -> int: ...
@@ -126,6 +129,7 @@ class _Elsewhere:
 
     stopped: bool = False
     done_bytes: int = 0
+    file: int | None = None
 
 
 @dataclass
@@ -151,6 +155,7 @@ def run_plan(
     codecs: Codecs | None = None,
     tile_bytes: int = TILE_BYTES,
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[Step], None] | None = None,
     recorder: Recorder | None = None,
     record_seconds: float = RECORD_SECONDS,
     before_finish: Callable[[RunReport], None] | None = None,
@@ -160,10 +165,11 @@ def run_plan(
     """Make all files of ``plan`` and give them their names.
 
     ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``progress``
-    is told the bytes done, several times a second. ``before_finish`` sees the report while the files
-    still have their temporary names; an error from it keeps them from getting their own. ``file_done`` is told each
-    file that is whole, by number and the name that it has until ``before_finish`` is called, in no order. ``makers``
-    make the segments in other processes, in place of ``threads`` of this one.
+    is told the bytes done, several times a second, ``watch`` more of it: what the threads are at is looked at for it
+    alone. ``before_finish`` sees the report while the files still have their temporary names; an error from it keeps
+    them from getting their own. ``file_done`` is told each file that is whole, by number and the name that it has until
+    ``before_finish`` is called, in no order. ``makers`` make the segments in other processes, in place of ``threads``
+    of this one.
 
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
@@ -208,6 +214,18 @@ def run_plan(
             done.add(*entry.task[:3], *entry[1:])
         whole.tell(batch)
 
+    # What workers of other processes are at cannot be seen from here.
+    monitor = Monitor(worker_threads, (plan.source, plan.destination)) if watch is not None and makers is None else None
+
+    def tell() -> None:
+        counts = tuple(worker.done_bytes for worker in workers)
+        done_bytes = resumed + sum(counts)
+        if progress is not None:
+            progress(done_bytes)
+        if watch is not None:
+            waiting = None if monitor is None else monitor.waiting()
+            watch(Step(done_bytes, counts, _file_in_work(plan, workers), waiting))
+
     keeper = _Keeper(shared, workers, outputs, note, None if recorder is None else record, record_seconds)
     try:
         for thread in (*worker_threads, keeper):
@@ -215,8 +233,8 @@ def run_plan(
         while any(thread.is_alive() for thread in worker_threads):
             for thread in worker_threads:
                 thread.join(POLL_SECONDS / len(worker_threads))
-            if progress is not None:
-                progress(resumed + sum(worker.done_bytes for worker in workers))
+            tell()
+        tell()  # all of a run that was over before anybody looked
         keeper.finish()
         while keeper.is_alive():
             keeper.join(POLL_SECONDS)
@@ -389,6 +407,7 @@ def _work(
                 if found is None:
                     return
                 lane, task = found
+                worker.file = task.file
                 worker.share(lane.workers)
                 make = worker.look if outputs.is_shared(task.file) else worker.run
                 try:
@@ -417,6 +436,7 @@ def _have_made(
         with shared.lock:
             shared.batch.extend(finished)
         elsewhere.done_bytes += sum(_segment(plan, entry.task).nbytes for entry in finished)
+        elsewhere.file = finished[-1].task.file
 
     try:
         # Headers are on the disk before another machine writes into the same page.
@@ -442,6 +462,12 @@ def _stop(shared: _Shared, workers: list[_Worker]) -> None:
         shared.tasks.stop()
         for worker in workers:
             worker.stopped = True
+
+
+def _file_in_work(plan: Plan, workers: Sequence[_Worker]) -> str | None:
+    """Return the name of the file that most workers are in, None before any has begun."""
+    numbers = Counter(worker.file for worker in workers if worker.file is not None)
+    return plan.files[numbers.most_common(1)[0][0]].name if numbers else None
 
 
 def with_tensor(error: Exception, name: str) -> Exception:

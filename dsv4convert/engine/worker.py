@@ -81,6 +81,7 @@ class Worker:
         self._copies = copies
         self._all_sums = SharedSums() if sums is None else sums
         self._sums: ColumnSums | None = None
+        self.file: int | None = None  # the number of the output file in work
         self._control = Control(stopped=False, done_bytes=0)
         self._known: dict[Segment, Known] = {}
         self._compiled = CompiledSegments(

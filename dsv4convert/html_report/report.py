@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .comparison import compare_sections, compare_verdict
+from .conversion import conversion_sections, conversion_verdict
 from .estimation import estimate_sections, estimate_verdict
 from .markup import Markup
 from .page import Origin, Verdict, page
@@ -27,11 +28,15 @@ class Kind(NamedTuple):
     sections: Callable[[Json], Iterator[Markup | None]]
 
 
+# The page of every conversion.
+CONVERSION = "conversion"
+
 KINDS: Mapping[str, Kind] = {
     "inspect": Kind(inspect_verdict, inspect_sections),
     "verify": Kind(verify_verdict, verify_sections),
     "verify --manifest": Kind(manifest_verdict, manifest_sections),
     "compare": Kind(compare_verdict, compare_sections),
+    CONVERSION: Kind(conversion_verdict, conversion_sections),
     "estimate": Kind(estimate_verdict, estimate_sections),
 }
 

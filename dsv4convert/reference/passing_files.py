@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -36,6 +37,7 @@ class ArrayFile:
             npy.write_array(self._file, np.array(list(arrays)), allow_pickle=False)
             for array in arrays.values():
                 npy.write_array(self._file, np.ascontiguousarray(array), allow_pickle=False)
+            self._file.flush()  # a full disk is said here, and not where the buffer happens to be full
         self._count += 1
 
     def take(self) -> Iterator[dict[str, Array]]:
@@ -45,7 +47,7 @@ class ArrayFile:
             SpaceError, InputOutputError: the system refused.
         """
         with os_errors(self._folder, "read"):
-            self._file.seek(0)  # flushes, too
+            self._file.seek(0)
         for _ in range(self._count):
             with os_errors(self._folder, "read"):
                 names = npy.read_array(self._file, allow_pickle=False).tolist()
@@ -58,7 +60,8 @@ class ArrayFile:
 
     def close(self) -> None:
         """Close the file, with which it is gone."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what the disk did not take is tried again, and is not needed
+            self._file.close()
 
 
 class RowFile:

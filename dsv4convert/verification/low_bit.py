@@ -123,10 +123,10 @@ class RowCheck:
         return np.ascontiguousarray(importance(raw.view("<f4"), count, entry.is_legacy))
 
     def _squared_weights(self) -> Weights:
-        """Return the sum over the source's rows of the squares of each column."""
+        """Return the sum over the source's rows of the squares of each column, of values as float32 as for a file."""
         total = np.zeros(self._source.columns)
         for values in rows_of(self._source):
-            total += np.square(values).sum(axis=0)
+            total += np.square(values.astype(np.float32), dtype=np.float64).sum(axis=0)
         return total.astype(np.float32)
 
     def _quantised(self, before: Values, weights: Weights, raw: Bytes) -> Bytes:

@@ -47,7 +47,7 @@ def test_a_file_of_the_safetensors_package_is_read_where_its_bytes_lie(tmp_path:
 
 def test_packed_fp4_counts_elements_in_its_shape_and_half_of_them_in_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"w": entry("F4", [3, 6], 0, 9)}, bytes(9))
-    assert read_header(path)["w"][1:] == ("F4", (3, 6), path.stat().st_size - 9, 9, "")
+    assert read_header(path)["w"][1:] == ("F4", (3, 6), path.stat().st_size - 9, 9, None)
 
 
 @pytest.mark.parametrize(

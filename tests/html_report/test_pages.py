@@ -15,16 +15,26 @@ import pytest
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.html_report.page import without_secrets
 from dsv4convert.html_report.tables import MAX_ROWS, table
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
 from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
+from ..engine.plans import interrupt
 from ..oracles.safetensors_bytes import RawSafetensors
 from .browser import Browser
 
 MakePage = Callable[[str], Path]
-PAGES = ("inspect", "verify", "verify-manifest", "compare", "estimate")
+MORE: dict[str, list[object]] = {
+    "shard": ["--mp", 2],
+    "repack": ["--experts", "fp8"],
+    "mend": ["--drop-draft"],
+    "hf_to_gguf": ["--split-max-tensors", 40],
+}
+CONVERSIONS = ("shard", "dequantize", "requantize", "repack", "mend", "mlx", "maxtext", "merge", "hf_to_gguf")
+PAGES = ("inspect", "verify", "verify-manifest", "compare", "estimate", "shard", "repack")
 # Pages with a map or a plot; the others have tables alone, and none where nothing is to be told.
-DRAWN = ("inspect", "verify", "compare", "estimate")
+DRAWN = ("inspect", "verify", "compare", "estimate", "repack")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +50,8 @@ def pages(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFact
         "verify-manifest": ["verify", "--manifest", gguf],
         "compare": ["compare", source, gguf, "--random", 8, "--tolerance", 1],
         "estimate": ["estimate", source, "--hardware", "dgx-spark", "--mp", 2],
+        "shard": ["shard", source, folder / "shards", "--mp", 2],
+        "repack": ["repack", source, folder / "repacked", "--experts", "fp8", "--draft", "split"],
     }
     made = {name: folder / f"{name}.html" for name in commands}
     for name, arguments in commands.items():
@@ -84,6 +96,90 @@ def test_the_json_of_a_page_keeps_to_its_schema_and_is_that_of_its_digest(
     assert result.code == 0, result.err
     jsonschema.validate(json.loads(result.out), json.loads(schema_path(f"{name}.schema.json").read_text()))
     assert hashlib.sha256(result.out.encode()).hexdigest() in page.read_text()
+
+
+def manifested(found: dict[str, Any], out: Path) -> Path:
+    """Return what the manifest is named after: the output, or the first file of a split one."""
+    return out if out.exists() else Path(found["files"][0]["path"])
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_the_page_of_a_conversion_is_made_of_its_json(name: str, tiny: Path, tmp_path: Path) -> None:
+    source, out, page = tiny, tmp_path / "out", tmp_path / "page.html"
+    if name == "requantize":
+        assert run_cli("dequantize", tiny, tmp_path / "floats", "-q").code == 0
+        source = tmp_path / "floats"
+    if name == "merge":
+        (tmp_path / "split").mkdir()
+        assert run_cli("hf-to-gguf", tiny, tmp_path / "split", "--max-file-size", "1500K", "-q").code == 0
+        source = next((tmp_path / "split").glob("*-00001-of-*.gguf"))
+    more = MORE.get(name, [])
+    out = out.with_suffix(".gguf") if name in ("merge", "hf_to_gguf") else out
+    result = run_cli(name.replace("_", "-"), source, out, *more, "--report", page, "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    jsonschema.validate(found, json.loads(schema_path("conversion.schema.json").read_text()))
+    assert hashlib.sha256(result.out.encode()).hexdigest() in page.read_text()
+    # Every file has the checksum that its manifest has, and the threads wrote all but headers and padding.
+    manifest = json.loads((tmp_path / f"{manifested(found, out).name}.manifest.json").read_text())
+    named = {str(out / f["name"] if manifest["is_folder"] else tmp_path / f["name"]): f for f in manifest["files"]}
+    assert found["checksums"] == {path: file["checksum"] for path, file in named.items()}
+    assert {file["path"]: file["bytes"] for file in found["files"]} == {p: f["bytes"] for p, f in named.items()}
+    assert 0 < sum(counts[-1] for counts in found["timeline"]["threads"]) <= found["written_bytes"]
+    assert all(counts == sorted(counts) for counts in found["timeline"]["threads"])
+    stored = {name: sum(part["bytes"] for part in found[name]) for name in ("before", "after")}
+    assert stored["before"] == json.loads(run_cli("inspect", source, "--json").out)["bytes"]
+    assert name == "maxtext" or 0 < stored["after"] <= sum(file["bytes"] for file in found["files"])
+
+
+def test_a_page_of_a_run_that_went_on_says_what_was_done_before(tiny: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "model.gguf", tmp_path / "page.html"
+    interrupt(plan_gguf(tiny, out, GgufOptions()), 20)
+    result = run_cli("hf-to-gguf", tiny, out, "--resume", "--report", page, "--json")
+    found = json.loads(result.out)
+    assert found["resumed_bytes"] > 0
+    assert sum(counts[-1] for counts in found["timeline"]["threads"]) <= found["written_bytes"] - found["resumed_bytes"]
+    assert "by an earlier run" in page.read_text()
+
+
+def test_a_dry_run_has_no_page(tiny: Path, tmp_path: Path) -> None:
+    result = run_cli("hf-to-gguf", tiny, tmp_path / "out.gguf", "--dry-run", "--report", tmp_path / "page.html")
+    assert result.code == 2
+    assert "--report and --dry-run exclude each other" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["out/page.html", "out-draft/page.html"])
+def test_the_page_of_a_conversion_lies_in_no_output(place: str, tiny: Path, tmp_path: Path) -> None:
+    result = run_cli("dequantize", tiny, tmp_path / "out", "--draft", "split", "--report", tmp_path / place)
+    assert result.code == 2
+    assert "would lie in the output" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_is_no_file_of_the_source(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny, source)
+    (source / "page.html").write_text("theirs")
+    recipe = tmp_path / "recipe.html"
+    recipe.write_text('experts = "q8_0"\n')
+    for page in (source / "page.html", recipe):
+        result = run_cli(
+            "hf-to-gguf", source, tmp_path / "out.gguf", "--recipe", recipe, "--report", page, "--overwrite"
+        )
+        assert result.code == 2, result.err
+    assert (source / "page.html").read_text() == "theirs"
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_conversion_page_compares_families_and_draws_every_thread(browser: Browser, pages: dict[str, Path]) -> None:
+    opened(browser, pages["repack"])
+    titles = set(browser.run("[...document.querySelectorAll('h2')].map(h => h.textContent)"))
+    assert {"Map by type", "Bytes before and after", "Files", "Threads"} <= titles
+    families = column(browser, "Families before and after", 0)
+    before, after = (column(browser, "Families before and after", number) for number in (1, 2))
+    experts = families.index("routed experts")
+    assert float(after[experts]) > 1.5 * float(before[experts])  # FP4 to FP8
 
 
 def test_an_estimate_page_shows_what_each_rank_and_operator_takes(browser: Browser, pages: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFReader
 
 from dsv4convert.api import convert_gguf
-from dsv4convert.errors import UsageError
+from dsv4convert.errors import LossyError, UsageError
 from dsv4convert.formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
 from dsv4convert.targets import low_bit
 
@@ -21,6 +21,7 @@ from ..checkpoints import MakeCheckpoint
 from ..low_bit import SLOW, SMALL, WHOLE, write_imatrix
 from ..oracles.ggml_quantize import Asked, quantise
 from ..oracles.gguf_bytes import RawGguf
+from .folders import Editable
 
 pytestmark = pytest.mark.llama
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -206,6 +207,23 @@ def test_types_that_need_importance_are_refused_without_as_in_llama_cpp(
     name = "blk.0.ffn_down_exps.weight"
     with pytest.raises(AssertionError, match="this quantization requires an importance matrix"):
         quantise(Asked(case.wide, tmp_path / "theirs.gguf", {name: BY_NAME[kind].number}))
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFF80], ids=["nan", "infinity"])
+def test_values_that_are_not_finite_are_refused_by_tensor_and_column(
+    bits: int, editable: Callable[..., Editable], tmp_path: Path
+) -> None:
+    source = editable(overrides=WHOLE, **SMALL)
+
+    def spoil(rows: np.ndarray) -> None:
+        rows.view("<u2")[2, 5] = bits
+
+    source.edit("head.weight", spoil)
+    value = "nan" if bits == 0x7FC0 else "-inf"
+    says = f"stored as q4_0 .while making tensor output.weight.*got {value} in column 5"
+    with pytest.raises(LossyError, match=says):
+        convert_gguf(source.folder, tmp_path / "ours.gguf", output_type="q4_0")
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -12,11 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv4convert.api import convert_gguf
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.checkpoint.weights import Encoding
 from dsv4convert.containers.gguf import open_gguf
+from dsv4convert.formats.ggml import find_quantiser
 from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.reference.weights.open import open_source
+from dsv4convert.targets import low_bit
 from dsv4convert.verification import verify
 
 from ..checkpoints import MakeCheckpoint
@@ -132,6 +135,32 @@ def test_a_gguf_holds_them_in_any_type(experts: str | None, packed: tuple[Path, 
     else:
         atol = {"q8_0": 1 / 127, "mxfp4": 1 / 4, "bf16": 2.0**-8}[kind] * np.abs(exact).max()
         np.testing.assert_allclose(read, exact, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("importance", [None, "weights"])
+def test_low_bit_types_of_them_are_those_of_the_values(
+    importance: str | None, packed: tuple[Path, Encoding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of whole super-blocks, and rows that fall back; matrices in several segments."""
+    pytest.importorskip("llama_cpp")
+    source, _ = packed
+    convert_gguf(source, tmp_path / "wide.gguf", experts="f32")
+    monkeypatch.setattr(low_bit, "LEAST_SEGMENT_ELEMENTS", 2**12)
+    convert_gguf(source, tmp_path / "low.gguf", experts="q4_k", importance=importance, threads=3)
+    made, wide = open_gguf(tmp_path / "low.gguf").tensors, open_gguf(tmp_path / "wide.gguf").tensors
+    quantiser = find_quantiser()
+    for name, kind in (("blk.1.ffn_gate_exps.weight", "q4_k"), ("blk.1.ffn_down_exps.weight", "q5_0")):
+        assert made[name].type == kind
+        stored = np.fromfile(made[name].file, np.uint8, made[name].nbytes, offset=made[name].offset)
+        values = np.fromfile(wide[name].file, "<f4", wide[name].nbytes // 4, offset=wide[name].offset)
+        for rows, blocks in zip(
+            values.reshape(wide[name].shape), stored.reshape(*wide[name].shape[:2], -1), strict=True
+        ):
+            weights = None if importance is None else np.square(rows, dtype=np.float64).sum(axis=0).astype(np.float32)
+            expected = np.empty_like(blocks)
+            quantiser.quantise(kind, rows, expected, weights)
+            assert np.array_equal(blocks, expected), name
+    assert verify(source, tmp_path / "low.gguf").problems == []
 
 
 def test_requantize_rounds_them_to_fp4_and_counts(packed: tuple[Path, Encoding], tmp_path: Path) -> None:

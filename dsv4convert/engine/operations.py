@@ -364,7 +364,9 @@ def squares(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
-    wide = as_f32(operation, codecs, inputs, scratch, tally)
+    decoding = Tally()
+    wide = as_f32(operation, codecs, inputs, scratch, decoding)
+    tally.underflow += decoding.underflow  # which way every other element is rounded, quantising decides
     magnitudes = scratch.array("magnitudes", (wide.nbytes,), np.uint8)
     if codecs.count_not_finite("F32", wide.reshape(-1).view(np.uint8), magnitudes):
         row, column = np.argwhere(~np.isfinite(wide))[0]

@@ -146,7 +146,8 @@ def test_low_bit_types_of_them_are_those_of_the_values(
     source, _ = packed
     convert_gguf(source, tmp_path / "wide.gguf", experts="f32")
     monkeypatch.setattr(low_bit, "LEAST_SEGMENT_ELEMENTS", 2**12)
-    convert_gguf(source, tmp_path / "low.gguf", experts="q4_k", importance=importance, threads=3)
+    summary = convert_gguf(source, tmp_path / "low.gguf", experts="q4_k", importance=importance, threads=3)
+    assert not any("exps" in entry["tensor"] for entry in summary.counted)
     made, wide = open_gguf(tmp_path / "low.gguf").tensors, open_gguf(tmp_path / "wide.gguf").tensors
     quantiser = find_quantiser()
     for name, kind in (("blk.1.ffn_gate_exps.weight", "q4_k"), ("blk.1.ffn_down_exps.weight", "q5_0")):

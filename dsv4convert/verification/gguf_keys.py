@@ -32,7 +32,7 @@ from ..containers.json_object import read_json_object, read_optional_json_object
 from ..containers.presence import exists
 from ..errors import TokenizerError
 from ..model.config import CHAT_TEMPLATES, ModelConfig, Version, load_config
-from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent
+from .gguf_output import CLIP, DFLASH, LLAMA_CPP, LLAMA_CPP_V41, MTP, PORT, GgufContent, is_ds4_v41
 from .low_bit import LOW_BIT
 from .numbers import BLOCK
 from .report import KEY, Report
@@ -88,6 +88,25 @@ YARN_KEYS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("rope.scaling.yarn_beta_fast", "f32", lambda y: y.beta_fast),
     ("rope.scaling.yarn_beta_slow", "f32", lambda y: y.beta_slow),
 )
+# Of V4.1 in dialect ds4: where tensors begin, keys of config.json that are no keys of the file, those that are floats
+# however they are spelled, and the types of the n-gram tables' constants.
+DS4_V41_ALIGNMENT = 16384
+DS4_V41_LEFT_OUT = ("model_type", "dtype", "torch_dtype")
+DS4_V41_FLOATS = frozenset(
+    {
+        "attention_dropout", "compress_rope_theta", "hc_eps", "initializer_range", "rms_norm_eps",
+        "rope_scaling.beta_fast", "rope_scaling.beta_slow", "rope_scaling.factor", "rope_theta",
+        "routed_scaling_factor", "swiglu_limit",
+    }
+)  # fmt: skip
+DS4_V41_TABLES = {
+    "encoding": "str",
+    "layer_ids": "[u32]",
+    "pad_id": "u32",
+    "token_map": "[u32]",
+    "primes": "[u32]",
+    "multipliers": "[u64]",
+}
 PORT_NAMES = {
     "attention.output_lora_rank": "o_lora_rank",
     "attention.output_group_count": "o_groups",
@@ -223,9 +242,12 @@ def _expected(
     if architecture == CLIP:
         yield from _tower_keys(content.config, source, report)
         return
-    yield from _from_config(content, architecture)
-    if architecture == LLAMA_CPP_V41:
-        yield from _of_v41(model, content.config, source)
+    if is_ds4_v41(model):
+        yield from _of_ds4_v41(model, content.config, source, kind)
+    else:
+        yield from _from_config(content, architecture)
+        if architecture == LLAMA_CPP_V41:
+            yield from _of_v41(model, content.config, source)
     if architecture == LLAMA_CPP and content.config.has_vision:
         # The port ds4 knows the text model by them, llama.cpp's own dialect has none.
         yield f"{architecture}.checkpoint_variant", Expected("str", "vision-exp", optional=True)
@@ -336,6 +358,42 @@ def _of_v41(model: GgufModelFile, config: ModelConfig, source: Path) -> Iterator
         split = any("engram_embd_scale." in name for name in model.tensors)
         layout = "split" if split else f"row{width}"
         yield named("engram.encoding"), Expected("str", f"e4m3_e8m0_{BLOCK}_{layout}")
+
+
+def _of_ds4_v41(
+    model: GgufModelFile, config: ModelConfig, source: Path, experts: str
+) -> Iterator[tuple[str, Expected]]:
+    """Yield V4.1's keys of dialect ds4: config.json's text model as it is, and the tables' constants in its types."""
+    prefix = f"{LLAMA_CPP_V41}."
+    yield "general.alignment", Expected("u32", DS4_V41_ALIGNMENT)
+    yield "general.source.revision", Expected("str", "unknown", ours=True)
+    text = dict(config.raw["text_config"])
+    text |= {"num_nextn_predict_layers": 0, "num_hidden_layers": config.num_hidden_layers}
+    text["compress_ratios"] = list(config.compress_ratios[: config.num_hidden_layers])
+    text["kv_source_layer_ids"] = list(config.kv_source_layer_ids)
+    text["index_source_layer_ids"] = list(config.index_source_layer_ids)
+    text["candidate_source_layer_id"] = None if config.candidates is None else config.candidates.source_layer_id
+    flat = {name: value for name, value in text.items() if not isinstance(value, Mapping)}
+    for name, value in text.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": number for inner, number in value.items()}
+    for name, value in flat.items():
+        left_out = name.startswith(("engram_", "dspark_")) or name.rpartition(".")[2] in DS4_V41_LEFT_OUT
+        if value is None or left_out:
+            continue
+        plain = {bool: "bool", list: "[u32]", str: "str", float: "f32"}.get(type(value), "u32")
+        yield prefix + name, Expected("f32" if name in DS4_V41_FLOATS else plain, value)
+    yield f"{prefix}config", Expected("str", json.dumps(config.raw, ensure_ascii=False))
+    yield f"{prefix}quantization", Expected("str", f"routed experts {experts}", ours=True)
+    calibration = model.metadata.get(f"{prefix}calibration")  # free text: how low-bit types were weighed
+    yield f"{prefix}calibration", Expected("str", calibration if isinstance(calibration, str) else "", ours=True)
+    if config.engram is None:
+        return
+    here = {name.removeprefix(prefix): want.value for name, want in _of_v41(model, config, source)}
+    for name, kind in DS4_V41_TABLES.items():
+        yield f"{prefix}engram.{name}", Expected(kind, here[f"engram.{name}"])
+    yield f"{prefix}engram.rows", Expected("[u32]", list(config.engram.num_embeddings))
+    yield f"{prefix}engram.compressed_vocab_size", Expected("u32", config.engram.compressed_vocab_size)
 
 
 def _primes_from(start: int) -> Iterator[int]:

@@ -38,6 +38,9 @@ LLAMA_CPP, LLAMA_CPP_V41, PORT, DFLASH, CLIP = "deepseek4", "deepseek41", "deeps
 # The architectures of text models of each version.
 TEXT_ARCHITECTURES = {Version.V4: (LLAMA_CPP, PORT), Version.V41: (LLAMA_CPP_V41,)}
 
+# What three tensors of V4.1 are called in dialect ds4.
+DS4_V41_NAMES = {"engram_q": "engram_q_norm", "engram_k": "engram_k_norm", "engram_wkv": "engram_kv"}
+
 # What a file holds.
 TEXT, MTP, DSPARK, TOWER = "the text model", "the MTP layer", "the DSpark draft", "the vision tower"
 
@@ -57,6 +60,13 @@ MATRIX_TYPES = {
     "engram table": ("q8_0", "mxfp4", *FLOAT_TYPES),
 }
 VECTOR_TYPES = ("f32",)
+
+# Tensors that tell a slice's first layer, and what they are in a checkpoint's layer; dialect ds4 has the first in F16.
+SLICE_MARKS = {
+    "blk.0.hc_attn_fn.weight": "hc_attn_fn",
+    "blk.0.hc_attn.fn": "hc_attn_fn",
+    "blk.0.hc_attn_base.weight": "hc_attn_base",
+}
 
 # A patch is a square of this many channels.
 IMAGE_CHANNELS = 3
@@ -95,8 +105,6 @@ def gguf_content(
             expected=f"{', '.join(known[:-1])} or {known[-1]}",
             got=repr(architecture)[:100],
         )
-    if f"{LLAMA_CPP_V41}.hidden_size" in model.metadata:
-        raise UnsupportedError("cannot verify V4.1 in dialect ds4", where=model.files[0])
     config, kind, block_count = checkpoint.config, _kind(model, checkpoint), checkpoint.config.num_hidden_layers
     if kind == TOWER:
         block_count, wanted = config.flat.get("vision_n_layers", 0), _tower_weights(checkpoint)
@@ -107,9 +115,11 @@ def gguf_content(
         wanted = _mtp_file_weights(checkpoint)
         block_count += checkpoint.n_draft
     else:
-        blocks = model.metadata.get(f"{architecture}.block_count")
+        names = DS4_V41_NAMES if is_ds4_v41(model) else {}
+        block_key = f"{architecture}.{'num_hidden_layers' if is_ds4_v41(model) else 'block_count'}"
+        blocks = model.metadata.get(block_key)
         if not isinstance(blocks, int):
-            report.problem(KEY, f"{architecture}.block_count", f"missing or no number, got {blocks!r:.40}")
+            report.problem(KEY, block_key, f"missing or no number, got {blocks!r:.40}")
             blocks = checkpoint.config.num_hidden_layers
         first = 0
         inline = architecture == PORT and any(".mtp." in name for name in model.tensors)
@@ -120,11 +130,23 @@ def gguf_content(
             config = config.sliced(first, first + max(blocks, 1) - 1)
             block_count = config.num_hidden_layers
             report.notes.append(f"a slice: layers {first} to {first + blocks - 1} of the source")
-        wanted = _trunk_weights(checkpoint, config, first, architecture, inline)
+        of_layout = _trunk_weights(checkpoint, config, first, architecture, inline)
+        wanted = {_renamed(name, names): weights for name, weights in of_layout.items()}
     _note_left_out(checkpoint, wanted, kind, report)
     draft_shift = checkpoint.config.num_hidden_layers if kind != DSPARK else 0
     pieces = list(_pieces(model, wanted, config, architecture, report, imatrix, draft_shift))
     return GgufContent(config, kind, block_count, pieces)
+
+
+def is_ds4_v41(model: GgufModelFile) -> bool:
+    """Return whether a file is of V4.1 in dialect ds4, whose keys are those of config.json."""
+    return f"{LLAMA_CPP_V41}.hidden_size" in model.metadata
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return a tensor's name with the part below its block as ``names`` says."""
+    block, dot, part = name.rpartition(".")[0].rpartition(".")
+    return f"{block}{dot}{names.get(part, part)}.{name.rpartition('.')[2]}"
 
 
 def _kind(model: GgufModelFile, checkpoint: Checkpoint) -> str:
@@ -206,13 +228,13 @@ def _want(wanted: dict[str, list[Weight]], weight: Weight, name: str | None, shi
 def _first_layer(model: GgufModelFile, checkpoint: Checkpoint, blocks: int) -> int:
     """Return which layer of the source block 0 is: the first whose hyper-connections have the same bytes.
 
-    A slice numbers its blocks anew and does not say where it was cut; these tensors are always stored
-    as they are. Where none is the same, the slice is taken to begin at layer 0.
+    A slice numbers its blocks anew and does not say where it was cut; one of these tensors is always stored
+    as it is. Where none is the same, the slice is taken to begin at layer 0.
     """
-    for name in ("blk.0.hc_attn_fn.weight", "blk.0.hc_attn.fn"):
+    for name, of in SLICE_MARKS.items():
         found = model.tensors.get(name)
         for first in range(checkpoint.config.num_hidden_layers - blocks + 1):
-            weight = checkpoint.weights.get(f"layers.{first}.hc_attn_fn")
+            weight = checkpoint.weights.get(f"layers.{first}.{of}")
             if found is None or weight is None or found.type != "f32" or found.shape != weight.shape:
                 break
             sides = (_gguf_matrix(found), weight_matrix(weight))

@@ -9,8 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
+from dsv4convert.api import convert_gguf
 from dsv4convert.engine.conversion import execute
-from dsv4convert.errors import UnsupportedError, UsageError
+from dsv4convert.errors import UsageError
 from dsv4convert.inspection.describe import inspect_path
 from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.gguf import plan_gguf
@@ -30,6 +31,15 @@ def test_experts_and_tables_of_other_types_are_refused(tmp_path: Path) -> None:
         plan_gguf(TINY["tiny-a"], tmp_path / "m.gguf", options, tokenizer_pre="joyai-llm")
 
 
+# Tensors under names of the port's own, and in types of its own.
+DAMAGED = (
+    "blk.0.engram_kv.weight",
+    "blk.3.engram_embd.weight",
+    "blk.1.ffn_up_exps.weight",
+    "blk.3.indexer.proj.weight",
+)
+
+
 @pytest.mark.llama
 def test_a_file_has_the_ports_types_names_and_keys(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
@@ -37,6 +47,7 @@ def test_a_file_has_the_ports_types_names_and_keys(tmp_path: Path) -> None:
     write_synth(tmp_path / "s", "v41-tiny", overrides=wide)
     execute(plan_gguf(tmp_path / "s", tmp_path / "m.gguf", GgufOptions(dialect="ds4", experts="q4_k")))
     file = gguf.GGUFReader(tmp_path / "m.gguf")
+    at = {tensor.name: tensor for tensor in file.tensors}
     assert file.alignment == 16384
     assert all(int(tensor.data_offset) % 16384 == 0 for tensor in file.tensors)
     types = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
@@ -71,5 +82,26 @@ def test_a_file_has_the_ports_types_names_and_keys(tmp_path: Path) -> None:
     found = inspect_path(tmp_path / "m.gguf")
     assert found.unexpected == []
     assert (found.config["hidden_size"], found.roles["KV sources"], found.engram[0].columns) == (256, [1, 3], 256)
-    with pytest.raises(UnsupportedError, match=r"cannot verify V4\.1 in dialect ds4"):
-        verify(tmp_path / "s", tmp_path / "m.gguf")
+    report = verify(tmp_path / "s", tmp_path / "m.gguf")
+    assert report.problems == []
+    assert report.keys > 60
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    key = b"deepseek41.routed_scaling_factor"
+    places = {f"tensor {name}": int(at[name].data_offset) for name in DAMAGED} | {
+        key.decode(): content.index(key) + len(key) + 4  # behind the type
+    }
+    for place in places.values():
+        content[place] ^= 0x40
+    (tmp_path / "m.gguf").write_bytes(content)
+    assert {problem.where for problem in verify(tmp_path / "s", tmp_path / "m.gguf").problems} == set(places)
+
+
+@pytest.mark.llama
+def test_a_slice_is_told_where_it_was_cut(tmp_path: Path) -> None:
+    """Its hyper-connections are in F16, so that their bytes do not tell."""
+    pytest.importorskip("llama_cpp")
+    write_synth(tmp_path / "s", "tiny")
+    convert_gguf(tmp_path / "s", tmp_path / "m.gguf", dialect="ds4", layers="1-2")
+    report = verify(tmp_path / "s", tmp_path / "m.gguf")
+    assert report.problems == []
+    assert "a slice: layers 1 to 2 of the source" in report.notes

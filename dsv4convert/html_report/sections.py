@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .charts import Axis, lines, log_axis
+from .charts import COLOURS, Axis, lines, log_axis
 from .figures import human_bytes, human_seconds
 from .markup import Markup, element
 from .page import Verdict
@@ -114,6 +114,40 @@ def inspect_verdict(found: Json) -> Verdict:
     return Verdict(told + (f"{unexpected:,} unexpected" if unexpected else "nothing unexpected"), not unexpected)
 
 
+def exponents_of_scales(scales: Sequence[Json]) -> Iterator[Markup | None]:
+    """Yield how the scales of each family are spread over powers of two, as a plot of the largest ones and a table."""
+    sampled = sorted((entry for entry in scales if entry["exponents"]), key=lambda entry: -entry["sampled"])
+    shares = {
+        f"{entry['family']}, {entry['type']}": [
+            (int(exponent), count / entry["sampled"]) for exponent, count in entry["exponents"].items()
+        ]
+        for entry in sampled
+    }
+    series = {name: sorted(points) for name, points in list(shares.items())[:COLOURS]}
+    if series:
+        values = [exponent for points in series.values() for exponent, _ in points]
+        x = Axis(min(values) - 1, max(values) + 1, "exponent of the scale: 2^e up to 2^(e+1)")
+        most = max(share for points in series.values() for _, share in points)
+        yield lines("Exponents of scales", series, x, Axis(0, most, "share of the scales that were sampled"))
+    yield table(
+        "Exponents of scales, by family",
+        ("family", "type", "tensors", "sampled", "exponent", "scales", "share"),
+        [
+            (
+                entry["family"],
+                entry["type"],
+                entry["tensors"],
+                entry["sampled"],
+                int(exponent),
+                count,
+                Number(count / entry["sampled"], f"{count / entry['sampled']:.4f}"),
+            )
+            for entry in sampled
+            for exponent, count in sorted(entry["exponents"].items(), key=lambda item: int(item[0]))
+        ],
+    )
+
+
 def inspect_sections(found: Json) -> Iterator[Markup | None]:
     """Yield what a page shows of a description."""
     yield facts(
@@ -148,6 +182,7 @@ def inspect_sections(found: Json) -> Iterator[Markup | None]:
             for use in found["encodings"]
         ],
     )
+    yield from exponents_of_scales(found["scales"])
     parts = sorted(found["parts"], key=_place)
     by_layer: Counter[int] = Counter()
     for part in found["parts"]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ..model.tensors import Draft
+from .scales import ScaleCounts
 
 CUSTOM = "custom"
 
@@ -84,6 +85,7 @@ class Description:
     families: dict[str, Count] = field(default_factory=dict)
     dtypes: dict[str, Count] = field(default_factory=dict)
     encodings: list[EncodingUse] = field(default_factory=list)
+    scales: list[ScaleCounts] = field(default_factory=list)
     ranks: int | None = None
     unexpected: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -109,6 +111,7 @@ class Description:
         values["parts"] = [part._asdict() for part in self.parts]
         values["layers"] = [layer._asdict() for layer in self.layers]
         values["engram"] = [table._asdict() for table in self.engram]
+        values["scales"] = [counts.as_json() for counts in self.scales]
         values["encodings"] = [use._asdict() for use in self.encodings]
         return values
 

@@ -32,6 +32,7 @@ from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
+from .scales import Scales, count_scales
 
 # Tensors by name as stored, files and notes, as ``read_folder_headers`` returns them.
 FolderHeaders: TypeAlias = tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]
@@ -227,10 +228,14 @@ def _chain(
 
 
 def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
-    """Add how many weights of each family are stored in each way."""
+    """Add how many weights of each family are stored in each way, and the exponents of their scales."""
+    stored: list[Scales] = []
     uses: Counter[tuple[str, str, str | None, tuple[int, int] | None]] = Counter()
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)
         scale = None if weight.scale is None else stored_dtype(weight.scale)
         uses[family, weight.encoding.value, scale, weight.block] += 1
+        if scale is not None and weight.scale is not None:
+            stored.append(Scales(family, scale, weight.scale.file, weight.scale.offset, weight.scale.nbytes))
     found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]
+    found.scales = count_scales(stored)

@@ -30,6 +30,7 @@ from ..targets.ds4_v41 import NAMES as DS4_NAMES
 from ..targets.gguf_tensors import SECOND_SUFFIX
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer
 from .naming import DRAFT_FAMILY, OTHER, SHOWN_KEYS, family_of, name_variant
+from .scales import Scales, count_scales
 
 
 def describe_gguf(path: Path) -> Description:
@@ -48,6 +49,7 @@ def describe_gguf(path: Path) -> Description:
     blocks = numbers.get("block_count", "num_hidden_layers") or 0
     mtp_blocks = {int(name.split(".")[1]) for name in model.tensors if MTP_TENSOR.match(name)}
     uses: Counter[tuple[str, str]] = Counter()
+    scales: list[Scales] = []
     for name, tensor in model.tensors.items():
         family = gguf_family(name, rows, min(mtp_blocks, default=None))
         if family is None:
@@ -59,7 +61,10 @@ def describe_gguf(path: Path) -> Description:
         found.count(family, tensor.type, tensor.nbytes, int(block[1]) if block and is_in_layer else None)
         found.elements += math.prod(tensor.shape)
         uses[family, tensor.type] += 1
+        if tensor.type in BLOCKS_OF_SCALES:
+            scales.append(Scales(family, tensor.type, tensor.file, tensor.offset, tensor.nbytes))
     found.encodings = [EncodingUse(family, kind, None, None, n) for (family, kind), n in uses.items()]
+    found.scales = count_scales(scales)
     if not rows:
         found.notes.append("no DeepSeek-V4 model: tensors are counted, and not held against a layout")
         return found
@@ -84,6 +89,9 @@ def describe_gguf(path: Path) -> Description:
 MTP_TENSOR = re.compile(r"blk\.\d{1,9}\.(?:nextn|mtp)\.")
 TABLE = re.compile(r"blk\.\d{1,9}\.engram_embd\.weight")
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
+# Types of which each block begins with its scale, in ``scales.FORMATS``.
+BLOCKS_OF_SCALES = ("mxfp4", "q8_0")
 
 # Layers that a description lists; metadata that speak of more are not a model's.
 MAX_LAYERS = 10_000

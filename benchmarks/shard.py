@@ -24,15 +24,21 @@ from side_by_side import (
 from dsv4convert.targets.shard_tensors import ShardOptions
 from dsv4convert.targets.shards import plan_shards
 
+FULL_SLICE = 48  # as in the other benchmarks of conversions
+
 
 def main() -> None:
     parser = common_arguments(__doc__, "dsv4convert-bench")
     parser.add_argument("--mp", type=int, default=8)
     parser.add_argument("--experts", choices=("fp4", "fp8"), default="fp4")
+    parser.add_argument(
+        "--slice-experts", type=int, default=FULL_SLICE, help="routed experts a layer: the size of the slice"
+    )
     arguments = parser.parse_args()
 
-    source: Path = arguments.folder / "flash-slice"
-    make_flash_slice(source)
+    slice_experts = arguments.slice_experts
+    source: Path = arguments.folder / ("flash-slice" if slice_experts == FULL_SLICE else f"flash-slice-{slice_experts}")
+    make_flash_slice(source, slice_experts)
     options = ShardOptions(arguments.mp, experts=arguments.experts)
     plan = plan_shards(source, arguments.folder / "shards", options).plan
     links = as_many_bytes(source, plan.nbytes, arguments.folder / "cp-source")

@@ -1,10 +1,13 @@
-"""dequantize (repack, requantize, mlx) on a Flash slice, in alternation with a cp of as many bytes as it writes.
+"""dequantize (or repack, requantize, mlx, maxtext) on a Flash slice, next to a cp of as many bytes as it writes.
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
-python benchmarks/dequantize.py --command repack-nvfp4 --experts 48 --rounds 5 --save benchmarks/results/nvfp4.json
-python benchmarks/dequantize.py --command requantize --experts 8 --rounds 5 --save benchmarks/results/requantize.json
-python benchmarks/dequantize.py --command mlx --experts 24 --rounds 5 --save benchmarks/results/mlx.json
+python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-size 1GB --rounds 5 \\
+    --save benchmarks/results/repack_nvfp4.json
+python benchmarks/dequantize.py --command requantize --experts 3 --max-file-size 600MB --rounds 5 \\
+    --save benchmarks/results/requantize.json
+python benchmarks/dequantize.py --command mlx --experts 12 --max-file-size 1GB --rounds 5 --save benchmarks/results/mlx.json
+python benchmarks/dequantize.py --command maxtext --experts 6 --rounds 5 --save benchmarks/results/maxtext.json
 
 requantize takes the slice in BF16, and is timed next to a cp of that as well, as it reads several times what it writes.
 Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also
@@ -32,6 +35,7 @@ from side_by_side import (
 
 import dsv4convert
 from dsv4convert.targets.dequantize import plan_dequantize
+from dsv4convert.targets.maxtext import plan_maxtext
 from dsv4convert.targets.mlx import plan_mlx
 from dsv4convert.targets.repack import plan_repack
 from dsv4convert.targets.requantize import plan_requantize
@@ -42,6 +46,7 @@ COMMANDS = {
     "repack-nvfp4": ["repack", "--experts", "nvfp4"],
     "requantize": ["requantize"],
     "mlx": ["mlx"],
+    "maxtext": ["maxtext"],
 }
 PLANS = {
     "dequantize": plan_dequantize,
@@ -49,6 +54,7 @@ PLANS = {
     "repack-nvfp4": partial(plan_repack, experts="nvfp4"),
     "requantize": plan_requantize,
     "mlx": plan_mlx,
+    "maxtext": plan_maxtext,
 }
 
 
@@ -73,7 +79,7 @@ def main() -> None:
 
     def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
         command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]
-        size = ("--max-file-size", arguments.max_file_size)
+        size = () if arguments.command == "maxtext" else ("--max-file-size", arguments.max_file_size)
         line = [*command, str(folder / out), "--quiet", "--threads", str(arguments.threads), *size, *options]
         return Contender(name, line, folder / out, environment)
 

@@ -30,9 +30,7 @@ from ..formats.compiled.segments import (
 from ..formats.ggml_types import BY_NAME
 from ..formats.not_finite import MAGNITUDES
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
-from ..formats.nvfp4 import second_scale
 from ..plan import (
-    NVFP4_SECOND,
     Columns,
     Convert,
     Copy,
@@ -197,7 +195,7 @@ def _fp4_recipe(making: Making, source: Source, operand: Shape, columns: int) ->
 
 
 def known_with(segment: Segment) -> Segment | None:
-    """Return the segment whose bytes the library has found once it has made another, None where there is none."""
+    """Return the segment of the scales that the library finds with the codes of another, None where that has none."""
     operands = segment.operands
     match segment.operation:
         case ToFp8Codes(source, block):
@@ -207,9 +205,6 @@ def known_with(segment: Segment) -> Segment | None:
             return Segment(
                 ToFp4Scales(source, block), operands, segment.rows, segment.row_bytes * FP4_PER_BYTE // GROUP
             )
-        case Fp4ToNvfp4Codes():
-            sharing = tuple(scales._replace(rows_per=1) for scales in operands[_OWN_OPERANDS:])
-            return Segment(NVFP4_SECOND, sharing, 1, np.dtype(np.float32).itemsize)
     return None
 
 
@@ -344,14 +339,10 @@ class CompiledSegment:
         return self._call.zeros
 
     def known(self) -> tuple[Segment, Known] | None:
-        """Return another segment of which all is known, now that the library has made all rows of this one."""
-        if self._known is None:
+        """Return the segment of the scales that were found with the codes, once all rows of these are made here."""
+        if self._known is None or self._scales is None:
             return None
-        if self._scales is not None:
-            return self._known, Known(self._scales, self.zeros)
-        if self._recipe.making is Making.FP4_TO_NVFP4_CODES:
-            return self._known, Known(second_scale(self._call.largest).view(np.uint8), self.zeros >> _OWN_OPERANDS)
-        return None
+        return self._known, Known(self._scales, self.zeros)
 
     def add_counts(self, tally: Tally) -> None:
         """Add what was counted in the tiles that the library made."""

@@ -306,13 +306,13 @@ def test_what_cannot_be_quantised_is_told_as_by_python(kind: str, tmp_path: Path
 
 
 WITH_ANOTHER = ["quantised bf16 to fp8 codes", "quantised f32 to fp8 codes", "quantised bf16 to fp4 codes",
-                "quantised f32 to fp4 codes", "nvfp4 codes"]  # fmt: skip
+                "quantised f32 to fp4 codes"]  # fmt: skip
 
 
 @pytest.mark.parametrize("is_zero", [False, True], ids=["", "zeros"])
 @pytest.mark.parametrize("kind", WITH_ANOTHER)
 def test_what_is_found_with_codes_is_not_read_again(kind: str, is_zero: bool, tmp_path: Path) -> None:
-    """Scales of floats, and NVFP4's second scale: bytes, digest and counts are as of a worker that makes them alone."""
+    """Bytes, digest and counts of scales are those of a worker that makes them alone."""
     segment, operands = segment_of(kind, tmp_path)
     if is_zero:
         for number, array in enumerate(operands):
@@ -333,15 +333,9 @@ def test_what_is_found_with_codes_is_not_read_again(kind: str, is_zero: bool, tm
             worker.run(other, file.fileno(), output, segment.nbytes)
 
 
-@pytest.mark.parametrize(
-    ("kind", "number", "unusual"),
-    [("nvfp4 codes", 1, b"\x01"), ("quantised f32 to fp4 codes", 0, np.float32(1e38).tobytes())],
-)
-def test_nothing_is_known_of_another_segment_where_python_made_a_tile(
-    kind: str, number: int, unusual: bytes, tmp_path: Path
-) -> None:
-    segment, operands = segment_of(kind, tmp_path)
-    _write(segment, number, unusual, operands[number].nbytes // 2)
+def test_no_scales_are_known_where_python_made_a_tile(tmp_path: Path) -> None:
+    segment, operands = segment_of("quantised f32 to fp4 codes", tmp_path)
+    _write(segment, 0, np.float32(1e38).tobytes(), operands[0].nbytes // 2)
     other = compiled_segments.known_with(segment)
     assert other is not None
     output = tmp_path / "library"

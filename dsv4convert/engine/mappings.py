@@ -1,8 +1,9 @@
 """Mappings of output files in memory, for workers that share one.
 
 A file system lets one writer at a time into a file; on a tmpfs, all writers of one together then get no further than
-one and a half. Stores into a mapping do not take that lock, and cost more. 16 workers in one file: 2.5 GB/s by writes
-and 4.8 by a mapping; in two files 4.7 and 9.0, in four 9.3 and 9.3, in eight 16.5 and 10.5. On ext4 mappings only lose.
+one and a half. Stores into a mapping do not take that lock, and cost more. 16 workers in one file: 2.6 GB/s by writes
+and 4.9 by a mapping; in two files 4.4 and 8.3, in four 9.0 and 9.2, in eight 18.9 and 9.9
+(benchmarks/results/scale_16core_2026-11-26_causes.txt). On ext4 mappings only lose.
 """
 
 from __future__ import annotations

@@ -231,3 +231,10 @@ def test_recipes(recipe: str, case: Case, tmp_path: Path) -> None:
     ours = tmp_path / "ours.gguf"
     convert_gguf(case.source, ours, recipe=recipe, imatrix=case.imatrix, threads=2)
     compare(ours, case, case.given, 12, RECIPES[recipe])
+
+
+@pytest.mark.parametrize("recipe", ["q2_k_s", "q3_k_m", "q4_k_m", "iq4_xs"])
+def test_recipes_without_importance(recipe: str, case: Case, tmp_path: Path) -> None:
+    ours = tmp_path / "ours.gguf"
+    convert_gguf(case.source, ours, recipe=recipe, threads=2)
+    compare(ours, case, None, 12, RECIPES[recipe])

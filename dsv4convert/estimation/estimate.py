@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint.folder import BY_INDEX
 from ..containers.sources import shown
@@ -13,11 +13,12 @@ from ..engine.names import Identity
 from ..errors import UsageError, check_choice
 from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
+from ..model.config import ModelConfig
 from ..targets.gguf_tensors import GgufOptions
 from .fit import Option, choice, options, without_draft
 from .hardware import Hardware, load_hardware
 from .memory import Activation, Caches, Load, Need, activations, caches, default_ubatch, need, peak_bytes
-from .operators import UNIFORM, Costs, Phase, Routing, decode_steps, prefill_steps
+from .operators import UNIFORM, Costs, Phase, Routing, Steps, decode_steps, prefill_steps
 from .routing import read_routing
 from .subject import GGUF, Part, Subject, open_subject
 from .timing import Machine, Timed, timed
@@ -171,80 +172,151 @@ def estimate_path(path: Path, question: Question, *, index: str = BY_INDEX) -> E
     replaced = _check_plot(path, question)
     subject = open_subject(path, index=index, draft_wanted=question.draft != "drop")
     q = _checked(question, subject)
-    context = q.context or min(DEFAULT_CONTEXT, subject.config.max_position_embeddings)
     hardware = None if q.hardware is None else load_hardware(q.hardware)
     recipes = tuple(recipe_sizes(subject.checkpoint)) if subject.checkpoint is not None else ()
     tried: tuple[Option, ...] = ()
     chosen: Option | None = None
     if hardware is not None:
         q = replace(q, memory=q.memory or hardware.usable_memory)
-        if subject.checkpoint is not None and q.mp is None and not q.gguf and q.recipe is None:
-            kept = subject.n_draft if q.draft == "keep" else 0
-            checkpoint = subject.checkpoint if kept else without_draft(subject.checkpoint)
-            tried = options(checkpoint, recipes, q.memory or 0, context, q.batch, kept)
-            chosen = choice(tried, hardware)
-            q = q if chosen is None else _of_choice(q, chosen)
-    ranks: Ranks | None = None
-    gguf: GgufSize | None = None
-    form = AS_STORED
-    parts = subject.parts
-    n_draft = subject.n_draft
-    if q.mp is not None and subject.mp is None:
-        ranks = divided(needs_checkpoint(subject, "--mp"), q.mp, q.o_proj_tp, experts=q.experts, draft=q.draft)
-        form = AS_SHARDS
-    elif subject.mp is not None:
-        ranks, form = ranks_of_shards(subject), AS_SHARDS
-    if q.gguf or q.recipe is not None:
-        gguf = gguf_size(subject, GgufOptions(recipe=q.recipe))
-        form, parts, n_draft = AS_GGUF, gguf.parts, 0  # the text model's file has no draft
-    if q.draft == "drop":
-        parts, n_draft = tuple(part for part in parts if not part.is_draft), 0
-    kv = q.kv or ("f16" if form == AS_GGUF or subject.kind == GGUF else "published")
-    mp = ranks.mp if ranks is not None else 1
-    load = Load(q.batch, kv, mp, n_draft, q.chunk or default_ubatch(kv))
-    tokens = min(load.ubatch, q.batch * context)
-    weights = max(ranks.rank_bytes) if ranks is not None else sum(part.nbytes for part in parts)
-    routing = UNIFORM if q.routing is None else read_routing(q.routing, subject.config)
-    prefill = Costs(subject.config, parts, prefill_steps(context, q.batch, load.ubatch), kv, routing)
-    decode = Costs(subject.config, parts, decode_steps(context, q.batch), kv, routing)
-    phases = prefill.phase("prefill"), decode.phase("decode")
-    drafting = decode.draft_phase(subject.draft, n_draft) if n_draft else None
-    times = None
-    if hardware is not None:
-        output = mp if ranks is None else ranks.o_proj_tp
-        machine = Machine(hardware, mp, output, form == AS_GGUF or subject.kind == GGUF)
-        times = Times(
-            hardware,
-            mp,
-            timed(phases[0], subject.config, machine),
-            timed(phases[1], subject.config, machine),
-            None if drafting is None else timed(drafting, subject.config, machine),
-        )
-        if q.plot is not None:
-            _plot(q, subject, parts, weights, load, routing, machine, replaced)
-    elif q.plot is not None:
-        _plot(q, subject, parts, weights, load, routing, None, replaced)
-    notes = [*subject.notes, *(gguf.notes if gguf is not None else ())]
+        tried = _tried(q, subject, recipes)
+        chosen = choice(tried, hardware)
+        q = q if chosen is None else _of_choice(q, chosen)
+    form = _form(q, subject)
+    run = _run(q, subject, form)
+    phases = run.phases(subject)
+    machine = None if hardware is None else Machine(hardware, form.mp, form.o_proj_tp, form.is_gguf)
+    times = None if machine is None else _times(phases, run.config, machine)
+    if q.plot is not None:
+        _plot(q, run, machine, replaced)
+    config, load = run.config, run.load
     return Estimate(
         shown(path),
         subject.kind,
-        form,
+        form.name,
         subject,
-        parts,
-        ranks,
-        gguf,
+        form.parts,
+        form.ranks,
+        form.gguf,
         recipes,
-        caches(subject.config, context, q.batch, kv, n_draft=n_draft, ubatch=load.ubatch),
-        activations(subject.config, tokens, context, q.batch, mp),
-        tokens,
-        need(subject.config, weights, context, load, q.memory),
+        caches(config, run.context, load.batch, load.kv, n_draft=load.n_draft, ubatch=load.ubatch),
+        activations(config, run.step_tokens, run.context, load.batch, load.mp),
+        run.step_tokens,
+        need(config, form.device_bytes, run.context, load, q.memory),
         *phases,
-        drafting,
         times,
         tried,
         chosen,
-        tuple(notes),
+        (*subject.notes, *(form.gguf.notes if form.gguf is not None else ())),
     )
+
+
+@dataclass(frozen=True)
+class Form:
+    """The weights that run: as they are stored, as a GGUF, or divided among ranks; ``n_draft`` draft layers of them."""
+
+    name: str
+    parts: tuple[Part, ...]
+    n_draft: int
+    is_gguf: bool
+    ranks: Ranks | None
+    gguf: GgufSize | None
+
+    @property
+    def mp(self) -> int:
+        """Return the number of ranks."""
+        return 1 if self.ranks is None else self.ranks.mp
+
+    @property
+    def o_proj_tp(self) -> int:
+        """Return how many of them share the output projections."""
+        return 1 if self.ranks is None else self.ranks.o_proj_tp
+
+    @property
+    def device_bytes(self) -> int:
+        """Return the bytes of the weights on one device, the one that holds most."""
+        return sum(part.nbytes for part in self.parts) if self.ranks is None else max(self.ranks.rank_bytes)
+
+
+def _form(question: Question, subject: Subject) -> Form:
+    """Return the form that was asked for.
+
+    Raises:
+        UsageError, Dsv4Error: the model cannot take it.
+    """
+    q, ranks, gguf = question, None, None
+    name, parts, n_draft = AS_STORED, subject.parts, subject.n_draft
+    if subject.mp is not None:
+        name, ranks = AS_SHARDS, ranks_of_shards(subject)
+    elif q.mp is not None:
+        name = AS_SHARDS
+        ranks = divided(needs_checkpoint(subject, "--mp"), q.mp, q.o_proj_tp, experts=q.experts, draft=q.draft)
+    if q.gguf or q.recipe is not None:
+        gguf = gguf_size(subject, GgufOptions(recipe=q.recipe))
+        name, parts, n_draft = AS_GGUF, gguf.parts, 0  # the text model's file has no draft
+    if q.draft == "drop":
+        parts, n_draft = tuple(part for part in parts if not part.is_draft), 0
+    return Form(name, parts, n_draft, gguf is not None or subject.kind == GGUF, ranks, gguf)
+
+
+class Run(NamedTuple):
+    """What is computed: the weights of a form for sequences of ``context`` tokens, routed as ``routing`` says."""
+
+    config: ModelConfig
+    form: Form
+    context: int
+    load: Load
+    routing: Routing
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens that the largest step of prefill computes."""
+        return min(self.load.ubatch, self.load.batch * self.context)
+
+    def costs(self, steps: Steps) -> Costs:
+        """Return what steps cost."""
+        return Costs(self.config, self.form.parts, steps, self.load.kv, self.routing)
+
+    def phases(self, subject: Subject) -> tuple[Phase, Phase, Phase | None]:
+        """Return prefill of the whole context, the decoding of its last token, and one draft, None without any."""
+        prefill = self.costs(prefill_steps(self.context, self.load.batch, self.load.ubatch))
+        decode = self.costs(decode_steps(self.context, self.load.batch))
+        n_draft = self.form.n_draft
+        draft = decode.draft_phase(subject.draft, n_draft) if n_draft else None
+        return prefill.phase("prefill"), decode.phase("decode"), draft
+
+
+def _context(question: Question, config: ModelConfig) -> int:
+    return question.context or min(DEFAULT_CONTEXT, config.max_position_embeddings)
+
+
+def _run(question: Question, subject: Subject, form: Form) -> Run:
+    """Return what is computed, with a default for what was not said."""
+    q, config = question, subject.config
+    kv = q.kv or ("f16" if form.is_gguf else "published")
+    load = Load(q.batch, kv, form.mp, form.n_draft, q.chunk or default_ubatch(kv))
+    routing = UNIFORM if q.routing is None else read_routing(q.routing, config)
+    return Run(config, form, _context(q, config), load, routing)
+
+
+def _times(phases: tuple[Phase, Phase, Phase | None], config: ModelConfig, machine: Machine) -> Times:
+    prefill, decode, draft = phases
+    return Times(
+        machine.hardware,
+        machine.mp,
+        timed(prefill, config, machine),
+        timed(decode, config, machine),
+        None if draft is None else timed(draft, config, machine),
+    )
+
+
+def _tried(question: Question, subject: Subject, recipes: tuple[GgufSize, ...]) -> tuple[Option, ...]:
+    """Return the forms that are tried on the question's memory: none where one was asked for."""
+    q = question
+    if subject.checkpoint is None or q.mp is not None or q.gguf or q.recipe is not None:
+        return ()
+    kept = subject.n_draft if q.draft == "keep" else 0
+    checkpoint = subject.checkpoint if kept else without_draft(subject.checkpoint)
+    return options(checkpoint, recipes, q.memory or 0, _context(q, subject.config), q.batch, kept)
 
 
 def _of_choice(question: Question, chosen: Option) -> Question:
@@ -266,32 +338,20 @@ def _check_plot(path: Path, question: Question) -> Identity | None:
     return check_picture(question.plot, inputs, overwrite=question.overwrite)
 
 
-def _plot(
-    question: Question,
-    subject: Subject,
-    parts: tuple[Part, ...],
-    weights: int,
-    load: Load,
-    routing: Routing,
-    machine: Machine | None,
-    replaced: Identity | None,
-) -> None:
+def _plot(question: Question, run: Run, machine: Machine | None, replaced: Identity | None) -> None:
     """Write the picture that was asked for: memory by context, and on a machine the time of decoding by batch."""
     from .plot import MemoryPoint, TimePoint, plot_estimate
 
-    config = subject.config
+    config, load = run.config, run.load
     most = config.max_position_embeddings
-    contexts = [2**power for power in range(10, 31) if 2**power < most] + [most]
     memory = []
-    for context in contexts:
-        held = need(config, weights, context, load)
+    for context in [2**power for power in range(10, 31) if 2**power < most] + [most]:
+        held = need(config, run.form.device_bytes, context, load)
         memory.append(MemoryPoint(context, held.weights, held.caches, held.activations))
     times = []
     if machine is not None:
-        context = question.context or min(DEFAULT_CONTEXT, most)
         for batch in PLOTTED_BATCHES:
-            phase = Costs(config, parts, decode_steps(context, batch), load.kv, routing).phase("decode")
-            took = timed(phase, config, machine)
+            took = timed(run.costs(decode_steps(run.context, batch)).phase("decode"), config, machine)
             times.append(TimePoint(batch, took.seconds, took.tokens_per_second))
     title = f"DeepSeek-{config.version.value}, {config.num_hidden_layers} layers, caches {load.kv}"
     if question.plot is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
 from ..errors import UsageError
+from ..model.cache_bytes import BF16_BYTES
 from ..model.parallel import DIVIDED_KEYS, OUTPUT_GROUPS, expert_rank, run_length
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Split
 from .hardware import Hardware
@@ -19,7 +20,6 @@ from .weights import GgufSize
 # Numbers of devices that are tried; larger ones are asked for with --mp.
 MAX_DEVICES = 16
 UNIFIED = ("unified", "cpu")
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)

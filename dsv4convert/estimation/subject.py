@@ -197,15 +197,14 @@ def parts_of(weights: Iterable[Weight | ShardedWeight]) -> tuple[Part, ...]:
     found: dict[tuple[str, str], Part] = {}
     for weight in weights:
         full = _EXPERT.sub(".experts.", weight.name)
-        prefix = (weight.parts[0] if isinstance(weight, ShardedWeight) else weight).prefix
-        scaled = (weight.parts[0] if isinstance(weight, ShardedWeight) else weight).scale is not None
+        stored = weight.parts[0] if isinstance(weight, ShardedWeight) else weight
         key = full, weight.encoding.value
         part = found.get(key)
         if part is None:
-            name = full.removeprefix(prefix)
+            name = full.removeprefix(stored.prefix)
             part = Part(name, weight.layer, weight.is_draft, family_of(full), weight.encoding.value, 0, 0, 0)
         found[key] = part._replace(
-            tensors=part.tensors + 1 + scaled,
+            tensors=part.tensors + 1 + (stored.scale is not None),
             elements=part.elements + math.prod(weight.shape),
             nbytes=part.nbytes + weight.nbytes,
         )

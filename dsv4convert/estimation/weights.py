@@ -193,7 +193,7 @@ def gguf_size(subject: Subject, options: GgufOptions) -> GgufSize:
     Raises:
         Dsv4Error: what the conversion would refuse.
     """
-    checkpoint = needs_checkpoint(subject, "a GGUF's size")
+    checkpoint = needs_checkpoint(subject, "--gguf" if options.recipe is None else "--recipe")
     size = _text_model(checkpoint, options)
     if subject.kind != FOLDER:
         return size

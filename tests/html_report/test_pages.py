@@ -347,7 +347,7 @@ def test_names_in_a_verification_are_text(browser: Browser, hostile: Path, tiny:
         assert injection in text
 
 
-@pytest.mark.parametrize("name", ["compare", "estimate", "verify-manifest"])
+@pytest.mark.parametrize("name", ["compare", "estimate", "verify-manifest", "conversion"])
 def test_the_name_of_a_folder_is_text(name: str, browser: Browser, tiny: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny, tmp_path / FOLDER))
     made = tmp_path / (FOLDER + ".made")
@@ -359,6 +359,7 @@ def test_the_name_of_a_folder_is_text(name: str, browser: Browser, tiny: Path, t
         "compare": ["compare", source, source, "--random", 4],
         "estimate": ["estimate", source],
         "verify-manifest": ["verify", "--manifest", made],
+        "conversion": ["dequantize", source, made],
     }
     result = run_cli(*commands[name], "--report", page)
     assert (result.code == 0) == (name != "verify-manifest"), result.err
@@ -408,6 +409,9 @@ def test_a_page_replaces_nothing_unasked(tiny: Path, tmp_path: Path) -> None:
     result = run_cli("inspect", tiny, "--report", page)
     assert (result.code, page.read_text()) == (9, "mine")
     assert "already exists; pass --overwrite" in result.error
+    result = run_cli("dequantize", tiny, tmp_path / "out", "--report", page)
+    assert (result.code, page.read_text()) == (9, "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]
     assert run_cli("inspect", tiny, "--report", page, "--overwrite").code == 0
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html"]

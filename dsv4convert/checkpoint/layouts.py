@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_pointer
 from ..containers.json_object import read_json
-from ..containers.presence import is_folder
+from ..containers.orbax import ITEMS, METADATA_NAME
+from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
 from ..errors import ConfigError, Dsv4Error, FileFormatError, InputMissingError, InventoryError, UnsupportedError
@@ -250,6 +251,17 @@ def _other_framework(folder: Folder) -> str | None:
     return _listed(found) if found and not folder.named(".safetensors") else None
 
 
+def _orbax(folder: Folder) -> str | None:
+    """See the folder of a step too, and that of its item."""
+    if folder.named(".safetensors"):
+        return None
+    for place in ("", f"{ITEMS.rpartition('/')[2]}/", f"{ITEMS}/"):
+        with suppress(OSError):
+            if is_file(folder.path / place / METADATA_NAME):
+                return f"{place}{METADATA_NAME}"
+    return None
+
+
 def _gguf(folder: Folder) -> str | None:
     found = folder.named(".gguf")
     return _listed(found) if found and not folder.named(".safetensors") else None
@@ -466,6 +478,11 @@ LAYOUTS: tuple[Layout, ...] = (
         "the checkpoint of another framework", _other_framework, "export it to safetensors with the published names"
     ),
     Layout("a folder of shards", _shards, "run unshard first, and convert the folder that it makes"),
+    Layout(
+        "an Orbax checkpoint, as of maxtext",
+        _orbax,
+        "conversions, inspect and check start from the folder that it was made of; verify compares it with that",
+    ),
     Layout("GGUF already", _gguf, "inspect, forward and verify read it; conversions start from safetensors"),
     Layout(
         "another DeepSeek model",

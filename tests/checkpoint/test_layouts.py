@@ -122,6 +122,7 @@ DONE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "hub repository": (hub, "repository folder", "snapshots/0123abcd"),
     "pickles": (lambda f: only(f, pytorch_model__bin="x"), "PyTorch's pickles", "save it as safetensors"),
+    "Orbax": (lambda f: only(f, _METADATA="{}"), "an Orbax checkpoint, as of maxtext: _METADATA", "start from"),
     "GGUF": (lambda f: only(f, a__gguf="x"), "GGUF already", "start from safetensors"),
     "distcp": (lambda f: only(f, __0_0__distcp="x"), "another framework", "export it to safetensors"),
     "V3": (

@@ -58,6 +58,19 @@ def test_kernels_are_transposed_and_experts_stacked(source: Path, tmp_path: Path
     assert np.array_equal(leaves[f"{layer}.mhc_attention.mhc_norm.scale"].astype(float), np.ones(4 * 160))
 
 
+@pytest.mark.parametrize("inside", ["", "0", "0/items"])
+@pytest.mark.parametrize("command", ["inspect", "check", "dequantize"])
+def test_a_checkpoint_given_as_a_source_is_told_for_what_it_is(
+    command: str, inside: str, source: Path, tmp_path: Path
+) -> None:
+    dsv4convert.convert_maxtext(source, tmp_path / "out")
+    given = tmp_path / "out" / inside
+    done = run_cli(command, given, *([tmp_path / "other"] if command == "dequantize" else []))
+    assert done.code == UnsupportedError.exit_code
+    assert f"error: {given}: an Orbax checkpoint, as of maxtext: " in done.err
+    assert "start from the folder that it was made of" in done.err
+
+
 def test_scanned_layers_are_stacked_on_the_second_axis(source: Path, tmp_path: Path) -> None:
     dsv4convert.convert_maxtext(source, tmp_path / "out", scan=True)
     leaves = read_leaves(tmp_path / "out")

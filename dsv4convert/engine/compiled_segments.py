@@ -167,9 +167,9 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
             if first == Shape(columns // GROUP, 1, BYTES):
                 return Recipe(Making.FP4_TO_NVFP4_SCALES, columns)
         case ToFp8Codes(source, block) if source in _FP8_PARTS:
-            block_rows = (min(first.rows_per, block[0]), block[1])
+            height = min(first.rows_per, block[0])
             if first.row_bytes == first.rows_per * row_bytes * _SOURCE_BYTES[source]:
-                return Recipe(_FP8_PARTS[source][0], row_bytes, *block_rows)
+                return Recipe(_FP8_PARTS[source][0], row_bytes, height, block[1])
         case ToFp8Scales(source, columns, block) if source in _FP8_PARTS:
             height, rest = divmod(first.row_bytes, columns * _SOURCE_BYTES[source])
             if (first.rows_per, rest) == (1, 0) and height <= block[0] and row_bytes == -(-columns // block[1]):

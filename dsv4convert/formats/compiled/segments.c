@@ -301,7 +301,7 @@ static i64 make_tile(segment *s, i64 first, i64 rows, i64 *counts) {
     void *out = s->tile;
     i64 columns = s->columns, height = s->height, width = s->width, size = rows * columns, groups = size / GROUP;
     i64 made = 0;
-    // Where blocks of columns have scales, a row of the output's scales, or a row of blocks of its codes, is `height` rows.
+    // A row of them is for `height` rows of codes.
     u8 *scales = s->scales ? s->scales + first / height * ((columns + width - 1) / width) : 0;
     if (s->scales_are_f32) {
         i64 scales = operand_rows(&s->operands[1], rows) * s->operands[1].row_bytes / (i64)sizeof(float);

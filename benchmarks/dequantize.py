@@ -2,13 +2,14 @@
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
-python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-size 1GB --rounds 5 \\
+python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-size 1GB --rounds 3 --warmup 1 \\
     --save benchmarks/results/repack_nvfp4.json
-python benchmarks/dequantize.py --command requantize --experts 3 --max-file-size 600MB --rounds 5 \\
+python benchmarks/dequantize.py --command requantize --experts 3 --max-file-size 600MB --rounds 3 --warmup 1 \\
     --save benchmarks/results/requantize.json
-python benchmarks/dequantize.py --command mlx --experts 12 --max-file-size 1GB --rounds 5 \\
+python benchmarks/dequantize.py --command mlx --experts 12 --max-file-size 1GB --rounds 3 --warmup 1 \\
     --save benchmarks/results/mlx.json
-python benchmarks/dequantize.py --command maxtext --experts 6 --rounds 5 --save benchmarks/results/maxtext.json
+python benchmarks/dequantize.py --command maxtext --experts 6 --rounds 3 --warmup 1 \\
+    --save benchmarks/results/maxtext.json
 
 requantize takes the slice in BF16, and is timed next to a cp of that as well, as it reads several times what it writes.
 Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also

@@ -1,0 +1,133 @@
+"""hf-to-gguf into a low-bit type by workers of a local Ray cluster and by threads, in alternation.
+
+    python benchmarks/cluster.py --workers 1 4 --threads 1 4 16 --save benchmarks/results/cluster.json
+
+The checkpoint has the matrices of V4-Flash's experts and little else. Times are those of whole commands: with workers
+the start and the end of Ray too, which the contenders called "start" show alone, on a checkpoint of some megabytes.
+Figures are medians; the bytes of all outputs are compared. A record that exists keeps its other types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from lowbit import SHAPE
+from side_by_side import Contender, circumstances, compile_package, remove, run_once, save
+
+from dsv4convert.synth.write import write_synth
+
+
+def make_source(folder: Path, experts: int) -> Path:
+    """Write the checkpoint, unless it is there."""
+    source = folder / f"experts-{experts}"
+    if not source.is_dir():
+        write_synth(source, "tiny", ratios=(0,), experts=experts, vocab=384, mtp=False, overrides=SHAPE)
+    return source
+
+
+def contender(name: str, source: Path, kind: str, out: Path, options: list[str]) -> Contender:
+    """Return a conversion of the experts into a type."""
+    line = [sys.executable, "-m", "dsv4convert", "hf-to-gguf", str(source), str(out / "model.gguf"), "--quiet"]
+    return Contender(name, [*line, "--experts", kind, *options], out, makes_folder_first=True)
+
+
+def digest(file: Path) -> str:
+    """Return the xxh3-128 of a file."""
+    found = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**24):
+            found.update(block)
+    return found.hexdigest()
+
+
+def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time all contenders for one type; return the record."""
+    folder: Path = arguments.folder
+    source, small = make_source(folder, arguments.experts), folder / "small"
+    if not small.is_dir():
+        write_synth(small, "tiny")
+    library = ["--ggml-lib", str(arguments.ggml_lib)] if arguments.ggml_lib is not None else []
+    starts, works = [], []
+    for workers in arguments.workers:
+        options = ["--workers", f"ray:{workers}", *library]
+        works.append(contender(f"{workers} workers", source, kind, folder / "out", options))
+        starts.append(contender(f"start, {workers} workers", small, "mxfp4", folder / "out", options[:2]))
+    for threads in arguments.threads:
+        options = ["--threads", str(threads), *library]
+        works.append(contender(f"{threads} threads", source, kind, folder / "out", options))
+    digests, nbytes = set(), 0
+    for _ in range(arguments.rounds):
+        for one in (*starts, *works):
+            one.note(run_once(one))
+            if one in works:
+                made = one.output / "model.gguf"
+                digests.add(digest(made))
+                nbytes = made.stat().st_size
+            print(f"{kind}  {one.name:<20} {one.seconds[-1]:7.2f} s", flush=True)
+            remove(one.output)
+    if len(digests) != 1:
+        raise SystemExit(f"{kind}: the outputs differ: {sorted(digests)}")
+    seconds = {one.name: statistics.median(one.seconds) for one in (*starts, *works)}
+    least = arguments.workers[0]
+    return {
+        "type": kind,
+        **circumstances(),
+        "ray": version("ray"),
+        "source_bytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
+        "output_bytes": nbytes,
+        "outputs_equal": True,
+        "speedup": {
+            f"{workers} workers": {
+                "whole command": round(seconds[f"{least} workers"] / seconds[f"{workers} workers"], 2),
+                "without start": round(
+                    (seconds[f"{least} workers"] - seconds[f"start, {least} workers"])
+                    / (seconds[f"{workers} workers"] - seconds[f"start, {workers} workers"]),
+                    2,
+                ),
+            }
+            for workers in arguments.workers[1:]
+        },
+        "results": [
+            {
+                "name": one.name,
+                "median_seconds": round(statistics.median(one.seconds), 2),
+                "seconds": [round(second, 2) for second in one.seconds],
+            }
+            for one in (*starts, *works)
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-cluster"))
+    parser.add_argument("--types", nargs="+", default=["q4_k", "iq4_nl"])
+    parser.add_argument("--experts", type=int, default=8, help="of the checkpoint, of 25 million elements each")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ggml-lib", type=Path)
+    parser.add_argument("--save", type=Path)
+    arguments = parser.parse_args()
+    compile_package()
+    kept = arguments.save is not None and arguments.save.exists()
+    results = json.loads(arguments.save.read_text(encoding="utf-8"))["results"] if kept else []
+    for kind in arguments.types:
+        result = measure(kind, arguments)
+        print(json.dumps(result["speedup"]))
+        results = [*(one for one in results if one["type"] != kind), result]
+        if arguments.save is not None:
+            save({"date": result["date"], "results": results}, arguments.save)
+    shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

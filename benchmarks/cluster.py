@@ -14,6 +14,7 @@ import json
 import shutil
 import statistics
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ import xxhash
 from lowbit import SHAPE
 from side_by_side import Contender, circumstances, compile_package, remove, run_once, save
 
+from dsv4convert.engine import cluster
+from dsv4convert.engine.cluster import Cluster
+from dsv4convert.engine.cluster_bridge import Submit
+from dsv4convert.engine.conversion import execute
 from dsv4convert.synth.write import write_synth
+from dsv4convert.targets.gguf import plan_gguf
+from dsv4convert.targets.gguf_tensors import GgufOptions
 
 
 def make_source(folder: Path, experts: int) -> Path:
@@ -106,6 +113,29 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_tasks(folder: Path, workers: int) -> dict[str, Any]:
+    """Time tasks with hardly any work, on a cluster that runs already: what each costs besides its work."""
+    source = folder / "many"
+    if not source.is_dir():
+        write_synth(source, "tiny", experts=200)
+    given, seconds = 0, []
+    with Cluster(f"ray:{workers}") as joined:
+        joined.connect()
+        submit = joined.send
+
+        def counted(task: Submit) -> None:
+            nonlocal given
+            given += 1
+            submit(task)
+
+        joined.send = counted  # type: ignore[method-assign]
+        for _ in range(3):
+            given, started = 0, time.perf_counter()
+            execute(plan_gguf(source, folder / "many.gguf", GgufOptions()), cluster=joined, overwrite=True)
+            seconds.append(time.perf_counter() - started)
+    return {"workers": workers, "tasks": given, "seconds": [round(second, 3) for second in seconds]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-cluster"))
@@ -115,17 +145,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ggml-lib", type=Path)
+    parser.add_argument("--tasks", action="store_true", help="measure what a task costs besides its work")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     compile_package()
     kept = arguments.save is not None and arguments.save.exists()
     results = json.loads(arguments.save.read_text(encoding="utf-8"))["results"] if kept else []
+    tasks = []
+    if arguments.tasks:
+        cluster.LEAST_WORK = cluster.MOST_WORK = 1  # each segment is a task
+        tasks = [measure_tasks(arguments.folder, workers) for workers in arguments.workers]
+        print(tasks, flush=True)
     for kind in arguments.types:
         result = measure(kind, arguments)
         print(json.dumps(result["speedup"]))
         results = [*(one for one in results if one["type"] != kind), result]
         if arguments.save is not None:
-            save({"date": result["date"], "results": results}, arguments.save)
+            save({"date": result["date"], "results": results, "tasks": tasks}, arguments.save)
     shutil.rmtree(arguments.folder)
 
 

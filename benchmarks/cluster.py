@@ -117,7 +117,7 @@ def measure_tasks(folder: Path, workers: int) -> dict[str, Any]:
     """Time tasks with hardly any work, on a cluster that runs already: what each costs besides its work."""
     source = folder / "many"
     if not source.is_dir():
-        write_synth(source, "tiny", experts=200)
+        write_synth(source, "tiny", experts=60)
     given, seconds = 0, []
     with Cluster(f"ray:{workers}") as joined:
         joined.connect()
@@ -161,7 +161,10 @@ def main() -> None:
         print(json.dumps(result["speedup"]))
         results = [*(one for one in results if one["type"] != kind), result]
         if arguments.save is not None:
-            save({"date": result["date"], "results": results, "tasks": tasks}, arguments.save)
+            save(
+                {"date": result["date"], "experts": arguments.experts, "results": results, "tasks": tasks},
+                arguments.save,
+            )
     shutil.rmtree(arguments.folder)
 
 

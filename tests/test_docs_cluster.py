@@ -42,7 +42,9 @@ import re, socket, sys, time
 with socket.create_server(("127.0.0.1", int(re.search("--port=([0-9]+)", " ".join(sys.argv))[1]))):
     time.sleep(60)' "$@";; esac
 exec sleep 60""",
-    "dsv4convert": 'test -s "$RAY_AUTH_TOKEN_PATH" && exit "$RC"',
+    "dsv4convert": """test -s "$RAY_AUTH_TOKEN_PATH" || exit 99
+until [ "$(grep -c '^ray start' calls)" = "$STARTS" ]; do sleep 0.05; done
+exit "$RC\"""",
 }
 
 
@@ -58,6 +60,7 @@ def test_slurms_script_starts_all_nodes_and_converts(nodes: int, code: int, tmp_
         "SLURM_JOB_NODELIST": "nodes",
         "SLURM_CPUS_ON_NODE": "16",
         "RC": str(code),
+        "STARTS": str(min(nodes, 2)),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     script = subprocess.run(

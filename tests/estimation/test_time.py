@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,8 +296,7 @@ def test_a_picture_needs_matplotlib(tiny: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_the_page_compares_with_published_measurements() -> None:
     page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
-    command = [sys.executable, "benchmarks/estimate_times.py", "--table"]
-    table = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    table = printed("benchmarks/estimate_times.py", "--table")
     assert table in page, "put in the table of: python benchmarks/estimate_times.py --table"
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert len(rows) > 40
@@ -305,3 +305,16 @@ def test_the_page_compares_with_published_measurements() -> None:
     # What the page says: decoding within 20 %, prefill within 30 % in all but two.
     assert all(abs(error) <= 20 for phase, error in checks if phase == "decode")
     assert sum(abs(error) > 30 for phase, error in checks if phase == "prefill") == 2
+
+
+def test_the_page_has_the_run_of_our_own() -> None:
+    page = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8")
+    record = "benchmarks/results/estimate_llama_cpp.json"
+    assert printed("benchmarks/estimate_llama_cpp.py", "--table", record) in page
+    machine = json.loads((ROOT / record).read_text(encoding="utf-8"))["machine"]
+    assert parse_hardware("own", machine.encode(), record).decoded["iq2_xxs"] > 0
+
+
+def printed(*command: str) -> str:
+    """Return what a benchmark prints."""
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT).stdout

@@ -147,6 +147,8 @@ class Monitor:
 
     def _state(self, thread: Thread) -> str:
         """Return what a thread is at; "" for one that has ended, or where the system does not say."""
+        if not thread.is_alive():
+            return ""
         try:
             with open(f"/proc/self/task/{thread.native_id}/stat", encoding="ascii", errors="replace") as file:
                 state = file.read().rpartition(")")[2].split()[0]

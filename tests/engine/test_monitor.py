@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -43,11 +44,13 @@ def test_a_thread_that_computes_and_one_that_sleeps_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(monitor, "any_mounted", lambda: False)  # as other tests may have left it
     ending = threading.Event()
 
     def compute() -> None:
+        content = bytes(2**20)
         while not ending.is_set():
-            sum(range(1000))
+            hashlib.sha256(content)  # without the interpreter's lock, for which a thread would wait asleep
 
     busy, asleep = threading.Thread(target=compute), threading.Thread(target=ending.wait)
     for thread in (busy, asleep):

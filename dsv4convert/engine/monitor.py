@@ -74,11 +74,12 @@ class StepListener(ABC):
 class Timeline:
     """How many bytes each thread had written after so many seconds, in ``MAX_SAMPLES`` samples at most.
 
+    Time is that since the first sample, with which a run begins: what came before, such as planning, is no part of it.
     Runs one after another, as of a model and its draft, are one time line.
     """
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._interval = self._seconds = 0.0
         self._samples: list[tuple[float, list[int]]] = []
         self._before: list[int] = []
@@ -90,7 +91,9 @@ class Timeline:
         if sum(counts) < sum(self._last):  # another run has begun
             self._before, self._last = self._so_far(), []
         self._last = counts
-        self._seconds = seconds = (time.monotonic() if now is None else now) - self._started
+        now = time.monotonic() if now is None else now
+        self._started = now if self._started is None else self._started
+        self._seconds = seconds = now - self._started
         if self._samples and seconds - self._samples[-1][0] < self._interval:
             return
         self._samples.append((seconds, self._so_far()))

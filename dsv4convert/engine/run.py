@@ -219,6 +219,7 @@ def run_plan(
 
     def tell() -> None:
         counts = tuple(worker.done_bytes for worker in workers)
+        counts += (0,) * (len(worker_threads) - len(counts))  # those that have not begun
         done_bytes = resumed + sum(counts)
         if progress is not None:
             progress(done_bytes)
@@ -228,6 +229,7 @@ def run_plan(
 
     keeper = _Keeper(shared, workers, outputs, note, None if recorder is None else record, record_seconds)
     try:
+        tell()  # rates are counted from here on
         for thread in (*worker_threads, keeper):
             thread.start()
         while any(thread.is_alive() for thread in worker_threads):

@@ -30,6 +30,7 @@ from dsv4convert.engine.cluster_bridge import Done, Submit
 from dsv4convert.engine.cluster_worker import PAGE_BYTES, Piece, make_piece
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
+from dsv4convert.engine.monitor import Step
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import DeviceError, Dsv4Error, FileFormatError, InputOutputError, LockedError
 from dsv4convert.plan import Plan
@@ -183,6 +184,16 @@ def test_a_machine_that_would_make_other_bytes_is_refused(piece: tuple[Plan, Pie
         make_piece(replace(task, sources={tiny / "absent": [1, 2]}))
 
 
+def test_the_processes_of_a_cluster_are_one_thread_of_its_steps(tiny: Path, tmp_path: Path, small_tasks: None) -> None:
+    steps: list[Step] = []
+    plan = PLANS["gguf"](tiny, tmp_path)
+    execute(plan, cluster=HereCluster(), watch=steps.append)
+    assert {len(step.threads) for step in steps} == {1}
+    assert (steps[0].threads, steps[-1].file) == ((0,), "model.gguf")
+    assert steps[-1].threads == (steps[-1].done,)
+    assert all(step.waiting is None for step in steps)
+
+
 def test_the_work_of_a_lost_cluster_is_kept(tiny: Path, tmp_path: Path, small_tasks: None) -> None:
     def lost(piece: Piece) -> Any:
         raise InputOutputError("the Ray cluster was lost", where="ray")
@@ -202,7 +213,7 @@ def test_what_one_machine_began_a_cluster_ends(tiny: Path, tmp_path: Path, small
     assert contents(plan) == carry_out("dequantize", tiny, tmp_path, "whole", threads=2)
 
 
-@pytest.mark.parametrize("workers", ["", "slurm", "ray:0", "ray:x", "ray://", "ray://host", "http://host:1"])
+@pytest.mark.parametrize("workers", ["", "slurm", "ray:0", "ray:x", "ray://", "ray://host", "tcp://host:1"])
 def test_workers_that_are_none(workers: str, tiny: Path, tmp_path: Path) -> None:
     result = run_cli("dequantize", tiny, tmp_path / "out", "--workers", workers)
     assert result.code == 2

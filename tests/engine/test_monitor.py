@@ -35,6 +35,14 @@ def test_runs_one_after_another_add_up() -> None:
     assert line.as_json()["threads"] == [[0, 5, 10, 10, 13], [0, 0, 0, 0, 4]]
 
 
+def test_a_time_line_begins_with_the_run() -> None:
+    line = Timeline()
+    planned = time.monotonic() + 1000
+    for second, counts in enumerate(([0, 0], [5, 7], [10, 14])):
+        line.add(counts, now=planned + second)
+    assert line.as_json() == {"seconds": [0, 1, 2], "threads": [[0, 5, 10], [0, 7, 14]]}
+
+
 def test_a_time_line_of_nothing_is_empty() -> None:
     assert Timeline().as_json() == {"seconds": [], "threads": []}
 

@@ -127,6 +127,10 @@ def test_the_page_of_a_conversion_is_made_of_its_json(name: str, tiny: Path, tmp
     assert {file["path"]: file["bytes"] for file in found["files"]} == {p: f["bytes"] for p, f in named.items()}
     assert 0 < sum(counts[-1] for counts in found["timeline"]["threads"]) <= found["written_bytes"]
     assert all(counts == sorted(counts) for counts in found["timeline"]["threads"])
+    assert found["timeline"]["seconds"][0] == 0
+    assert {counts[0] for counts in found["timeline"]["threads"]} == {0}
+    assert found["timeline"]["seconds"][-1] <= found["seconds"] + 0.001  # rounded to milliseconds
+    assert "Rate of threads over time" in page.read_text()
     stored = {name: sum(part["bytes"] for part in found[name]) for name in ("before", "after")}
     assert stored["before"] == json.loads(run_cli("inspect", source, "--json").out)["bytes"]
     assert name == "maxtext" or 0 < stored["after"] <= sum(file["bytes"] for file in found["files"])

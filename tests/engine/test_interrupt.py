@@ -22,7 +22,7 @@ import sys, time
 import dsv4convert.engine.worker as tiles
 import dsv4convert.engine.conversion as convert
 from dsv4convert.engine.compiled_segments import CompiledSegment, CompiledSegments
-from dsv4convert.cli import main
+from dsv4convert.__main__ import main
 def slowly(function):
     def slow(*args):
         time.sleep(0.05)

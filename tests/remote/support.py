@@ -19,7 +19,7 @@ from .hub_server import Hub
 PROGRAM = """
 from dsv4convert.containers import fetching
 fetching.FIRST_WAIT_SECONDS, fetching.LONGEST_WAIT_SECONDS = 0.01, 0.1
-from dsv4convert.cli import main
+from dsv4convert.__main__ import main
 main()
 """
 REPOSITORY = "somebody/Small-V4"

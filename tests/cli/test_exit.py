@@ -1,0 +1,50 @@
+"""How the process ends: with the command's exit code, whatever its threads are at."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# A command that prints and ends while a thread works, or after it; exit(3) aborts, as where it meets a thread inside a
+# C library.
+PROGRAM = """
+import ctypes, sys, threading, time
+from dsv4convert import cli
+from dsv4convert.__main__ import main
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
+def run(arguments):
+    thread = threading.Thread(target=time.sleep, args=({seconds},), daemon={daemon})
+    thread.start()
+    {wait}
+    sys.stdout.write("told")
+    {end}
+cli.run = run
+main()
+"""
+WAIT = "thread.join()"
+
+
+def end(end: str = "pass", *, seconds: float = 60, daemon: bool = True, wait: str = "pass") -> tuple[int, str]:
+    program = PROGRAM.format(seconds=seconds, daemon=daemon, wait=wait, end=end)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [("pass", 0), ("sys.exit(0)", 0), ("sys.exit(7)", 7), ("raise KeyboardInterrupt", 130), ("sys.exit('why')", 1)],
+)
+def test_a_process_with_threads_at_work_ends_with_its_code_and_all_it_printed(ending: str, code: int) -> None:
+    assert end(ending) == (code, "told")
+
+
+def test_a_process_without_them_ends_as_any_other() -> None:
+    assert end("sys.exit(7)", seconds=0, wait=WAIT)[0] == -signal.SIGABRT
+
+
+def test_a_thread_that_is_no_daemon_is_waited_for() -> None:
+    assert end("sys.exit(7)", seconds=0.2, daemon=False)[0] == -signal.SIGABRT

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -157,13 +157,19 @@ def _watch(address: str, send: Any) -> None:
                 return
 
 
-def _submit(task: Submit, send: Any) -> None:
+@cache
+def _make() -> Any:
+    """Return a worker's function as Ray knows it; made once, since each new one is pickled and sent to the cluster."""
     import ray
+
+    return ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[InputOutputError])(make_piece)
+
+
+def _submit(task: Submit, send: Any) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    make: Any = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[InputOutputError])(make_piece)
     near = NodeAffinitySchedulingStrategy(task.node, soft=True)
-    reference = make.options(scheduling_strategy=near).remote(task.piece)
+    reference = _make().options(scheduling_strategy=near).remote(task.piece)
     reference.future().add_done_callback(partial(_pass_on, task.number, send))
 
 

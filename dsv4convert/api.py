@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from .errors import UsageError
 
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from .targets.shards import ShardSummary
     from .verification import Report
 
+T = TypeVar("T")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
-# Called with the bytes done and the bytes in all; a ``StepListener`` of ``engine.monitor`` is told more of conversions.
+# Called with the bytes done and the bytes in all; a ``StepListener`` of ``engine.monitor`` is told more.
 Progress: TypeAlias = Callable[[int, int], None]
 
 DEFAULT_MAX_FILE_SIZE = "5GB"
@@ -768,6 +769,16 @@ def _of_total(progress: Progress | None, total: int) -> Callable[[int], None] | 
     return None if progress is None else lambda done: progress(done, total)
 
 
+def _watched(read: Callable[[Callable[[Step], None] | None], T], progress: Progress | None, total: int) -> T:
+    """Return what ``read`` returns, which tells of its steps: a listener hears of them, other progress of bytes."""
+    if progress is None:
+        return read(None)
+    total = max(1, total)
+    result = read(_steps_of_total(progress, total) or (lambda step: progress(step.done, total)))
+    progress(total, total)
+    return result
+
+
 def _steps_of_total(progress: Progress | None, total: int) -> Callable[[Step], None] | None:
     from .engine.monitor import StepListener
 
@@ -821,7 +832,7 @@ def verify(
         ggml_lib=None if ggml_lib is None else Path(ggml_lib),
         graft_draft=None if graft_draft is None else _located(graft_draft),
     )
-    return prepared.run(threads, _of_total(progress, max(1, prepared.nbytes)))
+    return _watched(lambda watch: prepared.run(threads, watch), progress, prepared.nbytes)
 
 
 def check(
@@ -843,7 +854,7 @@ def check(
     place = _located(model)
     threads = _reading_threads(threads, place)
     census = prepare_check(place, index=index, strict=strict)
-    return census.run(threads, _of_total(progress, max(1, census.nbytes)))
+    return _watched(lambda watch: census.run(threads, watch), progress, census.nbytes)
 
 
 def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> ManifestReport:
@@ -856,7 +867,7 @@ def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> Manife
 
     out = Path(out)
     total = sum(entry["bytes"] for entry in read_manifest(manifest_of(out))["files"])
-    return check_manifest(out, _of_total(progress, max(1, total)))
+    return _watched(lambda watch: check_manifest(out, watch), progress, total)
 
 
 # ---- reading ------------------------------------------------------------------------------------------

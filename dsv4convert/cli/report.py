@@ -84,8 +84,8 @@ def progress_display(
 ) -> Iterator[Progress | None]:
     """Yield a function of bytes done and bytes in all: a bar on a terminal, plain lines elsewhere, on stderr.
 
-    Of conversions the bar shows the file in work and what is waited for too. In the form JSON there are lines that a
-    program can read instead, with ``quiet`` as well. A ``timeline`` is filled. What cannot be shown never ends the
+    The bar shows the file in work and what is waited for too, where that is told. In the form JSON there are lines that
+    a program can read instead, with ``quiet`` as well. A ``timeline`` is filled. What cannot be shown never ends the
     work: it is dropped, and without ``quiet`` noted once when the work is done.
     """
     lost: list[str] = []

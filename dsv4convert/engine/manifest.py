@@ -28,6 +28,7 @@ from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExis
 from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
+from .monitor import Step, Watched
 from .names import Identity, check_file_can_be_replaced, entries_within, folders_of_names, remove_known
 from .outputs import MANIFEST_SUFFIX, open_file, os_errors, partial_path, write_file
 from .run import RunReport
@@ -389,8 +390,8 @@ class ManifestReport:
         return not self.mismatches
 
 
-def check_manifest(output: Path, progress: Callable[[int], None] | None = None) -> ManifestReport:
-    """Read every byte of ``output`` and compare it with the manifest beside it.
+def check_manifest(output: Path, watch: Callable[[Step], None] | None = None) -> ManifestReport:
+    """Read every byte of ``output`` and compare it with the manifest beside it; ``watch`` is told how far that is.
 
     Raises:
         InputMissingError, FileFormatError: no manifest, or not one.
@@ -398,13 +399,12 @@ def check_manifest(output: Path, progress: Callable[[int], None] | None = None) 
     manifest = read_manifest(manifest_of(output))
     folder = output if manifest["is_folder"] else output.parent
     mismatches: list[Mismatch] = []
+    watched = Watched(watch, ())
     done = 0
     for entry in manifest["files"]:
-        for mismatch in _check_file(folder / entry["name"], entry):
-            mismatches.append(mismatch)
+        mismatches += _check_file(folder / entry["name"], entry, done, watched)
         done += entry["bytes"]
-        if progress is not None:
-            progress(done)
+        watched.tell(done, entry["name"])
     if manifest["is_folder"] and is_folder(folder):
         known = {entry["name"] for entry in manifest["files"]}
         found = entries_within(folder, set(folders_of_names(known)).__contains__)
@@ -415,7 +415,7 @@ def check_manifest(output: Path, progress: Callable[[int], None] | None = None) 
     )
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
+def _check_file(path: Path, entry: Mapping[str, Any], before: int, watched: Watched) -> Iterator[Mismatch]:
     name = entry["name"]
     digests = [tensor["checksum"] for tensor in entry["tensors"]]
     try:
@@ -442,6 +442,7 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> Iterator[Mismatch]:
                 if not _same_tensor(file.fileno(), tensor):
                     yield Mismatch(name, tensor["name"], "the bytes differ")
                 position = tensor["offset"] + tensor["bytes"]
+                watched.tell(before + position, name)
             if not _all_zero(file.fileno(), position, size):
                 yield Mismatch(name, None, "the bytes after the last tensor are not zero")
     except OSError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
 from ..containers.sources import any_mounted
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 class StepListener(ABC):
-    """Progress that wants to know, of a conversion, its steps too: only with one is a run looked at."""
+    """Progress that wants to know of steps: only with one is a conversion looked at."""
 
     @abstractmethod
     def __call__(self, done: int, total: int) -> None:
@@ -68,7 +68,7 @@ class StepListener(ABC):
 
     @abstractmethod
     def step(self, step: Step, total: int) -> None:
-        """Hear how far a conversion of ``total`` bytes is."""
+        """Hear how far work on ``total`` bytes is."""
 
 
 class Timeline:
@@ -138,7 +138,7 @@ class Monitor:
     def waiting(self) -> Waiting | None:
         """Look at the threads where it is time to, and return how they spent the last second; None if unknown."""
         now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS:
+        if self._threads and now - self._looked >= LOOK_SECONDS:
             self._looked = now
             self._seen.append((now, Counter(filter(None, map(self._state, self._threads)))))
             self._seen = [entry for entry in self._seen if now - entry[0] <= SHARE_SECONDS]
@@ -158,3 +158,25 @@ class Monitor:
         except (OSError, IndexError):
             return ""
         return PROCESSOR if state == _RUNNING else self._device if state == _DEVICE else self._asleep
+
+
+class Watched:
+    """Work that reads ``media``: tells ``watch`` how far it is, in which file, and what its threads wait for.
+
+    Each of its threads calls ``enter`` once; where none does, nothing is told of waiting.
+    """
+
+    def __init__(self, watch: Callable[[Step], None] | None, media: Sequence[Path]) -> None:
+        self._watch = watch
+        self._threads: list[Thread] = []
+        self._monitor = Monitor(self._threads, media)
+        self.tell(0)  # rates are counted from here on
+
+    def enter(self) -> None:
+        """Count the thread that calls among those of the work."""
+        self._threads.append(current_thread())
+
+    def tell(self, done: int, file: str | None = None) -> None:
+        """Say that ``done`` bytes are done, and which file is in work."""
+        if self._watch is not None:
+            self._watch(Step(done, (), file, self._monitor.waiting()))

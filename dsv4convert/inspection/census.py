@@ -36,6 +36,7 @@ from ..containers.safetensors import Stored
 from ..containers.sources import SequentialReader, at, shown
 from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
+from ..engine.monitor import Step, Watched
 from ..errors import InputOutputError, not_read
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Scratch
@@ -80,6 +81,7 @@ class Seen(NamedTuple):
     """What was seen of a part of a tensor."""
 
     name: str
+    file: str
     nbytes: int
     not_finite: int
     is_zero: bool
@@ -99,8 +101,8 @@ class Census:
         """Return how many bytes are to be read."""
         return self.checkpoint.nbytes
 
-    def run(self, threads: int = 1, progress: Callable[[int], None] | None = None) -> CheckReport:
-        """Read every tensor; ``progress`` is told how many bytes have been read.
+    def run(self, threads: int = 1, watch: Callable[[Step], None] | None = None) -> CheckReport:
+        """Read every tensor; ``watch`` is told how many bytes have been read, and in which file.
 
         Raises:
             InputOutputError: a file cannot be read.
@@ -109,14 +111,14 @@ class Census:
         report = self.report
         not_finite: dict[str, int] = {}
         zero: dict[str, bool] = {}
-        for seen in _look(_tasks(self.checkpoint.weights.values()), threads):
+        watched = Watched(watch, (self.checkpoint.folder,))
+        for seen in _look(_tasks(self.checkpoint.weights.values()), threads, watched.enter):
             report.bytes_read += seen.nbytes
             if seen.not_finite:
                 not_finite[seen.name] = not_finite.get(seen.name, 0) + seen.not_finite
             if zero.get(seen.name, True) and seen.nbytes:
                 zero[seen.name] = seen.is_zero
-            if progress is not None:
-                progress(report.bytes_read)
+            watched.tell(report.bytes_read, seen.file)
         if not_finite:
             names = tuple(f"{name} ({count:,})" for name, count in not_finite.items())
             report.findings.append(Finding(NOT_FINITE.format(count=counted(len(names), "tensor")), names))
@@ -166,8 +168,11 @@ def _tasks(weights: Iterable[Weight]) -> Iterator[Task]:
         yield task
 
 
-def _look(tasks: Iterator[Task], threads: int) -> Iterator[Seen]:
-    """Yield what is seen of every part of every task; a few tasks wait at a time, whatever there is in all."""
+def _look(tasks: Iterator[Task], threads: int, enter: Callable[[], None]) -> Iterator[Seen]:
+    """Yield what is seen of every part of every task; a few tasks wait at a time, whatever there is in all.
+
+    Each of the threads calls ``enter`` first.
+    """
     codecs = default_codecs()
     readers = local()
 
@@ -177,7 +182,7 @@ def _look(tasks: Iterator[Task], threads: int) -> Iterator[Seen]:
         reader: _Reader = readers.own
         return [reader.look(name, stored) for name, stored in task]
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=enter) as pool:
         waiting = [pool.submit(look, task) for task in islice(tasks, threads + TASKS_AHEAD)]
         while waiting:
             done = waiting.pop(0).result()
@@ -237,7 +242,7 @@ class _Reader:
             if self._remote is not None:
                 self._remote.close()
                 self._remote = None
-        return Seen(name, stored.nbytes, bad, is_zero)
+        return Seen(name, stored.file.name, stored.nbytes, bad, is_zero)
 
     def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:
         if stored.scale_form is not None:

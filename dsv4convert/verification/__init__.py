@@ -22,6 +22,7 @@ from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
 from ..containers.presence import exists
 from ..containers.sources import shown
+from ..engine.monitor import Step, Watched
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..formats.ggml import find_quantiser
 from ..model.mlx_names import is_mlx
@@ -48,31 +49,37 @@ class Verification:
     pieces: list[Piece]
     how: Comparison
     started: float
+    source: Path
+    output: Path
 
     @property
     def nbytes(self) -> int:
         """Return about how many bytes of source and output are to be read."""
         return sum(bytes_to_read(piece, self.how) for piece in self.pieces)
 
-    def run(self, threads: int = 1, progress: Callable[[int], None] | None = None) -> Report:
-        """Compare the elements; ``progress`` is told how many bytes have been read.
+    def run(self, threads: int = 1, watch: Callable[[Step], None] | None = None) -> Report:
+        """Compare the elements; ``watch`` is told how many bytes have been read, and in which file of the output.
 
         Raises:
             InputOutputError: a file cannot be read.
         """
         report = self.report
-        for result, nbytes in compare_pieces(self.pieces, self.how, threads):
+        watched = Watched(watch, (self.source, self.output))
+        for piece, result, nbytes in compare_pieces(self.pieces, self.how, threads, watched.enter):
             report.bytes_read += nbytes
             known = report.results.setdefault(result.name, result)
             if known is not result:
                 known.add(result)
-            if progress is not None:
-                progress(report.bytes_read)
+            watched.tell(report.bytes_read, _name_within(self.output, piece.output.file))
         for result in report.results.values():
             if result.wrong:
                 report.problem(TENSOR, f"tensor {result.name}", _describe_wrong(result))
         report.seconds = time.monotonic() - self.started
         return report
+
+
+def _name_within(output: Path, file: Path) -> str:
+    return str(file.relative_to(output)) if output in file.parents else file.name
 
 
 def verify(source: Path, output: Path, *, threads: int = 1, **options: Any) -> Report:
@@ -135,7 +142,7 @@ def prepare(
     low_bit = LowBitCheck()
     if any(piece.output.encoding in LOW_BIT for piece in fitting):
         low_bit = _low_bit_check(open_gguf(output), matrix, ggml_lib, report)
-    return Verification(report, fitting, Comparison(sample, seed, foreign, low_bit), started)
+    return Verification(report, fitting, Comparison(sample, seed, foreign, low_bit), started, source, output)
 
 
 def _low_bit_check(model: GgufModelFile, imatrix: Imatrix | None, ggml_lib: Path | None, report: Report) -> LowBitCheck:

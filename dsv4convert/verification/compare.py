@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
@@ -87,16 +87,18 @@ class Comparison(NamedTuple):
         return blocks if self.sample is None else min(blocks, max(1, math.ceil(self.sample * blocks)))
 
 
-def compare_pieces(pieces: Iterable[Piece], how: Comparison, threads: int) -> Iterator[tuple[TensorResult, int]]:
-    """Yield (result, bytes read) of every piece, in order.
+def compare_pieces(
+    pieces: Iterable[Piece], how: Comparison, threads: int, enter: Callable[[], None]
+) -> Iterator[tuple[Piece, TensorResult, int]]:
+    """Yield (piece, result, bytes read) of every piece, in order; each of the threads calls ``enter`` first.
 
     Raises:
         InputOutputError: a read failed.
     """
     remaining = iter(pieces)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=enter) as pool:
         while batch := list(islice(remaining, BATCH)):
-            yield from pool.map(lambda piece: compare_piece(piece, how), batch)
+            yield from pool.map(lambda piece: (piece, *compare_piece(piece, how)), batch)
 
 
 def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:

@@ -7,7 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,6 +18,19 @@ from dsv4convert.containers.json_object import schema_path
 from dsv4convert.engine.monitor import Step, StepListener, Waiting
 
 from ..command_line import run_cli
+
+
+class Steps(StepListener):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.steps.append(Step(done))
+
+    def step(self, step: Step, total: int) -> None:
+        self.steps.append(step)
 
 
 def progress_lines(error: str) -> list[dict[str, Any]]:
@@ -81,16 +94,9 @@ def test_a_bar_says_the_file_the_rate_and_what_is_waited_for(
 
 
 def test_a_conversion_is_watched_for_it(tiny: Path, tmp_path: Path) -> None:
-    class Seen(StepListener):
-        steps: ClassVar[list[Step]] = []
-
-        def __call__(self, done: int, total: int) -> None: ...
-
-        def step(self, step: Step, total: int) -> None:
-            self.steps.append(step)
-
-    dsv4convert.shard(tiny, tmp_path / "out", mp=2, threads=2, progress=Seen())
-    last = Seen.steps[-1]
+    told = Steps()
+    dsv4convert.shard(tiny, tmp_path / "out", mp=2, threads=2, progress=told)
+    last = [step for step in told.steps if step.threads][-1]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert last.file in names
     assert sum(last.threads) == last.done
@@ -107,6 +113,32 @@ def test_other_long_commands_have_lines_too(tiny: Path, tmp_path: Path) -> None:
         assert result.code == 0
         lines = progress_lines(result.err)
         assert lines[-1]["event"] == "finished"
+        assert lines[-1]["done"] == lines[-1]["total"] > 1000
+
+
+def test_verify_and_check_name_the_file_that_they_read(tiny: Path, tmp_path: Path) -> None:
+    dsv4convert.shard(tiny, tmp_path / "out", mp=2)
+    outputs = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    sources = {path.name for path in tiny.glob("*.safetensors")}
+    verified, listed, checked = Steps(), Steps(), Steps()
+    assert dsv4convert.verify(tiny, tmp_path / "out", threads=2, progress=verified).ok
+    assert dsv4convert.verify_manifest(tmp_path / "out", progress=listed).ok
+    assert not dsv4convert.check(tiny, progress=checked).findings
+    for told, names in ((verified, outputs), (listed, outputs), (checked, sources)):
+        first, *between, last = told.steps
+        assert (first.done, first.file, last.file) == (0, None, None)
+        assert names <= {step.file for step in between}
+        assert [step.done for step in between] == sorted(step.done for step in between)
+    if sys.platform == "linux":
+        assert any(step.waiting for step in verified.steps)
+        assert any(step.waiting for step in checked.steps)
+
+
+def test_a_checksum_of_one_large_file_is_told_of_by_tensor(tiny: Path, tmp_path: Path) -> None:
+    dsv4convert.convert_gguf(tiny, tmp_path / "model.gguf")
+    told = Steps()
+    assert dsv4convert.verify_manifest(tmp_path / "model.gguf", progress=told).ok
+    assert len({step.done for step in told.steps}) > 10
 
 
 def test_an_error_is_a_line_of_text_after_them(tiny: Path, tmp_path: Path) -> None:

@@ -41,6 +41,3 @@ def check(
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     typer.echo(f"{human_seconds(report.seconds)}, {human_bytes(rate)}/s")
     typer.echo("nothing suspicious" if report.ok else f"{len(report.findings)} findings")
-
-
-COMMANDS = (check,)

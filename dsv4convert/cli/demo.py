@@ -42,6 +42,3 @@ def demo(seed: int) -> None:
         typer.echo(f"4. compared every tensor with its source: {'all as they must be' if report.ok else 'NOT RIGHT'}")
         if not report.ok:
             raise typer.Exit(12)
-
-
-COMMANDS = (demo,)

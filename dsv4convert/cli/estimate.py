@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -95,52 +95,16 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
 )
 @json_option
 def estimate(
-    model: Path,
-    mp: int | None,
-    o_proj_tp: int | None,
-    experts: str | None,
-    gguf: bool,
-    recipe: str | None,
-    draft: str,
-    index: str,
-    context: str | None,
-    batch: int,
-    kv: str | None,
-    chunk: str | None,
-    routing: Path | None,
-    show_operators: bool,
-    hardware: str | None,
-    memory: str | None,
-    plot: Path | None,
-    report: Path | None,
-    overwrite: bool,
-    as_json: bool,
+    model: Path, show_operators: bool, report: Path | None, overwrite: bool, as_json: bool, **options: Any
 ) -> None:
     """Say what a model weighs, what its caches take, and whether it fits, without reading a weight."""
     from ..api import estimate as estimate_model
     from .report import print_json
 
-    files = [Path(file) for file in (model, routing, recipe, hardware) if file is not None]
-    replaced = check_page(report, overwrite=overwrite, inputs=files)
-    found = estimate_model(
-        model,
-        context=context,
-        batch=batch,
-        kv=kv,
-        mp=mp,
-        o_proj_tp=o_proj_tp,
-        experts=experts,
-        gguf=gguf,
-        recipe=recipe,
-        draft=draft,
-        chunk=chunk,
-        memory=memory,
-        routing=routing,
-        hardware=hardware,
-        plot=plot,
-        overwrite=overwrite,
-        index=index,
-    )
+    read = (options[name] for name in ("routing", "recipe", "hardware"))
+    inputs = [model, *(Path(file) for file in read if file is not None)]
+    replaced = check_page(report, overwrite=overwrite, inputs=inputs)
+    found = estimate_model(model, overwrite=overwrite, **options)
     try:
         if as_json:
             print_json(found.as_json())
@@ -329,6 +293,3 @@ def _describe_need(found: Estimate) -> Iterator[Block]:
         yield "it fits" if need.fits else "it does NOT fit"
         longest = need.longest_context
         yield f"longest context that fits: {longest:,} tokens" if longest else "no context fits"
-
-
-COMMANDS = (estimate,)

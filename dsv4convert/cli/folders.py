@@ -113,6 +113,3 @@ def requantize(**options: Any) -> None:
     from .report import run_conversion
 
     run_conversion(api.requantize, **options)
-
-
-COMMANDS = (dequantize, repack, requantize)

@@ -339,8 +339,6 @@ def compare(
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 
-COMMANDS = (forward, compare)
-
 # ---- prompts ------------------------------------------------------------------------------------------
 
 

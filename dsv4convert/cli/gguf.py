@@ -248,6 +248,3 @@ def merge(**options: Any) -> None:
     from .report import run_conversion
 
     run_conversion(api.merge, writes_folder=False, **options)
-
-
-COMMANDS = (hf_to_gguf, merge)

@@ -105,6 +105,3 @@ def _print_summary(summary: ImatrixSummary) -> None:
     typer.echo(
         f"{human_seconds(summary.seconds)} on {summary.device}, peak memory {human_bytes(summary.peak_memory_bytes)}"
     )
-
-
-COMMANDS = (imatrix,)

@@ -117,6 +117,3 @@ def _layer_rows(layers: Sequence[Layer]) -> list[tuple[str, str, str, str]]:
     for layer in layers:
         groups.setdefault((layer.attention, layer.routing), []).append(layer.number)
     return [(ranges(numbers), *kind, str(len(numbers))) for kind, numbers in groups.items()]
-
-
-COMMANDS = (inspect,)

@@ -47,6 +47,3 @@ def maxtext(**options: Any) -> None:
     from .report import run_conversion
 
     run_conversion(api.convert_maxtext, **options)
-
-
-COMMANDS = (maxtext,)

@@ -47,6 +47,3 @@ def mend(**options: Any) -> None:
     from .report import run_conversion
 
     run_conversion(api.mend, **options)
-
-
-COMMANDS = (mend,)

@@ -39,6 +39,3 @@ def mlx(**options: Any) -> None:
     from .report import run_conversion
 
     run_conversion(api.convert_mlx, **options)
-
-
-COMMANDS = (mlx,)

@@ -150,9 +150,8 @@ class Commands(_Described, TyperGroup):
         """Import and return a command, None where there is none of that name."""
         if cmd_name not in self.modules:
             return None
-        module = import_module(f".{self.modules[cmd_name]}", __package__)
-        found: Command = next(command for command in module.COMMANDS if command.name == cmd_name)
-        return found
+        declared = vars(import_module(f".{self.modules[cmd_name]}", __package__)).values()
+        return next(value for value in declared if isinstance(value, Command) and value.name == cmd_name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find the command to run, and keep numpy from starting threads for one that does not multiply."""

@@ -106,6 +106,3 @@ def _describe(costs: ShardCosts) -> Iterator[Block]:
         f"Their copies on the other ranks cost {human_bytes(costs.extra_bytes)}, "
         f"{costs.extra_bytes / costs.source_bytes:.1%} of the checkpoint."
     )
-
-
-COMMANDS = (shard, unshard)

@@ -185,6 +185,3 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             result[key] = value
     return result
-
-
-COMMANDS = (synth,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from .tables import Block, Table
 if TYPE_CHECKING:
     from ..engine.names import Identity
     from ..verification import Report
+    from ..verification.report import TensorResult
 
 MAX_LISTED = 20
 
@@ -95,26 +96,17 @@ MAX_LISTED = 20
 def verify(
     source: Path,
     out: Path | None,
-    sample: str | None,
-    seed: int,
-    foreign: bool,
-    ignore_key: tuple[str, ...],
-    imatrix: Path | None,
-    ggml_lib: Path | None,
-    graft_draft: Path | None,
     manifest: bool,
-    index: str,
-    strict: bool,
-    threads: int | None,
     report: Path | None,
     overwrite_page: bool,
     progress: str,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare a finished conversion with its source, element by element."""
     if manifest:
-        if out is not None or sample is not None or foreign:
+        if out is not None or options["sample"] is not None or options["foreign"]:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
         _verify_manifest(source, progress, quiet, as_json, report, replaced)
@@ -127,24 +119,10 @@ def verify(
     from .report import print_json, progress_display
     from .tables import print_blocks
 
-    inputs = [path for path in (source, out, imatrix, ggml_lib, graft_draft) if path is not None]
+    inputs = [path for path in (source, out, *options.values()) if isinstance(path, Path)]
     replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
     with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = verify_output(
-            source,
-            out,
-            sample=sample,
-            seed=seed,
-            foreign=foreign,
-            ignore_key=ignore_key,
-            strict=strict,
-            index=index,
-            imatrix=imatrix,
-            ggml_lib=ggml_lib,
-            graft_draft=graft_draft,
-            threads=threads,
-            progress=display,
-        )
+        found = verify_output(source, out, progress=display, **options)
     with report_before_verdict(found.ok):
         try:
             if as_json:
@@ -221,31 +199,14 @@ def describe(report: Report) -> Iterator[Block]:
     yield Table(
         ("quantised", "to", "elements", "RMSE", "relative", "largest error"),
         [
-            (
-                source,
-                output,
-                f"{total.compared:,}",
-                f"{total.rmse:.3g}",
-                f"{total.relative_rmse:.3g}",
-                f"{total.largest_error:.3g}",
-            )
+            (source, output, f"{total.compared:,}", *_errors(total))
             for (source, output), total in report.requantised().items()
         ],
         frozenset({2, 3, 4, 5}),
     )
     yield Table(
         ("family", "type", "elements", "RMSE", "relative", "largest error"),
-        [
-            (
-                total.family,
-                total.output,
-                f"{total.compared:,}",
-                f"{total.rmse:.3g}",
-                f"{total.relative_rmse:.3g}",
-                f"{total.largest_error:.3g}",
-            )
-            for total in report.low_bit()
-        ],
+        [(total.family, total.output, f"{total.compared:,}", *_errors(total)) for total in report.low_bit()],
         frozenset({2, 3, 4, 5}),
     )
     yield Table(
@@ -263,4 +224,6 @@ def describe(report: Report) -> Iterator[Block]:
     yield f"{report.seconds:.1f} s, {rate:,.0f} MB/s read"
 
 
-COMMANDS = (verify,)
+def _errors(total: TensorResult) -> tuple[str, str, str]:
+    """Return the last cells of a row: RMSE, relative RMSE and the largest error."""
+    return f"{total.rmse:.3g}", f"{total.relative_rmse:.3g}", f"{total.largest_error:.3g}"

@@ -174,7 +174,7 @@ class Cluster:
 
 
 class ClusterMakers:
-    """Makes a plan's segments by tasks of a cluster that was joined; see ``run.Makers``.
+    """Makes a plan's segments by tasks of a cluster that was joined, in place of a run's threads.
 
     ``claim`` gives the run's hold on its journal.
     """
@@ -199,7 +199,9 @@ class ClusterMakers:
         take: Callable[[Sequence[Finished]], None],
         stopped: Callable[[], bool],
     ) -> None:
-        """Have the segments made, as many tasks at once as there are processors; see ``run.Makers``.
+        """Have the segments of each file made, as many tasks at once as there are processors, until ``stopped``.
+
+        ``take`` gets segments that are finished and durable.
 
         Raises:
             InputOutputError: the cluster was lost, or a task's worker died again and again.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..containers.sources import any_mounted, keep_in
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
@@ -32,6 +32,9 @@ from .resources import outgrows_memory
 from .schedule import Lane, Schedule
 from .worker import Made, Worker
 from .zeros import zero_tensors
+
+if TYPE_CHECKING:
+    from .cluster import ClusterMakers
 
 # How often the main thread looks at progress, and how often finished work is made durable and recorded.
 POLL_SECONDS = 0.05
@@ -68,28 +71,6 @@ class Recorder(Protocol):
 
     def record(self, batch: list[Finished]) -> None:
         """Keep ``batch``; the caller has made its bytes durable."""
-        ...
-
-
-class Makers(Protocol):
-    """Makes segments in other processes than this one (see ``cluster``)."""
-
-    @property
-    def count(self) -> int:
-        """Return how many segments are made at once."""
-        ...
-
-    def make(
-        self,
-        files: Sequence[Iterator[Task]],
-        take: Callable[[Sequence[Finished]], None],
-        stopped: Callable[[], bool],
-    ) -> None:
-        """Make what is to be made of each file, until ``stopped``; ``take`` gets what is finished and durable.
-
-        Raises:
-            Dsv4Error: as a worker's; says the tensor.
-        """
         ...
 
 
@@ -160,7 +141,7 @@ def run_plan(
     record_seconds: float = RECORD_SECONDS,
     before_finish: Callable[[RunReport], None] | None = None,
     file_done: Callable[[int, Path], None] | None = None,
-    makers: Makers | None = None,
+    makers: ClusterMakers | None = None,
 ) -> RunReport:
     """Make all files of ``plan`` and give them their names.
 
@@ -428,7 +409,7 @@ def _have_made(
     shared: _Shared,
     plan: Plan,
     outputs: Outputs,
-    makers: Makers,
+    makers: ClusterMakers,
     files: Sequence[Iterator[Task]],
     workers: list[_Worker],
 ) -> None:

@@ -39,7 +39,9 @@ from ..plan import (
     Fp4ToNvfp4Codes,
     Fp4ToNvfp4Scales,
     Join,
+    Operand,
     Operation,
+    Quantise,
     Segment,
     Source,
     Target,
@@ -50,14 +52,17 @@ from ..plan import (
 )
 from ..scale_forms import ScaleForm
 from .mappings import SHARERS, Mappings
-from .operations import FLOATS_OF_FILES, FP4_PER_BYTE, rows_per_tile
+from .operations import FLOATS_OF_FILES, FP4_PER_BYTE, loaded_quantiser, rows_per_tile, tile_operands
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 
 BYTES, F32 = "u1", "<f4"
+F32_BYTES = 4
 # Copied bytes are written while they are in the processor's own cache: with 16 workers up to 13 % faster than 1 MiB
 # (benchmarks/results/scale_16core_2026-11-26_start.txt).
 COPIED_BYTES = 2**18
 FP4_BLOCK = (1, GROUP)
+# Decoded rows that ggml's library takes at a time: they stay in a processor's own cache.
+WIDE_BYTES = 2**18
 
 # The conversions that the library has.
 _SCALED: Mapping[tuple[Source, Target], Making] = {
@@ -94,6 +99,14 @@ _FP4_PARTS: Mapping[Source, tuple[Making, Making]] = {
     "bf16": (Making.BF16_TO_FP4_CODES, Making.BF16_TO_FP4_SCALES),
     "f32": (Making.F32_TO_FP4_CODES, Making.F32_TO_FP4_SCALES),
 }
+# Floats that ggml's library quantises, once they are decoded.
+_FOR_GGML: Mapping[Source, Making] = {
+    "fp8": Making.FP8_TO_GGML,
+    "fp4": Making.FP4_TO_GGML,
+    "bf16": Making.BF16_TO_GGML,
+    "f16": Making.F16_TO_GGML,
+    "f32": Making.F32_TO_GGML,
+}
 # Segments whose bytes are those of an operand.
 _UNCHANGED = (Making.COPY, Making.FP4_TO_NVFP4_CODES)
 
@@ -123,6 +136,7 @@ class Recipe(NamedTuple):
     width: int = 1
     scales_are_f32: bool = False
     spare_bytes: int = 0  # for each row of the output
+    wide_bytes: int = 0  # of a row that is decoded for ggml's library
     holds: str = ""  # what is looked for values that are not finite: the output, and each operand
     operands_hold: tuple[str, ...] = ()
 
@@ -150,6 +164,8 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
             return Recipe(Making.JOIN, row_bytes, operands_hold=holds)
         case Convert():
             return _conversion(operation, operands, row_bytes)
+        case Quantise() if operation.source in _FOR_GGML:
+            return _quantisation(operation, operands, row_bytes)
         case Fp4ToFp8Codes(side) if side == FP8_TILE and row_bytes % GROUP == 0:
             # A row of the second operand holds the scales of a tile's rows. Ragged tiles are Python's, here and below.
             scales = Shape(side * row_bytes // GROUP, side, BYTES)
@@ -236,6 +252,21 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
     return Recipe(_SCALED[kind], columns, height, width, scale_bytes > 1, scale.row_bytes if scale_bytes > 1 else 0)
 
 
+def _quantisation(operation: Quantise, operands: tuple[Shape, ...], row_bytes: int) -> Recipe | None:
+    source, kind = operation.source, BY_NAME[operation.target]
+    columns = row_bytes // kind.nbytes * kind.elements
+    decoding: Recipe | None = Recipe(Making.F32_TO_GGML, columns)
+    if source == "f32":
+        fits = operands == (Shape(columns * F32_BYTES, 1, F32),)
+    else:
+        decoding = _conversion(Convert(source, "f32", operation.block), operands, columns * F32_BYTES)
+        fits = True
+    if decoding is None or not fits or kind.row_bytes(columns) != row_bytes:
+        return None
+    # What is not finite is refused, and not counted.
+    return decoding._replace(making=_FOR_GGML[source], operands_hold=(), wide_bytes=F32_BYTES * columns)
+
+
 def _elements(holds: str) -> Elements:
     kind = MAGNITUDES.get(holds)
     return Elements() if kind is None else Elements(np.dtype(kind.dtype).itemsize, kind.least)
@@ -260,6 +291,7 @@ class CompiledSegment:
         digest: LongDigest,
         *,
         drops: bool = False,
+        quantise: tuple[int, int] | None = None,
     ) -> None:
         self.digest = digest
         self._recipe, self._shapes = recipe, shapes
@@ -285,6 +317,9 @@ class CompiledSegment:
         elif recipe.making is Making.FP4_TO_Q8_0:
             d = q8_0.fp4_tables()[1]
             self._set_tables(q8_0.fp4_multipliers(), d, q8_0.FP4_TABLE_FIRST_BYTE, q8_0.FP4_TABLE_LAST_BYTE)
+        if quantise is not None:
+            self._call.quantise, self._call.type = quantise
+            self._call.wide_rows = max(1, min(step, WIDE_BYTES // recipe.wide_bytes))
         self._call.holds = _elements(recipe.holds)
         for place, holds in zip(self._places, recipe.operands_hold, strict=bool(recipe.operands_hold)):
             place.holds = _elements(holds)
@@ -299,6 +334,8 @@ class CompiledSegment:
     def place(
         self,
         segment: Segment,
+        operands: Sequence[Operand],
+        weights: NDArray[np.float32] | None,
         descriptors: Sequence[int],
         scratch: Scratch,
         output: int,
@@ -307,7 +344,7 @@ class CompiledSegment:
     ) -> None:
         """Say where the next segment's operands lie, and where it goes."""
         call = self._call
-        for index, (place, operand) in enumerate(zip(self._places, segment.operands, strict=True)):
+        for index, (place, operand) in enumerate(zip(self._places, operands, strict=True)):
             place.descriptor, place.offset = descriptors[index], operand.offset
             place.tile = scratch.address(f"input {index}", self._tile_bytes[index])
         if self._recipe.making in _UNCHANGED:
@@ -315,9 +352,12 @@ class CompiledSegment:
         else:
             call.tile = scratch.address("output", call.step * call.row_bytes)
         call.spare = scratch.address("spare", self._recipe.spare_bytes * call.step)
+        call.wide = scratch.address("wide", self._recipe.wide_bytes * call.wide_rows)
+        self._weights = None if weights is None else np.ascontiguousarray(weights)
+        call.weights = None if self._weights is None else self._weights.ctypes.data
         call.output, call.offset, call.mapping, call.rows = output, offset, mapping, segment.rows
         call.counts[:] = (0, 0, 0, 0)
-        call.zeros = (1 << len(segment.operands)) - 1
+        call.zeros = (1 << len(operands)) - 1
         self._known = known_with(segment)
         self._scales = None
         if self._known is not None and self._recipe.making in _WITH_SCALES and self._known.nbytes <= MAX_KNOWN_BYTES:
@@ -380,36 +420,51 @@ class CompiledSegments:
         self._digest = LongDigest() if codecs.name == COMPILED else None
         self._kinds: dict[tuple[object, ...], CompiledSegment | None] = {}
 
-    def begin(self, segment: Segment, output: int, offset: int, *, with_digest: bool = True) -> CompiledSegment | None:
+    def begin(
+        self,
+        segment: Segment,
+        output: int,
+        offset: int,
+        *,
+        weights: NDArray[np.float32] | None = None,
+        with_digest: bool = True,
+    ) -> CompiledSegment | None:
         """Return a segment that is ready to be made at ``offset`` of a descriptor; None where the library does not.
 
-        Without a digest, copies are left to the kernel where it takes them, and nothing is counted in them.
+        ``weights`` are those of its columns, for a ``Quantise`` with importance. Without a digest, copies are left to
+        the kernel where it takes them, and nothing is counted in them.
 
         Raises:
             InputOutputError: a source cannot be opened.
+            DeviceError: ggml's library does not have the type.
         """
+        operands = tile_operands(segment)
         held_otherwise = any(operand.scale_form is not None for operand in segment.operands)
         if self._digest is None or segment.nbytes < MIN_BYTES or held_otherwise:
             return None
-        kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in segment.operands])
+        kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in operands])
         if kind not in self._kinds:
-            self._kinds[kind] = self._of_kind(segment, self._digest)
+            self._kinds[kind] = self._of_kind(segment, operands, self._digest)
         compiled = self._kinds[kind]
         if compiled is None:
             return None
-        descriptors = [self._descriptors.get(operand.file, os.O_RDONLY) for operand in segment.operands]
+        descriptors = [self._descriptors.get(operand.file, os.O_RDONLY) for operand in operands]
         self._digest.begin()
         compiled.share(self._control, with_digest=with_digest)
         mapping = self._mappings.address(output) if self.sharers >= SHARERS else None
-        compiled.place(segment, descriptors, self._scratch, output, offset, mapping)
+        compiled.place(segment, operands, weights, descriptors, self._scratch, output, offset, mapping)
         return compiled
 
-    def _of_kind(self, segment: Segment, digest: LongDigest) -> CompiledSegment | None:
-        shapes = tuple(Shape(*operand[2:]) for operand in segment.operands)
+    def _of_kind(self, segment: Segment, operands: Sequence[Operand], digest: LongDigest) -> CompiledSegment | None:
+        shapes = tuple(Shape(*operand[2:]) for operand in operands)
         recipe = recipe_of(segment.operation, shapes, segment.row_bytes)
         # More sources than a worker keeps open would be closed under the call.
         if recipe is None or len(shapes) > OPEN_FILES_PER_WORKER:
             return None
         copies = recipe.making is Making.COPY
         step = COPIED_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
-        return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest, drops=self._drops)
+        quantise = None
+        if isinstance(segment.operation, Quantise):
+            target = segment.operation.target
+            quantise = loaded_quantiser(segment.operation.library).address(target), BY_NAME[target].number
+        return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest, drops=self._drops, quantise=quantise)

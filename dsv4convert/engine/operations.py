@@ -131,6 +131,8 @@ FOUR_BIT: frozenset[Source] = frozenset({"fp4", "nvfp4", "int4"})
 def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, scratch: Scratch, tally: Tally) -> None:
     """Fill the output tile ``out`` [rows, row_bytes] by one operation on its operands' tiles, and count.
 
+    Behind them stand the weights of the columns (float32 [columns]) that a ``Quantise`` with importance goes by.
+
     Raises:
         InventoryError: ``AllEqual`` and they are not.
         LossyError: ``Bf16ToFp8Codes`` or its scales, and no codes and scales make these values; ``SpreadScales``, and
@@ -259,10 +261,12 @@ def divides_blocks(operation: Operation) -> bool:
 
 
 def tile_operands(segment: Segment) -> tuple[Operand, ...]:
-    """Return the operands that a tile reads rows of; those of a whole matrix stand behind them."""
-    operation = segment.operation
-    if isinstance(operation, Quantise) and isinstance(operation.importance, SquaredWeights):
-        return segment.operands[: len(segment.operands) // 2]
+    """Return the operands that a tile reads rows of; those of the weights of columns stand behind them."""
+    match segment.operation:
+        case Quantise(importance=Sums()):
+            return segment.operands[:-1]
+        case Quantise(importance=SquaredWeights()):
+            return segment.operands[: len(segment.operands) // 2]
     return segment.operands
 
 
@@ -311,7 +315,7 @@ def _convert(operation: Convert, codecs: Codecs, inputs: Inputs, out: Bytes, scr
 
 
 def _zeros(inputs: Inputs) -> NDArray[Any] | None:
-    """Return the zero points of INT4, None where it has none; what follows may be sums of activations."""
+    """Return the zero points of INT4, None where it has none; what follows may be weights of columns."""
     if len(inputs) < 3 or inputs[2].dtype != np.int32:
         return None
     zeros: NDArray[np.uint8] = unpack_zeros(inputs[2], len(inputs[0]))
@@ -376,13 +380,7 @@ def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, s
             got=f"{wide[row, column]} in column {column}",
             hint="pass --strict to find such values before a conversion, or choose a --tensor-type that keeps them",
         )
-    weights = None
-    if isinstance(operation.importance, Sums):
-        from ..containers.imatrix import importance  # loads gguf, which only this needs
-
-        weights = importance(inputs[-1].reshape(-1), operation.importance.count, operation.importance.is_legacy)
-    elif isinstance(operation.importance, SquaredWeights):
-        weights = inputs[-1].reshape(-1)
+    weights = None if operation.importance is None else inputs[-1]
     loaded_quantiser(operation.library).quantise(operation.target, wide, out, weights)
 
 

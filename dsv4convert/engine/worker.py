@@ -22,7 +22,7 @@ from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
 from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
-from ..plan import Copy, Operand, Quantise, Segment
+from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .column_sums import ColumnSums, SharedSums
 from .compiled_segments import CompiledSegment, CompiledSegments, Known
 from .kernel_copy import KernelCopier
@@ -150,7 +150,8 @@ class Worker:
         # Scales of another type are not what lies in the file once they are read.
         zeros = {number for number, operand in enumerate(operands) if operand.scale_form is None}
         operation = segment.operation
-        compiled = self._begin_compiled(segment, output, offset)
+        weights = self._column_weights(segment, operands)
+        compiled = self._begin_compiled(segment, output, offset, weights=weights)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         first = 0 if compiled is None else compiled.make(0)
         if compiled is not None and first == segment.rows and (known := compiled.known()) is not None:
@@ -159,10 +160,11 @@ class Worker:
             self._known.update([known])
         if first < segment.rows:
             step = rows_per_tile(segment, self._tile_bytes)
-            weights = () if operands is segment.operands else self._squared_weights(segment, step)
         while first < segment.rows and not self.stopped:
             rows = min(step, segment.rows - first)
-            inputs = [*self._inputs(operands, first, rows, follows=first > 0 and compiled is None), *weights]
+            inputs = self._inputs(operands, first, rows, follows=first > 0 and compiled is None)
+            if weights is not None:
+                inputs.append(weights)
             zeros = {number for number in zeros if is_zero(inputs[number])}
             out = self._scratch.array("output", (rows, segment.row_bytes), np.uint8)
             make_tile(operation, self._codecs, inputs, out, self._scratch, tally)
@@ -190,12 +192,18 @@ class Worker:
         return self._ranges is not None and any(at(operand.file) is not None for operand in segment.operands)
 
     def _begin_compiled(
-        self, segment: Segment, output: int, offset: int, *, with_digest: bool = True
+        self,
+        segment: Segment,
+        output: int,
+        offset: int,
+        *,
+        weights: NDArray[np.float32] | None = None,
+        with_digest: bool = True,
     ) -> CompiledSegment | None:
         """Return the compiled library's part in a segment: none where bytes come from elsewhere than a file."""
         if self._is_remote(segment):
             return None
-        return self._compiled.begin(segment, output, offset, with_digest=with_digest)
+        return self._compiled.begin(segment, output, offset, weights=weights, with_digest=with_digest)
 
     def _inputs(
         self, operands: Sequence[Operand], first: int, rows: int, *, follows: bool = False
@@ -203,12 +211,21 @@ class Worker:
         """Return the operands' tiles; ``follows`` a tile of the same segment that was read here as well."""
         return [self._read(index, operand, first, rows, follows=follows) for index, operand in enumerate(operands)]
 
-    def _squared_weights(self, segment: Segment, step: int) -> tuple[NDArray[np.float32]]:
-        """Return the weights of columns that are the squares of all rows of the matrix, ``step`` rows a part."""
+    def _column_weights(self, segment: Segment, mine: tuple[Operand, ...]) -> NDArray[np.float32] | None:
+        """Return the weights of columns that an operation goes by, whose own operands are behind ``mine``."""
         operation = segment.operation
-        if not isinstance(operation, Quantise):
-            raise TypeError(f"{operation!r} has no weights of columns")
-        mine = tile_operands(segment)
+        if not isinstance(operation, Quantise) or operation.importance is None:
+            return None
+        if isinstance(operation.importance, SquaredWeights):
+            return self._squared_weights(segment, operation, mine)
+        from ..containers.imatrix import importance  # loads gguf, which only this needs
+
+        sums = self._read(len(mine), segment.operands[-1], 0, 1, follows=False).reshape(-1)
+        return importance(sums, operation.importance.count, operation.importance.is_legacy)
+
+    def _squared_weights(self, segment: Segment, operation: Quantise, mine: tuple[Operand, ...]) -> NDArray[np.float32]:
+        """Return the weights of columns that are the squares of all rows of the matrix."""
+        step = rows_per_tile(segment, self._tile_bytes)
         whole = segment.operands[len(mine) :]
         matrix = [
             operand._replace(file=all_rows.file, offset=all_rows.offset)
@@ -222,7 +239,7 @@ class Worker:
             return squares(as_f32(operation, self._codecs, inputs, self._scratch, Tally()))
 
         self._sums = self._all_sums.of(whole, -(-rows // step))
-        return (self._sums.get(take, lambda: self.stopped),)
+        return self._sums.get(take, lambda: self.stopped)
 
     def _read(self, index: int, operand: Operand, first: int, rows: int, *, follows: bool) -> NDArray[Any]:
         """Return the rows of an operand that serve output rows first..first+rows."""

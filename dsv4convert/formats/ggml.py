@@ -71,6 +71,15 @@ class Quantiser:
                 hint="pass --ggml-lib with the library of another release of llama.cpp, or choose another type",
             )
 
+    def address(self, name: str) -> int:
+        """Return where ``ggml_quantize_chunk`` lies, ready for the type ``name``, for a caller in C.
+
+        Raises:
+            DeviceError: the library does not have the type.
+        """
+        self._make_ready(name)
+        return ctypes.cast(self._chunk, ctypes.c_void_p).value or 0
+
     def quantise(self, name: str, values: ArrayF32, out: ArrayU8, importance: ArrayF32 | None = None) -> None:
         """Fill ``out`` [rows, row bytes] with ``values`` [rows, columns] in type ``name``.
 
@@ -89,15 +98,18 @@ class Quantiser:
         for array in (values, out) if importance is None else (values, out, importance):
             if not array.flags.c_contiguous:
                 raise ValueError(f"{name}: the arrays of a tile must be contiguous")
-        if name not in self._prepared:
-            self.check(name)
-            with self._lock:  # makes the grids of the IQ types, once
-                self._prepare(kind.number)
-                self._prepared.add(name)
+        self._make_ready(name)
         weights = None if importance is None else importance.ctypes.data_as(_FLOATS)
         made = self._chunk(kind.number, values.ctypes.data_as(_FLOATS), out.ctypes.data, 0, rows, columns, weights)
         if made != out.nbytes:
             raise ValueError(f"{name}: the library made {made} bytes, expected {out.nbytes}")
+
+    def _make_ready(self, name: str) -> None:
+        if name not in self._prepared:
+            self.check(name)
+            with self._lock:  # makes the grids of the IQ types, once
+                self._prepare(BY_NAME[name].number)
+                self._prepared.add(name)
 
 
 def find_quantiser(path: Path | None = None) -> Quantiser:

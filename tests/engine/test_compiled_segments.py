@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,20 @@ from dsv4convert.engine.compiled_segments import CompiledSegment
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.kernel_copy import KernelCopier
 from dsv4convert.engine.mappings import SHARERS, Mappings
+from dsv4convert.engine.operations import loaded_quantiser
 from dsv4convert.engine.outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 from dsv4convert.engine.worker import Worker
-from dsv4convert.errors import InputOutputError, LossyError
+from dsv4convert.errors import DeviceError, InputOutputError, LossyError
 from dsv4convert.formats import q8_0
 from dsv4convert.formats.backend import Codecs, compiled_available, compiled_codecs, numpy_codecs
 from dsv4convert.formats.base import Tally
 from dsv4convert.formats.compiled.segments import Making, address_of, lies_in_memory
+from dsv4convert.formats.ggml import find_quantiser
+from dsv4convert.formats.ggml_types import BY_NAME
 from dsv4convert.formats.not_finite import MAGNITUDES
 from dsv4convert.plan import (
     ALL_EQUAL,
+    ALL_ROWS,
     CONVERSIONS,
     NVFP4_CODES,
     NVFP4_SCALES,
@@ -37,10 +42,14 @@ from dsv4convert.plan import (
     Fp4ToFp8Codes,
     Fp4ToFp8Scales,
     Join,
+    LowBit,
     Operand,
     Operation,
+    Quantise,
     Segment,
     Source,
+    SquaredWeights,
+    Sums,
     ToFp4Codes,
     ToFp4Scales,
     ToFp8Codes,
@@ -112,6 +121,31 @@ def quantisations() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
         yield f"quantised {source} to fp4 scales", ToFp4Scales(source), [(x, 1)], GROUPS
 
 
+def ggml_library() -> str:
+    """Return the file of ggml's library; nowhere, where that is missing."""
+    try:
+        return find_quantiser().path
+    except DeviceError:
+        return ""
+
+
+def by_ggml() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
+    """Yield the same for types that ggml's library quantises: rows of small blocks, and of large ones."""
+    source: Source
+    target: LowBit
+    for target, columns in (("q4_0", COLUMNS), ("q3_k", 512)):
+        row_bytes = BY_NAME[target].row_bytes(columns)
+        for source in ("bf16", "f16", "f32"):
+            operation = Quantise(source, target, None, ggml_library())
+            yield f"quantised {source} to {target}", operation, [(ordinary(source, columns=columns), 1)], row_bytes
+        for source, (height, width) in (("fp8", (128, 128)), ("fp4", (1, 32))):
+            for scale in ("scale", "f32 scale"):
+                scales = ordinary(scale, ROWS // height, -(-columns // width))
+                operation = Quantise(source, target, (height, width), ggml_library())
+                operands = [(ordinary(source, columns=columns), 1), (scales, height)]
+                yield f"quantised {source} to {target}, {scale}", operation, operands, row_bytes
+
+
 def blocks(x: np.ndarray, height: int) -> np.ndarray:
     """Return a matrix with ``height`` rows in one."""
     return x.reshape(len(x) // height, -1)
@@ -123,7 +157,7 @@ NVFP4_OPERANDS: list[Matrix] = [
     (blocks(ordinary("scale", ROWS, GROUPS) + np.uint8(3), ROWS), ROWS),
 ]
 KINDS: dict[str, tuple[Operation, list[Matrix], int]] = {
-    **{name: rest for name, *rest in (*conversions(), *quantisations())},
+    **{name: rest for name, *rest in (*conversions(), *quantisations(), *by_ggml())},
     "nvfp4 codes": (NVFP4_CODES, [(ordinary("fp4"), 1), *NVFP4_OPERANDS], COLUMNS // 2),
     "nvfp4 scales": (NVFP4_SCALES, NVFP4_OPERANDS, COLUMNS // 16),
     **{f"copy of {holds}": (copy(holds), [(ordinary("fp8").reshape(-1, 1), 1)], 1) for holds in MAGNITUDES},
@@ -146,6 +180,8 @@ KINDS: dict[str, tuple[Operation, list[Matrix], int]] = {
 def segment_of(kind: str, folder: Path) -> tuple[Segment, list[np.ndarray]]:
     """Write the operands of a kind to a source and return the segment with them."""
     operation, operands, row_bytes = KINDS[kind]
+    if isinstance(operation, Quantise) and not operation.library:
+        pytest.skip("ggml's library is not installed")
     places, at = [], BEGIN
     source = folder / "source"
     with source.open("wb") as file:
@@ -296,13 +332,70 @@ def test_scales_that_nvfp4_lacks_are_for_python(kind: str, tmp_path: Path, monke
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("quantised")])
 def test_what_cannot_be_quantised_is_told_as_by_python(kind: str, tmp_path: Path) -> None:
     segment, operands = segment_of(kind, tmp_path)
-    _write(segment, 0, b"\xff" * operands[0].itemsize, operands[0].nbytes // 2)
+    which = int(kind.startswith("quantised fp4"))  # a code of FP4 is a number, its scale need not be
+    _write(segment, which, b"\xff" * operands[which].itemsize, operands[which].nbytes // 2)
     told = []
     for codecs in (numpy_codecs(), compiled_codecs()):
         with pytest.raises(LossyError, match="NaN or infinite") as caught:
             make(segment, codecs, tmp_path / codecs.name)
         told.append(str(caught.value))
     assert told[0] == told[1]
+
+
+SUMS = np.abs(np.random.default_rng(3).standard_normal(COLUMNS)).astype("<f4")
+GGML_KINDS = [kind for kind in KINDS if isinstance(KINDS[kind][0], Quantise)]
+
+
+@pytest.mark.parametrize("kind", GGML_KINDS)
+def test_few_rows_at_a_time_are_quantised_as_all(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of them, which do not divide a block of scales, in tiles of several blocks; one, where a row is too long."""
+    segment, _ = segment_of(kind, tmp_path)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    for wide_bytes in (5 * 4 * 512, 1):
+        monkeypatch.setattr(compiled_segments, "WIDE_BYTES", wide_bytes)
+        calls = Calls(monkeypatch)
+        assert make(segment, compiled_codecs(), tmp_path / "library", tile_bytes=2**20) == wanted
+        assert calls.ends == [(0, segment.rows)]
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [Sums(7, False), Sums(0, False), Sums(0, True), SquaredWeights()],
+    ids=["counted", "not counted", "legacy", "squares"],
+)
+@pytest.mark.parametrize("kind", ["quantised fp8 to q4_0, scale", "quantised fp4 to q4_0, scale",
+                                  "quantised f32 to q4_0"])  # fmt: skip
+def test_the_library_quantises_with_the_weights_that_python_does(
+    kind: str, importance: Sums | SquaredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rows of a matrix: squares are those of all of them."""
+    plain, _ = segment_of(kind, tmp_path)
+    assert isinstance(plain.operation, Quantise)
+    operands = plain.operands
+    if isinstance(importance, Sums):
+        (tmp_path / "sums").write_bytes(SUMS.tobytes())
+        operands += (Operand(tmp_path / "sums", 0, SUMS.nbytes, ALL_ROWS, "<f4"),)
+    else:
+        operands += tuple(
+            operand._replace(rows_per=ALL_ROWS, row_bytes=operand.row_bytes * (plain.rows // operand.rows_per))
+            for operand in operands
+        )
+    segment = plain._replace(operation=replace(plain.operation, importance=importance), operands=operands, rows=256)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    assert calls.ends == [(0, segment.rows)]
+    without = make(plain._replace(rows=256), compiled_codecs(), tmp_path / "without")
+    assert without[0] != wanted[0]
+
+
+def test_a_type_that_ggmls_library_lacks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, _ = segment_of("quantised f32 to q4_0", tmp_path)
+    monkeypatch.setitem(BY_NAME, "q4_0", BY_NAME["q4_0"]._replace(number=4))  # a type that was removed
+    loaded_quantiser.cache_clear()
+    with pytest.raises(DeviceError, match="does not have q4_0 as it is known here"):
+        make(segment, compiled_codecs(), tmp_path / "library")
+    loaded_quantiser.cache_clear()
 
 
 WITH_ANOTHER = ["quantised bf16 to fp8 codes", "quantised f32 to fp8 codes", "quantised bf16 to fp4 codes",

@@ -168,6 +168,11 @@ enum making {
     F32_TO_FP8_SCALES,
     F32_TO_FP4_CODES,
     F32_TO_FP4_SCALES,
+    FP8_TO_GGML,
+    FP4_TO_GGML,
+    BF16_TO_GGML,
+    F16_TO_GGML,
+    F32_TO_GGML,
 };
 
 enum { NAN_COUNT, OVERFLOW_COUNT, UNDERFLOW_COUNT, CHANGED_COUNT, COUNTS };
@@ -184,6 +189,11 @@ typedef struct {
     elements holds;
     i64 held_from, held_to; // the rows that lie in the tile
 } operand;
+
+// ggml_quantize_chunk: a type's number, values, room for blocks, 0, rows, columns, a weight for each column or NULL;
+// returns the bytes of the blocks.
+typedef u64 quantise_chunk(int type, const float *values, void *blocks, i64 first, i64 rows, i64 columns,
+                           const float *weights);
 
 // What a worker shares with the thread that watches it.
 typedef struct {
@@ -206,6 +216,11 @@ typedef struct {
     const void *tables[2]; // multipliers and d of Q8_0, for the scale bytes from `first` to `last`
     i64 first, last;
     i64 largest;    // of the scales that rows share, or UNKNOWN
+    quantise_chunk *quantise; // for types of ggml's library
+    i64 type;                 // its number
+    const float *weights;     // of the columns, or NULL
+    u32_at *wide;             // room for `wide_rows` rows as float32
+    i64 wide_rows;
     u8 *scales;     // all scales of the segment, which come with its codes; or NULL, where they are not wanted
     elements holds; // of the output
     i64 counts[COUNTS];
@@ -293,6 +308,42 @@ static int find_largest(segment *s, i64 first) {
         s->largest = largest;
     }
     return s->largest != 0xFF;
+}
+
+// Has ggml's library quantise a few rows at a time, which stay in the processor's cache once they are decoded.
+static i64 quantise_rows(const segment *s, const u8 *scales, i64 rows) {
+    i64 columns = s->columns, groups = columns / GROUP, blocks = (columns + s->width - 1) / s->width;
+    for (i64 row = 0, some; row < rows; row += some) {
+        some = smaller(s->wide_rows, rows - row);
+        const u8 *values = s->operands[0].tile + row * s->operands[0].row_bytes;
+        const u32_at *wide = s->wide;
+        i64 made = 0;
+        switch ((enum making)s->making) {
+        case FP8_TO_GGML:
+            some = smaller(some, s->height - row % s->height); // no rows of two blocks
+            made = fp8_to_f32(values, scales + row / s->height * blocks, s->wide, some, columns, s->height, s->width);
+            break;
+        case FP4_TO_GGML:
+            made = fp4_to_f32(values, scales + row * groups, s->wide, some * groups);
+            break;
+        case BF16_TO_GGML:
+            made = bf16_to_f32((const u16_at *)values, s->wide, some * columns);
+            break;
+        case F16_TO_GGML:
+            made = f16_to_f32((const u16_at *)values, s->wide, some * columns);
+            break;
+        default: // F32_TO_GGML
+            wide = (const u32_at *)values;
+        }
+        if (made == NEEDS_FALLBACK || any_u32(wide, some * columns, F32_INFINITY) ||
+            __atomic_load_n(&s->control->stopped, __ATOMIC_RELAXED))
+            return NEEDS_FALLBACK;
+        i64 size = some * s->row_bytes;
+        u8 *out = s->tile + row * s->row_bytes;
+        if (s->quantise((int)s->type, (const float *)wide, out, 0, some, columns, s->weights) != (u64)size)
+            return NEEDS_FALLBACK;
+    }
+    return 0;
 }
 
 // Makes the tile of the rows from `first` on of the operands' tiles; returns NEEDS_FALLBACK where it cannot.
@@ -394,6 +445,12 @@ static i64 make_tile(segment *s, i64 first, i64 rows, i64 *counts) {
         return counts[CHANGED_COUNT] = made;
     case F32_TO_FP4_SCALES:
         return f32_to_fp4_scales((const u32_at *)a, out, groups);
+    case FP8_TO_GGML:
+    case FP4_TO_GGML:
+    case BF16_TO_GGML:
+    case F16_TO_GGML:
+    case F32_TO_GGML:
+        return quantise_rows(s, b, rows);
     default:
         return NEEDS_FALLBACK;
     }

@@ -52,6 +52,11 @@ class Making(IntEnum):
     F32_TO_FP8_SCALES = auto()
     F32_TO_FP4_CODES = auto()
     F32_TO_FP4_SCALES = auto()
+    FP8_TO_GGML = auto()
+    FP4_TO_GGML = auto()
+    BF16_TO_GGML = auto()
+    F16_TO_GGML = auto()
+    F32_TO_GGML = auto()
 
 
 class Control(ctypes.Structure):
@@ -116,6 +121,11 @@ class SegmentCall(ctypes.Structure):
     first: int
     last: int
     largest: int
+    quantise: int | None
+    type: int
+    weights: int | None
+    wide: int
+    wide_rows: int
     scales: int | None
     holds: Elements
     counts: Any
@@ -143,6 +153,11 @@ class SegmentCall(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("last", ctypes.c_int64),
         ("largest", ctypes.c_int64),
+        ("quantise", ctypes.c_void_p),
+        ("type", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+        ("wide_rows", ctypes.c_int64),
         ("scales", ctypes.c_void_p),
         ("holds", Elements),
         ("counts", ctypes.c_int64 * 4),

@@ -4,7 +4,7 @@
 
 The checkpoint has the matrices of V4-Flash's experts and little else. Times are those of whole commands: with workers
 the start and the end of Ray too, which the contenders called "start" show alone, on a checkpoint of some megabytes.
-Figures are medians; the bytes of all outputs are compared. A record that exists keeps its other types.
+Figures are medians; the bytes of all outputs are compared. A record that exists keeps its other types and its tasks.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "type": kind,
         **circumstances(),
         "ray": version("ray"),
+        "experts": arguments.experts,
         "source_bytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
         "output_bytes": nbytes,
         "outputs_equal": True,
@@ -113,15 +114,21 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure_tasks(folder: Path, workers: int) -> dict[str, Any]:
-    """Time tasks with hardly any work, on a cluster that runs already: what each costs besides its work."""
+def measure_tasks(folder: Path, workers: int) -> list[dict[str, Any]]:
+    """Time tasks with hardly any work, on a cluster that runs already: what a task and a segment cost besides it.
+
+    First each segment is a task, then the same segments are 40 tasks.
+    """
     source = folder / "many"
     if not source.is_dir():
         write_synth(source, "tiny", experts=60)
-    given, seconds = 0, []
+    plan = plan_gguf(source, folder / "many.gguf", GgufOptions())
+    segments = [segment for file in plan.files for tensor in file.tensors for segment in tensor.segments]
+    limits = cluster.LEAST_WORK, cluster.MOST_WORK
+    rows = []
     with Cluster(f"ray:{workers}") as joined:
         joined.connect()
-        submit = joined.send
+        submit, given = joined.send, 0
 
         def counted(task: Submit) -> None:
             nonlocal given
@@ -129,17 +136,25 @@ def measure_tasks(folder: Path, workers: int) -> dict[str, Any]:
             submit(task)
 
         joined.send = counted  # type: ignore[method-assign]
-        for _ in range(3):
-            given, started = 0, time.perf_counter()
-            execute(plan_gguf(source, folder / "many.gguf", GgufOptions()), cluster=joined, overwrite=True)
-            seconds.append(time.perf_counter() - started)
-    return {"workers": workers, "tasks": given, "seconds": [round(second, 3) for second in seconds]}
+        for work in (1, sum(map(cluster.work_of, segments)) // 40):
+            cluster.LEAST_WORK = cluster.MOST_WORK = work
+            seconds, processor_seconds = [], []
+            for _ in range(3):
+                plan, given = plan_gguf(source, folder / "many.gguf", GgufOptions()), 0
+                started, used = time.perf_counter(), time.process_time()
+                execute(plan, cluster=joined, overwrite=True)
+                seconds.append(round(time.perf_counter() - started, 3))
+                processor_seconds.append(round(time.process_time() - used, 3))
+            counts = {"workers": workers, "segments": len(segments), "tasks": given}
+            rows.append({**counts, "seconds": seconds, "run_processor_seconds": processor_seconds})
+    cluster.LEAST_WORK, cluster.MOST_WORK = limits
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-cluster"))
-    parser.add_argument("--types", nargs="+", default=["q4_k", "iq4_nl"])
+    parser.add_argument("--types", nargs="*", default=["q4_k", "iq4_nl"])
     parser.add_argument("--experts", type=int, default=8, help="of the checkpoint, of 25 million elements each")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 4])
@@ -149,22 +164,23 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     compile_package()
-    kept = arguments.save is not None and arguments.save.exists()
-    results = json.loads(arguments.save.read_text(encoding="utf-8"))["results"] if kept else []
-    tasks = []
+    kept: dict[str, Any] = {"results": [], "tasks": []}
+    if arguments.save is not None and arguments.save.exists():
+        kept = json.loads(arguments.save.read_text(encoding="utf-8"))
+
+    def keep() -> None:
+        if arguments.save is not None:
+            save({**kept, **circumstances(), "ray": version("ray")}, arguments.save)
+
     if arguments.tasks:
-        cluster.LEAST_WORK = cluster.MOST_WORK = 1  # each segment is a task
-        tasks = [measure_tasks(arguments.folder, workers) for workers in arguments.workers]
-        print(tasks, flush=True)
+        kept["tasks"] = [row for workers in arguments.workers for row in measure_tasks(arguments.folder, workers)]
+        print(json.dumps(kept["tasks"]), flush=True)
+        keep()
     for kind in arguments.types:
         result = measure(kind, arguments)
         print(json.dumps(result["speedup"]))
-        results = [*(one for one in results if one["type"] != kind), result]
-        if arguments.save is not None:
-            save(
-                {"date": result["date"], "experts": arguments.experts, "results": results, "tasks": tasks},
-                arguments.save,
-            )
+        kept["results"] = [*(one for one in kept["results"] if one["type"] != kind), result]
+        keep()
     shutil.rmtree(arguments.folder)
 
 

@@ -18,6 +18,7 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
@@ -34,8 +35,9 @@ EXPECTED = "ray, ray:N, ray:auto or ray://HOST:PORT"
 
 # The work of a task is its bytes read and written, of a low-bit type so many times these, for its arithmetic.
 LOW_BIT_WEIGHT = 16
-# Each worker gets so many tasks, so that all end at about the same time, in these limits.
-TASKS_PER_WORKER = 16
+# Each worker gets so many tasks, so that all end at about the same time; on many workers fewer, since the run takes a
+# millisecond or two to give one out (``benchmarks/cluster_sim.py``). The work of a task is within these limits.
+TASKS_PER_WORKER, MOST_TASKS = 16, 2**12
 LEAST_WORK, MOST_WORK = 2**20, 2**29
 
 POLL_SECONDS = 0.2
@@ -44,6 +46,7 @@ SILENT_SECONDS = 45.0  # the bridge tells of the machines every few seconds, unl
 END_SECONDS = 10.0
 
 Message = Nodes | Done | Exception
+T = TypeVar("T")
 
 _BRIDGE = "import sys; sys.path[:] = {path!r}; from dsv4convert.engine.cluster_bridge import serve; serve({descriptor})"
 
@@ -186,7 +189,7 @@ class ClusterMakers:
         self._marks: dict[Path, Sequence[int | str]] = {}
         work, libraries = _size_up(plan)
         self._libraries = {library: library_digest(library) for library in sorted(libraries)}
-        self._most_work = min(MOST_WORK, max(LEAST_WORK, work // (TASKS_PER_WORKER * self.count)))
+        self._work = work_of_a_task(work, self.count)
 
     @property
     def count(self) -> int:
@@ -207,7 +210,7 @@ class ClusterMakers:
             InputOutputError: the cluster was lost, or a task's worker died again and again.
             Dsv4Error: as a worker's; says the tensor.
         """
-        schedule = Schedule(self._runs(tasks) for tasks in files)
+        schedule = Schedule(cut(tasks, lambda task: work_of(self._segment(task)), self._work) for tasks in files)
         known: dict[str, int] = {}
         idle: list[_Slot] = []
         running: dict[int, tuple[_Slot, list[Task]]] = {}
@@ -251,19 +254,6 @@ class ClusterMakers:
             return error
         error.where = self._given.get(str(error.where), error.where)
         return error.with_changes()
-
-    def _runs(self, tasks: Iterable[Task]) -> Iterator[list[Task]]:
-        """Yield tasks of a file together, as many as make one of the cluster's."""
-        run: list[Task] = []
-        work = 0
-        for task in tasks:
-            run.append(task)
-            work += _work_of(self._segment(task))
-            if work >= self._most_work:
-                yield run
-                run, work = [], 0
-        if run:
-            yield run
 
     def _segment(self, task: Task) -> Segment:
         return self._plan.files[task.file].tensors[task.tensor].segments[task.segment]
@@ -311,10 +301,34 @@ class ClusterMakers:
         return self._paths[path]
 
 
-def _work_of(segment: Segment) -> int:
+def bytes_read(segment: Segment) -> int:
+    """Return the bytes that a segment reads."""
+    return sum(-(-segment.rows // operand.rows_per) * operand.row_bytes for operand in segment.operands)
+
+
+def work_of(segment: Segment) -> int:
     """Return the work of a segment in bytes read and written."""
-    read = sum(-(-segment.rows // operand.rows_per) * operand.row_bytes for operand in segment.operands)
-    return (read + segment.nbytes) * (LOW_BIT_WEIGHT if isinstance(segment.operation, Quantise) else 1)
+    weight = LOW_BIT_WEIGHT if isinstance(segment.operation, Quantise) else 1
+    return (bytes_read(segment) + segment.nbytes) * weight
+
+
+def work_of_a_task(work: int, workers: int) -> int:
+    """Return how much of the whole work makes a task."""
+    return min(MOST_WORK, max(LEAST_WORK, work // min(TASKS_PER_WORKER * workers, MOST_TASKS)))
+
+
+def cut(segments: Iterable[T], work_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yield segments of a file together, as many as make a task."""
+    run: list[T] = []
+    work = 0
+    for segment in segments:
+        run.append(segment)
+        work += work_of(segment)
+        if work >= most:
+            yield run
+            run, work = [], 0
+    if run:
+        yield run
 
 
 def _size_up(plan: Plan) -> tuple[int, set[str]]:
@@ -323,7 +337,7 @@ def _size_up(plan: Plan) -> tuple[int, set[str]]:
     for file in plan.files:
         for tensor in file.tensors:
             for segment in tensor.segments:
-                work += _work_of(segment)
+                work += work_of(segment)
                 if isinstance(segment.operation, Quantise):
                     libraries.add(segment.operation.library)
     return work, libraries

@@ -25,7 +25,7 @@ import pytest
 
 from dsv4convert import api
 from dsv4convert.engine import cluster as cluster_module
-from dsv4convert.engine.cluster import Cluster
+from dsv4convert.engine.cluster import Cluster, cut, work_of_a_task
 from dsv4convert.engine.cluster_bridge import Done, Submit
 from dsv4convert.engine.cluster_worker import PAGE_BYTES, Piece, make_piece
 from dsv4convert.engine.conversion import execute
@@ -257,6 +257,25 @@ def carry_out(name: str, source: Path, base: Path, folder: str, **options: Any) 
     execute(plan, **options)
     assert leftovers(out) == []
     return contents(plan)
+
+
+@pytest.mark.parametrize(
+    ("work", "workers", "of_a_task"),
+    [
+        (2**34, 4, 2**28),  # 16 tasks for each worker
+        (2**40, 256, 2**28),
+        (2**40, 1024, 2**28),  # on many workers, no more tasks than for 256
+        (2**44, 1024, 2**29),  # unless they would be too large
+        (2**20, 4, 2**20),  # or too small
+    ],
+)
+def test_how_much_work_makes_a_task(work: int, workers: int, of_a_task: int) -> None:
+    assert work_of_a_task(work, workers) == of_a_task
+
+
+def test_segments_make_tasks_in_their_order() -> None:
+    assert list(cut([3, 1, 4, 1, 5, 9, 2], lambda number: number, 5)) == [[3, 1, 4], [1, 5], [9], [2]]
+    assert list(cut([], lambda number: number, 5)) == []
 
 
 # ---- with Ray --------------------------------------------------------------------------------------------

@@ -329,7 +329,7 @@ class Costs:
             yield from self._attention(layer)
             yield from self._hyper(layer, "ffn")
             yield from self._experts(layer)
-        yield from self._head(None, "hc_head_fn", "head.weight")
+        yield from self._head(None)
 
     def phase(self, name: str) -> Phase:
         """Return the trunk's operators as a phase."""
@@ -403,11 +403,10 @@ class Costs:
             arithmetic=arithmetic,
         )
 
-    def _hyper(
-        self, layer: int, which: str, *, is_draft: bool = False, tokens: Any = None, sublayer: str = HYPER
-    ) -> Iterator[Operator]:
+    def _hyper(self, layer: int, which: str, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield the mixing weights, Sinkhorn's normalisation, the collapse and the connection around a sublayer."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
+        sublayer = DRAFT if is_draft else HYPER
         hc, width = c.hc_mult, c.hidden_size
         mixes = (2 + hc) * hc
         weights = self.weights(layer, f"hc_{which}_fn", f"hc_{which}_base", f"hc_{which}_scale", is_draft=is_draft)
@@ -449,9 +448,10 @@ class Costs:
             arithmetic="full",
         )
 
-    def _projections(self, layer: int, n: Any, *, is_draft: bool, sublayer: str) -> Iterator[Operator]:
+    def _projections(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the projections to queries and to the key that all heads share."""
         c = self.config
+        sublayer = DRAFT if is_draft else ATTENTION
 
         def weights(*names: str) -> Held:
             return self.weights(layer, *(f"attn.{name}.weight" for name in names), is_draft=is_draft)
@@ -461,14 +461,14 @@ class Costs:
             layer, sublayer, "query down", n, c.hidden_size, c.q_lora_rank, weights("wq_a", "q_norm"), divided=WHOLE
         )
         yield self._product(layer, sublayer, "query up", n, c.q_lora_rank, heads, weights("wq_b"))
-        yield self._key(layer, n, is_draft=is_draft, sublayer=sublayer)
+        yield self._key(layer, n, is_draft=is_draft)
 
-    def _key(self, layer: int, n: Any, *, is_draft: bool, sublayer: str) -> Operator:
+    def _key(self, layer: int, n: Any, *, is_draft: bool) -> Operator:
         c = self.config
         weights = self.weights(layer, "attn.wkv.weight", "attn.kv_norm.weight", is_draft=is_draft)
         return self._operator(
             layer,
-            sublayer,
+            DRAFT if is_draft else ATTENTION,
             "key",
             flops=2 * n * c.hidden_size * c.head_dim,
             weights=weights,
@@ -477,9 +477,10 @@ class Costs:
             divided=WHOLE,
         )
 
-    def _output(self, layer: int, n: Any, *, is_draft: bool, sublayer: str) -> Iterator[Operator]:
+    def _output(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the two halves of the grouped output."""
         c = self.config
+        sublayer = DRAFT if is_draft else ATTENTION
         heads, ranks = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
         yield self._operator(
             layer,
@@ -503,14 +504,14 @@ class Costs:
         )
 
     def _scaled_dot_products(
-        self, layer: int, pairs: Any, n: Any, cache_bytes: Any, *, is_draft: bool = False, sublayer: str = ATTENTION
+        self, layer: int, pairs: Any, n: Any, cache_bytes: Any, *, is_draft: bool = False
     ) -> Operator:
         """Return attention with sink over ``pairs`` of queries and keys, whose rows are read from the caches."""
         c = self.config
         heads = c.num_attention_heads * c.head_dim
         return self._operator(
             layer,
-            sublayer,
+            DRAFT if is_draft else ATTENTION,
             "sparse attention",
             flops=2 * 2 * pairs * heads,
             weights=self.weights(layer, "attn.attn_sink", is_draft=is_draft),
@@ -522,7 +523,7 @@ class Costs:
     def _attention(self, layer: int) -> Iterator[Operator]:
         c, steps = self.config, self.steps
         n, ratio = steps.computed, c.compress_ratios[layer]
-        yield from self._projections(layer, n, is_draft=False, sublayer=ATTENTION)
+        yield from self._projections(layer, n)
         pairs = _window_pairs(c.sliding_window, steps)
         rows = steps.sequences * np.minimum(steps.after, c.sliding_window - 1 + steps.tokens)
         cached = rows * self._rows[WINDOW]
@@ -541,7 +542,7 @@ class Costs:
             held = steps.sequences * (steps.after // ratio)
             cached = cached + np.minimum(chosen, held) * self._rows[ENTRIES]
         yield self._scaled_dot_products(layer, pairs, n, cached)
-        yield from self._output(layer, n, is_draft=False, sublayer=ATTENTION)
+        yield from self._output(layer, n)
 
     def _sees(self, layer: int, ratio: int) -> Sees:
         """Return which entries the queries of a layer choose."""
@@ -632,11 +633,10 @@ class Costs:
         if layer in c.index_source_layer_ids:
             yield from self._index(layer, self._candidates(layer, Sees(ratio)))
 
-    def _experts(
-        self, layer: int, *, is_draft: bool = False, tokens: Any = None, sublayer: str = EXPERTS
-    ) -> Iterator[Operator]:
+    def _experts(self, layer: int, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield the router, the routed experts that some token touches, and the shared expert."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
+        sublayer = DRAFT if is_draft else EXPERTS
         experts = c.n_experts(is_draft)
         chosen = c.draft_num_experts_per_tok if is_draft else c.num_experts_per_tok
         width, inner = c.hidden_size, c.moe_intermediate_size
@@ -713,26 +713,15 @@ class Costs:
             divided=WHOLE,
         )
 
-    def _head(
-        self,
-        layer: int | None,
-        fn: str,
-        matrix: str,
-        *,
-        tokens: Any = None,
-        is_draft: bool = False,
-        sublayer: str = HEAD,
-        mixes: bool | None = None,
-    ) -> Iterator[Operator]:
+    def _head(self, layer: int | None, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield what collapses the streams, and the output matrix, for the positions that get logits."""
         c = self.config
+        sublayer = DRAFT if is_draft else HEAD
         n = self.steps.heads * self.steps.sequences if tokens is None else tokens
         hc, width = c.hc_mult, c.hidden_size
         runs = np.minimum(n, 1)  # the matrix is read in steps that need it
-        if c.version is Version.V4 if mixes is None else mixes:
-            weights = self.weights(
-                layer, fn, fn.replace("_fn", "_base"), fn.replace("_fn", "_scale"), is_draft=is_draft
-            )
+        if c.version is Version.V4:
+            weights = self.weights(layer, "hc_head_fn", "hc_head_base", "hc_head_scale", is_draft=is_draft)
             yield self._product(
                 layer, sublayer, "head mixing", n, hc * width, hc, runs * weights, divided=WHOLE, out_bytes=F32_BYTES,
                 arithmetic="full",
@@ -755,7 +744,7 @@ class Costs:
             n,
             width,
             c.vocab_size,
-            runs * self.weights(None, matrix),
+            runs * self.weights(None, "head.weight"),
             out_bytes=F32_BYTES,
             arithmetic="full",
         )
@@ -787,21 +776,15 @@ class Costs:
 
         yield self._product(0, DRAFT, "e_proj", n, width, width, weights("e_proj", "enorm"), divided=WHOLE)
         yield self._product(0, DRAFT, "h_proj", n * c.hc_mult, width, width, weights("h_proj", "hnorm"), divided=WHOLE)
-        yield from self._hyper(0, "attn", is_draft=True, sublayer=DRAFT)
-        yield from self._projections(0, n, is_draft=True, sublayer=DRAFT)
+        yield from self._hyper(0, "attn", is_draft=True)
+        yield from self._projections(0, n, is_draft=True)
         rows = steps.sequences * np.minimum(steps.after, c.sliding_window - 1 + steps.tokens)
-        yield self._scaled_dot_products(
-            0,
-            _window_pairs(c.sliding_window, steps),
-            n,
-            rows * self._rows[WINDOW],
-            is_draft=True,
-            sublayer=DRAFT,
-        )
-        yield from self._output(0, n, is_draft=True, sublayer=DRAFT)
-        yield from self._hyper(0, "ffn", is_draft=True, sublayer=DRAFT)
-        yield from self._experts(0, is_draft=True, sublayer=DRAFT)
-        yield from self._head(0, "hc_head_fn", "head.weight", is_draft=True, sublayer=DRAFT)
+        pairs = _window_pairs(c.sliding_window, steps)
+        yield self._scaled_dot_products(0, pairs, n, rows * self._rows[WINDOW], is_draft=True)
+        yield from self._output(0, n, is_draft=True)
+        yield from self._hyper(0, "ffn", is_draft=True)
+        yield from self._experts(0, is_draft=True)
+        yield from self._head(0, is_draft=True)
 
     def _dspark(self, stages: int) -> Iterator[Operator]:
         """Yield what DSpark's stages compute of the trunk's new tokens, and for one block of guesses a sequence."""
@@ -813,19 +796,18 @@ class Costs:
         weights = self.weights(0, "main_proj.weight", "main_norm.weight", is_draft=True)
         yield self._product(0, DRAFT, "main_proj", seen, targets * width, width, weights, divided=WHOLE)
         for stage in range(stages):
-            yield self._key(stage, seen, is_draft=True, sublayer=DRAFT)
+            yield self._key(stage, seen, is_draft=True)
         for stage in range(stages):
-            yield from self._hyper(stage, "attn", is_draft=True, tokens=n, sublayer=DRAFT)
-            yield from self._projections(stage, n, is_draft=True, sublayer=DRAFT)
+            yield from self._hyper(stage, "attn", is_draft=True, tokens=n)
+            yield from self._projections(stage, n, is_draft=True)
             rows = np.minimum(steps.after, c.sliding_window) + block
-            yield self._scaled_dot_products(
-                stage, n * rows, n, steps.sequences * rows * self._rows[WINDOW], is_draft=True, sublayer=DRAFT
-            )
-            yield from self._output(stage, n, is_draft=True, sublayer=DRAFT)
-            yield from self._hyper(stage, "ffn", is_draft=True, tokens=n, sublayer=DRAFT)
-            yield from self._experts(stage, is_draft=True, tokens=n, sublayer=DRAFT)
+            cached = steps.sequences * rows * self._rows[WINDOW]
+            yield self._scaled_dot_products(stage, n * rows, n, cached, is_draft=True)
+            yield from self._output(stage, n, is_draft=True)
+            yield from self._hyper(stage, "ffn", is_draft=True, tokens=n)
+            yield from self._experts(stage, is_draft=True, tokens=n)
         last = stages - 1
-        yield from self._head(last, "hc_head_fn", "head.weight", tokens=n, is_draft=True, sublayer=DRAFT)
+        yield from self._head(last, tokens=n, is_draft=True)
         rank = int(c.flat.get("dspark_markov_rank", 0))
         tables = [("embed", "markov_w1"), ("head", "markov_w2")]
         lookup, matrix = (

@@ -695,13 +695,12 @@ def _carry_out(
 
     def refuse(report: RunReport) -> None:
         if exact:
-            refuse_loss("--strict")(report)
+            refuse_loss(report)
         if strict:
-            refuse_not_finite("--strict")(report)
+            refuse_not_finite(report)
             refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
-    watch = _steps_of_total(progress, total)
     with cluster or nullcontext():
         summary = execute_in_turn(
             plans,
@@ -712,8 +711,7 @@ def _carry_out(
             lock=lock,
             inputs=inputs,
             cluster=cluster,
-            progress=None if watch is not None else _of_total(progress, total),
-            watch=watch,
+            watch=_steps_of_total(progress, total),
             before_finish=refuse,
             uploading=uploading,
         )
@@ -765,24 +763,22 @@ def _reading_threads(threads: int | None, place: Path) -> int:
     return threads or min(16, len(os.sched_getaffinity(0)))
 
 
-def _of_total(progress: Progress | None, total: int) -> Callable[[int], None] | None:
-    return None if progress is None else lambda done: progress(done, total)
-
-
 def _watched(read: Callable[[Callable[[Step], None] | None], T], progress: Progress | None, total: int) -> T:
-    """Return what ``read`` returns, which tells of its steps: a listener hears of them, other progress of bytes."""
-    if progress is None:
-        return read(None)
+    """Return what ``read`` returns, which tells of its steps; at the end all of ``total`` bytes are done."""
     total = max(1, total)
-    result = read(_steps_of_total(progress, total) or (lambda step: progress(step.done, total)))
-    progress(total, total)
+    result = read(_steps_of_total(progress, total))
+    if progress is not None:
+        progress(total, total)
     return result
 
 
 def _steps_of_total(progress: Progress | None, total: int) -> Callable[[Step], None] | None:
+    """Return what tells ``progress`` of steps of ``total`` bytes: a listener hears all of them, others of bytes."""
     from .engine.monitor import StepListener
 
-    return (lambda step: progress.step(step, total)) if isinstance(progress, StepListener) else None
+    if isinstance(progress, StepListener):
+        return lambda step: progress.step(step, total)
+    return None if progress is None else lambda step: progress(step.done, total)
 
 
 # ---- checking -----------------------------------------------------------------------------------------

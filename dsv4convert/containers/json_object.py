@@ -40,7 +40,7 @@ def schema_path(name: str) -> Path:
     return installed if installed.is_file() else package.parent / "schemas" / name
 
 
-def validate_schema(document: object, schema: str, where: object, error: type[ConfigError] = ConfigError) -> None:
+def validate_schema(document: object, schema: str, where: object) -> None:
     """Check ``document`` against the JSON Schema file ``schema``; the first broken rule is raised.
 
     Raises:
@@ -65,9 +65,9 @@ def validate_schema(document: object, schema: str, where: object, error: type[Co
         key = found.json_path.removeprefix("$.") or "$"
         message = found.message
     except RecursionError:  # the message shows the value, however deep
-        raise error("JSON nested too deeply", where=where) from None
+        raise ConfigError("JSON nested too deeply", where=where) from None
     message = message if len(message) < 200 else message[:200] + "…"
-    raise error(f"key {key[:200]}: {message}", where=where, hint="correct the file or fetch it again")
+    raise ConfigError(f"key {key[:200]}: {message}", where=where, hint="correct the file or fetch it again")
 
 
 def _no_json_number(text: str) -> None:
@@ -216,7 +216,6 @@ def read_optional_json_object(
     max_bytes: int = MAX_CONFIG_BYTES,
     *,
     error: type[Dsv4Error] = ConfigError,
-    hint: str | None = FETCH_AGAIN,
 ) -> dict[str, Any]:
     """Return what ``read_json_object`` reads, or an empty object where there is no such file.
 
@@ -226,4 +225,4 @@ def read_optional_json_object(
     """
     if not os.path.lexists(path):
         return {}
-    return read_json_object(path, max_bytes, error=error, hint=hint)
+    return read_json_object(path, max_bytes, error=error)

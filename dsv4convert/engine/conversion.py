@@ -105,7 +105,6 @@ def execute(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
     watch: Callable[[Step], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     record_seconds: float = RECORD_SECONDS,
@@ -177,7 +176,6 @@ def execute(
                 outputs,
                 threads=threads,
                 codecs=codecs,
-                progress=progress,
                 watch=watch,
                 recorder=journal,
                 record_seconds=record_seconds,
@@ -265,7 +263,6 @@ def execute_in_turn(
     overwrite: bool = False,
     resume: bool = False,
     fresh: bool = False,
-    progress: Callable[[int], None] | None = None,
     watch: Callable[[Step], None] | None = None,
     before_finish: Callable[[RunReport], None] | None = None,
     lock: bool = True,
@@ -293,7 +290,6 @@ def execute_in_turn(
             overwrite=overwrite,
             resume=resume,
             fresh=fresh,
-            progress=None if progress is None else partial(_add_up, progress, before),
             watch=None if watch is None else partial(_add_step, watch, before),
             before_finish=before_finish,
             lock=lock,
@@ -304,10 +300,6 @@ def execute_in_turn(
         summaries.append(summary)
         before += plan.nbytes
     return join_summaries(summaries)
-
-
-def _add_up(progress: Callable[[int], None], before: int, done: int) -> None:
-    progress(before + done)
 
 
 def _add_step(watch: Callable[[Step], None], before: int, step: Step) -> None:

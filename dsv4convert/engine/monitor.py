@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 class StepListener(ABC):
-    """Progress that wants to know of steps: only with one is a conversion looked at."""
+    """Progress that wants to know of steps, and not of bytes alone."""
 
     @abstractmethod
     def __call__(self, done: int, total: int) -> None:

@@ -135,7 +135,6 @@ def run_plan(
     threads: int,
     codecs: Codecs | None = None,
     tile_bytes: int = TILE_BYTES,
-    progress: Callable[[int], None] | None = None,
     watch: Callable[[Step], None] | None = None,
     recorder: Recorder | None = None,
     record_seconds: float = RECORD_SECONDS,
@@ -145,12 +144,11 @@ def run_plan(
 ) -> RunReport:
     """Make all files of ``plan`` and give them their names.
 
-    ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``progress``
-    is told the bytes done, several times a second, ``watch`` more of it: what the threads are at is looked at for it
-    alone. ``before_finish`` sees the report while the files still have their temporary names; an error from it keeps
-    them from getting their own. ``file_done`` is told each file that is whole, by number and the name that it has until
-    ``before_finish`` is called, in no order. ``makers`` make the segments in other processes, in place of ``threads``
-    of this one.
+    ``outputs`` have been created (or, with a ``recorder``, are those of the interrupted run). ``watch`` is told how far
+    the run is, several times a second. ``before_finish`` sees the report while the files still have their temporary
+    names; an error from it keeps them from getting their own. ``file_done`` is told each file that is whole, by number
+    and the name that it has until ``before_finish`` is called, in no order. ``makers`` make the segments in other
+    processes, in place of ``threads`` of this one.
 
     Raises:
         InputOutputError, SpaceError: the system refused a read or a write; names the file.
@@ -202,8 +200,6 @@ def run_plan(
         counts = tuple(worker.done_bytes for worker in workers)
         counts += (0,) * (len(worker_threads) - len(counts))  # those that have not begun
         done_bytes = resumed + sum(counts)
-        if progress is not None:
-            progress(done_bytes)
         if watch is not None:
             waiting = None if monitor is None else monitor.waiting()
             watch(Step(done_bytes, counts, _file_in_work(plan, workers), waiting))

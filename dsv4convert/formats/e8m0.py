@@ -40,13 +40,13 @@ F32_OF_BYTE = _f32_table()
 F32_OF_BYTE.flags.writeable = False
 
 
-def e8m0_to_f32(scale: ArrayU8, out: ArrayF32 | None = None) -> ArrayF32:
+def e8m0_to_f32(scale: ArrayU8) -> ArrayF32:
     """Return the float32 value of each e8m0 byte, any shape; exact, 0xFF is NaN.
 
     >>> e8m0_to_f32(np.array([0, 127, 128, 255], np.uint8)).tolist()
     [5.877471754111438e-39, 1.0, 2.0, nan]
     """
-    return np.take(F32_OF_BYTE, scale, out=out, mode="clip")
+    return np.take(F32_OF_BYTE, scale, mode="clip")
 
 
 def f32_to_e8m0(scale: ArrayF32) -> ArrayU8:

@@ -286,7 +286,7 @@ def test_progress_is_told_and_ends_at_the_whole(tiny: Path, tmp_path: Path, monk
     monkeypatch.setattr(Worker, "run", slow)
     told: list[int] = []
     plan = PLANS["gguf"](tiny, tmp_path)
-    execute(plan, threads=1, progress=told.append)
+    execute(plan, threads=1, watch=lambda step: told.append(step.done))
     assert told == sorted(told)
     assert len(told) > 2
     assert told[-1] == sum(tensor.nbytes for tensor in plan.files[0].tensors)

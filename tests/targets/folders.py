@@ -64,11 +64,11 @@ def refusals(source: Path, folder: Path) -> dict[str, str]:
 
 
 def dequantize(source: Path, out: Path, *, strict: bool = False, overwrite: bool = False, **options: Any) -> Summary:
-    hook = refuse_loss("--strict") if strict else None
+    hook = refuse_loss if strict else None
     return execute(plan_dequantize(source, out, **options), threads=2, overwrite=overwrite, before_finish=hook)
 
 
 def repack(source: Path, out: Path, *, require_lossless: bool = False, **options: Any) -> Any:
-    hook = refuse_loss("--strict") if require_lossless else None
+    hook = refuse_loss if require_lossless else None
     plan = plan_repack(source, out, **options)
     return summarize_repack([plan], execute(plan, threads=2, before_finish=hook))

@@ -23,6 +23,7 @@ from dsv4convert.formats.backend import (
     numpy_codecs,
 )
 from dsv4convert.formats.base import Scratch, Tally
+from dsv4convert.formats.compiled.library import library_path, source_digest
 
 
 def test_compiled_codecs_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
@@ -51,6 +52,21 @@ def test_numpy_serves_where_no_library_is_built(monkeypatch: pytest.MonkeyPatch)
 def test_a_library_that_does_not_load_costs_a_warning_and_speed(content: bytes, reason: str, tmp_path: Path):
     damaged = tmp_path / "codecs-x86_64_v3.so"
     damaged.write_bytes(content)
+    check_that_numpy_serves(damaged, reason)
+
+
+@pytest.mark.skipif(library_path() is None, reason="the compiled codecs are not built for this machine")
+def test_a_library_of_other_sources_is_not_used(tmp_path: Path):
+    """Its structures may be other ones, and the run would end in a crash or in wrong bytes."""
+    built, older = library_path(), tmp_path / "codecs-x86_64_v3.so"
+    assert built is not None
+    digest = source_digest(built.parent).encode()
+    assert built.read_bytes().count(digest) == 1
+    older.write_bytes(built.read_bytes().replace(digest, digest[::-1]))
+    check_that_numpy_serves(older, "built from other sources: install the package again")
+
+
+def check_that_numpy_serves(damaged: Path, reason: str):
     program = (
         "import sys, warnings; from pathlib import Path; warnings.simplefilter('error')\n"
         "from dsv4convert.formats import backend\n"

@@ -8,6 +8,7 @@ Python: one serves every version of both. ctypes lets other threads run during a
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -32,6 +33,8 @@ _CPUINFO_BYTES = 1 << 14  # the first processor's part
 
 # What a parameter of a function may be: an array of one of numpy's types, or a 64-bit integer.
 INTEGER = "n"
+
+DIGEST_CHARACTERS = 64
 
 
 class Function:
@@ -104,9 +107,25 @@ def load_library() -> ctypes.CDLL:
     """Return the library, loaded at the first call.
 
     Raises:
-        OSError: none is built for this processor, or its file is damaged.
+        OSError: none is built for this processor, its file is damaged, or its sources have changed since.
     """
     path = library_path()
     if path is None:
         raise OSError("no compiled codecs for this processor")
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    # A checkout that was updated keeps the library that it had, whose structures may be other ones.
+    if any(FOLDER.glob("*.c")) and source_digest(FOLDER) != _digest_in(library):
+        raise OSError(f"{path.name} was built from other sources: install the package again")
+    return library
+
+
+def source_digest(folder: Path) -> str:
+    """Return the SHA-256 of all C sources in a folder, in the order of their names."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.c")))).hexdigest()
+
+
+def _digest_in(library: ctypes.CDLL) -> str:
+    try:
+        return (ctypes.c_char * DIGEST_CHARACTERS).in_dll(library, "source_digest").value.decode("ascii", "replace")
+    except ValueError:
+        return ""

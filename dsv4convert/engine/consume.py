@@ -1,20 +1,24 @@
 """Source files that a plan uses up: each is cut to its header once all that is read of it is durably in the output.
 
-So a copy needs room for the largest of them only, and not for all at once. A file that was cut is too short for what
+So a copy needs room for two of them only, and not for all at once. A file that was cut is too short for what
 its header says, so that no program takes it for whole; only the run that cut it can go on with it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..errors import FileFormatError, ResumeError
 from ..plan import Plan, Segment
 from .names import Identity
 from .outputs import open_file, os_errors
+
+# How often a thread that waits for room looks whether the run is stopped.
+POLL_SECONDS = 0.05
 
 
 class Consumer:
@@ -24,6 +28,7 @@ class Consumer:
     """
 
     def __init__(self, plan: Plan) -> None:
+        self.freed = 0  # bytes of what was cut
         self._keep = dict(plan.consumes)
         self._known = {path: Identity.of(path) for path in self._keep}
         self._left = Counter(path for segment in _segments(plan) for path in self._files(segment))
@@ -42,7 +47,7 @@ class Consumer:
             for path in self._files(segment):
                 self._left[path] -= 1
                 if not self._left[path]:
-                    _cut(path, self._keep[path], self._known[path])
+                    self.freed += _cut(path, self._keep[path], self._known[path])
 
 
 def _segments(plan: Plan) -> Iterator[Segment]:
@@ -53,7 +58,46 @@ def _segments(plan: Plan) -> Iterator[Segment]:
             yield from tensor.segments
 
 
-def _cut(path: Path, nbytes: int, known: Identity | None) -> None:
+class Room:
+    """Keeps what is written and not yet made up for by cuts within ``nbytes``, as the disk may have no room for more.
+
+    Threads of the run ask before they write, and wait until enough is durable and cut. Where nothing is under way that
+    could be cut, because tensors lie in another order than in their files, they need not.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._free = nbytes
+        self._under_way = 0
+        self._changed = threading.Condition()
+        self.wanted = threading.Event()  # somebody waits: what is finished should become durable now
+
+    def take(self, nbytes: int, is_stopped: Callable[[], bool]) -> None:
+        """Wait until ``nbytes`` more may be written, or the run is stopped."""
+        with self._changed:
+            while self._under_way and nbytes > self._free and not is_stopped():
+                self.wanted.set()
+                self._changed.wait(POLL_SECONDS)
+            self._free -= nbytes
+            self._under_way += 1
+
+    def give_back(self, segments: int, nbytes: int) -> None:
+        """Note that ``segments`` became durable, and that ``nbytes`` of the source have been cut with them."""
+        with self._changed:
+            self._free += nbytes
+            self._under_way -= segments
+            self._changed.notify_all()
+
+
+def room_needed(plan: Plan) -> int:
+    """Return how many bytes of a plan that uses its source up may lie on the disk twice.
+
+    They are those of two of its files: one that is copied, and one that waits until its copy is durable.
+    """
+    return 2 * max(read_bytes_by_file(plan).values(), default=0)
+
+
+def _cut(path: Path, nbytes: int, known: Identity | None) -> int:
+    """Cut a file that still is the one that is ``known``; return the bytes that it had too many."""
     with os_errors(path, "cut"):
         descriptor = open_file(path, os.O_WRONLY)
         try:
@@ -66,6 +110,7 @@ def _cut(path: Path, nbytes: int, known: Identity | None) -> None:
                 )
             if status.st_size > nbytes:
                 os.ftruncate(descriptor, nbytes)
+            return max(0, status.st_size - nbytes)
         finally:
             os.close(descriptor)
 

@@ -12,7 +12,7 @@ from ..containers.fetching import AHEAD_BYTES
 from ..containers.sources import READERS, mount_of
 from ..errors import SpaceError
 from ..plan import Plan, Quantise
-from .consume import read_bytes_by_file
+from .consume import room_needed
 from .links import shared_bytes
 from .operations import COPY_TILE_BYTES, TILE_BYTES
 from .outputs import free_bytes
@@ -129,13 +129,14 @@ def outgrows_memory(plan: Plan) -> bool:
 def disk_needed(plan: Plan, already: int = 0) -> int:
     """Return the bytes of disk that carrying out ``plan`` takes, where ``already`` bytes of the output are there.
 
-    A plan that uses its source up needs room for two of its files: one that is copied, and one that waits for its
-    records. Files that the output can share with the source need none.
+    A plan that uses its source up needs room for two of its files, besides headers and padding. Files that the output
+    can share with the source need none.
     """
     needed = max(0, plan.nbytes - shared_bytes(plan.files, plan.destination) - already)
     if not plan.consumes:
         return needed
-    return min(needed, 2 * max(read_bytes_by_file(plan).values(), default=0))
+    segments = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
+    return min(needed, room_needed(plan) + plan.nbytes - segments)
 
 
 def check_space(plan: Plan, already: int = 0) -> None:

@@ -19,7 +19,7 @@ from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
 from ..plan import Plan, Segment
 from .column_sums import SharedSums
-from .consume import Consumer
+from .consume import Consumer, Room, room_needed
 from .kernel_copy import KernelCopier
 from .ledger import Ledger, TensorReport
 from .mappings import Mappings
@@ -124,6 +124,7 @@ class _Shared:
     mappings: Mappings = field(default_factory=Mappings)
     sums: SharedSums = field(default_factory=SharedSums)
     ranges: SharedRanges | None = None
+    room: Room | None = None
     drops: bool = False
     error: BaseException | None = None
 
@@ -172,6 +173,8 @@ def run_plan(
         keep_in(nearest_folder(plan.destination).resolve())
         shared.ranges = SharedRanges(plan)
     shared.drops = outgrows_memory(plan)
+    if plan.consumes and recorder is not None:
+        shared.room = Room(room_needed(plan))
     workers: list[_Worker] = []
     if makers is None:
         worker_threads = [
@@ -186,7 +189,10 @@ def run_plan(
     def record(batch: list[Finished]) -> None:
         if recorder is not None:
             recorder.record(batch)
+            before = consumer.freed
             consumer.take(_segment(plan, entry.task) for entry in batch)
+            if shared.room is not None:
+                shared.room.give_back(len(batch), consumer.freed - before)
 
     def note(batch: list[Finished]) -> None:
         for entry in batch:
@@ -277,15 +283,26 @@ class _Keeper(threading.Thread):
     def run(self) -> None:
         """Flush every so many seconds until told to finish, then once more."""
         try:
-            while not self._ending.wait(self._seconds):
+            while not self._wait():
                 self._flush()
             self._flush()
         except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
             _fail(self._shared, self._workers, error)
 
+    def _wait(self) -> bool:
+        """Wait until it is time to flush, or a worker waits for room; return whether the run is over."""
+        room = self._shared.room
+        if room is None:
+            return self._ending.wait(self._seconds)
+        room.wanted.wait(self._seconds)
+        room.wanted.clear()
+        return self._ending.is_set()
+
     def finish(self) -> None:
         """Ask for the last flush."""
         self._ending.set()
+        if self._shared.room is not None:
+            self._shared.room.wanted.set()
 
     def give_up_after(self, seconds: float) -> None:
         """Wait for the last flush; if the disk takes longer, leave what it holds unrecorded."""
@@ -388,6 +405,8 @@ def _work(
                 lane, task = found
                 worker.file = task.file
                 worker.share(lane.workers)
+                if shared.room is not None:
+                    shared.room.take(_segment(plan, task).nbytes, lambda: worker.stopped)
                 make = worker.look if outputs.is_shared(task.file) else worker.run
                 try:
                     made = make(

@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +21,9 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.manifest import manifest_of
 from dsv4convert.engine.names import Identity
 from dsv4convert.engine.resources import disk_needed
+from dsv4convert.engine.worker import Made, Worker
 from dsv4convert.errors import FileFormatError, InputMissingError, ResumeError, UsageError
-from dsv4convert.plan import OutputTensor
+from dsv4convert.plan import OutputTensor, Segment
 from dsv4convert.targets.gguf_tensors import gguf_file
 from dsv4convert.targets.merge import key_values, plan_merge, remove_parts
 
@@ -166,8 +169,49 @@ def test_what_is_no_manifest_stays_when_parts_are_deleted(parts: list[Path], tmp
 def test_room_for_two_parts_is_enough(parts: list[Path], tmp_path: Path) -> None:
     largest = max(sum(t.nbytes for t in part.tensors.values()) for part in open_gguf(parts[0]).parts)
     plan = plan_merge(parts[0], tmp_path / "merged.gguf", delete_parts=True)
-    assert disk_needed(plan) == 2 * largest < plan.nbytes
+    headers = plan.nbytes - sum(tensor.nbytes for tensor in plan.files[0].tensors)
+    assert disk_needed(plan) == 2 * largest + headers < plan.nbytes
     assert disk_needed(plan_merge(parts[0], tmp_path / "merged.gguf")) == plan.nbytes
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_no_more_than_that_lies_on_the_disk_twice(
+    threads: int, whole: Path, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However quick the disk is: what is written waits for what is cut, and not for the next record."""
+    out = tmp_path / "merged.gguf"
+    plan = plan_merge(parts[0], out, delete_parts=True)
+    lock = threading.Lock()
+    twice, most = 0, 0
+    run, cut = Worker.run, consume_module._cut
+
+    def counted_run(worker: Worker, segment: Segment, *arguments: Any) -> Made:
+        nonlocal twice, most
+        with lock:
+            twice += segment.nbytes
+            most = max(most, twice)
+        return run(worker, segment, *arguments)
+
+    def counted_cut(*arguments: Any) -> int:
+        nonlocal twice
+        with lock:
+            twice -= (freed := cut(*arguments))
+        return freed
+
+    monkeypatch.setattr(Worker, "run", counted_run)
+    monkeypatch.setattr(consume_module, "_cut", counted_cut)
+    execute(plan, threads=threads, record_seconds=60)
+    assert out.read_bytes() == whole.read_bytes()
+    assert most <= disk_needed(plan) < plan.nbytes
+
+
+def test_tensors_in_another_order_than_their_files_do_not_wait_for_ever(
+    whole: Path, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "merged.gguf"
+    monkeypatch.setattr("dsv4convert.engine.run.room_needed", lambda plan: 1)
+    execute(plan_merge(parts[0], out, delete_parts=True), threads=4, record_seconds=60)
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the cut", "after the cut"])
@@ -181,14 +225,12 @@ def test_a_run_that_dies_around_a_cut_goes_on(
         try:
             real, seen = consume_module._cut, []
 
-            def dying(path: Path, nbytes: int, known: Identity | None) -> None:
-                if after:
-                    real(path, nbytes, known)
+            def dying(path: Path, nbytes: int, known: Identity | None) -> int:
+                freed = real(path, nbytes, known) if after else 0
                 if len(seen) == number:
                     os._exit(9)
                 seen.append(path)
-                if not after:
-                    real(path, nbytes, known)
+                return freed if after else real(path, nbytes, known)
 
             consume_module._cut = dying
             execute(plan_merge(parts[0], out, delete_parts=True), threads=2, record_seconds=0.0)
@@ -285,11 +327,11 @@ def test_what_takes_the_name_of_a_part_is_neither_cut_nor_removed(
     away = tmp_path / "away"
     real = consume_module._cut
 
-    def swapping(path: Path, nbytes: int, known: Identity | None) -> None:
+    def swapping(path: Path, nbytes: int, known: Identity | None) -> int:
         if path == parts[2]:
             path.rename(away)
             path.write_bytes(thesis)
-        real(path, nbytes, known)
+        return real(path, nbytes, known)
 
     monkeypatch.setattr(consume_module, "_cut", swapping)
     with pytest.raises(FileFormatError, match=f"{parts[2]}: changed during the conversion, and is not used up"):

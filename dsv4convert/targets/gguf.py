@@ -19,18 +19,20 @@ from ..containers.presence import is_folder
 from ..errors import UsageError
 from ..model.config import CHAT_TEMPLATES, Version
 from ..model.engram import EngramConstants
+from ..model.gguf_keys import DRAFT
 from ..model.tensors import Draft
 from ..plan import OutputFile, Plan
 from .ds4 import vision_keys
-from .ds4_v41 import ARCHITECTURE, ds4_keys
+from .ds4_v41 import ds4_keys
 from .engram_tables import encoding_name
 from .gguf_metadata import (
     ParameterCounts,
     default_output_name,
-    dspark_metadata,
+    dspark_keys,
     file_type,
     mmproj_metadata,
-    model_metadata,
+    model_keys,
+    noise_token,
     text_metadata,
 )
 from .gguf_tensors import (
@@ -165,48 +167,36 @@ class _Describer:
             return mmproj_metadata(
                 model.config, self.card, counts=counts, file_type=kind, name=self._name, **normalisation
             )
-        if model.kind is Kind.DSPARK:
-            return dspark_metadata(
-                model.config,
-                self._tokenizer,
-                self.card,
-                counts=counts,
-                file_type=kind,
-                chat_template=self._template,
-                name=self._name,
-            )
+        is_dspark = model.kind is Kind.DSPARK
+        keys = text_metadata(
+            DRAFT if is_dspark else self._dialect.architecture,
+            model.config,
+            dspark_keys(model.config) if is_dspark else self._config_keys(model),
+            self._tokenizer,
+            self.card,
+            counts=counts,
+            file_type=kind,
+            chat_template=self._template,
+            name=self._name,
+            mask_token=noise_token(model.config) if is_dspark else None,
+        )
+        if self._options.dialect == DS4 and self._config.version is Version.V4 and self._config.has_vision:
+            keys += vision_keys(self._dialect.architecture)
+        return keys
+
+    def _config_keys(self, model: GgufModel) -> list[KeyValue]:
         if self._options.dialect == DS4 and self._config.version is Version.V41:
             calibration = "none" if self._options.imatrix is None else Path(self._options.imatrix).name
             calibration = self._options.importance or calibration
-            config_keys = ds4_keys(model.config, self._engram, self._engram_encoding, model.main_type, calibration)
-            return text_metadata(
-                model.config,
-                self._tokenizer,
-                self.card,
-                config_keys,
-                architecture=ARCHITECTURE,
-                counts=counts,
-                file_type=kind,
-                chat_template=self._template,
-                name=self._name,
-            )
-        keys = model_metadata(
+            return ds4_keys(model.config, self._engram, self._engram_encoding, model.main_type, calibration)
+        return model_keys(
             model.config,
-            self._tokenizer,
-            self.card,
-            architecture=self._dialect.architecture,
-            counts=counts,
-            file_type=kind,
-            block_count=model.block_count,
-            chat_template=self._template,
+            self._dialect.architecture,
+            model.block_count,
             mtp=model.kind is Kind.MTP,
-            name=self._name,
             engram=self._engram,
             engram_encoding=self._engram_encoding,
         )
-        if self._options.dialect == DS4 and self._config.has_vision:
-            keys += vision_keys(self._dialect.architecture)
-        return keys
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -189,76 +189,57 @@ def count_parameters(tensors: Iterable[tuple[str, Sequence[int]]]) -> ParameterC
     return ParameterCounts(total, shared, expert, experts // stacks if stacks else 0)
 
 
-def model_metadata(
+def model_keys(
     config: ModelConfig,
-    tokenizer: Tokenizer,
-    card: ModelCard,
-    *,
     architecture: str,
-    counts: ParameterCounts,
-    file_type: int,
     block_count: int,
-    chat_template: str | None,
+    *,
     mtp: bool = False,
-    name: str | None = None,
     engram: EngramConstants | None = None,
     engram_encoding: str | None = None,
 ) -> list[KeyValue]:
-    """Return the key-values of a GGUF file, in order; those that say how a file is split are not among them.
+    """Return the key-values that follow from a text model's config.
 
-    ``block_count`` counts the draft layers of an MTP file too. ``name`` overrides the model's name.
-    ``chat_template`` is used unless the tokenizer's folder has one of its own. ``engram`` finds the rows of V4.1's
-    n-gram tables, and ``engram_encoding`` names their bytes where they are no type of ggml's.
+    ``block_count`` counts the draft layers of an MTP file too. ``engram`` finds the rows of V4.1's n-gram tables, and
+    ``engram_encoding`` names their bytes where they are no type of ggml's.
 
     Raises:
         ConfigError: a value that the key's type cannot hold.
     """
     if config.version is Version.V4:
-        keys = [*_config_keys(config, architecture, block_count, (*KEYS, NEXTN_KEY) if mtp else KEYS)]
-    else:
-        keys = [
-            *_config_keys(config, architecture, block_count, COMMON_KEYS),
-            *_engram_keys(config, architecture, engram, engram_encoding),
-            *_config_keys(config, architecture, block_count, ROLE_KEYS),
-        ]
-    return text_metadata(
-        config,
-        tokenizer,
-        card,
-        keys,
-        architecture=architecture,
-        counts=counts,
-        file_type=file_type,
-        chat_template=chat_template,
-        name=name,
-    )
-
-
-def text_metadata(
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    card: ModelCard,
-    config_keys: Sequence[KeyValue],
-    *,
-    architecture: str,
-    counts: ParameterCounts,
-    file_type: int,
-    chat_template: str | None,
-    name: str | None,
-) -> list[KeyValue]:
-    """Return the key-values of a text model's file around those that follow from its config."""
+        return [*_config_keys(config, architecture, block_count, (*KEYS, NEXTN_KEY) if mtp else KEYS)]
     return [
-        *_head(architecture, "model", config, card, counts, name),
-        *config_keys,
-        KeyValue("general.file_type", U32, file_type),
-        KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
-        *_vocabulary(tokenizer),
-        *_chat_templates(tokenizer, chat_template),
+        *_config_keys(config, architecture, block_count, COMMON_KEYS),
+        *_engram_keys(config, architecture, engram, engram_encoding),
+        *_config_keys(config, architecture, block_count, ROLE_KEYS),
     ]
 
 
-def dspark_metadata(
+def dspark_keys(config: ModelConfig) -> list[KeyValue]:
+    """Return the key-values that follow from the config of a DSpark draft, which has the draft's stages for layers.
+
+    Raises:
+        ConfigError: a ``dspark_*`` key is missing, or a value that the key's type cannot hold.
+    """
+    targets = config.flat.get("dspark_target_layer_ids")
+    if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
+        raise ConfigError("key dspark_target_layer_ids is missing or not a list of layers", got=targets)
+    # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
+    targets = [layer + (config.version is Version.V4) for layer in targets]
+    keys = [
+        *_config_keys(config, DRAFT, config.num_hidden_layers, COMMON_KEYS),
+        _entry(DRAFT, "block_size", "u32", _dspark_value(config, "dspark_block_size", 1)),
+        _entry(DRAFT, "target_layers", "[i32]", targets),
+    ]
+    if config.version is Version.V41:
+        keys.append(_entry(DRAFT, "target_model_architecture", "str", LLAMA_CPP_V41))
+    return keys
+
+
+def text_metadata(
+    architecture: str,
     config: ModelConfig,
+    config_keys: Sequence[KeyValue],
     tokenizer: Tokenizer,
     card: ModelCard,
     *,
@@ -266,34 +247,34 @@ def dspark_metadata(
     file_type: int,
     chat_template: str | None,
     name: str | None = None,
+    mask_token: int | None = None,
 ) -> list[KeyValue]:
-    """Return the key-values of a DSpark draft's file; ``config`` has the draft's stages for layers.
+    """Return the key-values of a text model's file, in order; those that say how a file is split are not among them.
 
-    Raises:
-        ConfigError: a ``dspark_*`` key is missing, or a value that the key's type cannot hold.
+    ``config_keys`` are those that follow from its config. ``name`` overrides the model's name, ``mask_token`` the
+    tokenizer's. ``chat_template`` is used unless the tokenizer's folder has one of its own.
     """
-    noise = _dspark_value(config, "dspark_noise_token_id", 0)
-    targets = config.flat.get("dspark_target_layer_ids")
-    if not isinstance(targets, list) or not all(type(layer) is int and layer >= 0 for layer in targets):
-        raise ConfigError("key dspark_target_layer_ids is missing or not a list of layers", got=targets)
-    # V4 records the outputs of these layers, which are the inputs of the ones behind them; V4.1 their inputs.
-    targets = [layer + (config.version is Version.V4) for layer in targets]
-    own = [
-        _entry(DRAFT, "block_size", "u32", _dspark_value(config, "dspark_block_size", 1)),
-        _entry(DRAFT, "target_layers", "[i32]", targets),
-    ]
-    if config.version is Version.V41:
-        own.append(_entry(DRAFT, "target_model_architecture", "str", LLAMA_CPP_V41))
+    vocabulary = _vocabulary(tokenizer)
+    if mask_token is not None:
+        vocabulary = [entry for entry in vocabulary if entry.key != MASK_TOKEN_KEY]
+        vocabulary.append(KeyValue(MASK_TOKEN_KEY, U32, mask_token))
     return [
-        *_head(DRAFT, "model", config, card, counts, name),
-        *_config_keys(config, DRAFT, config.num_hidden_layers, COMMON_KEYS),
-        *own,
+        *_head(architecture, "model", config, card, counts, name),
+        *config_keys,
         KeyValue("general.file_type", U32, file_type),
         KeyValue("general.quantization_version", U32, QUANTIZATION_VERSION),
-        *(entry for entry in _vocabulary(tokenizer) if entry.key != MASK_TOKEN_KEY),
-        KeyValue(MASK_TOKEN_KEY, U32, noise),
+        *vocabulary,
         *_chat_templates(tokenizer, chat_template),
     ]
+
+
+def noise_token(config: ModelConfig) -> int:
+    """Return the token that stands for those which a DSpark draft is to guess.
+
+    Raises:
+        ConfigError: the config has none.
+    """
+    return _dspark_value(config, "dspark_noise_token_id", 0)
 
 
 def _dspark_value(config: ModelConfig, key: str, least: int) -> int:

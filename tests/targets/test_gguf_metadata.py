@@ -27,7 +27,8 @@ from dsv4convert.targets.gguf_metadata import (
     count_parameters,
     default_output_name,
     file_type,
-    model_metadata,
+    model_keys,
+    text_metadata,
 )
 
 CONFIGS = Path(__file__).parents[2] / "dsv4convert" / "model" / "configs"
@@ -96,16 +97,19 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def metadata(
-    config: ModelConfig, tokenizer: Tokenizer, card: ModelCard | None = None, **options: Any
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: ModelCard | None = None,
+    *,
+    architecture: str = LLAMA_CPP,
+    block_count: int | None = None,
+    mtp: bool = False,
+    **options: Any,
 ) -> list[KeyValue]:
-    arguments: dict[str, Any] = {
-        "architecture": LLAMA_CPP,
-        "counts": NO_COUNTS,
-        "file_type": 38,
-        "block_count": config.num_hidden_layers,
-        "chat_template": "ours",
-    }
-    return model_metadata(config, tokenizer, card or ModelCard("DeepSeek-V4-Flash"), **(arguments | options))
+    keys = model_keys(config, architecture, block_count or config.num_hidden_layers, mtp=mtp)
+    arguments: dict[str, Any] = {"counts": NO_COUNTS, "file_type": 38, "chat_template": "ours"}
+    card = card or ModelCard("DeepSeek-V4-Flash")
+    return text_metadata(architecture, config, keys, tokenizer, card, **(arguments | options))
 
 
 def as_dict(entries: list[KeyValue]) -> dict[str, tuple[str, object]]:

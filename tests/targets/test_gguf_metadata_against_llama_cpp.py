@@ -15,7 +15,7 @@ from dsv4convert.checkpoint.model_card import read_model_card
 from dsv4convert.checkpoint.tokenizer import load_tokenizer
 from dsv4convert.model.config import load_config
 from dsv4convert.synth.tokenizer import write_synth_tokenizer
-from dsv4convert.targets.gguf_metadata import ParameterCounts, default_output_name, model_metadata
+from dsv4convert.targets.gguf_metadata import ParameterCounts, default_output_name, model_keys, text_metadata
 
 from ..oracles.llama_cpp import llama_cpp_folder
 
@@ -117,16 +117,15 @@ def test_key_values_and_file_name_equal_llama_cpps(theirs: list[tuple[Path, str,
     config = load_config(folder)
     card = read_model_card(folder)
     counts = ParameterCounts(0, 0, 0, 0)
-    entries = model_metadata(
+    entries = text_metadata(
+        "deepseek4",
         config,
+        model_keys(config, "deepseek4", config.num_hidden_layers + mtp, mtp=mtp),
         load_tokenizer(folder, config.vocab_size),
         card,
-        architecture="deepseek4",
         counts=counts,
         file_type=38,
-        block_count=config.num_hidden_layers + mtp,
         chat_template=None,
-        mtp=mtp,
     )
     found = {
         entry.key: [f"{entry.sub_type.name} array", list(entry.value)]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import read_json_object
@@ -174,10 +174,12 @@ def _resolve_without_blocking_draft(
     return replace(found, unused=(*found.unused, unused), n_tensors=len(stored))
 
 
-def read_folder_headers(
-    folder: Path, index: str = BY_INDEX
-) -> tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]:
-    """Return (tensors by name as stored, files, notes) of a folder with or without an index.
+# Of a folder: its tensors by name as stored, the files that hold them, and notes on others.
+FolderHeaders: TypeAlias = tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]
+
+
+def read_folder_headers(folder: Path, index: str = BY_INDEX) -> FolderHeaders:
+    """Return the headers of a folder with or without an index.
 
     Without one, a complete set of numbered files, or a single file, is read by its headers; ``index`` "headers" reads
     every safetensors file of the folder so, whatever an index says.

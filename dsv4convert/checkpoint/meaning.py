@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import mount_of, prefetch, size_of
-from ..containers.untrusted import open_regular
-from ..errors import InputOutputError, InventoryError, not_read
+from ..containers.untrusted import open_regular, shrank
+from ..errors import InventoryError, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import ModelConfig
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
@@ -176,7 +176,7 @@ class _Reader:
         except OSError as error:
             raise not_read(path, error) from None
         if len(found) != nbytes:
-            raise InputOutputError("shrank while being read", where=path)
+            raise shrank(path)
         return found
 
     def stored(self, tensor: Stored) -> bytes:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import Dsv4Error, FileFormatError, not_read
+from ..errors import Dsv4Error, FileFormatError, InputOutputError, not_read
 from . import sources
 
 # What a read of a few bytes reads ahead. With the 128 KiB of Python 3.14, probes all over a model take eight times as
@@ -48,6 +48,27 @@ def file_size(file: BinaryIO) -> int:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return size
+
+
+def fill(view: memoryview, descriptor: int, offset: int, where: Path) -> None:
+    """Fill ``view`` with the bytes at ``offset`` of an open file, whose name is ``where``.
+
+    Raises:
+        InputOutputError: the file ends before.
+        OSError: the system refused.
+    """
+    while view.nbytes:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise shrank(where)
+        view, offset = view[count:], offset + count
+
+
+def shrank(where: Path) -> InputOutputError:
+    """Return the error of a file that ends before what its header says of it."""
+    return InputOutputError(
+        "the file shrank while being read", where=where, hint="was the file replaced during the run?"
+    )
 
 
 def read_whole(path: Path, max_bytes: int, *, error: type[Dsv4Error] = FileFormatError) -> bytes:

@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from ..containers.presence import exists, is_file, is_folder, is_link
 from ..errors import (
@@ -136,9 +135,7 @@ class DescriptorCache:
     def __enter__(self) -> DescriptorCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()

@@ -16,8 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..containers.sources import at
+from ..containers.untrusted import fill
 from ..containers.wide_scales import read_wide
-from ..errors import InputOutputError
 from ..formats.backend import Codecs
 from ..formats.base import Scratch, Tally
 from ..formats.compiled.segments import Control
@@ -136,7 +136,8 @@ class Worker:
         done = 0
         while done < segment.rows and not self.stopped:
             seen = chunk[: segment.rows - done]  # whole elements: a tile is a multiple of each
-            self._read_all(path, output, offset + done, seen)
+            with os_errors(path, "read"):
+                fill(seen.data, output, offset + done, path)
             digest.update(seen.data)
             zeros = zeros and int(is_zero(seen))
             self._count(holds, chunk[:0], seen, tally)
@@ -259,22 +260,7 @@ class Worker:
             return
         with os_errors(file, "read"):
             descriptor = self._descriptors.get(file, os.O_RDONLY)
-        self._read_all(file, descriptor, offset, buffer)
-
-    def _read_all(self, file: Path, descriptor: int, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Fill ``buffer`` from an open file; ``file`` is its name, for errors."""
-        view = buffer.data.cast("B")
-        with os_errors(file, "read"):
-            while view.nbytes:
-                count = os.preadv(descriptor, [view], offset)
-                if count == 0:
-                    raise InputOutputError(
-                        "the file shrank while being read",
-                        where=file,
-                        hint="was the file replaced during the run?",
-                    )
-                view = view[count:]
-                offset += count
+            fill(buffer.data.cast("B"), descriptor, offset, file)
 
     def _copy(self, segment: Segment, operation: Copy, path: Path, output: int, offset: int) -> Made:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``)."""

@@ -34,10 +34,11 @@ from ..checkpoint.meaning import (
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored
 from ..containers.sources import SequentialReader, at, shown
+from ..containers.untrusted import fill, shrank
 from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
 from ..engine.monitor import Step, Watched
-from ..errors import InputOutputError, not_read
+from ..errors import not_read
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Scratch
 from ..formats.not_finite import MAGNITUDES
@@ -259,15 +260,10 @@ class _Reader:
             self._path = path
 
     def _fill(self, piece: NDArray[np.uint8], path: Path, offset: int) -> None:
-        view = piece.data
         if self._remote is not None:
-            self._remote.read_into(offset, view)
-            return
-        while view.nbytes:
-            count = os.preadv(self._descriptor, [view], offset)
-            if count == 0:
-                raise _shorter(path)
-            view, offset = view[count:], offset + count
+            self._remote.read_into(offset, piece.data)
+        else:
+            fill(piece.data, self._descriptor, offset, path)
 
     def _pass(self, path: Path, offset: int, nbytes: int) -> None:
         """Read bytes without looking at them."""
@@ -281,7 +277,7 @@ class _Reader:
                 self._null = -1
                 break
             if count == 0:
-                raise _shorter(path)
+                raise shrank(path)
             offset, nbytes = offset + count, nbytes - count
         for begin in range(0, nbytes, PIECE_BYTES):
             self._fill(self._piece[: min(PIECE_BYTES, nbytes - begin)], path, offset + begin)
@@ -293,7 +289,3 @@ def _open_null() -> int:
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC) if hasattr(os, "sendfile") else -1
     except OSError:
         return -1
-
-
-def _shorter(path: Path) -> InputOutputError:
-    return InputOutputError("became shorter while it was read", where=path)

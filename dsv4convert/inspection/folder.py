@@ -6,11 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from ..checkpoint.folder import (
     DRAFT_NAME,
     DSPARK_MARKS,
+    FolderHeaders,
     check_roles_of_tensors,
     read_folder_headers,
     stated_scale_fmt,
@@ -33,9 +34,6 @@ from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_d
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
 from .scales import Scales, count_scales
-
-# Tensors by name as stored, files and notes, as ``read_folder_headers`` returns them.
-FolderHeaders: TypeAlias = tuple[dict[str, Stored], tuple[Path, ...], tuple[str, ...]]
 
 
 def describe_config(found: Description, config: ModelConfig) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from ..checkpoint.folder import vision_kind
+from ..checkpoint.folder import FolderHeaders, vision_kind
 from ..containers.safetensors import Stored
 from ..containers.sources import shown
 from ..model.config import ModelConfig
 from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Draft, Expected, expected_tensors, vision_tensors
 from .description import Description, EncodingUse
-from .folder import FolderHeaders, describe_config, lenient_config
+from .folder import describe_config, lenient_config
 from .naming import DEPTH_KEYS, EXPERTS, OTHER, WIDTH_KEYS, family_of, layer_of, name_variant
 
 WORD, WORD_BITS = "U32", 32

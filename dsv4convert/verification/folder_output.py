@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-from ..checkpoint.folder import Checkpoint, read_index
+from ..checkpoint.folder import Checkpoint, FolderHeaders, read_index
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
-from ..containers.json_object import read_json_object
+from ..containers.json_object import MAX_CONFIG_BYTES, read_json_object
 from ..containers.presence import is_file
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
@@ -84,10 +84,6 @@ THE_DRAFT, THE_MODEL = "the draft layers", "the model without its draft"
 
 # What config.json calls a field of ModelConfig, where it is not its name.
 KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
-
-
-# Of a folder: its tensors by name, the files that hold them, and notes on others; see ``read_folder_headers``.
-FolderHeaders: TypeAlias = tuple[Mapping[str, Stored], tuple[Path, ...], tuple[str, ...]]
 
 
 class Found(NamedTuple):
@@ -455,10 +451,8 @@ def _check_folder_config(folder: Path, checkpoint: Checkpoint, pieces: list[Piec
 def check_config(folder: Path, expected_of: Callable[[Mapping[str, Any]], Mapping[str, Any]], report: Report) -> None:
     """Report the keys of config.json that are not the expected ones, which may depend on what it holds."""
     path = folder / CONFIG_NAME
-    try:
-        found = read_json_object(path)
-    except (ConfigError, InputMissingError, InputOutputError) as error:
-        report.problem(FILE, path, str(error))
+    found = read_reported(path, report)
+    if found is None:
         return
     expected = expected_of(found)
     if report.foreign:
@@ -482,15 +476,22 @@ def check_config(folder: Path, expected_of: Callable[[Mapping[str, Any]], Mappin
 def _check_inference_config(folder: Path, checkpoint: Checkpoint, pieces: Iterable[Piece], report: Report) -> None:
     """Report the keys of V4.1's config in the inference code's form that are not what the source says."""
     path = folder / INFERENCE_CONFIG_NAME
-    try:
-        found = read_json_object(path)
-    except (ConfigError, InputMissingError, InputOutputError) as error:
-        report.problem(FILE, path, str(error))
+    found = read_reported(path, report)
+    if found is None:
         return
     has_fp4 = any(piece.output.encoding == "fp4" for piece in pieces)
     with_draft = checkpoint.n_draft > 0 and not is_left_out(THE_DRAFT, report)
     expected = inference_config(checkpoint.config.flat, "fp4" if has_fp4 else "fp8", with_draft=with_draft)
     check_json_keys(path, expected, found, report)
+
+
+def read_reported(path: Path, report: Report, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any] | None:
+    """Return a JSON object of the output; None, and a problem, where it is none that can be read."""
+    try:
+        return read_json_object(path, max_bytes)
+    except (ConfigError, InputMissingError, InputOutputError) as error:
+        report.problem(FILE, path, str(error))
+        return None
 
 
 def check_json_keys(
@@ -612,10 +613,8 @@ def _check_quant_config(folder: Path, pieces: list[Piece], report: Report) -> No
     path = folder / HF_QUANT_CONFIG_NAME
     if not any(piece.output.encoding == "fp4/nv" for piece in pieces):
         return
-    try:
-        found = read_json_object(path)
-    except (ConfigError, InputMissingError, InputOutputError) as error:
-        report.problem(FILE, path, str(error))
+    found = read_reported(path, report)
+    if found is None:
         return
     expected = {"producer": MODELOPT_PRODUCER, "quantization": _modelopt_quantization(pieces)}
     if not report.foreign:

@@ -13,8 +13,8 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
 from ..containers.gguf import GgufModelFile, GgufTensor
 from ..containers.imatrix import Entry, Imatrix
-from ..containers.untrusted import open_regular
-from ..errors import InputOutputError, InventoryError, UnsupportedError, not_read
+from ..containers.untrusted import open_regular, shrank
+from ..errors import InventoryError, UnsupportedError, not_read
 from ..formats.ggml_types import QUANTISED
 from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
@@ -468,7 +468,7 @@ def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
             while start < stop:
                 chunk = file.read(min(CHUNK_BYTES, stop - start))
                 if not chunk:
-                    raise InputOutputError("shrank while being read", where=path)
+                    raise shrank(path)
                 if chunk.strip(b"\0"):
                     yield start + len(chunk) - len(chunk.lstrip(b"\0"))
                     return

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from ..checkpoint.weights import Weight
 from ..containers.safetensors import Stored, tensor_at
 from ..containers.sources import SequentialReader, at
-from ..errors import InputOutputError, InventoryError, not_read
+from ..containers.untrusted import fill
+from ..errors import InventoryError, not_read
 from ..formats.ggml_types import BY_NAME, QUANTISED
 from ..scale_forms import Floats, Over, Pairs, PowersOfTwo, ScaleForm, Times
 from .numbers import BLOCK, E4M3, E8M0_BIAS, E8M0_NAN, NVFP4_BLOCK, Bits
@@ -451,22 +452,13 @@ def _read(file: Path, offset: int, row_bytes: int, rows: tuple[int, int], column
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if width == row_bytes:
-                _fill(descriptor, memoryview(out.data).cast("B"), offset + rows[0] * row_bytes, file)
+                fill(out.data.cast("B"), descriptor, offset + rows[0] * row_bytes, file)
             else:
                 for number in range(count):
                     start = offset + (rows[0] + number) * row_bytes + columns[0]
-                    _fill(descriptor, memoryview(out[number].data).cast("B"), start, file)
+                    fill(out[number].data.cast("B"), descriptor, start, file)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise not_read(file, error) from None
     return out
-
-
-def _fill(descriptor: int, view: memoryview, position: int, file: Path) -> None:
-    done = 0
-    while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], position + done)
-        if got == 0:
-            raise InputOutputError("shrank while being read", where=file)
-        done += got

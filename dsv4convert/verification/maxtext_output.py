@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
-from ..containers.json_object import parse_json, read_json_object
+from ..containers.json_object import parse_json
 from ..containers.orbax import (
     ARRAY_NAME,
     ITEMS,
@@ -30,7 +30,7 @@ from ..model.config import ModelConfig
 from ..model.maxtext_names import HYPER_CONNECTIONS, ONES, Part, layer_path, maxtext_parts, stacked
 from ..model.tensors import Store
 from .compare import Piece
-from .folder_output import ABSENT, THE_DRAFT, check_files, check_json_keys, leave_out
+from .folder_output import ABSENT, THE_DRAFT, check_files, check_json_keys, leave_out, read_reported
 from .matrix import Matrix, read_at, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, TENSOR, LeftOut, Report
 
@@ -211,12 +211,9 @@ def _check_documents(folder: Path, arrays: Mapping[str, ZarrArray], report: Repo
     expected = {METADATA_NAME: tree_document(shapes), SHARDING_NAME: sharding_document(arrays)}
     for name, document in expected.items():
         path = folder / ITEMS / name
-        try:
-            found = read_json_object(path, MAX_DOCUMENT_BYTES)
-        except (ConfigError, InputMissingError) as error:
-            report.problem(FILE, path, str(error))
-            continue
-        check_json_keys(path, document, found, report)
+        found = read_reported(path, report, MAX_DOCUMENT_BYTES)
+        if found is not None:
+            check_json_keys(path, document, found, report)
     for name, content in step_documents():
         report.keys += 1
         try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import Checkpoint, FolderHeaders
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import INDEX_NAME
 from ..containers.presence import is_file
@@ -16,7 +16,6 @@ from ..model.tensors import Store
 from .compare import Piece
 from .folder_output import (
     THE_DRAFT,
-    FolderHeaders,
     borne_out_config,
     check_config,
     check_file_metadata,

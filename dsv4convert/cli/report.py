@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 SummaryT = TypeVar("SummaryT", bound="Summary")
 
-# Seconds between progress lines where there is no terminal, and between those for programs.
-PLAIN_PROGRESS_SECONDS, JSON_PROGRESS_SECONDS = 10.0, 0.5
+# Seconds between progress lines where there is no terminal, between those for programs, and between drawings of the
+# bar, each of which takes a millisecond: a verification tells of every tensor.
+PLAIN_PROGRESS_SECONDS, JSON_PROGRESS_SECONDS, BAR_SECONDS = 10.0, 0.5, 0.05
 
 # What threads mostly do, as the bar says it.
 WAITING = {
@@ -127,10 +128,15 @@ def _bar(what: str) -> Iterator[Callable[[Step, int], None]]:
     # Drawn by the calls alone, and by no thread of its own, whose errors nobody would hear of.
     bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
     task = bar.add_task(what, total=None)
+    drawn = 0.0
     with suppress(OSError, ValueError):
         bar.start()
 
     def update(step: Step, total: int) -> None:
+        nonlocal drawn
+        if step.done < total and time.monotonic() - drawn < BAR_SECONDS:
+            return
+        drawn = time.monotonic()
         told = what if step.file is None else f"{what} {step.file}"
         if step.waiting is not None:
             told += f", {WAITING[step.waiting.most]}"

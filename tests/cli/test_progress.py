@@ -67,6 +67,18 @@ def test_lines_name_the_file_and_what_threads_wait_for(capsys: pytest.CaptureFix
     assert (last["done"], last["file"], last["event"]) == (10, None, "finished")
 
 
+def test_a_bar_is_not_drawn_for_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress_display(False, "verifying") as told:
+        assert isinstance(told, StepListener)
+        for done in range(10_000):
+            told.step(Step(done, file="model.gguf"), 10_000)
+        told(10_000, 10_000)
+    assert 2 < screen.getvalue().count("verifying") < 100
+
+
 @pytest.mark.parametrize(
     ("waiting", "says"),
     [

@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .checkpoint.folder import Checkpoint
     from .engine.cluster import Cluster
     from .engine.conversion import Summary
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from .verification import Report
 
 T = TypeVar("T")
+P = ParamSpec("P")
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 # Called with the bytes done and the bytes in all; a ``StepListener`` of ``engine.monitor`` is told more.
@@ -80,6 +84,61 @@ def _on_this_machine(source: StrPath, what: str, *, cache: bool = False) -> Path
 # ---- conversions --------------------------------------------------------------------------------------
 
 
+class RunOptions(TypedDict, total=False):
+    """How a conversion is carried out: the keywords that all conversions have besides their own.
+
+    ``threads`` None are as many as help. ``overwrite`` replaces an older output; of an interrupted run, ``resume``
+    continues the work and ``fresh`` discards it. ``dry_run`` plans and writes nothing. ``lock`` False takes no locks,
+    where the file system has none. ``cache`` downloads a source on the hub into the hub's own cache first. ``upload``
+    sends the output to a repository, OWNER/NAME. ``workers`` is a Ray cluster that does the work: "ray", "ray:4",
+    "ray:auto" or "ray://HOST:PORT"; source and output are on a file system that all its machines share.
+    """
+
+    threads: int | None
+    overwrite: bool
+    resume: bool
+    fresh: bool
+    dry_run: bool
+    lock: bool
+    cache: bool
+    upload: Upload | str | None
+    workers: str | None
+    progress: Progress | None
+
+
+RUN_DEFAULTS = RunOptions(
+    threads=None,
+    overwrite=False,
+    resume=False,
+    fresh=False,
+    dry_run=False,
+    lock=True,
+    cache=False,
+    upload=None,
+    workers=None,
+    progress=None,
+)
+
+
+def _conversion(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a conversion whose ``run`` is whole, and whose signature has the keywords of ``RunOptions`` one by one."""
+    own = [
+        parameter for parameter in signature(function).parameters.values() if parameter.kind != Parameter.VAR_KEYWORD
+    ]
+    common = (Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in RUN_DEFAULTS.items())
+    whole = signature(function).replace(parameters=[*own, *common])
+
+    @wraps(function)
+    def convert(*arguments: P.args, **keywords: P.kwargs) -> T:
+        given = whole.bind(*arguments, **keywords)
+        given.apply_defaults()
+        return function(*given.args, **given.kwargs)
+
+    convert.__signature__ = whole  # type: ignore[attr-defined]
+    return convert
+
+
+@_conversion
 def convert_gguf(
     source: StrPath,
     out: StrPath | None = None,
@@ -109,16 +168,7 @@ def convert_gguf(
     context: int | str | None = None,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Convert the checkpoint folder ``source`` to a GGUF: ``dsv4convert hf-to-gguf``.
 
@@ -131,8 +181,7 @@ def convert_gguf(
     i8-split; ``engram_last`` puts them behind all other tensors.
     ``fit`` chooses the largest recipe of which the files and the KV cache for ``context`` tokens ("128k", the default
     where the model has as many) take at most so many bytes together; with ``recipe`` it checks that one.
-    ``workers``, here as in every conversion, is a Ray cluster that does the work: "ray", "ray:4", "ray:auto" or
-    "ray://HOST:PORT"; source and output are on a file system that all its machines share.
+    ``run`` is what all conversions have in common.
 
     Raises:
         Dsv4Error: the class says what is wrong; ``str()`` of it is the line that the command prints.
@@ -140,7 +189,7 @@ def convert_gguf(
     from .targets.gguf import plan_gguf
     from .targets.gguf_tensors import GgufOptions
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     options = GgufOptions(
         dense=dense,
         experts=experts,
@@ -179,20 +228,7 @@ def convert_gguf(
     plan = plan_gguf(place, target, options, tokenizer_pre=tokenizer_pre, name=name, strict=strict, index=index)
     plan = replace(plan, notes=(*notes, *plan.notes))
     inputs = [Path(path) for path in (imatrix, recipe, ggml_lib) if path is not None]
-    return _carry_out(
-        [plan],
-        threads,
-        overwrite,
-        resume,
-        fresh,
-        dry_run,
-        lock,
-        workers,
-        progress,
-        upload,
-        strict=strict,
-        inputs=inputs,
-    )
+    return _carry_out([plan], run, strict=strict, inputs=inputs)
 
 
 def list_recipes(
@@ -245,21 +281,13 @@ def list_recipes(
     return size_recipes(place, options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index)
 
 
+@_conversion
 def merge(
     source: StrPath,
     out: StrPath,
     *,
     delete_parts: bool = False,
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Write the split GGUF that ``source`` is one file of as one file: ``dsv4convert merge``.
 
@@ -273,25 +301,26 @@ def merge(
     from .engine.conversion import check_not_both, summarize_finished
     from .targets.merge import plan_merge, plan_of_merged, remove_parts
 
-    check_not_both(resume=resume, fresh=fresh)
-    if delete_parts and resume and not (dry_run or is_address(os.fspath(source))):
+    check_not_both(resume=run["resume"], fresh=run["fresh"])
+    if delete_parts and run["resume"] and not (run["dry_run"] or is_address(os.fspath(source))):
         merged = plan_of_merged(Path(source), Path(out))
         if merged is not None:
-            _check_threads(threads)
+            _check_threads(run["threads"])
             remove_parts(merged)
-            return summarize_finished(merged, threads)
-    place = _located(source, headers_only=dry_run, cache=cache)
-    if delete_parts and upload is not None:
+            return summarize_finished(merged, run["threads"])
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    if delete_parts and run["upload"] is not None:
         raise UsageError("--delete-parts and --upload exclude each other", hint="upload first, then delete the parts")
     if delete_parts:
         place = _on_this_machine(source, "--delete-parts")
     plan = plan_merge(place, Path(out), delete_parts=delete_parts)
-    summary = _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload)
+    summary = _carry_out([plan], run)
     if summary.dry_run is None:
         remove_parts(plan)
     return summary
 
 
+@_conversion
 def shard(
     source: StrPath,
     out: StrPath,
@@ -302,16 +331,7 @@ def shard(
     draft: str = "keep",
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> ShardSummary:
     """Divide the checkpoint folder ``source`` among ``mp`` ranks, as the published inference code loads it.
 
@@ -325,7 +345,7 @@ def shard(
     from .targets.shard_tensors import ShardOptions, join_costs
     from .targets.shards import ShardSummary, plan_shards
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     ranks = None if rank is None else tuple(rank)
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
@@ -334,12 +354,11 @@ def shard(
         for folder, mode in folders_of(Path(out), draft)
     ]
     plans = parts_of_one_model([shards.plan for shards in made])
-    summary = _carry_out(
-        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict
-    )
+    summary = _carry_out(plans, run, strict=strict)
     return ShardSummary(**summary.__dict__, costs=join_costs([shards.costs for shards in made]))
 
 
+@_conversion
 def unshard(
     source: StrPath,
     out: StrPath,
@@ -348,16 +367,7 @@ def unshard(
     draft: str = "keep",
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Put the model-parallel shards in ``source`` together again: a checkpoint folder.
 
@@ -367,12 +377,13 @@ def unshard(
     from .targets.drafts import folder_plans
     from .targets.shards import plan_unshard
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = partial(plan_unshard, place, wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict)
+    return _carry_out(plans, run, strict=strict)
 
 
+@_conversion
 def dequantize(
     source: StrPath,
     out: StrPath,
@@ -383,16 +394,7 @@ def dequantize(
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Write the checkpoint folder ``source`` without scales, in BF16, F16 or F32.
 
@@ -403,7 +405,7 @@ def dequantize(
     from .targets.dequantize import plan_dequantize
     from .targets.drafts import folder_plans
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = partial(
         plan_dequantize,
         place,
@@ -414,11 +416,10 @@ def dequantize(
         index=index,
     )
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(
-        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
-    )
+    return _carry_out(plans, run, strict=strict, exact=strict)
 
 
+@_conversion
 def requantize(
     source: StrPath,
     out: StrPath,
@@ -427,16 +428,7 @@ def requantize(
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Write the floats of the checkpoint folder ``source`` in the official layout: FP8 and FP4, rounded as published.
 
@@ -447,14 +439,13 @@ def requantize(
     from .targets.drafts import folder_plans
     from .targets.requantize import plan_requantize
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     plans = folder_plans(plan, Path(out), draft)
-    return _carry_out(
-        plans, threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
-    )
+    return _carry_out(plans, run, strict=strict, exact=strict)
 
 
+@_conversion
 def convert_mlx(
     source: StrPath,
     out: StrPath,
@@ -463,16 +454,7 @@ def convert_mlx(
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Write the checkpoint folder ``source`` in MLX's layout, under the names that mlx-vlm loads: ``dsv4convert mlx``.
 
@@ -484,13 +466,12 @@ def convert_mlx(
     """
     from .targets.mlx import plan_mlx
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = plan_mlx(place, Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
-    return _carry_out(
-        [plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict
-    )
+    return _carry_out([plan], run, strict=strict)
 
 
+@_conversion
 def convert_maxtext(
     source: StrPath,
     out: StrPath,
@@ -500,16 +481,7 @@ def convert_maxtext(
     check: bool = False,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> Summary:
     """Write the checkpoint folder ``source`` as a checkpoint that MaxText loads: ``dsv4convert maxtext``.
 
@@ -525,7 +497,7 @@ def convert_maxtext(
     """
     from .targets.maxtext import plan_maxtext
 
-    if check and upload is not None:
+    if check and run["upload"] is not None:
         raise UsageError(
             "--check and --upload exclude each other", hint="check first; --resume --upload sends what is made"
         )
@@ -533,18 +505,17 @@ def convert_maxtext(
         from .verification.orbax_read_back import import_orbax
 
         import_orbax()
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = plan_maxtext(place, Path(out), dtype=dtype, scan=scan, strict=strict, index=index)
-    summary = _carry_out(
-        [plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict, exact=strict
-    )
-    if not check or dry_run:
+    summary = _carry_out([plan], run, strict=strict, exact=strict)
+    if not check or run["dry_run"]:
         return summary
     from .verification.orbax_read_back import read_back
 
     return replace(summary, notes=(*summary.notes, read_back(plan.destination)))
 
 
+@_conversion
 def repack(
     source: StrPath,
     out: StrPath,
@@ -556,16 +527,7 @@ def repack(
     max_file_size: int | str = DEFAULT_MAX_FILE_SIZE,
     strict: bool = False,
     index: str = "file",
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> RepackSummary:
     """Write the checkpoint folder ``source`` with its FP4 experts in FP8, or in NVFP4.
 
@@ -579,7 +541,7 @@ def repack(
     from .targets.drafts import folder_plans
     from .targets.repack import plan_repack, summarize_repack
 
-    place = _located(source, headers_only=dry_run, cache=cache)
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
     plan = partial(
         plan_repack,
         place,
@@ -591,25 +553,10 @@ def repack(
         index=index,
     )
     plans = folder_plans(plan, Path(out), draft)
-    return summarize_repack(
-        plans,
-        _carry_out(
-            plans,
-            threads,
-            overwrite,
-            resume,
-            fresh,
-            dry_run,
-            lock,
-            workers,
-            progress,
-            upload,
-            strict=strict,
-            exact=strict,
-        ),
-    )
+    return summarize_repack(plans, _carry_out(plans, run, strict=strict, exact=strict))
 
 
+@_conversion
 def mend(
     source: StrPath,
     out: StrPath,
@@ -620,16 +567,7 @@ def mend(
     prune_config: bool = False,
     rename: str | None = None,
     strict: bool = False,
-    threads: int | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    fresh: bool = False,
-    dry_run: bool = False,
-    lock: bool = True,
-    cache: bool = False,
-    upload: Upload | str | None = None,
-    workers: str | None = None,
-    progress: Progress | None = None,
+    **run: Unpack[RunOptions],
 ) -> MendSummary:
     """Write the checkpoint folder ``source`` mended; files of weights that stay as they are are shared, not copied.
 
@@ -643,31 +581,15 @@ def mend(
     """
     from .targets.mend import Mends, plan_mend, summarize_mend
 
-    place = _on_this_machine(source, "mend", cache=cache)
+    place = _on_this_machine(source, "mend", cache=run["cache"])
     graft = None if graft_draft is None else _on_this_machine(graft_draft, "mend")
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
     plan = plan_mend(place, Path(out), mends, strict=strict)
-    return summarize_mend(
-        plan,
-        _carry_out([plan], threads, overwrite, resume, fresh, dry_run, lock, workers, progress, upload, strict=strict),
-    )
+    return summarize_mend(plan, _carry_out([plan], run, strict=strict))
 
 
 def _carry_out(
-    plans: Sequence[Plan],
-    threads: int | None,
-    overwrite: bool,
-    resume: bool,
-    fresh: bool,
-    dry_run: bool,
-    lock: bool,
-    workers: str | None,
-    progress: Progress | None,
-    upload: Upload | str | None,
-    *,
-    strict: bool = False,
-    exact: bool = False,
-    inputs: Sequence[Path] = (),
+    plans: Sequence[Plan], run: RunOptions, *, strict: bool = False, exact: bool = False, inputs: Sequence[Path] = ()
 ) -> Summary:
     """Carry out the plans of one model, or only tell what they would write and need.
 
@@ -678,6 +600,7 @@ def _carry_out(
     from .engine.conversion import execute_in_turn, join_summaries, summarize_dry_run, summarize_finished
     from .engine.loss import refuse_loss, refuse_not_finite
 
+    threads, progress, upload = run["threads"], run["progress"], run["upload"]
     _check_threads(threads)
     uploading = None
     if upload is not None:
@@ -686,9 +609,9 @@ def _carry_out(
         if len(plans) > 1:
             raise UsageError("--upload takes one output", hint="run once for the trunk and once for the draft")
         request = Upload(upload) if isinstance(upload, str) else upload
-        uploading = Uploading(plans[0], request, overwrite=overwrite, resume=resume)
-    cluster = _cluster_of(workers, plans, threads)
-    if dry_run:
+        uploading = Uploading(plans[0], request, overwrite=run["overwrite"], resume=run["resume"])
+    cluster = _cluster_of(run["workers"], plans, threads)
+    if run["dry_run"]:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     if uploading is not None and uploading.was_finished():
         return summarize_finished(plans[0], threads)
@@ -705,10 +628,10 @@ def _carry_out(
         summary = execute_in_turn(
             plans,
             threads=threads,
-            overwrite=overwrite,
-            resume=resume,
-            fresh=fresh,
-            lock=lock,
+            overwrite=run["overwrite"],
+            resume=run["resume"],
+            fresh=run["fresh"],
+            lock=run["lock"],
             inputs=inputs,
             cluster=cluster,
             watch=_steps_of_total(progress, total),

@@ -178,14 +178,14 @@ class Layout(NamedTuple):
         return tuple(f"key {key}" for key in self.keys)
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str]) -> str | None:
+    """Return the first of some names, and how many more there are; None without any."""
     more = f" and {len(names) - 1} more" if names[1:] else ""
-    return names[0] + more
+    return names[0] + more if names else None
 
 
 def _lfs(folder: Folder) -> str | None:
-    found = [name for name, begin in folder.first_bytes.items() if is_lfs_pointer(begin)]
-    return _listed(found) if found else None
+    return _listed([name for name, begin in folder.first_bytes.items() if is_lfs_pointer(begin)])
 
 
 def _error_page(folder: Folder) -> str | None:
@@ -196,16 +196,13 @@ def _error_page(folder: Folder) -> str | None:
             text = begin.decode("ascii")
             if all(character.isprintable() or character.isspace() for character in text):
                 found.append(name)
-    return (
-        f"{_listed(found)} begins {folder.first_bytes[found[0]].lstrip()[:24].decode('ascii', 'replace')!r}"
-        if found
-        else None
-    )
+    if not found:
+        return None
+    return f"{_listed(found)} begins {folder.first_bytes[found[0]].lstrip()[:24].decode('ascii', 'replace')!r}"
 
 
 def _unfinished_here(folder: Folder) -> str | None:
-    found = folder.named(*UNFINISHED_SUFFIXES)
-    return _listed(found) if found else None
+    return _listed(folder.named(*UNFINISHED_SUFFIXES))
 
 
 def _unfinished(folder: Folder) -> str | None:
@@ -213,7 +210,7 @@ def _unfinished(folder: Folder) -> str | None:
     cache = folder.path / ".cache" / "huggingface" / "download"
     with suppress(OSError):
         found += sorted(path.name for path in cache.glob("**/*.incomplete"))[:MAX_FILES]
-    return _listed(found) if found else None
+    return _listed(found)
 
 
 def _hub_repository(folder: Folder) -> str | None:
@@ -242,13 +239,12 @@ def _snapshot(repository: Path) -> Path | None:
 
 
 def _pickles(folder: Folder) -> str | None:
-    found = [] if folder.named(".safetensors") else folder.named(*PICKLE_SUFFIXES)
-    return _listed(found) if found else None
+    return None if folder.named(".safetensors") else _listed(folder.named(*PICKLE_SUFFIXES))
 
 
 def _other_framework(folder: Folder) -> str | None:
     found = [n for n in folder.files if n.endswith((".distcp", ".msgpack", ".h5", ".onnx")) or n == "manifest.ocdbt"]
-    return _listed(found) if found and not folder.named(".safetensors") else None
+    return None if folder.named(".safetensors") else _listed(found)
 
 
 def _orbax(folder: Folder) -> str | None:
@@ -263,8 +259,7 @@ def _orbax(folder: Folder) -> str | None:
 
 
 def _gguf(folder: Folder) -> str | None:
-    found = folder.named(".gguf")
-    return _listed(found) if found and not folder.named(".safetensors") else None
+    return None if folder.named(".safetensors") else _listed(folder.named(".gguf"))
 
 
 def _other_model(folder: Folder) -> str | None:
@@ -347,8 +342,7 @@ def _mlx(folder: Folder) -> str | None:
 
 
 def _shards(folder: Folder) -> str | None:
-    found = [name for name in folder.files if SHARD_NAME.fullmatch(name)]
-    return _listed(found) if found else None
+    return _listed([name for name in folder.files if SHARD_NAME.fullmatch(name)])
 
 
 def _adapter(folder: Folder) -> str | None:
@@ -361,7 +355,7 @@ def _adapter(folder: Folder) -> str | None:
 
 def _adapter_leftovers(folder: Folder) -> str | None:
     found = [n for n in folder.tensors if n.startswith("base_model.model.") or any(mark in n for mark in ADAPTER_MARKS)]
-    return _listed(found) if found else None
+    return _listed(found)
 
 
 def _other_method(folder: Folder) -> str | None:
@@ -449,24 +443,14 @@ UNFINISHED, START_AGAIN = "a download that is not finished", "start the download
 # The first row that sees something is it: what spoils any folder first, then what it is, then what was done to it.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(LFS, _lfs, PULL, InputMissingError),
-    Layout(
-        PAGE,
-        _error_page,
-        DOWNLOAD_AGAIN,
-        InputMissingError,
-    ),
+    Layout(PAGE, _error_page, DOWNLOAD_AGAIN, InputMissingError),
     Layout(
         "the hub's repository folder, not a snapshot in it",
         _hub_repository,
         "give the snapshot's folder",
         InputMissingError,
     ),
-    Layout(
-        UNFINISHED,
-        _unfinished,
-        START_AGAIN,
-        InputMissingError,
-    ),
+    Layout(UNFINISHED, _unfinished, START_AGAIN, InputMissingError),
     Layout(
         "a LoRA adapter, not a model", _adapter, "merge it into its base model first, in BF16 (dequantize makes that)"
     ),

@@ -286,12 +286,6 @@ def forward(
 def compare(
     a: Path,
     b: Path,
-    tokens: str | None,
-    text: str | None,
-    chat: Path | None,
-    random: int | None,
-    seed: int,
-    tokenizer: Path | None,
     layers: str | None,
     activation_rounding: bool,
     tolerance: float,
@@ -300,14 +294,15 @@ def compare(
     report: Path | None,
     overwrite: bool,
     as_json: bool,
+    **prompt: Any,
 ) -> None:
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
     from ..reference.compare import compare as compare_runs
     from .report import print_json
     from .tables import print_blocks
 
-    asked = PromptOptions(tokens, text, chat, tokenizer, random, seed)
-    inputs = [path for path in (a, b, tokenizer, chat) if path is not None]
+    asked = PromptOptions(**prompt)
+    inputs = [path for path in (a, b, asked.tokenizer, asked.chat) if path is not None]
     replaced_page = check_page(report, overwrite=overwrite, inputs=inputs)
     replaced = None
     if plot is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,7 @@ def synth(
         progress = None if display is None else lambda done: display(done, plan.payload_bytes)
         summary = write_plan(plan, out, seed=seed, headers_only=headers_only, overwrite=overwrite, progress=progress)
     if as_json:
-        print_json(
-            {
-                "folder": str(summary.folder),
-                "files": summary.files,
-                "tensors": summary.tensors,
-                "payload_bytes": summary.payload_bytes,
-                "tensors_by_dtype": dict(summary.tensors_by_dtype),
-                "headers_only": summary.headers_only,
-            }
-        )
+        print_json({**asdict(summary), "folder": str(summary.folder)})
     elif not quiet:
         kind = ", headers only" if summary.headers_only else ""
         typer.echo(

@@ -341,23 +341,15 @@ def _is_mount_point(path: Path) -> bool:
     """Return whether something is mounted on ``path``, a bind-mounted file too."""
     if is_folder(path) and os.path.ismount(path):
         return True
-    # Blanks, tabs, newlines and backslashes are octal there.
     wanted = os.path.join(os.path.realpath(path.parent), path.name)
-    for character in "\\ \t\n":
-        wanted = wanted.replace(character, f"\\{ord(character):03o}")
     return any(mount.point == wanted for mount in _mounts())
 
 
 def kind_of_file_system(path: Path) -> str | None:
     """Return the kind of the file system that ``path`` lies on, as the mount table has it; None if it does not tell."""
     where = Path(os.path.realpath(path))
-    found = [mount for mount in _mounts() if where.is_relative_to(_unescaped(mount.point))]
+    found = [mount for mount in _mounts() if where.is_relative_to(mount.point)]
     return max(found, key=lambda mount: len(mount.point)).kind if found else None
-
-
-def _unescaped(point: str) -> str:
-    """Return a mount point as it is: the table writes spaces and the like as octal escapes."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)
 
 
 class _Mount(NamedTuple):
@@ -379,7 +371,9 @@ def _mounts() -> Iterator[_Mount]:
         before, _, after = line.partition(" - ")
         fields, kind = before.split(" "), after.split(" ")[0]
         if len(fields) > 4:
-            yield _Mount(fields[2], fields[4], kind)
+            # Spaces and the like are octal there.
+            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
+            yield _Mount(fields[2], point, kind)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> None:

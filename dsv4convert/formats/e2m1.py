@@ -224,9 +224,9 @@ def fp4_to_fp8(
     index = _byte_index(packed, lifted, (1, GROUP), scratch)
     pairs, loss = fp8_pair_tables()
     np.take(pairs, index, out=out.view(np.uint16), mode="clip")
-    nan_groups = int(np.count_nonzero(scale == NAN_BYTE))
-    if nan_groups:
-        tally.nan += int(np.count_nonzero(_spread_groups(scale == NAN_BYTE, columns)))
+    nan_groups = scale == NAN_BYTE
+    if nan_groups.any():
+        tally.nan += int(np.count_nonzero(np.repeat(nan_groups, GROUP, axis=1)[:, :columns]))
     if lifted.min() < E8M0_BIAS + FP8_FIRST_LOSSLESS_LIFT:
         tally.changed += int(np.take(loss, index, mode="clip").sum(dtype=np.int64))
 
@@ -364,10 +364,6 @@ def _decode(packed: ArrayU8, scale: Array, block: Block, out: Array, kind: str, 
     if first < safe_first or last > safe_last:
         tally.overflow += int(np.take(over, index, mode="clip").sum(dtype=np.int64))
         tally.underflow += int(np.take(under, index, mode="clip").sum(dtype=np.int64))
-
-
-def _spread_groups(groups: Array, columns: int) -> Array:
-    return np.repeat(groups, GROUP, axis=1)[:, :columns]
 
 
 @cache

@@ -148,11 +148,8 @@ def _is_index(index: Any) -> bool:
 
 
 def _is_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("name"), str) and _is_file_name(entry.get("file"))
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name.endswith(".npy") and Path(name).name == name
+    name, file = (entry.get("name"), entry.get("file")) if isinstance(entry, dict) else (None, None)
+    return isinstance(name, str) and isinstance(file, str) and file.endswith(".npy") and Path(file).name == file
 
 
 def _load(path: Path) -> Array:

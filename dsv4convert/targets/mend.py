@@ -240,7 +240,7 @@ def _stack(name: str, group: Sequence[Weight], lying: Mapping[tuple[Path, int, i
                 got=first.shape[0],
             )
         stacks.append(scales)
-        names.append(scale_name(name) if official else name.removesuffix(".weight") + _scale_suffix(name))
+        names.append(scale_name(name) if official else f"{name}_scale_inv")
     for made, parts in zip(names, stacks, strict=True):
         found = [_as_it_lies(part, lying) for part in parts]
         shape = found[0].shape
@@ -253,10 +253,6 @@ def _stack(name: str, group: Sequence[Weight], lying: Mapping[tuple[Path, int, i
             experts = len({weight.expert for weight in group})
             shape = (experts, len(group) // experts * shape[0], *shape[1:])
         yield _Wanted(made, shape, found)
-
-
-def _scale_suffix(name: str) -> str:
-    return ".weight_scale_inv" if name.endswith(".weight") else "_scale_inv"
 
 
 def _as_it_lies(part: Stored, lying: Mapping[tuple[Path, int, int], Stored]) -> Stored:

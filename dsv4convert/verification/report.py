@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -238,12 +239,7 @@ class Report:
 
     def requantised(self) -> dict[tuple[str, str], TensorResult]:
         """Return the errors of floats that became FP8 or FP4: the sum of the tensors of each (source, output type)."""
-        sums: dict[tuple[str, str], TensorResult] = {}
-        for result in self.results.values():
-            if result.is_measured and not result.is_low_bit:
-                key = (result.source, result.output)
-                sums.setdefault(key, TensorResult("", *key, is_measured=True)).add(result)
-        return sums
+        return self._sums(lambda result: result.is_measured and not result.is_low_bit)
 
     def low_bit(self) -> list[TensorResult]:
         """Return the sums of the low-bit tensors of each family and output type."""
@@ -256,9 +252,12 @@ class Report:
 
     def rounding(self) -> dict[tuple[str, str], TensorResult]:
         """Return what was rounded: the sum of the tensors of each (source type, output type)."""
+        return self._sums(lambda result: result.verdict == "rounded")
+
+    def _sums(self, counts: Callable[[TensorResult], bool]) -> dict[tuple[str, str], TensorResult]:
+        """Return the sums of the tensors that ``counts`` says, by (source, output type)."""
         sums: dict[tuple[str, str], TensorResult] = {}
-        for result in self.results.values():
-            if result.verdict == "rounded":
-                key = (result.source, result.output)
-                sums.setdefault(key, TensorResult("", *key)).add(result)
+        for result in filter(counts, self.results.values()):
+            key = (result.source, result.output)
+            sums.setdefault(key, TensorResult("", *key, is_measured=result.is_measured)).add(result)
         return sums

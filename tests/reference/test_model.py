@@ -37,7 +37,7 @@ class CountingSource(DictSource):
     """Remembers what was read."""
 
     def __init__(self, source: DictSource) -> None:
-        super().__init__(source.config, source._tensors)
+        super().__init__(source.config, source._held)
         self.read: list[str] = []
         self.rows_read: dict[str, int] = {}
 
@@ -47,7 +47,7 @@ class CountingSource(DictSource):
 
     def rows(self, name: str, indices: Array) -> Array:
         self.rows_read[name] = self.rows_read.get(name, 0) + len(indices)
-        return self._tensors[name][indices]
+        return self._held[name][indices]
 
 
 def worst_position(ours: Array, theirs: Array) -> float:

@@ -17,7 +17,7 @@ from ...targets.engram_tables import SCALE_SUFFIX
 from ...targets.gguf_tensors import DIALECTS as TENSOR_DIALECTS
 from ...targets.gguf_tensors import DIALECTS_V41, NVFP4, SECOND_SUFFIX, SHARED_WITH_MTP, TensorDialect
 from .decode import F32_BYTES, GGML_KINDS, ROW_SCALE_ELEMENTS, Factor, Matrix, Scale, gather_rows, read_rows
-from .protocol import Array, missing_weight, no_engram_constants
+from .protocol import Array, NamedSource, no_engram_constants
 
 # By architecture. The file of ds4 is one of llama.cpp's in other types.
 READABLE = {
@@ -49,7 +49,7 @@ class Location(NamedTuple):
     columns: tuple[int, int] | None
 
 
-class GgufSource:
+class GgufSource(NamedSource[Location]):
     """Weights of a GGUF of ours or llama.cpp's, each decoded when it is asked for.
 
     Raises:
@@ -59,18 +59,8 @@ class GgufSource:
     """
 
     def __init__(self, file: GgufModelFile) -> None:
-        self._path = file.files[0]
-        dialect, n_draft, self._engram, self._config = _read(file)
-        self._locations = _locations(file, dialect, self._config, n_draft)
-
-    @property
-    def config(self) -> ModelConfig:
-        """Return the hyperparameters, read off the key-values."""
-        return self._config
-
-    def has(self, name: str) -> bool:
-        """Return whether the tensor ``name`` is there."""
-        return name in self._locations
+        dialect, n_draft, self._engram, config = _read(file)
+        super().__init__(config, _locations(file, dialect, config, n_draft), file.files[0])
 
     def tensor(self, name: str) -> Array:
         """Return a whole tensor as float32, or int64 for a table.
@@ -78,7 +68,7 @@ class GgufSource:
         Raises:
             InventoryError: there is no such tensor.
         """
-        location = self._location(name)
+        location = self.held(name)
         return _cut(read_rows(location.matrix), location).reshape(location.shape)
 
     def rows(self, name: str, indices: Array) -> Array:
@@ -87,7 +77,7 @@ class GgufSource:
         Raises:
             InventoryError: there is no such tensor.
         """
-        location = self._location(name)
+        location = self.held(name)
         return _cut(gather_rows(location.matrix, indices), location)
 
     def engram_constants(self) -> EngramConstants:
@@ -97,14 +87,8 @@ class GgufSource:
             ConfigError: they do not.
         """
         if self._engram is None:
-            raise no_engram_constants(self._path)
+            raise no_engram_constants(self._where)
         return self._engram
-
-    def _location(self, name: str) -> Location:
-        try:
-            return self._locations[name]
-        except KeyError:
-            raise missing_weight(name, self._path) from None
 
 
 def gguf_config(file: GgufModelFile) -> tuple[ModelConfig, int]:

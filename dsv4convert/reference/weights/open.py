@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,27 +20,17 @@ from ...model.config import ModelConfig
 from ...model.engram import EngramConstants
 from .decode import Matrix, Scale, Zero, gather_rows, read_rows
 from .gguf import GgufSource
-from .protocol import Array, WeightSource, missing_weight
+from .protocol import Array, NamedSource, WeightSource
 
 AnyWeight = TypeVar("AnyWeight")
 
 
-class _FolderSource(Generic[AnyWeight]):
+class _FolderSource(NamedSource[AnyWeight]):
     """The weights of a folder of safetensors files by name, with the config and the constants that lie next to them."""
 
     def __init__(self, folder: Path, config: ModelConfig, weights: Mapping[str, AnyWeight]) -> None:
+        super().__init__(config, weights, folder)
         self._folder = folder
-        self._config = config
-        self._weights = weights
-
-    @property
-    def config(self) -> ModelConfig:
-        """Return the hyperparameters."""
-        return self._config
-
-    def has(self, name: str) -> bool:
-        """Return whether the tensor ``name`` is there."""
-        return name in self._weights
 
     def engram_constants(self) -> EngramConstants:
         """Return what finds the rows of V4.1's n-gram tables, computed from the folder's tokenizer.
@@ -49,12 +39,6 @@ class _FolderSource(Generic[AnyWeight]):
             DeviceError, TokenizerError, ConfigError: as for ``read_engram_constants``.
         """
         return read_engram_constants(self._folder, self._config)
-
-    def _weight(self, name: str) -> AnyWeight:
-        try:
-            return self._weights[name]
-        except KeyError:
-            raise missing_weight(name, self._folder) from None
 
 
 class HfSource(_FolderSource[Weight]):
@@ -69,7 +53,7 @@ class HfSource(_FolderSource[Weight]):
         Raises:
             InventoryError: there is no such tensor.
         """
-        weight = self._weight(name)
+        weight = self.held(name)
         return read_rows(weight_matrix(weight)).reshape(weight.shape)
 
     def rows(self, name: str, indices: Array) -> Array:
@@ -78,7 +62,7 @@ class HfSource(_FolderSource[Weight]):
         Raises:
             InventoryError: there is no such tensor.
         """
-        return gather_rows(weight_matrix(self._weight(name)), indices)
+        return gather_rows(weight_matrix(self.held(name)), indices)
 
 
 class ShardSource(_FolderSource[ShardedWeight]):
@@ -93,7 +77,7 @@ class ShardSource(_FolderSource[ShardedWeight]):
         Raises:
             InventoryError: there is no such tensor.
         """
-        weight = self._weight(name)
+        weight = self.held(name)
         parts = [read_rows(weight_matrix(part)).reshape(part.shape) for part in weight.parts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=weight.axis)
 
@@ -103,7 +87,7 @@ class ShardSource(_FolderSource[ShardedWeight]):
         Raises:
             InventoryError: there is no such tensor.
         """
-        weight = self._weight(name)
+        weight = self.held(name)
         parts = [weight_matrix(part) for part in weight.parts]
         if len(parts) == 1:
             return gather_rows(parts[0], indices)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy.typing as npt
 
@@ -13,6 +14,7 @@ from ...model.config import ModelConfig
 from ...model.engram import EngramConstants
 
 Array = npt.NDArray[Any]
+Held = TypeVar("Held")
 
 # Expert weights are each read once per step, so keeping them would only push the others out.
 DEFAULT_CACHE_BYTES = 2**30
@@ -60,15 +62,13 @@ def no_engram_constants(where: object = None) -> ConfigError:
     return ConfigError("the constants of the engram tables are missing", where=where)
 
 
-class DictSource:
-    """Weights that already lie in memory as float32 arrays (``tid2eid`` as int64)."""
+class NamedSource(Generic[Held]):
+    """A model's config, and its tensors by name as a source holds them; ``where`` they are, for errors."""
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Array], engram: EngramConstants | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, held: Mapping[str, Held], where: Path | None = None) -> None:
         self._config = config
-        self._tensors = tensors
-        self._engram = engram
+        self._held = held
+        self._where = where
 
     @property
     def config(self) -> ModelConfig:
@@ -77,7 +77,27 @@ class DictSource:
 
     def has(self, name: str) -> bool:
         """Return whether the tensor ``name`` is there."""
-        return name in self._tensors
+        return name in self._held
+
+    def held(self, name: str) -> Held:
+        """Return a tensor as the source holds it.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        if name not in self._held:
+            raise missing_weight(name, self._where)
+        return self._held[name]
+
+
+class DictSource(NamedSource[Array]):
+    """Weights that already lie in memory as float32 arrays (``tid2eid`` as int64)."""
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Array], engram: EngramConstants | None = None
+    ) -> None:
+        super().__init__(config, tensors)
+        self._engram = engram
 
     def tensor(self, name: str) -> Array:
         """Return a whole tensor.
@@ -85,10 +105,7 @@ class DictSource:
         Raises:
             InventoryError: there is no such tensor.
         """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise missing_weight(name) from None
+        return self.held(name)
 
     def rows(self, name: str, indices: Array) -> Array:
         """Return the rows ``indices`` of a matrix."""

@@ -6,6 +6,7 @@ file's format. Everything that can fail on the input has failed before a plan ex
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -360,18 +361,38 @@ class OutputTensor(NamedTuple):
     segments: Sequence[Segment]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class OutputFile:
     """A file of the output: ``header`` at its start, tensors behind it, zeros between them.
 
-    ``same_as`` is a file of the source that has these very bytes, where there is one: the two may share them.
+    ``same_as`` is a file of the source that has these very bytes, where there is one: the two may share them. Headers
+    are kept compressed: those of three hundred thousand tensors, and their index, take fifty megabytes otherwise.
     """
 
     name: str
-    header: bytes = field(repr=False)
+    header_bytes: int
     tensors: tuple[OutputTensor, ...] = field(repr=False)
     nbytes: int
-    same_as: Path | None = None
+    same_as: Path | None
+    _header: bytes = field(repr=False)
+
+    def __init__(
+        self, name: str, header: bytes, tensors: tuple[OutputTensor, ...], nbytes: int, same_as: Path | None = None
+    ) -> None:
+        for key, value in (
+            ("name", name),
+            ("header_bytes", len(header)),
+            ("tensors", tensors),
+            ("nbytes", nbytes),
+            ("same_as", same_as),
+            ("_header", zlib.compress(header, level=1)),
+        ):
+            object.__setattr__(self, key, value)
+
+    @property
+    def header(self) -> bytes:
+        """Return the bytes at the file's start."""
+        return zlib.decompress(self._header, bufsize=max(1, self.header_bytes))
 
 
 @dataclass(frozen=True)

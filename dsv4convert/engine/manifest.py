@@ -92,7 +92,7 @@ def _file_head(file: OutputFile, links: Mapping[str, str]) -> str:
     head = {
         "name": file.name,
         "bytes": file.nbytes,
-        "header_bytes": len(file.header),
+        "header_bytes": file.header_bytes,
         "header": _header_checksum(file),
     }
     return _json(head | ({"made_by": links[file.name]} if file.name in links else {}))

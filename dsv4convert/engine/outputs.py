@@ -455,7 +455,7 @@ class Outputs(ABC):
         """
         file, descriptor = self._plan.files[index], self._open[index]
         size = os.fstat(descriptor).st_size
-        if size != file.nbytes or os.pread(descriptor, len(file.header), 0) != file.header:
+        if size != file.nbytes or os.pread(descriptor, file.header_bytes, 0) != file.header:
             raise FileFormatError(
                 "changed during the conversion", where=source, hint="run again once nothing writes to the file"
             )

@@ -19,7 +19,7 @@ from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment, convert
 from ..scale_forms import Over, Times
 from .fp8_segments import CODES_PER_BYTE
-from .segments import join_segments, operands, scale_operand, shared
+from .segments import join_segments, matrix_shape, operands, scale_operand, shared
 
 SCALAR_BYTES = 4
 
@@ -56,7 +56,7 @@ class _Segments(MadeSegments):
         """Return how many output bytes the segment makes."""
         rows, columns = self._source.shape
         sizes = {Part.CODES: rows * columns // CODES_PER_BYTE, Part.SCALES: rows * columns // NVFP4_BLOCK}
-        return sizes.get(self._part, SCALAR_BYTES)
+        return shared(sizes.get(self._part, SCALAR_BYTES))
 
     def __len__(self) -> int:
         return 1
@@ -91,10 +91,9 @@ def fp4_to_nvfp4_segments(weight: Weight, sharing: Sequence[Weight]) -> dict[Par
     for held in sharing:
         if held.scale is None or held.block != FP4_SCALE_BLOCK:
             raise InventoryError(f"tensor {held.name}: not packed FP4", where=held.stored.file, got=held.encoding.value)
-    rows, columns = weight.shape
     scales = tuple(held.scale for held in sharing if held.scale is not None)
     own = scales[[held.name for held in sharing].index(weight.name)]
-    source = _Source(weight.stored.file, weight.stored.offset, (rows, columns), own, scales)
+    source = _Source(weight.stored.file, weight.stored.offset, shared(matrix_shape(weight.shape)), own, scales)
     return {part: _Segments(source, part) for part in Part}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 
 from ..containers.safetensors import DTYPE_BITS
 from ..containers.safetensors_write import PYTORCH_METADATA, compact_json, safetensors_header
@@ -31,7 +33,7 @@ def safetensors_file(
 
 def unplaced_tensor(name: str, dtype: str, shape: tuple[int, ...], segments: Sequence[Segment]) -> OutputTensor:
     """Return a tensor that has no place in a file yet."""
-    return OutputTensor(name, dtype, shape, 0, shared(total_bytes(segments)), segments)
+    return OutputTensor(name, dtype, shared(shape), 0, shared(total_bytes(segments)), segments)
 
 
 def whole_file(name: str, content: bytes) -> OutputFile:
@@ -41,13 +43,14 @@ def whole_file(name: str, content: bytes) -> OutputFile:
 
 def safetensors_index(files: Iterable[OutputFile]) -> bytes:
     """Return ``model.safetensors.index.json`` of ``files``: their payload and which of them holds what."""
-    # Written line by line: the generic encoder, with indents, holds every token of 13 MB at once.
-    entries: list[tuple[str, str]] = []
+    # Written line by line, from names that are sorted by file: the generic encoder, with indents, holds every token of
+    # 13 MB at once, and pairs of names take as much.
+    names: list[tuple[list[str], str]] = []
     total = 0
     for file in files:
-        entries += ((tensor.name, file.name) for tensor in file.tensors)
+        names.append((sorted(tensor.name for tensor in file.tensors), file.name))
         total += sum(tensor.nbytes for tensor in file.tensors)
-    entries.sort()
+    entries = heapq.merge(*(zip(ordered, repeat(holder)) for ordered, holder in names))
     text = io.BytesIO()
     text.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
     for number, (name, holder) in enumerate(entries):

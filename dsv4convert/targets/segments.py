@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar, cast
 
 from ..checkpoint.weights import PACKED_ENCODINGS, Encoding, Weight
 from ..containers.safetensors import Stored
@@ -96,10 +97,17 @@ def check_stored(weights: Iterable[Weight], layout: str, hint: str = DECODE_FIRS
             )
 
 
+Shared = TypeVar("Shared", bound=Hashable)
+
+
 @lru_cache(maxsize=1024)
-def shared(number: int) -> int:
-    """Return one object for all equal numbers: a plan of a hundred thousand tensors has few different sizes."""
-    return number
+def _shared(value: Hashable) -> Hashable:
+    return value
+
+
+def shared(value: Shared) -> Shared:
+    """Return one object for all equal sizes or shapes: a plan of a hundred thousand tensors has few different ones."""
+    return cast("Shared", _shared(value))
 
 
 def operands(weight: Weight, first: int = 0) -> tuple[Operand, ...]:

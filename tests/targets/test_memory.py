@@ -22,6 +22,7 @@ COMMANDS = {
     "dequantize": (["dequantize"], "out", 300),
     "transformers": (["dequantize", "--names", "transformers"], "out", 300),
     "repack": (["repack", "--experts", "fp8"], "out", 300),
+    "nvfp4": (["repack", "--experts", "nvfp4", "--draft-experts"], "out", 256),
     "mend": (["mend", "--drop-draft"], "out", 256),
     "mend and rename": (["mend", "--rename", "transformers"], "out", 256),
     "mlx": (["mlx"], "out", 256),

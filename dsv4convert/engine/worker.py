@@ -24,7 +24,7 @@ from ..formats.compiled.segments import Control
 from ..formats.not_finite import element_bytes
 from ..plan import Copy, Operand, Quantise, Segment, SquaredWeights
 from .column_sums import ColumnSums, SharedSums
-from .compiled_segments import CompiledSegment, CompiledSegments, Known
+from .compiled_segments import CompiledSegments, Known
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
 from .operations import COPY_TILE_BYTES, TILE_BYTES, as_f32, make_tile, rows_per_tile, squares, tile_operands
@@ -152,7 +152,9 @@ class Worker:
         zeros = {number for number, operand in enumerate(operands) if operand.scale_form is None}
         operation = segment.operation
         weights = self._column_weights(segment, operands)
-        compiled = self._begin_compiled(segment, output, offset, weights=weights)
+        compiled = None
+        if not self._is_remote(segment):
+            compiled = self._compiled.begin(segment, output, offset, weights=weights)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         first = 0 if compiled is None else compiled.make(0)
         if compiled is not None and first == segment.rows and (known := compiled.known()) is not None:
@@ -191,20 +193,6 @@ class Worker:
 
     def _is_remote(self, segment: Segment) -> bool:
         return self._ranges is not None and any(at(operand.file) is not None for operand in segment.operands)
-
-    def _begin_compiled(
-        self,
-        segment: Segment,
-        output: int,
-        offset: int,
-        *,
-        weights: NDArray[np.float32] | None = None,
-        with_digest: bool = True,
-    ) -> CompiledSegment | None:
-        """Return the compiled library's part in a segment: none where bytes come from elsewhere than a file."""
-        if self._is_remote(segment):
-            return None
-        return self._compiled.begin(segment, output, offset, weights=weights, with_digest=with_digest)
 
     def _inputs(
         self, operands: Sequence[Operand], first: int, rows: int, *, follows: bool = False
@@ -266,10 +254,12 @@ class Worker:
         """Copy bytes as they are, in the kernel where it can (see ``kernel_copy``)."""
         operand = segment.operands[0]
         known = self._copies.get(segment) if operation.is_repeated else None
-        compiled = self._begin_compiled(segment, output, offset, with_digest=known is None)
+        compiled = None
+        is_remote = self._is_remote(segment)
+        if not is_remote:
+            compiled = self._compiled.begin(segment, output, offset, with_digest=known is None)
         digest = xxhash.xxh3_128() if compiled is None else compiled.digest
         tally, zeros = Tally(), 1
-        is_remote = self._is_remote(segment)
         done = 0
         if compiled is not None:
             done = compiled.make(0)

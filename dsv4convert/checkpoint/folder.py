@@ -127,10 +127,8 @@ def open_folder(
     """
     try:
         config = load_config(folder)
-        stored, files, notes = read_folder_headers(folder, index)
-        if draft_wanted:
-            return resolve(folder, config, stored, files, notes)
-        return _resolve_without_blocking_draft(folder, config, stored, files, notes)
+        headers = read_folder_headers(folder, index)
+        return resolve(folder, config, *headers) if draft_wanted else _resolve_the_trunk(folder, config, headers)
     except (UsageError, InputOutputError):
         raise
     except Dsv4Error as error:
@@ -150,14 +148,9 @@ def _not_a_folder(file: Path) -> Dsv4Error:
     return InputMissingError("a file, not a folder", where=file, hint=f"pass its folder, {file.parent}")
 
 
-def _resolve_without_blocking_draft(
-    folder: Path,
-    config: ModelConfig,
-    stored: dict[str, Stored],
-    files: tuple[Path, ...],
-    notes: tuple[str, ...],
-) -> Checkpoint:
+def _resolve_the_trunk(folder: Path, config: ModelConfig, headers: FolderHeaders) -> Checkpoint:
     """Resolve a folder; where its draft is what is wrong, resolve the rest and list the draft as unused."""
+    stored, files, notes = headers
     try:
         return resolve(folder, config, stored, files, notes)
     except (ConfigError, InventoryError) as error:

@@ -12,7 +12,7 @@ import click
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import LAYERS_METAVAR, json_option, overwrite_option
+from .options import LAYERS_METAVAR, json_option, overwrite_option, tokenizer_option
 from .pages import check_page, report_option, write_page
 from .parsing import (
     COMPARISON,
@@ -59,13 +59,6 @@ tokens_option = option("--tokens", metavar="IDS", panel=PROMPT, help="Token ids,
 text_option = option("--text", metavar="TEXT", panel=PROMPT, help="Text, encoded by the tokenizer.")
 chat_option = option(
     "--chat", type=PATH, metavar="FILE", panel=PROMPT, help="JSON file of messages, rendered by the chat template."
-)
-tokenizer_option = option(
-    "--tokenizer",
-    type=FOLDER,
-    metavar="FOLDER",
-    panel=PROMPT,
-    help="Folder with a tokenizer.json; by default the model's own tokenizer.",
 )
 image_option = option(
     "--image",

@@ -9,8 +9,8 @@ import typer
 
 from ..api import DEFAULT_CONTEXT_SIZE
 from ..errors import escape_control
-from .options import LAYERS_METAVAR, json_option, overwrite_option, progress_option, quiet_option
-from .parsing import CONTENT, FOLDER, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
+from .options import LAYERS_METAVAR, json_option, overwrite_option, progress_option, quiet_option, tokenizer_option
+from .parsing import CONTENT, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
 
 if TYPE_CHECKING:
     from ..reference.importance import ImatrixSummary
@@ -42,13 +42,7 @@ if TYPE_CHECKING:
     panel=PROMPT,
     help="Maximum number of chunks; by default all whole chunks of the text.",
 )
-@option(
-    "--tokenizer",
-    type=FOLDER,
-    metavar="FOLDER",
-    panel=PROMPT,
-    help="Folder with a tokenizer.json; by default the model's own tokenizer.",
-)
+@tokenizer_option
 @option(
     "--process-output",
     is_flag=True,

@@ -12,7 +12,7 @@ import click
 
 from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
 from .pages import report_option
-from .parsing import CONTENT, FOLDER, PATH, REPORT, RUN, argument, option
+from .parsing import CONTENT, FOLDER, PATH, PROMPT, REPORT, RUN, argument, option
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files, or its address, such as OWNER/NAME on the hub."
 
@@ -97,6 +97,13 @@ strict_option = option(
     help="Fail if the source has NaN or infinite values, or tensors or files that are all zero, instead of noting it.",
 )
 quiet_option = option("--quiet", "-q", is_flag=True, panel=REPORT, help="Print errors only.")
+tokenizer_option = option(
+    "--tokenizer",
+    type=FOLDER,
+    metavar="FOLDER",
+    panel=PROMPT,
+    help="Folder with a tokenizer.json; by default the model's own tokenizer.",
+)
 TEXT, JSON = "text", "json"
 progress_option = option(
     "--progress",

@@ -162,18 +162,12 @@ def tensor_dialect(config: ModelConfig, name: str) -> TensorDialect:
 
 
 # DSpark's draft stages in llama.cpp's own architecture for such drafts, whose routers know no images.
-DFLASH = TensorDialect(
+DFLASH = replace(
+    DIALECTS["llama.cpp"],
     name="dflash",
     architecture=DRAFT,
     name_of=lambda row: None if row.when is When.VISION else row.gguf,
-    default_dense=DIALECTS["llama.cpp"].default_dense,
-    default_experts=DIALECTS["llama.cpp"].default_experts,
-    mtp_inline=False,
-    grouped_wo_a=False,
 )
-
-# What becomes of a part beside the text model: not written, the only thing written, a file of its own
-# beside the text model, blocks of the text model.
 
 
 @dataclass(frozen=True)

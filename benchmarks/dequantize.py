@@ -2,9 +2,9 @@
 
 python benchmarks/dequantize.py --rounds 7 --save benchmarks/results/dequantize.json
 python benchmarks/dequantize.py --command repack --experts 48 --rounds 5 --save benchmarks/results/repack.json
-python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-size 1GB --rounds 3 --warmup 1 \\
+python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-size 1GB --rounds 5 --warmup 1 \\
     --save benchmarks/results/repack_nvfp4.json
-python benchmarks/dequantize.py --command requantize --experts 3 --max-file-size 600MB --rounds 3 --warmup 1 \\
+python benchmarks/dequantize.py --command requantize --experts 12 --max-file-size 600MB --rounds 5 --warmup 1 \\
     --save benchmarks/results/requantize.json
 python benchmarks/dequantize.py --command mlx --experts 12 --max-file-size 1GB --rounds 3 --warmup 1 \\
     --save benchmarks/results/mlx.json

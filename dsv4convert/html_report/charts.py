@@ -114,7 +114,7 @@ def bars(
     if limit is not None:
         at = NAME_WIDTH + limit * scale
         marks.append(element("line", element("title", written(limit)), x1=at, x2=at, y1=0, y2=height, class_="axis"))
-    return _section(title, names if names[1:] else (), _picture(title, marks, height))
+    return section(title, names if names[1:] else (), _picture(title, marks, height))
 
 
 def grid(
@@ -149,7 +149,7 @@ def grid(
     marks.append(element("text", across, x=NAME_WIDTH - 6, y=bottom + 12, class_="tick end"))
     present = {kind for _, cells in rows for kind, _ in cells.values()}
     legend = [(kind, colour[kind]) for kind in kinds if kind in present]
-    return _section(title, legend, _picture(title, marks, bottom + 16))
+    return section(title, legend, _picture(title, marks, bottom + 16))
 
 
 def _plot(title: str, names: Sequence[str], marks: Sequence[Markup], x: Axis, y: Axis) -> Markup:
@@ -169,7 +169,7 @@ def _plot(title: str, names: Sequence[str], marks: Sequence[Markup], x: Axis, y:
         element("text", x.label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, class_="tick middle"),
         element("text", y.label, x=14, y=middle, transform=f"rotate(-90 14 {middle:.0f})", class_="tick middle"),
     ]
-    return _section(title, names, _picture(title, [*frame, *marks, *labels], HEIGHT))
+    return section(title, names, _picture(title, [*frame, *marks, *labels], HEIGHT))
 
 
 def _picture(title: str, marks: Sequence[Markup], height: float) -> Markup:
@@ -177,7 +177,7 @@ def _picture(title: str, marks: Sequence[Markup], height: float) -> Markup:
     return element("svg", *marks, class_="plot", viewBox=box, role="img", aria_label=title)
 
 
-def _section(title: str, legend: Sequence[str | tuple[str, str]], picture: Markup) -> Markup:
+def section(title: str, legend: Sequence[str | tuple[str, str]], picture: Markup) -> Markup:
     """Return a picture under its title, with the legend of names in the order of colours, or with theirs."""
     keys = []
     for number, entry in enumerate(legend):

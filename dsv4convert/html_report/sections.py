@@ -58,7 +58,7 @@ def map_by_type(parts: Iterable[tuple[int | None, str, str, int]]) -> Markup | N
         Leaf(group_of(layer, family), family, nbytes, kind if kind in named else OTHER_TYPES)
         for layer, family, kind, nbytes in found
     ]
-    return _map("Map by type", leaves, kinds, CATEGORY_CLASSES)
+    return treemap(leaves, kinds, "Map by type", CATEGORY_CLASSES)
 
 
 def map_by_error(parts: Iterable[Json]) -> Markup | None:
@@ -67,7 +67,7 @@ def map_by_error(parts: Iterable[Json]) -> Markup | None:
     for part in parts:
         kind, note = _error_kind(part), f"{part['source']} to {part['output']}"
         leaves.append(Leaf(group_of(part["layer"], part["family"]), part["family"], part["bytes"], kind, note))
-    return _map("Map by error", leaves, ERROR_KINDS, ERROR_CLASSES)
+    return treemap(leaves, ERROR_KINDS, "Map by error", ERROR_CLASSES)
 
 
 def band_of(relative_rmse: float) -> str:
@@ -86,11 +86,6 @@ def _error_kind(part: Json) -> str:
     if part["relative_rmse"] is not None:
         return band_of(float(part["relative_rmse"]))
     return "rounded" if part["rounded"] else "exact"
-
-
-def _map(title: str, leaves: Sequence[Leaf], kinds: Sequence[str], classes: Sequence[str]) -> Markup | None:
-    drawn = treemap(leaves, kinds, title, classes)
-    return element("section", element("h2", title), drawn) if drawn else None
 
 
 def counts(title: str, name: str, found: Json) -> Markup | None:

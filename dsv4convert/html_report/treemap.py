@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from .charts import section
 from .figures import human_bytes
-from .markup import CHARACTER_WIDTH, Markup, element, fitting, joined, scrolled
+from .markup import CHARACTER_WIDTH, Markup, element, fitting
 
 WIDTH, HEIGHT = 900.0, 560.0
 # Pixels around the families of a group, and above them where its name fits.
@@ -84,14 +85,14 @@ def _lay(row: Sequence[float], part: float, within: Rectangle, placed: list[Rect
     return Rectangle(within.x, y + height * part, width, height * (1 - part))
 
 
-def treemap(leaves: Sequence[Leaf], kinds: Sequence[str], title: str, classes: Sequence[str]) -> Markup:
-    """Return the map with its legend; ``kinds`` are the leaves' in the order of the colours ``classes``."""
+def treemap(leaves: Sequence[Leaf], kinds: Sequence[str], title: str, classes: Sequence[str]) -> Markup | None:
+    """Return the map with its legend, None without a leaf; ``kinds`` are the leaves' in the order of ``classes``."""
     groups: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.nbytes > 0:
             groups.setdefault(leaf.group, []).append(leaf)
     if not groups:
-        return Markup()
+        return None
     colour = dict(zip(kinds, classes, strict=False))
     ordered = sorted(groups.items(), key=lambda group: -sum(leaf.nbytes for leaf in group[1]))
     totals = [sum(leaf.nbytes for leaf in inside) for _, inside in ordered]
@@ -101,11 +102,7 @@ def treemap(leaves: Sequence[Leaf], kinds: Sequence[str], title: str, classes: S
     ):
         shapes += _group(name, sorted(inside, key=lambda leaf: -leaf.nbytes), total, place, colour)
     present = {leaf.kind for leaf in leaves if leaf.nbytes > 0}
-    legend = [
-        element("li", element("span", class_=f"key {colour[kind]}", aria_hidden="true"), kind)
-        for kind in kinds
-        if kind in present
-    ]
+    legend = [(kind, colour[kind]) for kind in kinds if kind in present]
     picture = element(
         "svg",
         *shapes,
@@ -114,7 +111,7 @@ def treemap(leaves: Sequence[Leaf], kinds: Sequence[str], title: str, classes: S
         role="img",
         aria_label=f"{title}: {len(groups)} groups, {human_bytes(sum(totals))}",
     )
-    return joined([element("ul", *legend, class_="legend"), element("div", picture, **scrolled(title))])
+    return section(title, legend, picture)
 
 
 def _group(name: str, leaves: Sequence[Leaf], total: int, place: Rectangle, colour: dict[str, str]) -> Iterator[Markup]:

@@ -156,16 +156,16 @@ RUN_OPTIONS = (
     ),
     option(
         "--upload",
-        metavar="REPOSITORY",
+        metavar="ADDRESS",
         panel=RUN,
-        help="Send each finished file to a repository on the hub, OWNER/NAME, with a model card; readers see all files "
-        "at the end at once.",
+        help="Send each finished file to a repository on the hub, OWNER/NAME, or to s3://BUCKET/PREFIX, gs:// or "
+        "az://, with a model card; the hub shows all files at once, a store has the index last.",
     ),
     option(
         "--delete-uploaded",
         is_flag=True,
         panel=RUN,
-        help="With --upload: remove the local output once the repository has all of it.",
+        help="With --upload: remove the local output once all of it has arrived.",
     ),
     option(
         "--workers",

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DeviceError, UsageError
+from .folder_names import INDEX_NAME
 from .sources import ADDRESS, HUB_ID
 
 READ_BYTES = 2**20
 CARD_NAME = "README.md"
+# A card is some KiB of text, and a table of a line for each file.
+MAX_CARD_BYTES = 2**22
+WEIGHTS = (".safetensors", INDEX_NAME)
+EXPECTED = "OWNER/NAME, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Sent:
 
 
 class Destination(ABC):
-    """A place elsewhere for the files of one output, which readers find there all at once, or not at all.
+    """A place elsewhere for the files of one output, which no reader takes for whole before they all are there.
 
     ``address`` is what to call it. Every method raises Dsv4Error: InputOutputError where the run may go on later.
     """
@@ -60,7 +65,7 @@ class Destination(ABC):
 
     @abstractmethod
     def send(self, name: str, path: Path, sent: Sent) -> None:
-        """Send a file so that no reader sees it yet; one whose content is there already is not sent again."""
+        """Send a file so that no reader takes the output for whole; content that is there already is not sent again."""
 
     @abstractmethod
     def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:
@@ -81,8 +86,15 @@ class Destination(ABC):
         """Return the files that are there, with their sizes in bytes."""
 
 
+def other_weights(found: Iterable[str], names: Container[str]) -> list[str]:
+    """Return the files, of those ``found`` in a folder, that readers would mix up with a checkpoint of ``names``."""
+    return [name for name in found if "/" not in name and name.endswith(WEIGHTS) and name not in names]
+
+
 def open_destination(address: str) -> Destination:
-    """Return the destination of an address: OWNER/NAME or hf://OWNER/NAME on the hub. Nothing is asked of it yet.
+    """Return the destination of an address: a repository of the hub, or a folder in an object store.
+
+    Nothing is asked of it yet.
 
     Raises:
         UsageError: no address that files can be sent to.
@@ -91,13 +103,17 @@ def open_destination(address: str) -> Destination:
     found = ADDRESS.fullmatch(address)
     scheme, rest = (found[1], found[2].strip("/")) if found else ("hf", address)
     if (found is None and HUB_ID.fullmatch(address) is None) or scheme in ("http", "https"):
-        raise UsageError("--upload: no such destination", expected="OWNER/NAME", got=address)
-    if scheme != "hf":
-        raise UsageError("--upload: files can be sent to the hub alone", expected="OWNER/NAME", got=f"{scheme}://…")
+        raise UsageError("--upload: no such destination", expected=EXPECTED, got=address)
+    package, extra = ("huggingface_hub", "hub") if scheme == "hf" else ("obstore", "stores")
     try:
-        from .remote.hub_upload import HubDestination
+        if scheme == "hf":
+            from .remote.hub_upload import HubDestination
+
+            return HubDestination(rest)
+        from .remote.store_upload import StoreDestination
+
+        return StoreDestination(scheme, rest)
     except ImportError:
         raise DeviceError(
-            "--upload needs huggingface_hub", where=address, hint="run pip install 'dsv4convert[hub]'"
+            f"--upload needs {package}", where=f"{scheme}://…", hint=f"run pip install 'dsv4convert[{extra}]'"
         ) from None
-    return HubDestination(rest)

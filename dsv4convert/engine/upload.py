@@ -1,4 +1,4 @@
-"""Sending the files of an output elsewhere: each while the next is made, all visible at once when all is done."""
+"""Sending the files of an output elsewhere: each while the next is made, shown as whole when all is done."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SNAPSHOT = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 @dataclass(frozen=True)
 class Upload:
-    """Where to send an output: OWNER/NAME on the hub.
+    """Where to send an output: OWNER/NAME on the hub, or the address of a folder in a store.
 
     ``delete`` removes the local files once they are there. ``command`` is what the model card says was run.
     """
@@ -95,7 +95,7 @@ class Uploading:
         self._join()
 
     def close(self) -> None:
-        """Send nothing more; what is being sent ends by itself, and nobody sees it."""
+        """Send nothing more; what is being sent ends by itself, and nobody takes it for whole."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -13,36 +12,23 @@ from dsv4convert.errors import FileFormatError
 
 from ..command_line import run_cli
 from .hub_server import Hub
+from .store_server import SECRET, StoreServer
 from .support import Remote, contents
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
-SECRET = "very-secret-key"
-
 
 @pytest.fixture
 def s3(snapshot: Path, tmp_path: Path) -> Iterator[Remote]:
     """Yield what runs the program with a store in which ``s3://models/some/Small-V4`` is the checkpoint."""
-    from moto.server import ThreadedMotoServer
-
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    endpoint = "http://{}:{}".format(*moto.get_host_and_port())
-    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/models", method="PUT")).close()
-    store = obstore.store.from_url(
-        "s3://models",
-        endpoint=endpoint,
-        access_key_id="key",
-        secret_access_key=SECRET,
-        region="us-east-1",
-        client_options={"allow_http": True},
-    )
+    server = StoreServer()
+    server.start()
+    store = server.store()
     for path in snapshot.iterdir():
         obstore.put(store, f"some/Small-V4/{path.name}", path)
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
-    yield Remote(Hub(), tmp_path / "home", {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", **keys})
-    moto.stop()
+    yield Remote(Hub(), tmp_path / "home", server.environment)
+    server.stop()
 
 
 def test_a_folder_of_a_store_makes_the_local_bytes(s3: Remote, snapshot: Path, tmp_path: Path) -> None:

@@ -16,15 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, Destination, Sent
-from ..folder_names import INDEX_NAME
+from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
 from ..sources import RemoteFile
 from .http import retried
 from .hub import LOGIN_AGAIN, REPOSITORY, HubRanges, ask
 
-# A card is some KiB of text, and a table of a line for each file.
-MAX_CARD_BYTES = 2**22
-WEIGHTS = (".safetensors", INDEX_NAME)
 CONFLICT = 412
 
 Answer = TypeVar("Answer")
@@ -111,9 +107,7 @@ class HubDestination(Destination):
             )
 
     def _others(self, entries: Mapping[str, Any], names: set[str]) -> list[str]:
-        if not self._is_folder:
-            return []
-        return [name for name in entries if "/" not in name and name.endswith(WEIGHTS) and name not in names]
+        return other_weights(entries, names) if self._is_folder else []
 
     def _taken(self, name: str) -> OutputExistsError:
         return OutputExistsError(

@@ -35,16 +35,7 @@ def list_store(scheme: str, rest: str) -> Listing:
         InputMissingError: nothing there, or the store cannot be reached.
         FileFormatError: the store names files that no folder can hold.
     """
-    bucket, _, prefix = rest.partition("/")
-    address = f"{scheme}://{rest}"
-    if not re.fullmatch(r"[\w.-]+", bucket) or re.search(r"[?#@]", rest):
-        raise UsageError("not an address in a store", where=f"{scheme}://…", expected=f"{scheme}://BUCKET/PREFIX")
-    try:
-        store = from_url(f"{scheme}://{bucket}", retry_config=RETRIES)
-    except (BaseError, ValueError) as error:
-        raise InputMissingError(
-            f"the store cannot be opened ({type(error).__name__})", where=address, hint=KEYS
-        ) from None
+    store, prefix, address = open_store(scheme, rest)
     found = retried(lambda: _list(store, prefix, address), address)
     focus = None
     if prefix in found:
@@ -55,6 +46,7 @@ def list_store(scheme: str, rest: str) -> Listing:
     check_names(list(entries), address)
     if not entries:
         raise InputMissingError("nothing there", where=address, hint=KEYS)
+    bucket = rest.partition("/")[0]
     folder = f"{scheme}://{bucket}" + (f"/{prefix}" if prefix else "")
     files: dict[str, RemoteFile] = {}
     for name, entry in entries.items():
@@ -63,6 +55,28 @@ def list_store(scheme: str, rest: str) -> Listing:
         files[name] = RemoteFile(place, entry["size"], str(entry[told]), ranges)
     revision = repr(sorted((name, file.size, file.identity) for name, file in files.items()))
     return Listing(folder, revision, files, (prefix.rpartition("/")[2] or bucket,), focus)
+
+
+def open_store(scheme: str, rest: str, **options: Any) -> tuple[Any, str, str]:
+    """Return the store of ``scheme://BUCKET/PREFIX``, the prefix, and the address to show.
+
+    ``options`` are the library's. Nothing is asked of the store yet.
+
+    Raises:
+        UsageError: no such address.
+        InputMissingError: the environment lacks what the store needs.
+    """
+    bucket, _, prefix = rest.partition("/")
+    address = f"{scheme}://{rest}"
+    if not re.fullmatch(r"[\w.-]+", bucket) or re.search(r"[?#@]", rest):
+        raise UsageError("not an address in a store", where=f"{scheme}://…", expected=f"{scheme}://BUCKET/PREFIX")
+    try:
+        store = from_url(f"{scheme}://{bucket}", **({"retry_config": RETRIES} | options))
+    except (BaseError, ValueError) as error:
+        raise InputMissingError(
+            f"the store cannot be opened ({type(error).__name__})", where=address, hint=KEYS
+        ) from None
+    return store, prefix, address
 
 
 def _list(store: Any, prefix: str, address: str) -> dict[str, Any]:
@@ -75,14 +89,17 @@ def _list(store: Any, prefix: str, address: str) -> dict[str, Any]:
     except (NotFoundError, FileNotFoundError):
         raise InputMissingError("nothing there", where=address, hint=KEYS) from None
     except (BaseError, OSError) as error:
-        raise _ours(error, address) from None
+        raise error_of(error, address) from None
 
 
-def _ours(error: Exception, address: str) -> Exception:
+def error_of(error: Exception, address: str) -> Exception:
     """Return an error of the library as ours: without its text, which can hold signed addresses."""
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+    status = re.search(r"\bstatus code: (\d{3})\b", str(error))
+    refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
+    if refused or (status and status[1] in ("401", "403")):
         return InputMissingError("the store refuses access", where=address, hint=KEYS)
-    status = re.search(r"\b(4\d\d|5\d\d)\b", str(error))
+    if status and status[1] == "404":
+        return InputMissingError("nothing there", where=address, hint=KEYS)
     return TransientError(f"{type(error).__name__}{f', HTTP status {status[1]}' if status else ''}")
 
 
@@ -109,7 +126,7 @@ class StoreRanges(Transport):
         except (NotFoundError, FileNotFoundError):
             raise InputOutputError("no longer there", where=self._address) from None
         except (BaseError, OSError) as error:
-            raise _ours(error, self._address) from None
+            raise error_of(error, self._address) from None
         if result.meta[self._told] != self._value:
             raise self._changed()
         yield self._pieces(result)
@@ -123,4 +140,4 @@ class StoreRanges(Transport):
         try:
             yield from result.stream(min_chunk_size=PIECE_BYTES)
         except (BaseError, OSError) as error:
-            raise _ours(error, self._address) from None
+            raise error_of(error, self._address) from None

@@ -1,0 +1,277 @@
+"""Sending files to a folder in an object store (S3, Google Cloud Storage, Azure), through ``obstore``.
+
+A store has no commit. What tells a reader that an output is whole is therefore sent last: the JSON files, of them the
+index last, and the card after all. Of an older output that is overwritten, these are removed before anything else is.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import BaseError
+
+from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
+from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
+from ..fetching import MAX_ATTEMPTS
+from ..folder_names import CONFIG_NAME, INDEX_NAME
+from .http import retried
+from .stores import KEYS, error_of, open_store
+
+# The older card while its output is being replaced: somebody may have written text in it.
+OLD_CARD_NAME = "README.before-upload.md"
+# Metadata of an object; Azure takes no name with hyphens.
+SHA256_KEY = "sha256"
+
+# Parts of a file: so many are in memory, of each of the files that are sent at once. A store takes 10,000 parts.
+PART_BYTES = 2**23
+PARTS_AT_ONCE = 2
+MAX_PARTS = 10_000
+# A part that fails is sent again by the library, which else would begin the file again.
+PART_RETRIES: Any = {"max_retries": 10, "retry_timeout": timedelta(minutes=5)}
+PART_TIMEOUT = "600 seconds"
+MAX_FILE_ATTEMPTS = 2
+ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
+
+Answer = TypeVar("Answer")
+
+
+class StoreDestination(Destination):
+    """A folder of a bucket, which must be there."""
+
+    def __init__(self, scheme: str, rest: str) -> None:
+        if any(part in ("", ".", "..") for part in rest.split("/")):
+            raise UsageError(
+                "--upload: not a folder in a store", expected=f"{scheme}://BUCKET/PREFIX", got=f"{scheme}://…"
+            )
+        self._store, prefix, self.address = open_store(scheme, rest)
+        # Given options replace those of the environment.
+        allow_http = any(os.environ.get(name, "").lower() in ("1", "true") for name in ALLOW_HTTP)
+        options: dict[str, Any] = {"client_options": {"timeout": PART_TIMEOUT, "allow_http": allow_http}}
+        if scheme == "s3":  # the store refuses a part whose bytes were changed on their way
+            options["checksum_algorithm"] = "SHA256"
+        self._sender = open_store(scheme, rest, retry_config=PART_RETRIES, **options)[0]
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._names: list[str] = []
+        self._is_folder = False
+        self._overwrite = self._resume = False
+        self._has_made_room = False
+        self._arrived: set[str] = set()
+        self._lock = threading.Lock()
+
+    def _ask(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS) -> Answer:
+        """Return the store's answer, asked for again after errors that pass; what it refuses, it may grant later.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            InputOutputError: it cannot be had now.
+        """
+
+        def asked() -> Answer:
+            try:
+                return question()
+            except FileNotFoundError:
+                raise
+            except (BaseError, OSError) as error:
+                raise error_of(error, self.address) from None
+
+        try:
+            answer: Answer = retried(asked, self.address, most)
+        except InputMissingError as error:
+            raise InputOutputError(
+                "the store refuses the upload" if error.what != "nothing there" else "no such bucket",
+                where=self.address,
+                hint=f"{KEYS}; they must have the right to write",
+            ) from None
+        return answer
+
+    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool) -> None:
+        """See ``Destination.begin``."""
+        self._names, self._is_folder = names, is_folder
+        self._overwrite, self._resume = overwrite, resume
+        found = self.sizes()
+        if overwrite:
+            return
+        taken = [name for name in names if name in found]
+        if taken and not resume:
+            raise self._taken(taken[0])
+        self._check_no_others(found)
+
+    def _check_no_others(self, found: Mapping[str, int]) -> None:
+        """Check that no weights are there with which those of a folder would be mixed up.
+
+        Raises:
+            OutputExistsError: some are.
+        """
+        others = self._others(found)
+        if others:
+            raise OutputExistsError(
+                "holds weights of another output",
+                where=f"{self.address}/{others[0]}",
+                hint="pass --overwrite to remove them, or name another folder",
+            )
+
+    def _others(self, found: Mapping[str, int]) -> list[str]:
+        return other_weights(found, set(self._names)) if self._is_folder else []
+
+    def _taken(self, name: str) -> OutputExistsError:
+        return OutputExistsError(
+            "already exists in the store", where=f"{self.address}/{name}", hint="pass --overwrite to replace it"
+        )
+
+    def send(self, name: str, path: Path, sent: Sent) -> None:
+        """See ``Destination.send``; JSON files wait for ``finish``."""
+        if not name.endswith(".json"):
+            self._send(name, path, sent)
+
+    def _send(self, name: str, path: Path, sent: Sent) -> None:
+        """Send a file, if it is not there.
+
+        Raises:
+            OutputExistsError: another content is there under its name, and may not be replaced.
+        """
+        there = self._head(name)
+        if there == sent:
+            self._arrived.add(name)
+            return
+        if self._overwrite:
+            self._make_room()
+        elif there is not None:
+            raise self._taken(name)
+        part_bytes = max(PART_BYTES, -(-sent.size // MAX_PARTS))
+        self._ask_bucket(
+            lambda: obstore.put(
+                self._sender,
+                self._prefix + name,
+                path,
+                attributes={SHA256_KEY: sent.sha256},
+                chunk_size=part_bytes,
+                max_concurrency=PARTS_AT_ONCE,
+            ),
+            MAX_FILE_ATTEMPTS,
+        )
+        self._arrived.add(name)
+
+    def _head(self, name: str) -> Sent | None:
+        """Return what the store says of an object, None where there is none."""
+        try:
+            result = self._ask(lambda: obstore.get(self._store, self._prefix + name, options={"head": True}))
+        except FileNotFoundError:
+            return None
+        return Sent(result.meta["size"], str(result.attributes.get(SHA256_KEY, "")))
+
+    def _ask_bucket(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS) -> Answer:
+        try:
+            return self._ask(question, most)
+        except FileNotFoundError:
+            raise InputOutputError("no such bucket", where=self.address, hint=KEYS) from None
+
+    def _make_room(self) -> None:
+        """Remove what shows an older output to readers, and then its files that are to be replaced; once.
+
+        A run that goes on leaves the files: its first part may have sent them.
+        """
+        with self._lock:
+            if self._has_made_room:
+                return
+            found = self.sizes()
+            if CARD_NAME in found:
+                self._put_text(OLD_CARD_NAME, self._read(CARD_NAME) or "")
+                self._delete([CARD_NAME])
+            shown = [name for name in found if name.endswith(".json") and name in (*self._names, INDEX_NAME)]
+            self._delete(sorted(shown, key=_last_is_index, reverse=True))
+            if not self._resume:
+                self._delete([name for name in self._names if name in found and name not in shown])
+            self._has_made_room = True
+
+    def _delete(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name))  # type: ignore[misc]
+            except FileNotFoundError:  # by an attempt whose answer was lost
+                continue
+
+    def _put_text(self, name: str, text: str) -> None:
+        self._ask_bucket(lambda: obstore.put(self._store, self._prefix + name, text.encode()))
+
+    def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:
+        """See ``Destination.finish``."""
+        shown = sorted((name for name in files if name.endswith(".json")), key=_last_is_index)
+        weights = [name for name in files if name not in shown]
+        for name in weights:
+            if name not in self._arrived:
+                self._send(name, *files[name])
+        found = self.sizes()
+        if not self._overwrite:
+            self._check_no_others(found)
+        for name in weights:
+            self._check_arrived(name, files[name][1])
+        if self._overwrite and self._others(found):
+            self._make_room()
+            self._delete(self._others(found))
+        for name in shown:
+            self._send(name, *files[name])
+            self._check_arrived(name, files[name][1])
+        old = self._read(CARD_NAME)
+        set_aside = self._read(OLD_CARD_NAME)
+        text = card(set_aside if old is None else old)
+        if text != old:
+            self._put_text(CARD_NAME, text)
+        if set_aside is not None:
+            self._delete([OLD_CARD_NAME])
+        return self.address
+
+    def _check_arrived(self, name: str, sent: Sent) -> None:
+        """Check that the store says of a file what was sent.
+
+        Raises:
+            InputOutputError: it does not.
+        """
+        there = self._head(name)
+        if there != sent:
+            raise InputOutputError(
+                "the store has another content than was sent",
+                where=f"{self.address}/{name}",
+                expected=f"{sent.size} bytes, SHA-256 {sent.sha256}",
+                got="nothing" if there is None else f"{there.size} bytes, SHA-256 {there.sha256 or 'not told'}",
+                hint="do not use what is there",
+            )
+
+    def card(self) -> str | None:
+        """See ``Destination.card``."""
+        return self._read(CARD_NAME)
+
+    def _read(self, name: str) -> str | None:
+        """Return the text of a card, None where there is none."""
+
+        def read() -> str:
+            result = obstore.get(self._store, self._prefix + name)
+            if result.meta["size"] > MAX_CARD_BYTES:
+                raise InputOutputError(
+                    "too large", where=f"{self.address}/{name}", expected=f"at most {MAX_CARD_BYTES} bytes"
+                )
+            return bytes(result.bytes()).decode(errors="replace")
+
+        try:
+            return self._ask(read)
+        except FileNotFoundError:
+            return None
+
+    def sizes(self) -> dict[str, int]:
+        """See ``Destination.sizes``."""
+
+        def listed() -> dict[str, int]:
+            pages = obstore.list(self._store, self._prefix or None)
+            return {entry["path"].removeprefix(self._prefix): entry["size"] for page in pages for entry in page}
+
+        return self._ask_bucket(listed)
+
+
+def _last_is_index(name: str) -> tuple[bool, bool, str]:
+    """Return what sorts the config behind other JSON files, and the index behind all."""
+    return name == INDEX_NAME, name == CONFIG_NAME, name

@@ -1,0 +1,103 @@
+"""A local server that speaks S3 (moto's), which counts what it is sent, and fails as it is told to."""
+
+from __future__ import annotations
+
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+SECRET = "very-secret-key"
+BUCKET = "models"
+
+
+class StoreServer:
+    """A server with one empty bucket.
+
+    ``received`` are the keys of objects that arrived whole, one for each time. ``before_upload`` is called with how
+    many requests that write or remove something came before. ``status`` answers such a request instead of the store,
+    when it returns a number for the key.
+    """
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._lock = threading.Lock()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.received: list[str] = []
+        self.writes: list[str] = []
+        self.before_upload: Callable[[int], None] = lambda number: None
+        self.status: Callable[[str, str], int | None] = lambda method, key: None
+
+    def start(self) -> None:
+        """Serve an empty bucket."""
+        self._thread.start()
+        self._request("POST", "/moto-api/reset")
+        self._request("PUT", f"/{BUCKET}")
+
+    def stop(self) -> None:
+        """End serving."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which the program reaches the server."""
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
+        return {"AWS_ENDPOINT_URL": self.endpoint, "AWS_ALLOW_HTTP": "true", **keys}
+
+    def store(self) -> Any:
+        """Return the bucket, as ``obstore`` has it."""
+        import obstore
+
+        return obstore.store.from_url(
+            f"s3://{BUCKET}",
+            endpoint=self.endpoint,
+            access_key_id="key",
+            secret_access_key=SECRET,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+
+    def contents(self, prefix: str) -> dict[str, bytes]:
+        """Return the objects below a prefix by name."""
+        store = self.store()
+        keys = [entry["path"] for page in store.list(prefix) for entry in page]
+        return {key.removeprefix(f"{prefix}/"): bytes(store.get(key).bytes()) for key in keys}
+
+    def _request(self, method: str, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(self.endpoint + path, method=method)).close()
+
+    def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        method, path, query = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
+        key = path.removeprefix(f"/{BUCKET}/")
+        if key == path or method not in ("PUT", "POST", "DELETE"):
+            return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
+        with self._lock:
+            self.writes.append(f"{method} {key}")
+            number = len(self.writes) - 1
+        self.before_upload(number)
+        status = self.status(method, key)
+        if status is not None:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start(f"{status} {quote('told to')}", [("Content-Length", "0")])
+            return [b""]
+        statuses: list[str] = []
+
+        def started(status: str, *rest: Any) -> Any:
+            statuses.append(status)
+            return start(status, *rest)
+
+        answer: Iterable[bytes] = self._moto(environ, started)  # type: ignore[no-untyped-call]
+        fields = parse_qs(query, keep_blank_values=True)
+        whole = "uploadId" in fields if method == "POST" else "partNumber" not in fields
+        if whole and method != "DELETE" and statuses[:1] == ["200 OK"]:
+            with self._lock:
+                self.received.append(key)
+        return answer

@@ -1,0 +1,311 @@
+"""Outputs sent to a store: the index and the card last, each file once, whatever goes wrong, and no secret anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..command_line import run_cli
+from .hub_server import Hub
+from .store_server import SECRET, StoreServer
+from .support import Remote, contents, finished
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+PREFIX = "mine/Small-V4"
+TARGET = f"s3://models/{PREFIX}"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class Store:
+    """A store, and the program that sends files to it."""
+
+    server: StoreServer
+    remote: Remote
+
+    def stored(self) -> dict[str, bytes]:
+        """Return the files that a reader of the folder finds."""
+        return self.server.contents(PREFIX)
+
+    def without_card(self) -> dict[str, bytes]:
+        return {name: content for name, content in self.stored().items() if name != "README.md"}
+
+    def put(self, name: str, content: bytes) -> None:
+        obstore.put(self.server.store(), f"{PREFIX}/{name}", content)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Yield a running store with an empty bucket."""
+    server = StoreServer()
+    server.start()
+    yield Store(server, Remote(Hub(), tmp_path / "home", server.environment))
+    server.stop()
+
+
+def dequantize(snapshot: Path, out: Path, *options: object) -> list[object]:
+    """Return a conversion to several files that sends them."""
+    out.parent.mkdir(exist_ok=True)
+    return ["dequantize", snapshot, out, "--max-file-size", "200K", "--upload", TARGET, *options]
+
+
+def test_a_folder_is_sent_with_the_index_and_the_card_last(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    result = store.remote.run(*dequantize(snapshot, out))
+    assert result.code == 0, result.err
+    assert f"note: uploaded to {TARGET}" in result.out
+    assert store.without_card() == contents(out)
+    received = [key.removeprefix(f"{PREFIX}/") for key in store.server.received]
+    assert len(received) == len(set(received)) == len(contents(out)) + 1 > 6
+    assert received[-3:] == ["config.json", INDEX, "README.md"]
+    assert all(not name.endswith(".json") for name in received[: len(list(out.glob("*.safetensors")))])
+    card = store.stored()["README.md"].decode()
+    for name, content in contents(out).items():
+        digest = hashlib.sha256(content).hexdigest()
+        assert f"| `{name}` | {len(content)} | `{digest}` |" in card
+        told = obstore.get(store.server.store(), f"{PREFIX}/{name}", options={"head": True})
+        assert told.attributes["sha256"] == digest
+    for path in [*out.iterdir(), *out.parent.glob(".*")]:
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+    for secret in (SECRET, str(tmp_path)):
+        assert secret not in card + result.out.replace(str(out), "") + result.err
+    assert run_cli("dequantize", snapshot, tmp_path / "local", "--max-file-size", "200K").code == 0
+    assert contents(tmp_path / "local") == contents(out)
+
+
+def test_a_gguf_is_sent_in_parts_and_strangers_files_stay(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    store.put("README.md", b"# My models\n\nDo not lose this.\n")
+    store.put("other.gguf", b"another model")
+    store.put("sub/model.safetensors", b"deeper")
+    for name, experts in (("a.gguf", "bf16"), ("b.gguf", "mxfp4"), ("b.gguf", "bf16")):
+        out = tmp_path / experts / name
+        out.parent.mkdir(exist_ok=True)
+        result = store.remote.run("hf-to-gguf", snapshot, out, "--experts", experts, "--upload", TARGET, "--overwrite")
+        assert result.code == 0, result.err
+        assert store.stored()[name] == out.read_bytes()
+    files = store.stored()
+    assert files["other.gguf"] == b"another model"
+    assert files["sub/model.safetensors"] == b"deeper"
+    card = files["README.md"].decode()
+    assert card.startswith("# My models\n\nDo not lose this.\n")
+    assert card.count("dsv4convert: begin") == 2
+    assert sorted(files) == ["README.md", "a.gguf", "b.gguf", "other.gguf", "sub/model.safetensors"]
+
+
+def test_a_large_file_goes_in_parts_that_a_store_takes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsv4convert.containers.remote import store_upload
+
+    for name, value in store.server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store_upload, "PART_BYTES", 5 * 2**20)
+    destination = store_upload.StoreDestination("s3", f"models/{PREFIX}")
+    path = tmp_path / "large.gguf"
+    path.write_bytes(bytes(range(256)) * (2**20 // 256) * 12)
+    sent = store_upload.Sent.of(path)
+    destination.begin(["large.gguf"], is_folder=False, overwrite=False, resume=False)
+    destination.send("large.gguf", path, sent)
+    destination.send("large.gguf", path, sent)
+    assert store.server.received == [f"{PREFIX}/large.gguf"]
+    assert sum(write.startswith("PUT") for write in store.server.writes) == 3
+    assert destination.finish({"large.gguf": (path, sent)}, lambda old: "card") == TARGET
+    assert store.stored() == {"large.gguf": path.read_bytes(), "README.md": b"card"}
+
+
+def test_what_is_deleted_here_is_there_and_resume_knows_it(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    arguments = dequantize(snapshot, out, "--delete-uploaded")
+    assert run_cli("dequantize", snapshot, tmp_path / "local", "--max-file-size", "200K").code == 0
+    result = store.remote.run(*arguments)
+    assert result.code == 0, result.err
+    assert list(out.parent.iterdir()) == []
+    assert store.without_card() == contents(tmp_path / "local")
+    writes = list(store.server.writes)
+    result = store.remote.run(*arguments, "--resume")
+    assert result.code == 0, result.err
+    assert "finished by an earlier run" in result.out
+    assert (store.server.writes, list(out.parent.iterdir())) == (writes, [])
+
+
+# What is in the way
+
+
+def test_nothing_is_replaced_or_mixed_unasked(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    assert store.remote.run(*dequantize(snapshot, out)).code == 0
+    writes = list(store.server.writes)
+    again = dequantize(snapshot, tmp_path / "out" / "again")
+    assert "already exists in the store; pass --overwrite to replace it" in store.remote.run(*again).error
+    for name in store.stored():
+        if name.endswith(".json"):
+            obstore.delete(store.server.store(), f"{PREFIX}/{name}")
+    other = ["dequantize", snapshot, tmp_path / "out" / "other", "--upload", TARGET]
+    error = store.remote.run(*other).error
+    assert "holds weights of another output; pass --overwrite to remove them, or name another folder" in error
+    assert [write for write in store.server.writes if ".json" not in write] == [
+        write for write in writes if ".json" not in write
+    ]
+    assert not (tmp_path / "out" / "again").exists()
+
+
+def test_an_older_output_loses_its_index_first_and_its_stale_weights_at_the_end(
+    store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    store.put("README.md", b"# Mine\n")
+    assert store.remote.run(*dequantize(snapshot, tmp_path / "out" / "Small-BF16")).code == 0
+    store.put("notes.txt", b"mine")
+    store.server.writes.clear()
+    whole = ["dequantize", snapshot, tmp_path / "out" / "other", "--upload", TARGET, "--overwrite"]
+    result = store.remote.run(*whole)
+    assert result.code == 0, result.err
+    files = store.without_card()
+    assert files.pop("notes.txt") == b"mine"
+    assert files == contents(tmp_path / "out" / "other")
+    assert store.stored()["README.md"].startswith(b"# Mine\n")
+    writes = [write.replace(f"{PREFIX}/", "") for write in store.server.writes]
+    first = next(i for i, write in enumerate(writes) if write.startswith("PUT") and "README" not in write)
+    before = "\n".join(writes[:first])
+    assert before.startswith("PUT README.before-upload.md")
+    stale = [i for i, write in enumerate(writes) if "safetensors" in write and "POST" not in write]
+    assert stale
+    assert writes.index("PUT config.json") > max(i for i in stale if INDEX not in writes[i])
+
+
+def test_wrong_uses_are_one_line(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    def error(*options: object) -> str:
+        return store.remote.run("dequantize", snapshot, tmp_path / "out", "--upload", *options).error
+
+    assert "--upload: not a folder in a store: expected s3://BUCKET/PREFIX" in error("s3://models/../other")
+    assert "--upload: no such destination: expected OWNER/NAME, s3://BUCKET/PREFIX" in error("ftp://models/a")
+    assert "not an address in a store" in error("s3://key:secret@models/a")
+    assert "secret" not in error("s3://key:secret@models/a")
+    assert "no such bucket" in error("s3://nothing/a")
+    assert "the store cannot be opened" in error("az://container/a")
+    store.remote.environment |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    assert SECRET not in error(TARGET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_sends_nothing(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    result = store.remote.run(*dequantize(snapshot, tmp_path / "out", "--dry-run"))
+    assert result.code == 0, result.err
+    assert store.server.writes == []
+
+
+# What goes wrong
+
+
+def test_requests_that_fail_are_made_again(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    broken = iter([503, 500, 429, 503, 503])
+    store.server.status = lambda method, key: next(broken, None)
+    result = store.remote.run(*dequantize(snapshot, tmp_path / "out"))
+    assert result.code == 0, result.err
+    assert store.without_card() == contents(tmp_path / "out")
+    assert len(store.server.received) == len(set(store.server.received))
+
+
+def test_keys_that_expire_end_the_upload_and_resume_sends_the_rest(
+    store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    store.server.status = lambda method, key: 403 if len(store.server.received) >= 2 else None
+    out = tmp_path / "out" / "Small-BF16"
+    result = store.remote.run(*dequantize(snapshot, out))
+    assert result.code == 16
+    error = result.err.splitlines()[-1]
+    assert "the store refuses the upload" in error
+    assert "the output is finished here: run again with --resume" in error
+    assert SECRET not in result.err
+    assert not [name for name in store.stored() if name.endswith((".json", ".md"))]
+    store.server.status = lambda method, key: None
+    result = store.remote.run(*dequantize(snapshot, out), "--resume")
+    assert result.code == 0, result.err
+    assert store.without_card() == contents(out)
+    assert len(store.server.received) == len(set(store.server.received))
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "overwrite"),
+    [
+        *((signal.SIGKILL, after, False) for after in (0, 3, 10)),
+        *((signal.SIGKILL, after, True) for after in (1, 9)),
+        (signal.SIGINT, 3, False),
+    ],
+)
+def test_a_run_that_ends_in_the_middle_shows_no_index_and_goes_on(
+    number: signal.Signals, after: int, overwrite: bool, store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    store.put("README.md", b"# Mine\n")
+    out = tmp_path / "out" / "Small-BF16"
+    options = ["--overwrite"] if overwrite else []
+    if overwrite:
+        older = ["repack", snapshot, tmp_path / "older", "--experts", "fp8", "--upload", TARGET]
+        result = store.remote.run(*older)
+        assert result.code == 0, result.err
+    store.server.writes.clear()
+    store.server.received.clear()
+    processes: list[Any] = []
+    interrupted = threading.Event()
+    held = threading.Event()
+
+    def interrupt(sent: int) -> None:
+        if sent >= after:
+            if not interrupted.is_set():
+                interrupted.set()
+                processes[0].send_signal(number)
+            held.wait(10 if number == signal.SIGKILL else 0)
+
+    store.server.before_upload = interrupt
+    processes.append(store.remote.start(*dequantize(snapshot, out, *options)))
+    result = finished(processes[0])
+    held.set()
+    assert result.code == (130 if number == signal.SIGINT else -9), result.err
+    if INDEX in store.stored():  # then all that it names is there
+        assert all(store.stored().get(name) == content for name, content in contents(out).items())
+    store.server.before_upload = lambda sent: None
+    result = store.remote.run(*dequantize(snapshot, out, *options), "--resume")
+    assert result.code == 0, result.err
+    assert store.without_card() == contents(out)
+    assert store.stored()["README.md"].startswith(b"# Mine\n")
+
+
+def test_a_file_that_arrived_is_not_sent_again(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    store.server.status = lambda method, key: 403 if key.endswith(INDEX) else None
+    assert store.remote.run(*dequantize(snapshot, out, "--overwrite")).code == 16
+    received = list(store.server.received)
+    assert len(received) == len(contents(out)) - 1
+    store.server.status = lambda method, key: None
+    assert store.remote.run(*dequantize(snapshot, out, "--overwrite", "--resume")).code == 0
+    assert store.server.received == [*received, f"{PREFIX}/{INDEX}", f"{PREFIX}/README.md"]
+
+
+def test_another_content_there_than_was_sent_is_an_error(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    replaced: list[str] = []
+
+    def replace(number: int) -> None:
+        received = [key for key in store.server.received if "model-00001-of" in key]
+        if received and not replaced:
+            replaced.append(received[0])
+            obstore.put(store.server.store(), received[0], b"other", attributes={"sha256": "0"})
+
+    store.server.before_upload = replace
+    result = store.remote.run(*dequantize(snapshot, out, "--delete-uploaded"))
+    assert result.code == 16, result.err
+    assert "the store has another content than was sent" in result.err.splitlines()[-1]
+    assert not [name for name in store.stored() if name.endswith((".json", ".md"))]
+    assert list(out.glob("*.safetensors"))
+    store.server.before_upload = lambda number: None
+    result = store.remote.run(*dequantize(snapshot, out, "--resume"))
+    assert result.code == 9
+    assert "already exists in the store" in result.err.splitlines()[-1]

@@ -555,7 +555,10 @@ def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
             continue
         if layout.is_read and not any(suffix in f"{error.what} {error.expected}" for suffix in SUFFIXES):
             continue
-        return layout.error(f"{layout.name}: {seen} ({error.what})", where=folder, hint=layout.advice)
+        # In a folder that would be read, a tensor does not fit: how, is worth saying too.
+        sides = (error.expected, error.got) if layout.is_read else (None, None)
+        what = f"{layout.name}: {seen} ({error.what})"
+        return layout.error(what, where=folder, expected=sides[0], got=sides[1], hint=layout.advice)
     return error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from ..containers.safetensors import Stored
+from ..containers.safetensors import Stored, tensor_at
 from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0, as_f32, stored_dtype
 from ..errors import InventoryError
 from ..formats.int4 import PER_WORD
@@ -146,7 +146,7 @@ def _check_zero(
     wanted = (-(-shape[0] // PER_WORD), -(-shape[-1] // width))
     if encoding is not Encoding.INT4 or height != 1 or zero.dtype != "I32" or zero.shape != wanted:
         raise InventoryError(
-            f"tensor {name}: zero points that do not fit",
+            f"tensor {_name_in_file(zero) or name}: zero points that do not fit",
             where=zero.file,
             expected=f"I32 {list(wanted)}, of groups of a row" if encoding is Encoding.INT4 else "none",
             got=f"{zero.dtype} {list(zero.shape)}",
@@ -232,13 +232,19 @@ def _blocks(
     """
     if scale.dtype not in dtypes or len(scale.shape) != MATRIX_DIMENSIONS:
         raise InventoryError(
-            f"tensor {scale_name(name)}: not a scale of {kind}",
+            f"tensor {_name_in_file(scale) or scale_name(name)}: not a scale of {kind}",
             where=scale.file,
             expected=f"{expected} of two dimensions",
             got=f"{stored_dtype(scale)} {list(scale.shape)}",
         )
     rows, columns = shape
     return _block(rows, scale.shape[0], name, scale), _block(columns, scale.shape[1], name, scale)
+
+
+def _name_in_file(tensor: Stored) -> str | None:
+    """Return what the file itself calls a tensor, which folders of other tools name otherwise; None if it is empty."""
+    found = tensor_at(tensor.file, tensor.offset)
+    return None if found is None else found[0]
 
 
 def _block(length: int, scales: int, name: str, scale: Stored) -> int:
@@ -254,7 +260,7 @@ def _block(length: int, scales: int, name: str, scale: Stored) -> int:
             if -(-length // candidate) == scales and (candidate == power or length % scales == 0):
                 return candidate
     raise InventoryError(
-        f"tensor {scale_name(name)}: the shape fits no block size",
+        f"tensor {_name_in_file(scale) or scale_name(name)}: the shape fits no block size",
         where=scale.file,
         expected=f"scales that divide {length} evenly",
         got=scales,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_layouts_that_have_no_such_weights_say_so(
     assert not (tmp_path / "out").exists()
 
 
+def test_compare_and_maxtext_take_them(packed: tuple[Path, Encoding], small: Path, tmp_path: Path) -> None:
+    source, _ = packed
+    assert run_cli("dequantize", source, tmp_path / "f32", "--dtype", "f32", "--quiet").code == 0
+    assert run_cli("compare", tmp_path / "f32", source, "--random", "3", "--tolerance", "0").code == 0
+    assert run_cli("compare", small, source, "--random", "3").code == 12
+    assert run_cli("maxtext", source, tmp_path / "maxtext", "--quiet").code == 0
+    report = verify(source, tmp_path / "maxtext")
+    assert report.problems == []
+    rounded = report.verdicts()["rounded"]
+    assert rounded == 12, rounded
+
+
+def test_a_copy_is_no_conversion(packed: tuple[Path, Encoding], tmp_path: Path) -> None:
+    """No command writes such weights: verify says so, and vouches for none of them."""
+    source, _ = packed
+    result = run_cli("verify", source, shutil.copytree(source, tmp_path / "copy"))
+    assert result.code == 12
+    assert "layout: tensor layers.0.ffn.experts.0.w1.weight" in result.out + result.err
+    assert "as no command does" in result.out or "got fp4/nv" in result.out
+
+
 def test_inspect_and_check_say_how_they_are_read(packed: tuple[Path, Encoding]) -> None:
     source, encoding = packed
     found = inspect_path(source)
@@ -341,8 +363,9 @@ def test_scales_of_int4_of_another_type_are_refused(dtype: str, small: Path, tmp
             raw.tensors[f"{STEM}.weight_scale"] = RawTensor(dtype, shape, bytes(size * int(np.prod(shape))))
             raw.write(path)
     result = run_cli("dequantize", source, tmp_path / "o")
-    assert result.code == 7, result.error
-    assert f"not a scale of INT4: expected F32, BF16 or F16 of two dimensions, got {dtype} [128, 2]" in result.error
+    assert result.code == 5, result.error
+    assert f"tensor {STEM}.weight_scale: not a scale of INT4" in result.error
+    assert f"expected F32, BF16 or F16 of two dimensions, got {dtype} [128, 2]" in result.error
 
 
 def test_an_order_of_columns_is_refused(small: Path, tmp_path: Path) -> None:

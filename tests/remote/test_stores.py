@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -43,6 +43,28 @@ def test_a_folder_of_a_store_makes_the_local_bytes(s3: Remote, snapshot: Path, t
     assert "--cache is for repositories of the hub" in (
         s3.run("dequantize", "s3://models/some/Small-V4", tmp_path / "c", "--cache").error
     )
+
+
+def test_etags_without_quotes_in_a_listing_are_those_of_the_headers(
+    s3: Remote, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsv4convert.containers.remote import stores
+
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    listed = stores._list
+
+    def unquoted(*arguments: Any) -> dict[str, Any]:
+        return {key: {**entry, "e_tag": entry["e_tag"].strip('"')} for key, entry in listed(*arguments).items()}
+
+    quoted = stores.list_store("s3", "models/some/Small-V4")
+    monkeypatch.setattr(stores, "_list", unquoted)
+    listing = stores.list_store("s3", "models/some/Small-V4")
+    assert listing.revision == quoted.revision
+    file, content = listing.files["config.json"], (snapshot / "config.json").read_bytes()
+    read = bytearray(file.size)
+    file.read_into(0, memoryview(read))
+    assert read == content
 
 
 @pytest.mark.parametrize("told", ["e_tag", "last_modified"])

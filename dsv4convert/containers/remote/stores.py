@@ -51,10 +51,16 @@ def list_store(scheme: str, rest: str) -> Listing:
     files: dict[str, RemoteFile] = {}
     for name, entry in entries.items():
         told, place = "e_tag" if entry.get("e_tag") else "last_modified", f"{folder}/{name}"
-        ranges = StoreRanges(store, start + name, place, told, entry[told])
-        files[name] = RemoteFile(place, entry["size"], str(entry[told]), ranges)
+        value = _quoted(entry[told]) if told == "e_tag" else entry[told]
+        ranges = StoreRanges(store, start + name, place, told, value)
+        files[name] = RemoteFile(place, entry["size"], str(value), ranges)
     revision = repr(sorted((name, file.size, file.identity) for name, file in files.items()))
     return Listing(folder, revision, files, (prefix.rpartition("/")[2] or bucket,), focus)
+
+
+def _quoted(e_tag: str) -> str:
+    """Return an etag as headers have it: Azure leaves the quotes out of its listings."""
+    return e_tag if e_tag.endswith('"') else f'"{e_tag}"'
 
 
 def open_store(scheme: str, rest: str, **options: Any) -> tuple[Any, str, str]:

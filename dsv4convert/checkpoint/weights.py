@@ -243,7 +243,7 @@ def _blocks(
 
 def _name_in_file(tensor: Stored) -> str | None:
     """Return what the file itself calls a tensor, which folders of other tools name otherwise; None if it is empty."""
-    found = tensor_at(tensor.file, tensor.offset)
+    found = tensor_at(tensor.file, tensor.offset) if tensor.nbytes else None  # where nothing lies, the next one begins
     return None if found is None else found[0]
 
 

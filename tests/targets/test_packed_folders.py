@@ -368,6 +368,19 @@ def test_scales_of_int4_of_another_type_are_refused(dtype: str, small: Path, tmp
     assert f"expected F32, BF16 or F16 of two dimensions, got {dtype} [128, 2]" in result.error
 
 
+def test_an_empty_scale_is_not_called_by_the_name_of_the_next_tensor(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    source = repacked(small, tmp_path / "packed", int4(128, zeros=False), quantization=PACK_QUANTIZED)
+    for path in source.glob("*.safetensors"):
+        raw = RawSafetensors.read(path)
+        if f"{STEM}.weight_scale" in raw.tensors:
+            raw.tensors[f"{STEM}.weight_scale"] = RawTensor("BF16", [0, 2], b"")
+            raw.write(path)
+    result = run_cli("dequantize", source, tmp_path / "o")
+    assert result.code == 7, result.error
+    assert f"tensor {STEM}.scale: the shape fits no block size" in result.error
+
+
 def test_an_order_of_columns_is_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     source = repacked(small, tmp_path / "packed", int4(32, zeros=False), quantization=PACK_QUANTIZED)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import threading
 
 from . import cli
+
+STOP_LATER_SECONDS = 0.01
 
 
 class _Ending:
@@ -23,6 +26,9 @@ class _Ending:
         self.code = 1  # of an exception that Python prints
 
     def __call__(self) -> None:
+        # Python ends by SIGINT, even after SIGTERM, if Ctrl-C has gone through code given to exec() as text, such as
+        # that which makes a named tuple, although it was caught since. The next such code makes it forget.
+        exec("")
         if threading.active_count() == 1:
             return
         for stream in (sys.stdout, sys.stderr):
@@ -31,8 +37,18 @@ class _Ending:
         os._exit(self.code)
 
 
+def _stop_later(dropped: sys.UnraisableHookArgs) -> None:
+    """Stop the program a bit later where Python drops Ctrl-C, as in the callback of a weak reference."""
+    if dropped.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(dropped)
+        return
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, STOP_LATER_SECONDS)
+
+
 def main() -> None:
     """Run the program, and end its process whatever its threads are at."""
+    sys.unraisablehook = _stop_later
     ending = _Ending()
     atexit.register(ending)
     try:

@@ -354,8 +354,12 @@ def _start(
         journal.begin(fingerprint, outputs.replaces, outputs.held, outputs.discards if fresh else {})
         outputs.create()
         journal.note_inodes(outputs.inodes())
-    except BaseException:
+    except BaseException as error:
         outputs.discard()
+        # Ctrl-C comes between any two steps, also after a file is made and before anybody knows of it: the journal says
+        # whose it is, as after a kill.
+        if isinstance(error, KeyboardInterrupt) and any(map(os.path.lexists, outputs.temporary())):
+            raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
         journal.remove()
         raise
 

@@ -390,15 +390,16 @@ class Outputs(ABC):
             descriptor = open_file(path, flags)
             try:
                 self._lock_open(descriptor, path)
+                # The holder before us may have given the file its final name between our open and our lock.
+                if is_same_file(path, descriptor):
+                    self._open[index] = descriptor
+                    return descriptor
             except BaseException:
+                self._open.pop(index, None)
                 if flags & os.O_EXCL:  # made just now
                     remove_known(path, descriptor)
                 os.close(descriptor)
                 raise
-            # The holder before us may have given the file its final name between our open and our lock.
-            if is_same_file(path, descriptor):
-                self._open[index] = descriptor
-                return descriptor
             os.close(descriptor)
 
     def _lock_open(self, descriptor: int, path: Path) -> None:

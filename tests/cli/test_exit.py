@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,30 @@ def test_a_process_without_them_ends_as_any_other() -> None:
 
 def test_a_thread_that_is_no_daemon_is_waited_for() -> None:
     assert end("sys.exit(7)", seconds=0.2, daemon=False)[0] == -signal.SIGABRT
+
+
+def command_line(folder: Path, run: str) -> tuple[int, str]:
+    """Return the exit code and stderr of the program, as ``python -m``, with this in place of its commands."""
+    program = f"from dsv4convert import cli\nfrom dsv4convert.__main__ import main\n{run}\ncli.run = run\nmain()"
+    (folder / "stoppable.py").write_text(program)
+    python = [sys.executable, "-m", "stoppable"]
+    ended = subprocess.run(python, capture_output=True, text=True, check=False, timeout=30, cwd=folder)
+    return ended.returncode, ended.stderr
+
+
+def test_ctrl_c_in_code_that_is_text_ends_as_anywhere(tmp_path: Path) -> None:
+    run = "def run(arguments):\n    exec('raise KeyboardInterrupt')"
+    assert command_line(tmp_path, run) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_that_python_drops_stops_the_program_nevertheless(tmp_path: Path) -> None:
+    run = """
+import time
+class Dropping:
+    def __del__(self):
+        raise KeyboardInterrupt
+def run(arguments):
+    Dropping()
+    time.sleep(20)
+"""
+    assert command_line(tmp_path, run) == (130, "error: interrupted\n")

@@ -17,9 +17,10 @@ from dsv4convert.engine import fingerprint as fingerprint_module
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.manifest import check_manifest, manifest_path
-from dsv4convert.engine.outputs import PAGE_BYTES, FileOutputs, outputs_of
+from dsv4convert.engine.names import is_same_file
+from dsv4convert.engine.outputs import PAGE_BYTES, FileOutputs, open_file, outputs_of
 from dsv4convert.engine.worker import Worker
-from dsv4convert.errors import InputOutputError, OutputExistsError, ResumeError
+from dsv4convert.errors import InputOutputError, OutputExistsError, ResumeError, RunInterruptedError
 from dsv4convert.plan import Plan
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
@@ -387,3 +388,36 @@ def test_every_converting_command_resumes(
 def test_the_manifest_of_a_failed_run_is_not_there(gguf: Plan) -> None:
     interrupt(gguf, AFTER)
     assert not manifest_path(gguf).exists()
+
+
+def test_ctrl_c_while_files_are_made_leaves_nothing_that_no_journal_speaks_of(
+    plan: Plan, good: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_and_stopped(path: Path, flags: int) -> int:
+        descriptor = open_file(path, flags)
+        if flags & os.O_EXCL and path == outputs_of(plan).paths[-1]:
+            os.close(descriptor)
+            raise KeyboardInterrupt
+        return descriptor
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dsv4convert.engine.outputs.open_file", made_and_stopped)
+        with pytest.raises(RunInterruptedError, match="run again with --resume"):
+            execute(plan, threads=1)
+    execute(plan, threads=1, resume=True)
+    assert contents(plan) == good
+    assert leftovers(plan.destination.parent) == []
+
+
+def test_ctrl_c_as_a_file_is_looked_at_leaves_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(path: Path, known: int) -> bool:
+        if path == outputs_of(plan).paths[-1] and stops:
+            stops.pop()
+            raise KeyboardInterrupt
+        return is_same_file(path, known)
+
+    stops = [True]
+    monkeypatch.setattr("dsv4convert.engine.outputs.is_same_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, threads=1)
+    assert leftovers(plan.output_path().parent) == []

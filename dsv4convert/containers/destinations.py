@@ -6,6 +6,7 @@ Nothing here imports a network library.
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -91,6 +92,16 @@ def other_weights(found: Iterable[str], names: Container[str]) -> list[str]:
     return [name for name in found if "/" not in name and name.endswith(WEIGHTS) and name not in names]
 
 
+def shown_address(text: str) -> str:
+    """Return an address that is refused without what can be a password or a signature in it.
+
+    >>> [shown_address(text) for text in ("https://me:pass@host/a?sig=1", "s3:KEY:SECRET@b", "me/name@main")]
+    ['…@host/a?…', '…@b', 'me/name@main']
+    """
+    user, at, rest = text.rpartition("@")
+    return re.sub(r"[?#].*", "?…", f"…@{rest}" if at and ":" in user else text, flags=re.DOTALL)
+
+
 def open_destination(address: str) -> Destination:
     """Return the destination of an address: a repository of the hub, or a folder in an object store.
 
@@ -103,7 +114,7 @@ def open_destination(address: str) -> Destination:
     found = ADDRESS.fullmatch(address)
     scheme, rest = (found[1], found[2].strip("/")) if found else ("hf", address)
     if (found is None and HUB_ID.fullmatch(address) is None) or scheme in ("http", "https"):
-        raise UsageError("--upload: no such destination", expected=EXPECTED, got=address)
+        raise UsageError("--upload: no such destination", expected=EXPECTED, got=shown_address(address))
     package, extra = ("huggingface_hub", "hub") if scheme == "hf" else ("obstore", "stores")
     try:
         if scheme == "hf":

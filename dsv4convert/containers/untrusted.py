@@ -37,10 +37,11 @@ def open_regular(path: Path) -> BinaryIO:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb", BUFFER_BYTES)
     except BaseException:
         os.close(descriptor)
         raise
+    # Not above: Ctrl-C can come when the file has the descriptor already, and it would be closed twice.
+    return os.fdopen(descriptor, "rb", BUFFER_BYTES)
 
 
 def file_size(file: BinaryIO) -> int:

@@ -128,6 +128,15 @@ def test_nothing_is_replaced_or_mixed_unasked(hub: Remote, snapshot: Path, tmp_p
     assert len(hub.hub.commits) == 2
 
 
+@pytest.mark.parametrize(
+    "address", ["https://me:SECRET@host/a", "me:SECRET@host/a", "hf://me:SECRET@a/b", "hf://a/b?SECRET"]
+)
+def test_an_address_that_is_refused_is_told_without_its_secrets(address: str, hub: Remote, tiny: Path) -> None:
+    result = hub.run("dequantize", tiny, tiny.parent / "never", "--upload", address)
+    assert result.code == 2
+    assert "SECRET" not in result.err + result.out
+
+
 def test_wrong_uses_are_one_line(hub: Remote, snapshot: Path, tmp_path: Path) -> None:
     def error(*options: object) -> str:
         return hub.run("dequantize", snapshot, tmp_path / "out", *options).error

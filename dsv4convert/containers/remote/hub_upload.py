@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
+from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights, shown_address
 from ..sources import RemoteFile
 from .http import retried
 from .hub import LOGIN_AGAIN, REPOSITORY, HubRanges, ask
@@ -32,7 +32,9 @@ class HubDestination(Destination):
     def __init__(self, text: str) -> None:
         found = REPOSITORY.fullmatch(text)
         if found is None or found[2]:
-            raise UsageError("--upload: not a repository of the hub", expected="OWNER/NAME[/FOLDER]", got=text)
+            raise UsageError(
+                "--upload: not a repository of the hub", expected="OWNER/NAME[/FOLDER]", got=shown_address(text)
+            )
         if constants.HF_HUB_OFFLINE:
             raise UsageError("--upload: HF_HUB_OFFLINE forbids sending anything", where=text)
         self._repository, folder = found[1], (found[3] or "").strip("/")

@@ -26,6 +26,7 @@ not there is as quick as the bandwidth allows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ SECONDS = ("link_latency", "kernel_seconds")
 SHARES = ("usable", "bandwidth_share", "flops_share")
 TILE, DECODED = "decoded_tile", "decoded"
 MAX_TILE = 2**20
+# Within these, no time and no sum of bytes runs out of float64's range.
+LEAST, MOST = 1e-12, 1e24
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
     if not isinstance(description, str):
         raise FileFormatError("key description: not a text", where=where, got=description)
     values: dict[str, float] = {}
-    memory = int(_number(table.pop("memory", None), "memory", float("inf"), where))
-    for keys, most in ((RATES, float("inf")), (SECONDS, 1.0), (SHARES, 1.0)):
+    memory = math.ceil(_number(table.pop("memory", None), "memory", MOST, where))
+    for keys, most in ((RATES, MOST), (SECONDS, 1.0), (SHARES, 1.0)):
         for key in keys:
             values[key] = _number(table.pop(key, None), key, most, where)
     values[TILE] = _number(table.pop(TILE, DEFAULT_TILE), TILE, MAX_TILE, where)
@@ -136,12 +139,12 @@ def _decoded(table: object, where: object) -> dict[str, float]:
     for kind in table:
         if kind not in BY_NAME:
             raise FileFormatError(f"unknown key {DECODED}.{kind}", where=where, expected=", ".join(BY_NAME))
-    return {kind: _number(rate, f"{DECODED}.{kind}", float("inf"), where) for kind, rate in table.items()}
+    return {kind: _number(rate, f"{DECODED}.{kind}", MOST, where) for kind, rate in table.items()}
 
 
 def _number(value: object, key: str, most: float, where: object) -> float:
-    """Return a number above 0, of ``most`` at most."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == float("inf"):
-        expected = "a number above 0" if most == float("inf") else f"a number above 0, {most:g} at most"
+    """Return a number from ``LEAST`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST <= value <= most:
+        expected = f"a number from {LEAST:g} to {most:g}"
         raise FileFormatError(f"key {key}", where=where, expected=expected, got="nothing" if value is None else value)
     return float(value)

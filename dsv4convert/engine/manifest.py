@@ -290,7 +290,12 @@ def _is_size(value: Any) -> bool:
 
 def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
     """Return whether the output is there already, finished by the same program from the same source and options."""
-    manifest = _manifest_of_finished(plan)
+    return _all_there(plan) and is_of(plan, fingerprint)
+
+
+def is_of(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether the manifest beside an output is that of ``plan``, whether or not all of its files are there."""
+    manifest = _manifest_of(plan)
     return (
         manifest is not None
         and manifest["program"] == fingerprint["program"]
@@ -304,12 +309,12 @@ def sources_of_finished(plan: Plan) -> set[str] | None:
 
     The source itself can be gone.
     """
-    manifest = _manifest_of_finished(plan)
+    manifest = _manifest_of(plan) if _all_there(plan) else None
     return None if manifest is None else set(manifest["source"])
 
 
-def _manifest_of_finished(plan: Plan) -> dict[str, Any] | None:
-    """Return the manifest of a plan's output if all its files are there, by name, size and header; None otherwise."""
+def _manifest_of(plan: Plan) -> dict[str, Any] | None:
+    """Return the manifest of a plan's output if it names the plan's files, with their sizes and headers."""
     path = manifest_path(plan)
     if not is_file(path):
         return None
@@ -317,13 +322,14 @@ def _manifest_of_finished(plan: Plan) -> dict[str, Any] | None:
         manifest = read_manifest(path)
     except (InputMissingError, FileFormatError):
         return None
-    is_finished = (
-        manifest["target"] == plan.target
-        and [(entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]]
-        == [(file.name, file.nbytes, _header_checksum(file)) for file in plan.files]
-        and all(_is_of_size(final, file.nbytes) for final, file in zip(plan.final_paths(), plan.files, strict=True))
-    )
-    return manifest if is_finished else None
+    is_ours = manifest["target"] == plan.target and [
+        (entry["name"], entry["bytes"], entry["header"]) for entry in manifest["files"]
+    ] == [(file.name, file.nbytes, _header_checksum(file)) for file in plan.files]
+    return manifest if is_ours else None
+
+
+def _all_there(plan: Plan) -> bool:
+    return all(_is_of_size(final, file.nbytes) for final, file in zip(plan.final_paths(), plan.files, strict=True))
 
 
 def _is_of_size(path: Path, nbytes: int) -> bool:

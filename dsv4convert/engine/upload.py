@@ -22,7 +22,7 @@ from ..errors import InputOutputError, RunInterruptedError, UsageError
 from ..plan import Plan
 from .fingerprint import fingerprint_of
 from .journal import journal_path
-from .manifest import manifest_path, remove_manifest
+from .manifest import is_of, manifest_path, remove_manifest
 from .outputs import os_errors
 
 # Files that are sent at once: the hub's library sends the parts of a file one after another.
@@ -142,7 +142,7 @@ class Uploading:
     def was_finished(self) -> bool:
         """Return whether an earlier run has sent this very output, and deleted it here or was about to.
 
-        What is left of it here goes.
+        What is left of it here goes; another output that has come to its place stays, and is in the way.
         """
         if not (self._upload.delete and self._resume) or os.path.lexists(journal_path(self._plan)):
             return False
@@ -151,6 +151,8 @@ class Uploading:
             return False
         sizes = self._destination.sizes()
         if any(sizes.get(file.name) != file.nbytes for file in self._plan.files):
+            return False
+        if is_file(manifest_path(self._plan)) and not is_of(self._plan, fingerprint_of(self._plan)):
             return False
         self._delete()
         return True

@@ -105,6 +105,19 @@ def test_what_is_deleted_here_is_there_and_resume_knows_it(hub: Remote, snapshot
     assert (hub.hub.received, len(hub.hub.commits), list(out.parent.iterdir())) == (received, 1, [])
 
 
+def test_resume_does_not_delete_another_output_that_has_come_to_the_place(
+    hub: Remote, snapshot: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    arguments = dequantize(snapshot, out, "--delete-uploaded")
+    assert hub.run(*arguments).code == 0
+    assert run_cli("dequantize", snapshot, out, "--dtype", "f32", "--max-file-size", "200K").code == 0
+    before = contents(out)
+    result = hub.run(*arguments, "--resume")
+    assert (result.code, contents(out) == before) == (9, True), result.err
+    assert "already exists" in result.error
+
+
 # What is in the way
 
 

@@ -255,13 +255,11 @@ def _conversion(operation: Convert, operands: tuple[Shape, ...], row_bytes: int)
 def _quantisation(operation: Quantise, operands: tuple[Shape, ...], row_bytes: int) -> Recipe | None:
     source, kind = operation.source, BY_NAME[operation.target]
     columns = row_bytes // kind.nbytes * kind.elements
-    decoding: Recipe | None = Recipe(Making.F32_TO_GGML, columns)
     if source == "f32":
-        fits = operands == (Shape(columns * F32_BYTES, 1, F32),)
+        decoding = Recipe(Making.F32_TO_GGML, columns) if operands == (Shape(columns * F32_BYTES, 1, F32),) else None
     else:
         decoding = _conversion(Convert(source, "f32", operation.block), operands, columns * F32_BYTES)
-        fits = True
-    if decoding is None or not fits or kind.row_bytes(columns) != row_bytes:
+    if decoding is None or kind.row_bytes(columns) != row_bytes:
         return None
     # What is not finite is refused, and not counted.
     return decoding._replace(making=_FOR_GGML[source], operands_hold=(), wide_bytes=F32_BYTES * columns)

@@ -181,6 +181,19 @@ def test_an_older_output_loses_its_index_first_and_its_stale_weights_at_the_end(
     assert writes.index("PUT config.json") > max(i for i in stale if INDEX not in writes[i])
 
 
+@pytest.mark.parametrize("which", [0, -1], ids=["the first", "the last"])
+def test_files_that_are_the_same_in_an_older_output_stay(
+    which: int, store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    """All but one: what has been found to be there already is not removed with what is replaced."""
+    assert store.remote.run(*dequantize(snapshot, tmp_path / "out" / "Small-BF16")).code == 0
+    weights = sorted(name for name in store.stored() if name.endswith(".safetensors"))
+    store.put(weights[which], b"other weights")
+    result = store.remote.run(*dequantize(snapshot, tmp_path / "again" / "Small-BF16", "--overwrite"))
+    assert result.code == 0, result.err
+    assert store.without_card() == contents(tmp_path / "again" / "Small-BF16")
+
+
 def test_wrong_uses_are_one_line(store: Store, snapshot: Path, tmp_path: Path) -> None:
     def error(*options: object) -> str:
         return store.remote.run("dequantize", snapshot, tmp_path / "out", "--upload", *options).error

@@ -135,14 +135,15 @@ class StoreDestination(Destination):
         Raises:
             OutputExistsError: another content is there under its name, and may not be replaced.
         """
-        there = self._head(name)
-        if there == sent:
-            self._arrived.add(name)
-            return
-        if self._overwrite:
-            self._make_room()
-        elif there is not None:
-            raise self._taken(name)
+        with self._lock:  # what is found here must not be removed by a thread that makes room meanwhile
+            there = self._head(name)
+            if there == sent:
+                self._arrived.add(name)
+                return
+            if self._overwrite:
+                self._make_room()
+            elif there is not None:
+                raise self._taken(name)
         part_bytes = max(PART_BYTES, -(-sent.size // MAX_PARTS))
         self._ask_bucket(
             lambda: obstore.put(
@@ -174,20 +175,21 @@ class StoreDestination(Destination):
     def _make_room(self) -> None:
         """Remove what shows an older output to readers, and then its files that are to be replaced; once.
 
-        A run that goes on leaves the files: its first part may have sent them.
+        Files that are the same in the new output stay, and so do all where a run goes on: its first part may have sent
+        them.
         """
-        with self._lock:
-            if self._has_made_room:
-                return
-            found = self.sizes()
-            if CARD_NAME in found:
-                self._put_text(OLD_CARD_NAME, self._read(CARD_NAME) or "")
-                self._delete([CARD_NAME])
-            shown = [name for name in found if name.endswith(".json") and name in (*self._names, INDEX_NAME)]
-            self._delete(sorted(shown, key=_last_is_index, reverse=True))
-            if not self._resume:
-                self._delete([name for name in self._names if name in found and name not in shown])
-            self._has_made_room = True
+        if self._has_made_room:
+            return
+        found = self.sizes()
+        if CARD_NAME in found:
+            self._put_text(OLD_CARD_NAME, self._read(CARD_NAME) or "")
+            self._delete([CARD_NAME])
+        shown = [name for name in found if name.endswith(".json") and name in (*self._names, INDEX_NAME)]
+        self._delete(sorted(shown, key=_last_is_index, reverse=True))
+        if not self._resume:
+            replaced = set(self._names).intersection(found).difference(shown, self._arrived)
+            self._delete(sorted(replaced))
+        self._has_made_room = True
 
     def _delete(self, names: list[str]) -> None:
         for name in names:

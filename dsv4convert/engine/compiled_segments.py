@@ -329,6 +329,10 @@ class CompiledSegment:
         self._call.tables[:] = [multipliers.ctypes.data, d.ctypes.data]
         self._call.first, self._call.last = first, last
 
+    def fits(self, weights: NDArray[np.float32] | None) -> bool:
+        """Return whether there is a weight for each column; those of a run that was stopped can be any."""
+        return weights is None or weights.shape == (self._call.columns,)
+
     def place(
         self,
         segment: Segment,
@@ -444,7 +448,7 @@ class CompiledSegments:
         if kind not in self._kinds:
             self._kinds[kind] = self._of_kind(segment, operands, self._digest)
         compiled = self._kinds[kind]
-        if compiled is None:
+        if compiled is None or not compiled.fits(weights):
             return None
         descriptors = [self._descriptors.get(operand.file, os.O_RDONLY) for operand in operands]
         self._digest.begin()

@@ -169,7 +169,7 @@ class Watched:
     def __init__(self, watch: Callable[[Step], None] | None, media: Sequence[Path]) -> None:
         self._watch = watch
         self._threads: list[Thread] = []
-        self._monitor = Monitor(self._threads, media)
+        self._monitor = None if watch is None else Monitor(self._threads, media)
         self.tell(0)  # rates are counted from here on
 
     def enter(self) -> None:
@@ -178,5 +178,5 @@ class Watched:
 
     def tell(self, done: int, file: str | None = None) -> None:
         """Say that ``done`` bytes are done, and which file is in work."""
-        if self._watch is not None:
+        if self._watch is not None and self._monitor is not None:
             self._watch(Step(done, (), file, self._monitor.waiting()))

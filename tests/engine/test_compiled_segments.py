@@ -389,6 +389,23 @@ def test_the_library_quantises_with_the_weights_that_python_does(
     assert without[0] != wanted[0]
 
 
+@pytest.mark.parametrize("columns", [1, COLUMNS - 1])
+def test_weights_of_other_columns_never_reach_the_library(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = segment_of("quantised f32 to q4_0", tmp_path)
+    assert isinstance(plain.operation, Quantise)
+    (tmp_path / "sums").write_bytes(SUMS.tobytes())
+    sums = Operand(tmp_path / "sums", 0, 4 * columns, ALL_ROWS, "<f4")
+    segment = plain._replace(
+        operation=replace(plain.operation, importance=Sums(7, False)), operands=(*plain.operands, sums)
+    )
+    calls = Calls(monkeypatch)
+    with pytest.raises(ValueError, match=f"expected {COLUMNS} weights of importance"):
+        make(segment, compiled_codecs(), tmp_path / "library")
+    assert calls.ends == []
+
+
 def test_a_type_that_ggmls_library_lacks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     segment, _ = segment_of("quantised f32 to q4_0", tmp_path)
     monkeypatch.setitem(BY_NAME, "q4_0", BY_NAME["q4_0"]._replace(number=4))  # a type that was removed

@@ -615,7 +615,8 @@ def _carry_out(
     if run["dry_run"]:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     if uploading is not None and uploading.was_finished():
-        return summarize_finished(plans[0], threads)
+        summary = summarize_finished(plans[0], threads)
+        return replace(summary, notes=(*summary.notes, "uploaded by that run, and not kept here"))
 
     def refuse(report: RunReport) -> None:
         if exact:

@@ -301,7 +301,7 @@ def _upload(run: RunOptions) -> Upload | None:
     """Return where to send the output, and the command for the model card."""
     if run.upload is None:
         if run.delete_uploaded:
-            raise UsageError("--delete-uploaded is for --upload", hint="add --upload OWNER/NAME")
+            raise UsageError("--delete-uploaded is for --upload", hint="add --upload ADDRESS")
         return None
     from ..engine.upload import Upload
 

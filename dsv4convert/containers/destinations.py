@@ -83,8 +83,11 @@ class Destination(ABC):
         """Return the README.md that is there, None where there is none."""
 
     @abstractmethod
-    def sizes(self) -> dict[str, int]:
-        """Return the files that are there, with their sizes in bytes."""
+    def holds(self, files: Mapping[str, tuple[Path, Sent]]) -> bool:
+        """Return whether all files are there as they were sent. Their paths need not exist here any more.
+
+        The hub tells of small files no SHA-256: of one that is not here any more, their size has to do.
+        """
 
 
 def other_weights(found: Iterable[str], names: Container[str]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..containers.destinations import CARD_NAME, Destination, Sent, open_destination
+from ..containers.destinations import CARD_NAME, WEIGHTS, Destination, Sent, open_destination
 from ..containers.presence import is_file
 from ..containers.sources import mount_of
 from ..errors import InputOutputError, RunInterruptedError, UsageError
@@ -30,6 +30,10 @@ SENDERS = 4
 POLL_SECONDS = 0.1
 MAX_SHOWN_NOTES = 50
 FINISHED_HINT = "the output is finished here: run again with --resume"
+
+# In a card: what is said of an output, between comments with its name, and a row of the table of its files.
+SECTION = re.compile(r"<!-- dsv4convert: begin (\S+) -->\n(.*?)<!-- dsv4convert: end \1 -->(\n*)", re.DOTALL)
+FILE_ROW = re.compile(r"^\| `([^`\n]+)` \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
 # The folders of the hub's cache: models--OWNER--NAME/snapshots/HASH.
 SNAPSHOT = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$")
@@ -58,6 +62,7 @@ class Uploading:
         self._destination: Destination = open_destination(upload.address)
         self._overwrite, self._resume = overwrite, resume
         self._fingerprint = _fingerprint(plan)
+        self._name = _in_comment(plan.output_path().name)
         self._has_begun = False
         self._sent: dict[str, Sent] = {}
         self._lock = threading.Lock()
@@ -146,13 +151,19 @@ class Uploading:
         """
         if not (self._upload.delete and self._resume) or os.path.lexists(journal_path(self._plan)):
             return False
-        card = self._destination.card()
-        if card is None or self._fingerprint not in card:
+        section = _sections(self._destination.card() or "").get(self._name, "")
+        if self._fingerprint not in section:
             return False
-        sizes = self._destination.sizes()
-        if any(sizes.get(file.name) != file.nbytes for file in self._plan.files):
-            return False
+        told = {found[1]: Sent(int(found[2]), found[3]) for found in FILE_ROW.finditer(section)}
+        files: dict[str, tuple[Path, Sent]] = {}
+        for file, path in zip(self._plan.files, self._plan.final_paths(), strict=True):
+            sent = told.get(_cell(file.name))
+            if sent is None or (is_file(path) and _sent(path) != sent):
+                return False
+            files[file.name] = path, sent
         if is_file(manifest_path(self._plan)) and not is_of(self._plan, fingerprint_of(self._plan)):
+            return False
+        if not self._destination.holds(files):
             return False
         self._delete()
         return True
@@ -162,8 +173,7 @@ class Uploading:
             name, path = task
             try:
                 if self._error is None:
-                    with os_errors(path, "read"):
-                        sent = Sent.of(path)
+                    sent = _sent(path)
                     self._destination.send(name, path, sent)
                     with self._lock:
                         self._sent[name] = sent
@@ -188,18 +198,25 @@ class Uploading:
     def _card(self, old: str | None, notes: tuple[str, ...]) -> str:
         """Return the model card: this output's section in place of an older one of the same name.
 
-        What else an older card says stays as it is.
+        What else an older card says stays as it is, but for sections of outputs whose files are replaced.
         """
-        name = _in_comment(self._plan.output_path().name)
-        begin, end = f"<!-- dsv4convert: begin {name} -->", f"<!-- dsv4convert: end {name} -->"
-        section = f"{begin}\n{self._section(notes)}\n{end}"
+        name = self._name
+        section = f"<!-- dsv4convert: begin {name} -->\n{self._section(notes)}\n<!-- dsv4convert: end {name} -->"
         if old is None or not old.strip():
             return self._head() + section + "\n"
-        before, found, after = old.partition(begin)
-        _, closed, rest = after.partition(end)
-        if found and closed:
-            return before + section + rest
-        return old.rstrip() + "\n\n" + section + "\n"
+        has_own = name in _sections(old)
+
+        def renewed(found: re.Match[str]) -> str:
+            return section + found[3] if found[1] == name else "" if self._replaces(found[2]) else found[0]
+
+        kept = SECTION.sub(renewed, old)
+        return kept if has_own else kept.rstrip() + "\n\n" + section + "\n"
+
+    def _replaces(self, section: str) -> bool:
+        """Return whether an older output, which a section is of, has lost files to this one."""
+        names = {_cell(file.name) for file in self._plan.files}
+        older = {found[1] for found in FILE_ROW.finditer(section)}
+        return bool(names & older or (self._plan.is_folder and any(name.endswith(WEIGHTS) for name in older)))
 
     def _head(self) -> str:
         lines = ["---", "tags:", "- dsv4convert", "- deepseek_v4"]
@@ -263,10 +280,24 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
+def _sent(path: Path) -> Sent:
+    with os_errors(path, "read"):
+        return Sent.of(path)
+
+
 def _code(text: str) -> str:
+    return f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
     """Return text that stays in its cell of a table and is no markup; of paths it keeps the last name alone."""
     text = re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)*([^\s/'\"]+)", r"\1", text)
-    return f"`{re.sub(r'[`|]|[^ -~]', ' ', text)}`"
+    return re.sub(r"[`|]|[^ -~]", " ", text)
+
+
+def _sections(card: str) -> dict[str, str]:
+    """Return what a card says of outputs, by their names."""
+    return {found[1]: found[2] for found in SECTION.finditer(card)}
 
 
 def _in_comment(name: str) -> str:

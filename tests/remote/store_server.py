@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import parse_qs, quote
+from xml.sax.saxutils import unescape
 
 SECRET = "very-secret-key"
 BUCKET = "models"
@@ -76,18 +79,25 @@ class StoreServer:
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path, query = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
-        key = path.removeprefix(f"/{BUCKET}/")
-        if key == path or method not in ("PUT", "POST", "DELETE"):
+        fields = parse_qs(query, keep_blank_values=True)
+        if "delete" in fields:  # several objects, named in the body
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            method, keys = "DELETE", [unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", body.decode())]
+        elif path.startswith(f"/{BUCKET}/") and method in ("PUT", "POST"):
+            keys = [path.removeprefix(f"/{BUCKET}/")]
+        else:
             return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
-        with self._lock:
-            self.writes.append(f"{method} {key}")
-            number = len(self.writes) - 1
-        self.before_upload(number)
-        status = self.status(method, key)
-        if status is not None:
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start(f"{status} {quote('told to')}", [("Content-Length", "0")])
-            return [b""]
+        for key in keys:
+            with self._lock:
+                self.writes.append(f"{method} {key}")
+                number = len(self.writes) - 1
+            self.before_upload(number)
+            status = self.status(method, key)
+            if status is not None:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start(f"{status} {quote('told to')}", [("Content-Length", "0")])
+                return [b""]
         statuses: list[str] = []
 
         def started(status: str, *rest: Any) -> Any:
@@ -95,9 +105,8 @@ class StoreServer:
             return start(status, *rest)
 
         answer: Iterable[bytes] = self._moto(environ, started)  # type: ignore[no-untyped-call]
-        fields = parse_qs(query, keep_blank_values=True)
-        whole = "uploadId" in fields if method == "POST" else "partNumber" not in fields
-        if whole and method != "DELETE" and statuses[:1] == ["200 OK"]:
+        whole = "uploadId" in fields if method == "POST" else method == "PUT" and "partNumber" not in fields
+        if whole and statuses[:1] == ["200 OK"]:
             with self._lock:
-                self.received.append(key)
+                self.received += keys
         return answer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -137,6 +139,43 @@ def test_what_is_deleted_here_is_there_and_resume_knows_it(store: Store, snapsho
     assert (store.server.writes, list(out.parent.iterdir())) == (writes, [])
 
 
+def test_what_differs_there_is_not_deleted_here(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    """Of the same size: an object that somebody replaced, and another model in the same place."""
+    out = tmp_path / "out" / "Small-BF16"
+    assert store.remote.run(*dequantize(snapshot, out)).code == 0
+    before = contents(out)
+    name = next(name for name in before if "model-00001-of" in name)
+    kept = store.stored()[name]
+    store.put(name, bytes(len(kept)))
+    again = dequantize(snapshot, out, "--delete-uploaded", "--resume")
+    result = store.remote.run(*again)
+    assert result.code == 9
+    assert f"{name}: already exists in the store" in result.error
+    assert contents(out) == before
+    other = shutil.copytree(snapshot, tmp_path / "other")
+    for path in other.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    result = store.remote.run(*dequantize(other, tmp_path / "out" / "Other-BF16", "--overwrite"))
+    assert result.code == 0, result.err
+    assert store.remote.run(*again).code == 9
+    assert contents(out) == before
+
+
+def test_a_card_forgets_outputs_whose_files_are_replaced(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    store.put("README.md", b"# Mine\n")
+    for name, options in (("a", ()), ("b", ("--dtype", "f32", "--overwrite"))):
+        result = store.remote.run(*dequantize(snapshot, tmp_path / "out" / name, *options))
+        assert result.code == 0, result.err
+    result = store.remote.run("hf-to-gguf", snapshot, tmp_path / "c.gguf", "--upload", TARGET)
+    assert result.code == 0, result.err
+    card = store.stored()["README.md"].decode()
+    assert card.startswith("# Mine\n")
+    assert re.findall("begin (.+) -->", card) == ["b", "c.gguf"]
+    assert re.findall("^## .*", card, re.MULTILINE) == ["## `b`", "## `c.gguf`"]
+
+
 # What is in the way
 
 
@@ -173,12 +212,13 @@ def test_an_older_output_loses_its_index_first_and_its_stale_weights_at_the_end(
     assert files == contents(tmp_path / "out" / "other")
     assert store.stored()["README.md"].startswith(b"# Mine\n")
     writes = [write.replace(f"{PREFIX}/", "") for write in store.server.writes]
-    first = next(i for i, write in enumerate(writes) if write.startswith("PUT") and "README" not in write)
-    before = "\n".join(writes[:first])
-    assert before.startswith("PUT README.before-upload.md")
-    stale = [i for i, write in enumerate(writes) if "safetensors" in write and "POST" not in write]
-    assert stale
-    assert writes.index("PUT config.json") > max(i for i in stale if INDEX not in writes[i])
+    assert writes[:4] == ["PUT README.before-upload.md", "DELETE README.md", f"DELETE {INDEX}", "DELETE config.json"]
+    weights = [i for i, write in enumerate(writes) if "safetensors" in write and INDEX not in write]
+    assert min(weights) > 3
+    stale = [i for i in weights if writes[i].startswith("DELETE model-")]
+    assert len(stale) > 3
+    assert max(weights) in stale
+    assert writes.index("PUT config.json") > max(weights)
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["the first", "the last"])

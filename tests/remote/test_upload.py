@@ -118,6 +118,22 @@ def test_resume_does_not_delete_another_output_that_has_come_to_the_place(
     assert "already exists" in result.error
 
 
+def test_what_differs_there_is_not_deleted_here(hub: Remote, snapshot: Path, tmp_path: Path) -> None:
+    """Another content of the same size, in a file of weights and in a small one."""
+    out = tmp_path / "out" / "Small-BF16"
+    assert hub.run(*dequantize(snapshot, out)).code == 0
+    before = contents(out)
+    for name in (next(name for name in before if "model-00001-of" in name), "generation_config.json"):
+        path = hub.hub.repositories[TARGET]["main"] / name
+        kept = path.read_bytes()
+        path.write_bytes(bytes(len(kept)))
+        result = hub.run(*dequantize(snapshot, out, "--delete-uploaded", "--resume"))
+        assert result.code == 9, result.err
+        assert f"{name}: already exists on the hub" in result.error
+        assert contents(out) == before
+        path.write_bytes(kept)
+
+
 # What is in the way
 
 

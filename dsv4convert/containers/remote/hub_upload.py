@@ -17,6 +17,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
 from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights, shown_address
+from ..presence import is_file
 from ..sources import RemoteFile
 from .http import retried
 from .hub import LOGIN_AGAIN, REPOSITORY, HubRanges, ask
@@ -209,11 +210,12 @@ class HubDestination(Destination):
         RemoteFile(place, entry.size, str(info.sha), ranges).read_into(0, memoryview(content))
         return content.decode(errors="replace")
 
-    def sizes(self) -> dict[str, int]:
-        """See ``Destination.sizes``."""
+    def holds(self, files: Mapping[str, tuple[Path, Sent]]) -> bool:
+        """See ``Destination.holds``."""
         if not self._ask(lambda: self._api.repo_exists(self._repository)):
-            return {}
-        return {name: entry.size for name, entry in self._entries(self._info()).items()}
+            return False
+        entries = self._entries(self._info())
+        return all(_holds(entries.get(name), path, sent) for name, (path, sent) in files.items())
 
 
 def _holds(entry: Any, path: Path, sent: Sent) -> bool:
@@ -222,5 +224,7 @@ def _holds(entry: Any, path: Path, sent: Sent) -> bool:
         return False
     if entry.lfs is not None:
         return str(entry.lfs.sha256) == sent.sha256
+    if not is_file(path):
+        return True
     content = path.read_bytes()
     return str(entry.blob_id) == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -94,7 +94,7 @@ class StoreDestination(Destination):
         """See ``Destination.begin``."""
         self._names, self._is_folder = names, is_folder
         self._overwrite, self._resume = overwrite, resume
-        found = self.sizes()
+        found = self._sizes()
         if overwrite:
             return
         taken = [name for name in names if name in found]
@@ -180,7 +180,7 @@ class StoreDestination(Destination):
         """
         if self._has_made_room:
             return
-        found = self.sizes()
+        found = self._sizes()
         if CARD_NAME in found:
             self._put_text(OLD_CARD_NAME, self._read(CARD_NAME) or "")
             self._delete([CARD_NAME])
@@ -208,7 +208,7 @@ class StoreDestination(Destination):
         for name in weights:
             if name not in self._arrived:
                 self._send(name, *files[name])
-        found = self.sizes()
+        found = self._sizes()
         if not self._overwrite:
             self._check_no_others(found)
         for name in weights:
@@ -264,8 +264,12 @@ class StoreDestination(Destination):
         except FileNotFoundError:
             return None
 
-    def sizes(self) -> dict[str, int]:
-        """See ``Destination.sizes``."""
+    def holds(self, files: Mapping[str, tuple[Path, Sent]]) -> bool:
+        """See ``Destination.holds``."""
+        return all(self._head(name) == sent for name, (_, sent) in files.items())
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the files that are there, with their sizes in bytes."""
 
         def listed() -> dict[str, int]:
             pages = obstore.list(self._store, self._prefix or None)

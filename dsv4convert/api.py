@@ -126,12 +126,19 @@ def _conversion(function: Callable[P, T]) -> Callable[P, T]:
     own = [
         parameter for parameter in signature(function).parameters.values() if parameter.kind != Parameter.VAR_KEYWORD
     ]
-    common = (Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in RUN_DEFAULTS.items())
+    kinds = {name: getattr(kind, "__forward_arg__", kind) for name, kind in RunOptions.__annotations__.items()}
+    common = (
+        Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=kinds[name])
+        for name, value in RUN_DEFAULTS.items()
+    )
     whole = signature(function).replace(parameters=[*own, *common])
 
     @wraps(function)
     def convert(*arguments: P.args, **keywords: P.kwargs) -> T:
-        given = whole.bind(*arguments, **keywords)
+        try:
+            given = whole.bind(*arguments, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
         given.apply_defaults()
         return function(*given.args, **given.kwargs)
 

@@ -262,3 +262,9 @@ def test_a_bad_option_is_a_usage_error(tiny: Path, tmp_path: Path, options: dict
         dsv4convert.convert_gguf(tiny, tmp_path / "model.gguf", **options)  # type: ignore[arg-type]
     assert message in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_keyword_that_no_conversion_has_is_told_with_its_name(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^dequantize\(\): got an unexpected keyword argument 'thread'$"):
+        dsv4convert.dequantize(tiny, tmp_path / "out", thread=2)  # type: ignore[call-arg]
+    assert inspect.signature(dsv4convert.dequantize).parameters["threads"].annotation == "int | None"

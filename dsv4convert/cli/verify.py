@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import typer
+from click.core import ParameterSource
 
 from ..errors import UsageError, VerifyError, escape_control
 from .options import (
@@ -106,7 +108,9 @@ def verify(
 ) -> None:
     """Compare a finished conversion with its source, element by element."""
     if manifest:
-        if out is not None or options["sample"] is not None or options["foreign"]:
+        context = click.get_current_context()
+        given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        if out is not None or given - {"threads"}:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
         replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
         _verify_manifest(source, progress, quiet, as_json, report, replaced)

@@ -205,7 +205,7 @@ def test_no_more_than_that_lies_on_the_disk_twice(
     assert most <= disk_needed(plan) < plan.nbytes
 
 
-def test_tensors_in_another_order_than_their_files_do_not_wait_for_ever(
+def test_a_tensor_that_no_room_is_enough_for_does_not_wait_for_ever(
     whole: Path, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "merged.gguf"

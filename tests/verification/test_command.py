@@ -126,9 +126,22 @@ def test_quiet_says_nothing(small: Path, outputs: Make) -> None:
         (("SMALL", "OUT", "--sample", "0%"), 2, "--sample: not a fraction"),
         (("SMALL", "OUT", "--sample", "150%"), 2, "--sample: not a fraction"),
         (("SMALL", "OUT", "--manifest"), 2, "--manifest takes only the output"),
+        (("OUT", "--manifest", "--seed", "0"), 2, "--manifest takes only the output"),
+        (("OUT", "--manifest", "--ignore-key", "general.name"), 2, "--manifest takes only the output"),
         (("OUT", "OUT"), 5, "a GGUF file cannot be converted"),
     ],
-    ids=["no_output", "no_such_output", "no_such_source", "same", "sample_0", "sample_150", "manifest", "not_a_source"],
+    ids=[
+        "no_output",
+        "no_such_output",
+        "no_such_source",
+        "same",
+        "sample_0",
+        "sample_150",
+        "manifest",
+        "seed",
+        "key",
+        "not_a_source",
+    ],
 )
 def test_bad_usage_is_one_line(arguments: tuple[str, ...], code: int, message: str, small: Path, outputs: Make) -> None:
     known = {"SMALL": small, "OUT": outputs("gguf")}

@@ -81,7 +81,7 @@ def _check_same_size(source: Array, out: Array) -> None:
         raise ValueError(f"output: expected {source.shape}, got {out.shape}")
 
 
-def _round(function: Function, source: Array, out: Array, tally: Tally, *sizes: int) -> bool:
+def _count_two(function: Function, source: Array, out: Array, tally: Tally, *sizes: int) -> bool:
     """Run a function of ``sizes`` and add its two counts; False when numpy has to do the tile."""
     _check_same_size(source, out)
     counts = np.empty(2, np.int64)
@@ -93,7 +93,7 @@ def _round(function: Function, source: Array, out: Array, tally: Tally, *sizes: 
     return True
 
 
-def _quantise(function: Function, tally: Tally, *arguments: Array | int) -> bool:
+def _count_changed(function: Function, tally: Tally, *arguments: Array | int) -> bool:
     """Run a function that returns how many elements changed, and count them; False when numpy has to do the tile."""
     changed = function(*arguments)
     if changed == NEEDS_FALLBACK:
@@ -291,21 +291,21 @@ def fp8_to_mxfp4(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scra
     check_tile(weight.shape[0], weight.shape[1], scale, block, out, out.shape)
     codes = _as_bytes(scale, scratch) if block[1] % GROUP == 0 else None
     arrays = None if codes is None else (np.ascontiguousarray(weight), codes, out)
-    if arrays is None or not _quantise(_fp8_to_mxfp4, tally, *arrays, *weight.shape, *block):
+    if arrays is None or not _count_changed(_fp8_to_mxfp4, tally, *arrays, *weight.shape, *block):
         mxfp4.fp8_to_mxfp4(weight, scale, block, out, scratch, tally)
 
 
 def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `mxfp4.f32_to_mxfp4`."""
     mxfp4.check_blocks(values.shape, out)
-    if not _quantise(_f32_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
+    if not _count_changed(_f32_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
         mxfp4.f32_to_mxfp4(values, out, scratch, tally)
 
 
 def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `mxfp4.bf16_to_mxfp4`."""
     mxfp4.check_blocks(values.shape, out)
-    if not _quantise(_bf16_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
+    if not _count_changed(_bf16_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
         mxfp4.bf16_to_mxfp4(values, out, scratch, tally)
 
 
@@ -314,13 +314,13 @@ def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally
 
 def f32_to_fp8(values: ArrayF32, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `e4m3.f32_to_fp8`."""
-    if not _round(_f32_to_fp8, values, out, tally, *values.shape, *block):
+    if not _count_two(_f32_to_fp8, values, out, tally, *values.shape, *block):
         e4m3.f32_to_fp8(values, block, out, scratch, tally)
 
 
 def bf16_to_fp8(values: ArrayU16, block: Block, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
     """Twin of `e4m3.bf16_to_fp8`."""
-    if not _round(_bf16_to_fp8, values, out, tally, *values.shape, *block):
+    if not _count_two(_bf16_to_fp8, values, out, tally, *values.shape, *block):
         e4m3.bf16_to_fp8(values, block, out, scratch, tally)
 
 
@@ -341,7 +341,7 @@ def bf16_to_fp8_scales(values: ArrayU16, block: Block, out: ArrayU8, scratch: Sc
 def _to_fp4(function: Function, values: Array, out: ArrayU8, tally: Tally) -> bool:
     """Run ``function`` and add its count; False when numpy has to do the tile."""
     _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
-    return _quantise(function, tally, np.ascontiguousarray(values), out, values.size // GROUP)
+    return _count_changed(function, tally, np.ascontiguousarray(values), out, values.size // GROUP)
 
 
 def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
@@ -386,26 +386,26 @@ def _check_scales(values: Array, block: Block, out: Array, per_group: int = 1) -
 
 def f32_to_bf16(source: ArrayF32, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f32_to_bf16`."""
-    if not _round(_f32_to_bf16, source, out, tally, source.size):
+    if not _count_two(_f32_to_bf16, source, out, tally, source.size):
         bf16.f32_to_bf16(source, out, scratch, tally)
 
 
 def f32_to_f16(source: ArrayF32, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f32_to_f16`."""
-    if not _round(_f32_to_f16, source, out, tally, source.size):
+    if not _count_two(_f32_to_f16, source, out, tally, source.size):
         bf16.f32_to_f16(source, out, scratch, tally)
 
 
 def bf16_to_f16(source: ArrayU16, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.bf16_to_f16`."""
-    if not _round(_bf16_to_f16, source, out, tally, source.size):
+    if not _count_two(_bf16_to_f16, source, out, tally, source.size):
         bf16.bf16_to_f16(source, out, scratch, tally)
 
 
 def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
     """Twin of `bf16.f16_to_bf16`."""
     _check_same_size(source, out)
-    if not _quantise(_f16_to_bf16, tally, np.ascontiguousarray(source), out, source.size):
+    if not _count_changed(_f16_to_bf16, tally, np.ascontiguousarray(source), out, source.size):
         bf16.f16_to_bf16(source, out, scratch, tally)
 
 

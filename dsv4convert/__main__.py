@@ -9,8 +9,6 @@ import signal
 import sys
 import threading
 
-from . import cli
-
 STOP_LATER_SECONDS = 0.01
 
 
@@ -48,6 +46,15 @@ def _stop_later(dropped: sys.UnraisableHookArgs) -> None:
 
 def main() -> None:
     """Run the program, and end its process whatever its threads are at."""
+    # Python would answer Ctrl-C with a traceback while modules are imported, before anything can say that it was
+    # stopped: until then the system ends the process.
+    stoppable = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if stoppable:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from . import cli
+
+    if stoppable:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = _stop_later
     ending = _Ending()
     atexit.register(ending)

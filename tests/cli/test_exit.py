@@ -76,3 +76,19 @@ def run(arguments):
     time.sleep(20)
 """
     assert command_line(tmp_path, run) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_process_without_a_word() -> None:
+    program = """
+import os, signal, sys
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+from dsv4convert.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", program, "--version"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

@@ -68,19 +68,6 @@ def _located(source: StrPath, *, headers_only: bool = False, cache: bool = False
     return local_path(source, headers_only=headers_only, cache=cache)
 
 
-def _on_this_machine(source: StrPath, what: str, *, cache: bool = False) -> Path:
-    """Return the path of a source whose files must be here: read again and again, or shared with the output.
-
-    Raises:
-        Dsv4Error: nothing there, or its files are elsewhere.
-    """
-    from .containers.sources import needs_local_files
-
-    place = _located(source, headers_only=not cache, cache=cache)
-    needs_local_files(place, what)
-    return place
-
-
 # ---- conversions --------------------------------------------------------------------------------------
 
 
@@ -305,7 +292,7 @@ def merge(
     Raises:
         Dsv4Error: see ``convert_gguf``.
     """
-    from .containers.sources import is_address
+    from .containers.sources import is_address, needs_local_files
     from .engine.conversion import check_not_both, summarize_finished
     from .targets.merge import plan_merge, plan_of_merged, remove_parts
 
@@ -320,7 +307,7 @@ def merge(
     if delete_parts and run["upload"] is not None:
         raise UsageError("--delete-parts and --upload exclude each other", hint="upload first, then delete the parts")
     if delete_parts:
-        place = _on_this_machine(source, "--delete-parts")
+        needs_local_files(place, "--delete-parts")
     plan = plan_merge(place, Path(out), delete_parts=delete_parts)
     summary = _carry_out([plan], run)
     if summary.dry_run is None:
@@ -589,8 +576,8 @@ def mend(
     """
     from .targets.mend import Mends, plan_mend, summarize_mend
 
-    place = _on_this_machine(source, "mend", cache=run["cache"])
-    graft = None if graft_draft is None else _on_this_machine(graft_draft, "mend")
+    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    graft = None if graft_draft is None else _located(graft_draft, headers_only=run["dry_run"], cache=run["cache"])
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
     plan = plan_mend(place, Path(out), mends, strict=strict)
     return summarize_mend(plan, _carry_out([plan], run, strict=strict))
@@ -879,20 +866,31 @@ def open_checkpoint(folder: StrPath) -> Checkpoint:
 
 
 def load_model(
-    path: StrPath, *, layers: str | None = None, activation_rounding: bool = False, cached: bool = False
+    path: StrPath,
+    *,
+    layers: str | None = None,
+    activation_rounding: bool = False,
+    cached: bool = False,
+    cache: bool = False,
 ) -> Model:
     """Open a checkpoint folder, a GGUF or a folder of shards as a model that runs in numpy, in float32.
 
-    Weights are decoded when they are needed, and dropped; ``cached`` keeps them, for the generation of tokens.
+    Weights are decoded when they are needed, and dropped; ``cached`` keeps them, for the generation of tokens. Those of
+    a remote source are fetched then, and kept on the disk of temporary files if ``cached``; ``cache`` downloads all of
+    a source on the hub into the hub's own cache first.
     ``layers`` such as "0-3" runs the first layers only; ``activation_rounding`` rounds as the published kernels do.
 
     Raises:
         Dsv4Error: what is at ``path`` is not a readable model.
     """
+    from .containers.sources import want_again
     from .reference import CachedSource, Model
     from .reference.weights.open import open_source
 
-    source = open_source(_on_this_machine(path, "running a model"))
+    place = _located(path, cache=cache)
+    source = open_source(place)
+    if cached:
+        want_again(place)
     return Model(
         CachedSource(source) if cached else source,
         activation_rounding=activation_rounding,
@@ -912,6 +910,7 @@ def imatrix(
     tokenizer: StrPath | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> ImatrixSummary:
     """Run ``model`` over the text file ``text`` and write an importance matrix for low-bit types.
@@ -919,7 +918,7 @@ def imatrix(
     The model is a checkpoint folder, a GGUF or a folder of shards, of any size: one layer's attention or one expert is
     in memory at a time. ``chunks`` limits the chunks of ``context_size`` tokens that the text is cut into; ``layers``
     such as "0-3" runs the first layers only; ``process_output`` includes the output matrix. ``device`` is auto, cpu or
-    cuda.
+    cuda. ``cache`` downloads a model on the hub into the hub's own cache first.
 
     Raises:
         Dsv4Error: see ``convert_gguf``.
@@ -931,11 +930,11 @@ def imatrix(
         chunks=chunks,
         layers=leading_layers(layers),
         process_output=process_output,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=None if tokenizer is None else _located(tokenizer, headers_only=True),
         device=device,
     )
     return collect_imatrix(
-        _on_this_machine(model, "running a model"),
+        _located(model, cache=cache),
         Path(text),
         Path(out),
         options,

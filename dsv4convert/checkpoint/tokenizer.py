@@ -539,7 +539,8 @@ def _backend(path: Path) -> Any:
             "turning text into tokens needs the package tokenizers",
             hint="install dsv4convert[text], or pass token ids with --tokens",
         ) from None
+    content = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     try:
-        return Backend.from_file(str(path))
+        return Backend.from_buffer(content)
     except Exception as error:  # noqa: BLE001 - the binding raises bare Exception
         raise TokenizerError(f"not readable by the package tokenizers ({error})", where=path) from None

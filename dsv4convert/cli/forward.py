@@ -12,7 +12,7 @@ import click
 import typer
 
 from ..errors import UsageError, VerifyError, escape_control
-from .options import LAYERS_METAVAR, json_option, overwrite_option, tokenizer_option
+from .options import LAYERS_METAVAR, cache_option, json_option, overwrite_option, tokenizer_option
 from .pages import check_page, report_option, write_page
 from .parsing import (
     COMPARISON,
@@ -122,6 +122,7 @@ rounding_option = option(
 )
 @layers_option
 @rounding_option
+@cache_option
 @option(
     "--top",
     type=click.IntRange(1, 100),
@@ -165,11 +166,13 @@ def forward(
     logits: Path | None,
     goldens: Path | None,
     record_last: int | None,
+    cache: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Run a model in numpy, float32, and print the likeliest next tokens of every position."""
     from ..api import load_model
+    from ..containers.sources import local_path
     from ..reference import Speculation, generate_speculatively
     from ..reference import generate as generate_tokens
     from ..reference.goldens import write_goldens
@@ -188,9 +191,13 @@ def forward(
         from ..engine.conversion import check_result
 
         replaced = check_result(logits, filter(None, (path, tokenizer, chat, *images)), overwrite=overwrite)
-    # Weights are wanted once per run, but again for every generated token.
-    model = load_model(path, layers=layers, activation_rounding=activation_rounding, cached=generate > 0)
-    vocabulary = find_tokenizer(path, model.config.vocab_size, tokenizer)
+    # One pass reads each weight once. More are made for tokens, images, and positions that are not recorded.
+    is_read_again = generate > 0 or len(images) > 1 or (goldens, record_last, logits).count(None) < 2
+    place = local_path(path, cache=cache)
+    model = load_model(place, layers=layers, activation_rounding=activation_rounding, cached=is_read_again)
+    if tokenizer is not None:
+        tokenizer = local_path(tokenizer, headers_only=True)
+    vocabulary = find_tokenizer(place, model.config.vocab_size, tokenizer)
     prompt = _prompt(PromptOptions(tokens, text, chat, tokenizer), vocabulary, model.config.version)
     if prompt is None:
         raise UsageError("prompt is missing", hint="pass --tokens, --text or --chat")
@@ -257,6 +264,7 @@ def forward(
 @tokenizer_option
 @layers_option
 @rounding_option
+@cache_option
 @option(
     "--tolerance",
     type=_NotNegative(),
@@ -285,11 +293,13 @@ def compare(
     median: bool,
     plot: Path | None,
     report: Path | None,
+    cache: bool,
     overwrite: bool,
     as_json: bool,
     **prompt: Any,
 ) -> None:
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
+    from ..containers.sources import local_path, shown
     from ..reference.compare import compare as compare_runs
     from .report import print_json
     from .tables import print_blocks
@@ -302,11 +312,12 @@ def compare(
         from ..reference.plot import check_picture, plot_errors
 
         replaced = check_picture(plot, inputs, overwrite=overwrite)
+    a, b = (local_path(path, cache=cache) for path in (a, b))
     comparison = compare_runs(*_runs(a, b, asked, layers, activation_rounding))
     beyond = comparison.first_beyond(tolerance, median)
     document = {
-        "a": str(a),
-        "b": str(b),
+        "a": shown(a),
+        "b": shown(b),
         "tolerance": tolerance,
         "by": "median position" if median else "all positions",
         "within": beyond is None,
@@ -323,7 +334,7 @@ def compare(
         finally:
             if plot is not None:
                 plot_errors(comparison, tolerance, plot, replaced)
-            write_page(report, "compare", f"{a} and {b}", document, replaced_page)
+            write_page(report, "compare", f"{shown(a)} and {shown(b)}", document, replaced_page)
     _verdict(comparison, beyond, tolerance, median, quiet=as_json)
 
 
@@ -433,7 +444,12 @@ def _runs(a: Path, b: Path, asked: PromptOptions, layers: str | None, activation
         def run(path: Path) -> Any:
             if is_goldens(path):
                 return open_goldens(path).activations()
-            model = load_model(path, layers=f"0-{golden.layers - 1}", activation_rounding=golden.activation_rounding)
+            model = load_model(
+                path,
+                layers=f"0-{golden.layers - 1}",
+                activation_rounding=golden.activation_rounding,
+                cached=golden.recorded_from > 0,
+            )
             return recorded_activations(model, golden.tokens, golden.recorded_from)
 
         return run(a), run(b)
@@ -445,11 +461,13 @@ def _runs(a: Path, b: Path, asked: PromptOptions, layers: str | None, activation
 
 
 def _comparison_prompt(model: Model, path: Path, asked: PromptOptions) -> list[int]:
+    from ..containers.sources import local_path
     from ..reference.prompt import find_tokenizer
 
     vocab_size = model.config.vocab_size
     needs_text = asked.text is not None or asked.chat is not None
-    tokenizer = find_tokenizer(path, vocab_size, asked.tokenizer) if needs_text else None
+    folder = None if asked.tokenizer is None else local_path(asked.tokenizer, headers_only=True)
+    tokenizer = find_tokenizer(path, vocab_size, folder) if needs_text else None
     prompt = _prompt(asked, tokenizer, model.config.version)
     if asked.random is None:
         if prompt is None:
@@ -466,12 +484,14 @@ def _comparison_prompt(model: Model, path: Path, asked: PromptOptions) -> list[i
 
 
 def _check_same_run(recorded: list[Goldens], a: Path, b: Path) -> None:
+    from ..containers.sources import shown
+
     if len(recorded) < 2:
         return
     for what in ("tokens", "recorded_from", "layers", "activation_rounding"):
         of_a, of_b = (getattr(goldens, what) for goldens in recorded)
         if of_a != of_b:
-            raise UsageError(f"{a} and {b} recorded different runs: {what}", expected=of_a, got=of_b)
+            raise UsageError(f"{shown(a)} and {shown(b)} recorded different runs: {what}", expected=of_a, got=of_b)
 
 
 def _check_same_shapes(a: Model, b: Model) -> None:

@@ -9,7 +9,15 @@ import typer
 
 from ..api import DEFAULT_CONTEXT_SIZE
 from ..errors import escape_control
-from .options import LAYERS_METAVAR, json_option, overwrite_option, progress_option, quiet_option, tokenizer_option
+from .options import (
+    LAYERS_METAVAR,
+    cache_option,
+    json_option,
+    overwrite_option,
+    progress_option,
+    quiet_option,
+    tokenizer_option,
+)
 from .parsing import CONTENT, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
 
 if TYPE_CHECKING:
@@ -63,6 +71,7 @@ if TYPE_CHECKING:
     panel=RUN,
     help="Where to multiply matrices: numpy on the CPU, or torch on a GPU; auto takes a GPU where torch finds one.",
 )
+@cache_option
 @overwrite_option
 @progress_option
 @quiet_option

@@ -104,6 +104,12 @@ tokenizer_option = option(
     panel=PROMPT,
     help="Folder with a tokenizer.json; by default the model's own tokenizer.",
 )
+cache_option = option(
+    "--cache",
+    is_flag=True,
+    panel=RUN,
+    help="Download a source on the hub into the hub's own cache first, and read it there.",
+)
 TEXT, JSON = "text", "json"
 progress_option = option(
     "--progress",
@@ -148,12 +154,7 @@ RUN_OPTIONS = (
         panel=RUN,
         help="Take no locks, where the file system has none at all; make sure that no other run writes the output.",
     ),
-    option(
-        "--cache",
-        is_flag=True,
-        panel=RUN,
-        help="Download a source on the hub into the hub's own cache first, and convert it from there.",
-    ),
+    cache_option,
     option(
         "--upload",
         metavar="ADDRESS",

@@ -40,7 +40,10 @@ class RemoteFile:
     """A remote file of ``size`` bytes; ``identity`` (a commit or an etag) changes when its content does.
 
     Bytes fetched by ``read_into`` are kept, in a nameless file, so that none is fetched twice. ``ahead`` keeps none.
+    ``is_wanted_again`` says to those who read weights once in a run whether this run reads them more than once.
     """
+
+    is_wanted_again = False
 
     def __init__(self, address: str, size: int, identity: str, transport: Transport) -> None:
         self.address = address
@@ -406,6 +409,13 @@ def keep_in(folder: Path) -> None:
     """Keep fetched bytes that are wanted again on the disk of ``folder``, from now on."""
     for remote in _files.values():
         remote.keep_in(folder)
+
+
+def want_again(place: Path) -> None:
+    """Keep what is fetched from now on of a mounted folder, or of a file in one: the run reads it more than once."""
+    for path, remote in _files.items():
+        if place in (path, *path.parents) or place.parent == path.parent:
+            remote.is_wanted_again = True
 
 
 def prefetch(ranges: Iterable[tuple[Path, int, int]]) -> None:

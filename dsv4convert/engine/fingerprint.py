@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..containers.sources import at, mount_of
+from ..containers.sources import at, mount_of, shown
 from ..errors import FileFormatError, ResumeError
 from ..plan import Plan
 from .consume import is_cut
@@ -30,8 +30,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
     has used up count by name.
     """
-    sources: dict[str, list[int | str]] = {}
-    names: dict[Path, str] = {}
+    names = _names(plan)
     digest = xxhash.xxh3_128()
     mount = mount_of(plan.source)
     for file in plan.files:
@@ -42,20 +41,29 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
             for segment in tensor.segments:
                 digest.update(f"{segment.operation} {segment.rows} {segment.row_bytes}\n".encode())
                 for operand in segment.operands:
-                    name = names.get(operand.file)
-                    if name is None:
-                        # A file beside the model, such as an importance matrix, goes by its whole path.
-                        inside = operand.file.parent == plan.source
-                        name = names[operand.file] = operand.file.name if inside else os.path.abspath(operand.file)
-                        sources[name] = USED_UP if is_cut(plan, operand.file) else mark_of(operand.file)
-                    digest.update(f"{name} {operand[1:]}\n".encode())
+                    digest.update(f"{names[operand.file]} {operand[1:]}\n".encode())
     return {
         "program": f"dsv4convert {__version__}",
         "target": plan.target,
         "options": json.loads(json.dumps(plan.options)),
-        "source": sources,
+        "source": {name: USED_UP if is_cut(plan, file) else mark_of(file) for file, name in names.items()},
         "plan": digest.hexdigest(),
     } | ({} if mount is None else {"revision": mount.revision})
+
+
+def _names(plan: Plan) -> dict[Path, str]:
+    """Return the source files of a plan with the names by which they count.
+
+    A file beside the model, such as an importance matrix, goes by its whole path or address.
+    """
+    files = dict.fromkeys(
+        operand.file
+        for file in plan.files
+        for tensor in file.tensors
+        for segment in tensor.segments
+        for operand in segment.operands
+    )
+    return {file: file.name if file.parent == plan.source else shown(Path(os.path.abspath(file))) for file in files}
 
 
 def mark_of(path: Path) -> list[int | str]:
@@ -121,9 +129,8 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
         FileFormatError: one changed meanwhile; what was read of it may be of both.
         InputOutputError: one cannot be looked at.
     """
-    for name, before in fingerprint["source"].items():
-        path = plan.source / name
-        if mark_of(path) != before and not is_cut(plan, path):
+    for path, name in _names(plan).items():
+        if mark_of(path) != fingerprint["source"][name] and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.imatrix import ImatrixFile, begins_imatrix, imatrix_file
+from ..containers.sources import shown
 from ..containers.untrusted import read_whole
 from ..engine.conversion import check_sources_stay
 from ..engine.manifest import check_outside_outputs
@@ -151,7 +152,7 @@ def collect_imatrix(
                 outputs.discard()
                 raise
     return ImatrixSummary(
-        model=str(path),
+        model=shown(path),
         text=str(text),
         path=str(out),
         bytes=file.nbytes,

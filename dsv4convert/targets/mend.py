@@ -360,5 +360,5 @@ def summarize_mend(plan: Plan, summary: Summary) -> MendSummary:
 TOLD = {
     REFLINK: "shared by reflink, each folder's its own when changed",
     HARD_LINK: "shared by hard link: a change in place would be one in both folders",
-    COPY: "copied, since the file system shares none",
+    COPY: "copied, since they cannot be shared",
 }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from contextlib import closing, contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ...containers.sources import SequentialReader, at, prefetch
 from ...containers.untrusted import open_regular
 from ...containers.wide_scales import bits_of, read_wide
 from ...errors import FileFormatError, InputOutputError, not_read
@@ -34,6 +35,9 @@ F32_BYTES = 4
 # A matrix of more decoded bytes than this is divided among threads; numpy's loops run side by side.
 THREADED_BYTES = 8 * 2**20
 MAX_THREADS = 8
+
+# Of a remote matrix, chosen rows that are no further apart are fetched in one request, with what is between them.
+GAP_BYTES = 2**16
 
 # Bytes of a row by kind of storage: those of ggml's types, and of the two that have scales next to them.
 GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1", "q8_k", "i8", "i16", "f64")}
@@ -89,8 +93,7 @@ class Zero(NamedTuple):
         """Return the zero points [rows, groups] of some rows."""
         first = int(indices.min()) // PER_WORD
         last = int(indices.max()) // PER_WORD + 1
-        with _opened(self.file) as file:
-            raw = _read(file, self, self.offset + first * self.row_bytes, (last - first) * self.row_bytes)
+        raw = _read_rows(self, first, last)
         zeros = unpack_zeros(raw.view("<i4").reshape(last - first, -1), (last - first) * PER_WORD)
         chosen: Array = zeros[indices - first * PER_WORD]
         return chosen
@@ -105,8 +108,7 @@ class Factor(NamedTuple):
 
     def value(self) -> float:
         """Return the number."""
-        with _opened(self.file) as file:
-            return float(_read(file, self, self.offset, self.row_bytes).view("<f4")[0])
+        return float(_read_rows(self, 0, 1).view("<f4")[0])
 
 
 class Matrix(NamedTuple):
@@ -175,14 +177,22 @@ def _tiles(matrix: Matrix, first: int, last: int) -> list[tuple[int, int]]:
 
 def _read_tiles(matrix: Matrix, tiles: list[tuple[int, int]], first: int, out: Array) -> None:
     """Decode ``tiles`` into ``out``, whose row 0 is row ``first`` of the matrix."""
+    if not tiles:
+        return
     scratch, scale = Scratch(), matrix.scale
-    with _opened(matrix.file) as file:
+    begin, end = tiles[0][0], tiles[-1][1]
+    if scale is not None:
+        height = scale.block[0]
+        top = begin // height
+        all_scales = scale.decoded(_read_rows(scale, top, -(-end // height)).reshape(-1, scale.row_bytes), top)
+    with _opened(matrix, begin, end) as read:
         for a, b in tiles:
-            raw = _read(file, matrix, matrix.offset + a * matrix.row_bytes, (b - a) * matrix.row_bytes)
+            raw = np.empty((b - a) * matrix.row_bytes, np.uint8)
+            read(matrix.offset + a * matrix.row_bytes, raw.data)
             scales, block = None, (1, 1)
             if scale is not None:
-                height, block = scale.block[0], scale.block
-                scales = _read_scales(scale, a // height, -(-b // height))
+                block = scale.block
+                scales = all_scales[a // height - top : -(-b // height) - top]
                 if a % height:
                     scales, block = scales[np.arange(a, b) // height - a // height], (1, block[1])
             part = out[a - first : b - first]
@@ -205,7 +215,7 @@ def gather_rows(matrix: Matrix, indices: Array) -> Array:
     if len(indices) and (np.diff(indices) == 1).all():
         return read_rows(matrix, int(indices[0]), int(indices[-1]) + 1)
     out = np.empty((len(indices), matrix.columns), np.int64 if matrix.is_table else np.float32)
-    raw = _mapped(matrix.file, matrix.offset, (matrix.rows, matrix.row_bytes))[indices]
+    raw = _chosen(matrix, matrix.rows, indices)
     scales, block = None, (1, 1)
     if matrix.scale is not None:
         scales = _gather_scales(matrix.scale, indices // matrix.scale.block[0])
@@ -260,36 +270,67 @@ def _present(scales: Array | None, matrix: Matrix) -> Array:
     return scales
 
 
+# What fills a view with the bytes at an offset of a file.
+_Read: TypeAlias = Callable[[int, memoryview], None]
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(place: Matrix | Scale | Zero | Factor, first: int, last: int, *, is_kept: bool = False) -> Iterator[_Read]:
+    """Yield what reads rows ``first`` to ``last`` (exclusive) from front to back.
+
+    Of a remote file they are fetched once; with ``is_kept``, also where they are read again.
+    """
+    remote = at(place.file)
+    if remote is not None:
+        begin, end = (place.offset + row * place.row_bytes for row in (first, last))
+        with closing(SequentialReader(remote, begin, end, is_kept=is_kept or remote.is_wanted_again)) as reader:
+            yield reader.read_into
+        return
     try:
-        with open_regular(path) as file:
-            yield file
+        with open_regular(place.file) as file:
+            yield partial(_fill, file, place.file)
     except OSError as error:
-        raise not_read(path, error) from None
+        raise not_read(place.file, error) from None
 
 
-def _read(file: BinaryIO, matrix: Matrix | Scale | Zero | Factor, offset: int, nbytes: int) -> Array:
+def _fill(file: BinaryIO, where: Path, offset: int, view: memoryview) -> None:
     file.seek(offset)
-    raw = np.fromfile(file, np.uint8, nbytes)
-    if len(raw) < nbytes:
-        expected = f"{offset + nbytes} bytes"
-        raise FileFormatError("truncated", where=matrix.file, expected=expected, hint="download the file again")
+    if file.readinto(view) < view.nbytes:  # type: ignore[attr-defined]
+        expected = f"{offset + view.nbytes} bytes"
+        raise FileFormatError("truncated", where=where, expected=expected, hint="download the file again")
+
+
+def _read_rows(place: Scale | Zero | Factor, first: int, last: int) -> Array:
+    """Return the bytes of rows of what goes with a matrix."""
+    raw = np.empty((last - first) * place.row_bytes, np.uint8)
+    # Zero points of neighbouring runs of rows can share a word, and a factor belongs to all rows.
+    with _opened(place, first, last, is_kept=not isinstance(place, Scale)) as read:
+        read(place.offset + first * place.row_bytes, raw.data)
     return raw
-
-
-def _read_scales(scale: Scale, first: int, last: int) -> Array:
-    with _opened(scale.file) as file:
-        raw = _read(file, scale, scale.offset + first * scale.row_bytes, (last - first) * scale.row_bytes)
-    return scale.decoded(raw.reshape(last - first, -1), first)
 
 
 def _gather_scales(scale: Scale, indices: Array) -> Array:
     """Return rows of scales, touching no others: those of an n-gram table take gigabytes."""
-    raw = _mapped(scale.file, scale.offset, (scale.shape[0], scale.row_bytes))[indices]
+    raw = _chosen(scale, scale.shape[0], indices)
     if scale.scale_form is not None:
         return np.concatenate([scale.decoded(row[None], int(index)) for row, index in zip(raw, indices, strict=True)])
     return np.ascontiguousarray(raw).view(SCALE_DTYPES[scale.dtype])
+
+
+def _chosen(place: Matrix | Scale, rows: int, indices: Array) -> Array:
+    """Return the bytes [indices, row_bytes] of chosen rows; those of a remote file are kept for the next time."""
+    remote = at(place.file)
+    if remote is None:
+        return _mapped(place.file, place.offset, (rows, place.row_bytes))[indices]
+    width = place.row_bytes
+    wanted = np.unique(indices)
+    breaks = np.flatnonzero((np.diff(wanted) - 1) * width > GAP_BYTES) + 1
+    runs = [run for run in np.split(wanted, breaks) if len(run)]
+    prefetch((place.file, place.offset + int(run[0]) * width, int(run[-1] - run[0] + 1) * width) for run in runs)
+    out = np.empty((len(indices), width), np.uint8)
+    for row, index in zip(out, indices, strict=True):
+        remote.read_into(place.offset + int(index) * width, row.data)
+    return out
 
 
 def _mapped(path: Path, offset: int, shape: tuple[int, int]) -> Array:

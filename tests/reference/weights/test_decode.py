@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dsv4convert.containers import sources
+from dsv4convert.containers.fetching import Transport
 from dsv4convert.errors import FileFormatError, InputMissingError
 from dsv4convert.formats.base import Scratch, Tally
 from dsv4convert.formats.e2m1 import quantise_fp4
@@ -120,6 +125,46 @@ def test_threads_decode_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.
     matrix.file.unlink()
     with pytest.raises(InputMissingError, match="no such file"):
         read_rows(matrix)
+
+
+class Content(Transport):
+    """Sends bytes, and counts how often each was sent."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.sent: Counter[int] = Counter()
+
+    @contextmanager
+    def fetch(self, begin: int, end: int) -> Iterator[Iterator[bytes]]:
+        self.sent.update(range(begin, end))
+        yield iter([self.content[begin:end]])
+
+
+@pytest.mark.parametrize("is_wanted_again", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_remote_files_decode_the_same_and_are_fetched_once(
+    kind: str, is_wanted_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, expected = make(kind, tmp_path, monkeypatch)
+    monkeypatch.setattr(stored, "THREADED_BYTES", 1)
+    monkeypatch.setattr(stored, "GAP_BYTES", 2 * matrix.row_bytes)
+    mount = sources.Mount(tmp_path, "hf://o/n", "0")
+    monkeypatch.setattr(sources, "_files", {})
+    sent = []
+    for path in tmp_path.iterdir():
+        transport = Content(path.read_bytes())
+        mount.add(path.name, sources.RemoteFile(path.name, len(transport.content), "0", transport))
+        path.write_bytes(b"")  # a stand-in
+        sent.append(transport.sent)
+    if is_wanted_again:
+        sources.want_again(tmp_path)
+        assert np.array_equal(read_rows(matrix, 0, 128), expected[:128])
+    rows = np.array([299, 0, 3, 130, 130, 8])
+    assert np.array_equal(gather_rows(matrix, rows), expected[rows])
+    assert matrix.scale is not None or is_wanted_again or len(sent[0]) == (4 + 1 + 1 + 1) * matrix.row_bytes
+    assert np.array_equal(read_rows(matrix), expected)
+    assert np.array_equal(gather_rows(matrix, rows[::-1]), expected[rows[::-1]])
+    assert {times for counts in sent for times in counts.values()} == {1}
 
 
 def test_a_slice_of_rows_is_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

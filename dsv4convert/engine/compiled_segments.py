@@ -25,6 +25,7 @@ from ..formats.compiled.segments import (
     Making,
     OperandPlace,
     SegmentCall,
+    low_bit_twin,
     make_segment,
 )
 from ..formats.ggml_types import BY_NAME
@@ -467,6 +468,7 @@ class CompiledSegments:
         step = COPIED_BYTES if copies else rows_per_tile(segment, self._tile_bytes)
         quantise = None
         if isinstance(segment.operation, Quantise):
-            target = segment.operation.target
-            quantise = loaded_quantiser(segment.operation.library).address(target), BY_NAME[target].number
+            target, weighted = segment.operation.target, segment.operation.importance is not None
+            library = loaded_quantiser(segment.operation.library)
+            quantise = library.address(target, low_bit_twin(), weighted=weighted), BY_NAME[target].number
         return CompiledSegment(recipe, shapes, segment.row_bytes, step, digest, drops=self._drops, quantise=quantise)

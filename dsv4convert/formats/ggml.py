@@ -12,17 +12,27 @@ import ctypes.util
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from dsv4convert.errors import DeviceError
 from dsv4convert.formats.base import ArrayF32, ArrayU8
-from dsv4convert.formats.ggml_types import BY_NAME
+from dsv4convert.formats.ggml_types import BY_NAME, GgmlType
 
 PACKAGE = "llama_cpp"  # the module of llama-cpp-python, which carries the library
 LIBRARY_NAME = "libggml-base.so"
 INSTALL_HINT = "install it with: pip install 'dsv4convert[lowbit]', or pass --ggml-lib PATH"
 
 _FLOATS, _BYTES = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
+# Of ggml_quantize_chunk: the type's number, values, room for blocks, the first element, rows, columns, and a weight for
+# each column or NULL. It returns the bytes that it made.
+PARAMETERS: list[type[Any]] = [ctypes.c_int, _FLOATS, _BYTES, *[ctypes.c_int64] * 3, _FLOATS]
+Chunk: TypeAlias = Callable[..., int]
+
+SAMPLE_SHAPE = 64, 1024
 
 
 class Quantiser:
@@ -44,7 +54,7 @@ class Quantiser:
                 "ggml's library cannot be used", where=path, got=error, expected="libggml-base", hint=INSTALL_HINT
             ) from None
         chunk.restype = ctypes.c_size_t
-        chunk.argtypes = [ctypes.c_int, _FLOATS, _BYTES, *[ctypes.c_int64] * 3, _FLOATS]
+        chunk.argtypes = PARAMETERS
         prepare.restype, prepare.argtypes = None, [ctypes.c_int]
         block.restype, block.argtypes = ctypes.c_int64, [ctypes.c_int]
         size.restype, size.argtypes = ctypes.c_size_t, [ctypes.c_int]
@@ -71,14 +81,28 @@ class Quantiser:
                 hint="pass --ggml-lib with the library of another release of llama.cpp, or choose another type",
             )
 
-    def address(self, name: str) -> int:
+    def address(self, name: str, twin: Chunk | None = None, *, weighted: bool = False) -> int:
         """Return where ``ggml_quantize_chunk`` lies, ready for the type ``name``, for a caller in C.
+
+        Or where a ``twin`` of it lies that makes the same bytes of a sample, with weights of columns or without: what a
+        type's bytes are is the library's to say, and another release may round otherwise.
 
         Raises:
             DeviceError: the library does not have the type.
         """
         self._make_ready(name)
-        return ctypes.cast(self._chunk, ctypes.c_void_p).value or 0
+        chunk = twin if twin is not None and self._agrees_with(twin, BY_NAME[name], weighted) else self._chunk
+        return ctypes.cast(chunk, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+    def _agrees_with(self, twin: Chunk, kind: GgmlType, weighted: bool) -> bool:
+        values = sample()
+        weights = np.abs(values[1]).ctypes.data_as(_FLOATS) if weighted else None
+        theirs, ours = np.zeros((2, len(values), kind.row_bytes(values.shape[1])), np.uint8)
+        for chunk, out in ((twin, ours), (self._chunk, theirs)):
+            made = chunk(kind.number, values.ctypes.data_as(_FLOATS), out.ctypes.data, 0, *values.shape, weights)
+            if made != out.nbytes:
+                return False
+        return np.array_equal(ours, theirs)
 
     def quantise(self, name: str, values: ArrayF32, out: ArrayU8, importance: ArrayF32 | None = None) -> None:
         """Fill ``out`` [rows, row bytes] with ``values`` [rows, columns] in type ``name``.
@@ -110,6 +134,17 @@ class Quantiser:
             with self._lock:  # makes the grids of the IQ types, once
                 self._prepare(BY_NAME[name].number)
                 self._prepared.add(name)
+
+
+def sample() -> ArrayF32:
+    """Return values of ordinary rows: small integers, with ties and zeros, in every other one, else full mantissas."""
+    rows, columns = SAMPLE_SHAPE
+    scattered = np.arange(rows * columns, dtype=np.uint32) * np.uint32(2654435769)  # 2^32 over the golden ratio
+    values = (scattered ^ scattered >> 15).view(np.int32).reshape(SAMPLE_SHAPE)
+    values[::2] >>= 27
+    exponents = np.where(np.arange(rows) % 2, -32, 0) - np.arange(rows) % 16
+    result: ArrayF32 = np.ldexp(values.astype(np.float32), exponents[:, None].astype(np.int32))
+    return result
 
 
 def find_quantiser(path: Path | None = None) -> Quantiser:

@@ -129,11 +129,14 @@ def ggml_library() -> str:
         return ""
 
 
+LARGE_BLOCKS: tuple[LowBit, ...] = ("q3_k", "tq1_0", "tq2_0", "q1_0", "q2_0")
+
+
 def by_ggml() -> Iterator[tuple[str, Operation, list[Matrix], int]]:
-    """Yield the same for types that ggml's library quantises: rows of small blocks, and of large ones."""
+    """Yield the same for types of ggml's library, with twins and without: rows of small blocks, and of large ones."""
     source: Source
     target: LowBit
-    for target, columns in (("q4_0", COLUMNS), ("q3_k", 512)):
+    for target, columns in (("q4_0", COLUMNS), ("q5_1", COLUMNS), *[(kind, 512) for kind in LARGE_BLOCKS]):
         row_bytes = BY_NAME[target].row_bytes(columns)
         for source in ("bf16", "f16", "f32"):
             operation = Quantise(source, target, None, ggml_library())
@@ -340,6 +343,21 @@ def test_what_cannot_be_quantised_is_told_as_by_python(kind: str, tmp_path: Path
             make(segment, codecs, tmp_path / codecs.name)
         told.append(str(caught.value))
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("target", ["q4_0", "tq1_0", "q1_0"])
+def test_blocks_that_a_twin_leaves_are_made_by_the_library(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows' scale is more than float16 holds."""
+    segment, _ = segment_of(f"quantised f32 to {target}", tmp_path)
+    row_bytes = segment.operands[0].row_bytes
+    _write(segment, 0, np.full(row_bytes // 4, -3e30, "<f4").tobytes(), segment.rows // 2 * row_bytes)
+    wanted = make(segment, numpy_codecs(), tmp_path / "python")
+    calls = Calls(monkeypatch)
+    assert make(segment, compiled_codecs(), tmp_path / "library") == wanted
+    assert len(calls.ends) > 1
+    assert calls.ends[-1][1] == segment.rows
 
 
 SUMS = np.abs(np.random.default_rng(3).standard_normal(COLUMNS)).astype("<f4")

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from dsv4convert.formats.compiled.library import load_library
+from dsv4convert.formats.ggml import PARAMETERS, Chunk
 
 DIGEST_BYTES = 16
 # The C has the long form of XXH3 only; fewer bytes have one of their own.
@@ -217,6 +218,12 @@ def lies_in_memory(descriptor: int) -> bool:
     return bool(functions().lies_in_memory(descriptor))
 
 
+def low_bit_twin() -> Chunk:
+    """Return the function of ``ggml_quantize_chunk``'s parameters that makes some of its types (``low_bit.c``)."""
+    twin: Chunk = functions().quantise_here
+    return twin
+
+
 def address_of(view: memoryview) -> int:
     """Return where a writable buffer lies in memory."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))
@@ -235,6 +242,7 @@ def functions() -> ctypes.CDLL:
         ("xxh3_update", None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
         ("lies_in_memory", ctypes.c_int64, (ctypes.c_int64,)),
         ("make_segment", ctypes.c_int64, (ctypes.POINTER(SegmentCall), ctypes.c_int64)),
+        ("quantise_here", ctypes.c_size_t, PARAMETERS),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, parameters

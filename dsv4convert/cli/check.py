@@ -6,9 +6,12 @@ from pathlib import Path
 
 import typer
 
+from .. import api
 from ..errors import escape_control
+from ..html_report.figures import human_bytes, human_seconds
 from .options import index_option, json_option, progress_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, FOLDER, argument, command
+from .saying import print_json
 
 
 @command("check", panel=CHECK, example="dsv4convert check DeepSeek-V4-Flash")
@@ -23,11 +26,10 @@ def check(
     model: Path, index: str, strict: bool, threads: int | None, progress: str, quiet: bool, as_json: bool
 ) -> None:
     """Read a whole checkpoint once and report what cannot be right: tables, NaN, tensors and experts of zeros."""
-    from ..api import check as check_folder
-    from .report import human_bytes, human_seconds, print_json, progress_display
+    from .report import progress_display
 
     with progress_display(quiet or as_json, "checking", form=progress) as display:
-        report = check_folder(model, index=index, strict=strict, threads=threads, progress=display)
+        report = api.check(model, index=index, strict=strict, threads=threads, progress=display)
     if as_json:
         print_json(report.as_json())
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import typer
 
+from ..html_report.figures import human_bytes
 from .parsing import TRY, command, option
 
 
@@ -18,7 +19,7 @@ def demo(seed: int) -> None:
     from ..api import convert_gguf, verify
     from ..containers.gguf import open_gguf
     from ..synth.write import write_synth
-    from .report import human_bytes, print_summary
+    from .report import print_summary
 
     with tempfile.TemporaryDirectory(prefix="dsv4convert-demo-") as name:
         folder = Path(name)

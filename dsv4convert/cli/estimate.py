@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import api
+from ..html_report.figures import human_bytes, short_seconds
 from .options import index_option, json_option
 from .pages import check_page, report_option, write_page
 from .parsing import CHECK, FORM, LOAD, MACHINE, PATH, REPORT, argument, command, option
-from .tables import Block, Table, print_blocks
+from .tables import Block, Table, print_result
 
 if TYPE_CHECKING:
     from ..estimation.estimate import Estimate, Times
@@ -98,18 +100,12 @@ def estimate(
     model: Path, show_operators: bool, report: Path | None, overwrite: bool, as_json: bool, **options: Any
 ) -> None:
     """Say what a model weighs, what its caches take, and whether it fits, without reading a weight."""
-    from ..api import estimate as estimate_model
-    from .report import print_json
-
     read = (options[name] for name in ("routing", "recipe", "hardware"))
     inputs = [model, *(Path(file) for file in read if file is not None)]
     replaced = check_page(report, overwrite=overwrite, inputs=inputs)
-    found = estimate_model(model, overwrite=overwrite, **options)
+    found = api.estimate(model, overwrite=overwrite, **options)
     try:
-        if as_json:
-            print_json(found.as_json())
-        else:
-            print_blocks(describe(found, show_operators))
+        print_result(found.as_json(), describe(found, show_operators), as_json=as_json)
     finally:
         write_page(report, "estimate", model, found.as_json(), replaced)
 
@@ -117,7 +113,6 @@ def estimate(
 def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
     """Yield an estimate as lines and tables."""
     from ..estimation.estimate import counted
-    from .report import human_bytes
 
     config = found.subject.config
     yield f"{found.path}: {found.kind} of DeepSeek-{config.version.value}, {config.num_hidden_layers} layers"
@@ -175,8 +170,6 @@ def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
 
 
 def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
-    from .report import human_bytes
-
     shared = f", output projections among {ranks.o_proj_tp}" if ranks.o_proj_tp != ranks.mp else ""
     yield f"{ranks.mp} ranks{shared}"
     yield Table(
@@ -194,8 +187,6 @@ def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
 
 def _describe_phase(phase: Phase, show_operators: bool) -> Iterator[Block]:
     """Yield what a phase costs, and with ``show_operators`` each of its operators, all layers together."""
-    from .report import human_bytes
-
     runs = f"{phase.runs:,} run{'s' if phase.runs > 1 else ''}"
     tokens = f"{phase.tokens:,} token{'s' if phase.tokens > 1 else ''}"
     yield (
@@ -233,7 +224,7 @@ def _describe_times(times: Times, show_operators: bool) -> Iterator[Block]:
             (
                 name,
                 f"{phase.tokens_per_second:.4g}",
-                _seconds(phase.seconds),
+                short_seconds(phase.seconds),
                 *(
                     f"{part / phase.seconds:.0%}"
                     for part in (phase.compute, phase.memory, phase.decoding, phase.kernels, phase.communication)
@@ -247,21 +238,13 @@ def _describe_times(times: Times, show_operators: bool) -> Iterator[Block]:
     if show_operators:
         yield Table(
             ("operator in decode", "time"),
-            [(f"{sublayer}: {name}", _seconds(took)) for (sublayer, name), took in times.decode.operators.items()],
+            [(f"{sublayer}: {name}", short_seconds(took)) for (sublayer, name), took in times.decode.operators.items()],
             frozenset({1}),
         )
 
 
-def _seconds(seconds: float) -> str:
-    from .report import human_seconds
-
-    return human_seconds(seconds) if seconds >= 1 else f"{seconds * 1000:.3g} ms"
-
-
 def _describe_options(found: Estimate) -> Iterator[Block]:
     """Yield which forms fit the machine, and the one that the estimate is about."""
-    from .report import human_bytes
-
     rows = []
     for form in found.options:
         need = form.need
@@ -274,8 +257,6 @@ def _describe_options(found: Estimate) -> Iterator[Block]:
 
 
 def _describe_need(found: Estimate) -> Iterator[Block]:
-    from .report import human_bytes
-
     need = found.need
     rows = [
         ("weights", human_bytes(need.weights)),

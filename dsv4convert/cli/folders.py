@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
+from .. import api
 from .options import (
     folder_draft_option,
     index_option,
     max_tensor_file_size_option,
     out_folder_argument,
+    run_conversion,
     run_options,
     source_argument,
 )
@@ -49,9 +51,6 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
 @run_options
 def dequantize(**options: Any) -> None:
     """Write a checkpoint folder without scales, in BF16, F16 or F32."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.dequantize, **options)
 
 
@@ -88,9 +87,6 @@ def dequantize(**options: Any) -> None:
 @run_options
 def repack(**options: Any) -> None:
     """Write a checkpoint folder with FP8 experts, for processors without FP4, or with NVFP4 experts."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.repack, **options)
 
 
@@ -109,7 +105,4 @@ def repack(**options: Any) -> None:
 @run_options
 def requantize(**options: Any) -> None:
     """Write a BF16, F16 or F32 folder in the official layout, with FP8 weights and FP4 experts."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.requantize, **options)

@@ -14,19 +14,9 @@ import typer
 from ..errors import UsageError, VerifyError, escape_control
 from .options import LAYERS_METAVAR, cache_option, json_option, overwrite_option, tokenizer_option
 from .pages import check_page, report_option, write_page
-from .parsing import (
-    COMPARISON,
-    FOLDER,
-    PATH,
-    PROMPT,
-    RUN,
-    RUN_MODEL,
-    argument,
-    command,
-    option,
-)
-from .saying import report_before_verdict, say
-from .tables import Block, Table
+from .parsing import COMPARISON, FOLDER, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
+from .saying import print_json, report_before_verdict, say
+from .tables import Block, Table, print_result
 
 if TYPE_CHECKING:
     from ..checkpoint.tokenizer import Tokenizer
@@ -178,7 +168,6 @@ def forward(
     from ..reference.goldens import write_goldens
     from ..reference.prompt import find_tokenizer
     from ..reference.vision import IMAGE, embed_image, with_images
-    from .report import print_json
 
     if record_last is not None and goldens is None:
         raise UsageError("--record-last needs --goldens")
@@ -301,8 +290,6 @@ def compare(
     """Compare two models, or a model and goldens, sub-block by sub-block on the same tokens."""
     from ..containers.sources import local_path, shown
     from ..reference.compare import compare as compare_runs
-    from .report import print_json
-    from .tables import print_blocks
 
     asked = PromptOptions(**prompt)
     inputs = [path for path in (a, b, asked.tokenizer, asked.chat) if path is not None]
@@ -327,10 +314,7 @@ def compare(
     }
     with report_before_verdict(beyond is None):
         try:
-            if as_json:
-                print_json(document)
-            else:
-                print_blocks(_describe(comparison))
+            print_result(document, _describe(comparison), as_json=as_json)
         finally:
             if plot is not None:
                 plot_errors(comparison, tolerance, plot, replaced)

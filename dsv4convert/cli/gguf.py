@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import api
 from ..errors import UsageError
+from ..html_report.figures import human_bytes
 from .llama_cpp import LLAMA_CPP_OPTIONS
 from .options import (
     LAYERS_METAVAR,
@@ -16,15 +18,16 @@ from .options import (
     ggml_lib_option,
     index_option,
     max_file_size_option,
+    run_conversion,
     run_options,
     source_argument,
     strict_option,
 )
 from .parsing import CONTENT, CONVERT, METADATA, PATH, RUN, TYPES, argument, command, option
+from .tables import Block, Table, print_result
 
 if TYPE_CHECKING:
     from ..targets.recipe_sizes import RecipeSizes
-    from .tables import Block
 
 
 # Options that say what a recipe says, and are of no use in a list of recipes.
@@ -175,9 +178,6 @@ TYPE_OPTIONS = ("dense", "experts", "recipe", "tensor_type", "output_type", "emb
 @run_options
 def hf_to_gguf(list_recipes: bool, *, run: RunOptions, **options: Any) -> None:
     """Convert a checkpoint folder to GGUF for llama.cpp."""
-    from .. import api
-    from .report import run_conversion
-
     if not list_recipes:
         run_conversion(api.convert_gguf, run, writes_folder=False, **options)
         return
@@ -187,47 +187,24 @@ def hf_to_gguf(list_recipes: bool, *, run: RunOptions, **options: Any) -> None:
             raise UsageError(f"--list-recipes and {shown} exclude each other", hint=f"leave out {shown}")
     for name in ("ggml_lib", "strict"):
         del options[name]
-    _print_recipes(run, options)
-
-
-def _print_recipes(run: RunOptions, options: Mapping[str, Any]) -> None:
-    from .. import api
-    from .report import print_json
-    from .tables import print_blocks
-
     sizes = api.list_recipes(**options)
-    if run.as_json:
-        print_json(sizes.as_json())
-    else:
-        print_blocks(_describe_recipes(sizes))
+    print_result(sizes.as_json(), _describe_recipes(sizes), as_json=run.as_json)
 
 
 def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
     """Yield the recipes as a table: size, size with the KV cache, whether it fits, and what it is."""
-    from .report import human_bytes
-    from .tables import Table
-
     kinds = ", ".join(f"{kind} {human_bytes(nbytes)}" for kind, nbytes in sizes.cache.items())
     yield f"KV cache for {sizes.context} tokens: {human_bytes(sizes.cache_bytes)} ({kinds})"
     rows = []
     for recipe in sizes.recipes:
-        if recipe.nbytes is None:
-            rows.append((recipe.name, "", "", recipe.obstacle or "", recipe.description))
-            continue
-        verdict = recipe.obstacle or ""
-        if recipe.missing_bytes:
-            verdict = f"{human_bytes(recipe.missing_bytes)} missing"
-        elif sizes.fit is not None and not verdict:
-            verdict = "chosen" if recipe.name == sizes.chosen else "fits"
-        rows.append(
-            (
-                recipe.name,
-                human_bytes(recipe.nbytes),
-                human_bytes(recipe.nbytes + sizes.cache_bytes),
-                verdict,
-                recipe.description,
-            )
-        )
+        size, with_cache, verdict = "", "", recipe.obstacle or ""
+        if recipe.nbytes is not None:
+            size, with_cache = human_bytes(recipe.nbytes), human_bytes(recipe.nbytes + sizes.cache_bytes)
+            if recipe.missing_bytes:
+                verdict = f"{human_bytes(recipe.missing_bytes)} missing"
+            elif sizes.fit is not None and not verdict:
+                verdict = "chosen" if recipe.name == sizes.chosen else "fits"
+        rows.append((recipe.name, size, with_cache, verdict, recipe.description))
     yield Table(("recipe", "size", "with KV cache", "verdict", "description"), rows, frozenset({1, 2}))
 
 
@@ -244,7 +221,4 @@ def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
 @run_options
 def merge(**options: Any) -> None:
     """Merge the files of a split GGUF into one."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.merge, writes_folder=False, **options)

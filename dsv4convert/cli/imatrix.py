@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 
+from .. import api
 from ..api import DEFAULT_CONTEXT_SIZE
 from ..errors import escape_control
+from ..html_report.figures import human_bytes, human_seconds
 from .options import (
     LAYERS_METAVAR,
     cache_option,
@@ -19,6 +21,7 @@ from .options import (
     tokenizer_option,
 )
 from .parsing import CONTENT, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
+from .saying import print_json, report_of_done_work
 
 if TYPE_CHECKING:
     from ..reference.importance import ImatrixSummary
@@ -78,9 +81,7 @@ if TYPE_CHECKING:
 @json_option
 def imatrix(quiet: bool, as_json: bool, progress: str, **options: Any) -> None:
     """Collect activation statistics on a text: an importance matrix for low-bit types."""
-    from .. import api
-    from .report import print_json, progress_display
-    from .saying import report_of_done_work
+    from .report import progress_display
 
     with progress_display(quiet or as_json, "collecting", form=progress) as display:
         summary = api.imatrix(progress=display, **options)
@@ -94,8 +95,6 @@ def imatrix(quiet: bool, as_json: bool, progress: str, **options: Any) -> None:
 
 
 def _print_summary(summary: ImatrixSummary) -> None:
-    from .report import human_bytes, human_seconds
-
     typer.echo(f"wrote {escape_control(summary.path)}  {human_bytes(summary.bytes)}")
     typer.echo(
         f"{summary.entries} entries: {summary.layers} layers on {summary.chunks} chunks of"

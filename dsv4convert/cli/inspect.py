@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import api
+from ..html_report.figures import human_bytes
 from .options import index_option, json_option
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, PATH, argument, command
-from .tables import Block, Table, print_blocks
+from .tables import Block, Table, print_result
 
 if TYPE_CHECKING:
     from ..inspection.description import Count, Description, EncodingUse, Layer
@@ -29,16 +31,11 @@ MAX_LISTED = 20
 @json_option
 def inspect(path: Path, index: str, report: Path | None, overwrite_page: bool, as_json: bool) -> None:
     """Describe a checkpoint, a GGUF or a folder of shards from its headers alone."""
-    from ..api import inspect as inspect_path
-    from .report import print_json
 
     replaced = check_page(report, overwrite=overwrite_page, inputs=[path])
-    description = inspect_path(path, index=index)
+    description = api.inspect(path, index=index)
     try:
-        if as_json:
-            print_json(description.as_json())
-        else:
-            print_blocks(describe(description))
+        print_result(description.as_json(), describe(description), as_json=as_json)
     finally:
         write_page(report, "inspect", path, description.as_json(), replaced)
 
@@ -87,8 +84,6 @@ def _largest_first(counts: Mapping[str, Count]) -> list[tuple[str, Count]]:
 
 
 def _count_row(name: str, count: Count) -> tuple[str, str, str]:
-    from .report import human_bytes
-
     return name, f"{count.tensors:,}", human_bytes(count.bytes)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .options import index_option, out_folder_argument, run_options, source_argument
+from .. import api
+from .options import index_option, out_folder_argument, run_conversion, run_options, source_argument
 from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
 
 
@@ -43,7 +44,4 @@ from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
 @run_options
 def maxtext(**options: Any) -> None:
     """Write an Orbax checkpoint for MaxText, without scales, with its parameters file."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.convert_maxtext, **options)

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .options import out_folder_argument, run_options, source_argument, strict_option
+from .. import api
+from .options import out_folder_argument, run_conversion, run_options, source_argument, strict_option
 from .parsing import CONTENT, CONVERT, FOLDER, command, option
 
 
@@ -43,7 +44,4 @@ from .parsing import CONTENT, CONVERT, FOLDER, command, option
 @run_options
 def mend(**options: Any) -> None:
     """Write a checkpoint folder with its index, draft, config or names put right, sharing the files that stay."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.mend, **options)

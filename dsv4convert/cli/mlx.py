@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from .. import api
 from .options import (
     index_option,
     max_tensor_file_size_option,
     out_folder_argument,
+    run_conversion,
     run_options,
     source_argument,
     strict_option,
@@ -35,7 +37,4 @@ from .parsing import CONVERT, TYPES, command, option
 @run_options
 def mlx(**options: Any) -> None:
     """Write a checkpoint folder for MLX on Apple computers, as mlx-vlm loads it."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.convert_mlx, **options)

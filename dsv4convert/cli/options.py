@@ -6,13 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
 from .pages import report_option
 from .parsing import CONTENT, FOLDER, PATH, PROMPT, REPORT, RUN, argument, option
+
+if TYPE_CHECKING:
+    from ..engine.conversion import Summary
+
+SummaryT = TypeVar("SummaryT", bound="Summary")
 
 SOURCE_HELP = "Checkpoint folder with config.json and safetensors files, or its address, such as OWNER/NAME on the hub."
 
@@ -195,6 +200,13 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
     for decorate in reversed(RUN_OPTIONS):
         decorated = decorate(decorated)
     return decorated
+
+
+def run_conversion(convert: Callable[..., SummaryT], run: RunOptions, **options: Any) -> SummaryT:
+    """Call a conversion of the API and print its summary, by ``report.run_conversion``, which no help text needs."""
+    from .report import run_conversion
+
+    return run_conversion(convert, run, **options)
 
 
 LAYERS_METAVAR = "FIRST-LAST"

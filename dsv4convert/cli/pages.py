@@ -59,7 +59,7 @@ def write_page(
     from ..html_report.page import Origin
     from ..html_report.report import report_page
     from ..html_report.write import write_report
-    from .report import json_text
+    from .saying import json_text
 
     versions = {
         "dsv4convert": __version__,

@@ -16,12 +16,11 @@ import typer
 from ..containers.sources import shown
 from ..engine.monitor import Step, StepListener, Timeline
 from ..errors import ReportError, UsageError, escape_control
-from ..html_report.figures import human_bytes as human_bytes
-from ..html_report.figures import human_seconds as human_seconds
+from ..html_report.figures import human_bytes, human_seconds
 from ..html_report.report import CONVERSION
 from .options import JSON, TEXT, RunOptions
 from .pages import check_page, write_page
-from .saying import report_of_done_work, unimportant
+from .saying import print_json, report_of_done_work, unimportant
 from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
@@ -48,16 +47,6 @@ MAX_COUNTED_LINES = 20
 
 # Of a folder with files in more folders than that, one line tells.
 MAX_FOLDERS = 16
-
-
-def json_text(document: Any) -> str:
-    """Return a JSON document as commands print it."""
-    return json.dumps(document, indent=2, ensure_ascii=False)
-
-
-def print_json(document: Any) -> None:
-    """Print a JSON document on stdout."""
-    typer.echo(json_text(document))
 
 
 class _Listener(StepListener):

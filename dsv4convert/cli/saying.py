@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeVar, cast
+
+import typer
 
 from ..errors import (
     Dsv4Error,
@@ -25,6 +28,16 @@ T = TypeVar("T")
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TOO_MANY_FILES = frozenset({errno.EMFILE, errno.ENFILE})
+
+
+def json_text(document: Any) -> str:
+    """Return a JSON document as commands print it."""
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def print_json(document: Any) -> None:
+    """Print a JSON document on stdout."""
+    typer.echo(json_text(document))
 
 
 def say(line: str) -> None:

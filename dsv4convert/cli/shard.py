@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 
+from .. import api
+from ..html_report.figures import human_bytes
 from .options import (
     RunOptions,
     folder_draft_option,
     index_option,
     max_tensor_file_size_option,
     out_folder_argument,
+    run_conversion,
     run_options,
     source_argument,
     strict_option,
@@ -53,9 +56,6 @@ LISTED_KINDS = 6
 @run_options
 def shard(rank: tuple[int, ...], *, run: RunOptions, **options: Any) -> None:
     """Divide a checkpoint among ranks, in the layout that the published inference code loads."""
-    from .. import api
-    from .report import run_conversion
-
     summary = run_conversion(api.shard, run, rank=rank or None, **options)
     if summary.dry_run is not None and not run.as_json:
         typer.echo()
@@ -79,16 +79,11 @@ def shard(rank: tuple[int, ...], *, run: RunOptions, **options: Any) -> None:
 @run_options
 def unshard(**options: Any) -> None:
     """Join model-parallel shards into a checkpoint folder."""
-    from .. import api
-    from .report import run_conversion
-
     run_conversion(api.unshard, **options)
 
 
 def _describe(costs: ShardCosts) -> Iterator[Block]:
     """Yield what each rank takes, what every rank holds whole, and what that costs."""
-    from .report import human_bytes
-
     yield Table(
         ("rank", "size", "bytes"),
         [(f"{rank} of {costs.mp}", human_bytes(size), f"{size:,}") for rank, size in costs.rank_bytes.items()],

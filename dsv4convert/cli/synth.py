@@ -11,9 +11,12 @@ from typing import Any
 import click
 import typer
 
+from .. import api
 from ..errors import UsageError, escape_control
+from ..html_report.figures import human_bytes
 from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
 from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
+from .saying import print_json
 
 
 @command("synth", panel=TRY, example="dsv4convert synth tiny --variant dspark --seed 7")
@@ -36,6 +39,7 @@ from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
 )
 @option(
     "--routed-experts",
+    "experts",
     aliases=["--experts"],
     type=click.IntRange(1),
     metavar="N",
@@ -92,43 +96,30 @@ from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
 @json_option
 def synth(
     out: Path,
-    preset: str,
     layers: str | None,
     ratios: str | None,
-    routed_experts: int | None,
-    vocab: int | None,
-    engram_rows: int | None,
-    variant: str | None,
     draft: str,
     with_draft: bool | None,
-    files: int | None,
     settings: tuple[str, ...],
-    power_of_two_scales: bool,
     seed: int,
     headers_only: bool,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
+    **cuts: Any,
 ) -> None:
     """Write a seeded synthetic checkpoint in the published on-disk layout."""
-    from ..api import leading_layers
     from ..synth.write import plan_synth, write_plan
-    from .report import human_bytes, print_json, progress_display
+    from .report import progress_display
 
     if with_draft is not None:
         draft = "keep" if with_draft else "drop"
     plan = plan_synth(
-        preset,
-        variant=variant,
-        layers=leading_layers(layers),
+        layers=api.leading_layers(layers),
         ratios=None if ratios is None else parse_ratios(ratios),
-        experts=routed_experts,
-        vocab=vocab,
-        files=files,
         mtp=draft == "keep",
-        engram_rows=engram_rows,
         overrides=parse_settings(settings),
-        power_of_two_scales=power_of_two_scales,
+        **cuts,
     )
     with progress_display(quiet or as_json or headers_only) as display:
         progress = None if display is None else lambda done: display(done, plan.payload_bytes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
 from ..errors import escape_control
+from .saying import print_json
 from .terminal import is_terminal
 
 GAP = "  "
@@ -27,6 +29,14 @@ class Table:
 
 # What a command prints, in order: lines of text and tables. A table without rows is left out.
 Block = str | Table
+
+
+def print_result(document: Mapping[str, Any], blocks: Iterable[Block], *, as_json: bool) -> None:
+    """Print what a command found: as JSON, or as lines and tables."""
+    if as_json:
+        print_json(document)
+    else:
+        print_blocks(blocks)
 
 
 def print_blocks(blocks: Iterable[Block]) -> None:

@@ -10,7 +10,9 @@ import click
 import typer
 from click.core import ParameterSource
 
+from .. import api
 from ..errors import UsageError, VerifyError, escape_control
+from ..html_report.figures import human_bytes
 from .options import (
     ggml_lib_option,
     index_option,
@@ -22,8 +24,8 @@ from .options import (
 )
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
-from .saying import report_before_verdict
-from .tables import Block, Table
+from .saying import print_json, report_before_verdict
+from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
     from ..engine.names import Identity
@@ -119,14 +121,12 @@ def verify(
         raise UsageError(
             "output is missing", hint="run dsv4convert verify SOURCE OUT, or dsv4convert verify --manifest OUT"
         )
-    from ..api import verify as verify_output
-    from .report import print_json, progress_display
-    from .tables import print_blocks
+    from .report import progress_display
 
     inputs = [path for path in (source, out, *options.values()) if isinstance(path, Path)]
     replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
     with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = verify_output(source, out, progress=display, **options)
+        found = api.verify(source, out, progress=display, **options)
     with report_before_verdict(found.ok):
         try:
             if as_json:
@@ -148,11 +148,10 @@ def _verify_manifest(
     output: Path, progress: str, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None
 ) -> None:
     """Re-check the checksums of an output, print the outcome, and write the page that is asked for."""
-    from ..api import verify_manifest
-    from .report import human_bytes, print_json, progress_display
+    from .report import progress_display
 
     with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = verify_manifest(output, progress=display)
+        found = api.verify_manifest(output, progress=display)
     document = {
         "verdict": "ok" if found.ok else "differs",
         "output": str(output),

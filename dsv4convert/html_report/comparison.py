@@ -41,10 +41,10 @@ def compare_sections(found: Json) -> Iterator[Markup | None]:
             ("tolerance", f"relative RMSE of {found['tolerance']:g}, {found['by']}"),
             ("positions", logits["positions"]),
             ("next token agrees", f"{logits['argmax_agreement']:.2%}"),
-            ("KL(A||B), mean", _nats(logits["kl_mean"])),
-            ("KL(A||B), largest", _nats(logits["kl_max"])),
-            ("cosine of logits, median", _cosine(logits["cosine_median"])),
-            ("cosine of logits, smallest", _cosine(logits["cosine_min"])),
+            ("KL(A||B), mean", _finite(logits["kl_mean"], "{:.3g} nats")),
+            ("KL(A||B), largest", _finite(logits["kl_max"], "{:.3g} nats")),
+            ("cosine of logits, median", _finite(logits["cosine_median"], "{:.7f}")),
+            ("cosine of logits, smallest", _finite(logits["cosine_min"], "{:.7f}")),
         ],
     )
     yield _errors(found)
@@ -113,9 +113,5 @@ def _placed(name: str) -> tuple[int | None, str]:
     return (None, name) if found is None else (int(found[1]), found[2])
 
 
-def _nats(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g} nats"
-
-
-def _cosine(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.7f}"
+def _finite(value: float | None, form: str) -> str:
+    return "not finite" if value is None else form.format(value)

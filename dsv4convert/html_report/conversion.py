@@ -9,7 +9,7 @@ from .charts import COLOURS, Axis, bars, lines
 from .figures import human_bytes, human_seconds
 from .markup import Markup
 from .page import Verdict
-from .sections import Json, map_by_type, size
+from .sections import Json, cells, map_by_type, size
 from .tables import Number, facts, notes, table
 
 MEGA = 1e6
@@ -17,8 +17,8 @@ MEGA = 1e6
 # The largest families have bars; all of them stand in a table.
 MAX_FAMILIES = 12
 
-# The counts of a tensor's elements that are worth a look.
-COUNTED = ("nan", "overflow", "underflow", "changed")
+# What is told of a tensor some of whose elements are worth a look.
+COUNTED = ("file", "tensor", "nan", "overflow", "underflow", "changed")
 
 
 def conversion_verdict(found: Json) -> Verdict:
@@ -53,11 +53,8 @@ def conversion_sections(found: Json) -> Iterator[Markup | None]:
         ("file", "size", "bytes", "checksum in the manifest"),
         [(f["path"], size(f["bytes"]), f["bytes"], found["checksums"].get(f["path"])) for f in found["files"]],
     )
-    yield table(
-        "Left out",
-        ("what", "tensors", "size", "reason"),
-        [(entry["what"], entry["count"], size(entry["nbytes"]), entry["reason"]) for entry in found["dropped"]],
-    )
+    left_out = cells(found["dropped"], "what", "count", "nbytes", "reason")
+    yield table("Left out", ("what", "tensors", "size", "reason"), left_out)
     yield _timeline(found["timeline"]["seconds"], found["timeline"]["threads"])
     yield table(
         "Threads",
@@ -67,11 +64,7 @@ def conversion_sections(found: Json) -> Iterator[Markup | None]:
             for number, counts in enumerate(found["timeline"]["threads"])
         ],
     )
-    yield table(
-        "Counted",
-        ("file", "tensor", *COUNTED),
-        [(entry["file"], entry["tensor"], *(entry[key] for key in COUNTED)) for entry in found["counted"]],
-    )
+    yield table("Counted", COUNTED, cells(found["counted"], *COUNTED))
 
 
 def _before_and_after(found: Json) -> Iterator[Markup | None]:

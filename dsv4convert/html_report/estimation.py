@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from .charts import bars
-from .figures import human_bytes, human_seconds
+from .figures import human_bytes, short_seconds
 from .markup import Markup
 from .page import Verdict
 from .sections import Json, counts, map_by_type, size
@@ -35,10 +35,7 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
     yield facts(
         "What was estimated",
         [
-            ("path", found["path"]),
-            ("kind", found["kind"]),
-            ("form", found["form"]),
-            ("version", found["version"]),
+            *((key, found[key]) for key in ("path", "kind", "form", "version")),
             *((key.replace("_", " "), value) for key, value in found["config"].items()),
             ("draft layers", found["draft_layers"] or None),
             ("weights", f"{weights['bytes']:,} bytes"),
@@ -67,7 +64,8 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
     )
     by_part: Counter[tuple[int | None, str, str]] = Counter()
     for part in weights["parts"]:
-        by_part[None if part["is_draft"] else part["layer"], _family(part), part["type"]] += part["bytes"]
+        layer, prefix = (None, "draft ") if part["is_draft"] else (part["layer"], "")
+        by_part[layer, f"{prefix}{part['family']}", part["type"]] += part["bytes"]
     yield map_by_type((*part, nbytes) for part, nbytes in by_part.items())
     yield counts("Families", "family", {count["family"]: count for count in weights["families"]})
     yield counts("Types", "type", {count["type"]: count for count in weights["types"]})
@@ -90,10 +88,6 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
     for phase in ("prefill", "decode", "draft"):
         if found[phase] is not None:
             yield _operators(phase, found[phase], None if times is None else times[phase])
-
-
-def _family(part: Json) -> str:
-    return f"draft {part['family']}" if part["is_draft"] else str(part["family"])
 
 
 def _sizes(title: str, name: str, found: Mapping[str, int]) -> Markup | None:
@@ -159,4 +153,4 @@ def _count(value: float) -> Number:
 
 
 def _seconds(seconds: float) -> Number:
-    return Number(seconds, human_seconds(seconds) if seconds >= 1 else f"{seconds * 1000:.3g} ms")
+    return Number(seconds, short_seconds(seconds))

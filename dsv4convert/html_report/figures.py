@@ -26,3 +26,8 @@ def human_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = int(seconds) // 60
     return f"{minutes} min {int(seconds) % 60:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short_seconds(seconds: float) -> str:
+    """Return a duration as people read it, in milliseconds below a second."""
+    return human_seconds(seconds) if seconds >= 1 else f"{seconds * 1000:.3g} ms"

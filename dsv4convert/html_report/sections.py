@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .charts import COLOURS, Axis, lines, log_axis
@@ -39,6 +39,22 @@ def error(value: float | str | None) -> Cell:
     if value is None:
         return None
     return Number(float(value), f"{float(value):.3g}")
+
+
+# How values of these keys are shown; all others as they are.
+SHOWN: Mapping[str, Callable[[Any], Cell]] = {
+    "bytes": size,
+    "nbytes": size,
+    "rmse": error,
+    "relative_rmse": error,
+    "largest_error": error,
+    "block": lambda block: None if block is None else "x".join(map(str, block)),
+}
+
+
+def cells(entries: Iterable[Json], *keys: str) -> list[list[Cell]]:
+    """Return a table's row for each entry: its values of these keys."""
+    return [[SHOWN[key](entry[key]) if key in SHOWN else entry[key] for key in keys] for entry in entries]
 
 
 def group_of(layer: int | None, family: str) -> str:
@@ -148,12 +164,7 @@ def inspect_sections(found: Json) -> Iterator[Markup | None]:
     yield facts(
         "What there is",
         [
-            ("path", found["path"]),
-            ("files", found["files"]),
-            ("ranks", found["ranks"]),
-            ("tensors", found["tensors"]),
-            ("bytes", found["bytes"]),
-            ("elements", found["elements"]),
+            *((key, found[key]) for key in ("path", "files", "ranks", "tensors", "bytes", "elements")),
             ("draft", f"{found['draft']}, {found['draft_layers']} layers" if found["draft_layers"] else None),
             *((key.replace("_", " "), str(value)) for key, value in found["config"].items()),
         ],
@@ -166,16 +177,7 @@ def inspect_sections(found: Json) -> Iterator[Markup | None]:
     yield table(
         "How weights are stored",
         ("family", "encoding", "scale", "block", "weights"),
-        [
-            (
-                use["family"],
-                use["encoding"],
-                use["scale"],
-                None if use["block"] is None else "x".join(map(str, use["block"])),
-                use["weights"],
-            )
-            for use in found["encodings"]
-        ],
+        cells(found["encodings"], "family", "encoding", "scale", "block", "weights"),
     )
     yield from exponents_of_scales(found["scales"])
     parts = sorted(found["parts"], key=_place)
@@ -206,7 +208,7 @@ def inspect_sections(found: Json) -> Iterator[Markup | None]:
     yield table(
         "Parts",
         ("layer", "family", "dtype", "tensors", "size"),
-        [(p["layer"], p["family"], p["dtype"], p["tensors"], size(p["bytes"])) for p in parts],
+        cells(parts, "layer", "family", "dtype", "tensors", "bytes"),
     )
 
 
@@ -232,10 +234,7 @@ def verify_sections(found: Json) -> Iterator[Markup | None]:
     yield facts(
         "What was compared",
         [
-            ("source", found["source"]),
-            ("output", found["output"]),
-            ("layout", found["layout"]),
-            ("elements", found["elements"]),
+            *((key, found[key]) for key in ("source", "output", "layout", "elements")),
             ("elements compared", found["elements_compared"]),
             ("sample", None if sample is None else f"{sample:.3g}, seed {found['seed']}"),
             ("another program's rounding", "accepted" if found["foreign"] else None),
@@ -245,65 +244,29 @@ def verify_sections(found: Json) -> Iterator[Markup | None]:
             ("rate", f"{human_bytes(rate)}/s"),
         ],
     )
-    yield table("Problems", ("kind", "where", "what"), [(p["kind"], p["where"], p["what"]) for p in found["problems"]])
+    yield table("Problems", ("kind", "where", "what"), cells(found["problems"], "kind", "where", "what"))
     yield notes("Notes", found["notes"])
     yield map_by_error(found["parts"])
     yield _error_by_layer(found["parts"])
     yield table(
         "Low-bit types",
         ("family", "type", "elements compared", "RMSE", "relative RMSE", "largest error"),
-        [
-            (
-                total["family"],
-                total["output"],
-                total["compared"],
-                error(total["rmse"]),
-                error(total["relative_rmse"]),
-                error(total["largest_error"]),
-            )
-            for total in found["low_bit"]
-        ],
+        cells(found["low_bit"], "family", "output", "compared", "rmse", "relative_rmse", "largest_error"),
     )
+    verdicts = ("exact", "rounded", "wrong")  # of a part's tensors
+    parts = [{**part, **part["tensors"]} for part in sorted(found["parts"], key=_place)]
     yield table(
         "Parts",
-        ("layer", "family", "source", "output", "exact", "rounded", "wrong", "size", "relative RMSE", "largest error"),
-        [
-            (
-                part["layer"],
-                part["family"],
-                part["source"],
-                part["output"],
-                *(part["tensors"][kind] for kind in ("exact", "rounded", "wrong")),
-                size(part["bytes"]),
-                error(part["relative_rmse"]),
-                error(part["largest_error"]),
-            )
-            for part in sorted(found["parts"], key=_place)
-        ],
+        ("layer", "family", "source", "output", *verdicts, "size", "relative RMSE", "largest error"),
+        cells(parts, "layer", "family", "source", "output", *verdicts, "bytes", "relative_rmse", "largest_error"),
     )
+    counted = ("source", "output", "verdict", "compared", "rounded", "wrong")
     yield table(
         "Tensors that are not exact",
-        ("tensor", "source", "output", "verdict", "compared", "rounded", "wrong", "largest error", "relative RMSE"),
-        [
-            (
-                tensor["name"],
-                tensor["source"],
-                tensor["output"],
-                tensor["verdict"],
-                tensor["compared"],
-                tensor["rounded"],
-                tensor["wrong"],
-                error(tensor["largest_error"]),
-                error(tensor["relative_rmse"]),
-            )
-            for tensor in found["inexact"]
-        ],
+        ("tensor", *counted, "largest error", "relative RMSE"),
+        cells(found["inexact"], "name", *counted, "largest_error", "relative_rmse"),
     )
-    yield table(
-        "Left out",
-        ("what", "tensors", "reason"),
-        [(entry["what"], entry["tensors"], entry["reason"]) for entry in found["left_out"]],
-    )
+    yield table("Left out", ("what", "tensors", "reason"), cells(found["left_out"], "what", "tensors", "reason"))
 
 
 def _error_by_layer(parts: Iterable[Json]) -> Markup | None:
@@ -345,6 +308,4 @@ def manifest_verdict(found: Json) -> Verdict:
 def manifest_sections(found: Json) -> Iterator[Markup | None]:
     """Yield what a page shows of a check of checksums."""
     yield facts("What was checked", [("output", found["output"]), ("bytes", found["bytes"])])
-    yield table(
-        "Differences", ("file", "tensor", "what"), [(m["file"], m["tensor"], m["what"]) for m in found["mismatches"]]
-    )
+    yield table("Differences", ("file", "tensor", "what"), cells(found["mismatches"], "file", "tensor", "what"))

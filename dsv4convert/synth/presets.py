@@ -192,12 +192,8 @@ def synth_config(
     trunk = list(ratios) if ratios is not None else raw["compress_ratios"][: raw["num_hidden_layers"]]
     if layers is not None:
         if not 1 <= layers <= len(trunk):
-            raise UsageError(
-                "--layers outside the model",
-                expected=f"1 to {len(trunk)}",
-                got=layers,
-                hint="--ratios makes any other stack of layers",
-            )
+            hint = "--ratios makes any other stack of layers"
+            raise UsageError("--layers outside the model", expected=f"1 to {len(trunk)}", got=layers, hint=hint)
         if ratios is not None and layers != len(trunk):
             raise UsageError("--layers and --ratios disagree", expected=len(trunk), got=layers)
         trunk = trunk[:layers]

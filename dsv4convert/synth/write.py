@@ -120,45 +120,22 @@ class SynthPlan:
     as_v41: bool = False
 
 
-def plan_synth(
-    preset: str,
-    *,
-    variant: str | None = None,
-    layers: int | None = None,
-    ratios: Sequence[int] | None = None,
-    experts: int | None = None,
-    vocab: int | None = None,
-    files: int | None = None,
-    mtp: bool = True,
-    engram_rows: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    power_of_two_scales: bool = True,
-) -> SynthPlan:
-    """Decide every tensor of a synthetic checkpoint and the file that it lies in.
+def plan_synth(preset: str, *, files: int | None = None, power_of_two_scales: bool = True, **cuts: Any) -> SynthPlan:
+    """Decide every tensor of a synthetic checkpoint and the file that it lies in; ``synth_config`` takes the ``cuts``.
 
     Raises:
         UsageError: a cut that leaves no model, a shape that FP4 cannot hold, or more files than tensors.
         ConfigError: the config with its cuts and overrides does not hold together.
     """
-    raw = synth_config(
-        preset,
-        variant=variant,
-        layers=layers,
-        ratios=ratios,
-        experts=experts,
-        vocab=vocab,
-        mtp=mtp,
-        engram_rows=engram_rows,
-        overrides=overrides,
-    )
+    raw = synth_config(preset, **cuts)
     config = parse_config(raw, f"synthetic {CONFIG_NAME}")
     tensors = list(synth_tensors(config, power_of_two_scales=power_of_two_scales))
     total = sum(tensor.nbytes for tensor in tensors)
-    whole = not any((layers, ratios, experts, vocab, engram_rows, overrides))
-    if files is None and whole and mtp and preset == "v41-flash":
+    whole = not any(cuts.get(name) for name in ("layers", "ratios", "experts", "vocab", "engram_rows", "overrides"))
+    if files is None and whole and cuts.get("mtp", True) and preset == "v41-flash":
         return SynthPlan(raw, _published_v41_files(tensors, config), total, as_v41=True)
     if files is None:
-        files = _default_files(preset, variant, total, whole=whole)
+        files = _default_files(preset, cuts.get("variant"), total, whole=whole)
     return SynthPlan(raw, _into_files(tensors, files), total)
 
 
@@ -210,14 +187,8 @@ def write_plan(
             _write_json(partial / CONFIG_NAME, _fitted_to_tokenizer(plan.raw, partial))
         _write_files(partial, plan, seed, headers_only, progress)
     by_dtype = Counter(tensor.dtype for group in plan.files for tensor in group)
-    return SynthSummary(
-        out,
-        len(plan.files),
-        by_dtype.total(),
-        plan.payload_bytes,
-        dict(sorted(by_dtype.items())),
-        headers_only,
-    )
+    dtypes = dict(sorted(by_dtype.items()))
+    return SynthSummary(out, len(plan.files), by_dtype.total(), plan.payload_bytes, dtypes, headers_only)
 
 
 def _fitted_to_tokenizer(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -344,11 +315,7 @@ def _into_files(tensors: list[SynthTensor], files: int) -> list[list[SynthTensor
 
 
 def _write_files(
-    folder: Path,
-    plan: SynthPlan,
-    seed: int,
-    headers_only: bool,
-    progress: Callable[[int], None] | None,
+    folder: Path, plan: SynthPlan, seed: int, headers_only: bool, progress: Callable[[int], None] | None
 ) -> None:
     weight_map: dict[str, str] = {}
     done = 0
@@ -376,11 +343,8 @@ def _write_files(
                     if progress is not None:
                         progress(done)
     if count > 1:
-        index = {
-            "metadata": {"total_size": plan.payload_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        _write_json(folder / INDEX_NAME, index)
+        total = {"total_size": plan.payload_bytes}
+        _write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _write_all(write: Callable[[memoryview], int | None], piece: memoryview) -> None:

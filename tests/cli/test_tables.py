@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 
-from dsv4convert.cli.report import human_bytes
 from dsv4convert.cli.tables import Table, plain, print_blocks
+from dsv4convert.html_report.figures import human_bytes
 
 BLOCKS = (
     "first line",

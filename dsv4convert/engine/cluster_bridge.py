@@ -95,9 +95,12 @@ def _join(workers: str) -> str:
         DeviceError: it cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a conversion reports to nobody
+    named = WORKERS.fullmatch(workers)
+    is_local = named is None or not (named["address"] or named["here"])
+    if is_local:  # Ray's processes then listen at 127.0.0.1 alone; read when Ray is imported, here and in its processes
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    named = WORKERS.fullmatch(workers)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     head = ""
     if named is not None and named["address"]:

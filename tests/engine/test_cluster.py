@@ -326,6 +326,24 @@ def test_two_workers_make_the_bytes_of_one_machine(
 
 
 @needs_ray
+def test_a_local_cluster_listens_on_this_machine_alone(two_workers: Cluster, environment: dict[str, str]) -> None:
+    two_workers.connect()
+    sockets = set()
+    for process in processes(environment["RAY_AUTH_TOKEN"], b"ray"):
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, address, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                listening.append(address.partition(":")[0])
+    assert len(listening) > 3  # the head's, the raylet's, the workers'
+    assert {address[-8:] for address in listening} == {"0100007F"}  # 127.0.0.1, plain or mapped into IPv6
+
+
+@needs_ray
 def test_an_error_of_a_worker_is_the_error_of_the_run(tiny: Path, tmp_path: Path, two_workers: Cluster) -> None:
     shards = tmp_path / "shards"
     api.shard(tiny, shards, mp=2)

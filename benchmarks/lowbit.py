@@ -6,12 +6,13 @@
 The checkpoint has the matrices of V4-Flash's experts, in FP4, and little else. Our time is that of the whole command:
 start, headers, reading, decoding, quantising, writing, checksums. Start and end do not grow with the model, and these
 runs take seconds where a model takes hours: ``made_of_library`` compares the part between, from the first byte to the
-last checksum, as the command's summary tells it. The library's time is that of ``ggml_quantize_chunk``
-alone, called by as many threads on elements that were decoded before the clock starts, with the same importance; both
-set up the tables of a type, which takes one thread up to eight seconds (IQ1). Each type has as many experts as give its
-library some seconds of work, and memory holds; the bytes of both are compared, but for MXFP4, which is moved here and
-made anew by the library. The wall time is the result; next to it stands the processor time, which other processes on
-the machine disturb less. A file of results that exists keeps its other types and numbers of threads.
+last checksum, as the command's summary tells it. The library's time is that of ``ggml_quantize_chunk`` alone, called by
+as many threads on elements that were decoded before the clock starts, with the same importance, or without any
+(``--no-importance``); both set up the tables of a type, which takes one thread up to eight seconds (IQ1). Each type has
+as many experts as give its library some seconds of work with importance, and memory holds; the bytes of both are
+compared, but for MXFP4, which is moved here and made anew by the library. The wall time is the result; next to it
+stands the processor time, which other processes on the machine disturb less. A file of results that exists keeps its
+other cases: types, numbers of threads, with importance or without.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ def make_source(folder: Path, experts: int) -> Path:
 class Work:
     """Rows of one matrix in memory: values, where their blocks go, and the importance of their columns."""
 
-    def __init__(self, values: np.ndarray, out: np.ndarray, weights: np.ndarray) -> None:
+    def __init__(self, values: np.ndarray, out: np.ndarray, weights: np.ndarray | None) -> None:
         self.values, self.out, self.weights = values, out, weights
 
 
-def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None) -> None:
+def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None, with_importance: bool) -> None:
     """Quantise what ``ours.gguf`` has in ``kind``; print wall and processor seconds, and elements."""
     quantiser = find_quantiser(ggml_lib)
     ours, wide = open_gguf(place / "ours.gguf"), open_gguf(place / "wide.gguf")
@@ -114,7 +115,9 @@ def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None) -
         sums = np.fromfile(entry.file, "<f4", entry.values, offset=entry.offset).reshape(experts, columns)
         step = CHUNK_ELEMENTS // columns
         for expert in range(experts):
-            weights = np.ascontiguousarray(importance(sums[expert], entry.counts[expert], entry.is_legacy))
+            weights = None
+            if with_importance:
+                weights = np.ascontiguousarray(importance(sums[expert], entry.counts[expert], entry.is_legacy))
             work += [
                 Work(values[expert, a : a + step], out[expert, a : a + step], weights) for a in range(0, rows, step)
             ]
@@ -149,7 +152,9 @@ def library_alone(kind: str, place: Path, threads: int, ggml_lib: Path | None) -
 def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path) -> dict[str, Any]:
     """Time one type in alternation; return the record."""
     out = place / "ours.gguf"
-    options = ["--dense", kind, "--experts", kind, "--imatrix", str(place / "imatrix.gguf"), "--json"]
+    options = ["--dense", kind, "--experts", kind, "--json"]
+    if arguments.importance:
+        options += ["--imatrix", str(place / "imatrix.gguf")]
     library_option = [] if arguments.ggml_lib is None else ["--ggml-lib", str(arguments.ggml_lib)]
     command = [
         sys.executable,
@@ -165,6 +170,7 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path)
     to_summary = ["sh", "-c", 'exec "$@" > "$0"', str(summary)]
     ours = Contender("hf-to-gguf", [*to_summary, *command, "--threads", str(threads)], out)
     library = [sys.executable, __file__, "--library", kind, str(place), str(threads), *library_option]
+    library += [] if arguments.importance else ["--no-importance"]
     names = ("ours", "made", "library", "ours_processor", "library_processor")
     times: dict[str, list[float]] = {name: [] for name in names}
     peak = elements = 0
@@ -186,6 +192,7 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path)
     result = {
         "type": kind,
         "threads": threads,
+        "importance": arguments.importance,
         "elements": elements,
         "commit": commit(),
         "ours_of_library": round(median["ours"] / median["library"], 3),
@@ -198,9 +205,9 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path)
         **{f"{name}_seconds": [round(value, 2) for value in values] for name, values in times.items()},
     }
     print(
-        f"{kind:<8} {threads} threads  {elements / 1e6:5.0f} M elements  ours {median['ours']:6.2f} s  "
-        f"library {median['library']:6.2f} s  {result['ours_of_library']:.3f}  made {result['made_of_library']:.3f}  "
-        f"(fastest {result['fastest_ours_of_library']:.3f}, "
+        f"{kind:<8}{'' if arguments.importance else 'alike '} {threads} threads  {elements / 1e6:5.0f} M elements  "
+        f"ours {median['ours']:6.2f} s  library {median['library']:6.2f} s  {result['ours_of_library']:.3f}  "
+        f"made {result['made_of_library']:.3f}  (fastest {result['fastest_made_of_library']:.3f}, "
         f"processor {result['processor_ours_of_library']:.3f})  peak {result['peak_mebibytes']} MiB",
         flush=True,
     )
@@ -208,11 +215,15 @@ def measure(arguments: argparse.Namespace, kind: str, threads: int, place: Path)
 
 
 def merged(results: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Return results with those of an older file that are of other types or numbers of threads, in the types' order."""
+    """Return results with those of an older file that are of other cases, in the types' order."""
     older = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
-    by_case = {(result["type"], result["threads"]): result for result in (*older, *results)}
     order = list(EXPERTS)
-    return sorted(by_case.values(), key=lambda result: (result["threads"], order.index(result["type"])))
+
+    def case(result: dict[str, Any]) -> tuple[int, bool, int]:
+        return result["threads"], not result.get("importance", True), order.index(result["type"])
+
+    by_case = {case(result): result for result in (*older, *results)}
+    return [by_case[key] for key in sorted(by_case)]
 
 
 def main() -> None:
@@ -223,13 +234,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument("--types", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     parser.add_argument("--times", type=int, default=1, help="multiply the experts, for more processors")
+    parser.add_argument("--no-importance", dest="importance", action="store_false", help="all columns alike")
     parser.add_argument("--ggml-lib", type=Path)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--library", nargs=3, metavar=("TYPE", "FOLDER", "THREADS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.library is not None:
         kind, place, threads = arguments.library
-        library_alone(kind, Path(place), int(threads), arguments.ggml_lib)
+        library_alone(kind, Path(place), int(threads), arguments.ggml_lib, arguments.importance)
         return
     compile_package()
     for kind in arguments.types:

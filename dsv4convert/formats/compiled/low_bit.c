@@ -21,6 +21,7 @@ enum {
     TQ1_0_BYTES = 54,
     TQ2_0_BYTES = 66,
     F16_BYTES = 2,
+    BLOCKS_AT_ONCE = 16,
     SIDE_BY_SIDE = 8, // blocks of Q1_0
     TRITS = 5,        // that a byte holds: 3^5 = 243
 };
@@ -53,53 +54,69 @@ INLINE u8 gathered(u64 bytes) { return (u8)(bytes * 0x0102040810204080 >> 56); }
 
 // --- Q4_0, Q4_1, Q5_0, Q5_1 -------------------------------------------------------------------------------
 
-// A block of 32: d, the minimum where there is one, the fifth bits of all codes, and four bits of codes j and j + 16 in
-// byte j. Code 0 of a type without a minimum is the value of the largest magnitude, the first of several, which d has
-// the opposite sign of.
-INLINE int make_levels(const u32_at *restrict values, u8 *restrict block, int bits, int has_minimum) {
-    u8 codes[GROUP];
-    float half = (float)(1 << (bits - 1)), highest = 2 * half - 1, base = 0, d, shift;
-    if (has_minimum) {
-        int32_t low = in_order(values[0]), high = low;
-        for (int j = 1; j < GROUP; j++) {
-            int32_t number = in_order(values[j]);
-            low = number < low ? number : low;
-            high = number > high ? number : high;
-        }
-        base = float_of((u32)in_order((u32)low));
-        d = (float_of((u32)in_order((u32)high)) - base) / highest;
-        if (base == 0) // the first of several zeros gives it its sign
-            for (int j = GROUP - 1; j >= 0; j--)
-                base = float_of(values[j]) == 0 ? float_of(values[j]) : base;
-        shift = 0.5f;
-    } else {
-        u32 largest = largest_magnitude(values, GROUP), first = GROUP - 1;
-        for (u32 j = 0; j < GROUP; j++) {
-            u32 number = (values[j] & F32_MAGNITUDE) == largest ? j : GROUP - 1;
-            first = number < first ? number : first;
-        }
-        d = (largest ? float_of(values[first]) : 0.0f) / -half;
-        shift = half + 0.5f;
+// The value of the largest magnitude, the first of several.
+INLINE float first_largest(const u32_at *restrict values) {
+    u32 largest = largest_magnitude(values, GROUP), first = GROUP - 1;
+    for (u32 j = 0; j < GROUP; j++) {
+        u32 number = (values[j] & F32_MAGNITUDE) == largest ? j : GROUP - 1;
+        first = number < first ? number : first;
     }
-    float inverse = d != 0 ? 1.0f / d : 0.0f;
-    for (int j = 0; j < GROUP; j++) {
-        float level = (float_of(values[j]) - base) * inverse + shift;
-        codes[j] = (u8)(int32_t)(level < highest ? level : highest);
+    return largest ? float_of(values[first]) : 0.0f;
+}
+
+// The smallest value, and the first of several zeros; returns how far the largest one is from it.
+INLINE float range(const u32_at *restrict values, float *restrict smallest) {
+    int32_t low = in_order(values[0]), high = low;
+    for (int j = 1; j < GROUP; j++) {
+        int32_t number = in_order(values[j]);
+        low = number < low ? number : low;
+        high = number > high ? number : high;
     }
-    int ordinary = write_f16(block, d) & is_finite(inverse);
-    block += F16_BYTES;
-    if (has_minimum) {
-        ordinary &= write_f16(block, base);
+    float base = float_of((u32)in_order((u32)low)), distance = float_of((u32)in_order((u32)high)) - base;
+    if (base == 0)
+        for (int j = GROUP - 1; j >= 0; j--)
+            base = float_of(values[j]) == 0 ? float_of(values[j]) : base;
+    *smallest = base;
+    return distance;
+}
+
+// Blocks of 32: d, the minimum where there is one, the fifth bits of all codes, and four bits of codes j and j + 16 in
+// byte j. Code 0 of a type without a minimum is the value of the largest magnitude, which d has the opposite sign of.
+// The scales of some blocks are made at once, since those of a single one would be waited for.
+INLINE int make_levels(const u32_at *restrict values, int count, u8 *restrict block, int bits, int has_minimum) {
+    float half = (float)(1 << (bits - 1)), highest = 2 * half - 1, shift = has_minimum ? 0.5f : half + 0.5f;
+    float d[BLOCKS_AT_ONCE], base[BLOCKS_AT_ONCE], inverse[BLOCKS_AT_ONCE];
+    int ordinary = 1;
+    for (int k = 0; k < count; k++) {
+        base[k] = 0;
+        d[k] = has_minimum ? range(values + k * GROUP, base + k) / highest : first_largest(values + k * GROUP) / -half;
+    }
+    for (int k = 0; k < count; k++) {
+        inverse[k] = d[k] != 0 ? 1.0f / d[k] : 0.0f;
+        ordinary &= is_finite(inverse[k]);
+    }
+    for (int k = 0; k < count; k++, values += GROUP) {
+        u8 codes[GROUP];
+        for (int j = 0; j < GROUP; j++) {
+            float level = (float_of(values[j]) - base[k]) * inverse[k] + shift;
+            codes[j] = (u8)(int32_t)(level < highest ? level : highest);
+        }
+        ordinary &= write_f16(block, d[k]);
         block += F16_BYTES;
+        if (has_minimum) {
+            ordinary &= write_f16(block, base[k]);
+            block += F16_BYTES;
+        }
+        if (bits == 5) {
+            for (int i = 0; i < GROUP / 8; i++)
+                block[i] = gathered(((u64_at *)codes)[i] >> 4 & 0x0101010101010101);
+            block += GROUP / 8;
+        }
+        KEEP_LOOP
+        for (int j = 0; j < PACKED; j++)
+            block[j] = (u8)((codes[j] & 0xF) | codes[PACKED + j] << 4);
+        block += PACKED;
     }
-    if (bits == 5) {
-        for (int i = 0; i < GROUP / 8; i++)
-            block[i] = gathered(((u64_at *)codes)[i] >> 4 & 0x0101010101010101);
-        block += GROUP / 8;
-    }
-    KEEP_LOOP
-    for (int j = 0; j < PACKED; j++)
-        block[j] = (u8)((codes[j] & 0xF) | codes[PACKED + j] << 4);
     return ordinary;
 }
 
@@ -191,23 +208,24 @@ u64 quantise_here(int type, const float *values, void *out, i64 first, i64 rows,
     u8 *block = out;
     i64 elements = 0, bytes = 0;
     int ordinary = !weights || type >= TQ1_0;
-    for (i64 left = rows * columns; ordinary && left > 0; left -= elements, source += elements, block += bytes)
+    for (i64 left = rows * columns; ordinary && left > 0; left -= elements, source += elements, block += bytes) {
+        int some = (int)smaller(left / GROUP, BLOCKS_AT_ONCE);
         switch (type) {
         case Q4_0:
-            elements = GROUP, bytes = Q4_0_BYTES;
-            ordinary = make_levels(source, block, 4, 0);
+            elements = some * GROUP, bytes = some * Q4_0_BYTES;
+            ordinary = make_levels(source, some, block, 4, 0);
             break;
         case Q4_1:
-            elements = GROUP, bytes = Q4_1_BYTES;
-            ordinary = make_levels(source, block, 4, 1);
+            elements = some * GROUP, bytes = some * Q4_1_BYTES;
+            ordinary = make_levels(source, some, block, 4, 1);
             break;
         case Q5_0:
-            elements = GROUP, bytes = Q5_0_BYTES;
-            ordinary = make_levels(source, block, 5, 0);
+            elements = some * GROUP, bytes = some * Q5_0_BYTES;
+            ordinary = make_levels(source, some, block, 5, 0);
             break;
         case Q5_1:
-            elements = GROUP, bytes = Q5_1_BYTES;
-            ordinary = make_levels(source, block, 5, 1);
+            elements = some * GROUP, bytes = some * Q5_1_BYTES;
+            ordinary = make_levels(source, some, block, 5, 1);
             break;
         case TQ1_0:
             elements = TQ_ELEMENTS, bytes = TQ1_0_BYTES;
@@ -233,5 +251,6 @@ u64 quantise_here(int type, const float *values, void *out, i64 first, i64 rows,
         default:
             return 0;
         }
+    }
     return ordinary ? (u64)(block - (u8 *)out) : 0;
 }

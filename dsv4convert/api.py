@@ -49,6 +49,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 DEFAULT_MAX_FILE_SIZE = "5GB"
 DEFAULT_CONTEXT_SIZE = 512
 MAX_THREADS = 256
+DOWNLOAD_OUTPUT = "download the output, and pass its file or folder"
 
 # Decimal units, as llama.cpp's converter and file managers count.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -66,6 +67,23 @@ def _located(source: StrPath, *, headers_only: bool = False, cache: bool = False
     from .containers.sources import local_path
 
     return local_path(source, headers_only=headers_only, cache=cache)
+
+
+def _here(out: StrPath, hint: str) -> Path:
+    """Return the path of an output, which is on this machine; ``hint`` says what to do where it is not.
+
+    Raises:
+        UsageError: it is an address.
+    """
+    from .containers.sources import ADDRESS
+
+    found = ADDRESS.fullmatch(os.fspath(out))
+    if found is not None:
+        from .containers.destinations import shown_address
+
+        address = shown_address(f"{found[1]}://{found[2]}")  # of which a path has lost a slash
+        raise UsageError("an address, where an output on this machine is wanted", where=address, hint=hint)
+    return Path(out)
 
 
 # ---- conversions --------------------------------------------------------------------------------------
@@ -597,6 +615,8 @@ def _carry_out(
 
     threads, progress, upload = run["threads"], run["progress"], run["upload"]
     _check_threads(threads)
+    for plan in plans:
+        _here(plan.output_path(), "name a file or folder here, and pass the address with --upload")
     uploading = None
     if upload is not None:
         from .engine.upload import Upload, Uploading
@@ -620,7 +640,7 @@ def _carry_out(
             refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
-    with cluster or nullcontext():
+    with cluster or nullcontext(), nullcontext() if uploading is None else uploading.abandoned_with_the_run():
         summary = execute_in_turn(
             plans,
             threads=threads,
@@ -731,12 +751,13 @@ def verify(
     """
     from .verification import prepare
 
+    out = _here(out, DOWNLOAD_OUTPUT)
     place = _located(source)
     threads = _reading_threads(threads, place)
     fraction = None if sample is None else parse_sample(sample)
     prepared = prepare(
         place,
-        Path(out),
+        out,
         sample=fraction,
         seed=seed,
         foreign=foreign,
@@ -780,7 +801,7 @@ def verify_manifest(out: StrPath, *, progress: Progress | None = None) -> Manife
     """
     from .engine.manifest import check_manifest, manifest_of, read_manifest
 
-    out = Path(out)
+    out = _here(out, DOWNLOAD_OUTPUT)
     total = sum(entry["bytes"] for entry in read_manifest(manifest_of(out))["files"])
     return _watched(lambda watch: check_manifest(out, watch), progress, total)
 
@@ -936,7 +957,7 @@ def imatrix(
     return collect_imatrix(
         _located(model, cache=cache),
         Path(text),
-        Path(out),
+        _here(out, "name a .gguf file here"),
         options,
         overwrite=overwrite,
         progress=progress,

@@ -55,14 +55,18 @@ class Destination(ABC):
     address: str
 
     @abstractmethod
-    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool) -> None:
+    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool, fingerprint: str) -> None:
         """Make sure that files may be sent under ``names``, and make the place where it is not there.
 
         ``is_folder``: they are a checkpoint, with which other weights in the same place would be mixed up.
+        ``fingerprint`` tells the output from any other.
 
         Raises:
-            OutputExistsError: files of another output are there, and ``overwrite`` is false.
+            OutputExistsError: files of another output are there, or another run sends some, and ``overwrite`` is false.
         """
+
+    def abandon(self) -> None:  # noqa: B027 - most have nothing to undo
+        """Undo ``begin``, of a run that has sent nothing and will not."""
 
     @abstractmethod
     def send(self, name: str, path: Path, sent: Sent) -> None:

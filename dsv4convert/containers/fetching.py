@@ -56,8 +56,11 @@ def wait_after(
     address: str,
     stopped: Callable[[], bool] | None = None,
     most: int = MAX_ATTEMPTS,
+    doing: str = "fetched",
 ) -> int:
     """Wait before a request is made again; return how many have failed in a row, of which ``most`` are too many.
+
+    ``doing`` is what is to be done with the address.
 
     Raises:
         InputOutputError: too many have, or the run was stopped.
@@ -67,7 +70,7 @@ def wait_after(
     failures += 1
     if failures >= most:
         raise InputOutputError(
-            f"cannot be fetched ({error})",
+            f"cannot be {doing} ({error})",
             where=address,
             got=f"{failures} failures in a row",
             hint="check the connection and try again",

@@ -1,8 +1,9 @@
-"""A local server that speaks S3 (moto's), which counts what it is sent, and fails as it is told to."""
+"""A local server that speaks S3 (moto's) or Google's form of it, counts what it is sent, and fails as it is told to."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
 import threading
 import urllib.request
@@ -13,17 +14,24 @@ from xml.sax.saxutils import unescape
 
 SECRET = "very-secret-key"
 BUCKET = "models"
+# What a run writes besides its files, to be known by other runs.
+MARK = "dsv4convert-upload.json"
+# By which moto knows a request for S3, and in which it checks nothing.
+S3_AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
 
 class StoreServer:
     """A server with one empty bucket.
 
     ``received`` are the keys of objects that arrived whole, one for each time. ``before_upload`` is called with how
-    many requests that write or remove something came before. ``status`` answers such a request instead of the store,
-    when it returns a number for the key.
+    many requests that write or remove something came before; those of marks do not count. ``status`` answers such a
+    request instead of the store, when it returns a number for the key.
+
+    Google's store takes the requests of S3, as the library sends them, with metadata in headers of other names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: str = "s3") -> None:
+        self.scheme = scheme
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
@@ -42,6 +50,7 @@ class StoreServer:
         self._thread.start()
         self._request("POST", "/moto-api/reset")
         self._request("PUT", f"/{BUCKET}")
+        self.writes.clear()
 
     def stop(self) -> None:
         """End serving."""
@@ -52,6 +61,12 @@ class StoreServer:
     @property
     def environment(self) -> dict[str, str]:
         """The variables by which the program reaches the server."""
+        if self.scheme == "gs":
+            keys = {"gcs_base_url": self.endpoint, "disable_oauth": True, "client_email": "", "private_key": SECRET}
+            return {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(keys | {"private_key_id": ""}),
+                "GOOGLE_ALLOW_HTTP": "true",
+            }
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
         return {"AWS_ENDPOINT_URL": self.endpoint, "AWS_ALLOW_HTTP": "true", **keys}
 
@@ -59,6 +74,11 @@ class StoreServer:
         """Return the bucket, as ``obstore`` has it."""
         import obstore
 
+        if self.scheme == "gs":
+            key = self.environment["GOOGLE_SERVICE_ACCOUNT_KEY"]
+            return obstore.store.from_url(
+                f"gs://{BUCKET}", service_account_key=key, client_options={"allow_http": True}
+            )
         return obstore.store.from_url(
             f"s3://{BUCKET}",
             endpoint=self.endpoint,
@@ -78,15 +98,29 @@ class StoreServer:
         urllib.request.urlopen(urllib.request.Request(self.endpoint + path, method=method)).close()
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        if self.scheme != "gs":
+            return self._answer_s3(environ, start)
+        environ["HTTP_AUTHORIZATION"] = S3_AUTHORIZATION
+        for name in [name for name in environ if name.startswith("HTTP_X_GOOG_META_")]:
+            environ[name.replace("GOOG", "AMZ")] = environ.pop(name)
+
+        def started(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start(status, [(name.lower().replace("x-amz-", "x-goog-"), value) for name, value in headers], *rest)
+
+        return self._answer_s3(environ, started)
+
+    def _answer_s3(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path, query = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
         fields = parse_qs(query, keep_blank_values=True)
         if "delete" in fields:  # several objects, named in the body
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(body)
             method, keys = "DELETE", [unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", body.decode())]
-        elif path.startswith(f"/{BUCKET}/") and method in ("PUT", "POST"):
+        elif path.startswith(f"/{BUCKET}/") and method in ("PUT", "POST", "DELETE"):
             keys = [path.removeprefix(f"/{BUCKET}/")]
         else:
+            return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
+        if keys[0].endswith(MARK):
             return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
         for key in keys:
             with self._lock:

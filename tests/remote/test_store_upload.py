@@ -16,8 +16,8 @@ import pytest
 
 from ..command_line import run_cli
 from .hub_server import Hub
-from .store_server import SECRET, StoreServer
-from .support import Remote, contents, finished
+from .store_server import MARK, SECRET, StoreServer
+from .support import REPOSITORY, Remote, contents, finished
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
@@ -35,8 +35,8 @@ class Store:
     remote: Remote
 
     def stored(self) -> dict[str, bytes]:
-        """Return the files that a reader of the folder finds."""
-        return self.server.contents(PREFIX)
+        """Return the files that a reader of the folder finds, without the mark of a run."""
+        return {name: content for name, content in self.server.contents(PREFIX).items() if name != MARK}
 
     def without_card(self) -> dict[str, bytes]:
         return {name: content for name, content in self.stored().items() if name != "README.md"}
@@ -115,7 +115,7 @@ def test_a_large_file_goes_in_parts_that_a_store_takes(
     path = tmp_path / "large.gguf"
     path.write_bytes(bytes(range(256)) * (2**20 // 256) * 12)
     sent = store_upload.Sent.of(path)
-    destination.begin(["large.gguf"], is_folder=False, overwrite=False, resume=False)
+    destination.begin(["large.gguf"], is_folder=False, overwrite=False, resume=False, fingerprint="f")
     destination.send("large.gguf", path, sent)
     destination.send("large.gguf", path, sent)
     assert store.server.received == [f"{PREFIX}/large.gguf"]
@@ -242,11 +242,70 @@ def test_wrong_uses_are_one_line(store: Store, snapshot: Path, tmp_path: Path) -
     assert "--upload: no such destination: expected OWNER/NAME, s3://BUCKET/PREFIX" in error("ftp://models/a")
     assert "not an address in a store" in error("s3://key:secret@models/a")
     assert "secret" not in error("s3://key:secret@models/a")
-    assert "no such bucket" in error("s3://nothing/a")
-    assert "the store cannot be opened" in error("az://container/a")
+    assert "no such bucket; check the address, and the store's keys in the environment (AWS_" in error("s3://nothing/a")
+    assert "the store cannot be opened (GenericError); check the address, and" in error("az://container/a")
+    assert "AWS_" not in error("az://container/a")
+    assert "(AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY)" in error("az://container/a")
     store.remote.environment |= {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    assert SECRET not in error(TARGET)
+    unreachable = error(TARGET)
+    assert "cannot be sent (" in unreachable
+    assert SECRET not in unreachable
     assert not (tmp_path / "out").exists()
+
+
+# Two runs
+
+
+def test_a_second_run_keeps_away_until_the_first_has_sent_all(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    """Also while the first one has sent nothing yet."""
+    seen: list[str] = []
+    other = ["hf-to-gguf", snapshot, tmp_path / "other.gguf", "--upload", TARGET]
+
+    def look(number: int) -> None:
+        if not number:
+            seen.append(store.remote.run(*other).error)
+            seen.append(store.remote.run(*other, "--resume").error)
+            seen.append(store.remote.run(*dequantize(snapshot, tmp_path / "again" / "Small-BF16")).error)
+
+    store.server.before_upload = look
+    out = tmp_path / "out" / "Small-BF16"
+    result = store.remote.run(*dequantize(snapshot, out))
+    assert result.code == 0, result.err
+    place = f"{TARGET}/{MARK}: another run sends"
+    assert seen[0] == seen[1]
+    assert f"{place} another output there, or was interrupted; wait for its end, or name another folder" in seen[0]
+    assert f"{place} this output there, or was interrupted; wait for its end; --resume goes on" in seen[2]
+    assert MARK not in store.server.contents(PREFIX)
+    assert store.without_card() == contents(out)
+    assert not (tmp_path / "other.gguf").exists()
+    assert store.remote.run(*other).code == 0
+
+
+def test_a_run_whose_place_was_taken_sends_nothing_more(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out" / "Small-BF16", tmp_path / "other" / "Small-BF16"
+    taken: list[int] = []
+
+    def take(number: int) -> None:
+        if number == 3 and not taken:
+            taken.append(store.remote.run(*dequantize(snapshot, other, "--dtype", "f32", "--overwrite")).code)
+
+    store.server.before_upload = take
+    result = store.remote.run(*dequantize(snapshot, out))
+    assert taken == [0]
+    assert result.code == 9
+    assert "another run sends files there, which has taken the place of this one" in result.err.splitlines()[-1]
+    assert all(store.stored()[name] == content for name, content in contents(other).items() if name.endswith(".json"))
+    card = store.stored()["README.md"].decode()
+    assert "| dtype | `f32` |" in card
+
+
+def test_a_run_that_ends_before_it_sends_leaves_no_mark(store: Store, remote: Remote, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    remote.environment |= store.server.environment
+    result = remote.interrupted("hf-to-gguf", REPOSITORY, out / "a.gguf", "--upload", TARGET, folder=out)
+    assert result.code == 130, result.err
+    assert store.server.contents(PREFIX) == {}
 
 
 def test_a_dry_run_sends_nothing(store: Store, snapshot: Path, tmp_path: Path) -> None:

@@ -131,8 +131,10 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS) -> Any:
+def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS, *, doing: str = "fetched") -> Any:
     """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
+
+    ``doing`` is what an error says that could not be done.
 
     Raises:
         Dsv4Error: what ``ask`` raises, or it failed too often.
@@ -142,7 +144,7 @@ def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS) -> Any:
         try:
             return ask()
         except TransientError as error:
-            failures = wait_after(error, failures, address, most=most)
+            failures = wait_after(error, failures, address, most=most, doing=doing)
 
 
 # What tells one content of a file from another, the better one first, and the header that asks for no other.

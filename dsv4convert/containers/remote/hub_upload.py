@@ -63,7 +63,7 @@ class HubDestination(Destination):
                 raise error.__cause__ or error from None
 
         try:
-            answer: Answer = retried(lambda: ask(unwrapped, self.address), self.address)
+            answer: Answer = retried(lambda: ask(unwrapped, self.address), self.address, doing="sent")
         except (InputMissingError, InputOutputError) as error:
             refused = isinstance(error, InputMissingError)
             raise InputOutputError(
@@ -82,7 +82,7 @@ class HubDestination(Destination):
         entries = {str(entry.rfilename): entry for entry in info.siblings or ()}
         return {name.removeprefix(self._prefix): e for name, e in entries.items() if name.startswith(self._prefix)}
 
-    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool) -> None:
+    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool, fingerprint: str) -> None:
         """See ``Destination.begin``."""
         self._is_folder, self._overwrite = is_folder, overwrite
         if not self._ask(lambda: self._api.repo_exists(self._repository)):

@@ -6,25 +6,29 @@ index last, and the card after all. Of an older output that is overwritten, thes
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
 from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
 from ..fetching import MAX_ATTEMPTS
 from ..folder_names import CONFIG_NAME, INDEX_NAME
 from .http import retried
-from .stores import KEYS, error_of, open_store
+from .stores import error_of, keys_hint, open_store
 
 # The older card while its output is being replaced: somebody may have written text in it.
 OLD_CARD_NAME = "README.before-upload.md"
+# Says which run sends files there, until all have arrived: another one keeps away.
+MARK_NAME = "dsv4convert-upload.json"
 # Metadata of an object; Azure takes no name with hyphens.
 SHA256_KEY = "sha256"
 
@@ -58,6 +62,7 @@ class StoreDestination(Destination):
         self._sender = open_store(scheme, rest, retry_config=PART_RETRIES, **options)[0]
         self._prefix = f"{prefix}/" if prefix else ""
         self._names: list[str] = []
+        self._mark = ""
         self._is_folder = False
         self._overwrite = self._resume = False
         self._has_made_room = False
@@ -81,26 +86,88 @@ class StoreDestination(Destination):
                 raise error_of(error, self.address) from None
 
         try:
-            answer: Answer = retried(asked, self.address, most)
+            answer: Answer = retried(asked, self.address, most, doing="sent")
         except InputMissingError as error:
-            raise InputOutputError(
-                "the store refuses the upload" if error.what != "nothing there" else "no such bucket",
-                where=self.address,
-                hint=f"{KEYS}; they must have the right to write",
-            ) from None
+            if error.what == "nothing there":
+                raise self._no_bucket() from None
+            hint = f"{keys_hint(self.address)}; they must have the right to write"
+            raise InputOutputError("the store refuses the upload", where=self.address, hint=hint) from None
         return answer
 
-    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool) -> None:
+    def _no_bucket(self) -> InputOutputError:
+        return InputOutputError("no such bucket", where=self.address, hint=keys_hint(self.address))
+
+    def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool, fingerprint: str) -> None:
         """See ``Destination.begin``."""
         self._names, self._is_folder = names, is_folder
         self._overwrite, self._resume = overwrite, resume
         found = self._sizes()
-        if overwrite:
+        if not overwrite:
+            self._check_free(fingerprint)
+            taken = [name for name in names if name in found]
+            if taken and not resume:
+                raise self._taken(taken[0])
+            self._check_no_others(found)
+        self._take(fingerprint)
+
+    def _check_free(self, fingerprint: str) -> None:
+        """Check that no other run has marked the folder as its own, unless this one is to go on with the same output.
+
+        Raises:
+            OutputExistsError: one has.
+        """
+        there = self._read(MARK_NAME)
+        if there is None or (self._resume and fingerprint in there):
             return
-        taken = [name for name in names if name in found]
-        if taken and not resume:
-            raise self._taken(taken[0])
-        self._check_no_others(found)
+        same = fingerprint in there
+        raise OutputExistsError(
+            f"another run sends {'this' if same else 'another'} output there, or was interrupted",
+            where=f"{self.address}/{MARK_NAME}",
+            hint="wait for its end"
+            + ("; --resume goes on with an interrupted one" if same else ", or name another folder")
+            + "; --overwrite takes its place",
+        )
+
+    def _take(self, fingerprint: str) -> None:
+        """Mark the folder as the one that this run sends files to.
+
+        Raises:
+            OutputExistsError: another run did at the same moment.
+        """
+        self._mark = json.dumps({"output": fingerprint, "run": uuid.uuid4().hex})
+        path = self._prefix + MARK_NAME
+
+        def create() -> None:
+            try:
+                if not (self._overwrite or self._resume):
+                    obstore.put(self._store, path, self._mark.encode(), mode="create")
+                    return
+            except AlreadyExistsError:  # by another run, or by an attempt whose answer was lost
+                return
+            except NotSupportedError:
+                pass
+            obstore.put(self._store, path, self._mark.encode())
+
+        self._ask_bucket(create)
+        self._check_mark()
+
+    def _check_mark(self) -> None:
+        """Check that the folder is still this run's.
+
+        Raises:
+            OutputExistsError: another run has taken its place.
+        """
+        if self._read(MARK_NAME) != self._mark:
+            raise OutputExistsError(
+                "another run sends files there, which has taken the place of this one",
+                where=f"{self.address}/{MARK_NAME}",
+                hint="wait for its end, and name another folder or pass --overwrite",
+            )
+
+    def abandon(self) -> None:
+        """See ``Destination.abandon``."""
+        if self._read(MARK_NAME, most=1) == self._mark:
+            self._ask(lambda: obstore.delete(self._store, self._prefix + MARK_NAME), 1)
 
     def _check_no_others(self, found: Mapping[str, int]) -> None:
         """Check that no weights are there with which those of a folder would be mixed up.
@@ -140,6 +207,7 @@ class StoreDestination(Destination):
             if there == sent:
                 self._arrived.add(name)
                 return
+            self._check_mark()
             if self._overwrite:
                 self._make_room()
             elif there is not None:
@@ -170,7 +238,7 @@ class StoreDestination(Destination):
         try:
             return self._ask(question, most)
         except FileNotFoundError:
-            raise InputOutputError("no such bucket", where=self.address, hint=KEYS) from None
+            raise self._no_bucket() from None
 
     def _make_room(self) -> None:
         """Remove what shows an older output to readers, and then its files that are to be replaced; once.
@@ -208,6 +276,7 @@ class StoreDestination(Destination):
         for name in weights:
             if name not in self._arrived:
                 self._send(name, *files[name])
+        self._check_mark()
         found = self._sizes()
         if not self._overwrite:
             self._check_no_others(found)
@@ -224,8 +293,7 @@ class StoreDestination(Destination):
         text = card(set_aside if old is None else old)
         if text != old:
             self._put_text(CARD_NAME, text)
-        if set_aside is not None:
-            self._delete([OLD_CARD_NAME])
+        self._delete([*([] if set_aside is None else [OLD_CARD_NAME]), MARK_NAME])
         return self.address
 
     def _check_arrived(self, name: str, sent: Sent) -> None:
@@ -248,7 +316,7 @@ class StoreDestination(Destination):
         """See ``Destination.card``."""
         return self._read(CARD_NAME)
 
-    def _read(self, name: str) -> str | None:
+    def _read(self, name: str, most: int = MAX_ATTEMPTS) -> str | None:
         """Return the text of a card, None where there is none."""
 
         def read() -> str:
@@ -260,7 +328,7 @@ class StoreDestination(Destination):
             return bytes(result.bytes()).decode(errors="replace")
 
         try:
-            return self._ask(read)
+            return self._ask(read, most)
         except FileNotFoundError:
             return None
 

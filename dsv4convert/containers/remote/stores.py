@@ -24,7 +24,17 @@ from .http import retried
 PIECE_BYTES = 2**16
 # Requests are made again here (see ``sources.Stream``), where a run can be stopped meanwhile.
 RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=60)}
-KEYS = "check the address, and the store's keys in the environment (such as AWS_ACCESS_KEY_ID)"
+# By scheme, the variables that have a store's keys and place.
+VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+def keys_hint(address: str) -> str:
+    """Return what to look at where a store does not answer as it should."""
+    return f"check the address, and the store's keys in the environment ({VARIABLES[address.partition(':')[0]]})"
 
 
 def list_store(scheme: str, rest: str) -> Listing:
@@ -45,7 +55,7 @@ def list_store(scheme: str, rest: str) -> Listing:
     entries = {path.removeprefix(start): entry for path, entry in found.items() if path.startswith(start)}
     check_names(list(entries), address)
     if not entries:
-        raise InputMissingError("nothing there", where=address, hint=KEYS)
+        raise InputMissingError("nothing there", where=address, hint=keys_hint(address))
     bucket = rest.partition("/")[0]
     folder = f"{scheme}://{bucket}" + (f"/{prefix}" if prefix else "")
     files: dict[str, RemoteFile] = {}
@@ -80,7 +90,7 @@ def open_store(scheme: str, rest: str, **options: Any) -> tuple[Any, str, str]:
         store = from_url(f"{scheme}://{bucket}", **({"retry_config": RETRIES} | options))
     except (BaseError, ValueError) as error:
         raise InputMissingError(
-            f"the store cannot be opened ({type(error).__name__})", where=address, hint=KEYS
+            f"the store cannot be opened ({type(error).__name__})", where=address, hint=keys_hint(address)
         ) from None
     return store, prefix, address
 
@@ -93,7 +103,7 @@ def _list(store: Any, prefix: str, address: str) -> dict[str, Any]:
             found[prefix] = obstore.head(store, prefix)
         return found
     except (NotFoundError, FileNotFoundError):
-        raise InputMissingError("nothing there", where=address, hint=KEYS) from None
+        raise InputMissingError("nothing there", where=address, hint=keys_hint(address)) from None
     except (BaseError, OSError) as error:
         raise error_of(error, address) from None
 
@@ -103,9 +113,9 @@ def error_of(error: Exception, address: str) -> Exception:
     status = re.search(r"\bstatus code: (\d{3})\b", str(error))
     refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
     if refused or (status and status[1] in ("401", "403")):
-        return InputMissingError("the store refuses access", where=address, hint=KEYS)
+        return InputMissingError("the store refuses access", where=address, hint=keys_hint(address))
     if status and status[1] == "404":
-        return InputMissingError("nothing there", where=address, hint=KEYS)
+        return InputMissingError("nothing there", where=address, hint=keys_hint(address))
     return TransientError(f"{type(error).__name__}{f', HTTP status {status[1]}' if status else ''}")
 
 

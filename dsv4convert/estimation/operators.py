@@ -299,6 +299,59 @@ EXPERT_NAMES = ("ffn.experts.w1.weight", "ffn.experts.w2.weight", "ffn.experts.w
 SHARED_NAMES = ("ffn.shared_experts.w1.weight", "ffn.shared_experts.w2.weight", "ffn.shared_experts.w3.weight")
 
 
+class _Sublayer(NamedTuple):
+    """Where operators are: a layer of the trunk or of a draft, or None, and what of it; costs are those of a step."""
+
+    costs: Costs
+    layer: int | None
+    name: str
+    is_draft: bool
+
+    def weights(self, *names: str) -> Held:
+        """Return named weights of the layer."""
+        return self.costs.weights(self.layer, *names, is_draft=self.is_draft)
+
+    def operator(
+        self,
+        name: str,
+        *,
+        flops: Any = 0,
+        elementwise: Any = 0,
+        weights: Held = NO_WEIGHTS,
+        read: Any = 0,
+        written: Any = 0,
+        divided: str = WHOLE,
+        arithmetic: str = "dense",
+    ) -> Operator:
+        """Return an operator from what it costs in each step."""
+        repeats = self.costs.steps.repeats
+        costs = dict(zip(SUMMED, (flops, elementwise, weights.nbytes, read, written), strict=True))
+        totals = {key: float(np.sum(cost * repeats)) for key, cost in costs.items()}
+        held = {kind: float(np.sum(count * repeats)) for kind, count in weights.elements.items()}
+        return Operator(self.layer, self.name, name, **totals, weights=held, divided=divided, arithmetic=arithmetic)
+
+    def product(
+        self,
+        name: str,
+        tokens: Any,
+        inputs: int,
+        outputs: int,
+        weights: Held,
+        *,
+        out_bytes: int = BF16_BYTES,
+        **how: str,
+    ) -> Operator:
+        """Return a product of ``tokens`` rows of ``inputs`` elements with a matrix of ``outputs`` rows."""
+        return self.operator(
+            name,
+            flops=2 * tokens * inputs * outputs,
+            weights=weights,
+            read=tokens * inputs * BF16_BYTES,
+            written=tokens * outputs * out_bytes,
+            **how,
+        )
+
+
 class Costs:
     """The operators of a model in some steps.
 
@@ -318,10 +371,9 @@ class Costs:
         """Yield the operators of embedding, layers and head, in the order of computation."""
         c, n = self.config, self.steps.computed
         width = c.hidden_size
-        embedding = c.vocab_size and self.weights(None, "embed.weight").nbytes / c.vocab_size
-        yield self._operator(
-            None, EMBEDDING, "embedding", read=n * embedding, written=n * c.hc_mult * width * BF16_BYTES
-        )
+        at = self._in(None, EMBEDDING)
+        row = c.vocab_size and at.weights("embed.weight").nbytes / c.vocab_size
+        yield at.operator("embedding", read=n * row, written=n * c.hc_mult * width * BF16_BYTES, divided=BY_RANK)
         for layer in range(c.num_hidden_layers):
             if c.engram is not None and layer in c.engram.layer_ids:
                 yield from self._engram(layer)
@@ -342,164 +394,78 @@ class Costs:
 
     # ---- pieces ---------------------------------------------------------------------------------------
 
-    def _operator(
-        self,
-        layer: int | None,
-        sublayer: str,
-        name: str,
-        *,
-        flops: Any = 0,
-        elementwise: Any = 0,
-        weights: Held = NO_WEIGHTS,
-        read: Any = 0,
-        written: Any = 0,
-        divided: str = BY_RANK,
-        arithmetic: str = "dense",
-    ) -> Operator:
-        """Return an operator from what it costs in each step."""
-        repeats = self.steps.repeats
-
-        def total(cost: Any) -> float:
-            return float(np.sum(cost * repeats))
-
-        return Operator(
-            layer,
-            sublayer,
-            name,
-            total(flops),
-            total(elementwise),
-            total(weights.nbytes),
-            total(read),
-            total(written),
-            {kind: total(count) for kind, count in weights.elements.items()},
-            divided,
-            arithmetic,
-        )
-
-    def _product(
-        self,
-        layer: int | None,
-        sublayer: str,
-        name: str,
-        tokens: Any,
-        inputs: int,
-        outputs: int,
-        weights: Held,
-        *,
-        divided: str = BY_RANK,
-        out_bytes: int = BF16_BYTES,
-        arithmetic: str = "dense",
-    ) -> Operator:
-        """Return a product of ``tokens`` rows of ``inputs`` elements with a matrix of ``outputs`` rows."""
-        return self._operator(
-            layer,
-            sublayer,
-            name,
-            flops=2 * tokens * inputs * outputs,
-            weights=weights,
-            read=tokens * inputs * BF16_BYTES,
-            written=tokens * outputs * out_bytes,
-            divided=divided,
-            arithmetic=arithmetic,
-        )
+    def _in(self, layer: int | None, sublayer: str, *, is_draft: bool = False) -> _Sublayer:
+        return _Sublayer(self, layer, DRAFT if is_draft else sublayer, is_draft)
 
     def _hyper(self, layer: int, which: str, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield the mixing weights, Sinkhorn's normalisation, the collapse and the connection around a sublayer."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
-        sublayer = DRAFT if is_draft else HYPER
+        at = self._in(layer, HYPER, is_draft=is_draft)
         hc, width = c.hc_mult, c.hidden_size
         mixes = (2 + hc) * hc
-        weights = self.weights(layer, f"hc_{which}_fn", f"hc_{which}_base", f"hc_{which}_scale", is_draft=is_draft)
-        at = f"{which} "
-        yield self._product(
-            layer, sublayer, f"{at}mixing", n, hc * width, mixes, weights, divided=WHOLE, out_bytes=F32_BYTES,
-            arithmetic="full",
-        )  # fmt: skip
+        weights = at.weights(f"hc_{which}_fn", f"hc_{which}_base", f"hc_{which}_scale")
+        yield at.product(f"{which} mixing", n, hc * width, mixes, weights, out_bytes=F32_BYTES, arithmetic="full")
         # Rows or columns are summed with epsilon, and every element is divided.
         normalisations = 2 * c.hc_sinkhorn_iters - 1
-        yield self._operator(
-            layer,
-            sublayer,
-            f"{at}Sinkhorn",
+        yield at.operator(
+            f"{which} Sinkhorn",
             elementwise=n * normalisations * 2 * hc * hc,
             read=n * hc * hc * F32_BYTES,
             written=n * hc * hc * F32_BYTES,
-            divided=WHOLE,
         )
-        yield self._operator(
-            layer,
-            sublayer,
-            f"{at}collapse and norm",
+        yield at.operator(
+            f"{which} collapse and norm",
             flops=2 * n * hc * width,
-            weights=self.weights(layer, f"{which}_norm.weight", is_draft=is_draft),
+            weights=at.weights(f"{which}_norm.weight"),
             read=n * hc * width * BF16_BYTES,
             written=n * width * BF16_BYTES,
-            divided=WHOLE,
             arithmetic="full",
         )
-        yield self._operator(
-            layer,
-            sublayer,
-            f"{at}connection",
+        yield at.operator(
+            f"{which} connection",
             flops=2 * n * hc * hc * width,
             read=n * (hc + 1) * width * BF16_BYTES,
             written=n * hc * width * BF16_BYTES,
-            divided=WHOLE,
             arithmetic="full",
         )
 
     def _projections(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the projections to queries and to the key that all heads share."""
-        c = self.config
-        sublayer = DRAFT if is_draft else ATTENTION
-
-        def weights(*names: str) -> Held:
-            return self.weights(layer, *(f"attn.{name}.weight" for name in names), is_draft=is_draft)
-
+        c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         heads = c.num_attention_heads * c.head_dim
-        yield self._product(
-            layer, sublayer, "query down", n, c.hidden_size, c.q_lora_rank, weights("wq_a", "q_norm"), divided=WHOLE
-        )
-        yield self._product(layer, sublayer, "query up", n, c.q_lora_rank, heads, weights("wq_b"))
+        down = at.weights("attn.wq_a.weight", "attn.q_norm.weight")
+        yield at.product("query down", n, c.hidden_size, c.q_lora_rank, down)
+        yield at.product("query up", n, c.q_lora_rank, heads, at.weights("attn.wq_b.weight"), divided=BY_RANK)
         yield self._key(layer, n, is_draft=is_draft)
 
     def _key(self, layer: int, n: Any, *, is_draft: bool) -> Operator:
-        c = self.config
-        weights = self.weights(layer, "attn.wkv.weight", "attn.kv_norm.weight", is_draft=is_draft)
-        return self._operator(
-            layer,
-            DRAFT if is_draft else ATTENTION,
+        c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
+        return at.operator(
             "key",
             flops=2 * n * c.hidden_size * c.head_dim,
-            weights=weights,
+            weights=at.weights("attn.wkv.weight", "attn.kv_norm.weight"),
             read=n * c.hidden_size * BF16_BYTES,
             written=n * self._rows[WINDOW],
-            divided=WHOLE,
         )
 
     def _output(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the two halves of the grouped output."""
-        c = self.config
-        sublayer = DRAFT if is_draft else ATTENTION
+        c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         heads, ranks = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
-        yield self._operator(
-            layer,
-            sublayer,
+        yield at.operator(
             "grouped output down",
             flops=2 * n * heads * c.o_lora_rank,
-            weights=self.weights(layer, "attn.wo_a.weight", is_draft=is_draft),
+            weights=at.weights("attn.wo_a.weight"),
             read=n * heads * BF16_BYTES,
             written=n * ranks * BF16_BYTES,
             divided=BY_OUTPUT_RANK,
         )
-        yield self._product(
-            layer,
-            sublayer,
+        yield at.product(
             "grouped output up",
             n,
             ranks,
             c.hidden_size,
-            self.weights(layer, "attn.wo_b.weight", is_draft=is_draft),
+            at.weights("attn.wo_b.weight"),
             divided=BY_OUTPUT_RANK,
         )
 
@@ -507,17 +473,16 @@ class Costs:
         self, layer: int, pairs: Any, n: Any, cache_bytes: Any, *, is_draft: bool = False
     ) -> Operator:
         """Return attention with sink over ``pairs`` of queries and keys, whose rows are read from the caches."""
-        c = self.config
+        c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         heads = c.num_attention_heads * c.head_dim
-        return self._operator(
-            layer,
-            DRAFT if is_draft else ATTENTION,
+        return at.operator(
             "sparse attention",
             flops=2 * 2 * pairs * heads,
-            weights=self.weights(layer, "attn.attn_sink", is_draft=is_draft),
+            weights=at.weights("attn.attn_sink"),
             read=n * heads * BF16_BYTES + cache_bytes,
             written=n * heads * BF16_BYTES,
             arithmetic="cache",
+            divided=BY_RANK,
         )
 
     def _attention(self, layer: int) -> Iterator[Operator]:
@@ -558,76 +523,62 @@ class Costs:
             return sees
         return sees._replace(blocks=found.topk_blocks, size=found.block_size)
 
-    def _compressor(self, layer: int, at: str, ratio: int, width: int, kind: str) -> Iterator[Operator]:
+    def _compressor(self, layer: int, module: str, ratio: int, width: int, kind: str) -> Iterator[Operator]:
         """Yield the compressor's projections and the pooling of its blocks."""
         c, steps, n = self.config, self.steps, self.steps.computed
+        at = self._in(layer, ATTENTION)
         channels = (2 if ratio == OVERLAPPING_RATIO else 1) * width
         made = steps.sequences * (steps.after // ratio - steps.before // ratio)
         what = "indexer's compressor" if kind == INDEX_KEYS else "compressor"
         matrices = 1 if ratio == 1 else 2
-        names = [f"{at}.wkv.weight", f"{at}.norm.weight", f"{at}.wgate.weight", f"{at}.ape"]
-        yield self._product(
-            layer, ATTENTION, what, n, c.hidden_size, matrices * channels, self.weights(layer, *names),
-            divided=WHOLE, out_bytes=F32_BYTES, arithmetic="full",
-        )  # fmt: skip
+        weights = at.weights(*(f"{module}.{name}" for name in ("wkv.weight", "norm.weight", "wgate.weight", "ape")))
+        yield at.product(what, n, c.hidden_size, matrices * channels, weights, out_bytes=F32_BYTES, arithmetic="full")
         candidates = (2 if ratio == OVERLAPPING_RATIO else 1) * ratio
-        yield self._operator(
-            layer,
-            ATTENTION,
+        yield at.operator(
             f"{what} pooling",
             # Softmax over a block's candidates, channel by channel, and the weighted sum.
             elementwise=0 if ratio == 1 else made * candidates * width * POOLING_OPERATIONS,
             read=made * matrices * candidates * width * F32_BYTES,
             written=made * self._rows[kind],
-            divided=WHOLE,
         )
 
     def _index(self, layer: int, sees: Sees) -> Iterator[Operator]:
         """Yield the indexer's queries, its scores of the keys that queries see, and the choice of the best."""
         c, steps, n = self.config, self.steps, self.steps.computed
+        at = self._in(layer, ATTENTION)
         heads, width = c.index_n_heads, c.index_head_dim
-        wq_b, weigh = (self.weights(layer, f"attn.indexer.{name}.weight") for name in ("wq_b", "weights_proj"))
-        yield self._product(layer, ATTENTION, "indexer query", n, c.q_lora_rank, heads * width, wq_b)
-        yield self._product(
-            layer, ATTENTION, "indexer head weights", n, c.hidden_size, heads, weigh, out_bytes=F32_BYTES
-        )
+        wq_b, weigh = (at.weights(f"attn.indexer.{name}.weight") for name in ("wq_b", "weights_proj"))
+        yield at.product("indexer query", n, c.q_lora_rank, heads * width, wq_b, divided=BY_RANK)
+        yield at.product("indexer head weights", n, c.hidden_size, heads, weigh, out_bytes=F32_BYTES, divided=BY_RANK)
         pairs = _pairs(sees, steps)
         keys = np.minimum(pairs, steps.sequences * (steps.after // sees.ratio))
-        yield self._operator(
-            layer,
-            ATTENTION,
+        yield at.operator(
             "indexer scores",
             flops=pairs * (2 * heads * width + 2 * heads),
             elementwise=pairs * heads,  # relu
             read=n * heads * (width * BF16_BYTES + F32_BYTES) + keys * self._rows[INDEX_KEYS],
             written=pairs * F32_BYTES,
             arithmetic="cache",
+            divided=BY_RANK,
         )
-        yield self._operator(
-            layer,
-            ATTENTION,
+        yield at.operator(
             "indexer top-k",
             elementwise=pairs,  # each score is looked at once
             read=pairs * F32_BYTES,
             written=np.minimum(pairs, n * c.index_topk) * INDEX_BYTES,
-            divided=WHOLE,
         )
 
     def _shared_index(self, layer: int, ratio: int) -> Iterator[Operator]:
         """Yield V4.1's index keys of a KV source, and the choice of an index source."""
-        c, steps = self.config, self.steps
+        c, steps, at = self.config, self.steps, self._in(layer, ATTENTION)
         if layer in c.kv_source_layer_ids:
             made = steps.sequences * (steps.after // ratio - steps.before // ratio)
-            weights = self.weights(layer, "attn.indexer.wk.weight", "attn.indexer.k_norm.weight")
-            yield self._operator(
-                layer,
-                ATTENTION,
+            yield at.operator(
                 "index keys",
                 flops=2 * made * c.head_dim * c.index_head_dim,
-                weights=weights,
+                weights=at.weights("attn.indexer.wk.weight", "attn.indexer.k_norm.weight"),
                 read=made * c.head_dim * BF16_BYTES,
                 written=made * self._rows[INDEX_KEYS],
-                divided=WHOLE,
                 arithmetic="full",
             )
         if layer in c.index_source_layer_ids:
@@ -636,31 +587,23 @@ class Costs:
     def _experts(self, layer: int, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield the router, the routed experts that some token touches, and the shared expert."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
-        sublayer = DRAFT if is_draft else EXPERTS
+        at = self._in(layer, EXPERTS, is_draft=is_draft)
         experts = c.n_experts(is_draft)
         chosen = c.draft_num_experts_per_tok if is_draft else c.num_experts_per_tok
         width, inner = c.hidden_size, c.moe_intermediate_size
         names = ("ffn.gate.weight", "ffn.gate.bias", "ffn.gate.bias_vl")
-        yield self._product(
-            layer, sublayer, "router", n, width, experts, self.weights(layer, *names, is_draft=is_draft),
-            divided=WHOLE, out_bytes=F32_BYTES, arithmetic="full",
-        )  # fmt: skip
+        yield at.product("router", n, width, experts, at.weights(*names), out_bytes=F32_BYTES, arithmetic="full")
         hashed = not is_draft and c.is_hash_routed(layer)
-        table = self.weights(layer, "ffn.gate.tid2eid").nbytes
-        yield self._operator(
-            layer,
-            sublayer,
+        table = at.weights("ffn.gate.tid2eid").nbytes
+        yield at.operator(
             "hash routing" if hashed else "top-k routing",
             elementwise=0 if hashed else n * experts,
             read=n * (table / c.vocab_size if hashed else experts * F32_BYTES),
             written=n * chosen * (INDEX_BYTES + F32_BYTES),
-            divided=WHOLE,
         )
         touched = self.routing.touched(None if is_draft else layer, experts, chosen, np.asarray(n, np.float64))
-        of_one = self.weights(layer, *EXPERT_NAMES, is_draft=is_draft) / experts
-        yield self._operator(
-            layer,
-            sublayer,
+        of_one = at.weights(*EXPERT_NAMES) / experts
+        yield at.operator(
             "routed experts",
             flops=2 * 3 * n * chosen * width * inner,
             elementwise=n * chosen * inner * SWIGLU_OPERATIONS,
@@ -671,75 +614,57 @@ class Costs:
             arithmetic="experts",
         )
         shared = inner * c.n_shared_experts
-        yield self._operator(
-            layer,
-            sublayer,
+        yield at.operator(
             "shared expert",
             flops=2 * 3 * n * width * shared,
             elementwise=n * shared * SWIGLU_OPERATIONS,
-            weights=self.weights(layer, *SHARED_NAMES, is_draft=is_draft),
+            weights=at.weights(*SHARED_NAMES),
             read=n * width * BF16_BYTES,
             written=n * width * BF16_BYTES,
-            divided=WHOLE,
         )
 
     def _engram(self, layer: int) -> Iterator[Operator]:
         """Yield the lookup of n-grams, their projection, and the gate into every stream."""
         c, n = self.config, self.steps.computed
-        engram = c.engram
+        engram, at = c.engram, self._in(layer, ENGRAM)
         if engram is None:
             return
         hc, width = c.hc_mult, c.hidden_size
         columns = engram.rows_per_token * engram.head_dim
-        row = self.weights(layer, "engram.embed.weight", "engram.embed.scale").nbytes / max(1, engram.rows(layer))
-        yield self._operator(
-            layer,
-            ENGRAM,
+        row = at.weights("engram.embed.weight", "engram.embed.scale").nbytes / max(1, engram.rows(layer))
+        yield at.operator(
             "n-gram lookup",
             read=n * engram.rows_per_token * row,
             written=n * columns * BF16_BYTES,
-            divided=WHOLE,
         )
-        wkv = self.weights(layer, "engram.wkv.weight")
-        yield self._product(layer, ENGRAM, "n-gram projection", n, columns, (hc + 1) * width, wkv, divided=WHOLE)
-        yield self._operator(
-            layer,
-            ENGRAM,
+        yield at.product("n-gram projection", n, columns, (hc + 1) * width, at.weights("engram.wkv.weight"))
+        yield at.operator(
             "n-gram gate",
             elementwise=n * hc * width * GATE_OPERATIONS,
-            weights=self.weights(layer, "engram.q_weight", "engram.k_weight"),
+            weights=at.weights("engram.q_weight", "engram.k_weight"),
             read=n * (2 * hc + 1) * width * BF16_BYTES,
             written=n * hc * width * BF16_BYTES,
-            divided=WHOLE,
         )
 
     def _head(self, layer: int | None, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
         """Yield what collapses the streams, and the output matrix, for the positions that get logits."""
         c = self.config
-        sublayer = DRAFT if is_draft else HEAD
+        at = self._in(layer, HEAD, is_draft=is_draft)
         n = self.steps.heads * self.steps.sequences if tokens is None else tokens
         hc, width = c.hc_mult, c.hidden_size
         runs = np.minimum(n, 1)  # the matrix is read in steps that need it
         if c.version is Version.V4:
-            weights = self.weights(layer, "hc_head_fn", "hc_head_base", "hc_head_scale", is_draft=is_draft)
-            yield self._product(
-                layer, sublayer, "head mixing", n, hc * width, hc, runs * weights, divided=WHOLE, out_bytes=F32_BYTES,
-                arithmetic="full",
-            )  # fmt: skip
-        yield self._operator(
-            layer,
-            sublayer,
+            weights = at.weights("hc_head_fn", "hc_head_base", "hc_head_scale")
+            yield at.product("head mixing", n, hc * width, hc, runs * weights, out_bytes=F32_BYTES, arithmetic="full")
+        yield at.operator(
             "head collapse and norm",
             flops=2 * n * hc * width,
-            weights=runs * self.weights(layer, "norm.weight", is_draft=is_draft),
+            weights=runs * at.weights("norm.weight"),
             read=n * hc * width * BF16_BYTES,
             written=n * width * BF16_BYTES,
-            divided=WHOLE,
             arithmetic="full",
         )
-        yield self._product(
-            None,
-            sublayer,
+        yield at._replace(layer=None).product(
             "head",
             n,
             width,
@@ -747,6 +672,7 @@ class Costs:
             runs * self.weights(None, "head.weight"),
             out_bytes=F32_BYTES,
             arithmetic="full",
+            divided=BY_RANK,
         )
 
     # ---- drafts ---------------------------------------------------------------------------------------
@@ -769,13 +695,9 @@ class Costs:
     def _mtp(self) -> Iterator[Operator]:
         """Yield what the MTP layer computes in the steps, after the trunk."""
         c, steps = self.config, self.steps
-        n, width = steps.computed, c.hidden_size
-
-        def weights(*names: str) -> Held:
-            return self.weights(0, *(f"{name}.weight" for name in names), is_draft=True)
-
-        yield self._product(0, DRAFT, "e_proj", n, width, width, weights("e_proj", "enorm"), divided=WHOLE)
-        yield self._product(0, DRAFT, "h_proj", n * c.hc_mult, width, width, weights("h_proj", "hnorm"), divided=WHOLE)
+        n, width, at = steps.computed, c.hidden_size, self._in(0, DRAFT, is_draft=True)
+        yield at.product("e_proj", n, width, width, at.weights("e_proj.weight", "enorm.weight"))
+        yield at.product("h_proj", n * c.hc_mult, width, width, at.weights("h_proj.weight", "hnorm.weight"))
         yield from self._hyper(0, "attn", is_draft=True)
         yield from self._projections(0, n, is_draft=True)
         rows = steps.sequences * np.minimum(steps.after, c.sliding_window - 1 + steps.tokens)
@@ -793,8 +715,9 @@ class Costs:
         block = int(c.flat.get("dspark_block_size", 1))
         n = steps.sequences * block
         targets = len(c.flat.get("dspark_target_layer_ids", (0, 0, 0)))
-        weights = self.weights(0, "main_proj.weight", "main_norm.weight", is_draft=True)
-        yield self._product(0, DRAFT, "main_proj", seen, targets * width, width, weights, divided=WHOLE)
+        first, last = (self._in(stage, DRAFT, is_draft=True) for stage in (0, stages - 1))
+        weights = first.weights("main_proj.weight", "main_norm.weight")
+        yield first.product("main_proj", seen, targets * width, width, weights)
         for stage in range(stages):
             yield self._key(stage, seen, is_draft=True)
         for stage in range(stages):
@@ -806,27 +729,20 @@ class Costs:
             yield from self._output(stage, n, is_draft=True)
             yield from self._hyper(stage, "ffn", is_draft=True, tokens=n)
             yield from self._experts(stage, is_draft=True, tokens=n)
-        last = stages - 1
-        yield from self._head(last, tokens=n, is_draft=True)
+        yield from self._head(stages - 1, tokens=n, is_draft=True)
         rank = int(c.flat.get("dspark_markov_rank", 0))
         tables = [("embed", "markov_w1"), ("head", "markov_w2")]
-        lookup, matrix = (
-            self.weights(last, *(f"markov_head.{name}.weight" for name in names), is_draft=True) for names in tables
-        )
-        yield self._operator(
-            last,
-            DRAFT,
+        lookup, matrix = (last.weights(*(f"markov_head.{name}.weight" for name in names)) for names in tables)
+        yield last.operator(
             "Markov head",
             flops=2 * n * rank * c.vocab_size,
             weights=block * matrix,  # one guess after the other
             read=n * lookup.nbytes / c.vocab_size,
             written=n * c.vocab_size * F32_BYTES,
+            divided=BY_RANK,
         )
-        confidence = self.weights(last, "confidence_head.proj.weight", is_draft=True)
-        yield self._product(
-            last, DRAFT, "confidence", n, width + rank, 1, confidence, divided=WHOLE, out_bytes=F32_BYTES,
-            arithmetic="full",
-        )  # fmt: skip
+        confidence = last.weights("confidence_head.proj.weight")
+        yield last.product("confidence", n, width + rank, 1, confidence, out_bytes=F32_BYTES, arithmetic="full")
 
 
 # Bytes of the number of an entry or an expert.

@@ -73,13 +73,9 @@ class Times:
 
     def as_json(self) -> dict[str, Any]:
         """Return the times as plain JSON values."""
-        return {
-            "hardware": self.hardware.as_json(),
-            "devices": self.devices,
-            "prefill": self.prefill.as_json(),
-            "decode": self.decode.as_json(),
-            "draft": None if self.draft is None else self.draft.as_json(),
-        }
+        phases = {"prefill": self.prefill, "decode": self.decode, "draft": self.draft}
+        said = {name: None if phase is None else phase.as_json() for name, phase in phases.items()}
+        return {"hardware": self.hardware.as_json(), "devices": self.devices, **said}
 
 
 @dataclass(frozen=True)
@@ -134,10 +130,7 @@ class Estimate:
             "activations": {
                 "tokens": self.chunk,
                 "bytes": peak_bytes(self.activations),
-                "parts": [
-                    {"sublayer": array.sublayer, "name": array.name, "bytes": array.nbytes}
-                    for array in self.activations
-                ],
+                "parts": [{"sublayer": a.sublayer, "name": a.name, "bytes": a.nbytes} for a in self.activations],
             },
             "device": self.need.as_json(),
             "prefill": self.prefill.as_json(),
@@ -300,13 +293,8 @@ def _run(question: Question, subject: Subject, form: Form) -> Run:
 
 def _times(phases: tuple[Phase, Phase, Phase | None], config: ModelConfig, machine: Machine) -> Times:
     prefill, decode, draft = phases
-    return Times(
-        machine.hardware,
-        machine.mp,
-        timed(prefill, config, machine),
-        timed(decode, config, machine),
-        None if draft is None else timed(draft, config, machine),
-    )
+    drafted = None if draft is None else timed(draft, config, machine)
+    return Times(machine.hardware, machine.mp, timed(prefill, config, machine), timed(decode, config, machine), drafted)
 
 
 def _tried(question: Question, subject: Subject, recipes: tuple[GgufSize, ...]) -> tuple[Option, ...]:

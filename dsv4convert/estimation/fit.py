@@ -45,14 +45,8 @@ class Option:
 
     def as_json(self) -> dict[str, Any]:
         """Return the form as plain JSON values."""
-        return {
-            "name": self.name,
-            "mp": self.mp,
-            "o_proj_tp": self.o_proj_tp,
-            "is_gguf": self.is_gguf,
-            "recipe": self.recipe,
-            "device": self.need.as_json(),
-        }
+        said = {key: getattr(self, key) for key in ("name", "mp", "o_proj_tp", "is_gguf", "recipe")}
+        return {**said, "device": self.need.as_json()}
 
 
 def options(

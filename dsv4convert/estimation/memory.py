@@ -99,7 +99,7 @@ def activations(config: ModelConfig, tokens: int, context: int, batch: int, mp: 
     c, t = config, tokens
     heads, index_heads, groups = -(-c.num_attention_heads // mp), -(-c.index_n_heads // mp), -(-c.o_groups // mp)
     routed = -(-t * c.num_experts_per_tok // mp)
-    width = c.moe_intermediate_size
+    width, shared = c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts
     ratios = {ratio for ratio in c.compress_ratios[: c.num_hidden_layers] if ratio}
     indexed = [ratio for ratio in ratios if ratio == OVERLAPPING_RATIO or c.version is Version.V41]
     entries = max((context // ratio for ratio in indexed), default=0)
@@ -116,9 +116,7 @@ def activations(config: ModelConfig, tokens: int, context: int, batch: int, mp: 
         Activation(ATTENTION, "indexer's scores", min(t * entries * F32_BYTES, MAX_SCORE_BYTES)),
         Activation(EXPERTS, "routed inputs and outputs", 2 * routed * c.hidden_size * BF16_BYTES),
         Activation(EXPERTS, "gate, up and product of routed experts", 3 * routed * width * BF16_BYTES),
-        Activation(
-            EXPERTS, "gate, up and product of the shared expert", 3 * t * width * c.n_shared_experts * BF16_BYTES
-        ),
+        Activation(EXPERTS, "gate, up and product of the shared expert", 3 * t * shared * BF16_BYTES),
         Activation(HEAD, "logits", batch * -(-c.vocab_size // mp) * F32_BYTES),
     )
 
@@ -159,16 +157,8 @@ class Need:
 
     def as_json(self) -> dict[str, Any]:
         """Return the need as plain JSON values."""
-        return {
-            "weights": self.weights,
-            "caches": self.caches,
-            "activations": self.activations,
-            "total": self.total,
-            "memory": self.memory,
-            "free": self.free,
-            "fits": self.fits,
-            "longest_context": self.longest_context,
-        }
+        keys = ("weights", "caches", "activations", "total", "memory", "free", "fits", "longest_context")
+        return {key: getattr(self, key) for key in keys}
 
 
 class Load(NamedTuple):

@@ -58,19 +58,12 @@ def _checked(values: Any, layer: int, config: ModelConfig, path: Path) -> Sequen
     """Return the counts of a layer's experts: as many as it has, none negative, and not all zero."""
     experts = config.n_routed_experts
     if not isinstance(values, list) or len(values) != experts:
-        raise FileFormatError(
-            f"layer {layer}: not a list of counts",
-            where=path,
-            expected=f"{experts} counts",
-            got=len(values) if isinstance(values, list) else type(values).__name__,
-        )
+        got = len(values) if isinstance(values, list) else type(values).__name__
+        raise FileFormatError(f"layer {layer}: not a list of counts", where=path, expected=f"{experts} counts", got=got)
     if (
         any(isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n <= MAX_COUNT for n in values)
         or sum(values) <= 0
     ):
-        raise FileFormatError(
-            f"layer {layer}: counts of experts",
-            where=path,
-            expected=f"numbers from 0 to {MAX_COUNT:.0e}, not all 0",
-        )
+        expected = f"numbers from 0 to {MAX_COUNT:.0e}, not all 0"
+        raise FileFormatError(f"layer {layer}: counts of experts", where=path, expected=expected)
     return values

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoint.folder import BY_INDEX, Checkpoint, open_folder, resolve
-from ..checkpoint.shards import ShardedWeight, is_shard_folder, open_shards
+from ..checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.gguf import is_gguf, open_gguf
@@ -96,25 +96,14 @@ def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True
     if is_file(path) and path.suffix == ".safetensors":
         path = path.parent
     if is_shard_folder(path):
-        return _of_shards(path)
+        return _of_opened(path, SHARDS, open_shards(path))
     has_weights = is_folder(path) and any(path.glob("*.safetensors"))
     if is_gguf(path) and not has_weights:
         return _of_gguf(path)
     if is_folder(path) and is_file(path / CONFIG_NAME) and not has_weights:
         return _of_config(path / CONFIG_NAME, load_config(path))
     if is_folder(path):
-        checkpoint = open_folder(path, draft_wanted=draft_wanted, index=index)
-        return Subject(
-            path,
-            FOLDER,
-            checkpoint.config,
-            checkpoint.draft,
-            checkpoint.n_draft,
-            parts_of(checkpoint.weights.values()),
-            checkpoint,
-            files={file.name: size_of(file) for file in checkpoint.files},
-            notes=checkpoint.notes,
-        )
+        return _of_opened(path, FOLDER, open_folder(path, draft_wanted=draft_wanted, index=index))
     raise InputMissingError(
         "neither a checkpoint, a GGUF nor a config",
         where=path,
@@ -122,19 +111,26 @@ def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True
     )
 
 
-def _of_config(path: Path, config: ModelConfig) -> Subject:
-    """Return a model of which only the config is there: weights are taken to be stored as published."""
-    checkpoint = published_checkpoint(path, config)
+def _of_opened(path: Path, kind: str, opened: Checkpoint | ShardCheckpoint) -> Subject:
+    """Return the model of a folder or of shards that are opened."""
     return Subject(
         path,
-        CONFIG,
-        checkpoint.config,
-        checkpoint.draft,
-        checkpoint.n_draft,
-        parts_of(checkpoint.weights.values()),
-        checkpoint,
-        notes=("a config alone: every weight is taken to be stored as the published checkpoints store it",),
+        kind,
+        opened.config,
+        opened.draft,
+        opened.n_draft,
+        parts_of(opened.weights.values()),
+        opened if isinstance(opened, Checkpoint) else None,
+        None if isinstance(opened, Checkpoint) else opened.mp,
+        {} if kind == CONFIG else {file.name: size_of(file) for file in opened.files},
+        opened.notes,
     )
+
+
+def _of_config(path: Path, config: ModelConfig) -> Subject:
+    """Return a model of which only the config is there: weights are taken to be stored as published."""
+    note = "a config alone: every weight is taken to be stored as the published checkpoints store it"
+    return replace(_of_opened(path, CONFIG, published_checkpoint(path, config)), notes=(note,))
 
 
 def published_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
@@ -149,21 +145,6 @@ def published_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
         config = replace(config, flat={**config.flat, "expert_dtype": inner})
     stored = {t.name: Stored(path, t.dtype, t.shape, 0, t.nbytes) for t in synth_tensors(config)}
     return resolve(path.parent, config, stored, (path,))
-
-
-def _of_shards(path: Path) -> Subject:
-    shards = open_shards(path)
-    return Subject(
-        path,
-        SHARDS,
-        shards.config,
-        shards.draft,
-        shards.n_draft,
-        parts_of(shards.weights.values()),
-        mp=shards.mp,
-        files={file.name: size_of(file) for file in shards.files},
-        notes=shards.notes,
-    )
 
 
 def _of_gguf(path: Path) -> Subject:
@@ -181,15 +162,8 @@ def _of_gguf(path: Path) -> Subject:
             got=config.num_hidden_layers - len(absent),
             hint="pass the file of the model, not that of its draft",
         )
-    return Subject(
-        path,
-        GGUF,
-        config,
-        Draft.MTP if n_draft else Draft.NONE,
-        n_draft,
-        parts,
-        files={part.path.name: part.nbytes for part in model.parts},
-    )
+    files = {part.path.name: part.nbytes for part in model.parts}
+    return Subject(path, GGUF, config, Draft.MTP if n_draft else Draft.NONE, n_draft, parts, files=files)
 
 
 def parts_of(weights: Iterable[Weight | ShardedWeight]) -> tuple[Part, ...]:
@@ -219,12 +193,7 @@ def gguf_parts(
     ``first_draft`` is the block of the first draft layer, None without any.
     """
     rows = official_rows(architecture)
-    return tuple(_gguf_parts(rows, tensors, first_draft))
-
-
-def _gguf_parts(
-    rows: Mapping[str, str], tensors: Iterable[tuple[str, str, tuple[int, ...], int]], first_draft: int | None
-) -> Iterator[Part]:
+    parts: list[Part] = []
     for name, kind, shape, nbytes in tensors:
         block = _BLOCK.match(name)
         layer = None if block is None else int(block[1])
@@ -233,4 +202,5 @@ def _gguf_parts(
         family = gguf_family(name, rows, first_draft) or "other"
         own = _LAYER_ZERO.sub("", _EXPERT.sub(".experts.", official))
         number = layer - first_draft if is_draft and layer is not None and first_draft is not None else layer
-        yield Part(own, number, is_draft, family, kind, 1, math.prod(shape), nbytes)
+        parts.append(Part(own, number, is_draft, family, kind, 1, math.prod(shape), nbytes))
+    return tuple(parts)

@@ -84,12 +84,7 @@ class GgufSize:
 
     def as_json(self) -> dict[str, Any]:
         """Return the sizes as plain JSON values."""
-        return {
-            "recipe": self.recipe,
-            "bytes": self.nbytes,
-            "types": dict(self.types),
-            "files": dict(self.files),
-        }
+        return {"recipe": self.recipe, "bytes": self.nbytes, "types": dict(self.types), "files": dict(self.files)}
 
 
 def needs_checkpoint(subject: Subject, option: str) -> Checkpoint:

@@ -124,11 +124,8 @@ def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
     values[TILE] = _number(table.pop(TILE, DEFAULT_TILE), TILE, MAX_TILE, where)
     decoded = _decoded(table.pop(DECODED, {}), where)
     for key in table:
-        raise FileFormatError(
-            f"unknown key {key!r}",
-            where=where,
-            expected=", ".join(("description", "kind", "memory", *RATES, *SECONDS, *SHARES, TILE, DECODED)),
-        )
+        known = ", ".join(("description", "kind", "memory", *RATES, *SECONDS, *SHARES, TILE, DECODED))
+        raise FileFormatError(f"unknown key {key!r}", where=where, expected=known)
     return Hardware(name, description, kind, memory, **values, decoded=decoded)
 
 

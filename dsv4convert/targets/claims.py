@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
@@ -10,20 +10,28 @@ from ..errors import InventoryError
 from ..plan import Dropped
 
 
+def dropped_unused(checkpoint: Checkpoint) -> list[Dropped]:
+    """Return what no reader of a checkpoint knows as left out."""
+    return [
+        Dropped(some(unused.names, 1), unused.reason, len(unused.names), unused.nbytes) for unused in checkpoint.unused
+    ]
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """Return names in a line, and that there are more than ``most`` of them.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b, …'
+    """
+    return ", ".join([*names[:most], *(["…"] if names[most:] else [])])
+
+
 class Claims:
     """Keeps the rule that every source weight is converted or dropped with a reason, and none forgotten."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._open = dict(checkpoint.weights)
-        self._dropped: list[Dropped] = [
-            Dropped(
-                unused.names[0] + ("" if len(unused.names) == 1 else ", …"),
-                unused.reason,
-                len(unused.names),
-                unused.nbytes,
-            )
-            for unused in checkpoint.unused
-        ]
+        self._dropped = dropped_unused(checkpoint)
 
     def take(self, weight: Weight) -> Weight:
         """Claim a weight for an output tensor.
@@ -49,8 +57,6 @@ class Claims:
             InventoryError: a weight is neither converted nor dropped.
         """
         if self._open:
-            raise InventoryError(
-                f"tensor {next(iter(self._open))}: no output tensor takes it",
-                got=f"{len(self._open)} such weights",
-            )
+            name = next(iter(self._open))
+            raise InventoryError(f"tensor {name}: no output tensor takes it", got=f"{len(self._open)} such weights")
         return tuple(self._dropped)

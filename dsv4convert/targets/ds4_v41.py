@@ -29,21 +29,12 @@ NAMES = {
     "engram_wkv.weight": "engram_kv.weight",
 }
 # Keys of the text model that are floats, however config.json spells them.
-FLOAT_KEYS = frozenset(
-    {
-        "attention_dropout",
-        "compress_rope_theta",
-        "hc_eps",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_scaling.beta_fast",
-        "rope_scaling.beta_slow",
-        "rope_scaling.factor",
-        "rope_theta",
-        "routed_scaling_factor",
-        "swiglu_limit",
-    }
-)
+FLOAT_KEYS = frozenset((
+    "attention_dropout", "compress_rope_theta", "hc_eps", "initializer_range", "rms_norm_eps", "rope_scaling.beta_fast",
+    "rope_scaling.beta_slow", "rope_scaling.factor", "rope_theta", "routed_scaling_factor", "swiglu_limit",
+))  # fmt: skip
+# The types of all other values; numbers that are not listed are whole.
+PLAIN_TYPES = {bool: BOOL, list: ARRAY, str: STRING, float: F32}
 LEFT_OUT = ("model_type", "dtype", "torch_dtype")
 
 
@@ -107,14 +98,7 @@ def _entries(values: Mapping[str, Any], prefix: str) -> list[Entry]:
             continue
         if isinstance(value, Mapping):
             entries += _entries(value, f"{name}.")
-        elif isinstance(value, bool):
-            entries.append((name, BOOL, value, None))
-        elif isinstance(value, list):
-            entries.append((name, ARRAY, value, U32))
-        elif isinstance(value, str):
-            entries.append((name, STRING, value, None))
-        elif name in FLOAT_KEYS or isinstance(value, float):
-            entries.append((name, F32, value, None))
         else:
-            entries.append((name, U32, value, None))
+            kind = PLAIN_TYPES.get(type(value), F32 if name in FLOAT_KEYS else U32)
+            entries.append((name, kind, value, U32 if kind == ARRAY else None))
     return entries

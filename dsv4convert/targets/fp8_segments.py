@@ -27,7 +27,7 @@ from ..plan import (
     ToFp8Codes,
     ToFp8Scales,
 )
-from .segments import SOURCES, operands, scale_operand
+from .segments import SOURCES, operands, scale_operand, shared
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
@@ -95,7 +95,7 @@ class _CodeSegments(_SegmentsOf):
         packed = columns // CODES_PER_BYTE
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
         scales = scale_operand(source.scale, first, rows_per=height, rows_together=height)
-        return Segment(codes_operation(source.side), (weights, scales), count, columns)
+        return Segment(shared(Fp4ToFp8Codes(source.side)), (weights, scales), count, columns)
 
 
 class _ScaleSegments(_SegmentsOf):
@@ -111,12 +111,6 @@ class _ScaleSegments(_SegmentsOf):
         scales = scale_operand(source.scale, first, rows_together=height)
         columns = fp8_scale_shape(source.shape, source.side)[1]
         return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // height, columns)
-
-
-@lru_cache
-def codes_operation(side: int) -> Fp4ToFp8Codes:
-    """Return the operation for blocks of ``side``, one object for all segments."""
-    return Fp4ToFp8Codes(side)
 
 
 def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], Sequence[Segment]]:

@@ -42,36 +42,14 @@ QUANTIZATION_VERSION = 2
 
 # general.file_type by the type of most weights (llama.cpp's LlamaFileType), with its name in file names.
 # Almost all parameters of these models are in the routed experts, so their type decides.
-FILE_TYPES: dict[str, tuple[int, str]] = {
-    "f32": (0, "F32"),
-    "f16": (1, "F16"),
-    "q8_0": (7, "Q8_0"),
-    "bf16": (32, "BF16"),
-    "mxfp4": (38, "MXFP4_MOE"),
-    "q4_0": (2, "Q4_0"),
-    "q4_1": (3, "Q4_1"),
-    "q5_0": (8, "Q5_0"),
-    "q5_1": (9, "Q5_1"),
-    "q2_k": (10, "Q2_K"),
-    "q3_k": (12, "Q3_K_M"),
-    "q4_k": (15, "Q4_K_M"),
-    "q5_k": (17, "Q5_K_M"),
-    "q6_k": (18, "Q6_K"),
-    "iq2_xxs": (19, "IQ2_XXS"),
-    "iq2_xs": (20, "IQ2_XS"),
-    "iq3_xxs": (23, "IQ3_XXS"),
-    "iq1_s": (24, "IQ1_S"),
-    "iq4_nl": (25, "IQ4_NL"),
-    "iq3_s": (26, "IQ3_S"),
-    "iq2_s": (28, "IQ2_S"),
-    "iq4_xs": (30, "IQ4_XS"),
-    "iq1_m": (31, "IQ1_M"),
-    "tq1_0": (36, "TQ1_0"),
-    "tq2_0": (37, "TQ2_0"),
-    "nvfp4": (39, "NVFP4"),
-    "q1_0": (40, "Q1_0"),
-    "q2_0": (41, "Q2_0"),
-}
+FILE_NUMBERS = {
+    "f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "mxfp4": 38, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10,
+    "q3_k": 12, "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq1_s": 24,
+    "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28, "iq4_xs": 30, "iq1_m": 31, "tq1_0": 36, "tq2_0": 37, "nvfp4": 39,
+    "q1_0": 40, "q2_0": 41,
+}  # fmt: skip
+OTHER_FILE_NAMES = {"mxfp4": "MXFP4_MOE", "q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M"}
+FILE_TYPES = {kind: (number, OTHER_FILE_NAMES.get(kind, kind.upper())) for kind, number in FILE_NUMBERS.items()}
 
 
 @dataclass(frozen=True)
@@ -208,11 +186,8 @@ def model_keys(
     """
     if config.version is Version.V4:
         return [*_config_keys(config, architecture, block_count, (*KEYS, NEXTN_KEY) if mtp else KEYS)]
-    return [
-        *_config_keys(config, architecture, block_count, COMMON_KEYS),
-        *_engram_keys(config, architecture, engram, engram_encoding),
-        *_config_keys(config, architecture, block_count, ROLE_KEYS),
-    ]
+    common, roles = (_config_keys(config, architecture, block_count, keys) for keys in (COMMON_KEYS, ROLE_KEYS))
+    return [*common, *_engram_keys(config, architecture, engram, engram_encoding), *roles]
 
 
 def dspark_keys(config: ModelConfig) -> list[KeyValue]:
@@ -471,14 +446,7 @@ def _engram_keys(
 
 
 # What the roles of special tokens are called in keys ("seperator" is how the key is spelled).
-_ROLE_KEYS = {
-    "bos": "bos",
-    "eos": "eos",
-    "unk": "unknown",
-    "sep": "seperator",
-    "pad": "padding",
-    "mask": "mask",
-}
+_ROLE_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 _ADDED_ROLES = ("bos", "eos", "sep")
 MASK_TOKEN_KEY = "tokenizer.ggml.mask_token_id"
 

@@ -30,7 +30,7 @@ from .gguf_metadata import ParameterCounts, count_parameters
 from .gguf_types import Fallback, TypeChoice, TypeOptions, check_rules_used
 from .low_bit import LOW_BIT, LowBitMaker
 from .nvfp4_segments import moved_segments, second_scales
-from .recipes import OUTPUT_TYPES, load_recipe, tensor_type_rules
+from .recipes import OUTPUT_TYPES, TYPE_KEYS, Recipe, load_recipe, tensor_type_rules
 from .segments import (
     BF16,
     F16,
@@ -98,18 +98,14 @@ IGNORED_SECOND = (
 
 _QUANTISED = (Encoding.FP4, Encoding.NVFP4, Encoding.INT4, Encoding.FP8)
 _PLAIN_TYPES = {Encoding.BF16: BF16, Encoding.F16: F16, Encoding.F32: F32}
+_Q8_0_TYPES = {**_PLAIN_TYPES, **dict.fromkeys(_QUANTISED, Q8_0)}
 DIALECTS = {
     "llama.cpp": TensorDialect(
         name="llama.cpp",
         architecture=LLAMA_CPP,
         name_of=lambda row: row.gguf,
-        default_dense={**_PLAIN_TYPES, **dict.fromkeys(_QUANTISED, Q8_0)},
-        default_experts={
-            **_PLAIN_TYPES,
-            **dict.fromkeys(_QUANTISED, Q8_0),
-            Encoding.FP4: MXFP4,
-            Encoding.NVFP4: ELEMENT_TYPES[NVFP4],
-        },
+        default_dense=_Q8_0_TYPES,
+        default_experts={**_Q8_0_TYPES, Encoding.FP4: MXFP4, Encoding.NVFP4: ELEMENT_TYPES[NVFP4]},
         mtp_inline=False,
         grouped_wo_a=False,
     ),
@@ -323,9 +319,13 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
         )
     if draft_mode in (ONLY, SPLIT):
         if checkpoint.draft is Draft.DSPARK:
-            model, choice = _dspark_model(checkpoint, drafts, type_options, low_bit, engram, claims)
-            models.append(model)
-            choices.append(choice)
+            # Its stages are the blocks of a model without compressors and hash tables.
+            stages = checkpoint.n_draft
+            draft_config = checkpoint.config.of_draft(stages)
+            draft_types = _Types(DFLASH, type_options, draft_config, low_bit, engram)
+            tensors = _block_tensors(drafts, draft_types, claims, shift=0)
+            models.append(GgufModel(Kind.DSPARK, draft_config, stages, tuple(tensors), _experts_type(tensors)))
+            choices.append(draft_types.choice)
         else:
             shared = [w for w in trunk if w.name in SHARED_WITH_MTP]
             # The trunk's own file has claimed them where there is one.
@@ -373,7 +373,6 @@ def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect, fallback
     for tensor in tensors:
         allowed, kind = dialect.allowed(tensor.name), tensor.type.name
         if allowed and kind not in allowed:
-            is_expert = ds4.EXPERTS in tensor.name
             fallback = fallbacks.get(tensor.name)
             asked = kind if fallback is None else fallback.wanted.name
             if fallback is not None and fallback.wanted.name in allowed:
@@ -383,38 +382,16 @@ def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect, fallback
                     expected=" or ".join(filling) or f"rows of a multiple of {fallback.wanted.elements}",
                     hint="choose a type whose blocks fill the rows, or --dialect llama.cpp",
                 )
-            raise UsageError(
-                f"{'--experts' if is_expert else f'tensor {tensor.name}:'} {asked} is not supported by dialect "
-                f"{dialect.name}",
-                expected=" or ".join(allowed),
-                hint="--experts or --recipe chooses one"
-                if is_expert
-                else "leave out the option or recipe that says so",
-            )
+            subject, hint = f"tensor {tensor.name}:", "leave out the option or recipe that says so"
+            if ds4.EXPERTS in tensor.name:
+                subject, hint = "--experts", "--experts or --recipe chooses one"
+            what = f"{subject} {asked} is not supported by dialect {dialect.name}"
+            raise UsageError(what, expected=" or ".join(allowed), hint=hint)
         if allowed and (ds4.GATE in tensor.name or ds4.UP in tensor.name):
             other = experts.setdefault(tensor.name.replace(ds4.UP, ds4.GATE), kind)
             if kind != other:
-                raise UsageError(
-                    f"tensor {tensor.name}: dialect {dialect.name} wants gate and up experts in one type",
-                    expected=other,
-                    got=kind,
-                )
-
-
-def _dspark_model(
-    checkpoint: Checkpoint,
-    drafts: list[Weight],
-    options: TypeOptions,
-    low_bit: LowBitMaker,
-    engram: str,
-    claims: Claims,
-) -> tuple[GgufModel, TypeChoice]:
-    """Return the file of a DSpark draft: its stages are the blocks of a model without compressors and hash tables."""
-    stages = checkpoint.n_draft
-    config = checkpoint.config.of_draft(stages)
-    types = _Types(DFLASH, options, config, low_bit, engram)
-    tensors = _block_tensors(drafts, types, claims, shift=0)
-    return GgufModel(Kind.DSPARK, config, stages, tuple(tensors), _experts_type(tensors)), types.choice
+                what = f"tensor {tensor.name}: dialect {dialect.name} wants gate and up experts in one type"
+                raise UsageError(what, expected=other, got=kind)
 
 
 def _drop_reason(option: str, asked: str | None, dialect: TensorDialect) -> str:
@@ -458,12 +435,7 @@ class _Types:
     """Which element type and which shape a weight gets in one model."""
 
     def __init__(
-        self,
-        dialect: TensorDialect,
-        options: TypeOptions,
-        config: ModelConfig,
-        low_bit: LowBitMaker,
-        engram: str,
+        self, dialect: TensorDialect, options: TypeOptions, config: ModelConfig, low_bit: LowBitMaker, engram: str
     ) -> None:
         self.dialect = dialect
         self.engram = engram
@@ -515,20 +487,17 @@ def _experts_type(tensors: Iterable[TensorSpec]) -> str:
 
 
 def type_options_of(options: GgufOptions) -> TypeOptions:
-    """Return the choices about element types, the recipe read.
+    """Return the choices about element types: the recipe's, with the user's own over them.
 
     Raises:
-        UsageError, FileFormatError, InputMissingError: an option or the recipe is malformed.
+        UsageError, FileFormatError, InputMissingError: an option or the recipe is malformed, or ``pure`` has no type.
     """
-    return TypeOptions.of(
-        load_recipe(options.recipe) if options.recipe is not None else None,
-        dense=options.dense,
-        experts=options.experts,
-        output=options.output,
-        embedding=options.embedding,
-        pure=options.pure,
-        rules=tensor_type_rules(options.tensor_types),
-    )
+    base = Recipe("") if options.recipe is None else load_recipe(options.recipe)
+    rules = tensor_type_rules(options.tensor_types)
+    chosen = {key: getattr(options, key) or getattr(base, key) for key in TYPE_KEYS}
+    if options.pure and chosen["dense"] is None:
+        raise UsageError("--pure needs a type for every tensor", expected="--dense TYPE or a recipe with one")
+    return TypeOptions(**chosen, pure=options.pure, rules=(*base.rules, *rules), named=len(base.rules))
 
 
 def _block_tensors(weights: Sequence[Weight], types: _Types, claims: Claims | None, shift: int) -> list[TensorSpec]:

@@ -11,7 +11,8 @@ from ..checkpoint.weights import Encoding, Weight
 from ..errors import UsageError
 from ..formats.ggml_types import BY_NAME, GgmlType, fitting_type
 from ..model.tensors import Store
-from .recipes import Recipe, Rule
+from .claims import some
+from .recipes import Rule
 from .segments import BF16, F16, F32, I32, matrix_shape
 
 MAX_LISTED = 5
@@ -38,37 +39,6 @@ class TypeOptions:
     rules: tuple[Rule, ...] = ()
     named: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        recipe: Recipe | None,
-        *,
-        dense: str | None,
-        experts: str | None,
-        output: str | None,
-        embedding: str | None,
-        pure: bool,
-        rules: tuple[Rule, ...],
-    ) -> TypeOptions:
-        """Return a recipe's types with the user's own options over them.
-
-        Raises:
-            UsageError: ``pure`` without a type.
-        """
-        base = recipe or Recipe("")
-        chosen = cls(
-            dense or base.dense,
-            experts or base.experts,
-            output or base.output,
-            embedding or base.embedding,
-            pure,
-            (*base.rules, *rules),
-            len(base.rules),
-        )
-        if pure and chosen.dense is None:
-            raise UsageError("--pure needs a type for every tensor", expected="--dense TYPE or a recipe with one")
-        return chosen
-
 
 class Fallback(NamedTuple):
     """The type that a tensor gets because the blocks of the wanted one do not fill its rows."""
@@ -88,8 +58,7 @@ class TypeChoice:
     """The element types of one model's tensors, and what is worth telling about them.
 
     ``dense`` and ``experts`` are the dialect's types by the source's encoding, ``by_name`` those of tensors whose
-    name decides, ``n_layers`` counts the blocks that
-    a recipe's shares are of.
+    name decides, ``n_layers`` counts the blocks that a recipe's shares are of.
     """
 
     options: TypeOptions
@@ -126,19 +95,14 @@ class TypeChoice:
         if store is Store.TABLE:
             return I32
         own = self.by_name(name)
-        if (
-            own is not None
-            and not (name == EMBEDDING and options.embedding)
-            and not (name == OUTPUT and options.output)
-        ):
+        asked = {EMBEDDING: options.embedding, OUTPUT: options.output}.get(name)
+        if own is not None and not asked:
             return BY_NAME[own]
         # Norms, sinks, biases and everything of the hyper-connections keep full precision.
         if store is Store.F32 or len(weight.shape) == 1:
             return F32
-        if name == EMBEDDING and options.embedding:
-            return BY_NAME[options.embedding]
-        if name == OUTPUT and options.output:
-            return BY_NAME[options.output]
+        if asked:
+            return BY_NAME[asked]
         dense = BY_NAME[options.dense] if options.dense else None
         if store is Store.DENSE:
             return dense or self.dense[weight.encoding]
@@ -161,7 +125,7 @@ class TypeChoice:
         if len(self.fallbacks) > MAX_LISTED:
             notes.append(f"{len(self.fallbacks) - MAX_LISTED} more tensors have such rows")
         if self.overridden:
-            names = ", ".join([*self.overridden[:MAX_LISTED], *(["…"] if self.overridden[MAX_LISTED:] else [])])
+            names = some(self.overridden, MAX_LISTED)
             notes.append(f"{len(self.overridden)} protected tensors do not keep their precision, as asked: {names}")
         return notes
 

@@ -15,7 +15,7 @@ from ..errors import InventoryError
 from ..model.config_v41 import TEXT
 from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
 from ..plan import Dropped, OutputFile, OutputTensor
-from .claims import Claims
+from .claims import Claims, some
 from .fp8_segments import FP8_BLOCKS, fp4_to_fp8_segments, fp8_scale_shape
 from .output_config import QUANTIZATION_KEYS, VISION_KEY_PREFIX
 from .safetensors_files import safetensors_file, safetensors_index, unplaced_tensor, whole_file
@@ -80,8 +80,7 @@ def dequantized_tensors(
 
 def kinds_of(weights: Iterable[Weight]) -> str:
     """Return which kinds of tensors there are, for a summary."""
-    kinds = list(dict.fromkeys(weight.row.name for weight in weights))
-    return ", ".join(kinds[:MAX_NAMED] + ["…"] * (len(kinds) > MAX_NAMED))
+    return some(list(dict.fromkeys(weight.row.name for weight in weights)), MAX_NAMED)
 
 
 def transformers_name(weight: Weight) -> str | None:

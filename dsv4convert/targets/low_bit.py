@@ -16,6 +16,7 @@ from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..formats.int4 import PER_WORD
 from ..plan import ALL_ROWS, Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
+from .claims import some
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
 LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
@@ -131,13 +132,14 @@ class LowBitMaker:
         """Return what of the importance matrix was not used, and what it did not have."""
         notes = []
         if self.missing:
-            notes.append(
-                f"no importance for {len(self.missing)} tensors, whose columns count alike: {_some(self.missing)}"
-            )
+            names = some(self.missing, MAX_NAMED)
+            notes.append(f"no importance for {len(self.missing)} tensors, whose columns count alike: {names}")
         if self.imatrix is not None:
             unused = [name for name in self.imatrix.entries if name not in self.used]
             if unused:
-                notes.append(f"{len(unused)} entries of {self.imatrix.path.name} were not needed: {_some(unused)}")
+                notes.append(
+                    f"{len(unused)} entries of {self.imatrix.path.name} were not needed: {some(unused, MAX_NAMED)}"
+                )
         return tuple(notes)
 
 
@@ -151,10 +153,6 @@ class SizesOnly(LowBitMaker):
 
 
 _OTHER_TYPE = "or choose another type for it with --tensor-type"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:MAX_NAMED], *(["…"] if names[MAX_NAMED:] else [])])
 
 
 def _in_one_row(operand: Operand, rows: int) -> Operand:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ..errors import UnsupportedError, UsageError, check_choice, not_read
 from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
+from .claims import dropped_unused
 from .companions import auxiliary_files, check_apart
 from .drafts import DROP, KEEP, choose_draft
 from .hf_folder import NAMES, NO_MODULE, NUMBERED_NAME, json_file, kinds_of, transformers_name
@@ -103,13 +104,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
             *beside,
         ),
         dropped=tuple(left_out),
-        options={
-            "reindex": mends.reindex,
-            "drop_draft": mends.drop_draft,
-            "graft_draft": mends.graft_draft is not None,
-            "prune_config": mends.prune_config,
-            "rename": mends.rename,
-        },
+        options={**asdict(mends), "graft_draft": mends.graft_draft is not None},
         source_bytes=checkpoint.nbytes,
         notes=(*checkpoint.notes, *_not_taken_over(source, checkpoint.files, beside)),
     )
@@ -135,12 +130,7 @@ def _open(source: Path, mends: Mends, *, strict: bool) -> tuple[Checkpoint, Mapp
         index=BY_HEADERS if mends.reindex else BY_INDEX,
         draft_from=mends.graft_draft,
     )
-    left_out = [
-        Dropped(
-            unused.names[0] + ("" if len(unused.names) == 1 else ", …"), unused.reason, len(unused.names), unused.nbytes
-        )
-        for unused in checkpoint.unused
-    ]
+    left_out = dropped_unused(checkpoint)
     checkpoint, config, dropped = choose_draft(checkpoint, DROP if without_draft else KEEP)
     left_out += [Dropped(entry.what, DROP_REASON, entry.count, entry.nbytes) for entry in dropped]
     if checkpoint.is_packed:

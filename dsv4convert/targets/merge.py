@@ -88,15 +88,8 @@ def plan_of_merged(source: Path, out: Path) -> Plan | None:
 def _plan(model: GgufModelFile, place: tuple[Path, str], source: Path, consumes: tuple[tuple[Path, int], ...]) -> Plan:
     alignment = model.parts[0].alignment
     tensors = [
-        OutputTensor(
-            tensor.name,
-            tensor.type,
-            tensor.shape,
-            0,
-            tensor.nbytes,
-            CopySegments(tensor.file, tensor.offset, tensor.nbytes),
-        )
-        for tensor in model.tensors.values()
+        OutputTensor(t.name, t.type, t.shape, 0, t.nbytes, CopySegments(t.file, t.offset, t.nbytes))
+        for t in model.tensors.values()
     ]
     folder, name = place
     return Plan(

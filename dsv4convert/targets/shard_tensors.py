@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
@@ -78,6 +79,12 @@ class ShardCosts:
         """Return the bytes that all ranks together hold because of that, beside the first copy."""
         return self.replicated_bytes * (self.mp - 1)
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the costs as plain JSON values."""
+        sizes = {key: getattr(self, key) for key in ("replicated_bytes", "extra_bytes")}
+        ranks = {str(rank): size for rank, size in self.rank_bytes.items()}
+        return {"mp": self.mp, "rank_bytes": ranks, "replicated": dict(self.replicated), **sizes}
+
 
 def join_costs(parts: Sequence[ShardCosts]) -> ShardCosts:
     """Return what the division of the parts of one model costs together."""
@@ -131,13 +138,8 @@ def shard_files(
             tensors[rank] += _rank_tensors(weight, rank % parts.mp, parts, side)
     # Popped, so that the tensors without offsets go as those with offsets come.
     files = tuple(safetensors_file(shard_name(rank, mp), tensors.pop(rank)) for rank in ranks)
-    costs = ShardCosts(
-        mp,
-        {rank: file.nbytes for rank, file in zip(ranks, files, strict=True)},
-        dict(replicated.most_common()),
-        checkpoint.nbytes,
-    )
-    return files, claims.close(), costs
+    sizes = {rank: file.nbytes for rank, file in zip(ranks, files, strict=True)}
+    return files, claims.close(), ShardCosts(mp, sizes, dict(replicated.most_common()), checkpoint.nbytes)
 
 
 def kind_of(row: Row) -> str:

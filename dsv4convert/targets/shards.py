@@ -45,9 +45,7 @@ class ShardSummary(Summary):
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary as plain JSON values."""
-        values = super().as_json()
-        values["costs"] = costs_as_json(self.costs)
-        return values
+        return {**super().as_json(), "costs": self.costs.as_json()}
 
 
 class ShardPlan(NamedTuple):
@@ -129,17 +127,6 @@ def plan_unshard(
         source_bytes=shards.nbytes,
         notes=(*shards.notes, *found, *notes, *_missing_tokenizer(source)),
     )
-
-
-def costs_as_json(costs: ShardCosts) -> dict[str, Any]:
-    """Return the costs as plain JSON values."""
-    return {
-        "mp": costs.mp,
-        "rank_bytes": {str(rank): size for rank, size in costs.rank_bytes.items()},
-        "replicated": dict(costs.replicated),
-        "replicated_bytes": costs.replicated_bytes,
-        "extra_bytes": costs.extra_bytes,
-    }
 
 
 def _shard_config(checkpoint: Checkpoint, config: Mapping[str, Any], options: ShardOptions) -> OutputFile:

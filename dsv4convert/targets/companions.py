@@ -1,20 +1,47 @@
-"""Files that accompany the weights: tokenizer, generation settings, licence."""
+"""What plans of folders have in common: a place apart from the source, and the files that accompany the weights."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.shards import ShardCheckpoint
 from ..containers.folder_names import AUXILIARY_FILES
 from ..containers.untrusted import read_whole
 from ..engine.outputs import PARTIAL_SUFFIX, REPLACED_SUFFIX
 from ..errors import FileFormatError, UsageError
-from ..plan import OutputFile
+from ..plan import Dropped, OutputFile, Plan
 from .safetensors_files import whole_file
 
 # Together; the published ones are 7 MB. They are held in memory with the plan.
 MAX_AUXILIARY_BYTES = 64 * 2**20
+OTHER_FOLDER = "choose another output folder"
+
+
+def folder_plan(
+    target: str,
+    source: Checkpoint | ShardCheckpoint,
+    out: Path,
+    files: Iterable[OutputFile],
+    dropped: Iterable[Dropped],
+    options: Mapping[str, Any],
+    notes: Iterable[str] = (),
+) -> Plan:
+    """Return the plan of the folder ``out`` made of ``source``, with notes besides the source's own."""
+    return Plan(
+        target,
+        source.folder,
+        out,
+        True,
+        tuple(files),
+        tuple(dropped),
+        options,
+        source.nbytes,
+        (*source.notes, *notes),
+    )
 
 
 def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
@@ -32,13 +59,9 @@ def check_apart(folder: Path, files: Sequence[Path], out: Path) -> Path:
         target = _real(absolute.with_name(absolute.name + suffix))
         for path in (source, *map(_real, files)):
             if target == path or target in path.parents:
-                raise UsageError(
-                    "the source lies inside the output", where=out, got=path, hint="choose another output folder"
-                )
+                raise UsageError("the source lies inside the output", where=out, got=path, hint=OTHER_FOLDER)
         if source in target.parents:
-            raise UsageError(
-                "the output lies inside the source", where=out, got=source, hint="choose another output folder"
-            )
+            raise UsageError("the output lies inside the source", where=out, got=source, hint=OTHER_FOLDER)
     return out if out.name == absolute.name else absolute
 
 

@@ -8,16 +8,9 @@ from ..checkpoint.folder import BY_INDEX
 from ..errors import UnsupportedError, UsageError, check_choice
 from ..model.config import Version
 from ..plan import Plan
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import KEEP, ONLY, open_with_draft_option
-from .hf_folder import (
-    DEFAULT_MAX_FILE_BYTES,
-    DTYPES,
-    NAMES,
-    dequantized_config,
-    dequantized_tensors,
-    hf_files,
-)
+from .hf_folder import DEFAULT_MAX_FILE_BYTES, DTYPES, NAMES, dequantized_config, dequantized_tensors, hf_files
 
 DEQUANTIZE = "dequantize"
 
@@ -54,18 +47,10 @@ def plan_dequantize(
         )
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     tensors, dropped, notes = dequantized_tensors(checkpoint, dtype, names)
-    return Plan(
-        target=DEQUANTIZE,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(
-            *hf_files(tensors, max_file_bytes),
-            dequantized_config(config, dtype, names),
-            *auxiliary_files(source),
-        ),
-        dropped=(*dropped, *left_out),
-        options={"dtype": dtype, "names": names, "draft": draft, "max_file_bytes": max_file_bytes},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *notes),
+    files = (
+        *hf_files(tensors, max_file_bytes),
+        dequantized_config(config, dtype, names),
+        *auxiliary_files(source),
     )
+    options = {"dtype": dtype, "names": names, "draft": draft, "max_file_bytes": max_file_bytes}
+    return folder_plan(DEQUANTIZE, checkpoint, out, files, (*dropped, *left_out), options, notes)

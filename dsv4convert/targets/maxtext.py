@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ..model.maxtext_names import (
 from ..model.tensors import Store
 from ..plan import Constant, Dropped, OutputFile, Plan, Segment
 from .claims import Claims
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import DROP, open_with_draft_option
 from .hf_folder import SAFETENSORS_DTYPE, kinds_of
 from .safetensors_files import unplaced_tensor, whole_file
@@ -152,25 +152,18 @@ def plan_maxtext(
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     leaves, dropped = _leaves(checkpoint, DTYPES[dtype], scan)
     arrays = {name: _array(name, leaf, config, scan) for name, leaf in leaves.items()}
-    return Plan(
-        target=MAXTEXT,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(
-            whole_file(YML_NAME, run_yml(scan)),
-            whole_file(MODEL_YML_NAME, model_yml(config)),
-            *auxiliary_files(source),
-            *(whole_file(name, content) for name, content in step_documents()),
-            _json_file(METADATA_NAME, tree_document({name: array.shape for name, array in arrays.items()})),
-            _json_file(SHARDING_NAME, sharding_document(arrays)),
-            *(file for name, array in arrays.items() for file in _array_files(name, array, leaves[name])),
-        ),
-        dropped=(*dropped, *(Dropped(d.what, NO_MODULE, d.count, d.nbytes) for d in left_out)),
-        options={"dtype": dtype, "scan": scan},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *([YARN_NOTE] if config.yarn is not None and config.yarn.factor != 1 else [])),
+    files = (
+        whole_file(YML_NAME, run_yml(scan)),
+        whole_file(MODEL_YML_NAME, model_yml(config)),
+        *auxiliary_files(source),
+        *(whole_file(name, content) for name, content in step_documents()),
+        _json_file(METADATA_NAME, tree_document({name: array.shape for name, array in arrays.items()})),
+        _json_file(SHARDING_NAME, sharding_document(arrays)),
+        *(file for name, array in arrays.items() for file in _array_files(name, array, leaves[name])),
     )
+    dropped += tuple(replace(entry, reason=NO_MODULE) for entry in left_out)
+    notes = [YARN_NOTE] if config.yarn is not None and config.yarn.factor != 1 else []
+    return folder_plan(MAXTEXT, checkpoint, out, files, dropped, {"dtype": dtype, "scan": scan}, notes)
 
 
 def _leaves(checkpoint: Checkpoint, to: ElementType, scan: bool) -> tuple[dict[str, _Leaf], tuple[Dropped, ...]]:

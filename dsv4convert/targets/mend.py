@@ -25,7 +25,7 @@ from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
 from .claims import dropped_unused
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import DROP, KEEP, choose_draft
 from .hf_folder import NAMES, NO_MODULE, NUMBERED_NAME, json_file, kinds_of, transformers_name
 from .output_config import VISION_KEY_PREFIX, pruned_config
@@ -91,23 +91,11 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
         config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
     files = _tensor_files(wanted, headers)
     beside = auxiliary_files(source, also=(MODEL_CARD_NAME,))
-    return Plan(
-        target=MEND,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(
-            # First a file that is never shared: by it an interrupted run knows its folder again.
-            _config_file(checkpoint, config),
-            *files,
-            *_index(files),
-            *beside,
-        ),
-        dropped=tuple(left_out),
-        options={**asdict(mends), "graft_draft": mends.graft_draft is not None},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_not_taken_over(source, checkpoint.files, beside)),
-    )
+    # First a file that is never shared: by it an interrupted run knows its folder again.
+    all_files = (_config_file(checkpoint, config), *files, *_index(files), *beside)
+    options = {**asdict(mends), "graft_draft": mends.graft_draft is not None}
+    notes = _not_taken_over(source, checkpoint.files, beside)
+    return folder_plan(MEND, checkpoint, out, all_files, left_out, options, notes)
 
 
 def _check(mends: Mends) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
 from ..plan import Dropped, OutputFile, OutputTensor, Plan, Segment, SpreadScales, ToAffine
 from .claims import Claims
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import DROP, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, SAFETENSORS_DTYPE, hf_files, json_file
 from .output_config import QUANTIZATION_KEYS
@@ -95,21 +95,13 @@ def plan_mlx(
     checkpoint, config, left_out = open_with_draft_option(source, DROP, strict=strict, index=index)
     out = check_apart(checkpoint.folder, checkpoint.files, out)
     made = mlx_tensors(checkpoint, dense)
-    return Plan(
-        target=MLX,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(
-            *hf_files(made.tensors, max_file_bytes, MLX_METADATA),
-            mlx_config(config, made.modes),
-            *auxiliary_files(source),
-        ),
-        dropped=(*made.dropped, *(Dropped(d.what, DRAFT_REASON, d.count, d.nbytes) for d in left_out)),
-        options={"dense": dense, "max_file_bytes": max_file_bytes},
-        source_bytes=checkpoint.nbytes,
-        notes=checkpoint.notes,
+    files = (
+        *hf_files(made.tensors, max_file_bytes, MLX_METADATA),
+        mlx_config(config, made.modes),
+        *auxiliary_files(source),
     )
+    dropped = (*made.dropped, *(replace(entry, reason=DRAFT_REASON) for entry in left_out))
+    return folder_plan(MLX, checkpoint, out, files, dropped, {"dense": dense, "max_file_bytes": max_file_bytes})
 
 
 def mlx_tensors(checkpoint: Checkpoint, dense: str) -> MlxTensors:

@@ -13,7 +13,7 @@ from ..engine.conversion import Summary
 from ..errors import UnsupportedError, UsageError, check_choice
 from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTensor, Plan
 from .claims import Claims
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import KEEP, open_with_draft_option
 from .fp8_segments import CODES_PER_BYTE
 from .hf_folder import (
@@ -92,17 +92,8 @@ def plan_repack(
     else:
         tensors, dropped = repacked_tensors(checkpoint)
         configs = (repacked_config(config),)
-    return Plan(
-        target=REPACK,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(*hf_files(tensors, max_file_bytes), *configs, *auxiliary_files(source)),
-        dropped=(*dropped, *left_out),
-        options=options,
-        source_bytes=checkpoint.nbytes,
-        notes=checkpoint.notes,
-    )
+    files = (*hf_files(tensors, max_file_bytes), *configs, *auxiliary_files(source))
+    return folder_plan(REPACK, checkpoint, out, files, (*dropped, *left_out), options)
 
 
 def _with_nvfp4_experts(

@@ -15,7 +15,7 @@ from ..model.config_v41 import TEXT
 from ..model.tensors import Store, scale_name
 from ..plan import OutputFile, OutputTensor, Plan
 from .claims import Claims
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import KEEP, open_with_draft_option
 from .fp8_segments import FP8_BLOCKS, float_to_fp4_segments, float_to_fp8_segments
 from .hf_folder import (
@@ -67,21 +67,12 @@ def plan_requantize(
         )
     claims = Claims(checkpoint)
     decoded = sum(map(_is_decoded_first, checkpoint.weights.values()))
-    rounded = (
-        (f"{decoded} experts' weights are rounded to FP4: every element that changes is counted",) if decoded else ()
-    )
+    rounded = f"{decoded} experts' weights are rounded to FP4: every element that changes is counted"
     tensors = [tensor for weight in checkpoint.weights.values() for tensor in _tensors(claims.take(weight), checkpoint)]
-    return Plan(
-        target=REQUANTIZE,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(*hf_files(tensors, max_file_bytes), requantized_config(checkpoint, config), *auxiliary_files(source)),
-        dropped=(*claims.close(), *left_out),
-        options={"draft": draft, "max_file_bytes": max_file_bytes},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *rounded),
-    )
+    files = (*hf_files(tensors, max_file_bytes), requantized_config(checkpoint, config), *auxiliary_files(source))
+    options = {"draft": draft, "max_file_bytes": max_file_bytes}
+    notes = [rounded] if decoded else []
+    return folder_plan(REQUANTIZE, checkpoint, out, files, (*claims.close(), *left_out), options, notes)
 
 
 def _is_quantised_here(weight: Weight) -> bool:

@@ -20,7 +20,7 @@ from ..model.config import Version
 from ..model.config_v41 import inference_config
 from ..model.tensors import Store
 from ..plan import OutputFile, Plan
-from .companions import auxiliary_files, check_apart
+from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import KEEP, choose_draft, open_with_draft_option
 from .hf_folder import DEFAULT_MAX_FILE_BYTES, hf_files, json_file, repacked_config
 from .safetensors_files import whole_file
@@ -74,18 +74,10 @@ def plan_shards(
     if checkpoint.config.version is Version.V41:
         configs.append(_inference_config(checkpoint, options))
     files, dropped, costs = shard_files(checkpoint, options)
-    plan = Plan(
-        target=SHARD,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(*files, *configs, *auxiliary_files(source)),
-        dropped=(*dropped, *left_out),
-        options={**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None},
-        source_bytes=checkpoint.nbytes,
-        notes=(*checkpoint.notes, *_missing_tokenizer(source)),
-    )
-    return ShardPlan(plan, costs)
+    files += (*configs, *auxiliary_files(source))
+    chosen = {**asdict(options), "ranks": list(options.ranks) if options.ranks is not None else None}
+    notes = _missing_tokenizer(source)
+    return ShardPlan(folder_plan(SHARD, checkpoint, out, files, (*dropped, *left_out), chosen, notes), costs)
 
 
 def plan_unshard(
@@ -112,21 +104,10 @@ def plan_unshard(
     found = (*config_notes(shards.config, shards.weights.values(), shards.draft), *found)
     shards, config, left_out = choose_draft(shards, draft)
     tensors, notes = unshard_tensors(shards, wo_a)
-    return Plan(
-        target=UNSHARD,
-        source=source,
-        destination=out,
-        is_folder=True,
-        files=(
-            *hf_files(tensors, max_file_bytes),
-            _config_file(shards, config),
-            *auxiliary_files(source),
-        ),
-        dropped=left_out,
-        options={"wo_a": wo_a, "draft": draft, "max_file_bytes": max_file_bytes},
-        source_bytes=shards.nbytes,
-        notes=(*shards.notes, *found, *notes, *_missing_tokenizer(source)),
-    )
+    files = (*hf_files(tensors, max_file_bytes), _config_file(shards, config), *auxiliary_files(source))
+    options = {"wo_a": wo_a, "draft": draft, "max_file_bytes": max_file_bytes}
+    notes = (*found, *notes, *_missing_tokenizer(source))
+    return folder_plan(UNSHARD, shards, out, files, left_out, options, notes)
 
 
 def _shard_config(checkpoint: Checkpoint, config: Mapping[str, Any], options: ShardOptions) -> OutputFile:

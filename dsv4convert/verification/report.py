@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import escape_control
+
+Key = TypeVar("Key")
 
 # Kinds of problems.
 TENSOR = "tensor"  # elements that are not what the source says
@@ -101,25 +103,19 @@ class TensorResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values; an infinite error is a text."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "output": self.output,
-            "verdict": self.verdict,
-            "elements": self.elements,
-            "compared": self.compared,
-            "wrong": self.wrong,
-            "rounded": self.rounded,
-            "largest_error": _json_number(self.largest_error),
-            "first_index": None if self.first_index is None else list(self.first_index),
-            "rmse": _json_number(self.rmse) if self.is_measured else None,
-            "relative_rmse": _json_number(self.relative_rmse) if self.is_measured else None,
-        }
+        names = ("name", "source", "output", "verdict", "elements", "compared", "wrong", "rounded", "largest_error")
+        index = None if self.first_index is None else list(self.first_index)
+        return {**self.json_of(*names), "first_index": index, **self.json_of("rmse", "relative_rmse")}
 
-
-def _json_number(value: float) -> float | str:
-    """Return a number as JSON has it: what is not finite is a text."""
-    return value if math.isfinite(value) else str(value)
+    def json_of(self, *names: str) -> dict[str, Any]:
+        """Return values of these names as JSON has them: what is not finite is a text, what is not measured is null."""
+        values = {name: getattr(self, name) for name in names}
+        for name, value in values.items():
+            if name in ("rmse", "relative_rmse") and not self.is_measured:
+                values[name] = None
+            elif isinstance(value, float) and not math.isfinite(value):
+                values[name] = str(value)
+        return values
 
 
 class LeftOut(NamedTuple):
@@ -167,16 +163,8 @@ class Report:
         verdicts = self.verdicts()
         return {
             "verdict": "ok" if self.ok else "differs",
-            "source": self.source,
-            "output": self.output,
-            "layout": self.layout,
-            "sample": self.sample,
-            "seed": self.seed,
-            "foreign": self.foreign,
-            "tensors": {
-                "compared": len(self.results),
-                **{kind: verdicts[kind] for kind in VERDICTS},
-            },
+            **{name: getattr(self, name) for name in ("source", "output", "layout", "sample", "seed", "foreign")},
+            "tensors": {"compared": len(self.results), **{kind: verdicts[kind] for kind in VERDICTS}},
             "elements": sum(result.elements for result in self.results.values()),
             "elements_compared": sum(result.compared for result in self.results.values()),
             "keys": self.keys,
@@ -187,31 +175,15 @@ class Report:
             "inexact": [r.as_json() for r in self.results.values() if r.verdict != "exact"],
             "parts": [
                 {
-                    "layer": total.layer,
-                    "family": total.family,
-                    "source": total.source,
-                    "output": total.output,
+                    **total.json_of("layer", "family", "source", "output"),
                     "tensors": dict(tensors),
                     "bytes": total.nbytes,
-                    "elements": total.elements,
-                    "compared": total.compared,
-                    "rounded": total.rounded,
-                    "wrong": total.wrong,
-                    "largest_error": _json_number(total.largest_error),
-                    "relative_rmse": _json_number(total.relative_rmse) if total.is_measured else None,
+                    **total.json_of("elements", "compared", "rounded", "wrong", "largest_error", "relative_rmse"),
                 }
                 for total, tensors in self.parts()
             ],
             "low_bit": [
-                {
-                    "family": total.family,
-                    "output": total.output,
-                    "elements": total.elements,
-                    "compared": total.compared,
-                    "rmse": _json_number(total.rmse),
-                    "relative_rmse": _json_number(total.relative_rmse),
-                    "largest_error": _json_number(total.largest_error),
-                }
+                total.json_of("family", "output", "elements", "compared", "rmse", "relative_rmse", "largest_error")
                 for total in self.low_bit()
             ],
             "left_out": [entry._asdict() for entry in self.left_out],
@@ -220,44 +192,41 @@ class Report:
 
     def parts(self) -> list[tuple[TensorResult, dict[str, int]]]:
         """Return the sums of the tensors of each layer, family and pair of types, and how many have each verdict."""
-        sums: dict[tuple[int | None, str, str, str], tuple[TensorResult, dict[str, int]]] = {}
-        for result in self.results.values():
-            key = result.layer, result.family, result.source, result.output
-            total = TensorResult(
-                "",
-                result.source,
-                result.output,
-                family=result.family,
-                layer=result.layer,
-                is_low_bit=result.is_low_bit,
-                is_measured=result.is_measured,
-            )
-            total, tensors = sums.setdefault(key, (total, dict.fromkeys(VERDICTS, 0)))
-            total.add(result)
-            tensors[result.verdict] += 1
-        return list(sums.values())
+        results = self.results.values()
+        counts: dict[Any, dict[str, int]] = {}
+        for result in results:
+            verdicts = counts.setdefault(_part(result), dict.fromkeys(VERDICTS, 0))
+            verdicts[result.verdict] += 1
+        return [(total, counts[key]) for key, total in _sums(results, _part).items()]
 
     def requantised(self) -> dict[tuple[str, str], TensorResult]:
         """Return the errors of floats that became FP8 or FP4: the sum of the tensors of each (source, output type)."""
-        return self._sums(lambda result: result.is_measured and not result.is_low_bit)
+        return _sums((r for r in self.results.values() if r.is_measured and not r.is_low_bit), _types)
 
     def low_bit(self) -> list[TensorResult]:
         """Return the sums of the low-bit tensors of each family and output type."""
-        sums: dict[tuple[str, str], TensorResult] = {}
-        for result in self.results.values():
-            if result.is_low_bit:
-                total = TensorResult("", result.source, result.output, family=result.family, is_low_bit=True)
-                sums.setdefault((result.family, result.output), total).add(result)
-        return list(sums.values())
+        low_bit = (result for result in self.results.values() if result.is_low_bit)
+        return list(_sums(low_bit, lambda result: (result.family, result.output)).values())
 
     def rounding(self) -> dict[tuple[str, str], TensorResult]:
         """Return what was rounded: the sum of the tensors of each (source type, output type)."""
-        return self._sums(lambda result: result.verdict == "rounded")
+        return _sums((result for result in self.results.values() if result.verdict == "rounded"), _types)
 
-    def _sums(self, counts: Callable[[TensorResult], bool]) -> dict[tuple[str, str], TensorResult]:
-        """Return the sums of the tensors that ``counts`` says, by (source, output type)."""
-        sums: dict[tuple[str, str], TensorResult] = {}
-        for result in filter(counts, self.results.values()):
-            key = (result.source, result.output)
-            sums.setdefault(key, TensorResult("", *key, is_measured=result.is_measured)).add(result)
-        return sums
+
+def _types(result: TensorResult) -> tuple[str, str]:
+    return result.source, result.output
+
+
+def _part(result: TensorResult) -> tuple[int | None, str, str, str]:
+    return result.layer, result.family, result.source, result.output
+
+
+def _sums(results: Iterable[TensorResult], key_of: Callable[[TensorResult], Key]) -> dict[Key, TensorResult]:
+    """Return the sums of results by key."""
+    sums: dict[Key, TensorResult] = {}
+    for result in results:
+        if (key := key_of(result)) not in sums:
+            names = ("source", "output", "family", "layer", "is_low_bit", "is_measured")
+            sums[key] = TensorResult("", **{name: getattr(result, name) for name in names})
+        sums[key].add(result)
+    return sums

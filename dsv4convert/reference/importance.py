@@ -131,7 +131,8 @@ def collect_imatrix(
         chunks=len(chunks),
         chunk_size=options.context_size,
     )
-    plan = _plan_of(path, out, file)
+    output = OutputFile(out.name, file.header, (), file.nbytes)
+    plan = Plan("imatrix", path, out.parent, is_folder=False, files=(output,), dropped=(), options={}, source_bytes=0)
     outputs = FileOutputs(plan)
     inputs = [text, *(open_gguf(path).files if is_gguf(path) else ())]
     others = () if options.tokenizer is None else (options.tokenizer,)
@@ -309,19 +310,6 @@ def text_chunks(path: Path, text: Path, config: ModelConfig, options: ImatrixOpt
     if tokenizer is not None and tokenizer.add_special.get("bos") and tokenizer.bos_token_id is not None:
         chunks[:, 0] = tokenizer.bos_token_id
     return chunks, len(ids) - count * size
-
-
-def _plan_of(path: Path, out: Path, file: ImatrixFile) -> Plan:
-    return Plan(
-        target="imatrix",
-        source=path,
-        destination=out.parent,
-        is_folder=False,
-        files=(OutputFile(out.name, file.header, (), file.nbytes),),
-        dropped=(),
-        options={},
-        source_bytes=0,
-    )
 
 
 def _check_space(plan: Plan, nbytes: int) -> None:

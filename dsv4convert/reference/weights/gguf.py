@@ -62,23 +62,11 @@ class GgufSource(NamedSource[Location]):
         dialect, n_draft, self._engram, config = _read(file)
         super().__init__(config, _locations(file, dialect, config, n_draft), file.files[0])
 
-    def tensor(self, name: str) -> Array:
-        """Return a whole tensor as float32, or int64 for a table.
+    def _whole(self, held: Location) -> Array:
+        return _cut(read_rows(held.matrix), held).reshape(held.shape)
 
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        location = self.held(name)
-        return _cut(read_rows(location.matrix), location).reshape(location.shape)
-
-    def rows(self, name: str, indices: Array) -> Array:
-        """Return the rows ``indices`` of a matrix, decoding no others.
-
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        location = self.held(name)
-        return _cut(gather_rows(location.matrix, indices), location)
+    def _rows(self, held: Location, indices: Array) -> Array:
+        return _cut(gather_rows(held.matrix, indices), held)
 
     def engram_constants(self) -> EngramConstants:
         """Return what finds the rows of V4.1's n-gram tables, as the key-values hold it.

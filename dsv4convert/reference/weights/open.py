@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Stored, Weight
+from ...checkpoint import Checkpoint, Weight
 from ...checkpoint.engram import read_engram_constants
 from ...checkpoint.meaning import open_checked
 from ...checkpoint.shards import ShardCheckpoint, ShardedWeight, is_shard_folder, open_shards
@@ -47,22 +47,11 @@ class HfSource(_FolderSource[Weight]):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.folder, checkpoint.config, checkpoint.weights)
 
-    def tensor(self, name: str) -> Array:
-        """Return a whole tensor as float32, or int64 for a table.
+    def _whole(self, held: Weight) -> Array:
+        return read_rows(weight_matrix(held)).reshape(held.shape)
 
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        weight = self.held(name)
-        return read_rows(weight_matrix(weight)).reshape(weight.shape)
-
-    def rows(self, name: str, indices: Array) -> Array:
-        """Return the rows ``indices`` of a matrix, decoding no others.
-
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        return gather_rows(weight_matrix(self.held(name)), indices)
+    def _rows(self, held: Weight, indices: Array) -> Array:
+        return gather_rows(weight_matrix(held), indices)
 
 
 class ShardSource(_FolderSource[ShardedWeight]):
@@ -71,29 +60,17 @@ class ShardSource(_FolderSource[ShardedWeight]):
     def __init__(self, checkpoint: ShardCheckpoint) -> None:
         super().__init__(checkpoint.folder, checkpoint.config, checkpoint.weights)
 
-    def tensor(self, name: str) -> Array:
-        """Return a whole tensor as float32, or int64 for a table.
+    def _whole(self, held: ShardedWeight) -> Array:
+        parts = [read_rows(weight_matrix(part)).reshape(part.shape) for part in held.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=held.axis)
 
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        weight = self.held(name)
-        parts = [read_rows(weight_matrix(part)).reshape(part.shape) for part in weight.parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=weight.axis)
-
-    def rows(self, name: str, indices: Array) -> Array:
-        """Return the rows ``indices`` of a matrix, decoding no others.
-
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        weight = self.held(name)
-        parts = [weight_matrix(part) for part in weight.parts]
+    def _rows(self, held: ShardedWeight, indices: Array) -> Array:
+        parts = [weight_matrix(part) for part in held.parts]
         if len(parts) == 1:
             return gather_rows(parts[0], indices)
-        if weight.axis == 1:
+        if held.axis == 1:
             return np.concatenate([gather_rows(part, indices) for part in parts], axis=1)
-        pieces = np.empty((len(indices), weight.shape[1]), np.float32)
+        pieces = np.empty((len(indices), held.shape[1]), np.float32)
         first = 0
         for part in parts:
             here = (indices >= first) & (indices < first + part.rows)
@@ -105,19 +82,14 @@ class ShardSource(_FolderSource[ShardedWeight]):
 def weight_matrix(weight: Weight) -> Matrix:
     """Return where and how a weight lies; a vector is a matrix of one row."""
     rows, columns = weight.shape if len(weight.shape) == 2 else (1, int(np.prod(weight.shape)))
-    scale = None
-    if weight.scale is not None and weight.block is not None:
-        scale = scale_of(weight.scale, weight.block)
+    scale, stored = None, weight.scale
+    if stored is not None and weight.block is not None:
+        shape = stored.shape[0], stored.shape[1]
+        scale = Scale(stored.file, stored.offset, stored.dtype, shape, weight.block, stored.scale_form)
     # Where it is no type of ggml, NVFP4 is FP4 whose scales are read as float32.
     kind = "fp4" if weight.encoding is Encoding.NVFP4 else weight.encoding.value
     zero = None if weight.zero is None else Zero(weight.zero.file, weight.zero.offset, weight.zero.shape[1])
     return Matrix(weight.stored.file, weight.stored.offset, kind, rows, columns, scale, zero)
-
-
-def scale_of(stored: Stored, block: tuple[int, int]) -> Scale:
-    """Return where and how the scales of a weight lie."""
-    rows, columns = stored.shape
-    return Scale(stored.file, stored.offset, stored.dtype, (rows, columns), block, stored.scale_form)
 
 
 def open_source(path: Path) -> WeightSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,8 +63,11 @@ def no_engram_constants(where: object = None) -> ConfigError:
     return ConfigError("the constants of the engram tables are missing", where=where)
 
 
-class NamedSource(Generic[Held]):
-    """A model's config, and its tensors by name as a source holds them; ``where`` they are, for errors."""
+class NamedSource(Generic[Held], ABC):
+    """A model's config, and its tensors by name as a source holds them; ``where`` they are, for errors.
+
+    A source says how it decodes what it holds.
+    """
 
     def __init__(self, config: ModelConfig, held: Mapping[str, Held], where: Path | None = None) -> None:
         self._config = config
@@ -89,6 +93,28 @@ class NamedSource(Generic[Held]):
             raise missing_weight(name, self._where)
         return self._held[name]
 
+    def tensor(self, name: str) -> Array:
+        """Return a whole tensor as float32, or int64 for a table.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        return self._whole(self.held(name))
+
+    def rows(self, name: str, indices: Array) -> Array:
+        """Return the rows ``indices`` of a matrix, decoding no others.
+
+        Raises:
+            InventoryError: there is no such tensor.
+        """
+        return self._rows(self.held(name), indices)
+
+    @abstractmethod
+    def _whole(self, held: Held) -> Array: ...
+
+    @abstractmethod
+    def _rows(self, held: Held, indices: Array) -> Array: ...
+
 
 class DictSource(NamedSource[Array]):
     """Weights that already lie in memory as float32 arrays (``tid2eid`` as int64)."""
@@ -99,17 +125,11 @@ class DictSource(NamedSource[Array]):
         super().__init__(config, tensors)
         self._engram = engram
 
-    def tensor(self, name: str) -> Array:
-        """Return a whole tensor.
+    def _whole(self, held: Array) -> Array:
+        return held
 
-        Raises:
-            InventoryError: there is no such tensor.
-        """
-        return self.held(name)
-
-    def rows(self, name: str, indices: Array) -> Array:
-        """Return the rows ``indices`` of a matrix."""
-        return self.tensor(name)[indices]
+    def _rows(self, held: Array, indices: Array) -> Array:
+        return held[indices]
 
     def engram_constants(self) -> EngramConstants:
         """Return the constants that were given.

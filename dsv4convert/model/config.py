@@ -69,6 +69,13 @@ ATTENTION_BY_RATIO = {
     128: Attention.HCA,
 }
 
+# Keys that must be there, and are taken as they are; the latter ones may be spelled as whole numbers.
+PLAIN_KEYS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank",
+    "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "sliding_window", "index_n_heads",
+    "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+FLOAT_KEYS = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps")
 DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_COMPRESS_ROPE_THETA = 160000.0
 
@@ -302,39 +309,19 @@ def parse_config(raw: Mapping[str, Any], where: object) -> ModelConfig:
     ratios = _compress_ratios(raw, version, where)
     theta, compress_theta, yarn = _rope(raw, where)
     eos = raw.get("eos_token_id")
+    plain: dict[str, Any] = {**{key: raw[key] for key in PLAIN_KEYS}, **{key: float(raw[key]) for key in FLOAT_KEYS}}
     config = ModelConfig(
-        hidden_size=raw["hidden_size"],
-        num_hidden_layers=layers,
-        num_attention_heads=raw["num_attention_heads"],
-        head_dim=raw["head_dim"],
+        **plain,
         qk_rope_head_dim=_rope_head_dim(raw, where),
-        q_lora_rank=raw["q_lora_rank"],
-        o_groups=raw["o_groups"],
-        o_lora_rank=raw["o_lora_rank"],
-        moe_intermediate_size=raw["moe_intermediate_size"],
-        n_routed_experts=raw["n_routed_experts"],
         n_shared_experts=raw.get("n_shared_experts", 1),
-        num_experts_per_tok=raw["num_experts_per_tok"],
         num_hash_layers=_num_hash_layers(raw, where) if version is Version.V4 else 0,
-        routed_scaling_factor=float(raw["routed_scaling_factor"]),
         norm_topk_prob=raw.get("norm_topk_prob", True),
         scoring_func=raw.get("scoring_func", "sqrtsoftplus"),
-        swiglu_limit=float(raw["swiglu_limit"]),
-        sliding_window=raw["sliding_window"],
-        index_n_heads=raw["index_n_heads"],
-        index_head_dim=raw["index_head_dim"],
-        index_topk=raw["index_topk"],
-        hc_mult=raw["hc_mult"],
-        hc_sinkhorn_iters=raw["hc_sinkhorn_iters"],
-        hc_eps=float(raw["hc_eps"]),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
         rope_theta=theta,
         compress_rope_theta=compress_theta,
         yarn=yarn,
         compress_ratios=ratios,
         num_nextn_predict_layers=raw.get("num_nextn_predict_layers", 0),
-        vocab_size=raw["vocab_size"],
-        max_position_embeddings=raw["max_position_embeddings"],
         bos_token_id=raw.get("bos_token_id"),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
         version=version,

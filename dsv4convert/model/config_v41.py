@@ -96,66 +96,43 @@ def flat_view(raw: Mapping[str, Any], where: object) -> dict[str, Any]:
     return flat
 
 
-# The keys of the published inference code's config, in its order, each with its name in the flat view; a dotted name
-# lies in an object. The two of None are the code's own: how weights are stored.
-INFERENCE_KEYS: tuple[tuple[str, str | None], ...] = (
-    ("vocab_size", "vocab_size"),
-    ("dim", "hidden_size"),
-    ("moe_inter_dim", "moe_intermediate_size"),
-    ("n_layers", "num_hidden_layers"),
-    ("n_mtp_layers", "num_nextn_predict_layers"),
-    ("dspark_block_size", "dspark_block_size"),
-    ("dspark_noise_token_id", "dspark_noise_token_id"),
-    ("dspark_target_layer_ids", "dspark_target_layer_ids"),
-    ("dspark_markov_rank", "dspark_markov_rank"),
-    ("dspark_n_routed_experts", "dspark_n_routed_experts"),
-    ("dspark_n_activated_experts", "dspark_num_experts_per_tok"),
-    ("n_heads", "num_attention_heads"),
-    ("n_routed_experts", "n_routed_experts"),
-    ("n_shared_experts", "n_shared_experts"),
-    ("n_activated_experts", "num_experts_per_tok"),
-    ("score_func", "scoring_func"),
-    ("route_scale", "routed_scaling_factor"),
-    ("swiglu_limit", "swiglu_limit"),
-    ("q_lora_rank", "q_lora_rank"),
-    ("head_dim", "head_dim"),
-    ("rope_head_dim", "qk_rope_head_dim"),
-    ("norm_eps", "rms_norm_eps"),
-    ("o_groups", "o_groups"),
-    ("o_lora_rank", "o_lora_rank"),
-    ("window_size", "sliding_window"),
-    ("kv_source_layers", "kv_source_layer_ids"),
-    ("index_source_layers", "index_source_layer_ids"),
-    ("original_seq_len", "rope_scaling.original_max_position_embeddings"),
-    ("rope_theta", "rope_theta"),
-    ("rope_factor", "rope_scaling.factor"),
-    ("beta_fast", "rope_scaling.beta_fast"),
-    ("beta_slow", "rope_scaling.beta_slow"),
-    ("index_n_heads", "index_n_heads"),
-    ("index_head_dim", "index_head_dim"),
-    ("index_topk", "index_topk"),
-    ("candidate_source_layer", "candidate_source_layer_id"),
-    ("candidate_topk_blocks", "candidate_topk_blocks"),
-    ("candidate_block_size", "candidate_block_size"),
-    ("hc_mult", "hc_mult"),
-    ("hc_sinkhorn_iters", "hc_sinkhorn_iters"),
-    ("hc_eps", "hc_eps"),
-    ("engram_layer_ids", "engram_layer_ids"),
-    ("engram_vocab_size", "engram_vocab_size"),
-    ("engram_num_embeddings", "engram_num_embeddings"),
-    ("engram_max_ngram_size", "engram_max_ngram_size"),
-    ("engram_pad_id", "engram_pad_token_id"),
-    ("engram_compressed_vocab_size", "engram_compressed_vocab_size"),
-    ("dtype", None),
-    ("expert_dtype", None),
-    ("compress_rope_theta", "compress_rope_theta"),
-    ("compress_ratios", "compress_ratios"),
-    *((name, name) for name in VISION_KEYS.values() if name != "vision_rope_theta"),
-    ("image_token_id", "image_token_id"),
-    ("engram_n_heads", "engram_n_heads"),
-    ("engram_head_dim", "engram_head_dim"),
-    ("vision_rope_theta", "vision_rope_theta"),
-)
+# The keys of the published inference code's config, in its order.
+INFERENCE_KEYS = (
+    "vocab_size", "dim", "moe_inter_dim", "n_layers", "n_mtp_layers", "dspark_block_size", "dspark_noise_token_id",
+    "dspark_target_layer_ids", "dspark_markov_rank", "dspark_n_routed_experts", "dspark_n_activated_experts", "n_heads",
+    "n_routed_experts", "n_shared_experts", "n_activated_experts", "score_func", "route_scale", "swiglu_limit",
+    "q_lora_rank", "head_dim", "rope_head_dim", "norm_eps", "o_groups", "o_lora_rank", "window_size",
+    "kv_source_layers", "index_source_layers", "original_seq_len", "rope_theta", "rope_factor", "beta_fast",
+    "beta_slow", "index_n_heads", "index_head_dim", "index_topk", "candidate_source_layer", "candidate_topk_blocks",
+    "candidate_block_size", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "engram_layer_ids", "engram_vocab_size",
+    "engram_num_embeddings", "engram_max_ngram_size", "engram_pad_id", "engram_compressed_vocab_size", "dtype",
+    "expert_dtype", "compress_rope_theta", "compress_ratios",
+    *(name for name in VISION_KEYS.values() if name != "vision_rope_theta"),
+    "image_token_id", "engram_n_heads", "engram_head_dim", "vision_rope_theta",
+)  # fmt: skip
+# Their names in the flat view where these are others; a dotted name lies in an object.
+FLAT_NAMES = {
+    "dim": "hidden_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_mtp_layers": "num_nextn_predict_layers",
+    "dspark_n_activated_experts": "dspark_num_experts_per_tok",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "score_func": "scoring_func",
+    "route_scale": "routed_scaling_factor",
+    "rope_head_dim": "qk_rope_head_dim",
+    "norm_eps": "rms_norm_eps",
+    "window_size": "sliding_window",
+    "kv_source_layers": "kv_source_layer_ids",
+    "index_source_layers": "index_source_layer_ids",
+    "original_seq_len": "rope_scaling.original_max_position_embeddings",
+    "rope_factor": "rope_scaling.factor",
+    "beta_fast": "rope_scaling.beta_fast",
+    "beta_slow": "rope_scaling.beta_slow",
+    "candidate_source_layer": "candidate_source_layer_id",
+    "engram_pad_id": "engram_pad_token_id",
+}
 
 
 def inference_config(flat: Mapping[str, Any], expert_dtype: str, *, with_draft: bool) -> dict[str, Any]:
@@ -166,11 +143,11 @@ def inference_config(flat: Mapping[str, Any], expert_dtype: str, *, with_draft: 
     """
     stored = {"dtype": "fp8", "expert_dtype": expert_dtype}
     found: dict[str, Any] = {}
-    for name, key in INFERENCE_KEYS:
-        if key is None:
+    for name in INFERENCE_KEYS:
+        if name in stored:  # the code's own words, whatever the config says
             found[name] = stored[name]
             continue
-        outer, _, inner = key.partition(".")
+        outer, _, inner = FLAT_NAMES.get(name, name).partition(".")
         holder, last = (flat.get(outer) or {}, inner) if inner else (flat, outer)
         if last in holder and (with_draft or not name.startswith("dspark_")):
             found[name] = holder[last]

@@ -56,7 +56,11 @@ def _fetch(cache: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         name = f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
-        (Path(folder) / name).rename(cache / name)
+        try:
+            (Path(folder) / name).rename(cache / name)
+        except OSError:
+            if not (cache / name).is_dir():  # it is there where another process was first
+                raise
 
 
 def convert(source: Path, out: Path, *options: str) -> Path:

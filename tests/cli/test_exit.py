@@ -85,6 +85,7 @@ class Stop:
     def find_spec(self, name, path, target=None):
         if name == "typer":
             os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test under nohup inherits that it is ignored
 sys.meta_path.insert(0, Stop())
 from dsv4convert.__main__ import main
 main()

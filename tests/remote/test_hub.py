@@ -103,11 +103,6 @@ def test_verify_compares_a_grafted_draft_with_its_repository(remote: Remote, sna
     assert json.loads(result.out)["verdict"] == "ok", result.out
 
 
-def test_running_a_model_asks_for_its_files(remote: Remote) -> None:
-    error = remote.run("forward", REPOSITORY, "--tokens", "1,2").error
-    assert "needs the files on this machine; download them first with hf download" in error
-
-
 # What goes wrong
 
 

@@ -25,7 +25,8 @@ class StoreServer:
 
     ``received`` are the keys of objects that arrived whole, one for each time. ``before_upload`` is called with how
     many requests that write or remove something came before; those of marks do not count. ``status`` answers such a
-    request instead of the store, when it returns a number for the key.
+    request instead of the store, when it returns a number for the key. With ``conditions`` false, an object that is to
+    be put on a condition is refused, as by stores that implement none.
 
     Google's store takes the requests of S3, as the library sends them, with metadata in headers of other names.
     """
@@ -44,6 +45,7 @@ class StoreServer:
         self.writes: list[str] = []
         self.before_upload: Callable[[int], None] = lambda number: None
         self.status: Callable[[str, str], int | None] = lambda method, key: None
+        self.conditions = True
 
     def start(self) -> None:
         """Serve an empty bucket."""
@@ -120,6 +122,8 @@ class StoreServer:
             keys = [path.removeprefix(f"/{BUCKET}/")]
         else:
             return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
+        if not self.conditions and "HTTP_IF_NONE_MATCH" in environ:
+            return self._refuse(501, environ, start)
         if keys[0].endswith(MARK):
             return self._moto(environ, start)  # type: ignore[no-any-return, no-untyped-call]
         for key in keys:
@@ -129,9 +133,7 @@ class StoreServer:
             self.before_upload(number)
             status = self.status(method, key)
             if status is not None:
-                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                start(f"{status} {quote('told to')}", [("Content-Length", "0")])
-                return [b""]
+                return self._refuse(status, environ, start)
         statuses: list[str] = []
 
         def started(status: str, *rest: Any) -> Any:
@@ -144,3 +146,8 @@ class StoreServer:
             with self._lock:
                 self.received += keys
         return answer
+
+    def _refuse(self, status: int, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start(f"{status} {quote('told to')}", [("Content-Length", "0")])
+        return [b""]

@@ -281,6 +281,19 @@ def test_a_second_run_keeps_away_until_the_first_has_sent_all(store: Store, snap
     assert store.remote.run(*other).code == 0
 
 
+def test_a_store_without_conditions_keeps_runs_apart_too(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    """As Backblaze's and Alibaba's are, which answer 501."""
+    seen: list[str] = []
+    store.server.conditions = False
+    other = ["hf-to-gguf", snapshot, tmp_path / "other.gguf", "--upload", TARGET]
+    store.server.before_upload = lambda number: None if number else seen.append(store.remote.run(*other).error)
+    result = store.remote.run(*dequantize(snapshot, tmp_path / "out" / "Small-BF16"))
+    assert result.code == 0, result.err
+    assert f"{TARGET}/{MARK}: another run sends another output there" in seen[0]
+    assert MARK not in store.server.contents(PREFIX)
+    assert store.without_card() == contents(tmp_path / "out" / "Small-BF16")
+
+
 def test_a_run_whose_place_was_taken_sends_nothing_more(store: Store, snapshot: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out" / "Small-BF16", tmp_path / "other" / "Small-BF16"
     taken: list[int] = []

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
 from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
 from ..fetching import MAX_ATTEMPTS
 from ..folder_names import CONFIG_NAME, INDEX_NAME
 from .http import retried
-from .stores import error_of, keys_hint, open_store
+from .stores import error_of, keys_hint, open_store, status_of
 
 # The older card while its output is being replaced: somebody may have written text in it.
 OLD_CARD_NAME = "README.before-upload.md"
@@ -40,6 +40,7 @@ MAX_PARTS = 10_000
 PART_RETRIES: Any = {"max_retries": 10, "retry_timeout": timedelta(minutes=5)}
 PART_TIMEOUT = "600 seconds"
 MAX_FILE_ATTEMPTS = 2
+NOT_IMPLEMENTED = "501"
 ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 
 Answer = TypeVar("Answer")
@@ -144,8 +145,10 @@ class StoreDestination(Destination):
                     return
             except AlreadyExistsError:  # by another run, or by an attempt whose answer was lost
                 return
-            except NotSupportedError:
-                pass
+            except (NotSupportedError, GenericError) as error:
+                # A put on a condition is not implemented by all stores that speak S3, such as Backblaze's.
+                if isinstance(error, GenericError) and status_of(error) != NOT_IMPLEMENTED:
+                    raise
             obstore.put(self._store, path, self._mark.encode())
 
         self._ask_bucket(create)

@@ -110,13 +110,18 @@ def _list(store: Any, prefix: str, address: str) -> dict[str, Any]:
 
 def error_of(error: Exception, address: str) -> Exception:
     """Return an error of the library as ours: without its text, which can hold signed addresses."""
-    status = re.search(r"\bstatus code: (\d{3})\b", str(error))
-    refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
-    if refused or (status and status[1] in ("401", "403")):
+    status = status_of(error)
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status in ("401", "403"):
         return InputMissingError("the store refuses access", where=address, hint=keys_hint(address))
-    if status and status[1] == "404":
+    if status == "404":
         return InputMissingError("nothing there", where=address, hint=keys_hint(address))
-    return TransientError(f"{type(error).__name__}{f', HTTP status {status[1]}' if status else ''}")
+    return TransientError(f"{type(error).__name__}{f', HTTP status {status}' if status else ''}")
+
+
+def status_of(error: Exception) -> str | None:
+    """Return the HTTP status that an error of the library tells of, if it does."""
+    found = re.search(r"\bstatus code: (\d{3})\b", str(error))
+    return found[1] if found else None
 
 
 class StoreRanges(Transport):

@@ -68,6 +68,9 @@ class Destination(ABC):
     def abandon(self) -> None:  # noqa: B027 - most have nothing to undo
         """Undo ``begin``, of a run that has sent nothing and will not."""
 
+    def clear(self, fingerprint: str) -> None:  # noqa: B027 - as above
+        """Remove what a run of this output has left that ended when all had arrived."""
+
     @abstractmethod
     def send(self, name: str, path: Path, sent: Sent) -> None:
         """Send a file so that no reader takes the output for whole; content that is there already is not sent again."""

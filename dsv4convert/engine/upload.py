@@ -161,6 +161,7 @@ class Uploading:
             return False
         if not self._destination.holds(files):
             return False
+        self._destination.clear(self._card.fingerprint)
         self._delete()
         return True
 

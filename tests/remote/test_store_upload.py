@@ -139,6 +139,21 @@ def test_what_is_deleted_here_is_there_and_resume_knows_it(store: Store, snapsho
     assert (store.server.writes, list(out.parent.iterdir())) == (writes, [])
 
 
+def test_a_mark_that_an_interrupted_run_left_at_its_end_goes(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    """All had arrived, and was not yet deleted here."""
+    out = tmp_path / "out" / "Small-BF16"
+    marks: list[bytes] = []
+    store.server.before_upload = lambda number: marks.append(store.server.contents(PREFIX)[MARK])
+    assert store.remote.run(*dequantize(snapshot, out)).code == 0
+    store.server.before_upload = lambda number: None
+    store.put(MARK, marks[0])
+    result = store.remote.run(*dequantize(snapshot, out, "--delete-uploaded", "--resume"))
+    assert result.code == 0, result.err
+    assert "finished by an earlier run" in result.out
+    assert MARK not in store.server.contents(PREFIX)
+    assert not out.exists()
+
+
 def test_what_differs_there_is_not_deleted_here(store: Store, snapshot: Path, tmp_path: Path) -> None:
     """Of the same size: an object that somebody replaced, and another model in the same place."""
     out = tmp_path / "out" / "Small-BF16"

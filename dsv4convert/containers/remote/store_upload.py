@@ -172,6 +172,11 @@ class StoreDestination(Destination):
         if self._read(MARK_NAME, most=1) == self._mark:
             self._ask(lambda: obstore.delete(self._store, self._prefix + MARK_NAME), 1)
 
+    def clear(self, fingerprint: str) -> None:
+        """See ``Destination.clear``."""
+        if fingerprint in (self._read(MARK_NAME) or ""):
+            self._delete([OLD_CARD_NAME, MARK_NAME])
+
     def _check_no_others(self, found: Mapping[str, int]) -> None:
         """Check that no weights are there with which those of a folder would be mixed up.
 

@@ -62,6 +62,7 @@ class Quantiser:
         self._chunk, self._prepare, self._block, self._size = chunk, prepare, block, size
         self.version: str = version().decode("ascii", "backslashreplace")
         self._prepared: set[str] = set()
+        self._agreed: dict[tuple[int, str, bool], bool] = {}
         self._lock = threading.Lock()
 
     def check(self, name: str) -> None:
@@ -85,14 +86,19 @@ class Quantiser:
         """Return where ``ggml_quantize_chunk`` lies, ready for the type ``name``, for a caller in C.
 
         Or where a ``twin`` of it lies that makes the same bytes of a sample, with weights of columns or without: what a
-        type's bytes are is the library's to say, and another release may round otherwise.
+        type's bytes are is the library's to say, and another release may round otherwise. Each is compared once.
 
         Raises:
             DeviceError: the library does not have the type.
         """
         self._make_ready(name)
-        chunk = twin if twin is not None and self._agrees_with(twin, BY_NAME[name], weighted) else self._chunk
-        return ctypes.cast(chunk, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+        own = _place(self._chunk)
+        if twin is None:
+            return own
+        case = _place(twin), name, weighted
+        if case not in self._agreed:
+            self._agreed[case] = self._agrees_with(twin, BY_NAME[name], weighted)
+        return case[0] if self._agreed[case] else own
 
     def _agrees_with(self, twin: Chunk, kind: GgmlType, weighted: bool) -> bool:
         values = sample()
@@ -134,6 +140,10 @@ class Quantiser:
             with self._lock:  # makes the grids of the IQ types, once
                 self._prepare(BY_NAME[name].number)
                 self._prepared.add(name)
+
+
+def _place(chunk: Chunk) -> int:
+    return ctypes.cast(chunk, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
 def sample() -> ArrayF32:

@@ -209,3 +209,17 @@ def test_a_library_with_other_bytes_is_called_itself(quantiser: Quantiser) -> No
     for name, weighted in (("tq2_0", False), ("tq1_0", True)):
         assert quantiser.address(name, other, weighted=weighted) == quantiser.address(name)
     assert quantiser.address("tq1_0", other) == address_of(other)
+
+
+def test_a_twin_is_compared_once(quantiser: Quantiser) -> None:
+    """An address is asked for with every expert that has an importance of its own."""
+    calls: list[bool] = []
+
+    @CHUNK
+    def twin(kind: int, values: Any, out: int, first: int, rows: int, columns: int, weights: Any) -> int:
+        calls.append(bool(weights))
+        return 0
+
+    for weighted in (True, False, True, False):
+        assert quantiser.address("tq1_0", twin, weighted=weighted) == quantiser.address("tq1_0")
+    assert calls == [True, False]

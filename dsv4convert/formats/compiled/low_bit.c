@@ -202,6 +202,14 @@ INLINE int make_q1_0(const u32_at *restrict values, int count, u8 *restrict bloc
 
 // ----------------------------------------------------------------------------------------------------------
 
+// A type whose `count` blocks of `size` elements are made at once, by a function that returns whether they are ordinary.
+#define MADE(type, count, size, made)                          \
+    case type:                                                 \
+        elements = (count) * (size);                           \
+        bytes = (count) * type##_BYTES;                        \
+        ordinary = made;                                       \
+        break
+
 // Has the parameters of ggml_quantize_chunk. Returns the bytes of the blocks, 0 where they are not made here.
 u64 quantise_here(int type, const float *values, void *out, i64 first, i64 rows, i64 columns, const float *weights) {
     const u32_at *source = (const u32_at *)(values + first);
@@ -210,44 +218,17 @@ u64 quantise_here(int type, const float *values, void *out, i64 first, i64 rows,
     int ordinary = !weights || type >= TQ1_0;
     for (i64 left = rows * columns; ordinary && left > 0; left -= elements, source += elements, block += bytes) {
         int some = (int)smaller(left / GROUP, BLOCKS_AT_ONCE);
+        int many = left >= SIDE_BY_SIDE * Q1_0_ELEMENTS;
         switch (type) {
-        case Q4_0:
-            elements = some * GROUP, bytes = some * Q4_0_BYTES;
-            ordinary = make_levels(source, some, block, 4, 0);
-            break;
-        case Q4_1:
-            elements = some * GROUP, bytes = some * Q4_1_BYTES;
-            ordinary = make_levels(source, some, block, 4, 1);
-            break;
-        case Q5_0:
-            elements = some * GROUP, bytes = some * Q5_0_BYTES;
-            ordinary = make_levels(source, some, block, 5, 0);
-            break;
-        case Q5_1:
-            elements = some * GROUP, bytes = some * Q5_1_BYTES;
-            ordinary = make_levels(source, some, block, 5, 1);
-            break;
-        case TQ1_0:
-            elements = TQ_ELEMENTS, bytes = TQ1_0_BYTES;
-            ordinary = make_tq1_0(source, block);
-            break;
-        case TQ2_0:
-            elements = TQ_ELEMENTS, bytes = TQ2_0_BYTES;
-            ordinary = make_tq2_0(source, block);
-            break;
-        case Q2_0:
-            elements = Q2_0_ELEMENTS, bytes = Q2_0_BYTES;
-            ordinary = make_q2_0(source, block);
-            break;
-        case Q1_0:
-            if (left >= SIDE_BY_SIDE * Q1_0_ELEMENTS) {
-                elements = SIDE_BY_SIDE * Q1_0_ELEMENTS, bytes = SIDE_BY_SIDE * Q1_0_BYTES;
-                ordinary = make_q1_0(source, SIDE_BY_SIDE, block);
-            } else {
-                elements = Q1_0_ELEMENTS, bytes = Q1_0_BYTES;
-                ordinary = make_q1_0(source, 1, block);
-            }
-            break;
+            MADE(Q4_0, some, GROUP, make_levels(source, some, block, 4, 0));
+            MADE(Q4_1, some, GROUP, make_levels(source, some, block, 4, 1));
+            MADE(Q5_0, some, GROUP, make_levels(source, some, block, 5, 0));
+            MADE(Q5_1, some, GROUP, make_levels(source, some, block, 5, 1));
+            MADE(TQ1_0, 1, TQ_ELEMENTS, make_tq1_0(source, block));
+            MADE(TQ2_0, 1, TQ_ELEMENTS, make_tq2_0(source, block));
+            MADE(Q2_0, 1, Q2_0_ELEMENTS, make_q2_0(source, block));
+            MADE(Q1_0, many ? SIDE_BY_SIDE : 1, Q1_0_ELEMENTS,
+                 many ? make_q1_0(source, SIDE_BY_SIDE, block) : make_q1_0(source, 1, block));
         default:
             return 0;
         }

@@ -104,10 +104,11 @@ def estimate(
     inputs = [model, *(Path(file) for file in read if file is not None)]
     replaced = check_page(report, overwrite=overwrite, inputs=inputs)
     found = api.estimate(model, overwrite=overwrite, **options)
+    document = found.as_json()
     try:
-        print_result(found.as_json(), describe(found, show_operators), as_json=as_json)
+        print_result(document, describe(found, show_operators), as_json=as_json)
     finally:
-        write_page(report, "estimate", model, found.as_json(), replaced)
+        write_page(report, "estimate", model, document, replaced)
 
 
 def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:

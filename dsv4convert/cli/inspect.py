@@ -31,13 +31,13 @@ MAX_LISTED = 20
 @json_option
 def inspect(path: Path, index: str, report: Path | None, overwrite_page: bool, as_json: bool) -> None:
     """Describe a checkpoint, a GGUF or a folder of shards from its headers alone."""
-
     replaced = check_page(report, overwrite=overwrite_page, inputs=[path])
     description = api.inspect(path, index=index)
+    document = description.as_json()
     try:
-        print_result(description.as_json(), describe(description), as_json=as_json)
+        print_result(document, describe(description), as_json=as_json)
     finally:
-        write_page(report, "inspect", path, description.as_json(), replaced)
+        write_page(report, "inspect", path, document, replaced)
 
 
 def describe(found: Description) -> Iterator[Block]:

@@ -164,9 +164,10 @@ def find_quantiser(path: Path | None = None) -> Quantiser:
         DeviceError: there is none.
     """
     if path is not None:
-        if not path.exists():
-            raise DeviceError("no such library", where=path, hint=INSTALL_HINT)
-        return Quantiser(os.path.abspath(path / LIBRARY_NAME if path.is_dir() else path))
+        library = path / LIBRARY_NAME if path.is_dir() else path
+        if not library.is_file():  # a pipe would be waited for
+            raise DeviceError("no such library", where=library, hint=INSTALL_HINT)
+        return Quantiser(os.path.abspath(library))
     found = importlib.util.find_spec(PACKAGE)
     for folder in found.submodule_search_locations or () if found else ():
         installed = Path(folder) / "lib" / LIBRARY_NAME

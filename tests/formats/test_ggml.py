@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -170,6 +171,16 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path) -> None:
     for path in (fake, tmp_path):
         with pytest.raises(DeviceError, match="cannot be used"):
             find_quantiser(path)
+
+
+def test_a_pipe_is_no_library(tmp_path: Path) -> None:
+    """Nobody waits for one; this one has bytes, for a program that reads it."""
+    pipe = tmp_path / "libggml-base.so"
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDWR), "r+b", buffering=0) as end:
+        end.write(bytes(4096))
+        with pytest.raises(DeviceError, match="no such library"):
+            find_quantiser(pipe)
 
 
 def test_a_library_of_something_else_is_refused() -> None:

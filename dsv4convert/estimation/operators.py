@@ -61,8 +61,8 @@ class Operator(NamedTuple):
     read_bytes: float
     written_bytes: float
     weights: Mapping[str, float]
-    divided: str = BY_RANK
-    arithmetic: str = "dense"
+    divided: str
+    arithmetic: str
 
     @property
     def bytes(self) -> float:
@@ -300,7 +300,10 @@ SHARED_NAMES = ("ffn.shared_experts.w1.weight", "ffn.shared_experts.w2.weight", 
 
 
 class _Sublayer(NamedTuple):
-    """Where operators are: a layer of the trunk or of a draft, or None, and what of it; costs are those of a step."""
+    """A part of a layer that operators are of: ``layer`` counts in the trunk or the draft, None is outside of layers.
+
+    ``costs`` has the steps that are computed and the weights.
+    """
 
     costs: Costs
     layer: int | None

@@ -120,17 +120,17 @@ def _of_opened(path: Path, kind: str, opened: Checkpoint | ShardCheckpoint) -> S
         opened.draft,
         opened.n_draft,
         parts_of(opened.weights.values()),
-        opened if isinstance(opened, Checkpoint) else None,
-        None if isinstance(opened, Checkpoint) else opened.mp,
-        {} if kind == CONFIG else {file.name: size_of(file) for file in opened.files},
-        opened.notes,
+        checkpoint=opened if isinstance(opened, Checkpoint) else None,
+        mp=None if isinstance(opened, Checkpoint) else opened.mp,
+        files={file.name: size_of(file) for file in opened.files},
+        notes=opened.notes,
     )
 
 
 def _of_config(path: Path, config: ModelConfig) -> Subject:
     """Return a model of which only the config is there: weights are taken to be stored as published."""
     note = "a config alone: every weight is taken to be stored as the published checkpoints store it"
-    return replace(_of_opened(path, CONFIG, published_checkpoint(path, config)), notes=(note,))
+    return replace(_of_opened(path, CONFIG, published_checkpoint(path, config)), files={}, notes=(note,))
 
 
 def published_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:

@@ -33,14 +33,14 @@ def folder_plan(
     """Return the plan of the folder ``out`` made of ``source``, with notes besides the source's own."""
     return Plan(
         target,
-        source.folder,
-        out,
-        True,
-        tuple(files),
-        tuple(dropped),
-        options,
-        source.nbytes,
-        (*source.notes, *notes),
+        source=source.folder,
+        destination=out,
+        is_folder=True,
+        files=tuple(files),
+        dropped=tuple(dropped),
+        options=options,
+        source_bytes=source.nbytes,
+        notes=(*source.notes, *notes),
     )
 
 

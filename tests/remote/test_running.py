@@ -95,7 +95,7 @@ def test_compare_takes_addresses_and_names_them(model: tuple[Path, str], remote:
     document = json.loads(result.out)
     assert document["worst"] is not None
     assert document["a"].startswith("hf://somebody/Model@")
-    assert {block.get("rmse", 0) for block in document["blocks"]} == {0}
+    assert {block["rmse"] for block in document["blocks"] if "rmse" in block} == {0}  # choices of experts have none
     check_fetched_once(remote, here.parent if here.is_file() else here)
 
 

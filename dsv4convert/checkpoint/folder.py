@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
-from ..containers.sources import prefetch_heads
+from ..containers.sources import prefetch_heads, shown
 from ..errors import (
     ConfigError,
     Dsv4Error,
@@ -145,7 +145,7 @@ def _not_a_folder(file: Path) -> Dsv4Error:
             where=file,
             hint="pass the folder of the safetensors checkpoint; inspect, forward and verify read GGUF files",
         )
-    return InputMissingError("a file, not a folder", where=file, hint=f"pass its folder, {file.parent}")
+    return InputMissingError("a file, not a folder", where=file, hint=f"pass its folder, {shown(file.parent)}")
 
 
 def _resolve_the_trunk(folder: Path, config: ModelConfig, headers: FolderHeaders) -> Checkpoint:

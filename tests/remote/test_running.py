@@ -178,3 +178,10 @@ def test_what_uses_its_source_up_needs_it_here(remote: Remote, snapshot: Path, t
     address = f"hf://{REPOSITORY}/{gguf.name}"
     error = remote.run("merge", address, tmp_path / "one.gguf", "--delete-parts").error
     assert "--delete-parts needs the files on this machine; download them first" in error
+
+
+def test_an_address_of_another_file_is_told_its_folder(remote: Remote, snapshot: Path) -> None:
+    """By its address: the place in which it is mounted goes with the run."""
+    folder = f"hf://{REPOSITORY}@{snapshot.name}"
+    error = remote.run("forward", f"hf://{REPOSITORY}/config.json", *TOKENS).error
+    assert error == f"{folder}/config.json: a file, not a folder; pass its folder, {folder}"

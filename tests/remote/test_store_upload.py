@@ -249,6 +249,30 @@ def test_files_that_are_the_same_in_an_older_output_stay(
     assert store.without_card() == contents(tmp_path / "again" / "Small-BF16")
 
 
+@pytest.mark.parametrize("other", ["config.json", INDEX, "tokenizer_config.json"])
+def test_json_files_that_are_the_same_in_an_older_output_stay(
+    other: str, store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    """One differs, which comes after others that have been found to be there already."""
+    assert store.remote.run(*dequantize(snapshot, tmp_path / "out" / "Small-BF16")).code == 0
+    store.put(other, b"{}")
+    result = store.remote.run(*dequantize(snapshot, tmp_path / "again" / "Small-BF16", "--overwrite"))
+    assert result.code == 0, result.err
+    assert store.without_card() == contents(tmp_path / "again" / "Small-BF16")
+
+
+def test_a_mark_of_another_run_stays(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    """Which takes the place of one that is about to end."""
+
+    def take(number: int) -> None:
+        if INDEX in store.server.contents(PREFIX):  # the card comes
+            store.put(MARK, b"another run")
+
+    store.server.before_upload = take
+    assert store.remote.run(*dequantize(snapshot, tmp_path / "out" / "Small-BF16")).code == 0
+    assert store.server.contents(PREFIX)[MARK] == b"another run"
+
+
 def test_wrong_uses_are_one_line(store: Store, snapshot: Path, tmp_path: Path) -> None:
     def error(*options: object) -> str:
         return store.remote.run("dequantize", snapshot, tmp_path / "out", "--upload", *options).error

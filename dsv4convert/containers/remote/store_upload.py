@@ -169,8 +169,12 @@ class StoreDestination(Destination):
 
     def abandon(self) -> None:
         """See ``Destination.abandon``."""
-        if self._read(MARK_NAME, most=1) == self._mark:
-            self._ask(lambda: obstore.delete(self._store, self._prefix + MARK_NAME), 1)
+        self._remove_mark(most=1)
+
+    def _remove_mark(self, most: int = MAX_ATTEMPTS) -> None:
+        """Remove the mark, unless another run has taken this one's place."""
+        if self._read(MARK_NAME, most) == self._mark:
+            self._delete([MARK_NAME], most)
 
     def clear(self, fingerprint: str) -> None:
         """See ``Destination.clear``."""
@@ -260,17 +264,18 @@ class StoreDestination(Destination):
         if CARD_NAME in found:
             self._put_text(OLD_CARD_NAME, self._read(CARD_NAME) or "")
             self._delete([CARD_NAME])
-        shown = [name for name in found if name.endswith(".json") and name in (*self._names, INDEX_NAME)]
+        ours = {*self._names, INDEX_NAME}.difference(self._arrived)
+        shown = [name for name in found if name.endswith(".json") and name in ours]
         self._delete(sorted(shown, key=_last_is_index, reverse=True))
         if not self._resume:
             replaced = set(self._names).intersection(found).difference(shown, self._arrived)
             self._delete(sorted(replaced))
         self._has_made_room = True
 
-    def _delete(self, names: list[str]) -> None:
+    def _delete(self, names: list[str], most: int = MAX_ATTEMPTS) -> None:
         for name in names:
             try:
-                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name))  # type: ignore[misc]
+                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name), most)  # type: ignore[misc]
             except FileNotFoundError:  # by an attempt whose answer was lost
                 continue
 
@@ -301,7 +306,8 @@ class StoreDestination(Destination):
         text = card(set_aside if old is None else old)
         if text != old:
             self._put_text(CARD_NAME, text)
-        self._delete([*([] if set_aside is None else [OLD_CARD_NAME]), MARK_NAME])
+        self._delete([] if set_aside is None else [OLD_CARD_NAME])
+        self._remove_mark()
         return self.address
 
     def _check_arrived(self, name: str, sent: Sent) -> None:

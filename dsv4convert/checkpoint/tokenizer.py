@@ -537,7 +537,7 @@ def _backend(path: Path) -> Any:
     except ImportError:
         raise DeviceError(
             "turning text into tokens needs the package tokenizers",
-            hint="install dsv4convert[text], or pass token ids with --tokens",
+            hint="install dsv4convert[text]; forward and compare take token ids with --tokens instead",
         ) from None
     content = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     try:

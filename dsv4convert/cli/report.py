@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -294,7 +295,16 @@ def _upload(run: RunOptions) -> Upload | None:
         return None
     from ..engine.upload import Upload
 
-    return Upload(run.upload, run.delete_uploaded, shlex.join(["dsv4convert", *sys.argv[1:]]))
+    return Upload(run.upload, run.delete_uploaded, shlex.join(["dsv4convert", *map(without_folders, sys.argv[1:])]))
+
+
+def without_folders(argument: str) -> str:
+    """Return an argument as a card may show it: of a path on this machine the last name alone."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    folder, slash, _ = value.rstrip("/").rpartition("/")
+    if slash and "://" not in value and os.path.isdir(folder or "/"):
+        value = os.path.basename(value.rstrip("/"))
+    return f"{option}{equals}{value}"
 
 
 def run_conversion(

@@ -198,7 +198,7 @@ class _Legacy:
     def read(self) -> Imatrix:
         n_entries = self.number("the number of entries")
         if not 0 < n_entries <= MAX_ENTRIES:
-            raise self.error("the number of entries", f"1 to {MAX_ENTRIES}: is this an importance matrix?", n_entries)
+            raise self.error("the number of entries", f"1 to {MAX_ENTRIES} of an importance matrix", n_entries)
         entries: dict[str, Entry] = {}
         for number in range(n_entries):
             what = f"entry {number}"

@@ -131,7 +131,7 @@ def _code(text: str) -> str:
 def _cell(text: str) -> str:
     """Return text that stays in its cell of a table and is no markup; of paths it keeps the last name alone."""
     text = re.sub(r"(?<![\w:/.])/(?:[^\s/'\"]+/)*([^\s/'\"]+)", r"\1", text)
-    return re.sub(r"[`|]|[^ -~]", " ", text)
+    return re.sub(r"[`|]|[^ -~]", " ", text.replace("…", "..."))
 
 
 def _sections(card: str) -> dict[str, str]:

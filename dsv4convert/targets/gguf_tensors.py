@@ -345,8 +345,8 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
         claims.drop(f"mtp.* ({layers})", _drop_reason("--draft", options.draft, dialect), drafts)
     if tower_mode == DROP:
         claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
-    check_rules_used(type_options, choices)
-    notes = [note for choice in choices for note in choice.notes()]
+    notes = check_rules_used(type_options, choices)
+    notes += [note for choice in choices for note in choice.notes()]
     if any(tensor.name.endswith(SECOND_SUFFIX) for model in models for tensor in model.tensors):
         notes.append(IGNORED_SECOND)
     return GgufModels(models, claims.close(), low_bit, (*notes, *low_bit.notes()))

@@ -139,8 +139,10 @@ def is_protected(weight: Weight, name: str) -> bool:
     return weight.row.store in (Store.F32, Store.TABLE) or len(weight.shape) == 1 or name.endswith(ROUTERS)
 
 
-def check_rules_used(options: TypeOptions, choices: Iterable[TypeChoice]) -> None:
-    """Check that each ``--tensor-type`` of the user's named a tensor of some file.
+def check_rules_used(options: TypeOptions, choices: Iterable[TypeChoice]) -> list[str]:
+    """Check that each ``--tensor-type`` of the user's named a tensor of some file; return notes on rows that did not.
+
+    These are the recipe's. A recipe is for models of several sizes: a row of layers that this one lacks is no mistake.
 
     Raises:
         UsageError: one did not.
@@ -148,9 +150,15 @@ def check_rules_used(options: TypeOptions, choices: Iterable[TypeChoice]) -> Non
     used: set[int] = set()
     for choice in choices:
         used |= choice.used()
-    for number, rule in enumerate(options.rules[options.named :], start=options.named):
-        if number not in used:
+    notes = []
+    for number, rule in enumerate(options.rules):
+        if number in used:
+            continue
+        if number >= options.named:
             raise UsageError(
                 f"--tensor-type {rule.pattern.pattern}={rule.type}: no tensor has such a name",
                 hint="inspect shows the names of a GGUF's tensors",
             )
+        where = "" if rule.layers is None else f" in layers {rule.layers}"
+        notes.append(f"row {number + 1} of the recipe names no tensor: {rule.pattern.pattern}{where}")
+    return notes

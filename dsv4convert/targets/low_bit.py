@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
+from ..checkpoint.meaning import counted
 from ..checkpoint.weights import Weight
 from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
 from ..errors import InventoryError, UsageError
@@ -133,7 +134,8 @@ class LowBitMaker:
         notes = []
         if self.missing:
             names = some(self.missing, MAX_NAMED)
-            notes.append(f"no importance for {len(self.missing)} tensors, whose columns count alike: {names}")
+            how = "by the squares of their weights" if self.squared else "alike"
+            notes.append(f"no importance for {counted(len(self.missing))}, whose columns count {how}: {names}")
         if self.imatrix is not None:
             unused = [name for name in self.imatrix.entries if name not in self.used]
             if unused:

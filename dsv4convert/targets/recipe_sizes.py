@@ -134,6 +134,8 @@ def check_fits(sizes: RecipeSizes) -> str:
         hint = f"{smaller[-1]} fits, and needs {IMPORTANCE_HINT}"
     else:
         hint = "--list-recipes shows all recipes; a smaller --context needs a smaller KV cache"
+    if not smallest.missing_bytes:
+        raise UsageError("--fit: no recipe fits without importance", got=sizes.fit, hint=hint)
     subject = f"recipe {smallest.name} does not fit:" if len(sized) == 1 else f"no recipe fits: for {smallest.name}"
     raise UsageError(
         f"--fit: {subject} {smallest.missing_bytes} bytes are missing",

@@ -380,7 +380,9 @@ def _importance(
     if entry is None:
         return None
     if entry.values != experts * first.shape[-1] or (not entry.is_legacy and len(entry.counts) not in (1, experts)):
-        what = f"importance of {name}: expected {experts} x {first.shape[-1]} values, got {entry.values}"
+        columns = first.shape[-1]
+        what = f"importance of {name}: expected {experts} x {columns} values, got {entry.values}"
+        what += f"; was {imatrix.path.name} made from another model?"
         report.problem(LAYOUT, f"tensor {name}", what)
         return None
     return entry

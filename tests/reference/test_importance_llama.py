@@ -58,8 +58,14 @@ def test_quantisers_take_every_entry(make_checkpoint: MakeCheckpoint, tmp_path: 
     summary = convert_gguf(source, tmp_path / "ours.gguf", dense="q4_k", experts="q2_k", pure=True, imatrix=matrix)
     unused = [note for note in summary.notes if "importance" in note or "not needed" in note]
     assert len(unused) == 2
-    assert unused[0] == "no importance for 1 tensors, whose columns count alike: token_embd.weight"
+    assert unused[0] == "no importance for 1 tensor, whose columns count alike: token_embd.weight"
     assert "ffn_gate_inp" in unused[1]  # protected, as the hyper-connections are
+    both = {"imatrix": matrix, "importance": "weights"}
+    filled = convert_gguf(
+        source, tmp_path / "filled.gguf", dense="q4_k", experts="q2_k", pure=True, dry_run=True, **both
+    )
+    told = "no importance for 1 tensor, whose columns count by the squares of their weights: token_embd.weight"
+    assert told in filled.notes
     assert "3 entries" in unused[1]
     made = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "ours.gguf").tensors}
     low = {n: t.tensor_type.name.lower() for n, t in made.items() if t.tensor_type.name.startswith(("Q", "IQ"))}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from dsv4convert.cli.report import without_folders
+
 from ..command_line import run_cli
 from .hub_server import Hub
 from .support import Remote, contents, finished
@@ -67,6 +69,27 @@ def test_a_folder_is_sent_with_a_card_in_one_commit(
     for secret in ("hf_secret_token", "secret-signature", str(tmp_path)):
         assert secret not in card + result.out.replace(str(out), "") + result.err
     assert set(hub.hub.authorized) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("{here}/a secret/model", "model"),
+        ("a secret/model", "model"),
+        ("a secret/../a secret/", "a secret"),
+        ("./model", "model"),
+        ("--imatrix=a secret/im.gguf", "--imatrix=im.gguf"),
+        ("deepseek-ai/DeepSeek-V4-Flash", "deepseek-ai/DeepSeek-V4-Flash"),
+        ("s3://bucket/a secret", "s3://bucket/a secret"),
+        ("ffn_(up|down)_exps=q4_k", "ffn_(up|down)_exps=q4_k"),
+    ],
+)
+def test_a_card_tells_no_folder_of_this_machine(
+    argument: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a secret").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert without_folders(argument.format(here=tmp_path)) == kept
 
 
 def test_a_gguf_is_sent_from_the_hub_to_the_hub_and_a_foreign_card_stays(

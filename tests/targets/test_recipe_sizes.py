@@ -82,6 +82,13 @@ def test_what_needs_importance_is_chosen_with_it_only(whole: Path) -> None:
         convert_gguf(whole, fit=room, dry_run=True)
 
 
+def test_where_all_that_fits_needs_importance_nothing_is_said_to_be_missing(whole: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"--fit: no recipe fits without importance: got \S+; \S+ fits, and needs --imatrix"
+    ):
+        convert_gguf(whole, dialect="ds4", fit="1T", dry_run=True)
+
+
 def test_the_cache_counts_and_depends_on_the_context(whole: Path) -> None:
     long, short = (list_recipes(whole, context=context).cache_bytes for context in (4096, 3072))
     assert short < long
@@ -148,3 +155,14 @@ def test_the_command_lists_and_stops(whole: Path, tmp_path: Path) -> None:
 def test_a_recipe_with_an_integer_that_python_does_not_read_is_malformed() -> None:
     with pytest.raises(FileFormatError, match="not a TOML file"):
         parse_recipe("mine", b"description = " + b"9" * 5000, "mine.toml")
+
+
+def test_rows_that_name_no_tensor_are_told(whole: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    rows = ('match = "ffn_down_exps"\nlayers = "90-99"', 'match = "no_such_tensor"', 'match = "ffn_up_exps"')
+    recipe.write_text("".join(f'[[tensor]]\n{row}\ntype = "q2_k"\n' for row in rows))
+    notes = convert_gguf(whole, recipe=str(recipe), dry_run=True).notes
+    assert [note for note in notes if "names no tensor" in note] == [
+        "row 1 of the recipe names no tensor: ffn_down_exps in layers 90-99",
+        "row 2 of the recipe names no tensor: no_such_tensor",
+    ]

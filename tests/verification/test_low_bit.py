@@ -129,6 +129,20 @@ def test_another_importance_matrix_is_told_apart(source: Path, q2_k: Path, imatr
     assert "quantize.imatrix.entries_count" in {problem.where for problem in report.problems}
 
 
+def test_an_importance_matrix_of_another_model_is_named(source: Path, q2_k: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    write_imatrix(
+        other,
+        {UP: np.ones((2, 32), np.float32)},
+        {UP: np.ones(2, np.int64)},
+        datasets=["text"],
+        chunks=3,
+        chunk_size=512,
+    )
+    problems = verify(source, q2_k, imatrix=other).problems
+    assert any("was other.gguf made from another model?" in problem.what for problem in problems)
+
+
 @pytest.mark.parametrize("at", range(0, BY_NAME["q2_k"].nbytes, 7))
 def test_a_flipped_bit_is_caught(at: int, source: Path, q2_k: Path, imatrix: Path, tmp_path: Path) -> None:
     def flip(blocks: np.ndarray) -> None:

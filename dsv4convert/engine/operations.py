@@ -20,6 +20,7 @@ from ..formats.base import GROUP, BlockwiseCodec, PlainCodec, ScaledCodec, Scrat
 from ..formats.e8m0 import e8m0_to_f32, power_of_two_bytes, spread_scales
 from ..formats.fp8_recovery import bf16_to_fp8_exactly
 from ..formats.ggml import Quantiser
+from ..formats.ggml_decode import dequantise
 from ..formats.int4 import int4_to_float, unpack_zeros
 from ..formats.mlx_affine import bf16_to_affine8
 from ..formats.nvfp4 import largest_scale, second_scale
@@ -361,6 +362,10 @@ def as_f32(
     return wide
 
 
+# Elements of which all are smaller have scales that float16 holds, in all of ggml's types.
+SCALE_MAY_OVERFLOW = 2.0**15
+
+
 def squares(values: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the sum over rows of the squares of each column, in float64."""
     total: NDArray[np.float64] = np.einsum("rc,rc->c", values, values, dtype=np.float64)
@@ -382,6 +387,8 @@ def _quantise(operation: Quantise, codecs: Codecs, inputs: Inputs, out: Bytes, s
         )
     weights = None if operation.importance is None else inputs[-1]
     loaded_quantiser(operation.library).quantise(operation.target, wide, out, weights)
+    if np.abs(wide).max(initial=0) >= SCALE_MAY_OVERFLOW:
+        tally.overflow += int(np.count_nonzero(~np.isfinite(dequantise(operation.target, out))))
 
 
 @cache

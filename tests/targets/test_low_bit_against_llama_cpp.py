@@ -231,6 +231,25 @@ def test_values_that_are_not_finite_are_refused_by_tensor_and_column(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "tq2_0", "q1_0", "q4_k", "iq4_xs"])
+def test_scales_that_float16_does_not_hold_are_counted(
+    kind: str, editable: Callable[..., Editable], tmp_path: Path
+) -> None:
+    source = editable(overrides=WHOLE, **SMALL)
+
+    def spoil(rows: np.ndarray) -> None:
+        rows.view("<u2")[2, :256] = 0x4E6E  # 1e9
+        rows.view("<u2")[3, :256] = 0x46FF  # 32640
+
+    source.edit("head.weight", spoil)
+    (counted,) = (
+        counted
+        for counted in convert_gguf(source.folder, tmp_path / "ours.gguf", output_type=kind).counted
+        if counted["tensor"] == "output.weight"
+    )
+    assert counted["overflow"] == 256
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str, case: Case, tmp_path: Path) -> None:
     ours = tmp_path / "ours.gguf"

@@ -37,9 +37,9 @@ INLINE int write_f16(u8 *place, float value) {
 
 INLINE int is_finite(float value) { return (bits_of(value) & F32_INFINITY) != F32_INFINITY; }
 
-INLINE u32 largest_magnitude(const u32_at *values, int size) {
+INLINE u32 largest_magnitude(const u32_at *values, i64 size) {
     u32 largest = 0;
-    for (int j = 0; j < size; j++) {
+    for (i64 j = 0; j < size; j++) {
         u32 magnitude = values[j] & F32_MAGNITUDE;
         largest = magnitude > largest ? magnitude : largest;
     }

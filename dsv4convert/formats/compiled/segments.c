@@ -311,6 +311,9 @@ static int find_largest(segment *s, i64 first) {
     return s->largest != 0xFF;
 }
 
+// As float32: 32768. What is smaller has scales that float16 holds, in all types; of the rest Python counts those without.
+#define SCALE_MAY_OVERFLOW 0x47000000u
+
 // Has ggml's library quantise a few rows at a time, which stay in the processor's cache once they are decoded.
 static i64 quantise_rows(const segment *s, const u8 *scales, i64 rows) {
     i64 columns = s->columns, groups = columns / GROUP, blocks = (columns + s->width - 1) / s->width;
@@ -336,7 +339,7 @@ static i64 quantise_rows(const segment *s, const u8 *scales, i64 rows) {
         default: // F32_TO_GGML
             wide = (const u32_at *)values;
         }
-        if (made == NEEDS_FALLBACK || any_u32(wide, some * columns, F32_INFINITY) ||
+        if (made == NEEDS_FALLBACK || largest_magnitude(wide, some * columns) >= SCALE_MAY_OVERFLOW ||
             __atomic_load_n(&s->control->stopped, __ATOMIC_RELAXED))
             return NEEDS_FALLBACK;
         i64 size = some * s->row_bytes;

@@ -630,7 +630,7 @@ def _carry_out(
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     if uploading is not None and uploading.was_finished():
         summary = summarize_finished(plans[0], threads)
-        return replace(summary, notes=(*summary.notes, "uploaded by that run, and not kept here"))
+        return replace(summary, notes=(*summary.notes, "uploaded by that run, and not kept here"), deleted=True)
 
     def refuse(report: RunReport) -> None:
         if exact:
@@ -658,7 +658,8 @@ def _carry_out(
         progress(total, total)
     summary = replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
     if uploading is not None:
-        summary = replace(summary, notes=(*summary.notes, f"uploaded to {uploading.finish(summary.notes)}"))
+        notes = (*summary.notes, *uploading.finish(summary.notes))
+        summary = replace(summary, notes=notes, deleted=uploading.deletes)
     return summary
 
 

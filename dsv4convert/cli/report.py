@@ -210,7 +210,8 @@ def print_summary(summary: Summary) -> None:
         typer.echo("finished by an earlier run; nothing was left to do")
     for path, size, _, count in folded([(path, size, 0) for path, size in summary.files]):
         files = f"  {count:,} files" if count > 1 else ""
-        typer.echo(f"wrote {escape_control(path)}  {human_bytes(size)}{files}")
+        gone = "  uploaded, removed here" if summary.deleted else ""
+        typer.echo(f"{'made' if gone else 'wrote'} {escape_control(path)}  {human_bytes(size)}{files}{gone}")
     typer.echo(f"{summary.tensors} tensors")
     for entry in summary.dropped:
         typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")

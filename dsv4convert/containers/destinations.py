@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DeviceError, UsageError
 from .folder_names import INDEX_NAME
+from .gguf import SPLIT_FILE
 from .sources import ADDRESS, HUB_ID
 
 READ_BYTES = 2**20
@@ -49,10 +50,12 @@ class Sent:
 class Destination(ABC):
     """A place elsewhere for the files of one output, which no reader takes for whole before they all are there.
 
-    ``address`` is what to call it. Every method raises Dsv4Error: InputOutputError where the run may go on later.
+    ``address`` is what to call it; ``older_files``, once all is shown, are GGUF files of an older output of the
+    same name that stay there. Every method raises Dsv4Error: InputOutputError where the run may go on later.
     """
 
     address: str
+    older_files: Sequence[str] = ()
 
     @abstractmethod
     def begin(self, names: list[str], *, is_folder: bool, overwrite: bool, resume: bool, fingerprint: str) -> None:
@@ -100,6 +103,22 @@ class Destination(ABC):
 def other_weights(found: Iterable[str], names: Container[str]) -> list[str]:
     """Return the files, of those ``found`` in a folder, that readers would mix up with a checkpoint of ``names``."""
     return [name for name in found if "/" not in name and name.endswith(WEIGHTS) and name not in names]
+
+
+def other_files_of_gguf(found: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the GGUF files, of those ``found`` in a folder, that are named as a file or part of a GGUF of ``names``.
+
+    >>> other_files_of_gguf(["a.gguf", "a-00001-of-00002.gguf", "b.gguf", "c/a.gguf"], ["a.gguf"])
+    ['a-00001-of-00002.gguf']
+    """
+    ours = set(names)
+    stems = {_gguf_stem(name) for name in ours} - {None}
+    return sorted(name for name in found if name not in ours and _gguf_stem(name) in stems)
+
+
+def _gguf_stem(name: str) -> str | None:
+    part = SPLIT_FILE.fullmatch(name)
+    return part["stem"] if part else name.removesuffix(".gguf") if name.endswith(".gguf") else None
 
 
 def shown_address(text: str) -> str:

@@ -66,7 +66,8 @@ class Summary:
     """What a conversion wrote and left out, and what it took.
 
     ``counted`` lists the tensors in which elements were NaN, out of range or rounded. ``dry_run`` is given for a run
-    that only planned: nothing was written, and ``files`` and ``tensors`` are those that would be.
+    that only planned: nothing was written, and ``files`` and ``tensors`` are those that would be. ``deleted`` says that
+    the files were removed here after they had been uploaded.
     """
 
     target: str
@@ -86,6 +87,7 @@ class Summary:
     backend: str
     report: RunReport = field(repr=False, compare=False)
     dry_run: DryRun | None = field(default=None, kw_only=True)
+    deleted: bool = field(default=False, kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary as plain JSON values; of a dry run, what it found."""

@@ -23,6 +23,8 @@ from .outputs import os_errors
 # Files that are sent at once: the hub's library sends the parts of a file one after another.
 SENDERS = 4
 POLL_SECONDS = 0.1
+# Older files that a note names.
+MAX_NAMED = 8
 FINISHED_HINT = "the output is finished here: run again with --resume"
 
 
@@ -55,6 +57,11 @@ class Uploading:
         self._waiting: queue.SimpleQueue[tuple[str, Path] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
+
+    @property
+    def deletes(self) -> bool:
+        """Whether the local files go once all have arrived."""
+        return self._upload.delete
 
     def begin(self) -> None:
         """Make sure that the destination takes the files, before any of them is made.
@@ -112,8 +119,8 @@ class Uploading:
                 thread.join(POLL_SECONDS)
         self._threads = []
 
-    def finish(self, notes: tuple[str, ...]) -> str:
-        """Send what is left of the finished output, show all of it to readers, and return its address.
+    def finish(self, notes: tuple[str, ...]) -> list[str]:
+        """Send what is left of the finished output, show all of it to readers, and return what there is to say of it.
 
         Raises:
             RunInterruptedError: Ctrl-C.
@@ -126,7 +133,7 @@ class Uploading:
         except InputOutputError as error:
             raise error.with_changes(hint=f"{error.hint}; {FINISHED_HINT}" if error.hint else FINISHED_HINT) from None
 
-    def _finish(self, notes: tuple[str, ...]) -> str:
+    def _finish(self, notes: tuple[str, ...]) -> list[str]:
         self.begin()
         paths = {file.name: path for file, path in zip(self._plan.files, self._plan.final_paths(), strict=True)}
         for index, file in enumerate(self._plan.files):
@@ -141,7 +148,14 @@ class Uploading:
         address = self._destination.finish(files, lambda old: self._card.text(old, self._sent, notes))
         if self._upload.delete:
             self._delete()
-        return address
+        said = [f"uploaded to {address}"]
+        older = self._destination.older_files
+        if older:
+            said.append(
+                f"{len(older)} file{'s' if len(older) > 1 else ''} of an older GGUF of this name stayed at "
+                f"{self._destination.address}: {', '.join(older[:MAX_NAMED])}{', …' if len(older) > MAX_NAMED else ''}"
+            )
+        return said
 
     def was_finished(self) -> bool:
         """Return whether an earlier run has sent this very output, and deleted it here or was about to.

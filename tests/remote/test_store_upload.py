@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import signal
@@ -103,6 +104,18 @@ def test_a_gguf_is_sent_in_parts_and_strangers_files_stay(store: Store, snapshot
     assert sorted(files) == ["README.md", "a.gguf", "b.gguf", "other.gguf", "sub/model.safetensors"]
 
 
+def test_files_of_an_older_gguf_of_the_name_are_told_and_stay(store: Store, snapshot: Path, tmp_path: Path) -> None:
+    for name in ("a.gguf", "a-00001-of-00002.gguf", "b.gguf", "sub/a.gguf"):
+        store.put(name, b"older")
+    options = ["--upload", TARGET, "--overwrite"]
+    result = store.remote.run("hf-to-gguf", snapshot, tmp_path / "a.gguf", *options, "--delete-uploaded", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert f"1 file of an older GGUF of this name stayed at {TARGET}: a-00001-of-00002.gguf" in document["notes"]
+    assert document["deleted"] is True
+    assert store.stored()["a-00001-of-00002.gguf"] == b"older"
+
+
 def test_a_large_file_goes_in_parts_that_a_store_takes(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +144,7 @@ def test_what_is_deleted_here_is_there_and_resume_knows_it(store: Store, snapsho
     result = store.remote.run(*arguments)
     assert result.code == 0, result.err
     assert list(out.parent.iterdir()) == []
+    assert "wrote" not in result.out
     assert store.without_card() == contents(tmp_path / "local")
     writes = list(store.server.writes)
     result = store.remote.run(*arguments, "--resume")

@@ -113,6 +113,21 @@ def test_a_gguf_is_sent_from_the_hub_to_the_hub_and_a_foreign_card_stays(
     assert card.count("dsv4convert: begin") == 2
 
 
+def test_files_of_an_older_gguf_of_the_name_are_told_and_stay(hub: Remote, snapshot: Path, tmp_path: Path) -> None:
+    options = ["--upload", TARGET, "--overwrite"]
+    result = hub.run("hf-to-gguf", snapshot, tmp_path / "a.gguf", "--max-file-size", "300K", *options)
+    assert result.code == 0, result.err
+    assert "of an older GGUF" not in result.out
+    parts = sorted(name for name in stored(hub) if name.endswith(".gguf"))
+    assert len(parts) > 8
+    assert hub.run("hf-to-gguf", snapshot, tmp_path / "b.gguf", *options).code == 0
+    result = hub.run("hf-to-gguf", snapshot, tmp_path / "a.gguf", *options)
+    assert result.code == 0, result.err
+    named = f"{', '.join(parts[:8])}, …"
+    assert f"{len(parts)} files of an older GGUF of this name stayed at hf://{TARGET}: {named}" in result.out
+    assert set(parts) < set(stored(hub))
+
+
 def test_what_is_deleted_here_is_there_and_resume_knows_it(hub: Remote, snapshot: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "Small-BF16"
     arguments = dequantize(snapshot, out, "--delete-uploaded")
@@ -120,11 +135,14 @@ def test_what_is_deleted_here_is_there_and_resume_knows_it(hub: Remote, snapshot
     result = hub.run(*arguments)
     assert result.code == 0, result.err
     assert list(out.parent.iterdir()) == []
+    assert "wrote" not in result.out
+    assert "  uploaded, removed here" in result.out
     assert without_card(stored(hub)) == contents(tmp_path / "local")
     received = list(hub.hub.received)
     result = hub.run(*arguments, "--resume")
     assert result.code == 0, result.err
     assert "finished by an earlier run" in result.out
+    assert "wrote" not in result.out
     assert (hub.hub.received, len(hub.hub.commits), list(out.parent.iterdir())) == (received, 1, [])
 
 

@@ -16,7 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights, shown_address
+from ..destinations import (
+    CARD_NAME,
+    MAX_CARD_BYTES,
+    Destination,
+    Sent,
+    other_files_of_gguf,
+    other_weights,
+    shown_address,
+)
 from ..presence import is_file
 from ..sources import RemoteFile
 from .http import retried
@@ -154,7 +162,9 @@ class HubDestination(Destination):
             if self._commit(operations, str(info.sha)):
                 info = self._info()
                 break
-        self._check_arrived(files, self._entries(info))
+        entries = self._entries(info)
+        self._check_arrived(files, entries)
+        self.older_files = other_files_of_gguf(entries, files)
         return f"hf://{self._repository}@{info.sha}" + (f"/{self._prefix.rstrip('/')}" if self._prefix else "")
 
     def _commit(self, operations: list[Any], parent: str) -> bool:

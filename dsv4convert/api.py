@@ -15,7 +15,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypedDict, TypeVar
 
-from .errors import UsageError
+from .errors import UsageError, counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -234,7 +234,7 @@ def convert_gguf(
             place, options, context=tokens, fit=room, tokenizer_pre=tokenizer_pre, name=name, index=index
         )
         options = replace(options, recipe=check_fits(sizes))
-        notes = (f"--fit {fit}: recipe {options.recipe}, with a KV cache for {sizes.context} tokens",)
+        notes = (f"--fit {fit}: recipe {options.recipe}, with a KV cache for {counted(sizes.context, 'token')}",)
     elif tokens is not None:
         raise UsageError("--context is for --fit and --list-recipes", hint="add --fit SIZE")
     target = None if out is None else Path(out)

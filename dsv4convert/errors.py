@@ -17,6 +17,15 @@ def escape_control(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def counted(count: int, what: str = "tensor", plural: str | None = None) -> str:
+    """Return a count with its noun.
+
+    >>> counted(1), counted(1234, "file"), counted(2, "entry", "entries")
+    ('1 tensor', '1,234 files', '2 entries')
+    """
+    return f"{count:,} {what if count == 1 else plural or what + 's'}"
+
+
 # Local folders that stand for remote ones (see ``containers.sources``), and the addresses to show instead.
 SHOWN_PATHS: dict[str, str] = {}
 

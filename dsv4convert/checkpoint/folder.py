@@ -29,6 +29,7 @@ from ..errors import (
     UnsupportedError,
     UsageError,
     check_choice,
+    counted,
 )
 from ..model.config import ModelConfig, Version, load_config
 from ..model.engram import check_rows
@@ -250,7 +251,7 @@ def _complete_set(folder: Path, names: Iterable[str]) -> list[str]:
             f"file {absent[0]} of {count} is missing{more}",
             where=folder,
             expected=f"{stem}N-of-{count}.safetensors for N from 1 to {count}",
-            got=f"{len(files)} files, without {INDEX_NAME}",
+            got=f"{counted(len(files), 'file')}, without {INDEX_NAME}",
             hint="is the download complete?",
         )
     return [files[number] for number in range(1, count + 1)]
@@ -319,7 +320,7 @@ def _strays(folder: Path, used: Iterable[str]) -> tuple[str, ...]:
     notes: list[str] = []
     for name in sorted({path.name for path in folder.glob("*.safetensors")} - set(used)):
         held = list(_stray_names(folder / name))
-        holds = f" ({len(held):,} tensors such as {held[0]}; --index headers reads it)" if held else ""
+        holds = f" ({counted(len(held))} such as {held[0]}; --index headers reads it)" if held else ""
         notes.append(f"{name}: not named by the index, not read{holds}")
     return tuple(notes)
 

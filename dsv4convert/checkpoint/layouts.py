@@ -21,7 +21,15 @@ from ..containers.orbax import ITEMS, METADATA_NAME
 from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header, read_metadata
 from ..containers.untrusted import open_regular
-from ..errors import ConfigError, Dsv4Error, FileFormatError, InputMissingError, InventoryError, UnsupportedError
+from ..errors import (
+    ConfigError,
+    Dsv4Error,
+    FileFormatError,
+    InputMissingError,
+    InventoryError,
+    UnsupportedError,
+    counted,
+)
 from ..model.config import VERSION_BY_ARCHITECTURE
 from ..model.parallel import SHARD_NAME
 from .packed import SUFFIXES
@@ -379,7 +387,7 @@ def _experts_without_router(folder: Folder) -> str | None:
     """Routers that choose among more experts than their layers have."""
     for layer, stored in folder.stored_experts.items():
         if stored < folder.routers.get(layer, 0):
-            return f"{layer} has {stored} experts, its router chooses among {folder.routers[layer]}"
+            return f"{layer} has {counted(stored, 'expert')}, its router chooses among {folder.routers[layer]}"
     return None
 
 

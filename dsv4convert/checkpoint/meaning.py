@@ -20,7 +20,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular, shrank
-from ..errors import InventoryError, not_read
+from ..errors import InventoryError, counted, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import ModelConfig
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
@@ -319,11 +319,6 @@ def refuse_zeros(names: Sequence[str], where: object) -> None:
         refuse(list(zero_findings([official_name(name) for name in names])), where)
 
 
-def counted(count: int, what: str = "tensor") -> str:
-    """Return a count with its noun."""
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
-
-
 def _place(weight: Weight) -> tuple[Path, int]:
     return weight.stored.file, weight.stored.offset
 
@@ -337,10 +332,11 @@ def _zero_experts(weights: Iterable[Weight], reader: _Reader) -> Iterator[Findin
 
 
 def _zero_tails(files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
-    """Yield the files that end in zero bytes, as a file does whose room was reserved for a download that stopped.
+    """Yield what there is of files that end in zero bytes, as those do whose room was reserved for a stopped download.
 
     Where the zeros begin is a matter of all tensors of a file, those that nothing uses too.
     """
+    found: list[tuple[str, str, str]] = []  # the file, how many tensors are zero, and the first of them
     for path in files:
         try:
             size = size_of(path)
@@ -351,11 +347,16 @@ def _zero_tails(files: Iterable[Path], reader: _Reader) -> Iterator[Finding]:
         stored = sorted(read_header(path).items(), key=lambda item: item[1].offset, reverse=True)
         tensors = [(official_name(name), tensor) for name, tensor in stored if tensor.nbytes]
         zero = [name for name, _ in takewhile(lambda item: reader.looks_zero(item[1]), tensors)]
-        what = f"{path.name} ends in zero bytes, did its download stop? They begin in"
         if zero:
-            yield Finding(f"{what} the last {counted(len(zero))}", (zero[-1],))
+            found.append((path.name, f" the last {counted(len(zero))}", zero[-1]))
         elif tensors:
-            yield Finding(what, (tensors[0][0],))
+            found.append((path.name, "", tensors[0][0]))
+    if len(found) == 1:
+        [(name, where, first)] = found
+        yield Finding(f"{name} ends in zero bytes, did its download stop? They begin in{where}", (first,))
+    elif found:
+        names = tuple(f"{name} at {first}" for name, _, first in found)
+        yield Finding(f"{counted(len(found), 'file')} end in zero bytes, did a download stop? Where they begin", names)
 
 
 # config.json against the tensors

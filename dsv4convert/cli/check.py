@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from .. import api
-from ..errors import escape_control
+from ..errors import counted, escape_control
 from ..html_report.figures import human_bytes, human_seconds
 from .options import index_option, json_option, progress_option, quiet_option, strict_option, threads_option
 from .parsing import CHECK, FOLDER, argument, command
@@ -35,7 +35,7 @@ def check(
         return
     if quiet:
         return
-    typer.echo(f"{report.files} files, {report.tensors:,} tensors, {human_bytes(report.bytes_read)} read")
+    typer.echo(f"{counted(report.files, 'file')}, {counted(report.tensors)}, {human_bytes(report.bytes_read)} read")
     for note in report.notes:
         typer.echo(escape_control(f"note: {note}"))
     for finding in report.findings:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import api
+from ..errors import counted
 from ..html_report.figures import human_bytes, short_seconds
 from .options import index_option, json_option
 from .pages import check_page, report_option, write_page
@@ -113,17 +114,17 @@ def estimate(
 
 def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
     """Yield an estimate as lines and tables."""
-    from ..estimation.estimate import counted
+    from ..estimation.estimate import sums_by
 
     config = found.subject.config
-    yield f"{found.path}: {found.kind} of DeepSeek-{config.version.value}, {config.num_hidden_layers} layers"
+    yield f"{found.path}: {found.kind} of DeepSeek-{config.version.value}, {counted(config.num_hidden_layers, 'layer')}"
     total = sum(part.nbytes for part in found.weights)
     elements = sum(part.elements for part in found.weights)
     yield f"weights, {found.form}: {total:,} bytes, {elements:,} elements"
     for by in ("family", "type"):
         rows = [
             (row[by], f"{row['tensors']:,}", human_bytes(row["bytes"]), f"{row['bytes'] / total:.1%}")
-            for row in counted(found.weights, by)
+            for row in sums_by(found.weights, by)
         ]
         yield Table((by, "tensors", "size", "share"), rows, frozenset({1, 2, 3}))
     if found.ranks is not None:
@@ -144,8 +145,8 @@ def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
         frozenset({1}),
     )
     caches = found.caches
-    sequences = f"{caches.batch:,} sequence{'s' if caches.batch > 1 else ''}"
-    yield f"caches, {caches.kv}: {sequences} of {caches.context:,} tokens, {caches.nbytes:,} bytes"
+    sequences = f"{counted(caches.batch, 'sequence')} of {counted(caches.context, 'token')}"
+    yield f"caches, {caches.kv}: {sequences}, {caches.nbytes:,} bytes"
     yield Table(
         ("cache of one sequence", "size"),
         [(kind, human_bytes(nbytes)) for kind, nbytes in caches.kinds().items()],
@@ -155,7 +156,7 @@ def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
     for array in found.activations:
         by_sublayer[array.sublayer] += array.nbytes
     yield Table(
-        (f"activations of {found.chunk:,} tokens", "size"),
+        (f"activations of {counted(found.chunk, 'token')}", "size"),
         [(sublayer, human_bytes(nbytes)) for sublayer, nbytes in by_sublayer.items()],
         frozenset({1}),
     )
@@ -172,7 +173,7 @@ def describe(found: Estimate, show_operators: bool = False) -> Iterator[Block]:
 
 def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
     shared = f", output projections among {ranks.o_proj_tp}" if ranks.o_proj_tp != ranks.mp else ""
-    yield f"{ranks.mp} ranks{shared}"
+    yield f"{counted(ranks.mp, 'rank')}{shared}"
     yield Table(
         ("rank", "bytes", "size"),
         [(str(rank), f"{nbytes:,}", human_bytes(nbytes)) for rank, nbytes in enumerate(ranks.rank_bytes)],
@@ -274,4 +275,4 @@ def _describe_need(found: Estimate) -> Iterator[Block]:
     if need.memory is not None:
         yield "it fits" if need.fits else "it does NOT fit"
         longest = need.longest_context
-        yield f"longest context that fits: {longest:,} tokens" if longest else "no context fits"
+        yield f"longest context that fits: {counted(longest, 'token')}" if longest else "no context fits"

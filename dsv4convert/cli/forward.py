@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import typer
 
-from ..errors import UsageError, VerifyError, escape_control
+from ..errors import UsageError, VerifyError, counted, escape_control
 from .options import LAYERS_METAVAR, cache_option, json_option, overwrite_option, tokenizer_option
 from .pages import check_page, report_option, write_page
 from .parsing import COMPARISON, FOLDER, PATH, PROMPT, RUN, RUN_MODEL, argument, command, option
@@ -513,7 +513,7 @@ def _describe(comparison: Comparison) -> Iterator[Block]:
     )
     logits = comparison.logits
     yield (
-        f"next token of {logits.positions} positions: argmax agrees in {logits.argmax_agreement:.2%}; "
+        f"next token of {counted(logits.positions, 'position')}: argmax agrees in {logits.argmax_agreement:.2%}; "
         f"KL(A||B) mean {logits.kl_mean:.3g}, largest {logits.kl_max:.3g} nats; "
         f"cosine median {logits.cosine_median:.7f}, smallest {logits.cosine_min:.7f}"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import api
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..html_report.figures import human_bytes
 from .llama_cpp import LLAMA_CPP_OPTIONS
 from .options import (
@@ -194,7 +194,7 @@ def hf_to_gguf(list_recipes: bool, *, run: RunOptions, **options: Any) -> None:
 def _describe_recipes(sizes: RecipeSizes) -> Iterator[Block]:
     """Yield the recipes as a table: size, size with the KV cache, whether it fits, and what it is."""
     kinds = ", ".join(f"{kind} {human_bytes(nbytes)}" for kind, nbytes in sizes.cache.items())
-    yield f"KV cache for {sizes.context} tokens: {human_bytes(sizes.cache_bytes)} ({kinds})"
+    yield f"KV cache for {counted(sizes.context, 'token')}: {human_bytes(sizes.cache_bytes)} ({kinds})"
     rows = []
     for recipe in sizes.recipes:
         size, with_cache, verdict = "", "", recipe.obstacle or ""

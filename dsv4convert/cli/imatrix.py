@@ -9,7 +9,7 @@ import typer
 
 from .. import api
 from ..api import DEFAULT_CONTEXT_SIZE
-from ..errors import escape_control
+from ..errors import counted, escape_control
 from ..html_report.figures import human_bytes, human_seconds
 from .options import (
     LAYERS_METAVAR,
@@ -97,13 +97,14 @@ def imatrix(quiet: bool, as_json: bool, progress: str, **options: Any) -> None:
 def _print_summary(summary: ImatrixSummary) -> None:
     typer.echo(f"wrote {escape_control(summary.path)}  {human_bytes(summary.bytes)}")
     typer.echo(
-        f"{summary.entries} entries: {summary.layers} layers on {summary.chunks} chunks of"
-        f" {summary.context_size} tokens; {summary.left_over_tokens} tokens left over"
+        f"{counted(summary.entries, 'entry', 'entries')}: {counted(summary.layers, 'layer')} on "
+        f"{counted(summary.chunks, 'chunk')} of {counted(summary.context_size, 'token')}; "
+        f"{counted(summary.left_over_tokens, 'token')} left over"
     )
     if summary.experts_without_tokens:
         count = sum(len(experts) for _, experts in summary.experts_without_tokens)
-        layers = len(summary.experts_without_tokens)
-        typer.echo(f"note: {count} experts in {layers} layers met no token (see --json); a longer text may reach them")
+        met = f"{counted(count, 'expert')} in {counted(len(summary.experts_without_tokens), 'layer')} met no token"
+        typer.echo(f"note: {met} (see --json); a longer text may reach them")
     typer.echo(
         f"{human_seconds(summary.seconds)} on {summary.device}, peak memory {human_bytes(summary.peak_memory_bytes)}"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import api
+from ..errors import counted
 from ..html_report.figures import human_bytes
 from .options import index_option, json_option
 from .pages import check_page, overwrite_page_option, report_option, write_page
@@ -44,9 +45,9 @@ def describe(found: Description) -> Iterator[Block]:
     """Yield a description as lines and tables."""
     traits = f" ({', '.join(found.traits)})" if found.traits else ""
     yield f"{found.path}: {found.kind}, {found.variant}{traits}"
-    ranks = "" if found.ranks is None else f", {found.ranks} ranks"
+    ranks = "" if found.ranks is None else f", {counted(found.ranks, 'rank')}"
     yield (
-        f"{_counted(found.files, 'file')}{ranks}, {_counted(found.tensors, 'tensor')}, {found.bytes:,} bytes, "
+        f"{counted(found.files, 'file')}{ranks}, {counted(found.tensors, 'tensor')}, {found.bytes:,} bytes, "
         f"{found.elements:,} elements"
     )
     yield Table(("config", "value"), [(key, str(value)) for key, value in found.config.items()], frozenset({1}))
@@ -56,7 +57,7 @@ def describe(found: Description) -> Iterator[Block]:
     for table in found.engram:
         yield f"engram table: layer {table.layer}, {table.rows:,} rows of {table.columns}"
     if found.draft_layers:
-        yield f"draft: {found.draft}, {_counted(found.draft_layers, 'layer')}"
+        yield f"draft: {found.draft}, {counted(found.draft_layers, 'layer')}"
     yield Table(
         ("family", "tensors", "size", "weights stored as"), _family_rows(found.families, found.encodings), COUNTS
     )
@@ -73,10 +74,6 @@ def describe(found: Description) -> Iterator[Block]:
 
 # Columns of tensors and sizes.
 COUNTS = frozenset({1, 2})
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
 
 
 def _largest_first(counts: Mapping[str, Count]) -> list[tuple[str, Count]]:

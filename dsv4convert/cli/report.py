@@ -16,7 +16,7 @@ import typer
 
 from ..containers.sources import shown
 from ..engine.monitor import Step, StepListener, Timeline
-from ..errors import ReportError, UsageError, escape_control
+from ..errors import ReportError, UsageError, counted, escape_control
 from ..html_report.figures import human_bytes, human_seconds
 from ..html_report.report import CONVERSION
 from .options import JSON, TEXT, RunOptions
@@ -209,24 +209,22 @@ def print_summary(summary: Summary) -> None:
     if summary.resumed_bytes == summary.written_bytes:
         typer.echo("finished by an earlier run; nothing was left to do")
     for path, size, _, count in folded([(path, size, 0) for path, size in summary.files]):
-        files = f"  {count:,} files" if count > 1 else ""
+        files = f"  {counted(count, 'file')}" if count > 1 else ""
         gone = "  uploaded, removed here" if summary.deleted else ""
         typer.echo(f"{'made' if gone else 'wrote'} {escape_control(path)}  {human_bytes(size)}{files}{gone}")
-    typer.echo(f"{summary.tensors} tensors")
+    typer.echo(counted(summary.tensors))
     for entry in summary.dropped:
-        typer.echo(f"left out {entry.what}: {entry.count} tensors, {human_bytes(entry.nbytes)} ({entry.reason})")
+        typer.echo(f"left out {entry.what}: {counted(entry.count)}, {human_bytes(entry.nbytes)} ({entry.reason})")
     for note in summary.notes:
         typer.echo(f"note: {escape_control(note)}")
     # What is out of range or no number comes before what was rounded.
-    for counted in sorted(summary.counted, key=lambda counted: not (counted["nan"] or counted["overflow"]))[
+    for tensor in sorted(summary.counted, key=lambda tensor: not (tensor["nan"] or tensor["overflow"]))[
         :MAX_COUNTED_LINES
     ]:
-        kinds = ", ".join(
-            f"{counted[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if counted[key]
-        )
-        typer.echo(f"counted in {escape_control(counted['tensor'])}: {kinds}")
+        kinds = ", ".join(f"{tensor[key]} {key}" for key in ("nan", "overflow", "underflow", "changed") if tensor[key])
+        typer.echo(f"counted in {escape_control(tensor['tensor'])}: {kinds}")
     if len(summary.counted) > MAX_COUNTED_LINES:
-        typer.echo(f"counted in {len(summary.counted) - MAX_COUNTED_LINES} more tensors (see --json)")
+        typer.echo(f"counted in {counted(len(summary.counted) - MAX_COUNTED_LINES, 'more tensor')} (see --json)")
     if summary.backend == NUMPY:
         typer.echo(f"note: {describe_codecs()}")
     typer.echo(

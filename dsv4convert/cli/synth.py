@@ -12,7 +12,7 @@ import click
 import typer
 
 from .. import api
-from ..errors import UsageError, escape_control
+from ..errors import UsageError, counted, escape_control
 from ..html_report.figures import human_bytes
 from .options import LAYERS_METAVAR, json_option, overwrite_option, quiet_option
 from .parsing import CONTENT, FOLDER, SIZE, TRY, argument, command, option
@@ -129,8 +129,8 @@ def synth(
     elif not quiet:
         kind = ", headers only" if summary.headers_only else ""
         typer.echo(
-            f"wrote {escape_control(str(summary.folder))}: {summary.tensors} tensors in {summary.files} file"
-            f"{'s' if summary.files > 1 else ''}, {human_bytes(summary.payload_bytes)}{kind}"
+            f"wrote {escape_control(str(summary.folder))}: {counted(summary.tensors)} in "
+            f"{counted(summary.files, 'file')}, {human_bytes(summary.payload_bytes)}{kind}"
         )
 
 

@@ -11,7 +11,7 @@ import typer
 from click.core import ParameterSource
 
 from .. import api
-from ..errors import UsageError, VerifyError, escape_control
+from ..errors import UsageError, VerifyError, counted, escape_control
 from ..html_report.figures import human_bytes
 from .options import (
     ggml_lib_option,
@@ -137,7 +137,7 @@ def verify(
             write_page(report, "verify", out, found.as_json(), replaced)
     if not found.ok:
         first = found.problems[0]
-        more = f" (and {len(found.problems) - 1} more problems)" if found.problems[1:] else ""
+        more = f" (and {counted(len(found.problems) - 1, 'more problem')})" if found.problems[1:] else ""
         what = first.what if first.where == str(out) else str(first)
         raise VerifyError(f"the output differs from the source: {what}{more}", where=out)
     if not as_json and not quiet:
@@ -166,7 +166,8 @@ def _verify_manifest(
                 print_json(document)
             elif not quiet:
                 typer.echo(
-                    f"{found.files} files, {found.tensors:,} tensors, {human_bytes(found.nbytes)} against the manifest"
+                    f"{counted(found.files, 'file')}, {counted(found.tensors)}, {human_bytes(found.nbytes)} "
+                    "against the manifest"
                 )
                 for mismatch in found.mismatches[:MAX_LISTED]:
                     typer.echo(escape_control(str(mismatch)))
@@ -182,7 +183,7 @@ def describe(report: Report) -> Iterator[Block]:
     """Yield a report as lines and tables."""
     verdicts = report.verdicts()
     yield (
-        f"{report.layout}: {len(report.results):,} tensors compared, {verdicts['exact']:,} exact, "
+        f"{report.layout}: {counted(len(report.results))} compared, {verdicts['exact']:,} exact, "
         f"{verdicts['rounded']:,} rounded as the format does, {verdicts['wrong']:,} wrong"
     )
     if report.sample is not None:
@@ -190,7 +191,7 @@ def describe(report: Report) -> Iterator[Block]:
         compared = sum(result.compared for result in report.results.values())
         yield f"sample of {report.sample:.3g}: {compared:,} of {elements:,} elements, seed {report.seed}"
     ignored = f", ignored: {', '.join(report.ignored_keys)}" if report.ignored_keys else ""
-    yield f"{report.keys:,} keys compared{ignored}"
+    yield f"{counted(report.keys, 'key')} compared{ignored}"
     yield Table(
         ("rounded", "to", "elements", "of", "largest error"),
         [
@@ -222,7 +223,7 @@ def describe(report: Report) -> Iterator[Block]:
     for problem in report.problems[:MAX_LISTED]:
         yield f"{problem.kind}: {problem}"
     if len(report.problems) > MAX_LISTED:
-        yield f"{len(report.problems) - MAX_LISTED:,} more problems (see --json)"
+        yield f"{counted(len(report.problems) - MAX_LISTED, 'more problem')} (see --json)"
     rate = report.bytes_read / report.seconds / 1e6 if report.seconds else 0.0
     yield f"{report.seconds:.1f} s, {rate:,.0f} MB/s read"
 

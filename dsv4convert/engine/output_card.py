@@ -12,6 +12,7 @@ from typing import Any
 from .. import __version__
 from ..containers.destinations import WEIGHTS, Sent
 from ..containers.sources import mount_of
+from ..errors import counted
 from ..plan import Plan
 from .fingerprint import fingerprint_of
 
@@ -85,7 +86,7 @@ class OutputCard:
             ("target", plan.target),
             *((key, _shown(value)) for key, value in options.items()),
             ("plan", self.fingerprint),
-            *(("left out", f"{entry.what}: {entry.count} tensors ({entry.reason})") for entry in plan.dropped),
+            *(("left out", f"{entry.what}: {counted(entry.count)} ({entry.reason})") for entry in plan.dropped),
             *(("note", note) for note in notes[:MAX_SHOWN_NOTES]),
         ]
         lines = [f"## {_code(plan.output_path().name)}", "", "| | conversion |", "|---|---|"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import BY_INDEX
 from ..containers.sources import shown
 from ..engine.names import Identity
-from ..errors import UsageError, check_choice
+from ..errors import UsageError, check_choice, counted
 from ..inspection.naming import SHOWN_KEYS
 from ..model.cache_bytes import DEFAULT_CONTEXT, KV_TYPES
 from ..model.config import ModelConfig
@@ -118,8 +118,8 @@ class Estimate:
             "weights": {
                 "bytes": sum(part.nbytes for part in self.weights),
                 "elements": sum(part.elements for part in self.weights),
-                "families": counted(self.weights, "family"),
-                "types": counted(self.weights, "type"),
+                "families": sums_by(self.weights, "family"),
+                "types": sums_by(self.weights, "type"),
                 "files": dict(self.subject.files),
                 "parts": [part.as_json() for part in self.weights],
             },
@@ -143,7 +143,7 @@ class Estimate:
         }
 
 
-def counted(parts: Iterable[Part], by: str) -> list[dict[str, Any]]:
+def sums_by(parts: Iterable[Part], by: str) -> list[dict[str, Any]]:
     """Return tensors, elements and bytes of parts by ``family`` or ``type``, the most bytes first."""
     found: dict[str, list[int]] = {}
     for part in parts:
@@ -341,7 +341,7 @@ def _plot(question: Question, run: Run, machine: Machine | None, replaced: Ident
         for batch in PLOTTED_BATCHES:
             took = timed(run.costs(decode_steps(run.context, batch)).phase("decode"), config, machine)
             times.append(TimePoint(batch, took.seconds, took.tokens_per_second))
-    title = f"DeepSeek-{config.version.value}, {config.num_hidden_layers} layers, caches {load.kv}"
+    title = f"DeepSeek-{config.version.value}, {counted(config.num_hidden_layers, 'layer')}, caches {load.kv}"
     if question.plot is not None:
         plot_estimate(memory, times, question.memory, title, question.plot, replaced)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from ..errors import counted
 from .charts import COLOURS, Axis, bars, lines
 from .figures import human_bytes, human_seconds
 from .markup import Markup
@@ -23,7 +24,7 @@ COUNTED = ("file", "tensor", "nan", "overflow", "underflow", "changed")
 
 def conversion_verdict(found: Json) -> Verdict:
     """Return what a conversion came to; it judges nothing."""
-    written = f"{found['tensors']:,} tensors, {human_bytes(found['written_bytes'])}"
+    written = f"{counted(found['tensors'])}, {human_bytes(found['written_bytes'])}"
     if found["resumed_bytes"] == found["written_bytes"]:
         return Verdict(f"finished by an earlier run: {written}")
     return Verdict(f"converted: {written} in {human_seconds(found['seconds'])}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from ..errors import counted
 from .charts import bars
 from .figures import human_bytes, short_seconds
 from .markup import Markup
@@ -19,7 +20,7 @@ def estimate_verdict(found: Json) -> Verdict:
     """Return what an estimate comes to; it judges only against a memory."""
     device = found["device"]
     of_memory = "" if device["memory"] is None else f" of its {human_bytes(device['memory'])}"
-    context = f"a context of {found['caches']['context']:,} tokens"
+    context = f"a context of {counted(found['caches']['context'], 'token')}"
     told = f"{found['form']}: each device needs {human_bytes(device['total'])}{of_memory} for {context}"
     if device["memory"] is None:
         return Verdict(told)
@@ -40,7 +41,7 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
             ("draft layers", found["draft_layers"] or None),
             ("weights", f"{weights['bytes']:,} bytes"),
             ("sequences", caches["batch"]),
-            ("context", f"{caches['context']:,} tokens, caches {caches['kv']}"),
+            ("context", f"{counted(caches['context'], 'token')}, caches {caches['kv']}"),
             ("machine", None if times is None else f"{times['devices']} of {times['hardware']['name']}"),
             ("chosen form", found["chosen"]),
         ],
@@ -82,7 +83,7 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
     by_sublayer: Counter[str] = Counter()
     for array in found["activations"]["parts"]:
         by_sublayer[array["sublayer"]] += array["bytes"]
-    yield _sizes(f"Activations of {found['activations']['tokens']:,} tokens", "sublayer", by_sublayer)
+    yield _sizes(f"Activations of {counted(found['activations']['tokens'], 'token')}", "sublayer", by_sublayer)
     if times is not None:
         yield _times(times)
     for phase in ("prefill", "decode", "draft"):
@@ -130,7 +131,7 @@ def _operators(name: str, phase: Json, timed: Json | None) -> Markup | None:
         for key in keys:
             found[key] += operator[key]
     took = {} if timed is None else {(o["sublayer"], o["name"]): o["seconds"] for o in timed["operators"]}
-    runs = f"{phase['tokens']:,} tokens in {phase['runs']:,} runs"
+    runs = f"{counted(phase['tokens'], 'token')} in {counted(phase['runs'], 'run')}"
     return table(
         f"Operators of {name}, {runs}",
         ("sublayer", "operator", "FLOPs", "elementwise", "weights", "read", "written", "FLOPs/byte", "time"),

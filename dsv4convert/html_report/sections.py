@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..errors import counted
 from .charts import COLOURS, Axis, lines, log_axis
 from .figures import human_bytes, human_seconds
 from .markup import Markup, element
@@ -165,7 +166,10 @@ def inspect_sections(found: Json) -> Iterator[Markup | None]:
         "What there is",
         [
             *((key, found[key]) for key in ("path", "files", "ranks", "tensors", "bytes", "elements")),
-            ("draft", f"{found['draft']}, {found['draft_layers']} layers" if found["draft_layers"] else None),
+            (
+                "draft",
+                f"{found['draft']}, {counted(found['draft_layers'], 'layer')}" if found["draft_layers"] else None,
+            ),
             *((key.replace("_", " "), str(value)) for key, value in found["config"].items()),
         ],
     )
@@ -219,7 +223,7 @@ def verify_verdict(found: Json) -> Verdict:
     """Return what a verification comes to."""
     tensors = found["tensors"]
     told = (
-        f"{tensors['compared']:,} tensors compared: {tensors['exact']:,} exact, {tensors['rounded']:,} rounded as the "
+        f"{counted(tensors['compared'])} compared: {tensors['exact']:,} exact, {tensors['rounded']:,} rounded as the "
         f"format does, {tensors['wrong']:,} wrong"
     )
     if found["verdict"] == "ok":
@@ -260,11 +264,11 @@ def verify_sections(found: Json) -> Iterator[Markup | None]:
         ("layer", "family", "source", "output", *verdicts, "size", "relative RMSE", "largest error"),
         cells(parts, "layer", "family", "source", "output", *verdicts, "bytes", "relative_rmse", "largest_error"),
     )
-    counted = ("source", "output", "verdict", "compared", "rounded", "wrong")
+    verdict = ("source", "output", "verdict", "compared", "rounded", "wrong")
     yield table(
         "Tensors that are not exact",
-        ("tensor", *counted, "largest error", "relative RMSE"),
-        cells(found["inexact"], "name", *counted, "largest_error", "relative_rmse"),
+        ("tensor", *verdict, "largest error", "relative RMSE"),
+        cells(found["inexact"], "name", *verdict, "largest_error", "relative_rmse"),
     )
     yield table("Left out", ("what", "tensors", "reason"), cells(found["left_out"], "what", "tensors", "reason"))
 
@@ -299,10 +303,13 @@ def plot_by_layer(title: str, label: str, series: Mapping[str, Sequence[tuple[fl
 
 def manifest_verdict(found: Json) -> Verdict:
     """Return what a check of checksums comes to."""
-    told = f"{found['files']:,} files, {found['tensors']:,} tensors, {human_bytes(found['bytes'])} against the manifest"
+    there = f"{counted(found['files'], 'file')}, {counted(found['tensors'])}, {human_bytes(found['bytes'])}"
+    told = f"{there} against the manifest"
     if found["verdict"] == "ok":
         return Verdict(f"verified; {told}", True)
-    return Verdict(f"the output differs from the manifest in {len(found['mismatches']):,} places; {told}", False)
+    return Verdict(
+        f"the output differs from the manifest in {counted(len(found['mismatches']), 'place')}; {told}", False
+    )
 
 
 def manifest_sections(found: Json) -> Iterator[Markup | None]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
+from ..errors import counted
 from .markup import Markup, element, scrolled
 
 # Rows that a page shows of a table: browsers lay out more of them slowly.
@@ -51,7 +52,7 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -
         filter_field = element(
             "p",
             element("label", "Filter ", element("input", type="search", autocomplete="off")),
-            element("output", f"{len(shown):,} rows"),
+            element("output", counted(len(shown), "row")),
             class_="filter",
             hidden=True,
         )

@@ -26,7 +26,6 @@ from ..checkpoint.meaning import (
     NOT_FINITE,
     Finding,
     config_notes,
-    counted,
     file_findings,
     refuse,
     zero_findings,
@@ -38,7 +37,7 @@ from ..containers.untrusted import fill, shrank
 from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
 from ..engine.monitor import Step, Watched
-from ..errors import not_read
+from ..errors import counted, not_read
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Scratch
 from ..formats.not_finite import MAGNITUDES

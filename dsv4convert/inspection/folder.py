@@ -27,7 +27,7 @@ from ..containers.presence import is_file
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
 from ..containers.wide_scales import stored_dtype
-from ..errors import ConfigError, Dsv4Error, InputMissingError, InputOutputError, InventoryError, UsageError
+from ..errors import ConfigError, Dsv4Error, InputMissingError, InputOutputError, InventoryError, UsageError, counted
 from ..model.config import ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
@@ -207,7 +207,7 @@ def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[
     inputs = [name for name in left if name.endswith(INPUT_SCALES)]
     found.notes += forms_of(weights)
     if inputs:
-        found.notes.append(f"{len(inputs):,} scales of activations are not read")
+        found.notes.append(f"not read: {counted(len(inputs), 'scale')} of activations")
     known = {*copies, *inputs}
     found.unexpected += [f"tensor {name} is missing" for name in missing]
     found.unexpected += [f"tensor {name}: unknown" for name in left if name not in known]

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..containers.gguf import GgufModelFile, open_gguf
+from ..containers.imatrix import CHUNKS_KEY, DATASETS_KEY, IMATRIX_TYPE, SUMS, TYPE_KEY
 from ..containers.sources import shown
+from ..errors import counted
 from ..model.config import ATTENTION_BY_RATIO, Version
 from ..model.gguf_keys import DRAFT, KEYS, LLAMA_CPP, LLAMA_CPP_V41, PORT, TOWER, key_name
 from ..model.tensors import (
@@ -66,7 +68,8 @@ def describe_gguf(path: Path) -> Description:
     found.encodings = [EncodingUse(family, kind, None, None, n) for (family, kind), n in uses.items()]
     found.scales = count_scales(scales)
     if not rows:
-        found.notes.append("no DeepSeek-V4 model: tensors are counted, and not held against a layout")
+        none_of_ours = "no DeepSeek-V4 model: tensors are counted, and not held against a layout"
+        found.notes.append(_describe_imatrix(model) or none_of_ours)
         return found
     if mtp_blocks:
         found.draft, found.draft_layers = Draft.MTP.value, len(mtp_blocks)
@@ -84,6 +87,17 @@ def describe_gguf(path: Path) -> Description:
     found.config = {key: sizes[key] for key in SHOWN_KEYS if sizes.get(key)}
     name_variant(found, sizes)
     return found
+
+
+def _describe_imatrix(model: GgufModelFile) -> str | None:
+    """Return what an importance matrix is, None for any other file."""
+    if model.metadata.get(TYPE_KEY) != IMATRIX_TYPE:
+        return None
+    entries = sum(name.endswith(SUMS) for name in model.tensors)
+    chunks, texts = model.metadata.get(CHUNKS_KEY), model.metadata.get(DATASETS_KEY)
+    run = f", from {counted(chunks, 'chunk')}" if isinstance(chunks, int) else ""
+    text = f" of {texts[0]}" if isinstance(texts, list) and texts else ""
+    return f"an importance matrix of {counted(entries, 'tensor')}{run}{text}: hf-to-gguf takes it as --imatrix"
 
 
 MTP_TENSOR = re.compile(r"blk\.\d{1,9}\.(?:nextn|mtp)\.")
@@ -252,7 +266,8 @@ def _wrong_engram_keys(model: GgufModelFile, numbers: _Numbers) -> Iterator[str]
         yield f"key engram.pad_id: {pad_id} is not in the token map"
     for name in ("multipliers", "primes"):
         if len(lists[name]) % len(layers):
-            yield f"key engram.{name}: {len(lists[name])} entries for {len(layers)} tables"
+            entries = counted(len(lists[name]), "entry", "entries")
+            yield f"key engram.{name}: {entries} for {counted(len(layers), 'table')}"
     places, heads = numbers.get("engram.max_ngram_size"), numbers.get("engram.head_count")
     if places is not None and heads is not None:
         wanted = {"multipliers": places, "primes": (places - 1) * heads}
@@ -264,7 +279,7 @@ def _wrong_engram_keys(model: GgufModelFile, numbers: _Numbers) -> Iterator[str]
         table = model.tensors.get(f"blk.{layer}.engram_embd.weight")
         rows = sum(lists["primes"][at * width : (at + 1) * width])
         if table is not None and lists["primes"] and rows != table.shape[0]:
-            yield f"key engram.primes: {rows} rows for layer {layer}, whose table has {table.shape[0]}"
+            yield f"key engram.primes: {counted(rows, 'row')} for layer {layer}, whose table has {table.shape[0]}"
 
 
 def _text_tensors(

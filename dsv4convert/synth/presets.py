@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import UsageError
 from ..model.config_v41 import TEXT, VISION_KEYS
@@ -160,6 +160,24 @@ VISION_NAMES = {flat: key for key, flat in VISION_KEYS.items()}
 V41_TOKEN_KEYS = {"image_token_id": "<｜deepseek_image｜>", "dspark_noise_token_id": "<｜System｜>"}
 
 
+class Cuts(TypedDict, total=False):
+    """What a synthetic checkpoint has that its preset has not.
+
+    ``layers`` keeps the leading layers, ``ratios`` gives one compress ratio per trunk layer instead, ``mtp`` False
+    leaves the draft out, ``overrides`` replaces config keys, ``engram_rows`` is how many rows each n-gram table has at
+    least.
+    """
+
+    variant: str | None
+    layers: int | None
+    ratios: Sequence[int] | None
+    experts: int | None
+    vocab: int | None
+    mtp: bool
+    engram_rows: int | None
+    overrides: Mapping[str, Any] | None
+
+
 def synth_config(
     preset: str,
     *,
@@ -172,10 +190,7 @@ def synth_config(
     engram_rows: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the config.json of a synthetic checkpoint.
-
-    ``layers`` keeps the leading layers, ``ratios`` gives one compress ratio per trunk layer instead,
-    ``overrides`` replaces config keys, ``engram_rows`` is how many rows each n-gram table has at least.
+    """Return the config.json of a synthetic checkpoint with its cuts (see ``Cuts``).
 
     Raises:
         UsageError: an unknown preset, variant or config key, or a cut that leaves no model.

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.engram import read_token_map
 from ..checkpoint.tokenizer import TOKENIZER_NAME
@@ -21,9 +21,12 @@ from ..errors import SpaceError, UsageError
 from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import TEXT
 from ..model.tensors import TOP_ROWS, Draft, Expected, Store, When, expected_tensors, scale_name, vision_tensors
-from .presets import BYTES_PER_FILE, PUBLISHED_FILES, PUBLISHED_VOCABULARY, V41_TOKEN_KEYS, synth_config
+from .presets import BYTES_PER_FILE, PUBLISHED_FILES, PUBLISHED_VOCABULARY, V41_TOKEN_KEYS, Cuts, synth_config
 from .tokenizer import write_synth_tokenizer
 from .values import Kind, Recipe, fp4_recipes, fp8_recipes, tensor_stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The sides of the blocks that share a scale.
 FP8_BLOCK = {Version.V4: 128, Version.V41: 32}
@@ -120,7 +123,16 @@ class SynthPlan:
     as_v41: bool = False
 
 
-def plan_synth(preset: str, *, files: int | None = None, power_of_two_scales: bool = True, **cuts: Any) -> SynthPlan:
+class SynthOptions(Cuts, total=False):
+    """The keywords of ``plan_synth``."""
+
+    files: int | None
+    power_of_two_scales: bool
+
+
+def plan_synth(
+    preset: str, *, files: int | None = None, power_of_two_scales: bool = True, **cuts: Unpack[Cuts]
+) -> SynthPlan:
     """Decide every tensor of a synthetic checkpoint and the file that it lies in; ``synth_config`` takes the ``cuts``.
 
     Raises:
@@ -140,14 +152,20 @@ def plan_synth(preset: str, *, files: int | None = None, power_of_two_scales: bo
 
 
 def write_synth(
-    out: Path, preset: str, *, seed: int = 0, headers_only: bool = False, overwrite: bool = False, **cuts: Any
+    out: Path,
+    preset: str,
+    *,
+    seed: int = 0,
+    headers_only: bool = False,
+    overwrite: bool = False,
+    **options: Unpack[SynthOptions],
 ) -> SynthSummary:
-    """Write a synthetic checkpoint folder: ``plan_synth``, which takes the ``cuts``, and ``write_plan`` in one.
+    """Write a synthetic checkpoint folder: ``plan_synth``, which takes the ``options``, and ``write_plan`` in one.
 
     Raises:
         Dsv4Error: what either of them raises.
     """
-    return write_plan(plan_synth(preset, **cuts), out, seed=seed, headers_only=headers_only, overwrite=overwrite)
+    return write_plan(plan_synth(preset, **options), out, seed=seed, headers_only=headers_only, overwrite=overwrite)
 
 
 def write_plan(

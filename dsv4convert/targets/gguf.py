@@ -16,7 +16,7 @@ from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
 from ..containers.presence import is_folder
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..model.config import CHAT_TEMPLATES, Version
 from ..model.engram import EngramConstants
 from ..model.gguf_keys import DRAFT
@@ -245,7 +245,9 @@ def _stem(out: Path | None, default: str, model: GgufModel, n_models: int) -> st
 
 def _draft_note(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.draft is Draft.DSPARK and checkpoint.config.num_nextn_predict_layers != checkpoint.n_draft:
-        return (f"the draft is DSpark with {checkpoint.n_draft} stages, whatever num_nextn_predict_layers says",)
+        return (
+            f"the draft is DSpark with {counted(checkpoint.n_draft, 'stage')}, whatever num_nextn_predict_layers says",
+        )
     return ()
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..formats.ggml_types import BY_NAME, GgmlType, fitting_type
 from ..model.tensors import Store
 from .claims import some
@@ -123,10 +123,10 @@ class TypeChoice:
         """Return what the user should know: types that did not fit, and protected tensors that a row named."""
         notes = [f"{name}: {fallback}" for name, fallback in islice(self.fallbacks.items(), MAX_LISTED)]
         if len(self.fallbacks) > MAX_LISTED:
-            notes.append(f"{len(self.fallbacks) - MAX_LISTED} more tensors have such rows")
+            notes.append(f"{counted(len(self.fallbacks) - MAX_LISTED, 'more tensor')} with such rows")
         if self.overridden:
             names = some(self.overridden, MAX_LISTED)
-            notes.append(f"{len(self.overridden)} protected tensors do not keep their precision, as asked: {names}")
+            notes.append(f"less precision, as asked, for {counted(len(self.overridden), 'protected tensor')}: {names}")
         return notes
 
     def used(self) -> set[int]:

@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
-from ..checkpoint.meaning import counted
 from ..checkpoint.weights import Weight
 from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
-from ..errors import InventoryError, UsageError
+from ..errors import InventoryError, UsageError, counted
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..formats.int4 import PER_WORD
@@ -139,9 +138,8 @@ class LowBitMaker:
         if self.imatrix is not None:
             unused = [name for name in self.imatrix.entries if name not in self.used]
             if unused:
-                notes.append(
-                    f"{len(unused)} entries of {self.imatrix.path.name} were not needed: {some(unused, MAX_NAMED)}"
-                )
+                what = f"{counted(len(unused), 'entry', 'entries')} of {self.imatrix.path.name}"
+                notes.append(f"not needed: {what}: {some(unused, MAX_NAMED)}")
         return tuple(notes)
 
 

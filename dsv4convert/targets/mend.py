@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint.folder import BY_HEADERS, BY_INDEX, Checkpoint
 from ..checkpoint.graft import is_draft_name
-from ..checkpoint.meaning import counted, open_checked
+from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME
 from ..checkpoint.weights import Weight
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
@@ -20,7 +20,7 @@ from ..containers.untrusted import open_regular, read_whole
 from ..containers.wide_scales import stored_dtype
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
-from ..errors import UnsupportedError, UsageError, check_choice, not_read
+from ..errors import UnsupportedError, UsageError, check_choice, counted, not_read
 from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan

@@ -12,7 +12,7 @@ from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored
-from ..errors import UsageError, check_choice
+from ..errors import UsageError, check_choice, counted
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
 from ..plan import (
@@ -274,7 +274,9 @@ def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTens
         tensors += _joined(weight)
     notes = []
     if left_bf16:
-        notes.append(f"wo_a of {left_bf16} layers stays BF16, as the shards hold it; --wo-a fp8 makes FP8 of it")
+        notes.append(
+            f"wo_a of {counted(left_bf16, 'layer')} stays BF16, as the shards hold it; --wo-a fp8 makes FP8 of it"
+        )
     return tensors, tuple(notes)
 
 

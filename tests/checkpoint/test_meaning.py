@@ -224,6 +224,16 @@ def test_a_preallocated_download_that_stopped_is_named(editable: MakeEditable, t
     assert any(note.startswith(f"{path.name} ends in zero bytes, did its download stop?") for note in notes)
 
 
+def test_many_files_that_end_in_zeros_are_one_note(tmp_path: Path) -> None:
+    source = tmp_path / "m"
+    run_cli("synth", source, "--headers-only", "--files", "6", "-q")
+    notes = json.loads(run_cli("dequantize", source, tmp_path / "d", "--dry-run", "--json").out)["notes"]
+    (tails,) = [note for note in notes if "in zero bytes" in note]
+    first = sorted(source.glob("*.safetensors"))[0].name
+    assert tails.startswith(f"6 files end in zero bytes, did a download stop? Where they begin: {first} at ")
+    assert tails.endswith(" and 3 more")
+
+
 def test_zeros_at_the_end_begin_in_the_tensor_that_holds_them(editable: MakeEditable, tmp_path: Path) -> None:
     """It may be one that nothing uses, here of a draft that is not whole: no sound tensor is blamed."""
     source = editable(files=1).folder

@@ -16,6 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import dsv4convert
+from dsv4convert.containers.imatrix import imatrix_file
 from dsv4convert.containers.json_object import schema_path
 from dsv4convert.containers.safetensors import Stored, read_header
 from dsv4convert.engine.conversion import execute
@@ -362,6 +363,17 @@ def test_another_model_is_counted_and_said_to_be_none_of_ours(tmp_path: Path) ->
     check_schema(found)
     assert (found.tensors, found.bytes) == (1, 68)
     assert "no DeepSeek-V4 model" in found.notes[0]
+
+
+def test_an_importance_matrix_is_said_to_be_one(tmp_path: Path) -> None:
+    layout = imatrix_file({"a.weight": (2, 32)}, datasets=["text.txt"], chunks=1, chunk_size=512)
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(layout.header + bytes(layout.nbytes - len(layout.header)))
+    found = inspect_path(path)
+    check_schema(found)
+    assert found.notes == [
+        "an importance matrix of 1 tensor, from 1 chunk of text.txt: hf-to-gguf takes it as --imatrix"
+    ]
 
 
 # Shards

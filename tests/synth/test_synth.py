@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dsv4convert.reference import DictSource, Model
 from dsv4convert.synth import presets
 from dsv4convert.synth import values as synth_values
 from dsv4convert.synth import write as synth
-from dsv4convert.synth.presets import synth_config
+from dsv4convert.synth.presets import Cuts, synth_config
 from dsv4convert.synth.write import plan_synth, write_plan, write_synth
 
 # (preset, variant): tensors, payload bytes, tensors by dtype where they are published.
@@ -236,6 +237,14 @@ def test_flash_slice_of_the_benchmark_is_about_four_and_a_half_gigabytes() -> No
 
 
 # --- cuts ----------------------------------------------------------------------------------------
+
+
+def test_cuts_are_typed_as_the_config_takes_them() -> None:
+    keywords = signature(synth_config).parameters.values()
+    taken = {keyword.name: keyword.annotation for keyword in keywords if keyword.kind is Parameter.KEYWORD_ONLY}
+    assert {name: kind.__forward_arg__ for name, kind in Cuts.__annotations__.items()} == taken
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layer'"):
+        plan_synth("tiny", layer=2)  # type: ignore[call-arg]
 
 
 def test_layers_keeps_the_leading_layers_and_the_draft() -> None:

@@ -140,7 +140,7 @@ def test_the_command_lists_and_stops(whole: Path, tmp_path: Path) -> None:
     done = run_cli("hf-to-gguf", whole, "--list-recipes", "--fit", "1G", "--context", "1000")
     assert done.code == 0
     lines = done.out.splitlines()
-    assert lines[0].startswith("KV cache for 1000 tokens: ")
+    assert lines[0].startswith("KV cache for 1,000 tokens: ")
     assert [line.split()[0] for line in lines[3:]] == [entry.name for entry in list_recipes(whole).recipes]
     assert [line.split()[0] for line in lines if " chosen " in line] == ["mxfp4-q8"]
     document = json.loads(run_cli("hf-to-gguf", whole, "--list-recipes", "--json").out)

@@ -145,7 +145,7 @@ def test_small_values_of_spread_scales_round_and_are_counted(editable: Callable[
 def test_require_lossless_keeps_the_output_from_its_name(editable: Callable[..., Editable], tmp_path: Path) -> None:
     source = editable()
     spread_scales(source)
-    with pytest.raises(LossyError, match=r"not exact \(and 1 more tensors\).* changed; without --strict"):
+    with pytest.raises(LossyError, match=r"not exact \(and 1 more tensor\).* changed; without --strict"):
         repack(source.folder, tmp_path / "out", require_lossless=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -141,7 +141,7 @@ def test_scales_too_far_apart_round_codes_and_are_counted(editable: Callable[...
     report = verify(source.folder, tmp_path / "out")
     assert report.problems == []
     assert report.verdicts()["rounded"] == len(changed)
-    with pytest.raises(LossyError, match=r"not exact \(and 1 more tensors\).* changed; without --strict"):
+    with pytest.raises(LossyError, match=r"not exact \(and 1 more tensor\).* changed; without --strict"):
         repack(source.folder, tmp_path / "exact", experts="nvfp4", require_lossless=True)
 
 

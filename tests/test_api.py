@@ -17,6 +17,7 @@ import dsv4convert
 from dsv4convert.cli import app
 from dsv4convert.model.config import Version
 from tests.command_line import run_cli
+from tests.type_checks import type_check
 from tests.v41 import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,11 +84,7 @@ def test_a_strict_type_checker_sees_the_true_types(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     script = tmp_path / "script.py"
     script.write_text(USER_SCRIPT)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={"MYPYPATH": str(ROOT), "PATH": ""}, check=False
-    )
-    lines = [line.split(": ", 1)[1] for line in done.stdout.splitlines()]
+    lines = [line.split(": ", 1)[1] for line in type_check(script)]
     revealed = [line.split('"')[1].split(".")[-1] for line in lines if "Revealed type" in line]
     assert revealed == [
         "Summary", "ShardSummary", "Summary", "Summary", "RepackSummary", "Report", "ManifestReport", "Description",

@@ -47,14 +47,35 @@ class Sent:
         return cls(size, digest.hexdigest())
 
 
+@dataclass(frozen=True)
+class Sender:
+    """What another process needs to send files for a run; ``mark`` is that of the run (see ``Destination.join``)."""
+
+    address: str
+    mark: str
+    overwrite: bool
+
+    def open(self) -> Destination:
+        """Return the destination, for ``Destination.send`` alone.
+
+        Raises:
+            Dsv4Error: see ``Destination.join``.
+        """
+        destination = open_destination(self.address)
+        destination.join(self)
+        return destination
+
+
 class Destination(ABC):
     """A place elsewhere for the files of one output, which no reader takes for whole before they all are there.
 
-    ``address`` is what to call it; ``older_files``, once all is shown, are GGUF files of an older output of the
-    same name that stay there. Every method raises Dsv4Error: InputOutputError where the run may go on later.
+    ``address`` is what to call it; where it ``takes_senders``, other processes can send files. ``older_files``, once
+    all is shown, are GGUF files of an older output of the same name that stay there. Every method raises Dsv4Error:
+    InputOutputError where the run may go on later.
     """
 
     address: str
+    takes_senders = False
     older_files: Sequence[str] = ()
 
     @abstractmethod
@@ -77,6 +98,18 @@ class Destination(ABC):
     @abstractmethod
     def send(self, name: str, path: Path, sent: Sent) -> None:
         """Send a file so that no reader takes the output for whole; content that is there already is not sent again."""
+
+    def sender(self) -> Sender:
+        """Return what other processes need to send files from now on; of an older output they are gone then."""
+        raise NotImplementedError
+
+    def join(self, sender: Sender) -> None:
+        """Send files for the run that gave ``sender`` away.
+
+        Raises:
+            OutputExistsError: another run has taken its place.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:

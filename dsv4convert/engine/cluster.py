@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
 from .cluster_bridge import WORKERS, Done, Nodes, Submit
-from .cluster_worker import Part, Piece, library_digest, program_digest
+from .cluster_worker import MadeFile, Part, Piece, WholeFile, library_digest, program_digest
 from .fingerprint import mark_of
 from .journal import Claim
-from .outputs import Outputs
-from .run import Finished, Task
+from .run import Finished, RunOutputs, Task
 from .schedule import Lane, Schedule
+from .worker import Made
 
 INSTALL_HINT = "install it with: pip install 'dsv4convert[ray]'"
 EXPECTED = "ray, ray:N, ray:auto or ray://HOST:PORT"
@@ -179,7 +179,7 @@ class ClusterMakers:
     ``claim`` gives the run's hold on its journal.
     """
 
-    def __init__(self, cluster: Cluster, plan: Plan, outputs: Outputs, claim: Callable[[], Claim]) -> None:
+    def __init__(self, cluster: Cluster, plan: Plan, outputs: RunOutputs, claim: Callable[[], Claim]) -> None:
         self._cluster, self._plan, self._outputs, self._claim = cluster, plan, outputs, claim
         self._paths: dict[Path, Path] = {}
         self._given: dict[str, Path] = {}
@@ -242,7 +242,7 @@ class ClusterMakers:
             if isinstance(done.made, Exception):
                 raise self._as_given(done.made)
             slot, tasks = running.pop(done.number)
-            take([Finished(task, *made) for task, made in zip(tasks, done.made, strict=True)])
+            take([Finished(task, *made) for task, made in zip(tasks, self._made(tasks, done.made), strict=True)])
             idle.append(slot)
 
     def _as_given(self, error: Exception) -> Exception:
@@ -255,26 +255,45 @@ class ClusterMakers:
     def _segment(self, task: Task) -> Segment:
         return self._plan.files[task.file].tensors[task.tensor].segments[task.segment]
 
-    def _piece(self, tasks: Sequence[Task]) -> Piece:
+    def _piece(self, tasks: Sequence[Task]) -> Piece | WholeFile:
         file = tasks[0].file
-        tensors = self._plan.files[file].tensors
-        parts = [
-            Part(self._found_anywhere(self._segment(task)), tensors[task.tensor].name, task.offset) for task in tasks
-        ]
-        read = {operand.file for part in parts for operand in part.segment.operands}
-        used = {part.segment.operation.library for part in parts if isinstance(part.segment.operation, Quantise)}
         status = os.fstat(self._outputs.descriptor(file))
         return Piece(
-            program=program_digest(),
             claim=self._claim_anywhere(),
             path=self._absolute(self._outputs.paths[file]),
             inode=status.st_ino,
             nbytes=status.st_size,
             is_shared=self._outputs.is_shared(file),
-            sources={path: self._marks[path] for path in read},
-            libraries={library: self._libraries[library] for library in used},
-            parts=parts,
+            **self.work(tasks),
         )
+
+    def _made(self, tasks: Sequence[Task], made: list[Made] | MadeFile) -> list[Made]:
+        """Return what was made of each task's segment."""
+        assert isinstance(made, list)
+        return made
+
+    def parts(self, tasks: Sequence[Task]) -> list[Part]:
+        """Return segments of one file as workers know them."""
+        return [
+            Part(
+                self._found_anywhere(self._segment(task)),
+                self._plan.files[task.file].tensors[task.tensor].name,
+                task.offset,
+            )
+            for task in tasks
+        ]
+
+    def work(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Return the fields of ``Work`` for segments of one file."""
+        parts = self.parts(tasks)
+        read = {operand.file for part in parts for operand in part.segment.operands}
+        used = {part.segment.operation.library for part in parts if isinstance(part.segment.operation, Quantise)}
+        return {
+            "program": program_digest(),
+            "sources": {path: self._marks[path] for path in read},
+            "libraries": {library: self._libraries[library] for library in used},
+            "parts": parts,
+        }
 
     def _claim_anywhere(self) -> Claim:
         claim = self._claim()

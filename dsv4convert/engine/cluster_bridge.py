@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError
-from .cluster_worker import Piece, make_piece
+from .cluster_worker import MadeFile, Piece, WholeFile, make_file, make_piece
 from .worker import Made
 
 WORKERS = re.compile(r"ray(?::(?P<count>[1-9]\d{0,3})|(?P<here>:auto)|://(?P<address>[^\s/]+:\d+))?")
@@ -45,14 +45,14 @@ class Submit(NamedTuple):
 
     number: int
     node: str
-    piece: Piece
+    piece: Piece | WholeFile
 
 
 class Done(NamedTuple):
     """What became of a task: what was made, or why not."""
 
     number: int
-    made: list[Made] | Exception
+    made: list[Made] | MadeFile | Exception
 
 
 class Nodes(NamedTuple):
@@ -161,18 +161,19 @@ def _watch(address: str, send: Any) -> None:
 
 
 @cache
-def _make() -> Any:
+def _remote(make: Any) -> Any:
     """Return a worker's function as Ray knows it; made once, since each new one is pickled and sent to the cluster."""
     import ray
 
-    return ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[InputOutputError])(make_piece)
+    return ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=[InputOutputError])(make)
 
 
 def _submit(task: Submit, send: Any) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     near = NodeAffinitySchedulingStrategy(task.node, soft=True)
-    reference = _make().options(scheduling_strategy=near).remote(task.piece)
+    make = _remote(make_file if isinstance(task.piece, WholeFile) else make_piece)
+    reference = make.options(scheduling_strategy=near).remote(task.piece)
     reference.future().add_done_callback(partial(_pass_on, task.number, send))
 
 

@@ -1,4 +1,4 @@
-"""A task of a cluster: a run of segments of one output file, made by a worker on any machine.
+"""A task of a cluster: a run of segments of one output file, or a whole one, made by a worker on any machine.
 
 All machines see source and output under the same paths, on a shared file system. A worker makes the segments at their
 offsets of the temporary file, as a thread of one machine does, and sends their digests back.
@@ -6,13 +6,17 @@ offsets of the temporary file, as a thread of one machine does, and sends their 
 Two machines never write the same page of a file through a cache: NFS writes whole pages where it holds one, and a page
 held by one client lacks what another has written to it. So segments at the ends of a task, whose pages belong to its
 neighbours too, are written with O_DSYNC, for which NFS writes exactly the bytes that are given.
+
+A file that goes to an object store is a task as a whole: it is made on the worker's own disk, where it has no name, and
+sent from there in parts. Its SHA-256 goes with it, which is known only when all of it is made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,19 +25,29 @@ from typing import NamedTuple
 import xxhash
 
 from .. import __version__
-from ..errors import DeviceError, FileFormatError
+from ..containers.destinations import Sender, Sent
+from ..errors import DeviceError, Dsv4Error, FileFormatError, InputMissingError, InputOutputError, SpaceError
 from ..formats.backend import default_codecs
 from ..plan import Segment
 from .fingerprint import mark_of
 from .journal import Claim
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
-from .outputs import DescriptorCache, open_file, os_errors, swapped
+from .outputs import DescriptorCache, open_file, os_errors, swapped, write_all
 from .run import with_tensor
 from .worker import Made, Worker
 
 # No machine has larger pages.
 PAGE_BYTES = 2**16
+
+SCRATCH_HINT = (
+    "a file is made there before it is sent: free some space, set TMPDIR where Ray is started, or make smaller files "
+    "by --max-file-size"
+)
+
+KEYS_HINT = (
+    "check that it reaches the store, and that the store's keys are in the environment in which Ray was started there"
+)
 
 
 class Part(NamedTuple):
@@ -44,23 +58,48 @@ class Part(NamedTuple):
     offset: int
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A task: parts of one output file in order, and how a worker knows that it sees the same files as the driver.
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Parts of one output file in order, and how a worker knows that it would make the driver's bytes of them.
 
-    ``sources`` are the marks (see ``mark_of``) of the files it reads, ``libraries`` the digests of ggml's. A shared
-    file has the source's bytes already: they are only looked at.
+    ``sources`` are the marks (see ``mark_of``) of the files it reads, ``libraries`` the digests of ggml's.
     """
 
     program: str
+    sources: Mapping[Path, Sequence[int | str]]
+    libraries: Mapping[str, str]
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(Work):
+    """A task in an output file on the shared file system, which is the one that the driver sees.
+
+    A shared file has the source's bytes already: they are only looked at.
+    """
+
     claim: Claim
     path: Path
     inode: int
     nbytes: int
     is_shared: bool
-    sources: Mapping[Path, Sequence[int | str]]
-    libraries: Mapping[str, str]
-    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeFile(Work):
+    """A task that makes all of an output file and sends it."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    sender: Sender
+
+
+class MadeFile(NamedTuple):
+    """What became of all parts of a file that was sent, and what was sent."""
+
+    made: list[Made]
+    sent: Sent
 
 
 def make_piece(piece: Piece) -> list[Made]:
@@ -75,8 +114,7 @@ def make_piece(piece: Piece) -> list[Made]:
     flags = os.O_RDONLY if piece.is_shared else os.O_WRONLY
     made = []
     with contextlib.ExitStack() as stack:
-        descriptors, kernel = stack.enter_context(DescriptorCache()), stack.enter_context(KernelCopier())
-        worker = Worker(default_codecs(), descriptors, kernel, {}, Mappings())
+        worker = stack.enter_context(_worker())
         make = worker.look if piece.is_shared else worker.run
         output, exact = (_open_output(piece, more, stack) for more in (flags, flags | os.O_DSYNC))
         edges = _edges(piece)
@@ -91,6 +129,71 @@ def make_piece(piece: Piece) -> list[Made]:
             with os_errors(piece.path, "flushed"):
                 os.fdatasync(output)
     return made
+
+
+def make_file(file: WholeFile) -> MadeFile | Dsv4Error:
+    """Make a file on this machine's disk and send it; an error of sending is returned, since Ray would make it again.
+
+    Raises:
+        FileFormatError, DeviceError: this machine has another program, library or source file, or no ``obstore``.
+        InputMissingError: it has no variables of the store.
+        OutputExistsError: another run sends files there now.
+        SpaceError: the disk is too small for the file.
+        Dsv4Error: as for a thread's segment; says the tensor.
+    """
+    _check_machine(file)
+    here = f"on machine {os.uname().nodename}"
+    try:
+        destination = file.sender.open()  # keys that are missing here are missed before the work
+    except InputOutputError as error:
+        return error.with_changes(what=f"{error.what} {here}", hint=KEYS_HINT)
+    except InputMissingError as error:
+        raise error.with_changes(what=f"{error.what} {here}", hint=KEYS_HINT) from None
+    except DeviceError as error:
+        raise error.with_changes(what=f"{error.what} {here}") from None
+    folder = Path(tempfile.gettempdir())
+    with contextlib.ExitStack() as stack:
+        with os_errors(folder, "written"):
+            output = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0)).fileno()
+        try:
+            made = fill_file(output, folder / file.name, file.header, file.nbytes, file.parts)
+        except SpaceError as error:
+            what = f"no room for a file of {file.nbytes} bytes {here}"
+            raise error.with_changes(what=what, hint=SCRATCH_HINT) from None
+        path = Path(f"/proc/self/fd/{output}")
+        with os_errors(folder / file.name, "read"):
+            sent = Sent.of(path)
+        try:
+            destination.send(file.name, path, sent)
+        except InputOutputError as error:
+            return error.with_changes(what=f"{error.what} {here}")
+    return MadeFile(made, sent)
+
+
+def fill_file(output: int, path: Path, header: bytes, nbytes: int, parts: Sequence[Part]) -> list[Made]:
+    """Make all of a file in an open one that is empty; ``path`` is its name, for errors.
+
+    Raises:
+        Dsv4Error: as for a thread's segment; says the tensor.
+    """
+    with os_errors(path, "written"):
+        if nbytes:
+            os.posix_fallocate(output, 0, nbytes)
+        write_all(output, memoryview(header), 0)
+    made = []
+    with _worker() as worker:
+        for part in parts:
+            try:
+                made.append(worker.run(part.segment, output, path, part.offset))
+            except Exception as error:
+                raise with_tensor(error, part.tensor) from error
+    return made
+
+
+@contextlib.contextmanager
+def _worker() -> Iterator[Worker]:
+    with DescriptorCache() as descriptors, KernelCopier() as kernel:
+        yield Worker(default_codecs(), descriptors, kernel, {}, Mappings())
 
 
 def _open_output(piece: Piece, flags: int, stack: contextlib.ExitStack) -> int:
@@ -114,7 +217,7 @@ def _touches(part: Part, edges: tuple[int, int]) -> bool:
     return part.offset < edges[0] or part.offset + part.segment.nbytes > edges[1]
 
 
-def _check_machine(piece: Piece) -> None:
+def _check_machine(piece: Work) -> None:
     """Check that this machine would make the driver's bytes.
 
     Raises:

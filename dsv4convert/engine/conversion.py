@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
+# Errors after which a run can go on.
+KEEPING = (RunInterruptedError, SpaceError, InputOutputError, OutputExistsError)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def execute(
     ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
     plan was made with besides its source; none of them may be written either. ``uploading`` sends each file that is
     whole; what it has not sent at the end, ``Uploading.finish`` does. A ``cluster`` has the work done by its processes,
-    in place of ``threads`` of this one.
+    in place of ``threads`` of this one; with an ``uploading`` that keeps nothing here they send the files themselves.
 
     Raises:
         DeviceError: the cluster cannot be reached.
@@ -135,6 +137,20 @@ def execute(
         Dsv4Error: see ``run_plan``.
     """
     check_not_both(resume=resume, fresh=fresh)
+    if cluster is not None and uploading is not None and uploading.is_for_workers:
+        from .cluster_upload import execute_in_store
+
+        return execute_in_store(
+            plan,
+            cluster,
+            uploading,
+            resume=resume,
+            fresh=fresh,
+            watch=watch,
+            before_finish=before_finish,
+            record_seconds=record_seconds,
+            lock=lock,
+        )
     threads = default_threads(plan) if threads is None else threads
     codecs = default_codecs()
     outputs = outputs_of(plan, lock=lock)
@@ -158,7 +174,7 @@ def execute(
             _resume(plan, outputs, journal, fingerprint, threads)
             fingerprint = dict(journal.fingerprint or {})  # the same, as it was before anything was used up
         else:
-            raise _interrupted(path)
+            raise interrupted(path)
 
         def before_rename(report: RunReport) -> None:
             check_unchanged(plan, fingerprint)
@@ -173,25 +189,22 @@ def execute(
                 from .cluster import ClusterMakers
 
                 makers = ClusterMakers(cluster, plan, outputs, journal.claim)
-            report = run_plan(
-                plan,
-                outputs,
-                threads=threads,
-                codecs=codecs,
-                watch=watch,
-                recorder=journal,
-                record_seconds=record_seconds,
-                before_finish=before_rename,
-                file_done=None if uploading is None else uploading.file_done,
-                makers=makers,
-            )
-            write_manifest(manifest, plan, report, fingerprint)
-        except KeyboardInterrupt:
-            raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
-        except (RunInterruptedError, SpaceError, InputOutputError, OutputExistsError) as error:
-            if "--resume" in (error.hint or ""):
-                raise
-            raise error.with_changes(hint=f"{error.hint}; {RESUME_HINT}" if error.hint else RESUME_HINT) from None
+            with work_is_kept(plan):
+                report = run_plan(
+                    plan,
+                    outputs,
+                    threads=threads,
+                    codecs=codecs,
+                    watch=watch,
+                    recorder=journal,
+                    record_seconds=record_seconds,
+                    before_finish=before_rename,
+                    file_done=None if uploading is None else uploading.file_done,
+                    makers=makers,
+                )
+                write_manifest(manifest, plan, report, fingerprint)
+        except KEEPING:
+            raise
         except Dsv4Error:
             if not plan.consumes:  # what was used up is in the output only
                 outputs.discard()
@@ -199,6 +212,19 @@ def execute(
             raise
         journal.remove()
     return summarize(plan, report)
+
+
+@contextlib.contextmanager
+def work_is_kept(plan: Plan) -> Iterator[None]:
+    """Say in errors after which a run can go on that it can."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunInterruptedError("interrupted", where=plan.output_path(), hint=RESUME_HINT) from None
+    except KEEPING as error:
+        if "--resume" in (error.hint or ""):
+            raise
+        raise error.with_changes(hint=f"{error.hint}; {RESUME_HINT}" if error.hint else RESUME_HINT) from None
 
 
 def check_not_both(*, resume: bool, fresh: bool) -> None:
@@ -250,7 +276,7 @@ def _is_finished(
     return False
 
 
-def _interrupted(path: Path) -> ResumeError:
+def interrupted(path: Path) -> ResumeError:
     return ResumeError(
         "an interrupted run left work here",
         where=path,
@@ -324,7 +350,7 @@ def _check_all(
             continue
         if not (resume or fresh):
             if os.path.lexists(journal_path(plan)):
-                raise _interrupted(journal_path(plan))
+                raise interrupted(journal_path(plan))
             outputs.check_no_work()
         needed += disk_needed(plan, outputs.allocated_bytes())
     check_free(plans[0].destination, needed)

@@ -28,7 +28,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     Of a remote source, ``revision`` is its address with the commit, or the etags of its files.
 
     Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
-    has used up count by name.
+    has used up count by name. A run whose workers send its files adds the ``destination``.
     """
     names = _names(plan)
     digest = xxhash.xxh3_128()
@@ -94,6 +94,15 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
             expected=old["revision"],
             got=new["revision"],
             hint=f"name the revision of the interrupted run, as OWNER/NAME@REVISION, or {FRESH_HINT}",
+        )
+    if old.get("destination") != new.get("destination"):
+        ways = [files.get("destination") or "files here, sent from here" for files in (old, new)]
+        raise ResumeError(
+            "the interrupted run cannot be resumed: its files went elsewhere",
+            where=where,
+            expected=ways[0],
+            got=ways[1],
+            hint=f"pass --upload, --workers and --delete-uploaded as for that run, or {FRESH_HINT}",
         )
     changes = []
     for part in ("program", "target"):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from ..containers.destinations import Sent
 from ..errors import LockedError, OutputExistsError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
@@ -106,6 +107,7 @@ class Journal:
         self.replaces: list[Identity | None] = []
         self.held: dict[str, Identity] = {}
         self.discards: dict[str, Identity] = {}
+        self.sent: dict[int, Sent] = {}
         self._finished: dict[Key, Finished] = {}
         self._lock_file: LockFile | None = None
         self._descriptor = self._open(lock)
@@ -210,6 +212,7 @@ class Journal:
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
+            self.sent = {}
             self.inodes = []
             self.replaces, self.held, self.discards = list(replaces), dict(held), dict(discards)
             self.fingerprint = dict(fingerprint)
@@ -244,6 +247,11 @@ class Journal:
     def record(self, batch: list[Finished]) -> None:
         """Keep finished segments, whose bytes are durable already; durable itself on return."""
         self._append([_as_fact(entry) for entry in batch])
+
+    def note_sent(self, files: Mapping[int, Sent]) -> None:
+        """Keep which files are whole in a store; durable on return, and noted before their segments are."""
+        self.sent.update(files)
+        self._append([{"sent": [file, sent.size, sent.sha256]} for file, sent in files.items()])
 
     def remove(self) -> None:
         """Remove the file, where its name still stands for it; the lock goes with the process or the context."""
@@ -350,6 +358,9 @@ class Journal:
                     {name: self._here(Identity(*map(int, value)), device) for name, value in fact.get(key, {}).items()}
                     for key in ("held", "discards")
                 )
+            elif "sent" in fact:
+                file, size, sha256 = fact["sent"]
+                self.sent[int(file)] = Sent(int(size), str(sha256))
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):

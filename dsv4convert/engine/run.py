@@ -26,7 +26,7 @@ from .mappings import Mappings
 from .monitor import Monitor, Step
 from .names import nearest_folder
 from .operations import TILE_BYTES
-from .outputs import DescriptorCache, Outputs
+from .outputs import DescriptorCache
 from .ranges import RangeReader, SharedRanges
 from .resources import outgrows_memory
 from .schedule import Lane, Schedule
@@ -72,6 +72,19 @@ class Recorder(Protocol):
     def record(self, batch: list[Finished]) -> None:
         """Keep ``batch``; the caller has made its bytes durable."""
         ...
+
+
+class RunOutputs(Protocol):
+    """What a run wants of its output files (see ``outputs``)."""
+
+    @property
+    def paths(self) -> Sequence[Path]: ...
+
+    def descriptor(self, index: int) -> int: ...
+    def is_shared(self, index: int) -> bool: ...
+    def links_by_name(self) -> Mapping[str, str]: ...
+    def sync(self, indexes: set[int]) -> None: ...
+    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class _Shared:
 
 def run_plan(
     plan: Plan,
-    outputs: Outputs,
+    outputs: RunOutputs,
     *,
     threads: int,
     codecs: Codecs | None = None,
@@ -167,7 +180,7 @@ def run_plan(
         resumed += _segment(plan, entry.task).nbytes
         consumer.take([_segment(plan, entry.task)])
     whole = _WholeFiles(plan, outputs, done, file_done)
-    files = [_file_tasks(plan, done, number) for number in range(len(plan.files))]
+    files = [_tasks_left(plan, done, number) for number in range(len(plan.files))]
     shared = _Shared(Schedule(files if makers is None else ()))
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())
@@ -267,7 +280,7 @@ class _Keeper(threading.Thread):
         self,
         shared: _Shared,
         workers: list[_Worker],
-        outputs: Outputs,
+        outputs: RunOutputs,
         note: Callable[[list[Finished]], None],
         record: Callable[[list[Finished]], None] | None,
         seconds: float,
@@ -327,7 +340,7 @@ class _Keeper(threading.Thread):
 class _WholeFiles:
     """Tells a function which files are whole, each once."""
 
-    def __init__(self, plan: Plan, outputs: Outputs, done: Ledger, tell: Callable[[int, Path], None] | None) -> None:
+    def __init__(self, plan: Plan, outputs: RunOutputs, done: Ledger, tell: Callable[[int, Path], None] | None) -> None:
         self._outputs = outputs
         self._tell = tell
         self._left = [
@@ -371,7 +384,7 @@ def peak_memory_bytes() -> int:
 
 
 def _work(
-    shared: _Shared, plan: Plan, outputs: Outputs, codecs: Codecs, tile_bytes: int, workers: list[_Worker]
+    shared: _Shared, plan: Plan, outputs: RunOutputs, codecs: Codecs, tile_bytes: int, workers: list[_Worker]
 ) -> None:
     try:
         with DescriptorCache() as descriptors, KernelCopier() as kernel, contextlib.ExitStack() as stack:
@@ -423,7 +436,7 @@ def _work(
 def _have_made(
     shared: _Shared,
     plan: Plan,
-    outputs: Outputs,
+    outputs: RunOutputs,
     makers: ClusterMakers,
     files: Sequence[Iterator[Task]],
     workers: list[_Worker],
@@ -477,13 +490,17 @@ def with_tensor(error: Exception, name: str) -> Exception:
     return error.with_changes(what=f"{error.what} (while making tensor {name})")
 
 
-def _file_tasks(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:
+def file_tasks(plan: Plan, file_number: int) -> Iterator[Task]:
+    """Yield the segments of a file."""
     for tensor_number, tensor in enumerate(plan.files[file_number].tensors):
         offset = tensor.offset
         for number, segment in enumerate(tensor.segments):
-            if not done.holds(file_number, tensor_number, number):
-                yield Task(file_number, tensor_number, number, offset)
+            yield Task(file_number, tensor_number, number, offset)
             offset += segment.nbytes
+
+
+def _tasks_left(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:
+    return (task for task in file_tasks(plan, file_number) if not done.holds(*task[:3]))
 
 
 def _segment(plan: Plan, task: Task) -> Segment:

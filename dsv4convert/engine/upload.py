@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..containers.destinations import CARD_NAME, Destination, Sent, open_destination
+from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, open_destination
 from ..containers.presence import is_file
 from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError
 from ..plan import Plan
@@ -26,6 +27,7 @@ POLL_SECONDS = 0.1
 # Older files that a note names.
 MAX_NAMED = 8
 FINISHED_HINT = "the output is finished here: run again with --resume"
+SENT_HINT = "what has arrived is kept: run again with --resume"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,33 @@ class Uploading:
         self._waiting: queue.SimpleQueue[tuple[str, Path] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._error: Exception | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None  # where workers send the files: those of this run
+        self._made_here: dict[str, Path] = {}
+
+    @property
+    def address(self) -> str:
+        """Return what to call the destination."""
+        return self._destination.address
+
+    @property
+    def is_for_workers(self) -> bool:
+        """Return whether the workers of a cluster can send the files, none of which is to stay here."""
+        return self._upload.delete and self._destination.takes_senders
+
+    def lend(self) -> tuple[Sender, Path]:
+        """Return what workers send files with, and a folder for those that are made here and sent at the end."""
+        self._is_sending = True
+        self._scratch = tempfile.TemporaryDirectory(prefix="dsv4convert-")
+        return self._destination.sender(), Path(self._scratch.name)
+
+    def holds(self, name: str, sent: Sent) -> bool:
+        """Return whether a file that was sent is there."""
+        return self._destination.holds({name: (Path(name), sent)})
+
+    def were_sent(self, sent: Mapping[str, Sent], made_here: Mapping[str, Path]) -> None:
+        """Note the files that workers have sent, and where the others are."""
+        self._sent.update(sent)
+        self._made_here.update(made_here)
 
     @property
     def deletes(self) -> bool:
@@ -126,16 +155,18 @@ class Uploading:
             RunInterruptedError: Ctrl-C.
             Dsv4Error: see ``Destination``; the local output stays.
         """
+        hint = FINISHED_HINT if self._scratch is None else SENT_HINT
         try:
             return self._finish(notes)
         except KeyboardInterrupt:
-            raise RunInterruptedError("interrupted", where=self._destination.address, hint=FINISHED_HINT) from None
+            raise RunInterruptedError("interrupted", where=self._destination.address, hint=hint) from None
         except InputOutputError as error:
-            raise error.with_changes(hint=f"{error.hint}; {FINISHED_HINT}" if error.hint else FINISHED_HINT) from None
+            raise error.with_changes(hint=f"{error.hint}; {hint}" if error.hint else hint) from None
 
     def _finish(self, notes: tuple[str, ...]) -> list[str]:
         self.begin()
         paths = {file.name: path for file, path in zip(self._plan.files, self._plan.final_paths(), strict=True)}
+        paths |= self._made_here
         for index, file in enumerate(self._plan.files):
             if file.name not in self._sent and self._error is None:
                 self.file_done(index, paths[file.name])
@@ -146,7 +177,11 @@ class Uploading:
             raise self._error
         files = {name: (paths[name], self._sent[name]) for name in paths}
         address = self._destination.finish(files, lambda old: self._card.text(old, self._sent, notes))
-        if self._upload.delete:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            with os_errors(journal_path(self._plan), "removed"):
+                journal_path(self._plan).unlink(missing_ok=True)
+        elif self._upload.delete:
             self._delete()
         said = [f"uploaded to {address}"]
         older = self._destination.older_files

@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sent, other_files_of_gguf, other_weights
+from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sender, Sent, other_files_of_gguf, other_weights
 from ..fetching import MAX_ATTEMPTS
 from ..folder_names import CONFIG_NAME, INDEX_NAME
 from .http import retried
@@ -48,6 +48,8 @@ Answer = TypeVar("Answer")
 
 class StoreDestination(Destination):
     """A folder of a bucket, which must be there."""
+
+    takes_senders = True
 
     def __init__(self, scheme: str, rest: str) -> None:
         if any(part in ("", ".", "..") for part in rest.split("/")):
@@ -202,6 +204,18 @@ class StoreDestination(Destination):
         return OutputExistsError(
             "already exists in the store", where=f"{self.address}/{name}", hint="pass --overwrite to replace it"
         )
+
+    def sender(self) -> Sender:
+        """See ``Destination.sender``."""
+        if self._overwrite:
+            with self._lock:
+                self._make_room()
+        return Sender(self.address, self._mark, self._overwrite)
+
+    def join(self, sender: Sender) -> None:
+        """See ``Destination.join``; asks the store, so that keys which are missing here are missed at once."""
+        self._mark, self._overwrite, self._has_made_room = sender.mark, sender.overwrite, True
+        self._check_mark()
 
     def send(self, name: str, path: Path, sent: Sent) -> None:
         """See ``Destination.send``; JSON files wait for ``finish``."""

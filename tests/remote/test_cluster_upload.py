@@ -1,0 +1,339 @@
+"""Files that the workers of a cluster send to a store: the bytes of one machine, whatever dies or fails meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4convert import api
+from dsv4convert.containers import fetching
+from dsv4convert.engine import cluster_worker
+from dsv4convert.engine.cluster_worker import WholeFile, make_file
+from dsv4convert.engine.conversion import Summary, execute
+from dsv4convert.engine.upload import Upload, Uploading
+from dsv4convert.errors import DeviceError, Dsv4Error, InputOutputError, OutputExistsError, ResumeError, SpaceError
+from dsv4convert.plan import Plan
+from dsv4convert.targets.dequantize import plan_dequantize
+
+from ..engine.test_cluster import HereCluster, processes, slow, wait_for  # noqa: F401 - a fixture
+from .hub_server import Hub
+from .store_server import SECRET, StoreServer
+from .support import Remote, contents, finished
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+PREFIX = "mine/Small-V4"
+TARGET = f"s3://models/{PREFIX}"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
+    """Yield a running store with an empty bucket, whose keys this process and those that it starts have."""
+    server = StoreServer()
+    server.start()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(fetching, "LONGEST_WAIT_SECONDS", 0.1)
+    yield server
+    server.stop()
+
+
+def without_card(store: StoreServer) -> dict[str, bytes]:
+    return {name: content for name, content in store.contents(PREFIX).items() if name != "README.md"}
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- without Ray: what a worker does with a file, and what the run notes ----------------------------------
+
+
+def plan_of(source: Path, folder: Path) -> Plan:
+    folder.mkdir(exist_ok=True)
+    return plan_dequantize(source, folder / "Small-BF16", max_file_bytes=200_000)
+
+
+def carry_out(plan: Plan, make: Callable[..., Any] = make_file, **options: Any) -> tuple[HereCluster, Summary]:
+    """Have the files made by tasks, in this process, and the upload finished."""
+    cluster = HereCluster(make)
+    wanted = {name: options[name] for name in ("overwrite", "resume") if name in options}
+    uploading = Uploading(plan, Upload(TARGET, delete=True), **wanted)
+    with uploading.abandoned_with_the_run():
+        summary = execute(plan, cluster=cluster, uploading=uploading, record_seconds=0.05, **options)
+    uploading.finish(summary.notes)
+    return cluster, summary
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return what one machine makes."""
+    folder = tmp_path_factory.mktemp("whole") / "Small-BF16"
+    api.dequantize(tiny, folder, max_file_size="200K")
+    return contents(folder)
+
+
+def failing_after(count: int, error: Exception) -> Callable[[WholeFile], Any]:
+    """Return what makes so many files, and then fails."""
+    made = 0
+
+    def make(file: WholeFile) -> Any:
+        nonlocal made
+        made += 1
+        if made > count:
+            raise error
+        return make_file(file)
+
+    return make
+
+
+def test_nothing_lies_here_and_the_index_comes_last(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    cluster, summary = carry_out(plan_of(tiny, tmp_path / "out"))
+    assert without_card(store) == whole
+    assert left(tmp_path / "out") == []
+    assert {piece.name for piece in cluster.pieces} == {name for name in whole if name.endswith(".safetensors")}
+    received = [key.removeprefix(f"{PREFIX}/") for key in store.received if not key.endswith("-upload.json")]
+    assert received[-3:] == ["config.json", INDEX, "README.md"]
+    assert len(received) == len(whole) + 1
+    assert summary.written_bytes == sum(map(len, whole.values()))
+
+
+@pytest.mark.parametrize("count", range(0, 5, 2))
+def test_a_run_goes_on_with_the_files_that_are_missing(
+    count: int, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    with pytest.raises(InputOutputError, match="--resume"):
+        carry_out(plan, failing_after(count, InputOutputError("the Ray cluster was lost")))
+    assert len(without_card(store)) == count + 1  # and the mark
+    assert left(tmp_path / "out") == ["Small-BF16.journal"]
+    with pytest.raises(ResumeError, match="--resume"):
+        carry_out(plan)
+    with pytest.raises(ResumeError, match="its files went elsewhere"):
+        execute(plan, threads=1, resume=True)
+    cluster, summary = carry_out(plan, resume=True)
+    files = [name for name in whole if name.endswith(".safetensors")]
+    assert len(cluster.pieces) == len(files) - count
+    assert without_card(store) == whole
+    assert left(tmp_path / "out") == []
+    assert (summary.resumed_bytes > 0) == (count > 0)
+
+
+@pytest.mark.parametrize("how", ["torn", "gone", "another content"])
+def test_what_the_journal_tells_is_looked_at(
+    how: str, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    with pytest.raises(InputOutputError):
+        carry_out(plan, failing_after(2, InputOutputError("the Ray cluster was lost")))
+    journal = tmp_path / "out" / "Small-BF16.journal"
+    if how == "torn":
+        journal.write_bytes(journal.read_bytes()[:-30])  # in the last segment of the second file
+    else:
+        key = next(
+            entry["path"] for page in store.store().list(PREFIX) for entry in page if "safetensors" in entry["path"]
+        )
+        store.store().delete(key)
+        if how == "another content":
+            store.store().put(key, b"another")
+    if how == "another content":
+        with pytest.raises(OutputExistsError, match="already exists in the store"):
+            carry_out(plan, resume=True)
+        store.store().delete(key)
+    cluster, _ = carry_out(plan, resume=True)
+    assert len(cluster.pieces) == sum(name.endswith(".safetensors") for name in whole) - 1
+    assert without_card(store) == whole
+
+
+def test_a_store_that_fails_ends_the_run_which_goes_on_later(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    store.status = lambda method, key: 403 if "00003" in key else None
+    with pytest.raises(InputOutputError, match="the store refuses the upload") as caught:
+        carry_out(plan)
+    assert "--resume" in str(caught.value)
+    store.status = lambda method, key: 403 if key.endswith(INDEX) else None
+    with pytest.raises(InputOutputError, match="the store refuses the upload") as caught:
+        carry_out(plan, resume=True)
+    assert "--resume" in str(caught.value)
+    assert INDEX not in store.contents(PREFIX)
+    store.status = lambda method, key: None
+    cluster, _ = carry_out(plan, resume=True)
+    assert cluster.pieces == []
+    assert without_card(store) == whole
+    assert left(tmp_path / "out") == []
+
+
+def test_another_output_there_is_replaced_when_told(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    names = sorted(name for name in whole if name.endswith(".safetensors"))
+    for name in (names[0], "old.safetensors", INDEX):
+        store.store().put(f"{PREFIX}/{name}", b"older")
+    plan = plan_of(tiny, tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        carry_out(plan)
+    assert left(tmp_path / "out") == []
+    carry_out(plan, overwrite=True)
+    assert without_card(store) == whole
+
+
+def test_a_worker_of_a_run_whose_place_was_taken_sends_nothing(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    kept: list[WholeFile] = []
+
+    def keep(file: WholeFile) -> Any:
+        kept.append(file)
+        raise InputOutputError("the Ray cluster was lost")
+
+    with pytest.raises(InputOutputError):
+        carry_out(plan, keep)
+    carry_out(plan, resume=True)
+    before = len(store.writes)
+    with pytest.raises(OutputExistsError, match="another run"):
+        make_file(kept[0])
+    assert len(store.writes) == before
+    assert without_card(store) == whole
+
+
+def test_a_disk_without_room_for_a_file(
+    store: StoreServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plan = plan_of(tiny, tmp_path / "out")
+
+    def make(file: WholeFile) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            return make_file(file)
+
+    with pytest.raises(SpaceError, match=r"no room for a file of \d+ bytes .*TMPDIR.*--max-file-size"):
+        carry_out(plan, make)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "error", "said"),
+    [
+        (
+            "keys",
+            InputOutputError,
+            "cannot be sent .* on machine .*keys are in the environment in which Ray",
+        ),
+        ("packages", DeviceError, r"--upload needs obstore on machine .*pip install 'dsv4convert\[stores\]'"),
+    ],
+)
+def test_a_machine_that_cannot_send_is_told_of_before_it_works(
+    lacks: str,
+    error: type[Dsv4Error],
+    said: str,
+    store: StoreServer,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worked = []
+
+    def make(file: WholeFile) -> Any:
+        with monkeypatch.context() as patch:
+            if lacks == "keys":
+                patch.delenv("AWS_ACCESS_KEY_ID")
+                patch.delenv("AWS_SECRET_ACCESS_KEY")
+                patch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where those of a machine of Amazon's are
+            else:
+                patch.setitem(sys.modules, "dsv4convert.containers.remote.store_upload", None)
+            patch.setattr(cluster_worker, "fill_file", lambda *_: worked.append(file.name))
+            return make_file(file)
+
+    with pytest.raises(error, match=said) as caught:
+        carry_out(plan_of(tiny, tmp_path / "out"), make)
+    assert os.uname().nodename in str(caught.value)
+    assert worked == []
+
+
+# ---- with Ray ------------------------------------------------------------------------------------------------
+
+
+@needs_ray
+def test_two_workers_send_what_one_machine_makes(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    out.parent.mkdir()
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # with a short name, which sockets need
+        remote = Remote(Hub(), tmp_path / "home", store.environment | {"RAY_TMPDIR": folder})
+        options = ("--max-file-size", "200K", "--upload", TARGET, "--delete-uploaded", "--workers", "ray:2")
+        result = remote.run("dequantize", tiny, out, *options)
+        assert result.code == 0, result.err
+        logs = [path for path in Path(folder).rglob("*") if path.is_file() and path.stat().st_size]
+        assert len(logs) > 3
+        assert not any(SECRET.encode() in path.read_bytes() for path in logs)
+    assert f"uploaded to {TARGET}" in result.out
+    assert without_card(store) == whole
+    assert left(out.parent) == []
+
+
+@needs_ray
+def test_workers_and_the_run_are_killed(
+    store: StoreServer,
+    slow: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token = secrets.token_hex(16)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    out = tmp_path / "out" / "model.gguf"
+    out.parent.mkdir()
+    remote = Remote(Hub(), tmp_path / "home", store.environment)
+    types = ("--dense", "q4_0", "--experts", "iq4_nl", "--output-type", "f32", "--max-file-size", "2M", "--quiet")
+    line = ("hf-to-gguf", slow, out, *types, "--upload", TARGET, "--delete-uploaded", "--workers", "ray:2")
+
+    def sent() -> int:
+        return sum(key.endswith(".gguf") for key in store.received)
+
+    def kill_worker() -> bool:
+        for process in processes(token, b"ray::make_file"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+                return True
+        return False
+
+    run = remote.start(*line)
+    for _ in range(2):
+        wait_for(kill_worker)
+    wait_for(lambda: sent() > 0)
+    run.kill()
+    run.communicate()
+    wait_for(lambda: not processes(token, b"ray"))
+    assert not any(name in ("README.md", INDEX) for name in store.contents(PREFIX))
+    result = finished(remote.start(*line, "--resume"))
+    assert result.code == 0, result.err
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert finished(Remote(Hub(), tmp_path / "home").start("hf-to-gguf", slow, alone / "model.gguf", *types)).code == 0
+    assert without_card(store) == {path.name: path.read_bytes() for path in alone.glob("*.gguf")}
+    assert len(without_card(store)) > 3
+    assert left(out.parent) == []

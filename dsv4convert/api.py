@@ -625,7 +625,7 @@ def _carry_out(
             raise UsageError("--upload takes one output", hint="run once for the trunk and once for the draft")
         request = Upload(upload) if isinstance(upload, str) else upload
         uploading = Uploading(plans[0], request, overwrite=run["overwrite"], resume=run["resume"])
-    cluster = _cluster_of(run["workers"], plans, threads)
+    cluster = _cluster_of(run["workers"], plans, threads, progress)
     if run["dry_run"]:
         return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
     if uploading is not None and uploading.was_finished():
@@ -663,7 +663,9 @@ def _carry_out(
     return summary
 
 
-def _cluster_of(workers: str | None, plans: Sequence[Plan], threads: int | None) -> Cluster | None:
+def _cluster_of(
+    workers: str | None, plans: Sequence[Plan], threads: int | None, progress: Progress | None
+) -> Cluster | None:
     """Return the cluster that is to carry out the plans, None where this process does it.
 
     Raises:
@@ -675,6 +677,7 @@ def _cluster_of(workers: str | None, plans: Sequence[Plan], threads: int | None)
         return None
     from .containers.sources import needs_local_files
     from .engine.cluster import Cluster
+    from .engine.monitor import StepListener
 
     if threads is not None:
         raise UsageError("--threads and --workers exclude each other", hint="give the number of workers as ray:N")
@@ -682,7 +685,7 @@ def _cluster_of(workers: str | None, plans: Sequence[Plan], threads: int | None)
         needs_local_files(plan.source, "--workers")
         if plan.consumes:
             raise UsageError("--workers and --delete-parts exclude each other", hint="leave out one of them")
-    return Cluster(workers)
+    return Cluster(workers, progress.note if isinstance(progress, StepListener) else None)
 
 
 def _check_threads(threads: int | None) -> None:

@@ -21,7 +21,7 @@ from ..html_report.figures import human_bytes, human_seconds
 from ..html_report.report import CONVERSION
 from .options import JSON, TEXT, RunOptions
 from .pages import check_page, write_page
-from .saying import print_json, report_of_done_work, unimportant
+from .saying import print_json, report_of_done_work, say, unimportant
 from .tables import Block, Table, print_blocks
 
 if TYPE_CHECKING:
@@ -51,11 +51,17 @@ MAX_FOLDERS = 16
 
 
 class _Listener(StepListener):
-    """Shows progress, and keeps a time line of it."""
+    """Shows progress and notes, and keeps a time line."""
 
-    def __init__(self, show: Callable[[Step, int], None] | None, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self,
+        show: Callable[[Step, int], None] | None,
+        timeline: Timeline | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         self._show = show
         self._timeline = timeline
+        self._note = note
 
     def __call__(self, done: int, total: int) -> None:
         """Show how many bytes of so many are done."""
@@ -67,6 +73,11 @@ class _Listener(StepListener):
             self._timeline.add(step.threads)
         if self._show is not None:
             self._show(step, total)
+
+    def note(self, line: str) -> None:
+        """Show a line for people."""
+        if self._note is not None:
+            self._note(escape_control(line))
 
 
 @contextmanager
@@ -85,18 +96,18 @@ def progress_display(
     elif quiet or sys.stderr is None:
         yield None if timeline is None else _Listener(None, timeline)
     elif sys.stderr.isatty():
-        with _bar(what) as update:
-            yield _Listener(unimportant(update, lost), timeline)
+        with _bar(what) as (update, above):
+            yield _Listener(unimportant(update, lost), timeline, above)
     else:
         lines = unimportant(_plain_lines(), lost)
-        yield lines if timeline is None else _Listener(lambda step, total: lines(step.done, total), timeline)
+        yield _Listener(lambda step, total: lines(step.done, total), timeline, say)
     with suppress(ReportError):  # the summary that follows says so too
         for note in () if quiet else lost:
             typer.echo(f"note: {note}")
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[Step, int], None]]:
+def _bar(what: str) -> Iterator[tuple[Callable[[Step, int], None], Callable[[str], None]]]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import (
@@ -132,8 +143,12 @@ def _bar(what: str) -> Iterator[Callable[[Step, int], None]]:
             told += f", {WAITING[step.waiting.most]}"
         bar.update(task, description=escape(escape_control(told)), completed=step.done, total=total, refresh=True)
 
+    def above(line: str) -> None:
+        with suppress(OSError, ValueError):
+            bar.console.print(escape(line))
+
     try:
-        yield update
+        yield update, above
     finally:
         with suppress(OSError, ValueError):
             bar.stop()

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
-from .cluster_bridge import WORKERS, Done, Nodes, Submit
+from .cluster_bridge import HERE, REACH_HINT, WORKERS, Done, Nodes, Submit, address_here
 from .cluster_worker import MadeFile, Part, Piece, WholeFile, library_digest, program_digest
 from .fingerprint import mark_of
 from .journal import Claim
@@ -40,7 +40,7 @@ TASKS_PER_WORKER, MOST_TASKS = 16, 2**12
 LEAST_WORK, MOST_WORK = 2**20, 2**29
 
 POLL_SECONDS = 0.2
-JOIN_SECONDS = 120.0
+START_SECONDS, JOIN_SECONDS = 120.0, 30.0  # to start a cluster on this machine, and to join one that is there
 SILENT_SECONDS = 45.0  # the bridge tells of the machines every few seconds, unless Ray holds it
 END_SECONDS = 10.0
 
@@ -62,7 +62,7 @@ class _Slot:
 class Cluster:
     """The workers of a Ray cluster, as ``--workers`` names them; use it as a context manager.
 
-    The cluster is joined, or a local one started, by the first run that has work.
+    The cluster is joined, or a local one started, by the first run that has work; ``note`` is told so before.
 
     Raises:
         UsageError: it is named wrongly.
@@ -70,6 +70,7 @@ class Cluster:
     """
 
     workers: str
+    note: Callable[[str], None] | None = None
     processors: dict[str, int] = field(default_factory=dict, init=False)
     _connection: Connection | None = field(default=None, init=False)
     _bridge: subprocess.Popen[bytes] | None = field(default=None, init=False)
@@ -97,6 +98,11 @@ class Cluster:
                 self._bridge.wait()
             self._bridge = None
 
+    def tell(self, line: str) -> None:
+        """Tell people something, if anybody listens."""
+        if self.note is not None:
+            self.note(line)
+
     def connect(self) -> None:
         """Join the cluster, or start one on this machine.
 
@@ -105,6 +111,10 @@ class Cluster:
         """
         if self._connection is not None:
             return
+        is_there = self.workers.startswith((HERE, "ray://"))
+        seconds = JOIN_SECONDS if is_there else START_SECONDS
+        where = f"{self.workers} ({address_here()})" if self.workers == HERE and address_here() else self.workers
+        self.tell(f"{where}: {'joining' if is_there else 'starting'} the Ray cluster, for {seconds:.0f} s at most")
         ours, theirs = socket.socketpair()
         with theirs:
             code = _BRIDGE.format(path=sys.path, descriptor=theirs.fileno())
@@ -119,8 +129,11 @@ class Cluster:
             )
         self._connection = Connection(ours.detach())
         self._connection.send(self.workers)
-        if not self._connection.poll(JOIN_SECONDS):
-            raise DeviceError("the Ray cluster does not answer", where=self.workers, got=f"{JOIN_SECONDS} s of silence")
+        if not self._connection.poll(seconds):
+            self._bridge.kill()  # it waits for Ray, and would for minutes
+            raise DeviceError(
+                "the Ray cluster does not answer", where=where, got=f"{seconds:.0f} s of silence", hint=REACH_HINT
+            )
         self.receive(0.0)
         if not sum(self.processors.values()):
             raise DeviceError(

@@ -23,6 +23,8 @@ from .worker import Made
 
 WORKERS = re.compile(r"ray(?::(?P<count>[1-9]\d{0,3})|(?P<here>:auto)|://(?P<address>[^\s/]+:\d+))?")
 
+HERE = "ray:auto"
+
 # How often a task is begun again whose worker or machine died, or whose reads or writes failed.
 RETRIES = 10
 
@@ -106,7 +108,7 @@ def _join(workers: str) -> str:
     if named is not None and named["address"]:
         options["address"], head = workers, named["address"]
     elif named is not None and named["here"]:
-        options["address"], head = "auto", os.environ.get("RAY_ADDRESS", "")
+        options["address"], head = "auto", address_here()
     else:
         count = int(named["count"]) if named is not None and named["count"] else len(os.sched_getaffinity(0))
         options |= {"address": "local", "num_cpus": count, "include_dashboard": False}
@@ -119,6 +121,12 @@ def _join(workers: str) -> str:
         got = str(error).strip().split("\n")[0]
         raise DeviceError(CANNOT_REACH, where=workers, got=got, hint=REACH_HINT) from None
     return named["address"] if named is not None and named["address"] else ray.get_runtime_context().gcs_address
+
+
+def address_here() -> str:
+    """Return the address of the cluster that ``RAY_ADDRESS`` names, empty where it names none."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return "" if named == "auto" else named
 
 
 def _leave() -> None:
@@ -134,7 +142,7 @@ def _knock(address: str) -> None:
     Raises:
         OSError: nothing does.
     """
-    host, _, port = address.rpartition(":")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, min(int(port), 65535)), timeout=ANSWER_SECONDS).close()
 

@@ -166,6 +166,12 @@ def execute_in_store(
                 for file, what in journal.sent.items()
                 if file in complete and uploading.holds(plan.files[file].name, what)
             }
+            left = sum(bool(file.tensors) for file in plan.files) - len(sent)
+            if left < sum(cluster.processors.values()):
+                cluster.tell(
+                    f"{left} files for {sum(cluster.processors.values())} workers: "
+                    "a smaller --max-file-size would give all of them work"
+                )
             makers = _FileMakers(cluster, plan, journal, *uploading.lend(), sent)
             report = run_plan(
                 plan,

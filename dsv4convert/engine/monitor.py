@@ -70,6 +70,9 @@ class StepListener(ABC):
     def step(self, step: Step, total: int) -> None:
         """Hear how far work on ``total`` bytes is."""
 
+    def note(self, line: str) -> None:  # noqa: B027 - not every listener shows lines
+        """Hear a line for people: on a wait that begins, or what would be quicker."""
+
 
 class Timeline:
     """How many bytes each thread had written after so many seconds, in ``MAX_SAMPLES`` samples at most.

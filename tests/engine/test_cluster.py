@@ -35,6 +35,7 @@ from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import DeviceError, Dsv4Error, FileFormatError, InputOutputError, LockedError
 from dsv4convert.plan import Plan
 from dsv4convert.synth.write import write_synth
+from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 from dsv4convert.targets.mend import Mends, plan_mend
@@ -68,9 +69,10 @@ class HereCluster(Cluster):
     """In place of a cluster: tasks are made in this process, when their results are asked for."""
 
     def __init__(self, make: Callable[[Piece], Any] = make_piece) -> None:
-        self.workers = "here"
+        self.workers, self.note = "here", None
         self.processors = {"one": 1, "other": 2}
-        self.pieces: list[Piece] = []
+        self.pieces: list[Any] = []
+        self.nodes: list[str] = []
         self.numbers = itertools.count()
         self._tasks: list[Submit] = []
         self._make = make
@@ -82,6 +84,7 @@ class HereCluster(Cluster):
         """Keep a task."""
         self._tasks.append(task)
         self.pieces.append(task.piece)
+        self.nodes.append(task.node)
 
     def receive(self, seconds: float) -> Done | None:
         """Carry out the task that came last."""
@@ -98,6 +101,24 @@ def test_pieces_of_a_plan_make_its_bytes(name: str, tiny: Path, tmp_path: Path, 
     made = carry_out(name, tiny, tmp_path, "pieces", cluster=here)
     assert len(here.pieces) > 3
     assert made == carry_out(name, tiny, tmp_path, "threads", threads=2)
+
+
+def test_a_worker_stays_in_a_file_as_long_as_there_are_enough(tiny: Path, tmp_path: Path, small_tasks: None) -> None:
+    class InOrder(HereCluster):
+        def receive(self, seconds: float) -> Done | None:
+            self._tasks.reverse()  # of two
+            return super().receive(seconds)
+
+    here = InOrder()
+    here.processors = {"one": 1, "other": 1}
+    execute(plan_dequantize(tiny, tmp_path / "out", max_file_bytes=800_000), cluster=here)
+    nodes: dict[Path, set[str]] = {}
+    for piece, node in zip(here.pieces, here.nodes, strict=True):
+        nodes.setdefault(piece.path, set()).add(node)
+    assert len(nodes) > 3
+    assert len(here.pieces) > 2 * len(nodes)
+    assert sum(len(found) > 1 for found in nodes.values()) <= 1  # the last one
+    assert set().union(*nodes.values()) == {"one", "other"}
 
 
 def test_pages_that_two_tasks_write_are_written_exactly(
@@ -228,6 +249,35 @@ def test_without_ray_the_error_says_how_to_install_it(
     assert result.code == 15
     assert "pip install 'dsv4convert[ray]'" in result.error
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_ray
+@pytest.mark.parametrize("named", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_a_cluster_that_does_not_answer_is_waited_for_a_while_and_said_at_once(
+    named: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "JOIN_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = named.format(port=silent.getsockname()[1])
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        begun = time.monotonic()
+        result = run_cli("dequantize", tiny, tmp_path / "out", "--workers", "ray:auto")
+    assert time.monotonic() - begun < 3 + 5
+    assert result.code == 15
+    first, second = result.err.splitlines()
+    assert first == f"ray:auto ({address}): joining the Ray cluster, for 3 s at most"
+    assert f"ray:auto ({address}): the Ray cluster does not answer: got 3 s of silence; check that it runs" in second
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_ray
+def test_an_address_where_nothing_listens_is_an_error_at_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    result = run_cli("dequantize", tiny, tmp_path / "out", "--workers", "ray:auto", "--quiet")
+    assert result.code == 15
+    assert "the Ray cluster cannot be reached: got [Errno 111] Connection refused" in result.error
 
 
 @needs_ray

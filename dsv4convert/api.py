@@ -640,26 +640,27 @@ def _carry_out(
             refuse_zeros(report.zero, plans[0].source)
 
     total = sum(plan.nbytes for plan in plans)
-    with cluster or nullcontext(), nullcontext() if uploading is None else uploading.abandoned_with_the_run():
-        summary = execute_in_turn(
-            plans,
-            threads=threads,
-            overwrite=run["overwrite"],
-            resume=run["resume"],
-            fresh=run["fresh"],
-            lock=run["lock"],
-            inputs=inputs,
-            cluster=cluster,
-            watch=_steps_of_total(progress, total),
-            before_finish=refuse,
-            uploading=uploading,
-        )
-    if progress is not None:  # headers and padding are no worker's task: they are done when all is
-        progress(total, total)
-    summary = replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
-    if uploading is not None:
-        notes = (*summary.notes, *uploading.finish(summary.notes))
-        summary = replace(summary, notes=notes, deleted=uploading.deletes)
+    with cluster or nullcontext():
+        with nullcontext() if uploading is None else uploading.abandoned_with_the_run():
+            summary = execute_in_turn(
+                plans,
+                threads=threads,
+                overwrite=run["overwrite"],
+                resume=run["resume"],
+                fresh=run["fresh"],
+                lock=run["lock"],
+                inputs=inputs,
+                cluster=cluster,
+                watch=_steps_of_total(progress, total),
+                before_finish=refuse,
+                uploading=uploading,
+            )
+        if progress is not None:  # headers and padding are no worker's task: they are done when all is
+            progress(total, total)
+        summary = replace(summary, notes=with_zeros(summary.notes, summary.report.zero))
+        if uploading is not None:
+            notes = (*summary.notes, *uploading.finish(summary.notes, cluster))
+            summary = replace(summary, notes=notes, deleted=uploading.deletes)
     return summary
 
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
-from .cluster_bridge import HERE, REACH_HINT, WORKERS, Done, Nodes, Submit, address_here
-from .cluster_worker import MadeFile, Part, Piece, WholeFile, library_digest, program_digest
+from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Submit, address_here
+from .cluster_worker import Part, Piece, WholeFile, library_digest, program_digest
 from .fingerprint import mark_of
 from .journal import Claim
 from .run import Finished, RunOutputs, Task
@@ -55,7 +55,7 @@ class _Slot:
     """A processor of the cluster, and the file that it is in: it stays there, where it reads on in its sources."""
 
     node: str
-    lane: Lane[list[Task]] | None = None
+    lane: Lane[Any] | None = None
 
 
 @dataclass
@@ -172,6 +172,57 @@ class Cluster:
             return None
         return message
 
+    def carry_out(
+        self,
+        files: Iterable[Iterator[T]],
+        piece: Callable[[T], AnyPiece],
+        take: Callable[[T, Any], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Have the tasks of each file carried out, as many at once as there are processors, until ``stopped``.
+
+        Raises:
+            InputOutputError: the cluster was lost, or a task's worker died again and again.
+            Exception: of a task.
+        """
+        schedule = Schedule(files)
+        known: dict[str, int] = {}
+        idle: list[_Slot] = []
+        running: dict[int, tuple[_Slot, T]] = {}
+        is_given_out = False
+        while not stopped():
+            there = self.processors
+            if there is not known:
+                idle += [
+                    _Slot(node) for node, processors in there.items() if node not in known for _ in range(processors)
+                ]
+                known = there
+            while idle:
+                slot = idle.pop()
+                if slot.node not in there:
+                    continue
+                found = schedule.next(slot.lane)
+                if found is None:
+                    is_given_out = True
+                    break
+                slot.lane, task = found
+                number = next(self.numbers)
+                running[number] = slot, task
+                self.send(Submit(number, slot.node, piece(task)))
+            if is_given_out and not running:
+                return
+            done = self.receive(POLL_SECONDS)
+            if done is None:
+                self.check_heard()
+                continue
+            if done.number not in running:  # of an earlier run that failed
+                continue
+            if isinstance(done.made, Exception):
+                raise done.made
+            slot, task = running.pop(done.number)
+            take(task, done.made)
+            idle.append(slot)
+
     def _lost(self) -> InputOutputError:
         return InputOutputError("the Ray cluster was lost", where=self.workers, hint="Ray's logs say why")
 
@@ -220,48 +271,18 @@ class ClusterMakers:
             InputOutputError: the cluster was lost, or a task's worker died again and again.
             Dsv4Error: as a worker's; says the tensor.
         """
-        schedule = Schedule(cut(tasks, lambda task: work_of(self._segment(task)), self._work) for tasks in files)
-        known: dict[str, int] = {}
-        idle: list[_Slot] = []
-        running: dict[int, tuple[_Slot, list[Task]]] = {}
-        is_given_out = False
-        while not stopped():
-            there = self._cluster.processors
-            if there is not known:
-                idle += [
-                    _Slot(node) for node, processors in there.items() if node not in known for _ in range(processors)
-                ]
-                known = there
-            while idle:
-                slot = idle.pop()
-                if slot.node not in there:
-                    continue
-                found = schedule.next(slot.lane)
-                if found is None:
-                    is_given_out = True
-                    break
-                slot.lane, tasks = found
-                number = next(self._cluster.numbers)
-                running[number] = slot, tasks
-                self._cluster.send(Submit(number, slot.node, self._piece(tasks)))
-            if is_given_out and not running:
-                return
-            done = self._cluster.receive(POLL_SECONDS)
-            if done is None:
-                self._cluster.check_heard()
-                continue
-            if done.number not in running:  # of an earlier run that failed
-                continue
-            if isinstance(done.made, Exception):
-                raise self._as_given(done.made)
-            slot, tasks = running.pop(done.number)
-            take([Finished(task, *made) for task, made in zip(tasks, self._made(tasks, done.made), strict=True)])
-            idle.append(slot)
 
-    def _as_given(self, error: Exception) -> Exception:
+        def take_all(tasks: Sequence[Task], made: Any) -> None:
+            take([Finished(task, *one) for task, one in zip(tasks, self._made(tasks, made), strict=True)])
+
+        runs = [cut(tasks, lambda task: work_of(self._segment(task)), self._work) for tasks in files]
+        try:
+            self._cluster.carry_out(runs, self._piece, take_all, stopped)
+        except Dsv4Error as error:
+            raise self._as_given(error) from None
+
+    def _as_given(self, error: Dsv4Error) -> Dsv4Error:
         """Return a worker's error with its path as it was given to this run."""
-        if not isinstance(error, Dsv4Error):
-            return error
         error.where = self._given.get(str(error.where), error.where)
         return error.with_changes()
 
@@ -280,10 +301,9 @@ class ClusterMakers:
             **self.work(tasks),
         )
 
-    def _made(self, tasks: Sequence[Task], made: list[Made] | MadeFile) -> list[Made]:
+    def _made(self, tasks: Sequence[Task], made: Any) -> Sequence[Made]:
         """Return what was made of each task's segment."""
-        assert isinstance(made, list)
-        return made
+        return made  # type: ignore[no-any-return]
 
     def parts(self, tasks: Sequence[Task]) -> list[Part]:
         """Return segments of one file as workers know them."""

@@ -11,15 +11,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError
-from .cluster_worker import MadeFile, Piece, WholeFile, make_file, make_piece
-from .worker import Made
+from .cluster_worker import FinishedFile, NotSentError, Piece, WholeFile, make_file, make_piece, send_file
 
 WORKERS = re.compile(r"ray(?::(?P<count>[1-9]\d{0,3})|(?P<here>:auto)|://(?P<address>[^\s/]+:\d+))?")
 
@@ -42,19 +41,27 @@ REACH_HINT = (
 )
 
 
+AnyPiece = Piece | WholeFile | FinishedFile
+MAKE: Mapping[type[AnyPiece], Callable[[Any], Any]] = {
+    Piece: make_piece,
+    WholeFile: make_file,
+    FinishedFile: send_file,
+}
+
+
 class Submit(NamedTuple):
     """A task for the cluster, best on machine ``node``."""
 
     number: int
     node: str
-    piece: Piece | WholeFile
+    piece: AnyPiece
 
 
 class Done(NamedTuple):
-    """What became of a task: what was made, or why not."""
+    """What became of a task: what its function returned, or raised."""
 
     number: int
-    made: list[Made] | MadeFile | Exception
+    made: Any
 
 
 class Nodes(NamedTuple):
@@ -180,7 +187,7 @@ def _submit(task: Submit, send: Any) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     near = NodeAffinitySchedulingStrategy(task.node, soft=True)
-    make = _remote(make_file if isinstance(task.piece, WholeFile) else make_piece)
+    make = _remote(MAKE[type(task.piece)])
     reference = make.options(scheduling_strategy=near).remote(task.piece)
     reference.future().add_done_callback(partial(_pass_on, task.number, send))
 
@@ -191,7 +198,9 @@ def _pass_on(number: int, send: Any, future: Any) -> None:
         send(Done(number, future.result()))
         return
     cause = getattr(error, "cause", None)
-    if isinstance(cause, Dsv4Error):
+    if isinstance(cause, NotSentError):
+        send(Done(number, cause.args[0]))
+    elif isinstance(cause, Dsv4Error):
         send(Done(number, cause))
     elif cause is not None:
         send(Done(number, RuntimeError(f"{type(cause).__name__}: {cause}")))

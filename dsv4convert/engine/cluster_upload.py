@@ -12,12 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..containers.destinations import Sender, Sent
 from ..formats.backend import default_codecs
 from ..plan import Plan
 from .cluster import Cluster, ClusterMakers
-from .cluster_worker import MadeFile, WholeFile, fill_file
+from .cluster_worker import FinishedFile, MadeFile, WholeFile, fill_file
 from .conversion import Summary, interrupted, summarize, work_is_kept
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, Key, journal_path
@@ -95,7 +96,7 @@ class _FileMakers(ClusterMakers):
             **self.work(list(file_tasks(self._plan, index))),
         )
 
-    def _made(self, tasks: Sequence[Task], made: list[Made] | MadeFile) -> list[Made]:
+    def _made(self, tasks: Sequence[Task], made: Any) -> Sequence[Made]:
         """Return what was made of each task's segment: the others were recorded when a run was killed meanwhile."""
         assert isinstance(made, MadeFile)
         file = tasks[0].file
@@ -119,6 +120,23 @@ class _SentFiles:
         files = {entry.task.file for entry in batch} & self._sent.keys()
         self._journal.note_sent({file: self._sent[file] for file in sorted(files)})
         self._journal.record([entry for entry in batch if entry.task.file in files])
+
+
+def send_files(cluster: Cluster, sender: Sender, files: Mapping[str, tuple[Path, int]]) -> dict[str, Sent]:
+    """Have workers send finished files of the shared file system, whose paths and sizes are given by name.
+
+    Raises:
+        Dsv4Error: see ``Cluster.carry_out`` and ``cluster_worker.send_file``.
+    """
+    sent: dict[str, Sent] = {}
+    cluster.connect()
+
+    def piece(name: str) -> FinishedFile:
+        path, nbytes = files[name]
+        return FinishedFile(name=name, path=Path(os.path.abspath(path)), nbytes=nbytes, sender=sender)
+
+    cluster.carry_out([iter([name]) for name in files], piece, sent.__setitem__)
+    return sent
 
 
 def execute_in_store(
@@ -167,10 +185,11 @@ def execute_in_store(
                 if file in complete and uploading.holds(plan.files[file].name, what)
             }
             left = sum(bool(file.tensors) for file in plan.files) - len(sent)
-            if left < sum(cluster.processors.values()):
+            workers = sum(cluster.processors.values())
+            if left < workers:
                 cluster.tell(
-                    f"{left} files for {sum(cluster.processors.values())} workers: "
-                    "a smaller --max-file-size would give all of them work"
+                    f"{left} files for {workers} workers: a smaller --max-file-size would give all of them work; "
+                    "without --delete-uploaded several make one file, on the shared file system"
                 )
             makers = _FileMakers(cluster, plan, journal, *uploading.lend(), sent)
             report = run_plan(

@@ -1,4 +1,4 @@
-"""A task of a cluster: a run of segments of one output file, or a whole one, made by a worker on any machine.
+"""A task of a cluster, for a worker on any machine: to make a run of segments of an output file, or to send a file.
 
 All machines see source and output under the same paths, on a shared file system. A worker makes the segments at their
 offsets of the temporary file, as a thread of one machine does, and sends their digests back.
@@ -7,8 +7,8 @@ Two machines never write the same page of a file through a cache: NFS writes who
 held by one client lacks what another has written to it. So segments at the ends of a task, whose pages belong to its
 neighbours too, are written with O_DSYNC, for which NFS writes exactly the bytes that are given.
 
-A file that goes to an object store is a task as a whole: it is made on the worker's own disk, where it has no name, and
-sent from there in parts. Its SHA-256 goes with it, which is known only when all of it is made.
+Files that go to an object store are tasks as wholes: their SHA-256 goes with them. One that stays here too is sent from
+the shared file system; any other is made on the worker's own disk, where it has no name, and sent from there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import xxhash
 
 from .. import __version__
-from ..containers.destinations import Sender, Sent
-from ..errors import DeviceError, Dsv4Error, FileFormatError, InputMissingError, InputOutputError, SpaceError
+from ..containers.destinations import Destination, Sender, Sent
+from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, SpaceError
 from ..formats.backend import default_codecs
 from ..plan import Segment
 from .fingerprint import mark_of
@@ -95,6 +95,20 @@ class WholeFile(Work):
     sender: Sender
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishedFile:
+    """A task that sends a file of the output, which is on the shared file system."""
+
+    name: str
+    path: Path
+    nbytes: int
+    sender: Sender
+
+
+class NotSentError(Exception):
+    """An InputOutputError of a store, its argument: Ray would begin the task again, and the upload tried for long."""
+
+
 class MadeFile(NamedTuple):
     """What became of all parts of a file that was sent, and what was sent."""
 
@@ -131,26 +145,16 @@ def make_piece(piece: Piece) -> list[Made]:
     return made
 
 
-def make_file(file: WholeFile) -> MadeFile | Dsv4Error:
-    """Make a file on this machine's disk and send it; an error of sending is returned, since Ray would make it again.
+def make_file(file: WholeFile) -> MadeFile:
+    """Make a file on this machine's disk and send it.
 
     Raises:
-        FileFormatError, DeviceError: this machine has another program, library or source file, or no ``obstore``.
-        InputMissingError: it has no variables of the store.
-        OutputExistsError: another run sends files there now.
+        FileFormatError, DeviceError: this machine has another program, library or source file.
         SpaceError: the disk is too small for the file.
-        Dsv4Error: as for a thread's segment; says the tensor.
+        NotSentError, Dsv4Error: see ``send_file``, and as for a thread's segment; says the tensor.
     """
     _check_machine(file)
-    here = f"on machine {os.uname().nodename}"
-    try:
-        destination = file.sender.open()  # keys that are missing here are missed before the work
-    except InputOutputError as error:
-        return error.with_changes(what=f"{error.what} {here}", hint=KEYS_HINT)
-    except InputMissingError as error:
-        raise error.with_changes(what=f"{error.what} {here}", hint=KEYS_HINT) from None
-    except DeviceError as error:
-        raise error.with_changes(what=f"{error.what} {here}") from None
+    destination = _open_destination(file.sender)
     folder = Path(tempfile.gettempdir())
     with contextlib.ExitStack() as stack:
         with os_errors(folder, "written"):
@@ -158,16 +162,55 @@ def make_file(file: WholeFile) -> MadeFile | Dsv4Error:
         try:
             made = fill_file(output, folder / file.name, file.header, file.nbytes, file.parts)
         except SpaceError as error:
-            what = f"no room for a file of {file.nbytes} bytes {here}"
+            what = f"no room for a file of {file.nbytes} bytes on machine {os.uname().nodename}"
             raise error.with_changes(what=what, hint=SCRATCH_HINT) from None
         path = Path(f"/proc/self/fd/{output}")
         with os_errors(folder / file.name, "read"):
             sent = Sent.of(path)
-        try:
+        with _store_errors():
             destination.send(file.name, path, sent)
-        except InputOutputError as error:
-            return error.with_changes(what=f"{error.what} {here}")
     return MadeFile(made, sent)
+
+
+def send_file(file: FinishedFile) -> Sent:
+    """Send a file from the shared file system.
+
+    Raises:
+        NotSentError: the store cannot be reached, or refuses.
+        DeviceError: this machine has no ``obstore``.
+        InputMissingError: it has no variables of the store.
+        OutputExistsError: another run sends files there now.
+        InputOutputError: the file cannot be read, or is another one here.
+    """
+    destination = _open_destination(file.sender)
+    with os_errors(file.path, "read"):
+        sent = Sent.of(file.path)
+    if sent.size != file.nbytes:
+        raise swapped(file.path)
+    with _store_errors():
+        destination.send(file.name, file.path, sent)
+    return sent
+
+
+def _open_destination(sender: Sender) -> Destination:
+    with _store_errors(KEYS_HINT):
+        return sender.open()  # keys that are missing here are missed before the work
+
+
+@contextlib.contextmanager
+def _store_errors(hint: str | None = None) -> Iterator[None]:
+    """Name this machine in errors of a store, and a ``hint`` where it is no package that is missing.
+
+    Raises:
+        NotSentError: of an InputOutputError.
+    """
+    try:
+        yield
+    except (DeviceError, InputMissingError, InputOutputError) as error:
+        if isinstance(error, DeviceError):
+            hint = None
+        told = error.with_changes(what=f"{error.what} on machine {os.uname().nodename}", hint=hint)
+        raise (NotSentError(told) if isinstance(error, InputOutputError) else told) from None
 
 
 def fill_file(output: int, path: Path, header: bytes, nbytes: int, parts: Sequence[Part]) -> list[Made]:

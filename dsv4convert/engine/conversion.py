@@ -123,8 +123,8 @@ def execute(
     leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
     ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
     plan was made with besides its source; none of them may be written either. ``uploading`` sends each file that is
-    whole; what it has not sent at the end, ``Uploading.finish`` does. A ``cluster`` has the work done by its processes,
-    in place of ``threads`` of this one; with an ``uploading`` that keeps nothing here they send the files themselves.
+    whole, or none where workers can do that; ``Uploading.finish`` has the others sent. A ``cluster`` has the work done
+    by its processes, in place of ``threads`` of this one; with an ``uploading`` that deletes they send what they make.
 
     Raises:
         DeviceError: the cluster cannot be reached.
@@ -137,7 +137,8 @@ def execute(
         Dsv4Error: see ``run_plan``.
     """
     check_not_both(resume=resume, fresh=fresh)
-    if cluster is not None and uploading is not None and uploading.is_for_workers:
+    by_workers = cluster is not None and uploading is not None and uploading.takes_senders
+    if cluster is not None and uploading is not None and by_workers and uploading.deletes:
         from .cluster_upload import execute_in_store
 
         return execute_in_store(
@@ -199,7 +200,7 @@ def execute(
                     recorder=journal,
                     record_seconds=record_seconds,
                     before_finish=before_rename,
-                    file_done=None if uploading is None else uploading.file_done,
+                    file_done=None if uploading is None or by_workers else uploading.file_done,
                     makers=makers,
                 )
                 write_manifest(manifest, plan, report, fingerprint)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, open_destination
 from ..containers.presence import is_file
@@ -20,6 +21,9 @@ from .journal import journal_path
 from .manifest import is_of, manifest_path, remove_manifest
 from .output_card import OutputCard
 from .outputs import os_errors
+
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 # Files that are sent at once: the hub's library sends the parts of a file one after another.
 SENDERS = 4
@@ -68,9 +72,9 @@ class Uploading:
         return self._destination.address
 
     @property
-    def is_for_workers(self) -> bool:
-        """Return whether the workers of a cluster can send the files, none of which is to stay here."""
-        return self._upload.delete and self._destination.takes_senders
+    def takes_senders(self) -> bool:
+        """Return whether the workers of a cluster can send the files."""
+        return self._destination.takes_senders
 
     def lend(self) -> tuple[Sender, Path]:
         """Return what workers send files with, and a folder for those that are made here and sent at the end."""
@@ -148,8 +152,10 @@ class Uploading:
                 thread.join(POLL_SECONDS)
         self._threads = []
 
-    def finish(self, notes: tuple[str, ...]) -> list[str]:
+    def finish(self, notes: tuple[str, ...], cluster: Cluster | None = None) -> list[str]:
         """Send what is left of the finished output, show all of it to readers, and return what there is to say of it.
+
+        The workers of a ``cluster`` send the files where they can.
 
         Raises:
             RunInterruptedError: Ctrl-C.
@@ -157,16 +163,23 @@ class Uploading:
         """
         hint = FINISHED_HINT if self._scratch is None else SENT_HINT
         try:
-            return self._finish(notes)
+            return self._finish(notes, cluster)
         except KeyboardInterrupt:
             raise RunInterruptedError("interrupted", where=self._destination.address, hint=hint) from None
         except InputOutputError as error:
             raise error.with_changes(hint=f"{error.hint}; {hint}" if error.hint else hint) from None
 
-    def _finish(self, notes: tuple[str, ...]) -> list[str]:
+    def _finish(self, notes: tuple[str, ...], cluster: Cluster | None) -> list[str]:
         self.begin()
         paths = {file.name: path for file, path in zip(self._plan.files, self._plan.final_paths(), strict=True)}
         paths |= self._made_here
+        if cluster is not None and self.takes_senders and self._scratch is None:
+            from .cluster_upload import send_files
+
+            self._is_sending = True
+            files = {file.name: (paths[file.name], file.nbytes) for file in self._plan.files}
+            late = {name: file for name, file in files.items() if not name.endswith(".json")}
+            self._sent |= send_files(cluster, self._destination.sender(), late)
         for index, file in enumerate(self._plan.files):
             if file.name not in self._sent and self._error is None:
                 self.file_done(index, paths[file.name])
@@ -175,8 +188,8 @@ class Uploading:
         self._join()
         if self._error is not None:
             raise self._error
-        files = {name: (paths[name], self._sent[name]) for name in paths}
-        address = self._destination.finish(files, lambda old: self._card.text(old, self._sent, notes))
+        sent = {name: (paths[name], self._sent[name]) for name in paths}
+        address = self._destination.finish(sent, lambda old: self._card.text(old, self._sent, notes))
         if self._scratch is not None:
             self._scratch.cleanup()
             with os_errors(journal_path(self._plan), "removed"):

@@ -26,8 +26,8 @@ import pytest
 from dsv4convert import api
 from dsv4convert.engine import cluster as cluster_module
 from dsv4convert.engine.cluster import Cluster, cut, work_of_a_task
-from dsv4convert.engine.cluster_bridge import Done, Submit
-from dsv4convert.engine.cluster_worker import PAGE_BYTES, Piece, make_piece
+from dsv4convert.engine.cluster_bridge import MAKE, Done, Submit
+from dsv4convert.engine.cluster_worker import PAGE_BYTES, NotSentError, Piece, make_piece
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.monitor import Step
@@ -68,7 +68,7 @@ ALL_PLANS: dict[str, Callable[[Path, Path], Plan]] = PLANS | {
 class HereCluster(Cluster):
     """In place of a cluster: tasks are made in this process, when their results are asked for."""
 
-    def __init__(self, make: Callable[[Piece], Any] = make_piece) -> None:
+    def __init__(self, make: Callable[[Any], Any] = lambda piece: MAKE[type(piece)](piece)) -> None:
         self.workers, self.note = "here", None
         self.processors = {"one": 1, "other": 2}
         self.pieces: list[Any] = []
@@ -91,6 +91,8 @@ class HereCluster(Cluster):
         task = self._tasks.pop()
         try:
             return Done(task.number, self._make(task.piece))
+        except NotSentError as error:
+            return Done(task.number, error.args[0])
         except Dsv4Error as error:
             return Done(task.number, error)
 

@@ -19,7 +19,8 @@ import pytest
 from dsv4convert import api
 from dsv4convert.containers import fetching
 from dsv4convert.engine import cluster_worker
-from dsv4convert.engine.cluster_worker import WholeFile, make_file
+from dsv4convert.engine.cluster_bridge import MAKE
+from dsv4convert.engine.cluster_worker import FinishedFile, WholeFile, make_file
 from dsv4convert.engine.conversion import Summary, execute
 from dsv4convert.engine.upload import Upload, Uploading
 from dsv4convert.errors import DeviceError, Dsv4Error, InputOutputError, OutputExistsError, ResumeError, SpaceError
@@ -70,14 +71,16 @@ def plan_of(source: Path, folder: Path) -> Plan:
     return plan_dequantize(source, folder / "Small-BF16", max_file_bytes=200_000)
 
 
-def carry_out(plan: Plan, make: Callable[..., Any] = make_file, **options: Any) -> tuple[HereCluster, Summary]:
+def carry_out(
+    plan: Plan, make: Callable[..., Any] = make_file, *, delete: bool = True, **options: Any
+) -> tuple[HereCluster, Summary]:
     """Have the files made by tasks, in this process, and the upload finished."""
     cluster = HereCluster(make)
     wanted = {name: options[name] for name in ("overwrite", "resume") if name in options}
-    uploading = Uploading(plan, Upload(TARGET, delete=True), **wanted)
+    uploading = Uploading(plan, Upload(TARGET, delete), **wanted)
     with uploading.abandoned_with_the_run():
         summary = execute(plan, cluster=cluster, uploading=uploading, record_seconds=0.05, **options)
-    uploading.finish(summary.notes)
+    uploading.finish(summary.notes, cluster)
     return cluster, summary
 
 
@@ -114,6 +117,42 @@ def test_nothing_lies_here_and_the_index_comes_last(
     assert received[-3:] == ["config.json", INDEX, "README.md"]
     assert len(received) == len(whole) + 1
     assert summary.written_bytes == sum(map(len, whole.values()))
+
+
+def test_fewer_files_than_workers_are_told_of(store: StoreServer, tiny: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    cluster = HereCluster()
+    cluster.note = told.append
+    uploading = Uploading(plan := plan_of(tiny, tmp_path / "out"), Upload(TARGET, delete=True))
+    execute(plan, cluster=cluster, uploading=uploading)
+    assert told == []
+    cluster.processors = {"one": len(plan.files)}  # of which some are JSON
+    execute(plan, cluster=cluster, uploading=uploading, fresh=True)
+    assert f"files for {len(plan.files)} workers: a smaller --max-file-size" in told[0]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails first"])
+def test_files_that_stay_here_too_are_sent_by_workers(
+    fails: bool, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    pieces: list[Any] = []
+
+    def make(piece: Any) -> Any:
+        pieces.append(piece)
+        return MAKE[type(piece)](piece)
+
+    if fails:
+        store.status = lambda method, key: 403 if "00003" in key else None
+        with pytest.raises(InputOutputError, match=f"refuses the upload on machine {os.uname().nodename}.*--resume"):
+            carry_out(plan, make, delete=False)
+        store.status = lambda method, key: None
+    carry_out(plan, make, delete=False, resume=True)
+    assert without_card(store) == contents(plan.output_path()) == whole
+    assert left(tmp_path / "out") == ["Small-BF16", "Small-BF16.manifest.json"]
+    weights = {name for name in whole if name.endswith(".safetensors")}
+    assert {piece.name for piece in pieces if isinstance(piece, FinishedFile)} == weights
+    assert len(store.received) == len({*store.received})  # each once
 
 
 @pytest.mark.parametrize("count", range(0, 5, 2))
@@ -277,26 +316,30 @@ def test_a_machine_that_cannot_send_is_told_of_before_it_works(
 
 
 @needs_ray
+@pytest.mark.parametrize("delete", [True, False], ids=["deleted", "kept"])
 def test_two_workers_send_what_one_machine_makes(
-    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+    delete: bool, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out" / "Small-BF16"
     out.parent.mkdir()
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # with a short name, which sockets need
         remote = Remote(Hub(), tmp_path / "home", store.environment | {"RAY_TMPDIR": folder})
-        options = ("--max-file-size", "200K", "--upload", TARGET, "--delete-uploaded", "--workers", "ray:2")
-        result = remote.run("dequantize", tiny, out, *options)
+        options = ("--max-file-size", "200K", "--upload", TARGET, "--workers", "ray:2")
+        result = remote.run("dequantize", tiny, out, *options, *["--delete-uploaded"][: int(delete)])
         assert result.code == 0, result.err
         logs = [path for path in Path(folder).rglob("*") if path.is_file() and path.stat().st_size]
         assert len(logs) > 3
         assert not any(SECRET.encode() in path.read_bytes() for path in logs)
     assert f"uploaded to {TARGET}" in result.out
     assert without_card(store) == whole
-    assert left(out.parent) == []
+    assert left(out.parent) == ([] if delete else ["Small-BF16", "Small-BF16.manifest.json"])
+    assert delete or contents(out) == whole
 
 
 @needs_ray
+@pytest.mark.parametrize("delete", [True, False], ids=["deleted", "kept"])
 def test_workers_and_the_run_are_killed(
+    delete: bool,
     store: StoreServer,
     slow: Path,  # noqa: F811
     tmp_path: Path,
@@ -309,13 +352,14 @@ def test_workers_and_the_run_are_killed(
     out.parent.mkdir()
     remote = Remote(Hub(), tmp_path / "home", store.environment)
     types = ("--dense", "q4_0", "--experts", "iq4_nl", "--output-type", "f32", "--max-file-size", "2M", "--quiet")
-    line = ("hf-to-gguf", slow, out, *types, "--upload", TARGET, "--delete-uploaded", "--workers", "ray:2")
+    line = ("hf-to-gguf", slow, out, *types, "--upload", TARGET, "--workers", "ray:2")
+    line += ("--delete-uploaded",) if delete else ()
 
     def sent() -> int:
         return sum(key.endswith(".gguf") for key in store.received)
 
     def kill_worker() -> bool:
-        for process in processes(token, b"ray::make_file"):
+        for process in processes(token, b"ray::make_"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
                 return True
@@ -336,4 +380,4 @@ def test_workers_and_the_run_are_killed(
     assert finished(Remote(Hub(), tmp_path / "home").start("hf-to-gguf", slow, alone / "model.gguf", *types)).code == 0
     assert without_card(store) == {path.name: path.read_bytes() for path in alone.glob("*.gguf")}
     assert len(without_card(store)) > 3
-    assert left(out.parent) == []
+    assert (left(out.parent) == []) == delete

@@ -47,11 +47,12 @@ class StoreServer:
         self.status: Callable[[str, str], int | None] = lambda method, key: None
         self.conditions = True
 
-    def start(self) -> None:
-        """Serve an empty bucket."""
+    def start(self, *, shares: bool = False) -> None:
+        """Serve an empty bucket, or one that ``shares`` its objects with the other servers of this process."""
         self._thread.start()
-        self._request("POST", "/moto-api/reset")
-        self._request("PUT", f"/{BUCKET}")
+        if not shares:
+            self._request("POST", "/moto-api/reset")
+            self._request("PUT", f"/{BUCKET}")
         self.writes.clear()
 
     def stop(self) -> None:

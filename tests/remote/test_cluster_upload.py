@@ -27,7 +27,7 @@ from dsv4convert.errors import DeviceError, Dsv4Error, InputOutputError, OutputE
 from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 
-from ..engine.test_cluster import HereCluster, processes, slow, wait_for  # noqa: F401 - a fixture
+from ..engine.test_cluster import HereCluster, free_port, head, processes, slow, wait_for  # noqa: F401 - a fixture
 from .hub_server import Hub
 from .store_server import SECRET, StoreServer
 from .support import Remote, contents, finished
@@ -381,3 +381,57 @@ def test_workers_and_the_run_are_killed(
     assert without_card(store) == {path.name: path.read_bytes() for path in alone.glob("*.gguf")}
     assert len(without_card(store)) > 3
     assert (left(out.parent) == []) == delete
+
+
+@needs_ray
+def test_no_weight_goes_through_the_run_when_a_head_is_lost_either(
+    store: StoreServer,
+    slow: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    token, port = secrets.token_hex(16), free_port()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    of_workers = StoreServer()  # the same bucket by another address, which the workers alone know
+    of_workers.start(shares=True)
+    remote = Remote(Hub(), tmp_path / "home", store.environment)
+    out = tmp_path / "out" / "model.gguf"
+    out.parent.mkdir()
+    types = ("--dense", "q4_0", "--experts", "iq4_nl", "--output-type", "f32", "--max-file-size", "2M", "--quiet")
+    line = ("hf-to-gguf", slow, out, *types, "--upload", TARGET, "--delete-uploaded", "--workers", "ray:auto")
+
+    def start_head() -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", of_workers.endpoint)
+            head(port)
+
+    try:
+        start_head()
+        run = remote.start(*line)
+        wait_for(lambda: of_workers.received)
+        for process in processes(token, b"ray"):
+            if process != run.pid:
+                os.kill(process, signal.SIGKILL)
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 16, said
+        assert said.endswith("run again with --resume\n")
+        assert said.count("\n") == 1
+        start_head()
+        run = remote.start(*line, "--resume")
+        _, said = run.communicate(timeout=120)
+        assert (run.returncode, said) == (0, "")
+    finally:
+        for process in processes(token, b"ray"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        of_workers.stop()
+    assert store.received == [f"{PREFIX}/README.md"]
+    sent = without_card(store)
+    assert {f"{PREFIX}/{name}" for name in sent} == {*of_workers.received}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert finished(Remote(Hub(), tmp_path / "home").start("hf-to-gguf", slow, alone / "model.gguf", *types)).code == 0
+    assert sent == {path.name: path.read_bytes() for path in alone.glob("*.gguf")}
+    assert left(out.parent) == []

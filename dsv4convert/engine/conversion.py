@@ -217,7 +217,12 @@ def execute(
 
 @contextlib.contextmanager
 def work_is_kept(plan: Plan) -> Iterator[None]:
-    """Say in errors after which a run can go on that it can."""
+    """Say in errors after which a run can go on that it can.
+
+    Raises:
+        RunInterruptedError: Ctrl-C.
+        Dsv4Error: of the run, with a hint.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -278,6 +283,7 @@ def _is_finished(
 
 
 def interrupted(path: Path) -> ResumeError:
+    """Return the error of a run that finds the work of another one, and was not told what to do with it."""
     return ResumeError(
         "an interrupted run left work here",
         where=path,

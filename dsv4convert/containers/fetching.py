@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 from ..errors import InputOutputError
 
@@ -148,10 +148,19 @@ class Stream:
                     raise InputOutputError("the server sent more bytes than asked for", where=self._address)
                 self._arrived += piece.nbytes
                 self._failures = 0
+                if self._arrived == self._end:
+                    self._end_request()
                 return piece
             except TransientError as error:
                 self.close()
                 self._failures = wait_after(error, self._failures, self._address, self._stopped)
+
+    def _end_request(self) -> None:
+        """Take the end of the last answer too, or its connection would be closed, and the next request open another."""
+        with suppress(TransientError):  # what was asked for is here
+            if self._pieces is not None and next(self._pieces, b""):
+                raise InputOutputError("the server sent more bytes than asked for", where=self._address)
+        self.close()
 
 
 class _Block:

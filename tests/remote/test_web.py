@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv4convert.containers.remote.http import list_web_folder
+from dsv4convert.containers.remote.http import _look_at, list_web_folder
 from dsv4convert.containers.sources import Intervals, is_address, looks_like_hub_id
 from dsv4convert.errors import FileFormatError, InputMissingError
 
@@ -77,6 +77,24 @@ def web(snapshot: Path) -> Iterator[tuple[str, type[Folder]]]:
     yield f"http://127.0.0.1:{server.server_address[1]}", Handler
     server.shutdown()
     server.server_close()
+
+
+def test_requests_one_after_another_share_a_connection(
+    web: tuple[str, type[Folder]], snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    opened: list[object] = []
+    monkeypatch.setattr(
+        web[1], "setup", lambda handler: (opened.append(handler), SimpleHTTPRequestHandler.setup(handler))
+    )
+    found = [_look_at(web[0], "config.json") for _ in range(3)][-1]
+    assert found is not None
+    content = bytearray(30)
+    for begin in range(0, 30, 10):
+        with found.ahead(begin, begin + 10) as reader:
+            reader.read_into(memoryview(content)[begin : begin + 10])
+    assert content == (snapshot / "config.json").read_bytes()[:30]
+    assert len(opened) == 1
 
 
 @pytest.fixture

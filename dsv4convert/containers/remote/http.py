@@ -102,6 +102,8 @@ def request(
             if response.status_code not in REDIRECTS or target is None:
                 if response.status_code in TRANSIENT_STATUSES:
                     raise TransientError(f"HTTP status {response.status_code}", _retry_after(response.headers))
+                if method == "HEAD":
+                    response.read()  # nothing; but an answer that is not read to its end costs the connection
                 yield response
                 return
             stack.pop_all().close()

@@ -386,7 +386,7 @@ def resolve(
     tensors = official_tensors(stored, config.n_experts)
     if is_draft_alone(tensors):
         raise draft_alone(folder)
-    draft, n_draft = draft_kind(tensors, config, folder)
+    draft, n_draft = draft_kind(tensors, folder)
     check_roles_of_tensors(tensors, config, folder)
     if config.engram is not None:
         check_rows(config.engram, folder / CONFIG_NAME)
@@ -453,7 +453,7 @@ def stated_scale_fmt(config: ModelConfig) -> object:
     return inner if inner is not None else config.raw.get("scale_fmt")
 
 
-def draft_kind(tensors: Mapping[str, Stored], config: ModelConfig, folder: Path) -> tuple[Draft, int]:
+def draft_kind(tensors: Mapping[str, Stored], folder: Path) -> tuple[Draft, int]:
     """Tell MTP from DSpark by the tensors, and count the draft layers.
 
     Raises:

@@ -179,7 +179,7 @@ def _resolve(
     """Check every rank against the tables and join what belongs together."""
     names = {name: stored for tensors in ranks for name, stored in tensors.items()}
     n_tensors = sum(map(len, ranks))
-    draft, n_draft = draft_kind(names, config, folder)
+    draft, n_draft = draft_kind(names, folder)
     weights: dict[str, ShardedWeight] = {}
     config = with_draft_ratios(config, n_draft)
     has_vision, has_tower = vision_kind(names)

@@ -13,7 +13,7 @@ from .parsing import TRY, command, option
 
 
 @command("demo", panel=TRY, example="dsv4convert demo")
-@option("--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, help="Random seed of the weights.")
+@option("--seed", type=click.IntRange(0), metavar="N", default=0, help="Random seed of the weights.")
 def demo(seed: int) -> None:
     """Make a tiny checkpoint in a temporary folder, convert it, and read it back."""
     from ..api import convert_gguf, verify

@@ -49,7 +49,6 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
     "--draft",
     type=click.Choice(["keep", "drop"]),
     default="keep",
-    show_default=True,
     panel=FORM,
     help="MTP layers or DSpark stages: count them or leave them out.",
 )
@@ -60,7 +59,7 @@ KV_CHOICES = ("published", "bf16", "f16", "q8_0", "f32")
     panel=LOAD,
     help="Tokens of each sequence, e.g. 128k (k and M are powers of 1024); by default 128k or what the model allows.",
 )
-@option("--batch", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, panel=LOAD, help="Sequences.")
+@option("--batch", type=click.IntRange(min=1), metavar="N", default=1, panel=LOAD, help="Sequences.")
 @option(
     "--kv",
     type=click.Choice(KV_CHOICES),
@@ -189,8 +188,7 @@ def _describe_ranks(ranks: Ranks) -> Iterator[Block]:
 
 def _describe_phase(phase: Phase, show_operators: bool) -> Iterator[Block]:
     """Yield what a phase costs, and with ``show_operators`` each of its operators, all layers together."""
-    runs = f"{phase.runs:,} run{'s' if phase.runs > 1 else ''}"
-    tokens = f"{phase.tokens:,} token{'s' if phase.tokens > 1 else ''}"
+    runs, tokens = counted(phase.runs, "run"), counted(phase.tokens, "token")
     yield (
         f"{phase.name}: {tokens} in {runs}, {phase.flops / phase.tokens:.3g} FLOPs a token, "
         f"{phase.experts_touched:.1f} experts a layer touched by a run"

@@ -26,7 +26,6 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     "--dtype",
     type=click.Choice(["bf16", "f16", "f32"]),
     default="bf16",
-    show_default=True,
     panel=TYPES,
     help="Type of all weights; F32 and integer tensors stay as they are.",
 )
@@ -41,7 +40,6 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     "--names",
     type=click.Choice(["official", "transformers"]),
     default="official",
-    show_default=True,
     panel=CONTENT,
     help="Naming scheme of the tensors: the published names, or those of transformers with stacked experts.",
 )

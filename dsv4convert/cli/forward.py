@@ -59,9 +59,7 @@ image_option = option(
     panel=PROMPT,
     help="Image for the next image token of the prompt; may be repeated.",
 )
-seed_option = option(
-    "--seed", type=click.IntRange(0), metavar="N", default=0, show_default=True, panel=PROMPT, help="Random seed."
-)
+seed_option = option("--seed", type=click.IntRange(0), metavar="N", default=0, panel=PROMPT, help="Random seed.")
 layers_option = option(
     "--layers",
     metavar=LAYERS_METAVAR,
@@ -90,7 +88,6 @@ rounding_option = option(
     type=click.IntRange(0),
     metavar="N",
     default=0,
-    show_default=True,
     panel=PROMPT,
     help="Number of tokens to continue the prompt by.",
 )
@@ -99,7 +96,6 @@ rounding_option = option(
     type=_NotNegative(),
     metavar="T",
     default=0.0,
-    show_default=True,
     panel=PROMPT,
     help="Sampling temperature; 0 takes the likeliest token.",
 )
@@ -118,7 +114,6 @@ rounding_option = option(
     type=click.IntRange(1, 100),
     metavar="N",
     default=5,
-    show_default=True,
     panel=RESULT,
     help="Number of next-token candidates to print per position.",
 )
@@ -259,7 +254,6 @@ def forward(
     type=_NotNegative(),
     metavar="ERROR",
     default=DEFAULT_TOLERANCE,
-    show_default=True,
     panel=COMPARISON,
     help="Maximum relative RMSE of any sub-block.",
 )

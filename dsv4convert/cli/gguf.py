@@ -156,7 +156,6 @@ TYPE_OPTIONS = ("dense", "experts", "recipe", "tensor_type", "output_type", "emb
     "--dialect",
     type=click.Choice(["llama.cpp", "deepseek-v4", "ds4"]),
     default="llama.cpp",
-    show_default=True,
     panel=METADATA,
     help="Reader that the file is for: llama.cpp; ds4, the port DwarfStar, which wants F16 and Q8_0 where "
     "llama.cpp has BF16 and F32; or deepseek-v4, an early port with names of its own, from before llama.cpp's.",

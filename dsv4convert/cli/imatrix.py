@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     metavar="N",
     default=DEFAULT_CONTEXT_SIZE,
-    show_default=True,
     panel=PROMPT,
     help="Number of tokens in a chunk of the text.",
 )
@@ -70,7 +69,6 @@ if TYPE_CHECKING:
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     panel=RUN,
     help="Where to multiply matrices: numpy on the CPU, or torch on a GPU; auto takes a GPU where torch finds one.",
 )

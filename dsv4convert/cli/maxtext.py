@@ -18,7 +18,6 @@ from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
     "--dtype",
     type=click.Choice(["bf16", "f32"]),
     default="bf16",
-    show_default=True,
     panel=TYPES,
     help="Type of all weights but those that are published in F32, which stay F32.",
 )

@@ -26,7 +26,6 @@ from .parsing import CONVERT, TYPES, command, option
     "--dense",
     type=click.Choice(["mxfp8", "affine8", "bf16"]),
     default="mxfp8",
-    show_default=True,
     panel=TYPES,
     help="Form of FP8 weights: mxfp8, which holds the same codes; affine8, rounded as MLX's own quantiser does; or "
     "bf16. FP4 weights become mxfp4.",

@@ -34,7 +34,6 @@ def draft_option(*modes: str, default: str | None = None, help: str) -> Callable
         aliases=["--mtp"],
         type=click.Choice(modes),
         default=default,
-        show_default=default is not None,
         panel=CONTENT,
         help=help,
     )
@@ -58,7 +57,6 @@ def max_file_size_option(default: str | None, help: str) -> Callable[..., Any]:
         aliases=["--split-max-size"],
         metavar="SIZE",
         default=default,
-        show_default=default is not None,
         panel=CONTENT,
         help=help,
     )
@@ -91,7 +89,6 @@ index_option = option(
     "--index",
     type=click.Choice(["file", "headers"]),
     default="file",
-    show_default=True,
     panel=CONTENT,
     help="How to find tensors: by the index file, or by the headers of all safetensors files, whatever the index says.",
 )
@@ -120,7 +117,6 @@ progress_option = option(
     "--progress",
     type=click.Choice([TEXT, JSON]),
     default=TEXT,
-    show_default=True,
     panel=REPORT,
     help="Progress on stderr: text for people, or a line of JSON twice a second for a program.",
 )

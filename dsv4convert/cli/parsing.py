@@ -29,13 +29,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Option(TyperOption):
-    """An option that help shows in a panel, and that has ``aliases``, which are accepted and not shown."""
+    """An option that help shows in a panel, and that has ``aliases``, which are accepted and not shown.
+
+    A default shows, unless it is that of a switch.
+    """
 
     def __init__(
         self, declarations: Sequence[str], *, panel: str = OPTIONS, aliases: Sequence[str] = (), **attributes: Any
     ) -> None:
         if attributes.get("is_flag"):
             attributes.setdefault("default", False)
+        attributes.setdefault("show_default", not isinstance(attributes.get("default"), bool | None))
         super().__init__(param_decls=list(declarations), rich_help_panel=panel, **attributes)
         self.panel = panel
         self.aliases = tuple(aliases)

@@ -71,7 +71,6 @@ def shard(rank: tuple[int, ...], *, run: RunOptions, **options: Any) -> None:
     "--wo-a",
     type=click.Choice(["bf16", "fp8"]),
     default="bf16",
-    show_default=True,
     panel=TYPES,
     help="Type of wo_a: bf16, as the shards hold it, or fp8 with scales, an error where that is inexact.",
 )

@@ -25,7 +25,6 @@ from .saying import print_json
     "--preset",
     type=click.Choice(["tiny", "nano", "flash", "pro", "v41-tiny", "v41-flash"]),
     default="tiny",
-    show_default=True,
     panel=SIZE,
     help="Model and sizes: tiny and v41-tiny have every kind of tensor in 5 to 8 MB, nano has half a billion "
     "parameters, flash, pro and v41-flash have the published sizes.",
@@ -64,7 +63,6 @@ from .saying import print_json
     "--draft",
     type=click.Choice(["keep", "drop"]),
     default="keep",
-    show_default=True,
     panel=CONTENT,
     help="MTP layers or DSpark stages: write them or leave them out.",
 )
@@ -84,7 +82,7 @@ from .saying import print_json
     panel=CONTENT,
     help="Values of the F32 scales of --variant base: powers of two (default) or any.",
 )
-@option("--seed", type=int, metavar="N", default=0, show_default=True, panel=CONTENT, help="Random seed.")
+@option("--seed", type=int, metavar="N", default=0, panel=CONTENT, help="Random seed.")
 @option(
     "--headers-only",
     is_flag=True,

@@ -53,9 +53,7 @@ MAX_LISTED = 20
     panel=COMPARISON,
     help="Part of every tensor to compare, e.g. 2%; by default all of it.",
 )
-@option(
-    "--seed", type=int, metavar="N", default=0, show_default=True, panel=COMPARISON, help="Random seed of --sample."
-)
+@option("--seed", type=int, metavar="N", default=0, panel=COMPARISON, help="Random seed of --sample.")
 @option(
     "--foreign",
     is_flag=True,

@@ -11,7 +11,7 @@ from gguf import GGUFValueType
 
 from ..errors import ConfigError
 from ..plan import align_up
-from .gguf import DEFAULT_ALIGNMENT, MAGIC, VERSION
+from .gguf import DEFAULT_ALIGNMENT, MAGIC, SCALARS, VERSION
 
 U16, U32, I32 = GGUFValueType.UINT16, GGUFValueType.UINT32, GGUFValueType.INT32
 U64 = GGUFValueType.UINT64
@@ -19,19 +19,7 @@ F32, BOOL = GGUFValueType.FLOAT32, GGUFValueType.BOOL
 STRING, ARRAY = GGUFValueType.STRING, GGUFValueType.ARRAY
 
 # struct codes of the scalar value types, little-endian without padding.
-SCALAR_CODES: dict[GGUFValueType, str] = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
-}
+SCALAR_CODES = {GGUFValueType(number): code for number, (_, code) in SCALARS.items()} | {BOOL: "?"}
 
 
 @dataclass(frozen=True)

@@ -154,16 +154,20 @@ def pairs_up(scales: NDArray[np.uint8], exponent: int) -> bool:
     return bool((_bytes_of_pairs(exponent)[scales.view(PAIR_BITS)] >= 0).all())
 
 
+def _named(file: Path, place: int, what: str, size: int) -> str:
+    """Return the tensor that has a byte of a file, and ``what`` with the position, of elements of ``size`` bytes."""
+    found = tensor_at(file, place)
+    if found is None:
+        return f"at byte {place}"
+    name, stored = found
+    position = np.unravel_index((place - stored.offset) // size, stored.shape)
+    return f"tensor {name}: {what.format(list(map(int, position)))}"
+
+
 def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offset: int) -> InventoryError:
     first, second = e4m3_to_f32(raw.reshape(-1)[PAIR_BYTES * index : PAIR_BYTES * (index + 1)])
-    where = f"at byte {offset + PAIR_BYTES * index}"
-    found = tensor_at(file, offset + PAIR_BYTES * index)
-    if found is not None:
-        name, stored = found
-        position = np.unravel_index(offset + PAIR_BYTES * index - stored.offset, stored.shape)
-        where = f"tensor {name}: scales from {list(map(int, position))} on"
     return InventoryError(
-        f"{where} are not one E8M0 scale",
+        f"{_named(file, offset + PAIR_BYTES * index, 'scales from {} on', size=1)} are not one E8M0 scale",
         where=file,
         expected="twice the same power of two, as the closed-form cast of FP4 makes it",
         got=f"{first:.9g} and {second:.9g}, times 2^{exponent}",
@@ -174,15 +178,8 @@ def _no_pair(raw: NDArray[np.uint8], index: int, exponent: int, file: Path, offs
 def _no_power_of_two(bits: NDArray[Any], index: int, dtype: str, file: Path, offset: int) -> InventoryError:
     size = WIDE_BITS[dtype].itemsize
     value = (int(bits.reshape(-1)[index]) << (32 - 8 * size)).to_bytes(4, "little")
-    place = offset + index * size
-    found = tensor_at(file, place)
-    where = f"at byte {place}"
-    if found is not None:
-        name, stored = found
-        position = np.unravel_index((place - stored.offset) // size, stored.shape)
-        where = f"tensor {name}: {dtype} scale {list(map(int, position))}"
     return InventoryError(
-        f"{where} is not a power of two",
+        f"{_named(file, offset + index * size, f'{dtype} scale {{}}', size)} is not a power of two",
         where=file,
         expected="2^-127 to 2^127, as E8M0 holds",
         got=f"{np.frombuffer(value, '<f4')[0]:.9g}",

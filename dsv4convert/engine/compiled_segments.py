@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,16 @@ from ..plan import (
 )
 from ..scale_forms import ScaleForm
 from .mappings import SHARERS, Mappings
-from .operations import FLOATS_OF_FILES, FP4_PER_BYTE, loaded_quantiser, rows_per_tile, tile_operands
+from .operations import (
+    FLOATS_OF_FILES,
+    FP4_PER_BYTE,
+    MOVED,
+    PLAIN,
+    SCALED,
+    loaded_quantiser,
+    rows_per_tile,
+    tile_operands,
+)
 from .outputs import OPEN_FILES_PER_WORKER, DescriptorCache
 
 BYTES, F32 = "u1", "<f4"
@@ -65,31 +74,15 @@ FP4_BLOCK = (1, GROUP)
 # Decoded rows that ggml's library takes at a time: they stay in a processor's own cache.
 WIDE_BYTES = 2**18
 
-# The conversions that the library has.
-_SCALED: Mapping[tuple[Source, Target], Making] = {
-    ("fp8", "f32"): Making.FP8_TO_F32,
-    ("fp8", "bf16"): Making.FP8_TO_BF16,
-    ("fp8", "f16"): Making.FP8_TO_F16,
-    ("fp8", "q8_0"): Making.FP8_TO_Q8_0,
-    ("fp8", "mxfp4"): Making.FP8_TO_MXFP4,
-    ("fp4", "f32"): Making.FP4_TO_F32,
-    ("fp4", "bf16"): Making.FP4_TO_BF16,
-    ("fp4", "f16"): Making.FP4_TO_F16,
-    ("fp4", "q8_0"): Making.FP4_TO_Q8_0,
-    ("fp4", "mxfp4"): Making.FP4_TO_MXFP4,
-}
-_PLAIN: Mapping[tuple[Source, Target], Making] = {
-    ("bf16", "f32"): Making.BF16_TO_F32,
-    ("bf16", "f16"): Making.BF16_TO_F16,
-    ("bf16", "q8_0"): Making.BF16_TO_Q8_0,
-    ("bf16", "mxfp4"): Making.BF16_TO_MXFP4,
-    ("f16", "f32"): Making.F16_TO_F32,
-    ("f16", "bf16"): Making.F16_TO_BF16,
-    ("f32", "bf16"): Making.F32_TO_BF16,
-    ("f32", "f16"): Making.F32_TO_F16,
-    ("f32", "q8_0"): Making.F32_TO_Q8_0,
-    ("f32", "mxfp4"): Making.F32_TO_MXFP4,
-}
+
+def _makings(kinds: Iterable[tuple[Source, Target]]) -> dict[tuple[Source, Target], Making]:
+    """Return those conversions that the library has."""
+    names = {kind: "{}_TO_{}".format(*kind).upper() for kind in kinds}
+    return {kind: Making[name] for kind, name in names.items() if name in Making.__members__}
+
+
+_SCALED = _makings((*SCALED, *MOVED))
+_PLAIN = _makings(PLAIN)
 _SOURCE_BYTES: Mapping[Source, int] = {"bf16": 2, "f16": 2, "f32": 4}
 # Codes and scales of floats.
 _FP8_PARTS: Mapping[Source, tuple[Making, Making]] = {

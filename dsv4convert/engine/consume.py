@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import FileFormatError, ResumeError
 from ..plan import Plan, Segment
-from .names import Identity
+from .names import Identity, closing
 from .outputs import open_file, os_errors
 
 # How often a thread that waits for room looks whether the run is stopped.
@@ -98,21 +98,17 @@ def room_needed(plan: Plan) -> int:
 
 def _cut(path: Path, nbytes: int, known: Identity | None) -> int:
     """Cut a file that still is the one that is ``known``; return the bytes that it had too many."""
-    with os_errors(path, "cut"):
-        descriptor = open_file(path, os.O_WRONLY)
-        try:
-            status = os.fstat(descriptor)
-            if Identity.in_status(status) != known:
-                raise FileFormatError(
-                    "changed during the conversion, and is not used up",
-                    where=path,
-                    hint="restore the file that was moved or replaced, and run again with --resume",
-                )
-            if status.st_size > nbytes:
-                os.ftruncate(descriptor, nbytes)
-            return max(0, status.st_size - nbytes)
-        finally:
-            os.close(descriptor)
+    with os_errors(path, "cut"), closing(open_file(path, os.O_WRONLY)) as descriptor:
+        status = os.fstat(descriptor)
+        if Identity.in_status(status) != known:
+            raise FileFormatError(
+                "changed during the conversion, and is not used up",
+                where=path,
+                hint="restore the file that was moved or replaced, and run again with --resume",
+            )
+        if status.st_size > nbytes:
+            os.ftruncate(descriptor, nbytes)
+        return max(0, status.st_size - nbytes)
 
 
 def read_bytes_by_file(plan: Plan) -> dict[Path, int]:

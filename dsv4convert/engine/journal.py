@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ..containers.destinations import Sent
-from ..errors import LockedError, OutputExistsError, ResumeError
+from ..errors import LockedError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
 from .ledger import DIGEST_BYTES, digest_of_range
 from .locks import LOCK_SUFFIX, LockFile, try_lock
-from .names import Identity, is_same_file, remove_known
+from .names import Identity, closing, is_same_file, not_ours, remove_known
 from .outputs import FRESH_HINT, JOURNAL_SUFFIX, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
 
@@ -293,11 +293,9 @@ class Journal:
 
     def _give_up(self, descriptor: int) -> None:
         """Close a journal that was not locked, and remove it where this run made it."""
-        try:
+        with closing(descriptor):
             if not os.fstat(descriptor).st_size:
                 remove_known(self.path, descriptor)
-        finally:
-            os.close(descriptor)
 
     def _check_claim(self) -> None:
         """Check that what is in the file is a journal of ours, or nothing: a power loss can leave zeros.
@@ -308,11 +306,7 @@ class Journal:
         with os_errors(self.path, "read"):
             start = os.pread(self._descriptor, len(CLAIM), 0).rstrip(b"\0")
         if not all(byte in (HEX if number < HEX_BYTES else (CLAIM[number],)) for number, byte in enumerate(start)):
-            raise OutputExistsError(
-                "already exists and is not a journal of dsv4convert",
-                where=self.path,
-                hint="move that file away or choose another name",
-            )
+            raise not_ours(self.path, "a journal of dsv4convert")
 
     def _read(self) -> int:
         """Read all lines; return where the next one goes. A torn last line is cut off, any other damage refused."""

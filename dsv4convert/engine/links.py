@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from ..containers.sources import at
 from ..plan import OutputFile
-from .names import nearest_folder
+from .names import closing, nearest_folder
 
 # How a file came to be, as the manifest says it. A reflink shares the source's blocks until one of the two is
 # written; a hard link is the source's file under another name.
@@ -35,16 +36,8 @@ def reflink(source: Path, output: int) -> bool:
     """
     if at(source) is not None:  # a stand-in
         return False
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(output, FICLONE, descriptor)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+    with closing(os.open(source, os.O_RDONLY | os.O_CLOEXEC)) as descriptor:
+        return _is_shared(lambda: fcntl.ioctl(output, FICLONE, descriptor))
 
 
 def hard_link(source: Path, path: Path) -> bool:
@@ -57,8 +50,13 @@ def hard_link(source: Path, path: Path) -> bool:
     """
     if at(source) is not None:  # a stand-in
         return False
+    return _is_shared(lambda: os.link(os.path.realpath(source), path))
+
+
+def _is_shared(share: Callable[[], object]) -> bool:
+    """Share; return False where that cannot be."""
     try:
-        os.link(os.path.realpath(source), path)
+        share()
     except OSError as error:
         if error.errno not in REFUSED:
             raise

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from ..errors import LockedError, OutputExistsError
+from .names import not_ours
 
 LOCK_SUFFIX = ".lock"
 # What a lock file begins with, so that no other file is taken for one.
@@ -93,11 +94,7 @@ class LockFile:
         with open(descriptor, "rb") as file:
             lines = file.read(MAX_LOCK_BYTES).decode("utf-8", "replace").split("\n")
         if lines[0] != CLAIM:
-            raise OutputExistsError(
-                "already exists and is not a lock of dsv4convert",
-                where=self.path,
-                hint="move that file away or choose another name",
-            )
+            raise not_ours(self.path, "a lock of dsv4convert")
         pid, host, boot = (*lines[1:4], "", "", "")[:3]
         if host == socket.gethostname() and (boot != _boot() or not _is_alive(pid)):
             with contextlib.suppress(FileNotFoundError):

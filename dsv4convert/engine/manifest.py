@@ -29,7 +29,15 @@ from ..plan import OutputFile, OutputTensor, Plan
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .monitor import Step, Watched
-from .names import Identity, check_file_can_be_replaced, entries_within, folders_of_names, remove_known
+from .names import (
+    Identity,
+    check_file_can_be_replaced,
+    closing,
+    entries_within,
+    folders_of_names,
+    not_ours,
+    remove_known,
+)
 from .outputs import MANIFEST_SUFFIX, open_file, os_errors, partial_path, write_file
 from .run import RunReport
 
@@ -168,18 +176,11 @@ def _claimed(name: Path) -> Identity | None:
     with os_errors(name, "looked at"):
         if not os.path.lexists(name):
             return None
-        descriptor = open_file(name, os.O_RDONLY)
-        try:
+        with closing(open_file(name, os.O_RDONLY)) as descriptor:
             start = os.pread(descriptor, len(CLAIM), 0)
             identity = Identity.in_status(os.fstat(descriptor))
-        finally:
-            os.close(descriptor)
     if start.strip(b"\0") and start != CLAIM:
-        raise OutputExistsError(
-            "already exists and is not a manifest of dsv4convert",
-            where=name,
-            hint="move that file away or choose another name",
-        )
+        raise not_ours(name, "a manifest of dsv4convert")
     return identity
 
 

@@ -57,12 +57,27 @@ class Identity(NamedTuple):
         return None if value is None else cls(*map(int, value))
 
 
+@contextlib.contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """Yield a descriptor, which is closed after the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def is_same_file(path: Path, descriptor: int) -> bool:
     """Return whether ``path`` names the file that ``descriptor`` has open; links are not followed."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def not_ours(path: Path, what: str) -> OutputExistsError:
+    """Return the error of a name that stands for something else than ``what`` of this program."""
+    hint = "move that file away or choose another name"
+    return OutputExistsError(f"already exists and is not {what}", where=path, hint=hint)
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -178,10 +193,10 @@ def remove_known_folder(path: Path, known: Identity, held: Mapping[str, Identity
     Whatever else is in it, or has changed since, stays, and the folder with it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return
-    try:
+    with closing(folder) as descriptor:
         now = Identity.in_status(os.fstat(descriptor))
         if now[:2] != known[:2]:  # its time changes as its files go, in this run or in one that was killed
             return
@@ -193,8 +208,6 @@ def remove_known_folder(path: Path, known: Identity, held: Mapping[str, Identity
         for name in reversed(folders_of_names(held)):
             with contextlib.suppress(OSError):
                 os.rmdir(name, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
     with contextlib.suppress(OSError):  # somebody's file is in it, and stays
         path.rmdir()
 

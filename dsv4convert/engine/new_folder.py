@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..containers.presence import is_folder, is_link
 from ..errors import OutputExistsError
-from .names import Identity, check_name_fits, check_no_mount_point, is_same_file, remove_known_folder
+from .names import Identity, check_name_fits, check_no_mount_point, closing, is_same_file, remove_known_folder
 from .outputs import (
     JOURNAL_SUFFIX,
     SUFFIXES,
@@ -81,27 +81,22 @@ class NewFolder:
         with os_errors(partial, "written"):
             final.parent.mkdir(parents=True, exist_ok=True)
             if self._leftover is not None:
-                descriptor = _locked(partial)
-                try:
+                with closing(_locked(partial)):
                     self._remove(partial, self._leftover)
-                finally:
-                    os.close(descriptor)
             try:
                 partial.mkdir()
             except FileExistsError:
                 raise appeared(partial) from None
-            descriptor = _locked(partial)
-            try:
-                yield partial
-                if self._look_again() != self._older:
-                    raise appeared(final)
-                older = None if self._older is None else self._older[0]
-                take_final_name(partial, final, descriptor, older, replaced_path(final))
-            except BaseException:
-                self._discard(descriptor)
-                raise
-            finally:
-                os.close(descriptor)
+            with closing(_locked(partial)) as descriptor:
+                try:
+                    yield partial
+                    if self._look_again() != self._older:
+                        raise appeared(final)
+                    older = None if self._older is None else self._older[0]
+                    take_final_name(partial, final, descriptor, older, replaced_path(final))
+                except BaseException:
+                    self._discard(descriptor)
+                    raise
             sync_folder(final.parent)
             for path in (partial, replaced_path(final)):
                 self._remove(path, self._older)
@@ -113,10 +108,8 @@ class NewFolder:
     def _remove(self, path: Path, known: tuple[Identity, dict[str, Identity]] | None) -> None:
         if known is not None:
             identity, held = known
-            remove_known_folder(path, identity, {name: held[name] for name in sorted(held, key=self._is_last)})
-
-    def _is_last(self, name: str) -> bool:
-        return name == self._must_hold
+            last_of_all = sorted(held, key=lambda name: name == self._must_hold)
+            remove_known_folder(path, identity, {name: held[name] for name in last_of_all})
 
     def _discard(self, descriptor: int) -> None:
         """Remove the unfinished folder, unless anything else is in it."""

@@ -38,11 +38,13 @@ from .names import (
     check_folder_can_be_replaced,
     check_name_fits,
     check_no_mount_point,
+    closing,
     entries_within,
     exchange,
     folders_of_names,
     is_same_file,
     nearest_folder,
+    not_ours,
     remove_known,
     remove_known_folder,
     rename_new,
@@ -207,20 +209,12 @@ class Outputs(ABC):
         for path, file in zip(self.paths, self._plan.files, strict=True):
             if not os.path.lexists(path):
                 continue
-            with os_errors(path, "read"):
-                descriptor = open_file(path, os.O_RDONLY)
-                try:
-                    size = os.fstat(descriptor).st_size
-                    begins = os.pread(descriptor, PAGE_BYTES, 0)
-                finally:
-                    os.close(descriptor)
+            with os_errors(path, "read"), closing(open_file(path, os.O_RDONLY)) as descriptor:
+                size = os.fstat(descriptor).st_size
+                begins = os.pread(descriptor, PAGE_BYTES, 0)
             is_blank = size in (0, file.nbytes) and not begins.strip(b"\0")
             if not is_blank and not is_ours(begins):
-                raise OutputExistsError(
-                    "already exists and is not unfinished work of this command",
-                    where=path,
-                    hint="move that file away or choose another name",
-                )
+                raise not_ours(path, "unfinished work of this command")
 
     def look(self) -> None:
         """Keep in mind what has the final and the temporary names: only that is ever replaced or discarded."""
@@ -428,11 +422,8 @@ class Outputs(ABC):
 
     def _forget(self, index: int) -> None:
         """Remove a file that was made just now, and close it."""
-        descriptor = self._open.pop(index)
-        try:
+        with closing(self._open.pop(index)) as descriptor:
             remove_known(self.paths[index], descriptor)
-        finally:
-            os.close(descriptor)
 
     def _link(self, index: int, source: Path) -> bool:
         """Make a file by a hard link, and open it for reading; there is no lock on a file that is not this run's own.
@@ -848,14 +839,11 @@ class FileOutputs(Outputs):
                 raise OutputExistsError(
                     "already exists and is not a working file of dsv4convert", where=path, hint="remove that file"
                 )
-            descriptor = self._keep_open(index, os.O_RDONLY)
-            del self._open[index]
-            try:
+            self._keep_open(index, os.O_RDONLY)
+            with closing(self._open.pop(index)) as descriptor:
                 if Identity.in_status(os.fstat(descriptor)) != self._leftovers.get(path):
                     raise appeared(path)
                 remove_known(path, descriptor)
-            finally:
-                os.close(descriptor)
 
     def reopen(self, started: Collection[int], finished: Collection[int], inodes: Sequence[int]) -> None:
         """Take over the files, each under its temporary or, after a late kill, its final name."""
@@ -1147,31 +1135,25 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], replaced: Ident
     partial = partial_path(path)
     check_no_partial(path)
     with os_errors(path, "written"):
-        descriptor = open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            position = 0
-            for piece in pieces:
-                write_all(descriptor, memoryview(piece), position)
-                position += memoryview(piece).nbytes
-            os.fsync(descriptor)
-            take_final_name(partial, path, descriptor, replaced)
-        except BaseException:
-            remove_known(partial, descriptor)
-            raise
-        finally:
-            os.close(descriptor)
+        with closing(open_file(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as descriptor:
+            try:
+                position = 0
+                for piece in pieces:
+                    write_all(descriptor, memoryview(piece), position)
+                    position += memoryview(piece).nbytes
+                os.fsync(descriptor)
+                take_final_name(partial, path, descriptor, replaced)
+            except BaseException:
+                remove_known(partial, descriptor)
+                raise
         remove_known(partial, replaced)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` durable."""
-    with os_errors(folder, "flushed"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with os_errors(folder, "flushed"), closing(os.open(folder, os.O_RDONLY | os.O_CLOEXEC)) as descriptor:
+        os.fsync(descriptor)
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -16,7 +16,7 @@ from ..containers.gguf import SPLIT_NAME
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
-from ..errors import UsageError, check_choice
+from ..errors import UsageError, check_choice, counted
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
@@ -341,8 +341,11 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
     if not has_text:
         claims.drop("the text model", "--draft only" if draft_mode == ONLY else "--mmproj only", trunk)
     if draft_mode == DROP:
-        layers = f"{checkpoint.n_draft} draft layer{'s' if checkpoint.n_draft > 1 else ''}"
-        claims.drop(f"mtp.* ({layers})", _drop_reason("--draft", options.draft, dialect), drafts)
+        claims.drop(
+            f"mtp.* ({counted(checkpoint.n_draft, 'draft layer')})",
+            _drop_reason("--draft", options.draft, dialect),
+            drafts,
+        )
     if tower_mode == DROP:
         claims.drop("the vision tower", _drop_reason("--mmproj", options.mmproj, dialect), tower)
     notes = check_rules_used(type_options, choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from enum import IntEnum, auto
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, TypeAlias, TypeVar, get_type_hints
 
 from dsv4convert.formats.compiled.library import load_library
 from dsv4convert.formats.ggml import PARAMETERS, Chunk
@@ -60,112 +60,83 @@ class Making(IntEnum):
     F32_TO_GGML = auto()
 
 
+Int: TypeAlias = Annotated[int, ctypes.c_int64]
+Address: TypeAlias = Annotated[int | None, ctypes.c_void_p]
+Structure = TypeVar("Structure", bound=type[ctypes.Structure])
+
+
+def _structure(kind: Structure) -> Structure:
+    """Give a structure the fields that its annotations name, in their order."""
+    hints = get_type_hints(kind, include_extras=True)
+    kind._fields_ = [(name, getattr(hint, "__metadata__", (hint,))[0]) for name, hint in hints.items()]
+    return kind
+
+
+@_structure
 class Control(ctypes.Structure):
     """What a worker shares with the thread that watches it; of use without the library, too."""
 
-    stopped: int
-    done_bytes: int
-    _fields_ = [("stopped", ctypes.c_int64), ("done_bytes", ctypes.c_int64)]
+    stopped: Int
+    done_bytes: Int
 
 
+@_structure
 class Elements(ctypes.Structure):
     """The bytes of elements that are looked at, and the bits of one that is not finite; or 0."""
 
-    bytes: int
-    not_finite: int
-    _fields_ = [("bytes", ctypes.c_int64), ("not_finite", ctypes.c_int64)]
+    bytes: Int
+    not_finite: Int
 
 
+@_structure
 class OperandPlace(ctypes.Structure):
     """A matrix in an open source, whose rows serve ``rows_per`` rows of the output each, and room for a tile of it."""
 
-    descriptor: int
-    offset: int
-    row_bytes: int
-    rows_per: int
-    tile: int
+    descriptor: Int
+    offset: Int
+    row_bytes: Int
+    rows_per: Int
+    tile: Address
     holds: Elements
-    held_from: int
-    held_to: int
-    _fields_ = [
-        ("descriptor", ctypes.c_int64),
-        ("offset", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("rows_per", ctypes.c_int64),
-        ("tile", ctypes.c_void_p),
-        ("holds", Elements),
-        ("held_from", ctypes.c_int64),
-        ("held_to", ctypes.c_int64),
-    ]
+    held_from: Int
+    held_to: Int
 
 
+@_structure
 class SegmentCall(ctypes.Structure):
     """Everything about one segment; what the fields mean is in ``segments.c``."""
 
-    making: int
-    operands: Any
-    operand_count: int
-    output: int
-    offset: int
-    mapping: int | None
-    rows: int
-    row_bytes: int
-    step: int
-    tile: int
-    columns: int
-    height: int
-    width: int
-    scales_are_f32: int
-    drops: int
-    spare: int
-    tables: Any
-    first: int
-    last: int
-    largest: int
-    quantise: int | None
-    type: int
-    weights: int | None
-    wide: int
-    wide_rows: int
-    scales: int | None
+    making: Int
+    operands: Annotated[Any, ctypes.POINTER(OperandPlace)]
+    operand_count: Int
+    output: Int
+    offset: Int
+    mapping: Address
+    rows: Int
+    row_bytes: Int
+    step: Int
+    tile: Address
+    columns: Int
+    height: Int
+    width: Int
+    scales_are_f32: Int
+    drops: Int
+    spare: Address
+    tables: Annotated[Any, ctypes.c_void_p * 2]
+    first: Int
+    last: Int
+    largest: Int
+    quantise: Address
+    type: Int
+    weights: Address
+    wide: Address
+    wide_rows: Int
+    scales: Address
     holds: Elements
-    counts: Any
-    zeros: int
-    checksum: Any
-    control: Any
-    _fields_ = [
-        ("making", ctypes.c_int64),
-        ("operands", ctypes.POINTER(OperandPlace)),
-        ("operand_count", ctypes.c_int64),
-        ("output", ctypes.c_int64),
-        ("offset", ctypes.c_int64),
-        ("mapping", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        ("step", ctypes.c_int64),
-        ("tile", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("scales_are_f32", ctypes.c_int64),
-        ("drops", ctypes.c_int64),
-        ("spare", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p * 2),
-        ("first", ctypes.c_int64),
-        ("last", ctypes.c_int64),
-        ("largest", ctypes.c_int64),
-        ("quantise", ctypes.c_void_p),
-        ("type", ctypes.c_int64),
-        ("weights", ctypes.c_void_p),
-        ("wide", ctypes.c_void_p),
-        ("wide_rows", ctypes.c_int64),
-        ("scales", ctypes.c_void_p),
-        ("holds", Elements),
-        ("counts", ctypes.c_int64 * 4),
-        ("zeros", ctypes.c_int64),
-        ("checksum", ctypes.c_void_p),
-        ("control", ctypes.POINTER(Control)),
-    ]
+    counts: Annotated[Any, ctypes.c_int64 * 4]
+    zeros: Int
+    checksum: Address
+    control: Annotated[Any, ctypes.POINTER(Control)]
 
 
 class _DigestState(ctypes.Structure):

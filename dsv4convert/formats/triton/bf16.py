@@ -18,15 +18,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..base import Block, Tally
+from ..base import Block
 from .scalar import (
     E2M1_LIFT,
     E4M3_LIFT,
     NAN_CARRY,
     UPPER_HALF,
+    AnyTally,
     Counting,
-    DeviceTally,
     blocks_of,
     careful,
     check,
@@ -161,14 +162,7 @@ def _to_bf16(
         )
 
 
-def fp8_to_bf16(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    block: Block,
-    out: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
-) -> None:
+def fp8_to_bf16(weight: Tensor, scale: Tensor, block: Block, out: Tensor, scratch: object, tally: AnyTally) -> None:
     """Decode e4m3 [R, C] times a scale per ``block`` to bfloat16 [R, C]; as ``formats.e4m3.fp8_to_bf16``.
 
     Exact unless counted. ``scratch`` is not used.
@@ -179,14 +173,7 @@ def fp8_to_bf16(
     _launch(weight, weight.shape[1], scale, block, out, tally, fp4=False)
 
 
-def fp4_to_bf16(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    block: Block,
-    out: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
-) -> None:
+def fp4_to_bf16(packed: Tensor, scale: Tensor, block: Block, out: Tensor, scratch: object, tally: AnyTally) -> None:
     """Decode packed e2m1 [R, C/2] times a scale per ``block`` to bfloat16 [R, C]; as ``formats.e2m1.fp4_to_bf16``.
 
     Element 2i of a row is the low nibble of byte i. Exact unless counted. ``scratch`` is not used.
@@ -198,14 +185,7 @@ def fp4_to_bf16(
 
 
 def _launch(
-    codes: torch.Tensor,
-    columns: int,
-    scale: torch.Tensor,
-    block: Block,
-    out: torch.Tensor,
-    tally: Tally | DeviceTally,
-    *,
-    fp4: bool,
+    codes: Tensor, columns: int, scale: Tensor, block: Block, out: Tensor, tally: AnyTally, *, fp4: bool
 ) -> None:
     rows = codes.shape[0]
     check(codes, "codes", (torch.uint8,), (rows, codes.shape[1]))

@@ -23,8 +23,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..base import GROUP, Tally
+from ..base import GROUP
 from .scalar import (
     CHANGED,
     E4M3_NAN,
@@ -32,8 +33,8 @@ from .scalar import (
     E8M0_NAN,
     MAGNITUDE,
     NAN,
+    AnyTally,
     Counting,
-    DeviceTally,
     blocks_of,
     careful,
     check,
@@ -183,14 +184,7 @@ def _fp4_to_fp8(
         _carefully(packed, scale, out, out_scale, counters, start, stop, COLUMNS, GROUP, SIDE, CAREFUL)
 
 
-def fp4_to_fp8(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
-) -> None:
+def fp4_to_fp8(packed: Tensor, scale: Tensor, out: Tensor, out_scale: Tensor, scratch: object, tally: AnyTally) -> None:
     """Re-encode packed FP4 [R, C/2], scales [R, C/32], as e4m3 [R, C] with one scale per 128x128 tile.
 
     As ``formats.e2m1.fp4_to_fp8``: elements that do not survive are counted as changed. ``scratch`` is

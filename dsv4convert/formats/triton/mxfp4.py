@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..base import GROUP, Tally
-from .scalar import E8M0_NAN, NAN, Counting, DeviceTally, careful, check, on_device, vector_ready
+from ..base import GROUP
+from .scalar import E8M0_NAN, NAN, AnyTally, Counting, careful, check, on_device, vector_ready
 from .units import INNER_WORDS, UNIT_WORDS, funnel, store_units
 
 BLOCK_BYTES = tl.constexpr(1 + 16)
@@ -118,9 +119,7 @@ def count_blocks(counters, nan_blocks):
         tl.atomic_add(counters + NAN, nan_blocks.to(tl.int64) * BLOCK_ELEMENTS)
 
 
-def fp4_to_mxfp4(
-    packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, scratch: object, tally: Tally | DeviceTally
-) -> None:
+def fp4_to_mxfp4(packed: Tensor, scale: Tensor, out: Tensor, scratch: object, tally: AnyTally) -> None:
     """Rearrange packed FP4 [R, C/2], e8m0 scales [R, C/32], to MXFP4 blocks [R, C/32*17].
 
     As ``formats.mxfp4.fp4_to_mxfp4``: lossless, moves bits only; elements under a NaN scale are counted.

@@ -17,11 +17,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..base import Tally
 from ..nvfp4 import BLOCK, block_scales
 from .bf16 import BF16_MIN_NORMAL, BF16_STORAGE
-from .scalar import Counting, DeviceTally, careful, check, count_rounding, e2m1_value, on_device, round_to_bf16
+from .scalar import (
+    AnyTally,
+    Counting,
+    careful,
+    check,
+    count_rounding,
+    e2m1_value,
+    on_device,
+    round_to_bf16,
+)
 
 BLOCK_BYTES = tl.constexpr(8)  # of a scale's codes
 NIBBLE_BITS = tl.constexpr(4)
@@ -52,13 +61,7 @@ def _nvfp4_to_bf16(packed, scale, table, out, counters, size, BYTES: tl.constexp
 
 
 def nvfp4_to_bf16(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    second: float,
-    is_reciprocal: bool,
-    out: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
+    packed: Tensor, scale: Tensor, second: float, is_reciprocal: bool, out: Tensor, scratch: object, tally: AnyTally
 ) -> None:
     """Decode NVFP4 [R, C/2], e4m3 scales [R, C/16] under a second scale, to bfloat16 [R, C].
 

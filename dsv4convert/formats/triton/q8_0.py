@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..base import GROUP, Block, Tally
+from ..base import GROUP, Block
 from ..e4m3 import PLACED_EXPONENT
 from ..q8_0 import BLOCK_BYTES, TABLE_FIRST_BYTE, multipliers
 from .scalar import (
@@ -32,8 +33,8 @@ from .scalar import (
     NAN,
     OVERFLOW,
     UNDERFLOW,
+    AnyTally,
     Counting,
-    DeviceTally,
     blocks_of,
     careful,
     check,
@@ -240,19 +241,12 @@ def add(counter, number):
 
 
 @cache
-def _multipliers(device: torch.device) -> torch.Tensor:
+def _multipliers(device: torch.device) -> Tensor:
     """Return the multipliers on the device, one for each largest magnitude code."""
     return torch.from_numpy(multipliers() * np.float32(2.0**LIFT_OF_MULTIPLIERS)).to(device)
 
 
-def fp8_to_q8_0(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    block: Block,
-    out: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
-) -> None:
+def fp8_to_q8_0(weight: Tensor, scale: Tensor, block: Block, out: Tensor, scratch: object, tally: AnyTally) -> None:
     """Quantise e4m3 [R, C] times a scale per ``block`` to Q8_0 blocks [R, C/32*34].
 
     As ``formats.q8_0.fp8_to_q8_0``: equal to decoding to float32 and quantising that. ``scratch`` is not

@@ -21,14 +21,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...errors import LossyError
-from ..base import GROUP, Block, Tally
+from ..base import GROUP, Block
 from .scalar import (
     CHANGED,
     F32_MANTISSA_BITS,
     MAGNITUDE,
     UNDERFLOW,
+    AnyTally,
     DeviceTally,
     blocks_of,
     check,
@@ -154,7 +156,7 @@ def _f32_to_fp4(values, out, out_scale, counters, refused, groups, GROUPS: tl.co
     _add(counters, CHANGED, _sum(changed & live) + _sum(changed_late & live))
 
 
-def _refuse(refused: torch.Tensor) -> None:
+def _refuse(refused: Tensor) -> None:
     """Raise LossyError where a kernel found NaN or infinity."""
     if int(refused.item()):
         raise LossyError(
@@ -168,14 +170,7 @@ def _is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
-def f32_to_fp8(
-    values: torch.Tensor,
-    block: Block,
-    out: torch.Tensor,
-    out_scale: torch.Tensor,
-    scratch: object,
-    tally: Tally | DeviceTally,
-) -> None:
+def f32_to_fp8(values: Tensor, block: Block, out: Tensor, out_scale: Tensor, scratch: object, tally: AnyTally) -> None:
     """Quantise float32 [R, C] to e4m3 codes and e8m0 scales per ``block``, powers of two both ways.
 
     As ``formats.e4m3.f32_to_fp8`` and ``f32_to_fp8_scales`` together. ``scratch`` is not used. Waits for the device.
@@ -212,9 +207,7 @@ def f32_to_fp8(
     _hand_over(counts, tally)
 
 
-def f32_to_fp4(
-    values: torch.Tensor, out: torch.Tensor, out_scale: torch.Tensor, scratch: object, tally: Tally | DeviceTally
-) -> None:
+def f32_to_fp4(values: Tensor, out: Tensor, out_scale: Tensor, scratch: object, tally: AnyTally) -> None:
     """Quantise float32 [R, C] to packed FP4 [R, C/2] with e8m0 scales [R, C/32].
 
     As ``formats.e2m1.f32_to_fp4`` and ``f32_to_fp4_scales`` together. ``scratch`` is not used. Waits for the device.
@@ -249,7 +242,7 @@ def f32_to_fp4(
     _hand_over(counts, tally)
 
 
-def _hand_over(counts: DeviceTally, tally: Tally | DeviceTally) -> None:
+def _hand_over(counts: DeviceTally, tally: AnyTally) -> None:
     """Add the counts of a launch to those of its caller."""
     if isinstance(tally, DeviceTally):
         tally.counters += counts.counters

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..base import Block, Tally
 
@@ -228,7 +229,7 @@ def either(a, b):
 # --- launch
 
 
-def vector_ready(*tensors: torch.Tensor) -> bool:
+def vector_ready(*tensors: Tensor) -> bool:
     """Return whether every tensor starts on a 16-byte boundary, as full-width loads and stores need."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
@@ -239,7 +240,7 @@ def vectors_keep_to_scales(per_vector: int, rows: int, columns: int, block: Bloc
     return whole and rows * columns // per_vector < 1 << 32
 
 
-def check(tensor: torch.Tensor, what: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+def check(tensor: Tensor, what: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
     """Refuse a tensor that a kernel would misread; the plan is wrong then, not the user's file.
 
     Raises ValueError.
@@ -256,12 +257,12 @@ def blocks_of(rows: int, columns: int, block: Block) -> tuple[int, int]:
     return math.ceil(rows / block[0]), math.ceil(columns / block[1])
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the tensor's GPU the current one; under the interpreter tensors lie in host memory."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def careful(tensor: torch.Tensor) -> int:
+def careful(tensor: Tensor) -> int:
     """Return how many elements the careful part takes at a time."""
     return CAREFUL_ON_GPU if tensor.is_cuda else CAREFUL_IN_INTERPRETER
 
@@ -280,15 +281,19 @@ class DeviceTally:
         return Tally(*(int(number) for number in self.counters.tolist()))
 
 
+# What takes the counts of a launch.
+AnyTally: TypeAlias = Tally | DeviceTally
+
+
 class Counting:
     """Gives a launch its counters, and hands them to a host ``Tally`` afterwards if there is one."""
 
-    def __init__(self, tally: Tally | DeviceTally, device: torch.device) -> None:
+    def __init__(self, tally: AnyTally, device: torch.device) -> None:
         self._tally = tally
         self._on_device = tally if isinstance(tally, DeviceTally) else DeviceTally(device)
         self.counters = self._on_device.counters
 
-    def __enter__(self) -> torch.Tensor:
+    def __enter__(self) -> Tensor:
         return self.counters
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

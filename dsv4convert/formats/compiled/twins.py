@@ -7,6 +7,10 @@ loads the library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
 import numpy as np
 
 from dsv4convert.formats import bf16, e2m1, e4m3, mxfp4, not_finite, nvfp4, q8_0
@@ -19,6 +23,8 @@ from dsv4convert.formats.base import (
     ArrayU8,
     ArrayU16,
     Block,
+    PlainCodec,
+    ScaledCodec,
     Scratch,
     Tally,
     check_contiguous,
@@ -27,21 +33,17 @@ from dsv4convert.formats.base import (
 from dsv4convert.formats.compiled.library import Function, load_library
 from dsv4convert.formats.e8m0 import power_of_two_bytes
 
+Codec = TypeVar("Codec", bound=Callable[..., Any])
+
 _PACKED_BYTES = GROUP // 2
 NEEDS_FALLBACK = -1  # what a C function returns for a tile that is not ordinary
 
 _LIBRARY = load_library()
 # Rows, columns, height and width of a block.
 _FP8_SIZES = "n n n n"
-_fp8_to_f32 = Function(_LIBRARY, "fp8_to_f32", f"u1 u1 f4 {_FP8_SIZES}")
-_fp8_to_bf16 = Function(_LIBRARY, "fp8_to_bf16", f"u1 u1 u2 {_FP8_SIZES}")
-_fp8_to_f16 = Function(_LIBRARY, "fp8_to_f16", f"u1 u1 f2 {_FP8_SIZES}")
 # The tables of multipliers and d, the output, sizes, the first and the last scale byte that the tables are for.
 _fp8_to_q8_0 = Function(_LIBRARY, "fp8_to_q8_0", f"u1 u1 f4 u2 u1 {_FP8_SIZES} n n")
 _fp4_to_q8_0 = Function(_LIBRARY, "fp4_to_q8_0", "u1 u1 f4 u2 u1 n n n")
-_fp4_to_f32 = Function(_LIBRARY, "fp4_to_f32", "u1 u1 f4 n")
-_fp4_to_bf16 = Function(_LIBRARY, "fp4_to_bf16", "u1 u1 u2 n")
-_fp4_to_f16 = Function(_LIBRARY, "fp4_to_f16", "u1 u1 f2 n")
 _fp4_to_mxfp4 = Function(_LIBRARY, "fp4_to_mxfp4", "u1 u1 u1 n")
 # Packed codes and scales, output, groups and the largest scale.
 _fp4_to_nvfp4 = Function(_LIBRARY, "fp4_to_nvfp4", "u1 u1 u1 n n")
@@ -49,27 +51,16 @@ _nvfp4_to_ggml = Function(_LIBRARY, "nvfp4_to_ggml", "u1 u1 u1 n")
 _fp4_to_nvfp4_scales = Function(_LIBRARY, "fp4_to_nvfp4_scales", "u1 u1 n n")
 _fp4_to_fp8 = Function(_LIBRARY, "fp4_to_fp8", "u1 u1 u1 u1 n n")
 _fp4_to_fp8_scales = Function(_LIBRARY, "fp4_to_fp8_scales", "u1 u1 n n")
-_f32_to_q8_0 = Function(_LIBRARY, "f32_to_q8_0", "f4 u1 n")
-_bf16_to_q8_0 = Function(_LIBRARY, "bf16_to_q8_0", "u2 u1 n")
 _fp8_to_mxfp4 = Function(_LIBRARY, "fp8_to_mxfp4", f"u1 u1 u1 {_FP8_SIZES}")
-_f32_to_mxfp4 = Function(_LIBRARY, "f32_to_mxfp4", "f4 u1 n")
-_bf16_to_mxfp4 = Function(_LIBRARY, "bf16_to_mxfp4", "u2 u1 n")
 # Values, output, counts of changed and underflowed values; and the scales alone.
 _f32_to_fp8 = Function(_LIBRARY, "f32_to_fp8", f"f4 u1 i8 {_FP8_SIZES}")
 _f32_to_fp8_scales = Function(_LIBRARY, "f32_to_fp8_scales", f"f4 u1 {_FP8_SIZES}")
-_f32_to_fp4 = Function(_LIBRARY, "f32_to_fp4", "f4 u1 n")
-_f32_to_fp4_scales = Function(_LIBRARY, "f32_to_fp4_scales", "f4 u1 n")
 _bf16_to_fp8 = Function(_LIBRARY, "bf16_to_fp8", f"u2 u1 i8 {_FP8_SIZES}")
 _bf16_to_fp8_scales = Function(_LIBRARY, "bf16_to_fp8_scales", f"u2 u1 {_FP8_SIZES}")
-_bf16_to_fp4 = Function(_LIBRARY, "bf16_to_fp4", "u2 u1 n")
-_bf16_to_fp4_scales = Function(_LIBRARY, "bf16_to_fp4_scales", "u2 u1 n")
 # Output, and the counts of changed and underflowed values.
 _f32_to_bf16 = Function(_LIBRARY, "f32_to_bf16", "f4 u2 i8 n")
 _f32_to_f16 = Function(_LIBRARY, "f32_to_f16", "f4 f2 i8 n")
 _bf16_to_f16 = Function(_LIBRARY, "bf16_to_f16", "u2 f2 i8 n")
-_bf16_to_f32 = Function(_LIBRARY, "bf16_to_f32", "u2 f4 n")
-_f16_to_f32 = Function(_LIBRARY, "f16_to_f32", "f2 f4 n")
-_f16_to_bf16 = Function(_LIBRARY, "f16_to_bf16", "f2 u2 n")
 # Bytes of elements, how many elements, the bits that an element which is not finite has; by the size of an element.
 _any = {size: Function(_LIBRARY, f"any_u{8 * size}", "u1 n n") for size in (1, 2, 4)}
 
@@ -102,13 +93,37 @@ def _count_changed(function: Function, tally: Tally, *arguments: Array | int) ->
     return True
 
 
+def _twin_of(module: ModuleType, name: str, twin: Codec) -> Codec:
+    """Return a function as the twin of ``module.name``, which has its name."""
+    twin.__name__ = twin.__qualname__ = name
+    twin.__doc__ = f"Twin of `{module.__name__.rpartition('.')[2]}.{name}`."
+    return twin
+
+
+def _plain(
+    module: ModuleType, name: str, parameters: str, check: Callable[[Array, Array], None], elements: int
+) -> PlainCodec:
+    """Return the twin of a function of (values, out): the library's takes the number of groups of ``elements``.
+
+    The library's function returns how many values changed, where there can be any, and 0 elsewhere.
+    """
+    function = Function(_LIBRARY, name, f"{parameters} n")
+
+    def twin(values: Array, out: Array, scratch: Scratch, tally: Tally) -> None:
+        check(values, out)
+        if not _count_changed(function, tally, np.ascontiguousarray(values), out, values.size // elements):
+            getattr(module, name)(values, out, scratch, tally)
+
+    return _twin_of(module, name, twin)
+
+
 def _as_bytes(scale: Array, scratch: Scratch) -> ArrayU8 | None:
     """Return the scales as contiguous e8m0 bytes, or None if one is no power of two."""
     codes = power_of_two_bytes(scale, scratch)
     return None if codes is None else np.ascontiguousarray(codes)
 
 
-# --- FP8 to F32, BF16, F16 ------------------------------------------------------------------------------
+# --- FP8 and FP4 to F32, BF16, F16 ----------------------------------------------------------------------
 
 
 def _decode_fp8(function: Function, weight: ArrayU8, scale: Array, block: Block, out: Array, scratch: Scratch) -> bool:
@@ -118,27 +133,6 @@ def _decode_fp8(function: Function, weight: ArrayU8, scale: Array, block: Block,
     if codes is None:
         return False
     return function(np.ascontiguousarray(weight), codes, out, *weight.shape, *block) != NEEDS_FALLBACK
-
-
-def fp8_to_f32(weight: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e4m3.fp8_to_f32`."""
-    if not _decode_fp8(_fp8_to_f32, weight, scale, block, out, scratch):
-        e4m3.fp8_to_f32(weight, scale, block, out, scratch, tally)
-
-
-def fp8_to_bf16(weight: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e4m3.fp8_to_bf16`."""
-    if not _decode_fp8(_fp8_to_bf16, weight, scale, block, out, scratch):
-        e4m3.fp8_to_bf16(weight, scale, block, out, scratch, tally)
-
-
-def fp8_to_f16(weight: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e4m3.fp8_to_f16`."""
-    if not _decode_fp8(_fp8_to_f16, weight, scale, block, out, scratch):
-        e4m3.fp8_to_f16(weight, scale, block, out, scratch, tally)
-
-
-# --- FP4 to F32, BF16, F16 ------------------------------------------------------------------------------
 
 
 def _decode_fp4(function: Function, packed: ArrayU8, scale: Array, block: Block, out: Array, scratch: Scratch) -> bool:
@@ -151,22 +145,23 @@ def _decode_fp4(function: Function, packed: ArrayU8, scale: Array, block: Block,
     return function(np.ascontiguousarray(packed), codes, out, codes.size) != NEEDS_FALLBACK
 
 
-def fp4_to_f32(packed: ArrayU8, scale: Array, block: Block, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.fp4_to_f32`."""
-    if not _decode_fp4(_fp4_to_f32, packed, scale, block, out, scratch):
-        e2m1.fp4_to_f32(packed, scale, block, out, scratch, tally)
+def _decoder(module: ModuleType, name: str, parameters: str, decode: Callable[..., bool]) -> ScaledCodec:
+    """Return the twin of a function that decodes elements with scales; ``decode`` runs the function of the library."""
+    function = Function(_LIBRARY, name, parameters)
+
+    def twin(weight: Array, scale: Array, block: Block, out: Array, scratch: Scratch, tally: Tally) -> None:
+        if not decode(function, weight, scale, block, out, scratch):
+            getattr(module, name)(weight, scale, block, out, scratch, tally)
+
+    return _twin_of(module, name, twin)
 
 
-def fp4_to_bf16(packed: ArrayU8, scale: Array, block: Block, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.fp4_to_bf16`."""
-    if not _decode_fp4(_fp4_to_bf16, packed, scale, block, out, scratch):
-        e2m1.fp4_to_bf16(packed, scale, block, out, scratch, tally)
-
-
-def fp4_to_f16(packed: ArrayU8, scale: Array, block: Block, out: ArrayF16, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.fp4_to_f16`."""
-    if not _decode_fp4(_fp4_to_f16, packed, scale, block, out, scratch):
-        e2m1.fp4_to_f16(packed, scale, block, out, scratch, tally)
+fp8_to_f32 = _decoder(e4m3, "fp8_to_f32", f"u1 u1 f4 {_FP8_SIZES}", _decode_fp8)
+fp8_to_bf16 = _decoder(e4m3, "fp8_to_bf16", f"u1 u1 u2 {_FP8_SIZES}", _decode_fp8)
+fp8_to_f16 = _decoder(e4m3, "fp8_to_f16", f"u1 u1 f2 {_FP8_SIZES}", _decode_fp8)
+fp4_to_f32 = _decoder(e2m1, "fp4_to_f32", "u1 u1 f4 n", _decode_fp4)
+fp4_to_bf16 = _decoder(e2m1, "fp4_to_bf16", "u1 u1 u2 n", _decode_fp4)
+fp4_to_f16 = _decoder(e2m1, "fp4_to_f16", "u1 u1 f2 n", _decode_fp4)
 
 
 # --- FP4 to MXFP4 and to FP8 ----------------------------------------------------------------------------
@@ -268,18 +263,12 @@ def fp4_to_q8_0(packed: ArrayU8, scale: Array, block: Block, out: ArrayU8, scrat
     q8_0.fp4_to_q8_0(packed, scale, block, out, scratch, tally)
 
 
-def f32_to_q8_0(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `q8_0.f32_to_q8_0`."""
+def _check_q8_0(values: Array, out: Array) -> None:
     q8_0.check_blocks(values.shape, out)
-    if _f32_to_q8_0(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
-        q8_0.f32_to_q8_0(values, out, scratch, tally)
 
 
-def bf16_to_q8_0(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `q8_0.bf16_to_q8_0`."""
-    q8_0.check_blocks(values.shape, out)
-    if _bf16_to_q8_0(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
-        q8_0.bf16_to_q8_0(values, out, scratch, tally)
+f32_to_q8_0 = _plain(q8_0, "f32_to_q8_0", "f4 u1", _check_q8_0, GROUP)
+bf16_to_q8_0 = _plain(q8_0, "bf16_to_q8_0", "u2 u1", _check_q8_0, GROUP)
 
 
 # --- to MXFP4 by rounding -------------------------------------------------------------------------------
@@ -295,18 +284,12 @@ def fp8_to_mxfp4(weight: ArrayU8, scale: Array, block: Block, out: ArrayU8, scra
         mxfp4.fp8_to_mxfp4(weight, scale, block, out, scratch, tally)
 
 
-def f32_to_mxfp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `mxfp4.f32_to_mxfp4`."""
+def _check_mxfp4(values: Array, out: Array) -> None:
     mxfp4.check_blocks(values.shape, out)
-    if not _count_changed(_f32_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
-        mxfp4.f32_to_mxfp4(values, out, scratch, tally)
 
 
-def bf16_to_mxfp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `mxfp4.bf16_to_mxfp4`."""
-    mxfp4.check_blocks(values.shape, out)
-    if not _count_changed(_bf16_to_mxfp4, tally, np.ascontiguousarray(values), out, values.size // GROUP):
-        mxfp4.bf16_to_mxfp4(values, out, scratch, tally)
+f32_to_mxfp4 = _plain(mxfp4, "f32_to_mxfp4", "f4 u1", _check_mxfp4, GROUP)
+bf16_to_mxfp4 = _plain(mxfp4, "bf16_to_mxfp4", "u2 u1", _check_mxfp4, GROUP)
 
 
 # --- to FP8 and FP4 with scales ------------------------------------------------------------------------
@@ -338,38 +321,6 @@ def bf16_to_fp8_scales(values: ArrayU16, block: Block, out: ArrayU8, scratch: Sc
         e4m3.bf16_to_fp8_scales(values, block, out, scratch, tally)
 
 
-def _to_fp4(function: Function, values: Array, out: ArrayU8, tally: Tally) -> bool:
-    """Run ``function`` and add its count; False when numpy has to do the tile."""
-    _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
-    return _count_changed(function, tally, np.ascontiguousarray(values), out, values.size // GROUP)
-
-
-def f32_to_fp4(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.f32_to_fp4`."""
-    if not _to_fp4(_f32_to_fp4, values, out, tally):
-        e2m1.f32_to_fp4(values, out, scratch, tally)
-
-
-def bf16_to_fp4(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.bf16_to_fp4`."""
-    if not _to_fp4(_bf16_to_fp4, values, out, tally):
-        e2m1.bf16_to_fp4(values, out, scratch, tally)
-
-
-def f32_to_fp4_scales(values: ArrayF32, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.f32_to_fp4_scales`."""
-    _check_scales(values, (1, GROUP), out)
-    if _f32_to_fp4_scales(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
-        e2m1.f32_to_fp4_scales(values, out, scratch, tally)
-
-
-def bf16_to_fp4_scales(values: ArrayU16, out: ArrayU8, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `e2m1.bf16_to_fp4_scales`."""
-    _check_scales(values, (1, GROUP), out)
-    if _bf16_to_fp4_scales(np.ascontiguousarray(values), out, values.size // GROUP) == NEEDS_FALLBACK:
-        e2m1.bf16_to_fp4_scales(values, out, scratch, tally)
-
-
 def _check_scales(values: Array, block: Block, out: Array, per_group: int = 1) -> None:
     """Refuse an output that is not of ``per_group`` bytes for each block, or with gaps, and FP4 of ragged rows."""
     check_contiguous(out)
@@ -379,6 +330,20 @@ def _check_scales(values: Array, block: Block, out: Array, per_group: int = 1) -
         raise ValueError(f"output: expected {expected}, got {out.shape}")
     if block == (1, GROUP) and columns % GROUP:
         raise ValueError(f"FP4 rows come in groups of {GROUP}, got {columns} columns")
+
+
+def _check_fp4(values: Array, out: Array) -> None:
+    _check_scales(values, (1, GROUP), out, per_group=_PACKED_BYTES)
+
+
+def _check_fp4_scales(values: Array, out: Array) -> None:
+    _check_scales(values, (1, GROUP), out)
+
+
+f32_to_fp4 = _plain(e2m1, "f32_to_fp4", "f4 u1", _check_fp4, GROUP)
+f32_to_fp4_scales = _plain(e2m1, "f32_to_fp4_scales", "f4 u1", _check_fp4_scales, GROUP)
+bf16_to_fp4 = _plain(e2m1, "bf16_to_fp4", "u2 u1", _check_fp4, GROUP)
+bf16_to_fp4_scales = _plain(e2m1, "bf16_to_fp4_scales", "u2 u1", _check_fp4_scales, GROUP)
 
 
 # --- floats -------------------------------------------------------------------------------------------
@@ -402,25 +367,9 @@ def bf16_to_f16(source: ArrayU16, out: ArrayF16, scratch: Scratch, tally: Tally)
         bf16.bf16_to_f16(source, out, scratch, tally)
 
 
-def f16_to_bf16(source: ArrayF16, out: ArrayU16, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `bf16.f16_to_bf16`."""
-    _check_same_size(source, out)
-    if not _count_changed(_f16_to_bf16, tally, np.ascontiguousarray(source), out, source.size):
-        bf16.f16_to_bf16(source, out, scratch, tally)
-
-
-def bf16_to_f32(source: ArrayU16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `bf16.bf16_to_f32`."""
-    _check_same_size(source, out)
-    if _bf16_to_f32(np.ascontiguousarray(source), out, source.size) == NEEDS_FALLBACK:
-        bf16.bf16_to_f32(source, out, scratch, tally)
-
-
-def f16_to_f32(source: ArrayF16, out: ArrayF32, scratch: Scratch, tally: Tally) -> None:
-    """Twin of `bf16.f16_to_f32`."""
-    _check_same_size(source, out)
-    if _f16_to_f32(np.ascontiguousarray(source), out, source.size) == NEEDS_FALLBACK:
-        bf16.f16_to_f32(source, out, scratch, tally)
+f16_to_bf16 = _plain(bf16, "f16_to_bf16", "f2 u2", _check_same_size, 1)
+bf16_to_f32 = _plain(bf16, "bf16_to_f32", "u2 f4", _check_same_size, 1)
+f16_to_f32 = _plain(bf16, "f16_to_f32", "f2 f4", _check_same_size, 1)
 
 
 # --- values that are not finite -------------------------------------------------------------------------

@@ -7,18 +7,20 @@ answered here.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import cache
 from pathlib import Path
 
 LLAMA_CPP_PYTHON = "0.3.36"
 FOLDER_VARIABLE = "DSV4CONVERT_LLAMA_CPP"
 
 # Run with llama.cpp's folder as first argument, the rest goes to its converter.
-DRIVER = """
+PREPARE = """
 import sys
 from pathlib import Path
 root = Path(sys.argv.pop(1))
@@ -28,7 +30,32 @@ sys.argv[0] = "convert_hf_to_gguf.py"
 import convert_hf_to_gguf
 from conversion.base import TextModel
 TextModel.get_vocab_base_pre = lambda self, tokenizer: "joyai-llm"
-convert_hf_to_gguf.main()
+"""
+DRIVER = PREPARE + "convert_hf_to_gguf.main()"
+# Imports take nine tenths of a small conversion's time. So they are done once, in a process without threads, which then
+# forks for every line of arguments, and answers with the exit code and what the converter said.
+SERVER = f"""{PREPARE}
+import json, os, tempfile, traceback
+import torch._dynamo  # which torch imports when it is first used
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            code = 1
+            try:
+                sys.argv[1:] = json.loads(line)
+                convert_hf_to_gguf.main()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        print(json.dumps([code, said.read().decode(errors="replace")]), flush=True)
 """
 
 
@@ -63,15 +90,27 @@ def _fetch(cache: Path) -> None:
                 raise
 
 
-def convert(source: Path, out: Path, *options: str) -> Path:
-    """Convert ``source`` with llama.cpp's converter and return the file that it wrote."""
-    subprocess.run(
-        [sys.executable, "-c", DRIVER, str(llama_cpp_folder()), str(source), "--outfile", str(out), *options],
-        check=True,
-        capture_output=True,
+@cache
+def _server() -> subprocess.Popen[str]:
+    """Start the process that converts, which ends with this one: its input ends then."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(llama_cpp_folder())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
+
+
+def convert(source: Path, out: Path, *options: str) -> Path:
+    """Convert ``source`` with llama.cpp's converter and return the file that it wrote."""
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps([str(source), "--outfile", str(out), *options]) + "\n")
+    server.stdin.flush()
+    code, said = json.loads(server.stdout.readline())
+    assert code == 0, said
     return out
 
 

@@ -1,29 +1,25 @@
 """llama.cpp's own quantiser of whole files, as the reference for the bytes of low-bit tensors.
 
-    python -m tests.oracles.ggml_quantize ASKED.json
-
-``ASKED`` lists the files to make in one process, which sets up the grids of a type once: the F32 ``source``, the
-``out`` to write, llama.cpp's ``file_type``, ggml's type number by tensor in ``types`` (none: llama.cpp's own choice),
-an ``imatrix`` (.npz by tensor, [experts, columns]) or null, and ``stated``, what the metadata say of that. In a process
-of its own, since the library ends the process on errors.
+It is asked for one file at a time: the F32 ``source``, the ``out`` to write, llama.cpp's ``file_type``, ggml's type
+number by tensor in ``types`` (none: llama.cpp's own choice), an ``imatrix`` (.npz by tensor, [experts, columns]) or
+null, and ``stated``, what the metadata say of that. In a process of its own, since the library ends the process on
+errors; it stays, since the grids of a type take up to eight seconds to set up.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
 
+from .server import Server, serve
+
 Q4_K_M = 15  # a file type of a quantised default, as good as any where all tensors are named
 F32, OUTPUT, EMBEDDING = 0, "output.weight", "token_embd.weight"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -42,34 +38,24 @@ class Asked:
     stated: dict[str, str | int] = field(default_factory=dict)
 
 
-def quantise(*files: Asked) -> None:
-    """Make files, in one process."""
-    asked = files[0].out.with_suffix(".json")
-    documents = []
-    for file in files:
-        matrix = None
-        if file.imatrix is not None:
-            matrix = str(file.out.with_suffix(".npz"))
-            np.savez(matrix, **file.imatrix)
-        documents.append(
-            {
-                "source": str(file.source),
-                "out": str(file.out),
-                "types": file.types,
-                "imatrix": matrix,
-                "file_type": file.file_type,
-                "stated": file.stated,
-            }
-        )
-    asked.write_text(json.dumps(documents))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.oracles.ggml_quantize", str(asked)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+_SERVER = Server("-m", "tests.oracles.ggml_quantize")
+
+
+def quantise(file: Asked) -> None:
+    """Make a file."""
+    matrix = None
+    if file.imatrix is not None:
+        matrix = str(file.out.with_suffix(".npz"))
+        np.savez(matrix, **file.imatrix)
+    asked = {
+        "source": str(file.source),
+        "out": str(file.out),
+        "types": file.types,
+        "imatrix": matrix,
+        "file_type": file.file_type,
+        "stated": file.stated,
+    }
+    assert _SERVER.ask(asked) == 0
 
 
 def _run(asked: dict[str, object]) -> int:
@@ -108,4 +94,4 @@ def _run(asked: dict[str, object]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(any(_run(asked) for asked in json.loads(Path(sys.argv[1]).read_text())))
+    serve(_run)

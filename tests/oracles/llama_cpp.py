@@ -7,7 +7,6 @@ answered here.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import tarfile
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from .server import Server
 
 LLAMA_CPP_PYTHON = "0.3.36"
 FOLDER_VARIABLE = "DSV4CONVERT_LLAMA_CPP"
@@ -33,11 +34,14 @@ TextModel.get_vocab_base_pre = lambda self, tokenizer: "joyai-llm"
 """
 DRIVER = PREPARE + "convert_hf_to_gguf.main()"
 # Imports take nine tenths of a small conversion's time. So they are done once, in a process without threads, which then
-# forks for every line of arguments, and answers with the exit code and what the converter said.
-SERVER = f"""{PREPARE}
-import json, os, tempfile, traceback
+# forks for every list of arguments, and answers with the exit code and what the converter said.
+SERVER = f"""
+import os, tempfile, traceback
+from tests.oracles.server import serve  # first: llama.cpp has a folder of that name
+{PREPARE}
 import torch._dynamo  # which torch imports when it is first used
-for line in sys.stdin:
+
+def convert(arguments):
     with tempfile.TemporaryFile() as said:
         child = os.fork()
         if not child:
@@ -45,7 +49,7 @@ for line in sys.stdin:
             os.dup2(said.fileno(), 2)
             code = 1
             try:
-                sys.argv[1:] = json.loads(line)
+                sys.argv[1:] = arguments
                 convert_hf_to_gguf.main()
                 code = 0
             except BaseException:
@@ -55,7 +59,9 @@ for line in sys.stdin:
             os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         said.seek(0)
-        print(json.dumps([code, said.read().decode(errors="replace")]), flush=True)
+        return code, said.read().decode(errors="replace")
+
+serve(convert)
 """
 
 
@@ -91,25 +97,13 @@ def _fetch(cache: Path) -> None:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
-    """Start the process that converts, which ends with this one: its input ends then."""
-    return subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(llama_cpp_folder())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+def _server() -> Server:
+    return Server("-c", SERVER, str(llama_cpp_folder()))
 
 
 def convert(source: Path, out: Path, *options: str) -> Path:
     """Convert ``source`` with llama.cpp's converter and return the file that it wrote."""
-    server = _server()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps([str(source), "--outfile", str(out), *options]) + "\n")
-    server.stdin.flush()
-    code, said = json.loads(server.stdout.readline())
+    code, said = _server().ask([str(source), "--outfile", str(out), *options])
     assert code == 0, said
     return out
 

@@ -671,19 +671,16 @@ def _cluster_of(
 
     Raises:
         UsageError: it is named wrongly, or cannot be had with ``threads`` or with plans that use their source up.
-        InputMissingError: the source is not on a file system.
         DeviceError: Ray is not installed.
     """
     if workers is None:
         return None
-    from .containers.sources import needs_local_files
     from .engine.cluster import Cluster
     from .engine.monitor import StepListener
 
     if threads is not None:
         raise UsageError("--threads and --workers exclude each other", hint="give the number of workers as ray:N")
     for plan in plans:
-        needs_local_files(plan.source, "--workers")
         if plan.consumes:
             raise UsageError("--workers and --delete-parts exclude each other", hint="leave out one of them")
     return Cluster(workers, progress.note if isinstance(progress, StepListener) else None)

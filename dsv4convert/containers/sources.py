@@ -390,6 +390,11 @@ def mount_of(folder: Path) -> Mount | None:
     return _mounts.get(folder) if _mounts else None
 
 
+def mount_around(path: Path) -> Mount | None:
+    """Return the mount that a file is in."""
+    return next((_mounts[folder] for folder in path.parents if folder in _mounts), None) if _mounts else None
+
+
 def shown(path: Path) -> str:
     """Return a path as users know it: of a mounted folder, its address."""
     return errors.shown_path(str(path))

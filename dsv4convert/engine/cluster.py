@@ -19,10 +19,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..containers.sources import mount_around
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
 from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Submit, address_here
-from .cluster_worker import Part, Piece, WholeFile, library_digest, program_digest
+from .cluster_worker import Part, Piece, WholeFile, library_digest, program_digest, revision_digest
 from .fingerprint import mark_of
 from .journal import Claim
 from .run import Finished, RunOutputs, Task
@@ -320,10 +321,13 @@ class ClusterMakers:
         """Return the fields of ``Work`` for segments of one file."""
         parts = self.parts(tasks)
         read = {operand.file for part in parts for operand in part.segment.operands}
+        around = {path: mount_around(path) for path in read}
+        mounts = {mount.path: (mount.address, revision_digest(mount)) for mount in around.values() if mount is not None}
         used = {part.segment.operation.library for part in parts if isinstance(part.segment.operation, Quantise)}
         return {
             "program": program_digest(),
-            "sources": {path: self._marks[path] for path in read},
+            "mounts": mounts,
+            "sources": {path: self._marks[path] for path in read if around[path] is None},
             "libraries": {library: self._libraries[library] for library in used},
             "parts": parts,
         }

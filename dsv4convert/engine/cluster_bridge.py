@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError
-from .cluster_worker import FinishedFile, NotSentError, Piece, WholeFile, make_file, make_piece, send_file
+from .cluster_worker import FinalError, FinishedFile, Piece, WholeFile, make_file, make_piece, send_file
 
 WORKERS = re.compile(r"ray(?::(?P<count>[1-9]\d{0,3})|(?P<here>:auto)|://(?P<address>[^\s/]+:\d+))?")
 
@@ -198,7 +198,7 @@ def _pass_on(number: int, send: Any, future: Any) -> None:
         send(Done(number, future.result()))
         return
     cause = getattr(error, "cause", None)
-    if isinstance(cause, NotSentError):
+    if isinstance(cause, FinalError):
         send(Done(number, cause.args[0]))
     elif isinstance(cause, Dsv4Error):
         send(Done(number, cause))

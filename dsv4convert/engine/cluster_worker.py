@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,14 +26,24 @@ import xxhash
 
 from .. import __version__
 from ..containers.destinations import Destination, Sender, Sent
-from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, SpaceError
+from ..containers.sources import Mount, any_mounted, local_path, mount_of
+from ..errors import (
+    DeviceError,
+    Dsv4Error,
+    FileFormatError,
+    InputMissingError,
+    InputOutputError,
+    SpaceError,
+    shown_path,
+)
 from ..formats.backend import default_codecs
-from ..plan import Segment
+from ..plan import Operand, Segment
 from .fingerprint import mark_of
 from .journal import Claim
 from .kernel_copy import KernelCopier
 from .mappings import Mappings
 from .outputs import DescriptorCache, open_file, os_errors, swapped, write_all
+from .ranges import RangeReader, SharedRanges
 from .run import with_tensor
 from .worker import Made, Worker
 
@@ -45,9 +55,7 @@ SCRATCH_HINT = (
     "by --max-file-size"
 )
 
-KEYS_HINT = (
-    "check that it reaches the store, and that the store's keys are in the environment in which Ray was started there"
-)
+KEYS_HINT = "check that it is reached from there, and that its keys are in the environment in which Ray was started"
 
 
 class Part(NamedTuple):
@@ -62,10 +70,12 @@ class Part(NamedTuple):
 class Work:
     """Parts of one output file in order, and how a worker knows that it would make the driver's bytes of them.
 
-    ``sources`` are the marks (see ``mark_of``) of the files it reads, ``libraries`` the digests of ggml's.
+    ``sources`` are the marks (see ``mark_of``) of the files it reads, ``libraries`` the digests of ggml's. Files below
+    one of the ``mounts`` are read from its address, whose revision is told by a digest.
     """
 
     program: str
+    mounts: Mapping[Path, tuple[str, str]]
     sources: Mapping[Path, Sequence[int | str]]
     libraries: Mapping[str, str]
     parts: Sequence[Part]
@@ -105,8 +115,8 @@ class FinishedFile:
     sender: Sender
 
 
-class NotSentError(Exception):
-    """An InputOutputError of a store, its argument: Ray would begin the task again, and the upload tried for long."""
+class FinalError(Exception):
+    """An InputOutputError, its argument, after which Ray is not to begin the task again: it came after long tries."""
 
 
 class MadeFile(NamedTuple):
@@ -121,24 +131,23 @@ def make_piece(piece: Piece) -> list[Made]:
 
     Raises:
         FileFormatError, DeviceError: this machine has another program, library or source file.
+        FinalError, InputMissingError: it cannot reach the source's address.
         LockedError: the run is over, or another has taken its output.
         Dsv4Error: as for a thread's segment; says the tensor.
     """
     _check_machine(piece)
+    parts = _parts_here(piece)
     flags = os.O_RDONLY if piece.is_shared else os.O_WRONLY
     made = []
     with contextlib.ExitStack() as stack:
-        worker = stack.enter_context(_worker())
+        worker = stack.enter_context(_worker(parts))
         make = worker.look if piece.is_shared else worker.run
         output, exact = (_open_output(piece, more, stack) for more in (flags, flags | os.O_DSYNC))
         edges = _edges(piece)
-        for part in piece.parts:
+        for part in parts:
             piece.claim.check()  # after the file was opened
             descriptor = exact if _touches(part, edges) else output
-            try:
-                made.append(make(part.segment, descriptor, piece.path, part.offset))
-            except Exception as error:
-                raise with_tensor(error, part.tensor) from error
+            made.append(_make_part(make, part, descriptor, piece.path))
         if not piece.is_shared:
             with os_errors(piece.path, "flushed"):
                 os.fdatasync(output)
@@ -151,23 +160,25 @@ def make_file(file: WholeFile) -> MadeFile:
     Raises:
         FileFormatError, DeviceError: this machine has another program, library or source file.
         SpaceError: the disk is too small for the file.
-        NotSentError, Dsv4Error: see ``send_file``, and as for a thread's segment; says the tensor.
+        FinalError, InputMissingError: it cannot reach the source's address.
+        FinalError, Dsv4Error: see ``send_file``, and as for a thread's segment; says the tensor.
     """
     _check_machine(file)
+    parts = _parts_here(file)
     destination = _open_destination(file.sender)
     folder = Path(tempfile.gettempdir())
     with contextlib.ExitStack() as stack:
         with os_errors(folder, "written"):
             output = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0)).fileno()
         try:
-            made = fill_file(output, folder / file.name, file.header, file.nbytes, file.parts)
+            made = fill_file(output, folder / file.name, file.header, file.nbytes, parts)
         except SpaceError as error:
             what = f"no room for a file of {file.nbytes} bytes on machine {os.uname().nodename}"
             raise error.with_changes(what=what, hint=SCRATCH_HINT) from None
         path = Path(f"/proc/self/fd/{output}")
         with os_errors(folder / file.name, "read"):
             sent = Sent.of(path)
-        with _store_errors():
+        with _remote_errors():
             destination.send(file.name, path, sent)
     return MadeFile(made, sent)
 
@@ -176,7 +187,7 @@ def send_file(file: FinishedFile) -> Sent:
     """Send a file from the shared file system.
 
     Raises:
-        NotSentError: the store cannot be reached, or refuses.
+        FinalError: the store cannot be reached, or refuses.
         DeviceError: this machine has no ``obstore``.
         InputMissingError: it has no variables of the store.
         OutputExistsError: another run sends files there now.
@@ -187,22 +198,22 @@ def send_file(file: FinishedFile) -> Sent:
         sent = Sent.of(file.path)
     if sent.size != file.nbytes:
         raise swapped(file.path)
-    with _store_errors():
+    with _remote_errors():
         destination.send(file.name, file.path, sent)
     return sent
 
 
 def _open_destination(sender: Sender) -> Destination:
-    with _store_errors(KEYS_HINT):
+    with _remote_errors(KEYS_HINT):
         return sender.open()  # keys that are missing here are missed before the work
 
 
 @contextlib.contextmanager
-def _store_errors(hint: str | None = None) -> Iterator[None]:
-    """Name this machine in errors of a store, and a ``hint`` where it is no package that is missing.
+def _remote_errors(hint: str | None = None) -> Iterator[None]:
+    """Name this machine in errors of a remote place, and a ``hint`` where it is no package that is missing.
 
     Raises:
-        NotSentError: of an InputOutputError.
+        FinalError: of an InputOutputError.
     """
     try:
         yield
@@ -210,7 +221,7 @@ def _store_errors(hint: str | None = None) -> Iterator[None]:
         if isinstance(error, DeviceError):
             hint = None
         told = error.with_changes(what=f"{error.what} on machine {os.uname().nodename}", hint=hint)
-        raise (NotSentError(told) if isinstance(error, InputOutputError) else told) from None
+        raise (FinalError(told) if isinstance(error, InputOutputError) else told) from None
 
 
 def fill_file(output: int, path: Path, header: bytes, nbytes: int, parts: Sequence[Part]) -> list[Made]:
@@ -223,20 +234,65 @@ def fill_file(output: int, path: Path, header: bytes, nbytes: int, parts: Sequen
         if nbytes:
             os.posix_fallocate(output, 0, nbytes)
         write_all(output, memoryview(header), 0)
-    made = []
-    with _worker() as worker:
-        for part in parts:
-            try:
-                made.append(worker.run(part.segment, output, path, part.offset))
-            except Exception as error:
-                raise with_tensor(error, part.tensor) from error
-    return made
+    with _worker(parts) as worker:
+        return [_make_part(worker.run, part, output, path) for part in parts]
 
 
 @contextlib.contextmanager
-def _worker() -> Iterator[Worker]:
-    with DescriptorCache() as descriptors, KernelCopier() as kernel:
-        yield Worker(default_codecs(), descriptors, kernel, {}, Mappings())
+def _worker(parts: Sequence[Part]) -> Iterator[Worker]:
+    with DescriptorCache() as descriptors, KernelCopier() as kernel, contextlib.ExitStack() as stack:
+        ranges = None
+        if any_mounted():
+            shared = SharedRanges(part.segment for part in parts)
+            ranges = stack.enter_context(RangeReader(shared, lambda: False))
+        yield Worker(default_codecs(), descriptors, kernel, {}, Mappings(), ranges=ranges)
+
+
+def _make_part(make: Callable[[Segment, int, Path, int], Made], part: Part, output: int, path: Path) -> Made:
+    try:
+        return make(part.segment, output, path, part.offset)
+    except Exception as error:
+        if isinstance(error, Dsv4Error) and error.where is not None:
+            error.where = shown_path(str(error.where))  # the run has its mounts elsewhere
+        raise with_tensor(error, part.tensor) from error
+
+
+def _parts_here(work: Work) -> Sequence[Part]:
+    """Return the parts with remote files as they are mounted in this process."""
+    if not work.mounts:
+        return work.parts
+    with _remote_errors(KEYS_HINT):
+        places = {root: _mounted(*told) for root, told in work.mounts.items()}
+
+    def here(operand: Operand) -> Operand:
+        root = next((root for root in places if operand.file.is_relative_to(root)), None)
+        return operand if root is None else operand._replace(file=places[root] / operand.file.relative_to(root))
+
+    def part_here(part: Part) -> Part:
+        operands = tuple(here(operand) for operand in part.segment.operands)
+        return part._replace(segment=part.segment._replace(operands=operands))
+
+    return [part_here(part) for part in work.parts]
+
+
+@cache
+def _mounted(address: str, revision: str) -> Path:
+    """Return where an address is mounted, once for all tasks of this process.
+
+    Raises:
+        FileFormatError: it has another revision now.
+        Dsv4Error: see ``local_path``.
+    """
+    path = local_path(address)
+    found = mount_of(path)  # none where this machine's cache has all of a commit
+    if found is not None and revision_digest(found) != revision:
+        raise FileFormatError("changed since the run looked at it", where=address, hint="run again with --fresh")
+    return path
+
+
+def revision_digest(mount: Mount) -> str:
+    """Return the xxh3-128 of a mount's revision, which of a store is long."""
+    return xxhash.xxh3_128_hexdigest(mount.revision.encode())
 
 
 def _open_output(piece: Piece, flags: int, stack: contextlib.ExitStack) -> int:

@@ -6,11 +6,11 @@ Every byte is fetched once. What several segments read, or one reads twice, is k
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ..containers.sources import Intervals, RemoteFile, SequentialReader, at
-from ..plan import Operand, Plan, Segment
+from ..plan import Operand, Segment
 
 
 def extent(segment: Segment, operand: Operand) -> tuple[int, int]:
@@ -20,21 +20,19 @@ def extent(segment: Segment, operand: Operand) -> tuple[int, int]:
 
 
 class SharedRanges:
-    """The bytes of remote files that a plan reads more than once."""
+    """The bytes of remote files that segments read more than once."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, segments: Iterable[Segment]) -> None:
         begins: dict[RemoteFile, array[int]] = {}
         ends: dict[RemoteFile, array[int]] = {}
-        for file in plan.files:
-            for tensor in file.tensors:
-                for segment in tensor.segments:
-                    for operand in segment.operands:
-                        remote = at(operand.file)
-                        if remote is None:
-                            continue
-                        begin, end = extent(segment, operand)
-                        begins.setdefault(remote, array("q")).append(begin)
-                        ends.setdefault(remote, array("q")).append(end)
+        for segment in segments:
+            for operand in segment.operands:
+                remote = at(operand.file)
+                if remote is None:
+                    continue
+                begin, end = extent(segment, operand)
+                begins.setdefault(remote, array("q")).append(begin)
+                ends.setdefault(remote, array("q")).append(end)
         self._shared = {remote: Intervals() for remote in begins}
         for remote, shared in self._shared.items():
             for begin, end in _overlaps(begins[remote], ends[remote]):
@@ -42,7 +40,7 @@ class SharedRanges:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether the plan reads no remote file."""
+        """Return whether the segments read no remote file."""
         return not self._shared
 
     def holds(self, remote: RemoteFile, begin: int, end: int) -> bool:

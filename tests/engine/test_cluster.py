@@ -27,7 +27,7 @@ from dsv4convert import api
 from dsv4convert.engine import cluster as cluster_module
 from dsv4convert.engine.cluster import Cluster, cut, work_of_a_task
 from dsv4convert.engine.cluster_bridge import MAKE, Done, Submit
-from dsv4convert.engine.cluster_worker import PAGE_BYTES, NotSentError, Piece, make_piece
+from dsv4convert.engine.cluster_worker import PAGE_BYTES, FinalError, Piece, make_piece
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.monitor import Step
@@ -91,7 +91,7 @@ class HereCluster(Cluster):
         task = self._tasks.pop()
         try:
             return Done(task.number, self._make(task.piece))
-        except NotSentError as error:
+        except FinalError as error:
             return Done(task.number, error.args[0])
         except Dsv4Error as error:
             return Done(task.number, error)

@@ -45,7 +45,7 @@ def test_scales_that_two_tensors_read_are_kept_where_the_codes_are_on_this_disk(
         options={},
         source_bytes=0,
     )
-    shared = SharedRanges(plan)
+    shared = SharedRanges(segment for file in plan.files for tensor in file.tensors for segment in tensor.segments)
     assert shared.holds(remote, 8, 12)
     assert not shared.holds(remote, 0, 8)
     assert not shared.holds(remote, 12, 64)

@@ -23,10 +23,10 @@ S3_AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_r
 class StoreServer:
     """A server with one empty bucket.
 
-    ``received`` are the keys of objects that arrived whole, one for each time. ``before_upload`` is called with how
-    many requests that write or remove something came before; those of marks do not count. ``status`` answers such a
-    request instead of the store, when it returns a number for the key. With ``conditions`` false, an object that is to
-    be put on a condition is refused, as by stores that implement none.
+    ``received`` are the keys of objects that arrived whole, one for each time, ``reads`` the ranges asked for.
+    ``before_upload`` is called with how many requests that write or remove something came before; those of marks do not
+    count. ``status`` answers such a request instead of the store, when it returns a number for the key. With
+    ``conditions`` false, an object that is to be put on a condition is refused, as by stores that implement none.
 
     Google's store takes the requests of S3, as the library sends them, with metadata in headers of other names.
     """
@@ -43,6 +43,7 @@ class StoreServer:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self.received: list[str] = []
         self.writes: list[str] = []
+        self.reads: list[tuple[str, range]] = []
         self.before_upload: Callable[[int], None] = lambda number: None
         self.status: Callable[[str, str], int | None] = lambda method, key: None
         self.conditions = True
@@ -115,6 +116,10 @@ class StoreServer:
     def _answer_s3(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path, query = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]
         fields = parse_qs(query, keep_blank_values=True)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))
+        if method == "GET" and asked is not None:
+            with self._lock:
+                self.reads.append((path.removeprefix(f"/{BUCKET}/"), range(int(asked[1]), int(asked[2]) + 1)))
         if "delete" in fields:  # several objects, named in the body
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             environ["wsgi.input"] = io.BytesIO(body)

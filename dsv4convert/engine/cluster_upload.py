@@ -130,6 +130,7 @@ def send_files(cluster: Cluster, sender: Sender, files: Mapping[str, tuple[Path,
     """
     sent: dict[str, Sent] = {}
     cluster.connect()
+    cluster.tell(f"all is made: workers send {len(files)} files to {sender.address}")
 
     def piece(name: str) -> FinishedFile:
         path, nbytes = files[name]

@@ -45,7 +45,10 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
     """Yield a running store with an empty bucket, whose keys this process and those that it starts have."""
-    server = StoreServer()
+    yield from serving(StoreServer(), monkeypatch)
+
+
+def serving(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
     server.start()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -71,13 +74,17 @@ def plan_of(source: Path, folder: Path) -> Plan:
     return plan_dequantize(source, folder / "Small-BF16", max_file_bytes=200_000)
 
 
+def made(piece: Any) -> Any:
+    return MAKE[type(piece)](piece)
+
+
 def carry_out(
-    plan: Plan, make: Callable[..., Any] = make_file, *, delete: bool = True, **options: Any
+    plan: Plan, make: Callable[..., Any] = made, *, delete: bool = True, target: str = TARGET, **options: Any
 ) -> tuple[HereCluster, Summary]:
     """Have the files made by tasks, in this process, and the upload finished."""
     cluster = HereCluster(make)
     wanted = {name: options[name] for name in ("overwrite", "resume") if name in options}
-    uploading = Uploading(plan, Upload(TARGET, delete), **wanted)
+    uploading = Uploading(plan, Upload(target, delete), **wanted)
     with uploading.abandoned_with_the_run():
         summary = execute(plan, cluster=cluster, uploading=uploading, record_seconds=0.05, **options)
     uploading.finish(summary.notes, cluster)
@@ -117,6 +124,15 @@ def test_nothing_lies_here_and_the_index_comes_last(
     assert received[-3:] == ["config.json", INDEX, "README.md"]
     assert len(received) == len(whole) + 1
     assert summary.written_bytes == sum(map(len, whole.values()))
+
+
+@pytest.mark.parametrize("delete", [True, False], ids=["deleted", "kept"])
+def test_googles_store_too(
+    delete: bool, tiny: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for store in serving(StoreServer("gs"), monkeypatch):
+        carry_out(plan_of(tiny, tmp_path / "out"), delete=delete, target=TARGET.replace("s3:", "gs:"))
+        assert without_card(store) == whole
 
 
 def test_fewer_files_than_workers_are_told_of(store: StoreServer, tiny: Path, tmp_path: Path) -> None:

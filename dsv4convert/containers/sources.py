@@ -361,11 +361,12 @@ class Mount:
         self.revision = revision
         self.headers_only = headers_only
 
-    def add(self, name: str, file: RemoteFile) -> None:
+    def add(self, name: str, file: RemoteFile, *, stand_in: bool = True) -> None:
         """Give the mount a file: a stand-in takes its name."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        if stand_in:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         _files[path] = file
 
 

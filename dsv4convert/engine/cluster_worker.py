@@ -26,7 +26,7 @@ import xxhash
 
 from .. import __version__
 from ..containers.destinations import Destination, Sender, Sent
-from ..containers.sources import Mount, any_mounted, local_path, mount_of
+from ..containers.sources import Mount, any_mounted, mount_of
 from ..errors import (
     DeviceError,
     Dsv4Error,
@@ -281,9 +281,11 @@ def _mounted(address: str, revision: str) -> Path:
 
     Raises:
         FileFormatError: it has another revision now.
-        Dsv4Error: see ``local_path``.
+        Dsv4Error: see ``mount``.
     """
-    path = local_path(address)
+    from ..containers.remote import mount
+
+    path = mount(address, stand_ins=False)
     found = mount_of(path)  # none where this machine's cache has all of a commit
     if found is not None and revision_digest(found) != revision:
         raise FileFormatError("changed since the run looked at it", where=address, hint="run again with --fresh")

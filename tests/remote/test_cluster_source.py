@@ -106,6 +106,8 @@ def test_from_store_to_store_workers_read_each_byte_once(
     try:
         with monkeypatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", of_workers.endpoint)
+            patch.setenv("RAY_TMPDIR", "/tmp")  # sockets need short names
+            patch.setenv("TMPDIR", str(tmp_path))
             head(port)
         options = ("--max-file-size", "200K", "--upload", TARGET, "--delete-uploaded", "--workers", "ray:auto")
         run = Remote(Hub(), tmp_path / "home", store.environment)
@@ -118,6 +120,7 @@ def test_from_store_to_store_workers_read_each_byte_once(
         of_workers.stop()
     assert without_card(store) == whole
     assert left(tmp_path / "out") == []
+    assert list(tmp_path.glob("dsv4convert-*")) == []
     for path in tiny.glob("*.safetensors"):
         header_bytes = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         by_workers, by_run = (times_read(server, path) for server in (of_workers, store))

@@ -40,12 +40,18 @@ class Listing:
     cached: Mapping[str, Path] = field(default_factory=dict)
 
 
-_mounted: dict[tuple[str, str, bool], Path] = {}
+# Where files without stand-ins are: nothing can be there.
+NOWHERE = Path("/dev/null/dsv4convert")
+
+_mounted: dict[tuple[str, str, bool, bool], Path] = {}
 _root: list[Path] = []
 
 
-def mount(text: str, *, headers_only: bool = False, cache: bool = False) -> Path:
+def mount(text: str, *, headers_only: bool = False, cache: bool = False, stand_ins: bool = True) -> Path:
     """Return the local path that stands for an address or a repository of the hub.
+
+    Without ``stand_ins`` no folder is made, and nothing is left behind by a process that is killed: for those that know
+    the names of the files, and read them by ``sources.at`` alone.
 
     Raises:
         InputMissingError: there is nothing there, or it cannot be reached.
@@ -69,9 +75,9 @@ def mount(text: str, *, headers_only: bool = False, cache: bool = False) -> Path
         listing = list_store(scheme, rest)
     if listing.local is not None:
         return _focused(listing.local, listing)
-    key = listing.address, listing.revision, headers_only
+    key = listing.address, listing.revision, headers_only, stand_ins
     if key not in _mounted:
-        _mounted[key] = _mount(listing, headers_only)
+        _mounted[key] = _mount(listing, headers_only, stand_ins)
     return _focused(_mounted[key], listing)
 
 
@@ -122,9 +128,15 @@ def _missing_package(package: str, extra: str, address: str) -> DeviceError:
     )
 
 
-def _mount(listing: Listing, headers_only: bool) -> Path:
+def _mount(listing: Listing, headers_only: bool, stand_ins: bool) -> Path:
     if not listing.files and not listing.cached:
         raise InputMissingError("no files there", where=listing.address, hint="check the address")
+    if not stand_ins:
+        found = Mount(NOWHERE.joinpath(str(len(_mounted))), listing.address, listing.revision, headers_only)
+        for name, file in listing.files.items():
+            found.add(name, file, stand_in=False)
+        register(found)
+        return found.path
     if not _root:
         _root.append(Path(tempfile.mkdtemp(prefix="dsv4convert-")).resolve())
         atexit.register(shutil.rmtree, _root[0], ignore_errors=True)

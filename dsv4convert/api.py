@@ -96,8 +96,8 @@ class RunOptions(TypedDict, total=False):
     continues the work and ``fresh`` discards it. ``dry_run`` plans and writes nothing. ``lock`` False takes no locks,
     where the file system has none. ``cache`` downloads a source on the hub into the hub's own cache first. ``upload``
     sends the output to a repository, OWNER/NAME, or to an object store, "s3://BUCKET/PREFIX". ``workers`` is a Ray
-    cluster that does the work: "ray", "ray:4", "ray:auto" or "ray://HOST:PORT"; source and output are on a file system
-    that all its machines share.
+    cluster that does the work: "ray", "ray:4", "ray:auto" or "ray://HOST:PORT"; source and output are at addresses, or
+    on a file system that all its machines share.
     """
 
     threads: int | None

@@ -6,7 +6,6 @@ its Unicode tables, are alike.
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,8 @@ def read_token_map(folder: Path, vocab_size: int) -> npt.NDArray[np.int32]:
     Raises:
         DeviceError, TokenizerError: as for ``read_engram_constants``.
     """
+    from hashlib import sha256
+
     path = folder / TOKENIZER_NAME
     if not exists(path):
         raise TokenizerError(f"{path.name} is missing", where=folder, hint="is the download complete?")

@@ -224,9 +224,8 @@ def check_table_rows(
     Raises:
         InventoryError: a row has an id outside 0..experts-1, or one twice.
     """
-    outside = (ids < 0) | (ids >= experts)
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
+    if ids.size and (ids.min() < 0 or ids.max() >= experts):
+        row, column = np.argwhere((ids < 0) | (ids >= experts))[0]
         raise InventoryError(
             f"tensor {name}: row {rows[row]} names an expert that is not there",
             where=where,
@@ -234,10 +233,11 @@ def check_table_rows(
             got=int(ids[row, column]),
             hint="were experts removed and this table left as it was?",
         )
-    ordered = np.sort(ids, axis=1)
-    twice = ordered[:, 1:] == ordered[:, :-1]
-    if twice.any():
-        row, column = np.argwhere(twice)[0]
+    # Every pair of columns, one distance after another: sorting rows as short as these takes four times as long.
+    columns = np.ascontiguousarray(ids.T)
+    if any((columns[apart:] == columns[:-apart]).any() for apart in range(1, len(columns))):
+        ordered = np.sort(ids, axis=1)
+        row, column = np.argwhere(ordered[:, 1:] == ordered[:, :-1])[0]
         raise InventoryError(
             f"tensor {name}: row {rows[row]} names an expert twice",
             where=where,

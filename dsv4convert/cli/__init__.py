@@ -5,7 +5,6 @@ Each module of this package holds the commands of one subject, and is imported w
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -52,10 +51,6 @@ INTERNAL_ERROR_CODE = 70
 
 # What ends a program politely: an administrator, a batch system, a terminal that was closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-# Objects made between two searches for unreachable cycles. A plan is made of objects that live to the end, and
-# with the default of 700 a command spends a tenth of its start on searching them in vain.
-GC_THRESHOLD = (100_000, 20, 20)
 
 _debug = False
 
@@ -118,7 +113,6 @@ app = Commands(
 def main() -> None:
     """Run the program: every error becomes one line on stderr and its own exit code."""
     _heed_stop_signals()
-    gc.set_threshold(*GC_THRESHOLD)
     try:
         run(sys.argv[1:])
     except Dsv4Error as error:
@@ -146,7 +140,6 @@ def main() -> None:
         sys.exit(INTERNAL_ERROR_CODE)
     finally:
         drop_unsaid()
-        gc.freeze()  # the interpreter ends with a search for cycles, and what is left of a plan is large and has none
 
 
 def run(arguments: list[str]) -> None:

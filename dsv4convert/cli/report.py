@@ -17,8 +17,8 @@ import typer
 from ..containers.sources import shown
 from ..engine.monitor import Step, StepListener, Timeline
 from ..errors import ReportError, UsageError, counted, escape_control
+from ..html_report import CONVERSION
 from ..html_report.figures import human_bytes, human_seconds
-from ..html_report.report import CONVERSION
 from .options import JSON, TEXT, RunOptions
 from .pages import check_page, write_page
 from .saying import print_json, report_of_done_work, say, unimportant

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -27,7 +26,6 @@ from ..formats.backend import default_codecs
 from ..formats.base import Tally
 from ..plan import Dropped, Plan
 from .consume import check_whole
-from .dry_run import DryRun, foresee, join_dry_runs
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, journal_path
 from .manifest import (
@@ -53,10 +51,11 @@ from .outputs import (
 )
 from .resources import check_free, check_space, default_threads, disk_needed
 from .run import RECORD_SECONDS, RunReport, peak_memory_bytes, run_plan
-from .upload import Uploading
 
 if TYPE_CHECKING:
     from .cluster import Cluster
+    from .dry_run import DryRun
+    from .upload import Uploading
 
 RESUME_HINT = "the finished work is kept: run again with --resume"
 # Errors after which a run can go on.
@@ -365,6 +364,8 @@ def _check_all(
 
 def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
     """Return the summary of a run that only plans: nothing is read but headers, and nothing is written."""
+    from .dry_run import foresee
+
     threads = default_threads(plan) if threads is None else threads
     nothing = RunReport((), Tally(), 0, 0.0, threads, "", resumed_bytes=0)
     return replace(summarize(plan, nothing), written_bytes=0, dry_run=foresee(plan, threads))
@@ -405,6 +406,8 @@ def _resume(plan: Plan, outputs: Outputs, journal: Journal, fingerprint: dict[st
     Neither name nor inode number nor size prove that a file is as it was left: a stale copy can be put back, and a
     freed inode number be given to the next file.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     check_same(journal.fingerprint or {}, fingerprint, journal.path)
     journal.check_plan(plan)
     started = journal.started_files()
@@ -449,12 +452,10 @@ def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked:
         UsageError: one does.
         InputOutputError: an input cannot be looked at.
     """
-    from ..containers.gguf import paths_of_set
-
     known: dict[tuple[int, int], list[Path]] = {}
     for given in inputs:
         with os_errors(given, "read"):
-            for path in (given, *(given.iterdir() if is_folder(given) else paths_of_set(given))):
+            for path in (given, *(given.iterdir() if is_folder(given) else _split_set(given))):
                 if (status := _status(path)) is not None:
                     known.setdefault((status.st_dev, status.st_ino), []).append(path)
     for path in written:
@@ -468,6 +469,15 @@ def check_inputs_stay(inputs: Iterable[Path], written: Iterable[Path], unlinked:
                 got=f"the same file as {source}",
                 hint="choose another name or folder for the output",
             )
+
+
+def _split_set(path: Path) -> list[Path]:
+    """Return the files of the split GGUF that a file is one of by its name."""
+    if path.suffix != ".gguf":
+        return []
+    from ..containers.gguf import paths_of_set
+
+    return paths_of_set(path)
 
 
 def check_result(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> Identity | None:
@@ -526,6 +536,9 @@ def join_summaries(summaries: Sequence[Summary]) -> Summary:
     first = summaries[0]
     if len(summaries) == 1:
         return first
+    from .dry_run import join_dry_runs
+
+    dry_runs = [summary.dry_run for summary in summaries if summary.dry_run is not None]
     reports = [summary.report for summary in summaries]
     tally = Tally()
     for report in reports:
@@ -556,5 +569,5 @@ def join_summaries(summaries: Sequence[Summary]) -> Summary:
             zero=tuple(dict.fromkeys(chain.from_iterable(report.zero for report in reports))),
             links=dict(chain.from_iterable(report.links.items() for report in reports)),
         ),
-        dry_run=None if first.dry_run is None else join_dry_runs([s.dry_run for s in summaries if s.dry_run]),
+        dry_run=join_dry_runs(dry_runs) if dry_runs else None,
     )

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from ..containers.destinations import Sent
 from ..errors import LockedError, ResumeError
 from ..formats.base import Tally
 from ..plan import Plan
@@ -28,6 +25,9 @@ from .locks import LOCK_SUFFIX, LockFile, try_lock
 from .names import Identity, closing, is_same_file, not_ours, remove_known
 from .outputs import FRESH_HINT, JOURNAL_SUFFIX, open_file, os_errors, sync_folder, write_all
 from .run import Finished, Task
+
+if TYPE_CHECKING:
+    from ..containers.destinations import Sent
 
 FORMAT = 3
 
@@ -353,6 +353,8 @@ class Journal:
                     for key in ("held", "discards")
                 )
             elif "sent" in fact:
+                from ..containers.destinations import Sent
+
                 file, size, sha256 = fact["sent"]
                 self.sent[int(file)] = Sent(int(size), str(sha256))
             elif "inodes" in fact:
@@ -402,9 +404,9 @@ def _checked(line: bytes) -> Any:
 
 def _holder() -> dict[str, Any]:
     return {
-        "holder": f"process {os.getpid()} on {socket.gethostname()}",
+        "holder": f"process {os.getpid()} on {os.uname().nodename}",
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "run": secrets.token_hex(8),
+        "run": os.urandom(8).hex(),
     }
 
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import struct
 import time
 from pathlib import Path
@@ -75,7 +74,7 @@ class LockFile:
                 self._check_stale()
                 continue
             with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(f"{CLAIM}\n{os.getpid()}\n{socket.gethostname()}\n{_boot()}\n{time.ctime()}\n")
+                file.write(f"{CLAIM}\n{os.getpid()}\n{os.uname().nodename}\n{_boot()}\n{time.ctime()}\n")
             return
 
     def release(self) -> None:
@@ -96,7 +95,7 @@ class LockFile:
         if lines[0] != CLAIM:
             raise not_ours(self.path, "a lock of dsv4convert")
         pid, host, boot = (*lines[1:4], "", "", "")[:3]
-        if host == socket.gethostname() and (boot != _boot() or not _is_alive(pid)):
+        if host == os.uname().nodename and (boot != _boot() or not _is_alive(pid)):
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
             return

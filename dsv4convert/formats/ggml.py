@@ -8,7 +8,6 @@ quantised by itself, so any run of rows gives the bytes that the whole matrix wo
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import importlib.util
 import os
 import threading
@@ -173,7 +172,9 @@ def find_quantiser(path: Path | None = None) -> Quantiser:
         installed = Path(folder) / "lib" / LIBRARY_NAME
         if installed.is_file():
             return Quantiser(str(installed))
-    named = ctypes.util.find_library("ggml-base")
+    from ctypes.util import find_library
+
+    named = find_library("ggml-base")
     if named is None:
         raise DeviceError("types below Q8_0 and MXFP4 need ggml's library, which is missing", hint=INSTALL_HINT)
     return Quantiser(named)

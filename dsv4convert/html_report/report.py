@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from . import CONVERSION
 from .comparison import compare_sections, compare_verdict
 from .conversion import conversion_sections, conversion_verdict
 from .estimation import estimate_sections, estimate_verdict
@@ -27,9 +28,6 @@ class Kind(NamedTuple):
     verdict: Callable[[Json], Verdict]
     sections: Callable[[Json], Iterator[Markup | None]]
 
-
-# The page of every conversion.
-CONVERSION = "conversion"
 
 KINDS: Mapping[str, Kind] = {
     "inspect": Kind(inspect_verdict, inspect_sections),

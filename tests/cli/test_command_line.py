@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+import dsv4convert
 from dsv4convert import __version__, cli
 from dsv4convert.cli import parsing
 from dsv4convert.cli.help import help_text, panels
@@ -144,20 +145,33 @@ def test_answers_to_options_of_llama_cpp_name_options_that_exist() -> None:
         assert set(re.findall(r"--[a-z-]+", answer)) <= ours
 
 
+UNUSED_BY_CONVERSIONS = {
+    *("rich", "pydantic", "torch", "jsonschema", "concurrent.futures", "http", "socket", "ssl"),
+    *("dsv4convert.engine.dry_run", "dsv4convert.engine.upload", "dsv4convert.html_report.report"),
+}
+UNUSED_BY_FOLDERS = {"ctypes.util", "gguf", "hashlib", "logging", "tempfile", "yaml", "dsv4convert.containers.gguf"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [
         (["--help"], {"rich", "numpy", "jsonschema", "pydantic"}),
         (["hf-to-gguf", "-h"], {"rich", "numpy", "jsonschema", "pydantic"}),
         (["inspect", "{source}"], {"rich", "pydantic", "torch"}),
-        (["hf-to-gguf", "{source}", "{out}", "-q"], {"rich", "pydantic", "torch"}),
+        (["hf-to-gguf", "{source}", "{out}.gguf", "-q"], UNUSED_BY_CONVERSIONS),
+        (["requantize", "{floats}", "{out}", "-q"], {*UNUSED_BY_CONVERSIONS, *UNUSED_BY_FOLDERS}),
+        (["repack", "{source}", "{out}", "--experts", "fp8", "-q"], {*UNUSED_BY_CONVERSIONS, *UNUSED_BY_FOLDERS}),
+        (["shard", "{source}", "{out}", "--mp", "2", "-q"], {*UNUSED_BY_CONVERSIONS, *UNUSED_BY_FOLDERS}),
     ],
-    ids=lambda value: " ".join(sorted(value)),
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_commands_load_nothing_that_they_do_not_need(
     arguments: list[str], absent: set[str], tiny: Path, tmp_path: Path
 ) -> None:
-    filled = [argument.format(source=tiny, out=tmp_path / "a.gguf") for argument in arguments]
+    floats = tmp_path / "floats"
+    if "{floats}" in arguments:
+        dsv4convert.dequantize(tiny, floats)
+    filled = [argument.format(source=tiny, floats=floats, out=tmp_path / "out") for argument in arguments]
     program = (
         "import runpy, sys\n"
         "try:\n    runpy.run_module('dsv4convert', run_name='__main__')\n"

@@ -18,7 +18,10 @@ from dsv4convert.__main__ import main
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 def run(arguments):
-    thread = threading.Thread(target=time.sleep, args=({seconds},), daemon={daemon})
+    def work():
+        time.sleep({seconds})
+        {work}
+    thread = threading.Thread(target=work, daemon={daemon})
     thread.start()
     {wait}
     sys.stdout.write("told")
@@ -29,26 +32,29 @@ main()
 WAIT = "thread.join()"
 
 
-def end(end: str = "pass", *, seconds: float = 60, daemon: bool = True, wait: str = "pass") -> tuple[int, str]:
-    program = PROGRAM.format(seconds=seconds, daemon=daemon, wait=wait, end=end)
+def end(
+    end: str = "pass", *, seconds: float = 60, daemon: bool = True, wait: str = "pass", work: str = "pass"
+) -> tuple[int, str]:
+    program = PROGRAM.format(seconds=seconds, daemon=daemon, wait=wait, end=end, work=work)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.parametrize("at_work", [True, False], ids=["threads at work", "none"])
 @pytest.mark.parametrize(
     ("ending", "code"),
     [("pass", 0), ("sys.exit(0)", 0), ("sys.exit(7)", 7), ("raise KeyboardInterrupt", 130), ("sys.exit('why')", 1)],
 )
-def test_a_process_with_threads_at_work_ends_with_its_code_and_all_it_printed(ending: str, code: int) -> None:
-    assert end(ending) == (code, "told")
-
-
-def test_a_process_without_them_ends_as_any_other() -> None:
-    assert end("sys.exit(7)", seconds=0, wait=WAIT)[0] == -signal.SIGABRT
+def test_a_process_ends_with_its_code_and_all_it_printed(ending: str, code: int, at_work: bool) -> None:
+    assert (end(ending) if at_work else end(ending, seconds=0, wait=WAIT)) == (code, "told")
 
 
 def test_a_thread_that_is_no_daemon_is_waited_for() -> None:
-    assert end("sys.exit(7)", seconds=0.2, daemon=False)[0] == -signal.SIGABRT
+    assert end("sys.exit(7)", seconds=0.2, daemon=False, work="sys.stdout.write(' later')") == (7, "told later")
+
+
+def test_what_is_registered_for_the_end_is_called() -> None:
+    assert end("import atexit; atexit.register(sys.stdout.write, ' more'); sys.exit(7)") == (7, "told more")
 
 
 def command_line(folder: Path, run: str) -> tuple[int, str]:

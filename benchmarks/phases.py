@@ -71,7 +71,12 @@ def child(arguments: list[str]) -> None:
     """Run a command in this process; print when its phases began, as JSON, on stderr."""
     moments = Moments()
     moments.mark("interpreter")
-    import dsv4convert.cli as program
+    import gc
+
+    from dsv4convert import __main__ as program
+
+    gc.set_threshold(*program.GC_THRESHOLD)
+    import dsv4convert.cli  # noqa: F401 - timed
 
     moments.mark("command line")
     from dsv4convert.engine import compiled_segments, conversion, outputs, run, worker

@@ -165,7 +165,7 @@ def alternate(
     output_bytes: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Run all contenders in turn, ``warmup`` rounds uncounted.
+    """Run all contenders in turn, ``warmup`` rounds uncounted; those with rounds of their own are not warmed up.
 
     ``output_bytes`` is what each writes, for ``warm_memory`` where the outputs lie in memory.
     """
@@ -174,7 +174,7 @@ def alternate(
     with warm_memory(folder, output_bytes) if memory_backed(folder) else contextlib.nullcontext():
         for number in range(-warmup, rounds):
             for contender in contenders:
-                if contender.rounds is None or -2 < number < contender.rounds:
+                if contender.rounds is None or 0 <= number < contender.rounds:
                     used = run_once(contender)
                     remove(contender.output)
                     label = "warm-up" if number < 0 else f"round {number + 1}"

@@ -55,7 +55,7 @@ def quantise(file: Asked) -> None:
         "file_type": file.file_type,
         "stated": file.stated,
     }
-    assert _SERVER.ask(asked) == 0
+    assert _SERVER.ask(asked) == 0, _SERVER.said()
 
 
 def _run(asked: dict[str, object]) -> int:

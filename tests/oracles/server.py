@@ -25,6 +25,7 @@ class Server:
         """Return the program's answer; where it dies of the question, the test fails with its last words."""
         if self._process is None:
             self._process = self._start()
+        self._before = self._stderr.seek(0, os.SEEK_END)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
@@ -32,18 +33,23 @@ class Server:
         answer = self._process.stdout.readline()
         if not answer:
             code, self._process = self._process.wait(), None
-            self._said.seek(0)
-            raise AssertionError(f"the program ended with {code}: {self._said.read().decode(errors='replace')[-2000:]}")
+            raise AssertionError(f"the program ended with {code}: {self.said()}")
         return json.loads(answer)
+
+    def said(self) -> str:
+        """Return the last of what the program wrote to stderr over the last question."""
+        self._stderr.seek(self._before)
+        return self._stderr.read().decode(errors="replace")[-2000:]
 
     def _start(self) -> subprocess.Popen[str]:
         """Start the program. It ends with this process: its input ends then."""
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        # For appending: the program shares its position, which reading moves.
+        self._stderr = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as the process
         return subprocess.Popen(
             [sys.executable, *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             text=True,
             cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
@@ -434,6 +435,14 @@ class Plan:
     def n_tensors(self) -> int:
         """Return the number of output tensors."""
         return sum(len(file.tensors) for file in self.files)
+
+    def tensors(self) -> Iterator[OutputTensor]:
+        """Yield the tensors of all output files."""
+        return chain.from_iterable(file.tensors for file in self.files)
+
+    def segments(self) -> Iterator[Segment]:
+        """Yield the segments of all tensors."""
+        return chain.from_iterable(tensor.segments for tensor in self.tensors())
 
     def output_path(self) -> Path:
         """Return the path that stands for the whole output: the folder, or the first file."""

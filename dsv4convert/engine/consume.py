@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import FileFormatError, ResumeError
@@ -31,7 +31,8 @@ class Consumer:
         self.freed = 0  # bytes of what was cut
         self._keep = dict(plan.consumes)
         self._known = {path: Identity.of(path) for path in self._keep}
-        self._left = Counter(path for segment in _segments(plan) for path in self._files(segment))
+        segments = plan.segments() if plan.consumes else ()
+        self._left = Counter(path for segment in segments for path in self._files(segment))
 
     def _files(self, segment: Segment) -> set[Path]:
         return {operand.file for operand in segment.operands if operand.file in self._keep}
@@ -48,14 +49,6 @@ class Consumer:
                 self._left[path] -= 1
                 if not self._left[path]:
                     self.freed += _cut(path, self._keep[path], self._known[path])
-
-
-def _segments(plan: Plan) -> Iterator[Segment]:
-    if not plan.consumes:
-        return
-    for file in plan.files:
-        for tensor in file.tensors:
-            yield from tensor.segments
 
 
 class Room:
@@ -115,7 +108,7 @@ def read_bytes_by_file(plan: Plan) -> dict[Path, int]:
     """Return how many bytes are read of each file that ``plan`` uses up."""
     keep = dict(plan.consumes)
     found: Counter[Path] = Counter()
-    for segment in _segments(plan):
+    for segment in plan.segments() if plan.consumes else ():
         for operand in segment.operands:
             if operand.file in keep:
                 found[operand.file] += segment.rows * operand.row_bytes

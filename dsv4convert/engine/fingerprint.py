@@ -56,13 +56,7 @@ def _names(plan: Plan) -> dict[Path, str]:
 
     A file beside the model, such as an importance matrix, goes by its whole path or address.
     """
-    files = dict.fromkeys(
-        operand.file
-        for file in plan.files
-        for tensor in file.tensors
-        for segment in tensor.segments
-        for operand in segment.operands
-    )
+    files = dict.fromkeys(operand.file for segment in plan.segments() for operand in segment.operands)
     return {file: file.name if file.parent == plan.source else shown(Path(os.path.abspath(file))) for file in files}
 
 

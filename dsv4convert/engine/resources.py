@@ -42,12 +42,7 @@ def default_threads(plan: Plan) -> int:
     processors = len(os.sched_getaffinity(0))
     if mount_of(plan.source) is not None:
         return max(processors, READERS)
-    if any(
-        isinstance(tensor.segments[0].operation, Quantise)
-        for file in plan.files
-        for tensor in file.tensors
-        if tensor.segments
-    ):
+    if any(tensor.segments and isinstance(tensor.segments[0].operation, Quantise) for tensor in plan.tensors()):
         return processors
     files = sum(file.nbytes >= plan.nbytes * FILE_SHARE for file in plan.files)
     return min(processors, MANY_FILES_THREADS if files > 1 else ONE_FILE_THREADS)
@@ -55,7 +50,7 @@ def default_threads(plan: Plan) -> int:
 
 def memory_needed(plan: Plan, threads: int) -> int:
     """Return the bytes of memory that carrying out ``plan`` with ``threads`` workers takes at most."""
-    segments = sum(len(tensor.segments) for file in plan.files for tensor in file.tensors)
+    segments = sum(len(tensor.segments) for tensor in plan.tensors())
     ahead = 0 if mount_of(plan.source) is None else AHEAD_BYTES
     return BASE_MEMORY_BYTES + segments * SEGMENT_MEMORY_BYTES + threads * WORKER_MEMORY_BYTES + ahead
 
@@ -135,7 +130,7 @@ def disk_needed(plan: Plan, already: int = 0) -> int:
     needed = max(0, plan.nbytes - shared_bytes(plan.files, plan.destination) - already)
     if not plan.consumes:
         return needed
-    segments = sum(tensor.nbytes for file in plan.files for tensor in file.tensors)
+    segments = sum(tensor.nbytes for tensor in plan.tensors())
     return min(needed, room_needed(plan) + plan.nbytes - segments)
 
 

@@ -149,13 +149,13 @@ def _lack(plan: Plan, options: GgufOptions) -> str | None:
     """Return what is missing to make a plan's types; of a recipe that was asked for, the conversion itself says it."""
     if options.recipe is not None or options.imatrix is not None or options.importance is not None:
         return None
-    types = {tensor.dtype for file in plan.files for tensor in file.tensors}
+    types = {tensor.dtype for tensor in plan.tensors()}
     return NEEDS_IMPORTANCE if types & NEED_IMPORTANCE else None
 
 
 def _keeps_experts(checkpoint: Checkpoint, plan: Plan) -> bool:
     """Return whether all routed experts are published in FP4, and stay so."""
-    experts = [tensor.dtype for file in plan.files for tensor in file.tensors if "_exps." in tensor.name]
+    experts = [tensor.dtype for tensor in plan.tensors() if "_exps." in tensor.name]
     held = {weight.encoding for weight in checkpoint.weights.values() if weight.expert is not None}
     return held == {Encoding.FP4} and set(experts) == {MXFP4.name}
 

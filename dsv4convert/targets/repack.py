@@ -118,8 +118,7 @@ def summarize_repack(plans: Sequence[Plan], summary: Summary) -> RepackSummary:
     elements = sum(
         math.prod(tensor.shape) * (CODES_PER_BYTE if isinstance(segment.operation, Fp4ToNvfp4Codes) else 1)
         for plan in plans
-        for file in plan.files
-        for tensor in file.tensors
+        for tensor in plan.tensors()
         for segment in tensor.segments[:1]
         if isinstance(segment.operation, Fp4ToFp8Codes | Fp4ToNvfp4Codes)
     )

@@ -631,16 +631,11 @@ class FolderOutput(Outputs):
                 self._made.add(root)
             self._hold_folder(root)
             # Looked at once: what comes after this, or came after the run began, is somebody else's.
-            found = list(entries_within(root, self._may_open))
-            entries: dict[str, Identity | None] = {}
-            for entry in found:
-                name = os.path.relpath(entry.path, root)
-                if not entry.is_dir():
-                    entries[name] = Identity.of(root / name)
+            found = [(os.path.relpath(entry.path, root), entry) for entry in entries_within(root, self._may_open)]
+            entries = {name: Identity.of(root / name) for name, entry in found if not entry.is_dir()}
             if any(identity != self.discards.get(name) for name, identity in entries.items()):
                 raise appeared(root)
-            for entry in found:
-                name = os.path.relpath(entry.path, root)
+            for name, entry in found:
                 # A run that was killed at its start can leave folders without files.
                 is_ours = self._may_open(name) if entry.is_dir(follow_symlinks=False) else self._may_hold(name)
                 if not is_ours or (entry.is_symlink() and entry.is_dir()):

@@ -54,30 +54,38 @@ class Consumer:
 class Room:
     """Keeps what is written and not yet made up for by cuts within ``nbytes``, as the disk may have no room for more.
 
-    Threads of the run ask before they write, and wait until enough is durable and cut. Where nothing is under way that
-    could be cut, because tensors lie in another order than in their files, they need not.
+    Threads of the run wait with a segment until enough is durable and cut. Room is given in the order in which the
+    segments were handed out, whichever thread comes first: files are cut in that order. Where all before a segment is
+    durable and too little was cut, because tensors lie in another order than in their files, its thread need not wait.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._free = nbytes
-        self._under_way = 0
+        self._room = nbytes  # with what has been cut
+        self._asked = 0  # bytes of the segments that were handed out
+        self._places = 0  # and how many they are
+        self._durable = 0  # how many of them
         self._changed = threading.Condition()
         self.wanted = threading.Event()  # somebody waits: what is finished should become durable now
 
-    def take(self, nbytes: int, is_stopped: Callable[[], bool]) -> None:
-        """Wait until ``nbytes`` more may be written, or the run is stopped."""
+    def ask(self, nbytes: int) -> tuple[int, int]:
+        """Return the place in the queue of a segment that is handed out, for ``take``; one thread may ask at a time."""
+        self._asked += nbytes
+        self._places += 1
+        return self._asked, self._places
+
+    def take(self, place: tuple[int, int], is_stopped: Callable[[], bool]) -> None:
+        """Wait until the segment of a place may be written, or the run is stopped."""
+        asked, number = place
         with self._changed:
-            while self._under_way and nbytes > self._free and not is_stopped():
+            while asked > self._room and self._durable < number - 1 and not is_stopped():
                 self.wanted.set()
                 self._changed.wait(POLL_SECONDS)
-            self._free -= nbytes
-            self._under_way += 1
 
     def give_back(self, segments: int, nbytes: int) -> None:
         """Note that ``segments`` became durable, and that ``nbytes`` of the source have been cut with them."""
         with self._changed:
-            self._free += nbytes
-            self._under_way -= segments
+            self._room += nbytes
+            self._durable += segments
             self._changed.notify_all()
 
 

@@ -431,13 +431,14 @@ def _work(
                     if finished is not None:
                         shared.batch.append(finished)
                     found = None if worker.stopped else shared.tasks.next(lane)
-                if found is None:
-                    return
-                lane, task = found
+                    if found is None:
+                        return
+                    lane, task = found
+                    place = None if shared.room is None else shared.room.ask(_segment(plan, task).nbytes)
                 worker.file = task.file
                 worker.share(lane.workers)
-                if shared.room is not None:
-                    shared.room.take(_segment(plan, task).nbytes, lambda: worker.stopped)
+                if shared.room is not None and place is not None:
+                    shared.room.take(place, lambda: worker.stopped)
                 make = worker.look if outputs.is_shared(task.file) else worker.run
                 try:
                     made = make(

@@ -17,6 +17,7 @@ import dsv4convert.engine.consume as consume_module
 from dsv4convert.api import convert_gguf, merge, verify, verify_manifest
 from dsv4convert.containers.gguf import open_gguf
 from dsv4convert.containers.gguf_write import STRING, U16, KeyValue
+from dsv4convert.engine.consume import Room
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.manifest import manifest_of
 from dsv4convert.engine.names import Identity
@@ -203,6 +204,25 @@ def test_no_more_than_that_lies_on_the_disk_twice(
     execute(plan, threads=threads, record_seconds=60)
     assert out.read_bytes() == whole.read_bytes()
     assert most <= disk_needed(plan) < plan.nbytes
+
+
+def test_room_is_given_in_the_order_of_the_segments() -> None:
+    """The thread of a later segment can come first: were it let through, nothing that it waits for could be cut."""
+    room = Room(10)
+    first, second = room.ask(6), room.ask(6)
+    passed = threading.Event()
+
+    def take_second() -> None:
+        room.take(second, lambda: False)
+        passed.set()
+
+    threading.Thread(target=take_second, daemon=True).start()
+    assert not passed.wait(0.2)
+    room.take(first, lambda: False)  # at once
+    assert not passed.wait(0.2)
+    assert room.wanted.is_set()
+    room.give_back(1, 0)  # nothing was cut, and nothing more will be
+    assert passed.wait(10)
 
 
 def test_a_tensor_that_no_room_is_enough_for_does_not_wait_for_ever(

@@ -200,9 +200,7 @@ def run_plan(
     shared = _Shared(Schedule(files if makers is None else ()))
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())
-        shared.ranges = SharedRanges(
-            segment for file in plan.files for tensor in file.tensors for segment in tensor.segments
-        )
+        shared.ranges = SharedRanges(plan.segments())
     shared.drops = outgrows_memory(plan)
     if plan.consumes and recorder is not None:
         shared.room = Room(room_needed(plan))

@@ -1032,7 +1032,9 @@ def leading_layers(text: str | None) -> int | None:
         return None
     first, last = parse_layers(text)
     if first != 0:
-        hint = f"--layers 0-{first - 1} takes the first {first} layers" if first == last else f"use --layers 0-{last}"
+        hint = f"use --layers 0-{last}"
+        if first == last:
+            hint = f"--layers 0-{first - 1} takes the first {counted(first, 'layer')}"
         raise UsageError("--layers must start at layer 0", expected="a range such as 0-3", got=text, hint=hint)
     return last + 1
 

@@ -424,7 +424,7 @@ def _other_vocabulary(folder: Folder) -> str | None:
         "head": folder.shape("head.weight", "lm_head.weight"),
         "tid2eid": next((t.shape for name, t in folder.tensors.items() if name.endswith(".tid2eid")), None),
     }
-    other = [f"{name} has {shape[0]} rows" for name, shape in rows.items() if shape and shape[0] != said]
+    other = [f"{name} has {counted(shape[0], 'row')}" for name, shape in rows.items() if shape and shape[0] != said]
     return f"{', '.join(other)}, vocab_size is {said}" if other and isinstance(said, int) else None
 
 

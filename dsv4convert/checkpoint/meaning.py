@@ -146,7 +146,7 @@ def refuse(found: Sequence[Finding], where: object) -> NoReturn:
     Raises:
         InventoryError: always.
     """
-    more = f" (and {len(found) - 1} more findings)" if found[1:] else ""
+    more = f" (and {counted(len(found) - 1, 'more finding')})" if found[1:] else ""
     raise InventoryError(f"{found[0]}{more}", where=where, hint="without --strict such findings are notes")
 
 

@@ -42,4 +42,4 @@ def check(
         typer.echo(escape_control(f"suspicious: {finding}"))
     rate = report.bytes_read / report.seconds if report.seconds else 0.0
     typer.echo(f"{human_seconds(report.seconds)}, {human_bytes(rate)}/s")
-    typer.echo("nothing suspicious" if report.ok else f"{len(report.findings)} findings")
+    typer.echo("nothing suspicious" if report.ok else counted(len(report.findings), "finding"))

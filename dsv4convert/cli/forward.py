@@ -229,7 +229,7 @@ def forward(
     if speculate:
         say(
             f"drafts: {speculation.accepted} of {speculation.drafted} guesses accepted"
-            f" in {speculation.steps} runs of the trunk"
+            f" in {counted(speculation.steps, 'run')} of the trunk"
         )
 
 

@@ -83,6 +83,7 @@ def test_one_bad_value_anywhere_is_counted_and_named(editable: MakeEditable) -> 
     result = run_cli("check", source, "--strict")
     assert result.code == 7
     assert "NaN or infinite values in 3 tensors" in result.error
+    assert run_cli("check", source).out.endswith("\n1 finding\n")
 
 
 def test_zeros_are_named_as_experts_where_all_of_one_is_zero(editable: MakeEditable) -> None:

@@ -115,7 +115,7 @@ class Cluster:
         is_there = self.workers.startswith((HERE, "ray://"))
         seconds = JOIN_SECONDS if is_there else START_SECONDS
         where = f"{self.workers} ({address_here()})" if self.workers == HERE and address_here() else self.workers
-        self.tell(f"{where}: {'joining' if is_there else 'starting'} the Ray cluster, for {seconds:.0f} s at most")
+        self.tell(f"{where}: {'joining' if is_there else 'starting'} the Ray cluster; waits {seconds:.0f} s at most")
         ours, theirs = socket.socketpair()
         with theirs:
             code = _BRIDGE.format(path=sys.path, descriptor=theirs.fileno())

@@ -188,9 +188,10 @@ def execute_in_store(
             left = sum(bool(file.tensors) for file in plan.files) - len(sent)
             workers = sum(cluster.processors.values())
             if left < workers:
+                files = f"{left} file{'' if left == 1 else 's'}"
                 cluster.tell(
-                    f"{left} files for {workers} workers: a smaller --max-file-size would give all of them work; "
-                    "without --delete-uploaded several make one file, on the shared file system"
+                    f"{files} for {workers} workers: a smaller --max-file-size would give all of them work; without "
+                    "--delete-uploaded several make one file, on the shared file system"
                 )
             makers = _FileMakers(cluster, plan, journal, *uploading.lend(), sent)
             report = run_plan(

@@ -267,7 +267,7 @@ def test_a_cluster_that_does_not_answer_is_waited_for_a_while_and_said_at_once(
     assert time.monotonic() - begun < 3 + 5
     assert result.code == 15
     first, second = result.err.splitlines()
-    assert first == f"ray:auto ({address}): joining the Ray cluster, for 3 s at most"
+    assert first == f"ray:auto ({address}): joining the Ray cluster; waits 3 s at most"
     assert f"ray:auto ({address}): the Ray cluster does not answer: got 3 s of silence; check that it runs" in second
     assert list(tmp_path.iterdir()) == []
 

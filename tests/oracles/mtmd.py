@@ -26,9 +26,10 @@ def run_with_image(model: Path, tower: Path, pixels: npt.NDArray[np.uint8], befo
     """Return what llama.cpp makes of an image [height, width, 3] between two texts."""
     from llama_cpp import Llama, llama_cpp, mtmd_cpp
 
-    llama = Llama(str(model), n_ctx=CONTEXT, n_batch=CONTEXT, n_ubatch=CONTEXT, n_threads=2, verbose=False)
+    sizes = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), CONTEXT)
+    llama = Llama(str(model), **sizes, n_threads=1, n_threads_batch=1, verbose=False)
     parameters = mtmd_cpp.mtmd_context_params_default()
-    parameters.use_gpu, parameters.n_threads, parameters.warmup = False, 2, False
+    parameters.use_gpu, parameters.n_threads, parameters.warmup = False, 1, False
     context = mtmd_cpp.mtmd_init_from_file(str(tower).encode(), llama._model.model, parameters)
     assert context is not None
     chunks = mtmd_cpp.mtmd_input_chunks_init()

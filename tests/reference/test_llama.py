@@ -26,9 +26,11 @@ Array = npt.NDArray[Any]
 def llama_logits(path: Path, tokens: list[int]) -> Array:
     from llama_cpp import Llama
 
-    model = Llama(str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2)
+    size = len(tokens)
+    threads = {"n_threads": 1, "n_threads_batch": 1}  # more wait for each other, spinning, where tests share processors
+    model = Llama(str(path), n_ctx=size + 8, n_batch=size, logits_all=True, verbose=False, **threads)
     model.eval(tokens)
-    return np.array(model.scores[: len(tokens)], np.float64)
+    return np.array(model.scores[:size], np.float64)
 
 
 def cosines(a: Array, b: Array) -> Array:

@@ -17,6 +17,7 @@ from dsv4convert.targets.gguf_tensors import GgufOptions
 
 from ..checkpoints import MakeCheckpoint
 from ..oracles.llama_cpp import convert
+from ..reference.test_llama import llama_logits as logits
 
 pytestmark = pytest.mark.llama
 
@@ -101,14 +102,6 @@ def test_mtp_file_equals_llama_cpps(mtp_pair: tuple[Path, Path]) -> None:
     theirs, ours = GGUFReader(mtp_pair[0]), GGUFReader(mtp_pair[1])
     assert_same_tensors(theirs, ours)
     assert_superset_of_keys(theirs, ours)
-
-
-def logits(path: Path, tokens: list[int]) -> np.ndarray:
-    from llama_cpp import Llama
-
-    model = Llama(str(path), n_ctx=len(tokens) + 8, n_batch=len(tokens), logits_all=True, verbose=False, n_threads=2)
-    model.eval(tokens)
-    return np.array(model.scores[: len(tokens)])
 
 
 def test_llama_cpp_computes_the_same_from_both(pair: tuple[Path, Path]) -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def imported(folder: Path) -> dict[str, Path]:
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | OURS}
 
 
+installed = cache(packages_distributions)  # reads the records of every installed package
+
+
 def distributions(modules: Iterable[str]) -> set[str]:
     """Return the installed distributions that modules come from; of an absent one, its own name."""
-    known = packages_distributions()
-    return {normalised(name) for module in modules for name in known.get(module, [module])}
+    return {normalised(name) for module in modules for name in installed().get(module, [module])}
 
 
 REQUIRED = declared(PROJECT["dependencies"])

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dsv4convert"
-TREES = {
-    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return every module of the package, parsed, by its path."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
 
 Definition = ast.FunctionDef | ast.ClassDef
 
@@ -36,15 +41,17 @@ def raised(node: ast.AST) -> Iterator[ast.Raise]:
 
 
 def test_what_is_public_has_a_docstring() -> None:
-    missing = [name for name, tree in TREES.items() if tree.body and not ast.get_docstring(tree)]
-    missing += [f"{name}: {node.name}" for name, tree in TREES.items() for node in public(tree) if not described(node)]
+    missing = [name for name, tree in trees().items() if tree.body and not ast.get_docstring(tree)]
+    missing += [
+        f"{name}: {node.name}" for name, tree in trees().items() for node in public(tree) if not described(node)
+    ]
     assert missing == []
 
 
 def test_a_function_that_raises_says_so() -> None:
     silent = [
         f"{name}: {node.name}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         if not name.startswith("cli/")  # the docstrings of commands are their help texts
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and any(raised(node))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +62,16 @@ def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     emulator.close()
 
 
+Result = tuple[list[bytes], Tally]
+
+
+def result_of(codec: Callable[..., None], inputs: list, outputs: list[np.ndarray]) -> Result:
+    """Return the bytes and the counts that a codec makes in memory that held something else."""
+    made, tally = [np.full_like(out, 9) for out in outputs], Tally()
+    codec(*inputs, *made, Scratch(), tally)
+    return [out.tobytes() for out in made], tally
+
+
 class Comparison:
     """Runs a twin and the numpy codec on the same input and compares bytes and counts; notes what fell back."""
 
@@ -76,16 +87,13 @@ class Comparison:
 
         monkeypatch.setattr(module, name, counted)
 
-    def __call__(self, inputs: list, outputs: list[np.ndarray], what: object = "") -> bool:
-        """Compare; return whether the C code did the tile itself."""
+    def __call__(
+        self, inputs: list, outputs: list[np.ndarray], what: object = "", expected: Result | None = None
+    ) -> bool:
+        """Compare with ``expected``, or with what numpy makes; return whether the C code did the tile itself."""
         before = self.fallbacks
-        results = []
-        for function in (self._numpy, self._twin):
-            made = [np.full_like(out, 9) for out in outputs]
-            tally = Tally()
-            function(*inputs, *made, Scratch(), tally)
-            results.append(([out.tobytes() for out in made], tally))
-        assert results[0] == results[1], what
+        expected = expected or result_of(self._numpy, inputs, outputs)
+        assert result_of(self._twin, inputs, outputs) == expected, what
         return self.fallbacks == before
 
 
@@ -157,6 +165,7 @@ def scales_with_a_finite_d(largest: np.ndarray) -> list[int]:
     return [byte for byte, values in enumerate(d) if (values > 0).all() and np.isfinite(values).all()]
 
 
+@cache
 def pairs_of_fp8_codes() -> np.ndarray:
     """Return codes [127, 256]: row r's largest is r; column c holds c where that is no larger, with either sign."""
     largest = np.arange(0x7F, dtype=np.uint8)[:, None]
@@ -171,12 +180,20 @@ def pairs_of_fp8_codes() -> np.ndarray:
 MXFP4_LARGEST = [0, *range(0x15, 0x7F)]
 
 
+@cache
+def mxfp4_of_a_row(largest: int, byte: int) -> tuple[list, list[np.ndarray], Result]:
+    """Return a row of codes up to ``largest`` at a scale, memory for its MXFP4, and what numpy makes of it, once."""
+    row, out = pairs_of_fp8_codes()[largest], np.empty((1, 8 * mxfp4.BLOCK_BYTES), np.uint8)
+    inputs = [row[None], np.full((1, 2), byte, np.uint8), (128, 128)]
+    return inputs, [out], result_of(NUMPY.fp8_to_mxfp4, inputs, [out])
+
+
 def test_fp8_to_mxfp4_of_every_pair_of_codes_at_every_scale(comparison) -> None:
     compare = comparison("fp8_to_mxfp4")
-    out = np.empty((1, 8 * mxfp4.BLOCK_BYTES), np.uint8)
-    for largest, row in enumerate(pairs_of_fp8_codes()):
+    for largest in range(0x7F):
         for byte in range(256):
-            done = compare([row[None], np.full((1, 2), byte, np.uint8), (128, 128)], [out], (largest, byte))
+            inputs, outputs, expected = mxfp4_of_a_row(largest, byte)
+            done = compare(inputs, outputs, (largest, byte), expected)
             to = byte + max((largest >> 3) - 2 + (largest & 7 > 4), 1) - 7
             assert done == (largest in MXFP4_LARGEST and 10 <= byte <= 246 and (to >= 2 or largest == 0))
 

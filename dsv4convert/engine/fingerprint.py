@@ -30,7 +30,7 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
     has used up count by name. A run whose workers send its files adds the ``destination``.
     """
-    names = _names(plan)
+    names = _Names(plan.source)
     digest = xxhash.xxh3_128()
     mount = mount_of(plan.source)
     for file in plan.files:
@@ -51,13 +51,19 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     } | ({} if mount is None else {"revision": mount.revision})
 
 
-def _names(plan: Plan) -> dict[Path, str]:
-    """Return the source files of a plan with the names by which they count.
+class _Names(dict[Path, str]):
+    """The names by which source files count, of the files that were asked for.
 
     A file beside the model, such as an importance matrix, goes by its whole path or address.
     """
-    files = dict.fromkeys(operand.file for segment in plan.segments() for operand in segment.operands)
-    return {file: file.name if file.parent == plan.source else shown(Path(os.path.abspath(file))) for file in files}
+
+    def __init__(self, source: Path) -> None:
+        super().__init__()
+        self._source = source
+
+    def __missing__(self, file: Path) -> str:
+        self[file] = file.name if file.parent == self._source else shown(Path(os.path.abspath(file)))
+        return self[file]
 
 
 def mark_of(path: Path) -> list[int | str]:
@@ -132,8 +138,10 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
         FileFormatError: one changed meanwhile; what was read of it may be of both.
         InputOutputError: one cannot be looked at.
     """
-    for path, name in _names(plan).items():
-        if mark_of(path) != fingerprint["source"][name] and not is_cut(plan, path):
+    names = _Names(plan.source)
+    files = dict.fromkeys(operand.file for segment in plan.segments() for operand in segment.operands)
+    for path in files:
+        if mark_of(path) != fingerprint["source"][names[path]] and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

@@ -112,8 +112,9 @@ def _header_checksum(file: OutputFile) -> str:
 
 def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
     # Runs of [count, bytes]: segments have few sizes. There are so many tensors that only their names, which may need
-    # escapes, go through an encoder.
-    segments = [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)]
+    # escapes, go through an encoder, and that the segment of those that have one is not made.
+    sizes = [tensor.nbytes] if len(tensor.segments) == 1 else (segment.nbytes for segment in tensor.segments)
+    segments = [[len(list(run)), size] for size, run in groupby(sizes)]
     return (
         f'{{"name": {_json(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
         f'"segments": {segments}, "checksum": "{digest}"}}'

@@ -104,7 +104,7 @@ THROUGH: dict[str, tuple[str, Callable[[str, int], Fetch] | None]] = {
     "this package, S3 (obstore)": ("s3", through_ours_s3),
     "obstore, http": ("http", through_obstore_http),
     "fsspec, http (aiohttp)": ("http", through_fsspec_http),
-    "this package, http (huggingface_hub)": ("http", through_ours_http),
+    "this package, http": ("http", through_ours_http),
 }
 # By name: MB/s of the link and of a connection, seconds before an answer; and connections.
 LINKS = {

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import TypeVar
 
 from ..errors import InputOutputError
 
@@ -27,6 +28,8 @@ MAX_ATTEMPTS = 10
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 SLICE_SECONDS = 0.1
+
+Answer = TypeVar("Answer")
 
 
 class TransientError(Exception):
@@ -84,6 +87,22 @@ def wait_after(
             raise _stopped(address)
         time.sleep(min(left, SLICE_SECONDS))
     return failures
+
+
+def retried(ask: Callable[[], Answer], address: str, most: int = MAX_ATTEMPTS, *, doing: str = "fetched") -> Answer:
+    """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
+
+    ``doing`` is what an error says that could not be done.
+
+    Raises:
+        Dsv4Error: what ``ask`` raises, or it failed too often.
+    """
+    failures = 0
+    while True:
+        try:
+            return ask()
+        except TransientError as error:
+            failures = wait_after(error, failures, address, most=most, doing=doing)
 
 
 def _stopped(address: str) -> InputOutputError:
@@ -329,7 +348,7 @@ class Ahead:
         """
         done = 0
         while done < view.nbytes:
-            self._ask()
+            self.ask()
             block = self._blocks[0]
             self._connections.wait_for(block, self._stopped)
             begin = self.position - block.begin
@@ -340,7 +359,7 @@ class Ahead:
             if begin + count == block.buffer.nbytes:
                 self._connections.give_back(self._blocks.popleft())
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
         """Ask for as many blocks as there is memory for."""
         while self._asked < self.end:
             size = min(BLOCK_BYTES, self.end - self._asked)

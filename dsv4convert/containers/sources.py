@@ -296,6 +296,19 @@ class SequentialReader:
         self._position = begin
         self._held = b""
 
+    def start(self) -> None:
+        """Ask for the first bytes, before anybody waits for them."""
+        if not self._is_kept and self._remote.kept_until(self.begin) == self.begin:
+            self._ahead().ask()
+
+    def _ahead(self) -> Ahead:
+        """Return what is fetched from where the last read ended."""
+        if self._fetched is None or self._fetched.position != self._position:
+            self.close()
+            end = min(self.end, self._remote.next_kept(self._position))
+            self._fetched = self._remote.ahead(self._position, end, self._stopped)
+        return self._fetched
+
     def close(self) -> None:
         """End the request."""
         if self._fetched is not None:
@@ -331,13 +344,10 @@ class SequentialReader:
                 count = min(view.nbytes, kept_end - self._position)
                 self._remote.read_into(self._position, view[:count])
             else:
-                if self._fetched is None or self._fetched.position != self._position:
-                    self.close()
-                    end = min(self.end, self._remote.next_kept(self._position))
-                    self._fetched = self._remote.ahead(self._position, end, self._stopped)
-                count = min(view.nbytes, self._fetched.end - self._position)
-                self._fetched.read_into(view[:count])
-                if self._fetched.position == self._fetched.end:
+                fetched = self._ahead()
+                count = min(view.nbytes, fetched.end - self._position)
+                fetched.read_into(view[:count])
+                if fetched.position == fetched.end:
                     self.close()
             self._position += count
             view = view[count:]

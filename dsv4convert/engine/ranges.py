@@ -85,6 +85,10 @@ class RangeReader:
                 again = operand.row_bytes if operand.rows_per > 1 else 0
                 reader = SequentialReader(remote, begin, end, is_kept=is_kept, again=again, stopped=self._stopped)
                 self._operands.append((operand.file, reader))
+        # Weights and scales together: one after the other, each tensor would wait twice for the server. Those that
+        # fit into a block come first, which then share the memory with nobody.
+        for _, reader in sorted(self._operands, key=lambda each: each[1].end - each[1].begin):
+            reader.start()
 
     def end(self) -> None:
         """End the requests."""

@@ -6,6 +6,8 @@ Each is listed by a module of its own, which returns its files by name, and moun
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import re
 import shutil
 import tempfile
@@ -20,6 +22,9 @@ from ..sources import ADDRESS, Mount, RemoteFile, register
 MAX_FILES = 10_000
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 8
+
+# Of glibc's malloc.h.
+M_ARENA_MAX = -8
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def mount(text: str, *, headers_only: bool = False, cache: bool = False, stand_i
         UsageError: an address that is none, or ``cache`` for what is not the hub's.
         DeviceError: the packages for it are not installed.
     """
+    _share_freed_memory()  # before a library's threads have areas of their own
     found = ADDRESS.fullmatch(text)
     scheme, rest = (found[1], found[2]) if found else ("hf", text)
     rest = rest.rstrip("/")
@@ -151,6 +157,15 @@ def _mount(listing: Listing, headers_only: bool, stand_ins: bool) -> Path:
             found.add(name, file)
     register(found)
     return path
+
+
+def _share_freed_memory() -> None:
+    """Have all threads allocate from two areas: else glibc gives each one its own, which keeps what the thread freed.
+
+    With 16 processors, conversions from a store took 70 MiB more.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def check_names(names: list[str], address: str) -> None:

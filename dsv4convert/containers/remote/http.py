@@ -1,14 +1,15 @@
 """Ranges of files on web servers, and folders of them.
 
-Requests go through the HTTP client of ``huggingface_hub``, which takes proxies and certificates from the environment
-as the hub's own program does. Redirects are followed here, so that credentials go to the host they are for and to no
-other; certificates are always verified.
+Proxies and certificates come from the environment as for the hub's own program: behind a proxy, requests go through the
+HTTP client of ``huggingface_hub``, else see ``direct``. Redirects are followed here, so that credentials go to the host
+they are for and to no other; certificates are always verified.
 """
 
 from __future__ import annotations
 
 import contextlib
 import email.utils
+import http.client
 import json
 import re
 import time
@@ -19,17 +20,18 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpx2
-from huggingface_hub import get_session
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..fetching import MAX_ATTEMPTS, TransientError, Transport, wait_after
+from ..fetching import TransientError, Transport, retried
 from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
 from ..sources import READERS, RemoteFile
 from . import MAX_FILES, Listing, check_names
+from .direct import is_direct, send
 
 # The library's warnings repeat the addresses that failed, which are signed.
 set_verbosity_error()
@@ -42,6 +44,7 @@ TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DENIED = frozenset({401, 403})
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+BROKEN = (httpx2.TransportError, http.client.HTTPException, OSError)
 REDIRECTED_NOWHERE = "the server redirects to what is no address"
 
 # What a folder may hold next to its weights, where it cannot be listed.
@@ -86,17 +89,18 @@ def request(
             own = secret if secret and origin(url) == home else {}
             sent = {**headers, "Accept-Encoding": "identity", **own}
             try:
-                built = get_session().build_request(method, url, headers=sent, timeout=TIMEOUT)
-                if not own:
-                    built.headers.pop("authorization", None)
-                response = get_session().send(built, stream=True, follow_redirects=False, auth=None)
+                response = _send(method, url, sent, with_secret=bool(own))
             except OfflineModeIsEnabled:
                 raise InputMissingError("HF_HUB_OFFLINE forbids fetching it", where=address) from None
-            except httpx2.TransportError as error:
-                raise _broken(error) from None
-            except (httpx2.InvalidURL, UnicodeError):  # such as a host with a label of more than 63 characters
+            except (
+                httpx2.InvalidURL,
+                http.client.InvalidURL,
+                UnicodeError,
+            ):  # such as a host with a label of more than 63 characters
                 what = "no such address" if url == start else REDIRECTED_NOWHERE
                 raise InputOutputError(what, where=address, hint="check the address") from None
+            except BROKEN as error:
+                raise _broken(error) from None
             stack.callback(response.close)
             target = response.headers.get("Location")
             if response.status_code not in REDIRECTS or target is None:
@@ -118,6 +122,16 @@ def request(
         raise InputOutputError("the server redirects without end", where=address)
 
 
+def _send(method: str, url: str, headers: Mapping[str, str], *, with_secret: bool) -> Any:
+    """Send a request, with the hub's client where a connection of our own would not go the same way."""
+    if is_direct() and not constants.is_offline_mode():
+        return send(method, url, headers, origin(url))
+    built = get_session().build_request(method, url, headers=headers, timeout=TIMEOUT)
+    if not with_secret:
+        built.headers.pop("authorization", None)
+    return get_session().send(built, stream=True, follow_redirects=False, auth=None)
+
+
 def _broken(error: Exception) -> TransientError:
     """Return an error of the connection without anything of the request in it."""
     return TransientError(re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower())
@@ -131,22 +145,6 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
-
-
-def retried(ask: Any, address: str, most: int = MAX_ATTEMPTS, *, doing: str = "fetched") -> Any:
-    """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
-
-    ``doing`` is what an error says that could not be done.
-
-    Raises:
-        Dsv4Error: what ``ask`` raises, or it failed too often.
-    """
-    failures = 0
-    while True:
-        try:
-            return ask()
-        except TransientError as error:
-            failures = wait_after(error, failures, address, most=most, doing=doing)
 
 
 # What tells one content of a file from another, the better one first, and the header that asks for no other.
@@ -242,7 +240,7 @@ class HttpRanges(Transport):
     def _pieces(self, response: Any) -> Iterator[bytes]:
         try:
             yield from response.iter_raw()  # as they arrive, so that a cut loses none
-        except httpx2.TransportError as error:
+        except BROKEN as error:
             raise _broken(error) from None
 
 

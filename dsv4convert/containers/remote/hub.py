@@ -35,10 +35,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from ...errors import Dsv4Error, InputMissingError, InputOutputError, UsageError
-from ..fetching import TransientError
+from ..fetching import TransientError, retried
 from ..sources import RemoteFile
 from . import Listing, check_names
-from .http import DENIED, TRANSIENT_STATUSES, HttpRanges, origin, retried
+from .http import DENIED, TRANSIENT_STATUSES, HttpRanges, origin
 
 DEFAULT_REVISION = "main"
 LOGIN = "check the name; a private or gated repository needs access and a token: hf auth login, or HF_TOKEN"

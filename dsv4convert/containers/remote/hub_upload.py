@@ -25,9 +25,9 @@ from ..destinations import (
     other_weights,
     shown_address,
 )
+from ..fetching import retried
 from ..presence import is_file
 from ..sources import RemoteFile
-from .http import retried
 from .hub import LOGIN_AGAIN, REPOSITORY, HubRanges, ask
 
 CONFLICT = 412

@@ -20,9 +20,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotS
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
 from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sender, Sent, other_files_of_gguf, other_weights
-from ..fetching import MAX_ATTEMPTS
+from ..fetching import MAX_ATTEMPTS, retried
 from ..folder_names import CONFIG_NAME, INDEX_NAME
-from .http import retried
 from .stores import error_of, keys_hint, open_store, status_of
 
 # The older card while its output is being replaced: somebody may have written text in it.

@@ -16,10 +16,9 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import from_url
 
 from ...errors import FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..fetching import TransientError, Transport
+from ..fetching import TransientError, Transport, retried
 from ..sources import RemoteFile
 from . import Listing, check_names
-from .http import retried
 
 PIECE_BYTES = 2**16
 # Requests are made again here (see ``sources.Stream``), where a run can be stopped meanwhile.

@@ -1,0 +1,109 @@
+"""Requests by the standard library's HTTP client, over connections that are kept: for many large ranges at once.
+
+The client of ``huggingface_hub`` takes a tenth of a millisecond of the interpreter for every 64 KiB, and all threads
+share one interpreter. What it alone can do, proxies and clients of a program's own, is left to it: see ``is_direct``.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx2
+from huggingface_hub.utils import _http
+
+from ... import __version__
+
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+# At most: glibc would map, clear and unmap memory for each piece of 128 KiB.
+PIECE_BYTES = 2**17 - 2**12
+# Characters of a path and query that stay as they are; anything else is percent-encoded.
+AS_THEY_ARE = "%/:=&?~+!$,;'@()*[]"
+
+Origin = tuple[str, str, "int | None"]
+
+_idle: defaultdict[Origin, list[http.client.HTTPConnection]] = defaultdict(list)
+_context: list[Any] = []  # of certificates, made once
+_lock = threading.Lock()
+
+
+def is_direct() -> bool:
+    """Return whether nothing stands between this program and servers: no proxy, and no client of the program's own."""
+    proxies = urllib.request.getproxies()
+    factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
+    is_default = factory is not None and factory is getattr(_http, "default_client_factory", None)
+    return is_default and not any(proxies.get(scheme) for scheme in ("http", "https", "all"))
+
+
+class Answer:
+    """An answer whose body is read once; its connection serves the next request if all of the body has been read."""
+
+    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, key: Origin) -> None:
+        self._connection = connection
+        self._response = response
+        self._key = key
+        self.status_code = response.status
+        self.headers: Mapping[str, str] = response.headers  # type: ignore[assignment] # names in any case
+
+    def iter_raw(self) -> Iterator[bytes]:
+        """Yield the body as it arrives."""
+        while piece := self._response.read1(PIECE_BYTES):
+            yield piece
+
+    def read(self) -> bytes:
+        """Return the body."""
+        return self._response.read()
+
+    def close(self) -> None:
+        """Keep the connection, or close it where more could come."""
+        is_read = self._response.length == 0 and not self._response.will_close
+        self._response.close()
+        if is_read:
+            _idle[self._key].append(self._connection)
+        else:
+            self._connection.close()
+
+
+def send(method: str, url: str, headers: Mapping[str, str], key: Origin) -> Answer:
+    """Send a request to the origin ``key`` of a URL; redirects are answers too.
+
+    Raises:
+        OSError, http.client.HTTPException: the server cannot be reached, or does not answer as one.
+        UnicodeError, http.client.InvalidURL: no such address.
+    """
+    parts = urlsplit(url)
+    target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=AS_THEY_ARE)
+    while True:
+        try:
+            connection, is_used = _idle[key].pop(), True
+        except IndexError:
+            connection, is_used = _connect(key), False
+        try:
+            connection.request(method, target, headers={"User-Agent": f"dsv4convert/{__version__}", **headers})
+            return Answer(connection, connection.getresponse(), key)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            # One that was kept may have been closed by the server meanwhile: another is tried, or made.
+            if not is_used or isinstance(error, TimeoutError):
+                raise
+
+
+def _connect(key: Origin) -> http.client.HTTPConnection:
+    scheme, host, port = key
+    if scheme == "http":
+        made = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
+    else:
+        with _lock:
+            if not _context:
+                _context.append(httpx2.create_ssl_context())  # as the hub's client has it
+        made = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_context[0])
+    made.connect()
+    made.sock.settimeout(ANSWER_SECONDS)
+    made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return made

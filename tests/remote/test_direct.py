@@ -1,0 +1,126 @@
+"""Requests over connections of our own: certificates verified, renewed, proxies left to the hub's client."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import pytest
+
+from dsv4convert.containers.fetching import TransientError
+from dsv4convert.containers.remote import direct
+from dsv4convert.containers.remote.http import request
+
+# Of localhost, until 2126, made for these tests and known to nobody else's.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUYUzQBYomCicpLwQkoXb91ll5ymIwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNzEwMTcxN1oYDzIxMjYxMTAz
+MTAxNzE3WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAASGa71chZlzxDDysqTmlap/LIeoXQn9Qxc6TLpt7jyKDQCF0A/ilamQ
+uaACWpUY908AwoOxRwij34GSD/ljAqoPo28wbTAdBgNVHQ4EFgQUxN4ZtnrCpRc0
+dQOVHTxpfJjJg4owHwYDVR0jBBgwFoAUxN4ZtnrCpRc0dQOVHTxpfJjJg4owDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAMuH3A149cCy53RFjCbxYlQfL20m6gGbz0H+p82Mw6U+AiEA
+seaC/bWRwQlqy/SpoAePIpaLZym+qZ8svh/9H6hMO1A=
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgBk0cENGQfa+u96H4
+vJwSfGGEXnqY7zwcVfQ0vh+w+B+hRANCAASGa71chZlzxDDysqTmlap/LIeoXQn9
+Qxc6TLpt7jyKDQCF0A/ilamQuaACWpUY908AwoOxRwij34GSD/ljAqoP
+-----END PRIVATE KEY-----
+"""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers every request with the path that was asked for."""
+
+    protocol_version = "HTTP/1.1"
+    closes = False  # without a word of it
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        content = self.path.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = self.closes
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """Yield a running server."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    found = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {}))
+    found.daemon_threads = True
+    threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def get(url: str) -> str:
+    with request("GET", url, {}, "place") as response:
+        return b"".join(response.iter_raw()).decode()
+
+
+def test_a_connection_that_the_server_closed_is_made_anew(server: ThreadingHTTPServer) -> None:
+    server.RequestHandlerClass.closes = True  # type: ignore[attr-defined]
+    for number in range(3):
+        assert get(f"http://127.0.0.1:{server.server_port}/{number}") == f"/{number}"
+
+
+def test_a_path_is_sent_as_it_is_and_what_no_path_has_is_encoded(server: ThreadingHTTPServer) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    assert get(f"{url}/a%20b/c?Signature=x%2By~&d=e+f") == "/a%20b/c?Signature=x%2By~&d=e+f"
+    assert get(f"{url}/a b/ü") == "/a%20b/%C3%BC"
+    assert get(url) == "/"
+
+
+def test_certificates_are_verified(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cert.pem").write_text(CERTIFICATE)
+    (tmp_path / "key.pem").write_text(KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    monkeypatch.setattr(direct, "_context", [])
+    with pytest.raises(TransientError, match="cert verification error"):
+        get(f"https://localhost:{server.server_port}/a")
+    monkeypatch.setattr(direct, "_context", [])
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    assert get(f"https://localhost:{server.server_port}/a") == "/a"
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
+def test_behind_a_proxy_the_hubs_client_sends(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert direct.is_direct()
+    monkeypatch.setenv(variable, "http://proxy.invalid:3128")
+    assert not direct.is_direct()
+
+
+def test_a_client_of_the_programs_own_sends(server: ThreadingHTTPServer) -> None:
+    seen: list[str] = []
+
+    def make() -> httpx2.Client:
+        return httpx2.Client(event_hooks={"request": [lambda request: seen.append(str(request.url))]})
+
+    url = f"http://127.0.0.1:{server.server_port}/a"
+    huggingface_hub.set_client_factory(make)
+    try:
+        assert get(url) == "/a"
+        assert seen == [url]
+    finally:
+        huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    assert direct.is_direct()

@@ -627,7 +627,8 @@ def _carry_out(
         uploading = Uploading(plans[0], request, overwrite=run["overwrite"], resume=run["resume"])
     cluster = _cluster_of(run["workers"], plans, threads, progress)
     if run["dry_run"]:
-        return join_summaries([summarize_dry_run(plan, threads) for plan in plans])
+        is_sent = cluster is not None and uploading is not None and uploading.takes_senders and uploading.deletes
+        return join_summaries([summarize_dry_run(plan, threads, sent_by_workers=is_sent) for plan in plans])
     if uploading is not None and uploading.was_finished():
         summary = summarize_finished(plans[0], threads)
         return replace(summary, notes=(*summary.notes, "uploaded by that run, and not kept here"), deleted=True)

@@ -287,6 +287,9 @@ def describe_plan(plan: DryRun) -> Iterator[Block]:
     )
     for note in plan.notes:
         yield f"note: {note}"
+    if plan.worker_disk_needed:
+        room = human_bytes(plan.worker_disk_needed)
+        yield f"note: each worker needs {room} of its machine's disk, in TMPDIR or /tmp, for the file that it makes"
     needs = (
         ("disk", plan.disk_needed, plan.disk_free),
         ("memory", plan.memory_needed, plan.memory_available),

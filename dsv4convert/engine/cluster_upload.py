@@ -25,7 +25,7 @@ from .journal import Journal, Key, journal_path
 from .monitor import Step
 from .outputs import os_errors
 from .run import Finished, RunReport, Task, file_tasks, run_plan
-from .upload import Uploading
+from .upload import Uploading, is_made_here
 from .worker import Made
 
 
@@ -74,7 +74,7 @@ class _FileMakers(ClusterMakers):
         """Make files here or in workers; see ``ClusterMakers.make``."""
         elsewhere = []
         for index, (file, tasks) in enumerate(zip(self._plan.files, files, strict=True)):
-            if file.tensors and not file.name.endswith(".json"):
+            if not is_made_here(file):
                 elsewhere.append(tasks)
                 continue
             self.here[file.name] = path = self._folder / str(index)
@@ -185,7 +185,7 @@ def execute_in_store(
                 for file, what in journal.sent.items()
                 if file in complete and uploading.holds(plan.files[file].name, what)
             }
-            left = sum(bool(file.tensors) for file in plan.files) - len(sent)
+            left = sum(not is_made_here(file) for file in plan.files) - len(sent)
             workers = sum(cluster.processors.values())
             if left < workers:
                 files = f"{left} file{'' if left == 1 else 's'}"

@@ -362,13 +362,14 @@ def _check_all(
     check_free(plans[0].destination, needed)
 
 
-def summarize_dry_run(plan: Plan, threads: int | None = None) -> Summary:
+def summarize_dry_run(plan: Plan, threads: int | None = None, *, sent_by_workers: bool = False) -> Summary:
     """Return the summary of a run that only plans: nothing is read but headers, and nothing is written."""
     from .dry_run import foresee
 
     threads = default_threads(plan) if threads is None else threads
     nothing = RunReport((), Tally(), 0, 0.0, threads, "", resumed_bytes=0)
-    return replace(summarize(plan, nothing), written_bytes=0, dry_run=foresee(plan, threads))
+    found = foresee(plan, threads, sent_by_workers=sent_by_workers)
+    return replace(summarize(plan, nothing), written_bytes=0, dry_run=found)
 
 
 def _start(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ..containers.sources import shown
@@ -13,6 +15,7 @@ from ..plan import Dropped, Plan
 from .names import check_name_fits, check_no_mount_point
 from .outputs import SUFFIXES, free_bytes, outputs_of
 from .resources import disk_needed, memory_available, memory_needed
+from .upload import is_made_here
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The files of a plan, the tensors it leaves out, and the disk and memory (bytes) it needs and finds."""
+    """The files of a plan, the tensors it leaves out, and the disk and memory (bytes) it needs and finds.
+
+    ``worker_disk_needed`` is for a file on the disk of each worker of a cluster that sends what it makes to a store.
+    """
 
     target: str
     source: str
@@ -38,6 +44,7 @@ class DryRun:
     disk_free: int
     memory_needed: int
     memory_available: int
+    worker_disk_needed: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -45,8 +52,15 @@ class DryRun:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def foresee(plan: Plan, threads: int) -> DryRun:
-    """Return what ``plan`` would write, and what it needs with ``threads`` worker threads."""
+def foresee(plan: Plan, threads: int, *, sent_by_workers: bool = False) -> DryRun:
+    """Return what ``plan`` would write, and what it needs with ``threads`` worker threads.
+
+    ``sent_by_workers``: nothing lies at the destination, see ``execute_in_store``.
+    """
+    needed, folder, by_worker = disk_needed(plan), plan.destination, 0
+    if sent_by_workers:
+        needed, folder = sum(file.nbytes for file in plan.files if is_made_here(file)), Path(tempfile.gettempdir())
+        by_worker = max((file.nbytes for file in plan.files if not is_made_here(file)), default=0)
     return DryRun(
         target=plan.target,
         source=shown(plan.source),
@@ -57,10 +71,11 @@ def foresee(plan: Plan, threads: int) -> DryRun:
         dropped=plan.dropped,
         notes=(*plan.notes, *_obstacles(plan)),
         read_bytes=plan.source_bytes,
-        disk_needed=disk_needed(plan),
-        disk_free=free_bytes(plan.destination),
+        disk_needed=needed,
+        disk_free=free_bytes(folder),
         memory_needed=memory_needed(plan, threads),
         memory_available=memory_available(),
+        worker_disk_needed=by_worker,
     )
 
 

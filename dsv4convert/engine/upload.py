@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, open_destination
 from ..containers.presence import is_file
 from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError
-from ..plan import Plan
+from ..plan import OutputFile, Plan
 from .fingerprint import fingerprint_of
 from .journal import journal_path
 from .manifest import is_of, manifest_path, remove_manifest
@@ -44,6 +44,11 @@ class Upload:
     address: str
     delete: bool = False
     command: str | None = None
+
+
+def is_made_here(file: OutputFile) -> bool:
+    """Return whether the run makes a file where workers send the others: a header alone, or one that is shown last."""
+    return not file.tensors or file.name.endswith(".json")
 
 
 class Uploading:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import secrets
 import signal
@@ -24,9 +25,11 @@ from dsv4convert.engine.cluster_worker import FinishedFile, WholeFile, make_file
 from dsv4convert.engine.conversion import Summary, execute
 from dsv4convert.engine.upload import Upload, Uploading
 from dsv4convert.errors import DeviceError, Dsv4Error, InputOutputError, OutputExistsError, ResumeError, SpaceError
+from dsv4convert.html_report.figures import human_bytes
 from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 
+from ..command_line import run_cli
 from ..engine.test_cluster import HereCluster, free_port, head, processes, slow, wait_for  # noqa: F401 - a fixture
 from .hub_server import Hub
 from .store_server import SECRET, StoreServer
@@ -142,9 +145,10 @@ def test_fewer_files_than_workers_are_told_of(store: StoreServer, tiny: Path, tm
     uploading = Uploading(plan := plan_of(tiny, tmp_path / "out"), Upload(TARGET, delete=True))
     execute(plan, cluster=cluster, uploading=uploading)
     assert told == []
-    cluster.processors = {"one": len(plan.files)}  # of which some are JSON
+    files = sum(file.name.endswith(".safetensors") for file in plan.files)
+    cluster.processors = {"one": files + 1}
     execute(plan, cluster=cluster, uploading=uploading, fresh=True)
-    assert f"files for {len(plan.files)} workers: a smaller --max-file-size" in told[0]
+    assert f"{files} files for {files + 1} workers: a smaller --max-file-size" in told[0]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "fails first"])
@@ -287,6 +291,33 @@ def test_a_disk_without_room_for_a_file(
 
     with pytest.raises(SpaceError, match=r"no room for a file of \d+ bytes .*TMPDIR.*--max-file-size"):
         carry_out(plan, make)
+
+
+@pytest.mark.parametrize("workers", [pytest.param(True, marks=needs_ray), False], ids=["workers", "threads"])
+def test_a_dry_run_asks_for_room_where_the_files_are_made(
+    workers: bool, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    options = ("--max-file-size", "200K", "--upload", TARGET, "--delete-uploaded", "--dry-run")
+    options += ("--workers", "ray:2") if workers else ()
+    told = json.loads(run_cli("dequantize", tiny, tmp_path / "out", *options, "--json").out)
+    weights = [len(content) for name, content in whole.items() if name.endswith(".safetensors")]
+    total = sum(map(len, whole.values()))
+    assert told["disk_needed"] == (total - sum(weights) if workers else total)
+    assert told["worker_disk_needed"] == (max(weights) if workers else 0)
+    shown = run_cli("dequantize", tiny, tmp_path / "out", *options).out
+    room = f"each worker needs {human_bytes(max(weights))} of its machine's disk, in TMPDIR or /tmp"
+    assert (room in shown) == workers
+    assert not any(tmp_path.iterdir())
+
+
+def test_no_room_here_is_needed_for_what_workers_send(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsv4convert.engine.resources.free_bytes", lambda folder: 0)
+    with pytest.raises(SpaceError, match="not enough disk space"):
+        carry_out(plan_of(tiny, tmp_path / "out"), delete=False)
+    carry_out(plan_of(tiny, tmp_path / "out"))
+    assert without_card(store) == whole
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,13 +205,10 @@ def forward(
     if logits is not None:
         _save(logits, of_prompt, replaced)
     speculation = Speculation()
+    run: Callable[..., Iterator[int]] = generate_tokens
     if speculate:
-        tokens_after = generate_speculatively(
-            model, of_prompt[-1], state, generate, temperature=temperature, seed=seed, speculation=speculation
-        )
-    else:
-        tokens_after = generate_tokens(model, of_prompt[-1], state, generate, temperature=temperature, seed=seed)
-    continuation = list(tokens_after)
+        run = partial(generate_speculatively, speculation=speculation)
+    continuation = list(run(model, of_prompt[-1], state, generate, temperature=temperature, seed=seed))
     positions = _likeliest(prompt, of_prompt, top, vocabulary)
     if as_json:
         document: dict[str, Any] = {"tokens": prompt, "positions": positions}

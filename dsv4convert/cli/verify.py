@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import typer
 from click.core import ParameterSource
 
 from .. import api
-from ..errors import UsageError, VerifyError, counted, escape_control
+from ..errors import UsageError, VerifyError, counted
 from ..html_report.figures import human_bytes
 from .options import (
     ggml_lib_option,
@@ -24,11 +25,11 @@ from .options import (
 )
 from .pages import check_page, overwrite_page_option, report_option, write_page
 from .parsing import CHECK, COMPARISON, FOLDER, PATH, argument, command, option
-from .saying import print_json, report_before_verdict
-from .tables import Block, Table, print_blocks
+from .saying import report_before_verdict
+from .tables import Block, Table, print_result
 
 if TYPE_CHECKING:
-    from ..engine.names import Identity
+    from ..engine.manifest import ManifestReport
     from ..verification import Report
     from ..verification.report import TensorResult
 
@@ -112,9 +113,7 @@ def verify(
         given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
         if out is not None or given - {"threads"}:
             raise UsageError("--manifest takes only the output", hint="run dsv4convert verify --manifest OUT")
-        replaced = check_page(report, overwrite=overwrite_page, inputs=[source], outputs=[source])
-        _verify_manifest(source, progress, quiet, as_json, report, replaced)
-        return
+        out = source
     if out is None:
         raise UsageError(
             "output is missing", hint="run dsv4convert verify SOURCE OUT, or dsv4convert verify --manifest OUT"
@@ -124,57 +123,54 @@ def verify(
     inputs = [path for path in (source, out, *options.values()) if isinstance(path, Path)]
     replaced = check_page(report, overwrite=overwrite_page, inputs=inputs, outputs=[out])
     with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = api.verify(source, out, progress=display, **options)
-    with report_before_verdict(found.ok):
+        if manifest:
+            found = _found_by_manifest(api.verify_manifest(out, progress=display), out)
+        else:
+            found = _found_by_source(api.verify(source, out, progress=display, **options), out)
+    with report_before_verdict(found.error is None):
         try:
-            if as_json:
-                print_json(found.as_json())
-            elif not quiet:
-                print_blocks(describe(found))
+            if as_json or not quiet:
+                print_result(found.document, found.blocks, as_json=as_json)
         finally:
-            write_page(report, "verify", out, found.as_json(), replaced)
+            write_page(report, "verify --manifest" if manifest else "verify", out, found.document, replaced)
+    if found.error is not None:
+        raise found.error
+    if not as_json and not quiet:
+        typer.echo("verified")
+
+
+class _Found(NamedTuple):
+    """What a verification found: its JSON, what to print instead, and the error to end with."""
+
+    document: dict[str, Any]
+    blocks: Iterable[Block]
+    error: VerifyError | None
+
+
+def _found_by_manifest(found: ManifestReport, out: Path) -> _Found:
+    document = {
+        "verdict": "ok" if found.ok else "differs",
+        "output": str(out),
+        "files": found.files,
+        "tensors": found.tensors,
+        "bytes": found.nbytes,
+        "mismatches": list(map(asdict, found.mismatches)),
+    }
+    held = f"{counted(found.files, 'file')}, {counted(found.tensors)}, {human_bytes(found.nbytes)} against the manifest"
+    error = None
+    if not found.ok:
+        error = VerifyError(f"the output differs from the manifest: {found.mismatches[0]}", where=out)
+    return _Found(document, [held, *map(str, found.mismatches[:MAX_LISTED])], error)
+
+
+def _found_by_source(found: Report, out: Path) -> _Found:
+    error = None
     if not found.ok:
         first = found.problems[0]
         more = f" (and {counted(len(found.problems) - 1, 'more problem')})" if found.problems[1:] else ""
         what = first.what if first.where == str(out) else str(first)
-        raise VerifyError(f"the output differs from the source: {what}{more}", where=out)
-    if not as_json and not quiet:
-        typer.echo("verified")
-
-
-def _verify_manifest(
-    output: Path, progress: str, quiet: bool, as_json: bool, page: Path | None, replaced: Identity | None
-) -> None:
-    """Re-check the checksums of an output, print the outcome, and write the page that is asked for."""
-    from .report import progress_display
-
-    with progress_display(quiet or as_json, "verifying", form=progress) as display:
-        found = api.verify_manifest(output, progress=display)
-    document = {
-        "verdict": "ok" if found.ok else "differs",
-        "output": str(output),
-        "files": found.files,
-        "tensors": found.tensors,
-        "bytes": found.nbytes,
-        "mismatches": [{"file": m.file, "tensor": m.tensor, "what": m.what} for m in found.mismatches],
-    }
-    with report_before_verdict(found.ok):
-        try:
-            if as_json:
-                print_json(document)
-            elif not quiet:
-                typer.echo(
-                    f"{counted(found.files, 'file')}, {counted(found.tensors)}, {human_bytes(found.nbytes)} "
-                    "against the manifest"
-                )
-                for mismatch in found.mismatches[:MAX_LISTED]:
-                    typer.echo(escape_control(str(mismatch)))
-        finally:
-            write_page(page, "verify --manifest", output, document, replaced)
-    if not found.ok:
-        raise VerifyError(f"the output differs from the manifest: {found.mismatches[0]}", where=output)
-    if not as_json and not quiet:
-        typer.echo("verified")
+        error = VerifyError(f"the output differs from the source: {what}{more}", where=out)
+    return _Found(found.as_json(), describe(found), error)
 
 
 def describe(report: Report) -> Iterator[Block]:

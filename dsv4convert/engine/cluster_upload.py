@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..containers.destinations import Sender, Sent
+from ..errors import counted
 from ..formats.backend import default_codecs
 from ..plan import Plan
 from .cluster import Cluster, ClusterMakers
@@ -130,7 +131,7 @@ def send_files(cluster: Cluster, sender: Sender, files: Mapping[str, tuple[Path,
     """
     sent: dict[str, Sent] = {}
     cluster.connect()
-    cluster.tell(f"all is made: workers send {len(files)} files to {sender.address}")
+    cluster.tell(f"all is made: workers send {counted(len(files), 'file')} to {sender.address}")
 
     def piece(name: str) -> FinishedFile:
         path, nbytes = files[name]
@@ -188,10 +189,10 @@ def execute_in_store(
             left = sum(not is_made_here(file) for file in plan.files) - len(sent)
             workers = sum(cluster.processors.values())
             if left < workers:
-                files = f"{left} file{'' if left == 1 else 's'}"
                 cluster.tell(
-                    f"{files} for {workers} workers: a smaller --max-file-size would give all of them work; without "
-                    "--delete-uploaded several make one file, on the shared file system"
+                    f"{counted(left, 'file')} for {counted(workers, 'worker')}: a smaller "
+                    "--max-file-size would give all of them work; without --delete-uploaded several make one file, on "
+                    "the shared file system"
                 )
             makers = _FileMakers(cluster, plan, journal, *uploading.lend(), sent)
             report = run_plan(

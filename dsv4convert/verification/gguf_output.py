@@ -298,24 +298,21 @@ def _pieces(
                 continue
         if weights[0].row.store is Store.F32 and tensor.type != "f32":
             unprotected.append(name)
-        matrix = _gguf_matrix(tensor)
+        matrix, entry = _gguf_matrix(tensor), None
         seconds = _second_scales(model, tensor, weights)
         if seconds is not None:
-            yield from _moved_nvfp4(matrix._replace(encoding="nvfp4/e4m3"), tensor, weights)
+            matrix = matrix._replace(encoding="nvfp4/e4m3")
             _check_second_scales(model, tensor, seconds, report)
             scales.add(_second_name(name))
-            continue
-        entry = None
-        if imatrix is not None and tensor.type in LOW_BIT:
+        elif imatrix is not None and tensor.type in LOW_BIT:
             entry = _importance(imatrix, weights, architecture, draft_shift, report)
         if architecture == CLIP:
             yield _tower_piece(matrix, tensor, weights[0])
             continue
         for number, weight in enumerate(weights):
-            source = weight_matrix(weight)
+            source = weight_matrix(weight) if seconds is None else without_second(weight_matrix(weight))
             size = source.rows, source.columns
-            stacked = weight.expert is not None
-            at = (number * size[0], 0) if stacked else (0, number * size[1])
+            at = (0, number * size[1]) if weight.expert is None else (number * size[0], 0)
             of = None if entry is None else ImportanceOf(entry, number)
             yield Piece(matrix, tensor.shape, at, source, (0, 0), size, of)
     if unprotected:
@@ -343,13 +340,6 @@ def _second_scales(model: GgufModelFile, tensor: GgufTensor, weights: Sequence[W
         return None
     seconds = list(map(second_scale, sources))
     return seconds if _second_name(tensor.name) in model.tensors or set(seconds) == {1.0} else None
-
-
-def _moved_nvfp4(matrix: Matrix, tensor: GgufTensor, weights: Sequence[Weight]) -> Iterator[Piece]:
-    for number, weight in enumerate(weights):
-        source = without_second(weight_matrix(weight))
-        size = source.rows, source.columns
-        yield Piece(matrix, tensor.shape, (number * size[0], 0), source, (0, 0), size)
 
 
 def _check_second_scales(model: GgufModelFile, tensor: GgufTensor, seconds: list[float], report: Report) -> None:

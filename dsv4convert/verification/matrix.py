@@ -43,6 +43,8 @@ STORAGE = {
     "q8_0": (34, BLOCK),
     **{name: (BY_NAME[name].nbytes, BY_NAME[name].elements) for name in QUANTISED},
 }
+# Encodings whose elements are numbers as numpy reads them.
+PLAIN = {"f32": "<u4", "i32": "<i4", "f16": "<u2", "bf16": "<u2", "i64": "<i8"}
 SCALE_DTYPE = {"F8_E8M0": "<u1", "F8_E4M3": "<u1", "F32": "<u4", "BF16": "<u2"}
 # Rows that share a word of zero points.
 PER_WORD = 8
@@ -366,30 +368,21 @@ def _codes(raw: Bytes) -> Bytes:
 
 
 def _as_bits(matrix: Matrix, raw: Bytes, rows: Span, columns: Span) -> Any:
-    count, nbytes = rows[1] - rows[0], STORAGE[matrix.encoding][0]
-    if matrix.encoding in ("f32", "i32"):
-        return raw.view("<u4" if matrix.encoding == "f32" else "<i4")
-    if matrix.encoding in ("f16", "bf16"):
-        return raw.view("<u2")
-    if matrix.encoding == "i64":
-        return raw.view("<i8")
+    if matrix.encoding in PLAIN:
+        return raw.view(PLAIN[matrix.encoding])
     if matrix.encoding == "q8_0":
-        blocks = raw.reshape(count, -1, nbytes)
+        blocks = raw.reshape(len(raw), -1, STORAGE["q8_0"][0])
         d = np.ascontiguousarray(blocks[:, :, :2]).view("<u2").astype(np.uint32)
-        return ((d << np.uint32(8)) | blocks[:, :, 2:]).reshape(count, -1)
+        return ((d << np.uint32(8)) | blocks[:, :, 2:]).reshape(len(raw), -1)
     if matrix.encoding == "fp8/row":
         width = columns[1] - columns[0]
         return (np.repeat(raw[:, width:], BLOCK, axis=1).astype(np.uint16) << np.uint16(8)) | raw[:, :width]
-    if matrix.encoding == "fp4/nv" and matrix.scale is not None and matrix.second is not None:
-        spread = np.repeat(_read_grid(matrix.scale, rows, columns), NVFP4_BLOCK, axis=1).astype(np.uint64)
+    if matrix.encoding == "fp4/nv" and matrix.second is not None:
         second = np.uint64(read_at(matrix.second.file, matrix.second.offset, 4).view("<u4")[0])
-        return (second << np.uint64(12)) | (spread << np.uint64(4)) | _codes(raw)
-    if matrix.encoding == "fp4/e4m3" and matrix.scale is not None:
-        spread = np.repeat(_read_grid(matrix.scale, rows, columns), NVFP4_BLOCK, axis=1).astype(np.uint16)
-        return (spread << np.uint16(4)) | _codes(raw)
+        return (second << np.uint64(12)) | _with_scale(matrix, _codes(raw), rows, columns, shift=4)
     if matrix.encoding == "nvfp4/e4m3":
         return _ggml_nvfp4_bits(raw)
-    if matrix.encoding == "fp4/f32":
+    if matrix.encoding in ("fp4/f32", "fp4/e4m3"):
         return _with_scale(matrix, _codes(raw), rows, columns, shift=4)
     if matrix.encoding == "affine8" and matrix.scale is not None and matrix.zero is not None:
         biases = matrix.scale._replace(file=matrix.zero.file, offset=matrix.zero.offset)
@@ -433,7 +426,7 @@ def _with_scale(matrix: Matrix, codes: Any, rows: Span, columns: Span, shift: in
     row = np.arange(*rows) // height - rows[0] // height
     column = np.arange(*columns) // width - columns[0] // width
     spread = _read_grid(scale, rows, columns)[:, column][row]
-    kind = np.uint16 if matrix.encoding == "fp8" else np.uint64
+    kind = np.uint16 if matrix.encoding in ("fp8", "fp4/e4m3") else np.uint64
     return (spread.astype(kind) << kind(shift)) | codes
 
 

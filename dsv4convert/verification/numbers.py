@@ -133,8 +133,8 @@ def _values(encoding: str, bits: Bits) -> Any:
     if encoding in ("fp4", "mxfp4"):
         return E2M1[bits & 0xF] * e8m0_values(bits >> 4)
     if encoding == "fp4/nv":
-        second = (bits >> np.uint64(12)).astype(np.uint32).view(np.float32).astype(np.float64)
-        return E2M1[(bits & np.uint64(0xF)).astype(np.intp)] * _e4m3_scale(bits) * second
+        scale = E4M3[(bits >> np.uint64(4) & np.uint64(0xFF)).astype(np.intp)]
+        return E2M1[(bits & np.uint64(0xF)).astype(np.intp)] * scale * _f32_scale(bits, 12)
     if encoding in ("fp4/e4m3", "nvfp4/e4m3"):
         return E2M1[bits & 0xF] * E4M3[bits >> 4]
     if encoding == "fp4/f32":
@@ -158,12 +158,6 @@ def _values(encoding: str, bits: Bits) -> Any:
 def _f32_scale(bits: Bits, shift: int) -> Values:
     """Return the float32 scale whose bits stand above so many others."""
     scale: Values = (bits >> np.uint64(shift)).astype(np.uint32).view(np.float32).astype(np.float64)
-    return scale
-
-
-def _e4m3_scale(bits: Bits) -> Values:
-    """Return the scale of NVFP4 elements."""
-    scale: Values = E4M3[(bits >> np.uint64(4) & np.uint64(0xFF)).astype(np.intp)]
     return scale
 
 

@@ -19,8 +19,10 @@ import pytest
 
 from dsv4convert import api
 from dsv4convert.containers import fetching
+from dsv4convert.containers.destinations import Sender
 from dsv4convert.engine import cluster_worker
 from dsv4convert.engine.cluster_bridge import MAKE
+from dsv4convert.engine.cluster_upload import send_files
 from dsv4convert.engine.cluster_worker import FinishedFile, WholeFile, make_file
 from dsv4convert.engine.conversion import Summary, execute
 from dsv4convert.engine.upload import Upload, Uploading
@@ -136,6 +138,18 @@ def test_googles_store_too(
     for store in serving(StoreServer("gs"), monkeypatch):
         carry_out(plan_of(tiny, tmp_path / "out"), delete=delete, target=TARGET.replace("s3:", "gs:"))
         assert without_card(store) == whole
+
+
+@pytest.mark.parametrize(("names", "count"), [("a", "1 file"), ("ab", "2 files")], ids=["one", "several"])
+def test_files_to_send_are_told_with_their_number(
+    names: str, count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    cluster = HereCluster()
+    cluster.note = told.append
+    monkeypatch.setattr(cluster, "carry_out", lambda *_: None)
+    send_files(cluster, Sender(TARGET, "", overwrite=False), {name: (tmp_path / name, 1) for name in names})
+    assert told == [f"all is made: workers send {count} to {TARGET}"]
 
 
 def test_fewer_files_than_workers_are_told_of(store: StoreServer, tiny: Path, tmp_path: Path) -> None:

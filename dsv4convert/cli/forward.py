@@ -476,19 +476,13 @@ def _check_same_shapes(a: Model, b: Model) -> None:
         "vocab_size", "hidden_size", "hc_mult", "num_attention_heads", "head_dim", "n_routed_experts",
         "num_experts_per_tok", "index_n_heads", "index_head_dim",
     )  # fmt: skip
-    for key in keys:
-        if getattr(a.config, key) != getattr(b.config, key):
-            raise UsageError(f"the models differ in {key}", expected=getattr(a.config, key), got=getattr(b.config, key))
-    if a.n_layers != b.n_layers:
-        raise UsageError(
-            "the models differ in num_hidden_layers",
-            expected=a.n_layers,
-            got=b.n_layers,
-            hint="--layers 0-N runs the first layers of both",
-        )
+    pairs = [(key, getattr(a.config, key), getattr(b.config, key)) for key in keys]
     ratios = [model.config.compress_ratios[: model.n_layers] for model in (a, b)]
-    if ratios[0] != ratios[1]:
-        raise UsageError("the models differ in compress_ratios", expected=ratios[0], got=ratios[1])
+    pairs += [("num_hidden_layers", a.n_layers, b.n_layers), ("compress_ratios", ratios[0], ratios[1])]
+    for key, of_a, of_b in pairs:
+        if of_a != of_b:
+            hint = "--layers 0-N runs the first layers of both" if key == "num_hidden_layers" else None
+            raise UsageError(f"the models differ in {key}", expected=of_a, got=of_b, hint=hint)
 
 
 def _describe(comparison: Comparison) -> Iterator[Block]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -358,10 +359,7 @@ class Model:
     ) -> tuple[Array, Array]:
         """Return the streams [T, hc, D] after a layer's attention, and the weights that lag to its MoE."""
         p = self.parameters
-
-        def attend(x_TD: Array) -> Array:
-            return attention(p, x_TD, place, state, shared, record)
-
+        attend = partial(attention, p, place=place, state=state, shared=shared, record=record)
         X, pre = around(p, X, pre, f"{at}hc_attn", f"{at}attn_norm.weight", attend, record)
         record(f"{at}attn.streams", X)
         return X, pre
@@ -371,10 +369,7 @@ class Model:
     ) -> tuple[Array, Array]:
         """Return the streams [T, hc, D] after a layer's MoE, and the weights that lag to the next layer."""
         p = self.parameters
-
-        def mix(x_TD: Array) -> Array:
-            return mixture(p, x_TD, tokens_T, image_T, f"{at}ffn.", record)
-
+        mix = partial(mixture, p, tokens_T=tokens_T, image_T=image_T, at=f"{at}ffn.", record=record)
         X, pre = around(p, X, pre, f"{at}hc_ffn", f"{at}ffn_norm.weight", mix, record)
         record(f"{at}ffn.streams", X)
         return X, pre

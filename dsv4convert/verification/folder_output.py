@@ -532,34 +532,29 @@ def _shown(value: object) -> str:
 def _expected_config(checkpoint: Checkpoint, pieces: list[Piece], report: Report) -> dict[str, Any]:
     """Return the source's config as the tensors of source and output say that it must have changed."""
     config = borne_out_config(checkpoint)
-    quantised = [piece for piece in pieces if piece.output.encoding in QUANTISED]
-    was_quantised = any(piece.source.encoding in (*QUANTISED, *DECODED_FIRST) for piece in pieces)
-    if was_quantised and not quantised:
+    became = dict.fromkeys((piece.source.encoding, piece.output.encoding) for piece in pieces)
+    is_quantised = any(output in QUANTISED for _, output in became)
+    decoded = [output for source, output in became if source in (*QUANTISED, *DECODED_FIRST)]
+    if decoded and not is_quantised:
         for key in ("quantization_config", "expert_dtype"):
             config.pop(key, None)
-        floats = [p.output.encoding for p in pieces if p.source.encoding in (*QUANTISED, *DECODED_FIRST)]
-        for key in ("torch_dtype", "dtype"):
-            config[key] = DTYPE_NAMES[floats[0]]
-    elif any(p.source.encoding in (*FLOATS, *DECODED_FIRST) and p.output.encoding in QUANTISED for p in pieces):
+        config |= dict.fromkeys(("torch_dtype", "dtype"), DTYPE_NAMES[decoded[0]])
+    elif any(source in (*FLOATS, *DECODED_FIRST) and output in QUANTISED for source, output in became):
         config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
-    elif any(p.source.encoding == "fp4" and p.output.encoding == "fp4/nv" for p in pieces):
+    elif ("fp4", "fp4/nv") in became:
         config = {**config, "quantization_config": _nvfp4_quantization(checkpoint, config, pieces)}
-    elif any(p.source.encoding == "fp4" and p.output.encoding == "fp8" for p in pieces):
+    elif ("fp4", "fp8") in became:
         if "text_config" not in config:  # V4.1 says it in one place
             config["expert_dtype"] = "fp8"
         quantization = config.get("quantization_config")
         if isinstance(quantization, dict) and "expert_dtype" in quantization:
             config["quantization_config"] = {**quantization, "expert_dtype": "fp8"}
-    elif (
-        checkpoint.is_packed
-        and report.layout == FOLDER
-        and any(p.source.encoding == p.output.encoding == "fp4" for p in pieces)
-    ):
+    elif checkpoint.is_packed and report.layout == FOLDER and ("fp4", "fp4") in became:
         config = _quantised_config(config, FP8_SIDE[checkpoint.config.version])
     else:
         # Floats to floats: what dequantize was asked for is the type that some have now, and F32 stays as it is.
-        kinds = [p.output.encoding for p in pieces if p.source.encoding != "f32" and p.output.encoding in FLOATS]
-        if kinds and not quantised:
+        kinds = [output for source, output in became if source != "f32" and output in FLOATS]
+        if kinds and not is_quantised:
             config |= dict.fromkeys(("torch_dtype", "dtype"), DTYPE_NAMES[kinds[0]])
     has_tower = any(is_vision_name(weight.name) for weight in checkpoint.weights.values())
     keeps_tower = is_left_out(THE_MODEL, report) or any(is_vision_name(piece.source.name) for piece in pieces)

@@ -486,7 +486,9 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
     import gguf
 
     path, vocab_size, version = source / "tokenizer.json", config.vocab_size, config.version
-    templates = _templates(source, vocab_size, report)
+    tokenizer = load_tokenizer(source, vocab_size, "given")  # malformed files end here
+    report.notes += tokenizer.notes
+    templates = tokenizer.chat_templates
     document = read_json_object(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     yield "tokenizer.ggml.model", Expected("str", "gpt2")
     try:
@@ -521,13 +523,6 @@ def _vocabulary(source: Path, config: ModelConfig, report: Report) -> Iterator[t
     else:
         ours = resources.files("dsv4convert.model") / CHAT_TEMPLATES[version]
         yield CHAT_TEMPLATE, Expected("str", ours.read_text(encoding="utf-8"), optional=True, ours=True)
-
-
-def _templates(source: Path, vocab_size: int, report: Report) -> Mapping[str, str]:
-    """Return the source's chat templates by name, and note those that cannot be used; malformed files end here."""
-    tokenizer = load_tokenizer(source, vocab_size, "given")
-    report.notes += tokenizer.notes
-    return tokenizer.chat_templates
 
 
 def _special_vocab(document: Mapping[str, Any], source: Path, vocab_size: int) -> Any:

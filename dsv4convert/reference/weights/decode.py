@@ -44,7 +44,9 @@ GGML_KINDS = {name: kind for name, kind in BY_NAME.items() if name not in ("q8_1
 # "fp8/row": an n-gram table's row of E4M3 codes, and behind them its E8M0 scales, one for so many elements.
 ROW_SCALE_ELEMENTS = 32
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {"F8_E8M0": np.dtype(np.uint8), "F32": np.dtype("<f4")}
-TABLE_DTYPES: dict[str, np.dtype[Any]] = {"i32": np.dtype("<i4"), "i64": np.dtype("<i8")}
+TABLES = ("i32", "i64")
+PLAIN_DTYPES = {"f16": "<f2", "f32": "<f4", "i32": "<i4", "i64": "<i8"}
+SCALED = {"fp4": fp4_to_f32, "fp8": fp8_to_f32}
 
 
 class Scale(NamedTuple):
@@ -141,7 +143,7 @@ class Matrix(NamedTuple):
     @property
     def is_table(self) -> bool:
         """Return whether the elements are integers."""
-        return self.kind in TABLE_DTYPES
+        return self.kind in TABLES
 
     def row_slice(self, first: int, count: int) -> Matrix:
         """Return ``count`` rows from ``first`` on, of a matrix without scales."""
@@ -236,13 +238,11 @@ def _decode(
     """Decode bytes [rows, row_bytes] into ``out`` [rows, columns]; ``rows`` says which rows of the matrix they are."""
     tally = Tally()
     match matrix.kind:
-        case "fp4":
-            fp4_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
+        case "fp4" | "fp8" as kind:
+            SCALED[kind](raw, _present(scales, matrix), block, out, scratch, tally)
         case "int4":
             zero = None if matrix.zero is None or not len(rows) else matrix.zero.of_rows(rows)
             int4_to_float(raw, _present(scales, matrix), zero, block, out, scratch, tally)
-        case "fp8":
-            fp8_to_f32(raw, _present(scales, matrix), block, out, scratch, tally)
         case "fp8/row":
             codes, own = (np.ascontiguousarray(part) for part in np.split(raw, [matrix.columns], axis=1))
             fp8_to_f32(codes, own, (1, ROW_SCALE_ELEMENTS), out, scratch, tally)
@@ -252,12 +252,8 @@ def _decode(
             q8_0_to_f32(raw, out, scratch, tally)
         case "bf16":
             bf16_to_f32(raw.view("<u2"), out, scratch, tally)
-        case "f16":
-            out[:] = raw.view("<f2")
-        case "f32":
-            out[:] = raw.view("<f4")
-        case "i32" | "i64":
-            out[:] = raw.view(TABLE_DTYPES[matrix.kind])
+        case "f16" | "f32" | "i32" | "i64" as kind:
+            out[:] = raw.view(PLAIN_DTYPES[kind])
         case _:
             out[:] = dequantise(matrix.kind, raw)
     if matrix.factor is not None:

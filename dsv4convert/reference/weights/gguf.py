@@ -291,10 +291,7 @@ def _locations(file: GgufModelFile, dialect: TensorDialect, config: ModelConfig,
             if expected.name.endswith(TABLE) and tensor.type == I8:
                 locations[expected.name] = _table_location(tensor, expected, file)
             else:
-                second = (
-                    file.tensors.get(name.removesuffix(".weight") + SECOND_SUFFIX) if tensor.type == NVFP4 else None
-                )
-                locations[expected.name] = _location(tensor, expected, config, second)
+                locations[expected.name] = _location(tensor, expected, config, file)
     return locations
 
 
@@ -329,14 +326,12 @@ def _wrong_shape(tensor: GgufTensor, expected: list[int]) -> InventoryError:
     )
 
 
-def _location(
-    tensor: GgufTensor, expected: Expected, config: ModelConfig, second: GgufTensor | None = None
-) -> Location:
-    """Return where a weight lies; ``second`` are the second scales of NVFP4 experts.
+def _location(tensor: GgufTensor, expected: Expected, config: ModelConfig, file: GgufModelFile) -> Location:
+    """Return where a weight lies, with the second scales that NVFP4 experts have in a tensor of their own.
 
     Raises:
         UnsupportedError: a type that is not decoded here.
-        InventoryError: the shape of either is another.
+        InventoryError: the shape of either tensor is another.
     """
     if tensor.type not in GGML_KINDS:
         raise UnsupportedError(
@@ -354,7 +349,8 @@ def _location(
     matrix = Matrix(tensor.file, tensor.offset, tensor.type, stacked * rows, columns * joined)
     if expected.expert is not None:
         matrix = matrix.row_slice(expected.expert * rows, rows)
-    if second is not None:
+    second = file.tensors.get(tensor.name.removesuffix(".weight") + SECOND_SUFFIX)
+    if tensor.type == NVFP4 and second is not None:
         if second.type != "f32" or second.shape != (stacked,):
             raise _wrong_shape(second, [stacked])
         matrix = matrix._replace(factor=Factor(second.file, second.offset + (expected.expert or 0) * F32_BYTES))

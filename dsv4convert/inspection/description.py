@@ -108,11 +108,9 @@ class Description:
         """Return the description as plain JSON values (schemas/inspect.schema.json)."""
         values = asdict(self)
         del values["_parts"]
-        values["parts"] = [part._asdict() for part in self.parts]
-        values["layers"] = [layer._asdict() for layer in self.layers]
-        values["engram"] = [table._asdict() for table in self.engram]
+        for name in ("parts", "layers", "engram", "encodings"):
+            values[name] = [entry._asdict() for entry in getattr(self, name)]
         values["scales"] = [counts.as_json() for counts in self.scales]
-        values["encodings"] = [use._asdict() for use in self.encodings]
         return values
 
 

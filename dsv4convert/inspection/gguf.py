@@ -160,15 +160,12 @@ def official_rows(architecture: str | None) -> dict[str, str]:
     if architecture not in (*TEXT_ARCHITECTURES, DRAFT, TOWER):
         return rows
     tables = _tables(architecture)
-    for row in tables.top:
-        rows[name_of(row) or ""] = row.name
-    for row in tables.layer:
-        rows[name_of(row) or ""] = f"layers.0.{row.name}"
+    layer = "layers.0."
+    for prefix, group in (("", tables.top), (layer, tables.layer), (f"{layer}ffn.experts.0.", EXPERT_ROWS)):
+        rows |= {name_of(row) or "": prefix + row.name for row in group}
     if architecture == LLAMA_CPP_V41:
-        rows[TABLE_SCALES] = "layers.0.engram.embed.scale"
+        rows[TABLE_SCALES] = f"{layer}engram.embed.scale"
         rows |= {other: rows[name] for name, other in DS4_NAMES.items()}
-    for row in EXPERT_ROWS:
-        rows[name_of(row) or ""] = f"layers.0.ffn.experts.0.{row.name}"
     for row in MTP_ROWS + (DSPARK_ROWS if architecture == DRAFT else ()):
         rows.setdefault(name_of(row) or "", f"mtp.0.{row.name}")
     if architecture == TOWER:

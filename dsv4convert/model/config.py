@@ -494,31 +494,16 @@ def _check_named(config: ModelConfig, where: object) -> None:
 
 
 def _check_divisions(config: ModelConfig, where: object) -> None:
-    def must(condition: bool, key: str, expected: str, got: object) -> None:
-        if not condition:
+    c, heads, rotary, experts = config, config.num_attention_heads, config.qk_rope_head_dim, config.n_routed_experts
+    is_rotary = rotary % 2 == 0 and rotary <= min(c.head_dim, c.index_head_dim)
+    rotary_room = f"even, at most head_dim {c.head_dim} and index_head_dim {c.index_head_dim}"
+    taken, draft_taken, draft_experts = c.num_experts_per_tok, c.draft_num_experts_per_tok, c.draft_n_routed_experts
+    draft_room = f"at most dspark_n_routed_experts {draft_experts}"
+    for key, got, fits, expected in (
+        ("o_groups", c.o_groups, heads % c.o_groups == 0, f"a divisor of num_attention_heads {heads}"),
+        ("qk_rope_head_dim", rotary, is_rotary, rotary_room),
+        ("num_experts_per_tok", taken, taken <= experts, f"at most n_routed_experts {experts}"),
+        ("dspark_num_experts_per_tok", draft_taken, draft_taken <= draft_experts, draft_room),
+    ):
+        if not fits:
             raise ConfigError(f"key {key}: does not fit the other keys", where=where, expected=expected, got=got)
-
-    must(
-        config.num_attention_heads % config.o_groups == 0,
-        "o_groups",
-        f"a divisor of num_attention_heads {config.num_attention_heads}",
-        config.o_groups,
-    )
-    must(
-        config.qk_rope_head_dim % 2 == 0 and config.qk_rope_head_dim <= min(config.head_dim, config.index_head_dim),
-        "qk_rope_head_dim",
-        f"even, at most head_dim {config.head_dim} and index_head_dim {config.index_head_dim}",
-        config.qk_rope_head_dim,
-    )
-    must(
-        config.num_experts_per_tok <= config.n_routed_experts,
-        "num_experts_per_tok",
-        f"at most n_routed_experts {config.n_routed_experts}",
-        config.num_experts_per_tok,
-    )
-    must(
-        config.draft_num_experts_per_tok <= config.draft_n_routed_experts,
-        "dspark_num_experts_per_tok",
-        f"at most dspark_n_routed_experts {config.draft_n_routed_experts}",
-        config.draft_num_experts_per_tok,
-    )

@@ -260,6 +260,8 @@ class _Raw(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         count = max(0, min(view.nbytes, self._remote.size - self._position))
+        # What is kept is given alone: a buffer asks for more than its reader, and the rest would be waited for.
+        count = min(count, self._remote.kept_until(self._position) - self._position or count)
         # A reader at the start is after a header, and one that goes on where it was, after more of it.
         goes_on = self._position in (0, self._last_end)
         ahead = min(self._position + HEAD_BYTES, self._remote.size) if goes_on else None

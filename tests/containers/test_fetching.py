@@ -73,6 +73,17 @@ def read(reader: Ahead, step: int) -> bytes:
     return bytes(got)
 
 
+def test_a_small_tensor_that_is_kept_is_read_without_what_follows() -> None:
+    server = Server()
+    file = RemoteFile("place", len(CONTENT), "first", server)
+    file.read_into(1000, memoryview(bytearray(16)))
+    with file.open() as reader:
+        reader.seek(1000)
+        assert reader.read(16) == CONTENT[1000:1016]
+        assert server.asked == [(1000, 1016)]
+        assert reader.read(16) == CONTENT[1016:1032]
+
+
 @pytest.mark.parametrize("step", [1000, 300_000, 5 * BLOCK_BYTES])
 def test_a_range_comes_over_several_connections_each_byte_once(step: int) -> None:
     begin, end = 17, len(CONTENT) - 5

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from dsv4convert.synth.write import write_synth
 
 from .checkpoints import MakeCheckpoint
 from .fixtures import editable, fast_tmp
+
+# How long an example takes says nothing on a machine that does other work.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # No test asks the hub; those of tests/remote have one of their own.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -295,7 +295,7 @@ def test_decode_undoes_encode(folder: Path, text: str) -> None:
     assert "".join(tokenizer.decode([i]) for i in ids if text.isascii()) == (text if text.isascii() else "")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
 def test_decode_undoes_encode_for_any_text(folder: Path, text: str) -> None:
     tokenizer = load_tokenizer(folder, VOCAB)

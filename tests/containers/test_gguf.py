@@ -379,7 +379,7 @@ GOOD = build(
 )
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_headers_end_in_success_or_one_of_our_errors(data: st.DataObject, tmp_path: Path) -> None:
     content = bytearray(GOOD)

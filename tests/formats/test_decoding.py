@@ -155,7 +155,7 @@ def tiles(draw: st.DrawFn, source: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["fp8", "fp4"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_any_shape_any_block_any_scale(source: str, kind: str, data: st.DataObject):

@@ -96,7 +96,7 @@ def test_nan_scales_make_nan_codes_and_stay_out_of_the_tiles_scale(codecs: Codec
     assert tally == Tally(nan=32 * 10)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(1, 300),
     st.integers(1, 12),

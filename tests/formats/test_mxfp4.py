@@ -53,7 +53,7 @@ def test_the_block_layout_is_the_documented_one(codecs: Codecs, scratch: Scratch
     assert out.tobytes().hex() == "7b" + "".join(f"{15 - j:x}{j:x}" for j in range(16))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**32))
 def test_any_number_of_rows_and_groups(rows: int, groups: int, seed: int):
     rng = np.random.default_rng(seed)

@@ -196,7 +196,7 @@ def test_floats_equal_llama_cpps_c_bit_for_bit(codecs: Codecs, scratch: Scratch)
     np.testing.assert_array_equal(out, theirs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_shape_any_block_any_scale(data: st.DataObject):
     rows, groups = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dsv4convert.errors import escape_control
@@ -57,7 +57,6 @@ def test_no_text_becomes_markup(text: str, value: str) -> None:
     1.0,
     1.0,
 )
-@settings(deadline=None)
 @given(st.lists(st.floats(1e-3, 1e12), min_size=1, max_size=60), st.floats(1, 1e3), st.floats(1, 1e3))
 def test_areas_of_the_map_are_the_bytes_and_fill_it(sizes: list[float], width: float, height: float) -> None:
     sizes.sort(reverse=True)

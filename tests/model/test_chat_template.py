@@ -379,7 +379,7 @@ def test_the_plain_rules_give_the_published_prompts() -> None:
         assert encode(conversation, thinking, drop=True) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(conversation=messages, thinking=st.booleans(), drop=st.booleans())
 def test_any_conversation_follows_the_rules(conversation: list[Message], thinking: bool, drop: bool) -> None:
     context = {

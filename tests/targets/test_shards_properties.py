@@ -48,7 +48,7 @@ def models(draw: st.DrawFn) -> tuple[int, dict[str, int | list[int]]]:
     }
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(model=models(), seed=st.integers(0, 99), expert_dtype=st.sampled_from(["fp4", "fp8"]))
 def test_shards_concatenate_to_the_source(
     model: tuple[int, dict[str, int | list[int]]], seed: int, expert_dtype: str

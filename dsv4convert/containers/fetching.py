@@ -89,20 +89,27 @@ def wait_after(
     return failures
 
 
-def retried(ask: Callable[[], Answer], address: str, most: int = MAX_ATTEMPTS, *, doing: str = "fetched") -> Answer:
+def retried(
+    ask: Callable[[], Answer],
+    address: str,
+    most: int = MAX_ATTEMPTS,
+    *,
+    doing: str = "fetched",
+    stopped: Callable[[], bool] | None = None,
+) -> Answer:
     """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
 
-    ``doing`` is what an error says that could not be done.
+    ``doing`` is what an error says that could not be done; ``stopped`` says whether to give up while waiting.
 
     Raises:
-        Dsv4Error: what ``ask`` raises, or it failed too often.
+        Dsv4Error: what ``ask`` raises, it failed too often, or was stopped.
     """
     failures = 0
     while True:
         try:
             return ask()
         except TransientError as error:
-            failures = wait_after(error, failures, address, most=most, doing=doing)
+            failures = wait_after(error, failures, address, stopped, most, doing)
 
 
 def _stopped(address: str) -> InputOutputError:

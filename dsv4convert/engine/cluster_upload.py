@@ -20,7 +20,7 @@ from ..formats.backend import default_codecs
 from ..plan import Plan
 from .cluster import Cluster, ClusterMakers
 from .cluster_worker import FinishedFile, MadeFile, WholeFile, fill_file
-from .conversion import Summary, interrupted, summarize, work_is_kept
+from .conversion import Summary, begin_upload, interrupted, summarize, work_is_kept
 from .fingerprint import check_same, check_unchanged, fingerprint_of
 from .journal import Journal, Key, journal_path
 from .monitor import Step
@@ -163,8 +163,8 @@ def execute_in_store(
     if os.path.lexists(path) and not (resume or fresh):
         raise interrupted(path)
     cluster.connect()
-    uploading.begin()
     with Journal(path, forget=fresh, lock=lock) as journal, contextlib.closing(uploading):
+        begin_upload(uploading, journal)
         if journal.is_new:
             journal.begin(fingerprint, (), {}, {})
         elif resume:

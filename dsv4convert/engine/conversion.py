@@ -161,13 +161,13 @@ def execute(
         return summarize_finished(plan, threads)
     if cluster is not None:
         cluster.connect()
-    if uploading is not None:
-        uploading.begin()
     with (
         contextlib.closing(outputs),
         Journal(path, forget=fresh, lock=lock) as journal,
         contextlib.nullcontext() if uploading is None else contextlib.closing(uploading),
     ):
+        if uploading is not None:
+            begin_upload(uploading, journal)
         if journal.is_new:
             _start(plan, outputs, journal, fingerprint, overwrite, fresh)
         elif resume:
@@ -230,6 +230,21 @@ def work_is_kept(plan: Plan) -> Iterator[None]:
         if "--resume" in (error.hint or ""):
             raise
         raise error.with_changes(hint=f"{error.hint}; {RESUME_HINT}" if error.hint else RESUME_HINT) from None
+
+
+def begin_upload(uploading: Uploading, journal: Journal) -> None:
+    """Have the destination take the files of a run that holds the journal, so that no run of this output sends any now.
+
+    Raises:
+        Dsv4Error: see ``Uploading.begin``; nothing is left behind here.
+    """
+    had_work = journal.has_content
+    try:
+        uploading.begin()
+    except BaseException:
+        if not had_work:
+            journal.remove()
+        raise
 
 
 def check_not_both(*, resume: bool, fresh: bool) -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +89,12 @@ def test_choosing_numpy_loads_no_library():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_every_codec_of_one_backend_is_in_the_other():
-    assert {field.name for field in fields(numpy_codecs())} == {field.name for field in fields(compiled_codecs())}
-    for name in CODEC_NAMES:
-        assert callable(getattr(compiled_codecs(), name))
+def test_every_codec_but_three_is_compiled():
+    """One that a library lacks is numpy's, which makes the same bytes many times slower."""
+    compiled, plain = compiled_codecs(), numpy_codecs()
+    same = {name for name in CODEC_NAMES if getattr(compiled, name) is getattr(plain, name)}
+    assert same == {"mxfp4_to_f32", "q8_0_to_f32", "i64_to_i32"}
+    assert len(CODEC_NAMES) > 30
 
 
 def tile(name: str, rows: int, columns: int, seed: int) -> tuple[list, list[np.ndarray]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import httpx2
 import huggingface_hub
 import pytest
 
+from dsv4convert import __version__
 from dsv4convert.containers.fetching import TransientError
 from dsv4convert.containers.remote import direct
 from dsv4convert.containers.remote.http import request
+from dsv4convert.errors import InputOutputError
 
 # Of localhost, until 2126, made for these tests and known to nobody else's.
 CERTIFICATE = """\
@@ -40,15 +44,26 @@ Qxc6TLpt7jyKDQCF0A/ilamQuaACWpUY908AwoOxRwij34GSD/ljAqoP
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers every request with the path that was asked for."""
+    """Answers every request with the path that was asked for, or redirects to the bytes of ``location``."""
 
     protocol_version = "HTTP/1.1"
     closes = False  # without a word of it
+    location = b""
+    agents: list[list[str]]  # of each request
+    opened: list[object]
+
+    def setup(self) -> None:
+        self.opened.append(self)
+        super().setup()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
     def do_GET(self) -> None:
+        self.agents.append(self.headers.get_all("User-Agent", []))
+        if self.location and not self.path.startswith("/new/"):
+            self.wfile.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % self.location)
+            return
         content = self.path.encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
@@ -61,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """Yield a running server."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    found = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {}))
+    found = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Handler,), {"agents": [], "opened": []}))
     found.daemon_threads = True
     threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield found
@@ -80,6 +95,51 @@ def test_a_connection_that_the_server_closed_is_made_anew(server: ThreadingHTTPS
         assert get(f"http://127.0.0.1:{server.server_port}/{number}") == f"/{number}"
 
 
+def test_a_connection_that_was_idle_for_long_is_made_anew(
+    server: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = server.RequestHandlerClass.opened  # type: ignore[attr-defined]
+    for now, expected in ((0.0, 1), (29.0, 1), (60.0, 2)):
+        monkeypatch.setattr(direct, "monotonic", partial(float, now))
+        get(f"http://127.0.0.1:{server.server_port}/a")
+        assert len(opened) == expected
+
+
+def test_a_program_is_named_once(server: ThreadingHTTPServer) -> None:
+    with request("GET", f"http://127.0.0.1:{server.server_port}/a", {"user-agent": "hub"}, "place") as response:
+        response.read()
+    get(f"http://127.0.0.1:{server.server_port}/a")
+    agents = server.RequestHandlerClass.agents  # type: ignore[attr-defined]
+    assert agents == [["hub"], [f"dsv4convert/{__version__}"]]
+
+
+def test_a_redirect_may_have_letters_of_any_language(server: ThreadingHTTPServer) -> None:
+    server.RequestHandlerClass.location = "/new/ü?é".encode()  # type: ignore[attr-defined]
+    assert get(f"http://127.0.0.1:{server.server_port}/a") == "/new/%C3%BC?%C3%A9"
+    server.RequestHandlerClass.location = b"/new/\xfc"  # type: ignore[attr-defined]
+    assert get(f"http://127.0.0.1:{server.server_port}/a") == "/new/%C3%BC"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "host name not resolved"),
+        (ssl.SSLZeroReturnError(6, "closed"), "ssl zero return error"),
+        (ConnectionRefusedError(111, "refused"), "connection refused error"),
+    ],
+    ids=["host", "TLS", "refused"],
+)
+def test_errors_of_a_connection_are_words(error: OSError, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(direct, "_connect", fail)
+    with pytest.raises(TransientError, match=f"^{words}$"):
+        get("https://example.invalid/a")
+
+
 def test_a_path_is_sent_as_it_is_and_what_no_path_has_is_encoded(server: ThreadingHTTPServer) -> None:
     url = f"http://127.0.0.1:{server.server_port}"
     assert get(f"{url}/a%20b/c?Signature=x%2By~&d=e+f") == "/a%20b/c?Signature=x%2By~&d=e+f"
@@ -96,7 +156,12 @@ def test_certificates_are_verified(
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server.socket = context.wrap_socket(server.socket, server_side=True)
     monkeypatch.setattr(direct, "_context", [])
-    with pytest.raises(TransientError, match="cert verification error"):
+    with pytest.raises(InputOutputError, match=r"the server's certificate cannot be verified \(self-signed") as told:
+        get(f"https://localhost:{server.server_port}/a")
+    assert "SSL_CERT_FILE" in str(told.value)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    monkeypatch.setattr(direct, "_context", [])
+    with pytest.raises(InputOutputError, match=r"none.pem: certificates cannot be read \(No such file"):
         get(f"https://localhost:{server.server_port}/a")
     monkeypatch.setattr(direct, "_context", [])
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from dsv4convert.engine.journal import Journal
+from dsv4convert.engine.outputs import JOURNAL_SUFFIX
+
 from ..command_line import run_cli
 from .hub_server import Hub
 from .store_server import MARK, SECRET, StoreServer
@@ -332,6 +335,18 @@ def test_a_second_run_keeps_away_until_the_first_has_sent_all(store: Store, snap
     assert store.without_card() == contents(out)
     assert not (tmp_path / "other.gguf").exists()
     assert store.remote.run(*other).code == 0
+
+
+@pytest.mark.parametrize("options", [["--overwrite"], ["--overwrite", "--resume"]], ids=" ".join)
+def test_a_run_of_an_output_that_another_one_is_making_takes_no_place(
+    options: list[str], store: Store, snapshot: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out" / "Small-BF16"
+    again = dequantize(snapshot, out, *options)
+    store.put(MARK, b"of the other run")
+    with Journal(out.with_name(f"{out.name}{JOURNAL_SUFFIX}")):
+        assert store.remote.run(*again).code == 14
+    assert store.server.contents(PREFIX) == {MARK: b"of the other run"}
 
 
 def test_a_store_without_conditions_keeps_runs_apart_too(store: Store, snapshot: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -147,6 +148,22 @@ def test_a_file_that_may_have_changed_on_the_server_is_an_error(
         file.read_into(0, memoryview(bytearray(10)))
 
 
+def test_an_error_of_a_folder_waits_for_no_other_file(
+    web: tuple[str, type[Folder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(handler: Folder) -> None:
+        handler.send_response(403 if handler.path == "/config.json" else 503)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(web[1], "do_HEAD", answer)
+    begin = time.monotonic()
+    with pytest.raises(InputMissingError, match="the server refuses access"):
+        list_web_folder(web[0])
+    assert time.monotonic() - begin < 10
+
+
 def test_what_is_no_folder_on_a_server_is_one_line(web: tuple[str, type[Folder]], plain: Remote) -> None:
     assert "no such file on the server" in plain.run("inspect", f"{web[0]}/elsewhere").error
     assert "only https is read" in plain.run("inspect", "http://192.0.2.1/model").error
@@ -179,7 +196,7 @@ def test_a_host_that_cannot_be_is_one_line(plain: Remote) -> None:
     assert "config.json: no such address; check the address" in result.error
 
 
-@pytest.mark.parametrize("target", ["http://[bad", "//host:port/x", "http://[::1]:99999/"])
+@pytest.mark.parametrize("target", ["http://[bad", "//host:port/x", "http://[::1]:99999/", "ftp://127.0.0.1/x"])
 def test_a_redirect_to_no_address_is_one_line(
     target: str, web: tuple[str, type[Folder]], plain: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,16 @@ share one interpreter. What it alone can do, proxies and clients of a program's 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import os
 import socket
+import ssl
 import threading
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from time import monotonic
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -19,8 +23,14 @@ import httpx2
 from huggingface_hub.utils import _http
 
 from ... import __version__
+from ...errors import InputOutputError
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+# A connection is kept so long without a request: after minutes, routers forget it without a word to either end, and the
+# next request would be waited for in vain.
+IDLE_SECONDS = 30.0
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+CERTIFICATES_HINT = f"{' or '.join(CERTIFICATES)} names the certificates of authorities to trust"
 # At most: glibc would map, clear and unmap memory for each piece of 128 KiB.
 PIECE_BYTES = 2**17 - 2**12
 # Characters of a path and query that stay as they are; anything else is percent-encoded.
@@ -28,7 +38,8 @@ AS_THEY_ARE = "%/:=&?~+!$,;'@()*[]"
 
 Origin = tuple[str, str, "int | None"]
 
-_idle: defaultdict[Origin, list[http.client.HTTPConnection]] = defaultdict(list)
+# With the moment from which each is idle, the latest last.
+_idle: defaultdict[Origin, list[tuple[http.client.HTTPConnection, float]]] = defaultdict(list)
 _context: list[Any] = []  # of certificates, made once
 _lock = threading.Lock()
 
@@ -49,6 +60,10 @@ class Answer:
         self._response = response
         self._key = key
         self.status_code = response.status
+        location = response.headers.get("Location")
+        if location is not None:
+            with contextlib.suppress(UnicodeError):  # the library takes all bytes for Latin-1
+                response.headers.replace_header("Location", location.encode("latin-1").decode())
         self.headers: Mapping[str, str] = response.headers  # type: ignore[assignment] # names in any case
 
     def iter_raw(self) -> Iterator[bytes]:
@@ -65,7 +80,7 @@ class Answer:
         is_read = self._response.length == 0 and not self._response.will_close
         self._response.close()
         if is_read:
-            _idle[self._key].append(self._connection)
+            _idle[self._key].append((self._connection, monotonic()))
         else:
             self._connection.close()
 
@@ -76,22 +91,36 @@ def send(method: str, url: str, headers: Mapping[str, str], key: Origin) -> Answ
     Raises:
         OSError, http.client.HTTPException: the server cannot be reached, or does not answer as one.
         UnicodeError, http.client.InvalidURL: no such address.
+        InputOutputError: the server's certificate, or those of the authorities, are not as they must be.
     """
     parts = urlsplit(url)
     target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=AS_THEY_ARE)
+    sent = {name.title(): value for name, value in headers.items()}  # each once, in whichever case it is given
     while True:
+        connection = _kept(key)
+        is_used = connection is not None
+        connection = connection or _connect(key)
         try:
-            connection, is_used = _idle[key].pop(), True
-        except IndexError:
-            connection, is_used = _connect(key), False
-        try:
-            connection.request(method, target, headers={"User-Agent": f"dsv4convert/{__version__}", **headers})
+            connection.request(method, target, headers={"User-Agent": f"dsv4convert/{__version__}", **sent})
             return Answer(connection, connection.getresponse(), key)
-        except (OSError, http.client.HTTPException) as error:
+        except BaseException as error:
             connection.close()
             # One that was kept may have been closed by the server meanwhile: another is tried, or made.
-            if not is_used or isinstance(error, TimeoutError):
+            was_closed = is_used and isinstance(error, (OSError, http.client.HTTPException))
+            if not was_closed or isinstance(error, TimeoutError):
                 raise
+
+
+def _kept(key: Origin) -> http.client.HTTPConnection | None:
+    """Return a connection that has not been idle for long; others are closed."""
+    while True:
+        try:
+            connection, since = _idle[key].pop()
+        except IndexError:
+            return None
+        if monotonic() - since < IDLE_SECONDS:
+            return connection
+        connection.close()
 
 
 def _connect(key: Origin) -> http.client.HTTPConnection:
@@ -99,11 +128,29 @@ def _connect(key: Origin) -> http.client.HTTPConnection:
     if scheme == "http":
         made = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
     else:
-        with _lock:
-            if not _context:
-                _context.append(httpx2.create_ssl_context())  # as the hub's client has it
-        made = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_context[0])
-    made.connect()
+        made = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_certificates())
+    try:
+        made.connect()
+    except ssl.SSLCertVerificationError as error:
+        what = f"the server's certificate cannot be verified ({error.verify_message})"
+        raise InputOutputError(what, where=f"{scheme}://{host}:{port}", hint=CERTIFICATES_HINT) from None
     made.sock.settimeout(ANSWER_SECONDS)
     made.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return made
+
+
+def _certificates() -> Any:
+    """Return the context of certificates, as the hub's client has it.
+
+    Raises:
+        InputOutputError: they cannot be read.
+    """
+    with _lock:
+        if not _context:
+            try:
+                _context.append(httpx2.create_ssl_context())
+            except OSError as error:
+                where = next((os.environ[name] for name in CERTIFICATES if os.environ.get(name)), None)
+                what = f"certificates cannot be read ({error.strerror or type(error).__name__})"
+                raise InputOutputError(what, where=where, hint=CERTIFICATES_HINT) from None
+        return _context[0]

@@ -12,6 +12,8 @@ import email.utils
 import http.client
 import json
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -92,11 +94,8 @@ def request(
                 response = _send(method, url, sent, with_secret=bool(own))
             except OfflineModeIsEnabled:
                 raise InputMissingError("HF_HUB_OFFLINE forbids fetching it", where=address) from None
-            except (
-                httpx2.InvalidURL,
-                http.client.InvalidURL,
-                UnicodeError,
-            ):  # such as a host with a label of more than 63 characters
+            # Such as a host with a label of more than 63 characters.
+            except (httpx2.InvalidURL, http.client.InvalidURL, UnicodeError):
                 what = "no such address" if url == start else REDIRECTED_NOWHERE
                 raise InputOutputError(what, where=address, hint="check the address") from None
             except BROKEN as error:
@@ -114,7 +113,9 @@ def request(
             before = origin(url)
             try:
                 url = urljoin(url, target)
-                scheme = origin(url)[0]
+                scheme, host, _ = origin(url)
+                if scheme not in ("http", "https") or not host:
+                    raise ValueError
             except ValueError:
                 raise InputOutputError(REDIRECTED_NOWHERE, where=address) from None
             if scheme != "https" and before[0] == "https":
@@ -134,7 +135,9 @@ def _send(method: str, url: str, headers: Mapping[str, str], *, with_secret: boo
 
 def _broken(error: Exception) -> TransientError:
     """Return an error of the connection without anything of the request in it."""
-    return TransientError(re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower())
+    if isinstance(error, socket.gaierror):
+        return TransientError("host name not resolved")
+    return TransientError(re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", type(error).__name__).lower())
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -291,9 +294,18 @@ def _of_split(name: str) -> list[str]:
 
 def _look(url: str, names: list[str]) -> dict[str, RemoteFile]:
     """Return those of the files that are there."""
+    stopped = threading.Event()
+
+    def look_at(name: str) -> RemoteFile | None:
+        return retried(lambda: _look_at(url, name), f"{url}/{name}", stopped=stopped.is_set)
+
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda name: retried(lambda: _look_at(url, name), f"{url}/{name}"), names)
-        return {name: file for name, file in zip(names, found, strict=True) if file is not None}
+        try:
+            found = dict(zip(names, pool.map(look_at, names), strict=True))
+        except BaseException:  # the pool waits for its threads, and a server that does not answer is asked for minutes
+            stopped.set()
+            raise
+    return {name: file for name, file in found.items() if file is not None}
 
 
 def _look_at(folder: str, name: str) -> RemoteFile | None:

@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 SLICE_SECONDS = 0.1
 
+Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
@@ -89,27 +90,62 @@ def wait_after(
     return failures
 
 
-def retried(
-    ask: Callable[[], Answer],
-    address: str,
-    most: int = MAX_ATTEMPTS,
-    *,
-    doing: str = "fetched",
-    stopped: Callable[[], bool] | None = None,
-) -> Answer:
+def retried(ask: Callable[[], Answer], address: str, most: int = MAX_ATTEMPTS, *, doing: str = "fetched") -> Answer:
     """Return what ``ask()`` returns, asking again after errors that pass, ``most`` times in all.
 
-    ``doing`` is what an error says that could not be done; ``stopped`` says whether to give up while waiting.
+    ``doing`` is what an error says that could not be done.
 
     Raises:
-        Dsv4Error: what ``ask`` raises, it failed too often, or was stopped.
+        Dsv4Error: what ``ask`` raises, or it failed too often.
     """
     failures = 0
     while True:
         try:
             return ask()
         except TransientError as error:
-            failures = wait_after(error, failures, address, stopped, most, doing)
+            failures = wait_after(error, failures, address, most=most, doing=doing)
+
+
+def all_at_once(ask: Callable[[Item], Answer], items: Sequence[Item], threads: int) -> list[Answer]:
+    """Return what ``ask`` returns of each item, asked for by ``threads`` threads.
+
+    They are daemons, and neither the first error nor Ctrl-C waits for what the others have under way: a server that
+    does not answer is asked for minutes.
+
+    Raises:
+        Exception: what ``ask`` raises first.
+    """
+    from queue import SimpleQueue
+
+    left = iter(enumerate(items))
+    lock = threading.Lock()
+    is_over = threading.Event()
+    found: SimpleQueue[tuple[int, Answer] | Exception] = SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with lock:
+                one = next(left, None)
+            if one is None or is_over.is_set():
+                return
+            number, item = one
+            try:
+                found.put((number, ask(item)))
+            except Exception as error:  # noqa: BLE001 - handed to the reader, which raises it
+                found.put(error)
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=work, name="reader", daemon=True).start()
+    answers: dict[int, Answer] = {}
+    try:
+        while len(answers) < len(items):
+            one = found.get()
+            if isinstance(one, Exception):
+                raise one
+            answers[one[0]] = one[1]
+    finally:
+        is_over.set()
+    return [answers[number] for number in range(len(items))]
 
 
 def _stopped(address: str) -> InputOutputError:

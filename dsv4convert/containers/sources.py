@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from .. import errors
 from ..errors import InputMissingError, InputOutputError, SpaceError
-from .fetching import BLOCK_BYTES, SLICE_SECONDS, Ahead, Transport
+from .fetching import BLOCK_BYTES, SLICE_SECONDS, Ahead, Transport, all_at_once
 
 # A reader of a file's header gets this much at once: headers of the published checkpoints take 150 to 300 KiB.
 HEAD_BYTES = 256 * 2**10
@@ -444,11 +444,7 @@ def prefetch(ranges: Iterable[tuple[Path, int, int]]) -> None:
     """
     wanted = [(remote, offset, nbytes) for path, offset, nbytes in ranges if (remote := at(path)) is not None]
     if wanted:
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(_prefetch, wanted):
-                pass
+        all_at_once(_prefetch, wanted, READERS)
 
 
 def _prefetch(wanted: tuple[RemoteFile, int, int]) -> None:

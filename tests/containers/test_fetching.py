@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from dsv4convert.containers.fetching import BLOCK_BYTES, Ahead, Connections, Transport
+from dsv4convert.containers.fetching import BLOCK_BYTES, Ahead, Connections, Transport, all_at_once
 from dsv4convert.containers.sources import RemoteFile
 from dsv4convert.errors import InputOutputError
 
@@ -168,3 +168,24 @@ def test_bytes_that_several_threads_keep_are_asked_for_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read_all, range(8)))
     assert server.times_asked() == [1]
+
+
+def test_all_at_once_returns_answers_in_order_and_waits_for_none_after_an_error() -> None:
+    assert all_at_once(lambda number: number * number, range(100), 7) == [number * number for number in range(100)]
+    assert all_at_once(str, [], 7) == []
+    release = threading.Event()
+    asked: list[int] = []
+
+    def ask(number: int) -> None:
+        asked.append(number)
+        if number == 1:
+            raise IndexError("of the second")
+        release.wait(STOP_SECONDS)
+
+    begin = time.monotonic()
+    with pytest.raises(IndexError, match="of the second"):
+        all_at_once(ask, range(100), 2)
+    assert time.monotonic() - begin < STOP_SECONDS / 2
+    release.set()
+    time.sleep(0.05)
+    assert len(asked) <= 4

@@ -13,10 +13,8 @@ import http.client
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -27,7 +25,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..fetching import TransientError, Transport, retried
+from ..fetching import TransientError, Transport, all_at_once, retried
 from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
@@ -294,18 +292,8 @@ def _of_split(name: str) -> list[str]:
 
 def _look(url: str, names: list[str]) -> dict[str, RemoteFile]:
     """Return those of the files that are there."""
-    stopped = threading.Event()
-
-    def look_at(name: str) -> RemoteFile | None:
-        return retried(lambda: _look_at(url, name), f"{url}/{name}", stopped=stopped.is_set)
-
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            found = dict(zip(names, pool.map(look_at, names), strict=True))
-        except BaseException:  # the pool waits for its threads, and a server that does not answer is asked for minutes
-            stopped.set()
-            raise
-    return {name: file for name, file in found.items() if file is not None}
+    found = all_at_once(lambda name: retried(lambda: _look_at(url, name), f"{url}/{name}"), names, READERS)
+    return {name: file for name, file in zip(names, found, strict=True) if file is not None}
 
 
 def _look_at(folder: str, name: str) -> RemoteFile | None:

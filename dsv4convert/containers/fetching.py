@@ -6,6 +6,7 @@ the threads of ``Connections`` fetch ahead of their reader, each over a connecti
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -247,6 +248,10 @@ class Connections:
     def __init__(self, count: int = CONNECTIONS, memory: int = AHEAD_BYTES) -> None:
         self._count = count
         self._memory = memory
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget all threads and blocks: a process that was forked has none of the threads."""
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._queue: deque[_Block] = deque()
@@ -341,6 +346,7 @@ class Connections:
 
 
 _connections = Connections()
+os.register_at_fork(after_in_child=_connections.begin_anew)
 
 
 class Ahead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
     location = b""
     agents: list[list[str]]  # of each request
     opened: list[object]
+    before = after = b""  # of an answer
+    only: bytes | None = None  # instead of an answer, before it closes
 
     def setup(self) -> None:
         self.opened.append(self)
@@ -61,14 +64,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.agents.append(self.headers.get_all("User-Agent", []))
+        if self.only is not None:
+            self.wfile.write(self.only)
+            self.close_connection = True
+            return
         if self.location and not self.path.startswith("/new/"):
             self.wfile.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % self.location)
             return
         content = self.path.encode()
+        self.wfile.write(self.before)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+        if self.after:
+            time.sleep(0.1)  # it is there when the answer has been read
+            self.wfile.write(self.after)
         self.close_connection = self.closes
 
 
@@ -138,6 +149,37 @@ def test_errors_of_a_connection_are_words(error: OSError, words: str, monkeypatc
     monkeypatch.setattr(direct, "_connect", fail)
     with pytest.raises(TransientError, match=f"^{words}$"):
         get("https://example.invalid/a")
+
+
+def test_more_than_an_answer_is_not_taken_for_the_next_one(server: ThreadingHTTPServer) -> None:
+    server.RequestHandlerClass.after = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n/0"  # type: ignore[attr-defined]
+    for number in range(1, 4):
+        assert get(f"http://127.0.0.1:{server.server_port}/{number}") == f"/{number}"
+        time.sleep(0.2)
+
+
+def test_an_answer_may_be_announced(server: ThreadingHTTPServer) -> None:
+    announced = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>\r\n\r\n"
+    server.RequestHandlerClass.before = announced * 2  # type: ignore[attr-defined]
+    for number in range(2):
+        assert get(f"http://127.0.0.1:{server.server_port}/{number}") == f"/{number}"
+
+
+def test_a_head_that_is_cut_anywhere_may_be_asked_for_again(server: ThreadingHTTPServer) -> None:
+    head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: /b\r\n\r\n"
+    for size in range(len(head)):
+        server.RequestHandlerClass.only = head[:size]  # type: ignore[attr-defined]
+        with pytest.raises(TransientError, match=r"^(incomplete read|remote disconnected)$"):
+            get(f"http://127.0.0.1:{server.server_port}/a")
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon", "soon"])
+def test_a_date_that_is_none_is_not_waited_for(server: ThreadingHTTPServer, date: str) -> None:
+    busy = f"HTTP/1.1 429 Busy\r\nRetry-After: {date}\r\nContent-Length: 0\r\n\r\n"
+    server.RequestHandlerClass.before = busy.encode()  # type: ignore[attr-defined]
+    with pytest.raises(TransientError, match=r"^HTTP status 429$") as caught:
+        get(f"http://127.0.0.1:{server.server_port}/a")
+    assert caught.value.wait is None
 
 
 def test_a_path_is_sent_as_it_is_and_what_no_path_has_is_encoded(server: ThreadingHTTPServer) -> None:

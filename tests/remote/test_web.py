@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -96,6 +98,35 @@ def test_requests_one_after_another_share_a_connection(
             reader.read_into(memoryview(content)[begin : begin + 10])
     assert content == (snapshot / "config.json").read_bytes()[:30]
     assert len(opened) == 1
+
+
+def test_a_process_that_was_forked_reads_over_connections_of_its_own(
+    web: tuple[str, type[Folder]], snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    opened: list[object] = []
+    monkeypatch.setattr(
+        web[1], "setup", lambda handler: (opened.append(handler), SimpleHTTPRequestHandler.setup(handler))
+    )
+    found = _look_at(web[0], "config.json")
+    assert found is not None
+
+    def is_read() -> bool:
+        content = bytearray(found.size)
+        with found.ahead(0, found.size) as reader:
+            reader.read_into(memoryview(content))
+        return content == (snapshot / "config.json").read_bytes()
+
+    assert is_read()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(20)
+            os._exit(not is_read())
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(opened) == 2
 
 
 @pytest.fixture
@@ -196,7 +227,10 @@ def test_a_host_that_cannot_be_is_one_line(plain: Remote) -> None:
     assert "config.json: no such address; check the address" in result.error
 
 
-@pytest.mark.parametrize("target", ["http://[bad", "//host:port/x", "http://[::1]:99999/", "ftp://127.0.0.1/x"])
+@pytest.mark.parametrize(
+    "target",
+    ["http://[bad", "//host:port/x", "http://[::1]:99999/", "ftp://localhost/x", "file:///etc/passwd"],
+)
 def test_a_redirect_to_no_address_is_one_line(
     target: str, web: tuple[str, type[Folder]], plain: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import select
 import socket
 import ssl
 import threading
@@ -42,6 +43,8 @@ Origin = tuple[str, str, "int | None"]
 _idle: defaultdict[Origin, list[tuple[http.client.HTTPConnection, float]]] = defaultdict(list)
 _context: list[Any] = []  # of certificates, made once
 _lock = threading.Lock()
+# A process that was forked has the same connections, and the answers would go to either of the two.
+os.register_at_fork(after_in_child=_idle.clear)
 
 
 def is_direct() -> bool:
@@ -50,6 +53,40 @@ def is_direct() -> bool:
     factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
     is_default = factory is not None and factory is getattr(_http, "default_client_factory", None)
     return is_default and not any(proxies.get(scheme) for scheme in ("http", "https", "all"))
+
+
+class _Head:
+    """The lines before a body: where the connection ends, ``http.client`` would take them for all of them."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readline(self, limit: int) -> bytes:
+        """Return the next line.
+
+        Raises:
+            http.client.IncompleteRead: the connection was closed before its end.
+        """
+        line: bytes = self._file.readline(limit)
+        if not line.endswith(b"\n") and len(line) < limit:
+            raise http.client.IncompleteRead(line)
+        return line
+
+
+class _Response(http.client.HTTPResponse):
+    """A response whose head is whole, after those that announce it, such as 103 (Early Hints)."""
+
+    def begin(self) -> None:
+        """Read the head."""
+        whole = self.fp
+        self.fp = _Head(whole)  # type: ignore[assignment]
+        try:
+            super().begin()
+            while self.status < 200:
+                self.headers = self.msg = None  # type: ignore[assignment] # as before the first
+                super().begin()
+        finally:
+            self.fp = whole
 
 
 class Answer:
@@ -97,28 +134,32 @@ def send(method: str, url: str, headers: Mapping[str, str], key: Origin) -> Answ
     target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=AS_THEY_ARE)
     sent = {name.title(): value for name, value in headers.items()}  # each once, in whichever case it is given
     while True:
-        connection = _kept(key)
-        is_used = connection is not None
-        connection = connection or _connect(key)
+        kept = _kept(key)
+        connection = kept or _connect(key)
         try:
             connection.request(method, target, headers={"User-Agent": f"dsv4convert/{__version__}", **sent})
             return Answer(connection, connection.getresponse(), key)
         except BaseException as error:
             connection.close()
             # One that was kept may have been closed by the server meanwhile: another is tried, or made.
-            was_closed = is_used and isinstance(error, (OSError, http.client.HTTPException))
+            was_closed = kept is not None and isinstance(error, (OSError, http.client.HTTPException))
             if not was_closed or isinstance(error, TimeoutError):
                 raise
 
 
 def _kept(key: Origin) -> http.client.HTTPConnection | None:
-    """Return a connection that has not been idle for long; others are closed."""
+    """Return a connection that has not been idle for long; others are closed.
+
+    So is one with bytes to read: the server closed it, or they would pass for the next answer.
+    """
     while True:
         try:
             connection, since = _idle[key].pop()
         except IndexError:
             return None
-        if monotonic() - since < IDLE_SECONDS:
+        readable = select.poll()
+        readable.register(connection.sock, select.POLLIN)
+        if monotonic() - since < IDLE_SECONDS and not readable.poll(0):
             return connection
         connection.close()
 
@@ -129,6 +170,7 @@ def _connect(key: Origin) -> http.client.HTTPConnection:
         made = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
     else:
         made = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=_certificates())
+    made.response_class = _Response
     try:
         made.connect()
     except ssl.SSLCertVerificationError as error:

@@ -112,10 +112,10 @@ def request(
             try:
                 url = urljoin(url, target)
                 scheme, host, _ = origin(url)
-                if scheme not in ("http", "https") or not host:
-                    raise ValueError
             except ValueError:
-                raise InputOutputError(REDIRECTED_NOWHERE, where=address) from None
+                scheme = host = ""
+            if scheme not in ("http", "https") or not host:
+                raise InputOutputError(REDIRECTED_NOWHERE, where=address)
             if scheme != "https" and before[0] == "https":
                 raise InputOutputError("the server redirects from https to http", where=address)
         raise InputOutputError("the server redirects without end", where=address)
@@ -143,7 +143,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,6}", value):
         return float(value)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 

@@ -57,17 +57,17 @@ class Run:
         self.state: State = self.model.new_state()
         attention, mixture = reference_model.attention, reference_model.mixture
 
-        def forced(sublayer: Callable[..., Array], at: Callable[..., str]) -> Callable[..., Array]:
-            def run(*arguments: Any) -> Array:
-                name = f"{at(*arguments)}output"
-                self.ours[name] = sublayer(*arguments)
+        def forced(sublayer: Callable[..., Array], at: Callable[[dict[str, Any]], str]) -> Callable[..., Array]:
+            def run(*arguments: Any, **named: Any) -> Array:
+                name = f"{at(named)}output"
+                self.ours[name] = sublayer(*arguments, **named)
                 return self.theirs[name]
 
             return run
 
         with patch.context() as inside:
-            inside.setattr(reference_model, "attention", forced(attention, lambda p, x, place, *_: place.at))
-            inside.setattr(reference_model, "mixture", forced(mixture, lambda p, x, t, i, at, *_: at))
+            inside.setattr(reference_model, "attention", forced(attention, lambda named: named["place"].at))
+            inside.setattr(reference_model, "mixture", forced(mixture, lambda named: named["at"]))
             self.ours["logits"] = self.model.forward(self.tokens[:-1], self.state, record=self._record)
         assert self.state.main is not None
         self.ours["main_hidden"] = self.state.main

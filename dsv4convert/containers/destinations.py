@@ -49,7 +49,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Sender:
-    """What another process needs to send files for a run; ``mark`` is that of the run (see ``Destination.join``)."""
+    """What another process needs to send files for a run, whose mark is ``mark`` (see ``SharedDestination.join``)."""
 
     address: str
     mark: str
@@ -59,9 +59,10 @@ class Sender:
         """Return the destination, for ``Destination.send`` alone.
 
         Raises:
-            Dsv4Error: see ``Destination.join``.
+            Dsv4Error: see ``SharedDestination.join``.
         """
         destination = open_destination(self.address)
+        assert isinstance(destination, SharedDestination)  # one gave this away
         destination.join(self)
         return destination
 
@@ -69,13 +70,11 @@ class Sender:
 class Destination(ABC):
     """A place elsewhere for the files of one output, which no reader takes for whole before they all are there.
 
-    ``address`` is what to call it; where it ``takes_senders``, other processes can send files. ``older_files``, once
-    all is shown, are GGUF files of an older output of the same name that stay there. Every method raises Dsv4Error:
-    InputOutputError where the run may go on later.
+    ``address`` is what to call it. ``older_files``, once all is shown, are GGUF files of an older output of the same
+    name that stay there. Every method raises Dsv4Error: InputOutputError where the run may go on later.
     """
 
     address: str
-    takes_senders = False
     older_files: Sequence[str] = ()
 
     @abstractmethod
@@ -98,18 +97,6 @@ class Destination(ABC):
     @abstractmethod
     def send(self, name: str, path: Path, sent: Sent) -> None:
         """Send a file so that no reader takes the output for whole; content that is there already is not sent again."""
-
-    def sender(self) -> Sender:
-        """Return what other processes need to send files from now on; of an older output they are gone then."""
-        raise NotImplementedError
-
-    def join(self, sender: Sender) -> None:
-        """Send files for the run that gave ``sender`` away.
-
-        Raises:
-            OutputExistsError: another run has taken its place.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:
@@ -162,6 +149,22 @@ def shown_address(text: str) -> str:
     """
     user, at, rest = text.rpartition("@")
     return re.sub(r"[?#].*", "?…", f"…@{rest}" if at and ":" in user else text, flags=re.DOTALL)
+
+
+class SharedDestination(Destination):
+    """A destination to which other processes can send files of a run, too."""
+
+    @abstractmethod
+    def sender(self) -> Sender:
+        """Return what other processes need to send files from now on; of an older output they are gone then."""
+
+    @abstractmethod
+    def join(self, sender: Sender) -> None:
+        """Send files for the run that gave ``sender`` away.
+
+        Raises:
+            OutputExistsError: another run has taken its place.
+        """
 
 
 def open_destination(address: str) -> Destination:

@@ -36,7 +36,7 @@ class _NoOutputs:
     paths: Sequence[Path] = ()
 
     def descriptor(self, index: int) -> int:
-        """Return nothing: no segment is written through this."""
+        """Return nothing: only threads of a run ask, and where other processes make the segments it has none."""
         raise NotImplementedError
 
     def is_shared(self, index: int) -> bool:

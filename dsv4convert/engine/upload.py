@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, open_destination
+from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, SharedDestination, open_destination
 from ..containers.presence import is_file
 from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError
 from ..plan import OutputFile, Plan
@@ -79,10 +79,14 @@ class Uploading:
     @property
     def takes_senders(self) -> bool:
         """Return whether the workers of a cluster can send the files."""
-        return self._destination.takes_senders
+        return isinstance(self._destination, SharedDestination)
 
     def lend(self) -> tuple[Sender, Path]:
-        """Return what workers send files with, and a folder for those that are made here and sent at the end."""
+        """Return what workers send files with, and a folder for those that are made here and sent at the end.
+
+        Only where the destination takes their files.
+        """
+        assert isinstance(self._destination, SharedDestination)
         self._is_sending = True
         self._scratch = tempfile.TemporaryDirectory(prefix="dsv4convert-")
         return self._destination.sender(), Path(self._scratch.name)
@@ -178,13 +182,13 @@ class Uploading:
         self.begin()
         paths = {file.name: path for file, path in zip(self._plan.files, self._plan.final_paths(), strict=True)}
         paths |= self._made_here
-        if cluster is not None and self.takes_senders and self._scratch is None:
+        if cluster is not None and isinstance(self._destination, SharedDestination) and self._scratch is None:
             from .cluster_upload import send_files
 
             self._is_sending = True
             files = {file.name: (paths[file.name], file.nbytes) for file in self._plan.files}
-            late = {name: file for name, file in files.items() if not name.endswith(".json")}
-            self._sent |= send_files(cluster, self._destination.sender(), late)
+            weights = {name: file for name, file in files.items() if not name.endswith(".json")}
+            self._sent |= send_files(cluster, self._destination.sender(), weights)
         for index, file in enumerate(self._plan.files):
             if file.name not in self._sent and self._error is None:
                 self.file_done(index, paths[file.name])

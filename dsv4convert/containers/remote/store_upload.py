@@ -19,7 +19,15 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotSupportedError
 
 from ...errors import InputMissingError, InputOutputError, OutputExistsError, UsageError
-from ..destinations import CARD_NAME, MAX_CARD_BYTES, Destination, Sender, Sent, other_files_of_gguf, other_weights
+from ..destinations import (
+    CARD_NAME,
+    MAX_CARD_BYTES,
+    Sender,
+    Sent,
+    SharedDestination,
+    other_files_of_gguf,
+    other_weights,
+)
 from ..fetching import MAX_ATTEMPTS, retried
 from ..folder_names import CONFIG_NAME, INDEX_NAME
 from .stores import error_of, keys_hint, open_store, status_of
@@ -45,10 +53,8 @@ ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 Answer = TypeVar("Answer")
 
 
-class StoreDestination(Destination):
+class StoreDestination(SharedDestination):
     """A folder of a bucket, which must be there."""
-
-    takes_senders = True
 
     def __init__(self, scheme: str, rest: str) -> None:
         if any(part in ("", ".", "..") for part in rest.split("/")):
@@ -205,14 +211,14 @@ class StoreDestination(Destination):
         )
 
     def sender(self) -> Sender:
-        """See ``Destination.sender``."""
+        """See ``SharedDestination.sender``."""
         if self._overwrite:
             with self._lock:
                 self._make_room()
         return Sender(self.address, self._mark, self._overwrite)
 
     def join(self, sender: Sender) -> None:
-        """See ``Destination.join``; asks the store, so that keys which are missing here are missed at once."""
+        """See ``SharedDestination.join``; asks the store, so that keys which are missing here are missed at once."""
         self._mark, self._overwrite, self._has_made_room = sender.mark, sender.overwrite, True
         self._check_mark()
 

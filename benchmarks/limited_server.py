@@ -34,7 +34,7 @@ KEYS = {
     "AWS_REGION": "us-east-1",
     "AWS_ALLOW_HTTP": "true",
 }
-LIST_HEAD = '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+LIST_HEAD = '<?xml version="1.0"?><ListBucketResult>'
 
 
 class Limits(NamedTuple):

@@ -43,3 +43,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 def tiny(make_checkpoint: MakeCheckpoint) -> Path:
     """Return the tiny checkpoint of seed 0. Treat it as read-only."""
     return make_checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def slow(make_checkpoint: MakeCheckpoint) -> Path:
+    """Return a checkpoint of which low-bit types take a processor some seconds. Treat it as read-only."""
+    return make_checkpoint("tiny", experts=40)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
-import itertools
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -26,15 +24,14 @@ import pytest
 from dsv4convert import api
 from dsv4convert.engine import cluster as cluster_module
 from dsv4convert.engine.cluster import Cluster, cut, work_of_a_task
-from dsv4convert.engine.cluster_bridge import MAKE, Done, Submit
-from dsv4convert.engine.cluster_worker import PAGE_BYTES, FinalError, Piece, make_piece
+from dsv4convert.engine.cluster_bridge import Done
+from dsv4convert.engine.cluster_worker import PAGE_BYTES, Piece, make_piece
 from dsv4convert.engine.conversion import execute
 from dsv4convert.engine.journal import Journal, journal_path
 from dsv4convert.engine.monitor import Step
 from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import DeviceError, Dsv4Error, FileFormatError, InputOutputError, LockedError
 from dsv4convert.plan import Plan
-from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
@@ -42,18 +39,26 @@ from dsv4convert.targets.mend import Mends, plan_mend
 from dsv4convert.targets.repack import plan_repack
 from dsv4convert.targets.shards import plan_unshard
 
+from ..clusters import (
+    INPUT_OUTPUT,
+    SLOW_OPTIONS,
+    HereCluster,
+    close_ray,
+    free_port,
+    head,
+    needs_ray,
+    processes,
+    wait_for,
+)
 from ..command_line import run_cli
 from .plans import PLANS, contents, interrupt, leftovers
 
 # How many workers are killed, and how often one is.
 KILLS, KILL_SECONDS = 4, 0.4
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-
-DONE, INPUT_OUTPUT = 0, 16
+DONE = 0
 # Types of which the slow checkpoint takes a processor some seconds.
 SLOW = GgufOptions(dense="q4_0", experts="iq4_nl", output="f32")
-SLOW_OPTIONS = ("--dense", "q4_0", "--experts", "iq4_nl", "--output-type", "f32", "--quiet")
 FAST = ("gguf", "low-bit gguf", "split gguf", "shard", "dequantize", "repack", "mend")
 ALL_PLANS: dict[str, Callable[[Path, Path], Plan]] = PLANS | {
     "repack": lambda source, out: plan_repack(source, out / "fp8", max_file_bytes=2_000_000),
@@ -63,38 +68,6 @@ ALL_PLANS: dict[str, Callable[[Path, Path], Plan]] = PLANS | {
 
 
 # ---- without Ray: what a task holds, and what a worker refuses ---------------------------------------------
-
-
-class HereCluster(Cluster):
-    """In place of a cluster: tasks are made in this process, when their results are asked for."""
-
-    def __init__(self, make: Callable[[Any], Any] = lambda piece: MAKE[type(piece)](piece)) -> None:
-        self.workers, self.note = "here", None
-        self.processors = {"one": 1, "other": 2}
-        self.pieces: list[Any] = []
-        self.nodes: list[str] = []
-        self.numbers = itertools.count()
-        self._tasks: list[Submit] = []
-        self._make = make
-
-    def connect(self) -> None:
-        """Do nothing."""
-
-    def send(self, task: Submit) -> None:
-        """Keep a task."""
-        self._tasks.append(task)
-        self.pieces.append(task.piece)
-        self.nodes.append(task.node)
-
-    def receive(self, seconds: float) -> Done | None:
-        """Carry out the task that came last."""
-        task = self._tasks.pop()
-        try:
-            return Done(task.number, self._make(task.piece))
-        except FinalError as error:
-            return Done(task.number, error.args[0])
-        except Dsv4Error as error:
-            return Done(task.number, error)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -337,8 +310,7 @@ def test_segments_make_tasks_in_their_order() -> None:
 def environment() -> Iterator[dict[str, str]]:
     """Give Ray a token of its own, by which all processes of these tests are known."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        close_ray(patch)
         yield dict(os.environ)
 
 
@@ -347,25 +319,6 @@ def two_workers(environment: dict[str, str]) -> Iterator[Cluster]:
     """Return a local cluster of two workers."""
     with Cluster("ray:2") as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint of which low-bit types take a processor some seconds."""
-    folder = tmp_path_factory.mktemp("slow") / "checkpoint"
-    write_synth(folder, "tiny", experts=40)
-    return folder
-
-
-def processes(token: str, name: bytes) -> list[int]:
-    """Return the processes of a Ray cluster, by its token, whose command line has ``name`` in it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            is_named = entry.name.isdecimal() and name in (entry / "cmdline").read_bytes()
-            if is_named and token.encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return found
 
 
 @needs_ray
@@ -446,41 +399,10 @@ def start(source: Path, out: Path, workers: str, *options: str) -> subprocess.Po
     return subprocess.Popen([*line, "--workers", workers, *options], stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(found: Callable[[], object], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def is_working(token: str, run: subprocess.Popen[str]) -> bool:
     """Return whether a worker is in the middle of a task."""
     assert run.poll() is None, run.communicate()
     return bool(processes(token, b"ray::make_piece"))
-
-
-def head(port: int) -> subprocess.Popen[bytes]:
-    """Start the head of a cluster with two processors."""
-    line = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
-    line += ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}"]
-    line += ["--object-store-memory=80000000", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_for(partial(answers, port))
-    return process
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 @needs_ray
@@ -488,8 +410,7 @@ def test_a_head_that_is_lost_and_started_again(
     slow: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    token = secrets.token_hex(16)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token = close_ray(monkeypatch)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     out = tmp_path / "model.gguf"
     try:
@@ -518,8 +439,7 @@ def test_a_head_that_is_lost_and_started_again(
 def test_a_driver_that_is_killed_leaves_no_worker(
     slow: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = secrets.token_hex(16)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token = close_ray(monkeypatch)
     out = tmp_path / "model.gguf"
     run = start(slow, out, "ray:2")
     wait_for(partial(is_working, token, run))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from .hub_server import Hub, commit_of
+from .store_server import StoreServer, serving
 from .support import REPOSITORY, Remote
 
 
@@ -26,3 +27,9 @@ def remote(snapshot: Path, tmp_path: Path) -> Iterator[Remote]:
     hub.start()
     yield Remote(hub, tmp_path / "home")
     hub.stop()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
+    """Yield a running store with an empty bucket, see ``serving``."""
+    yield from serving(StoreServer(), monkeypatch)

@@ -7,10 +7,14 @@ import json
 import re
 import threading
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, quote
 from xml.sax.saxutils import unescape
+
+import pytest
+
+from dsv4convert.containers import fetching
 
 SECRET = "very-secret-key"
 BUCKET = "models"
@@ -157,3 +161,14 @@ class StoreServer:
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start(f"{status} {quote('told to')}", [("Content-Length", "0")])
         return [b""]
+
+
+def serving(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
+    """Yield a store while it runs, whose keys this process and those that it starts have."""
+    server.start()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(fetching, "LONGEST_WAIT_SECONDS", 0.1)
+    yield server
+    server.stop()

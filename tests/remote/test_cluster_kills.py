@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
-import secrets
 import shutil
 import signal
 import threading
@@ -16,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from ..engine.test_cluster import INPUT_OUTPUT, SLOW_OPTIONS, processes, slow  # noqa: F401 - a fixture
+from ..clusters import INPUT_OUTPUT, SLOW_OPTIONS, close_ray, needs_ray, processes
 from .hub_server import Hub
 from .store_server import BUCKET, MARK, StoreServer
 from .support import Remote, contents, finished
 from .test_cluster_source import SOURCE, put_source
-from .test_cluster_upload import TARGET, left, store, without_card  # noqa: F401 - a fixture
+from .test_cluster_upload import TARGET, left, without_card
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+pytestmark = needs_ray
 
 # So long after a worker got its task the first is killed; so many times as long lies between each two that follow, so
 # that the run ends on a slow machine too. A task is begun again ten times, then the run is, so often at most.
@@ -76,14 +74,12 @@ class Killer:
 def test_workers_are_killed_again_and_again(
     line: tuple[str, ...],
     out: str,
-    store: StoreServer,  # noqa: F811
-    slow: Path,  # noqa: F811
+    store: StoreServer,
+    slow: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token = secrets.token_hex(16)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token = close_ray(monkeypatch)
     remote = Remote(Hub(), tmp_path / "home", store.environment)
 
     def command(source: object, folder: Path) -> list[str]:

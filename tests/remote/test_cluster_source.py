@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import secrets
 import signal
 import sys
 from dataclasses import replace
@@ -21,22 +19,20 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.targets.dequantize import plan_dequantize
 
-from ..engine.test_cluster import HereCluster, free_port, head, processes
+from ..clusters import HereCluster, close_ray, free_port, head, needs_ray, processes
 from .hub_server import Hub
 from .store_server import BUCKET, StoreServer
 from .support import REPOSITORY, Remote, contents
-from .test_cluster_upload import TARGET, left, store, whole, without_card  # noqa: F401 - fixtures
+from .test_cluster_upload import TARGET, left, whole, without_card  # noqa: F401 - a fixture
 from .test_hub import CONVERSIONS, conversion, local  # noqa: F401 - a fixture
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-
 SOURCE = "theirs/Small-V4"
 
 
-def put_source(store: StoreServer, folder: Path) -> None:  # noqa: F811
+def put_source(store: StoreServer, folder: Path) -> None:
     for path in folder.iterdir():
         store.store().put(f"{SOURCE}/{path.name}", path.read_bytes())
 
@@ -52,7 +48,7 @@ def put_source(store: StoreServer, folder: Path) -> None:  # noqa: F811
 def test_a_machine_that_does_not_see_the_source_is_told_of(
     lacks: str,
     said: str,
-    store: StoreServer,  # noqa: F811
+    store: StoreServer,
     tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,15 +85,13 @@ def test_workers_read_the_hub(
 
 @needs_ray
 def test_from_store_to_store_workers_read_each_byte_once(
-    store: StoreServer,  # noqa: F811
+    store: StoreServer,
     tiny: Path,
     whole: dict[str, bytes],  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token, port = secrets.token_hex(16), free_port()
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token, port = close_ray(monkeypatch), free_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     put_source(store, tiny)
     of_workers = StoreServer()  # the same bucket by another address, which the workers alone know

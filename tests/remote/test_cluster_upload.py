@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
-import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv4convert import api
-from dsv4convert.containers import fetching
 from dsv4convert.containers.destinations import Sender
 from dsv4convert.engine import cluster_worker
 from dsv4convert.engine.cluster_bridge import MAKE
@@ -31,36 +28,18 @@ from dsv4convert.html_report.figures import human_bytes
 from dsv4convert.plan import Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 
+from ..clusters import HereCluster, close_ray, free_port, head, needs_ray, processes, wait_for
 from ..command_line import run_cli
-from ..engine.test_cluster import HereCluster, free_port, head, processes, slow, wait_for  # noqa: F401 - a fixture
 from .hub_server import Hub
-from .store_server import SECRET, StoreServer
+from .store_server import SECRET, StoreServer, serving
 from .support import Remote, contents, finished
 
 pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-
 PREFIX = "mine/Small-V4"
 TARGET = f"s3://models/{PREFIX}"
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
-    """Yield a running store with an empty bucket, whose keys this process and those that it starts have."""
-    yield from serving(StoreServer(), monkeypatch)
-
-
-def serving(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
-    server.start()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(fetching, "FIRST_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(fetching, "LONGEST_WAIT_SECONDS", 0.1)
-    yield server
-    server.stop()
 
 
 def without_card(store: StoreServer) -> dict[str, bytes]:
@@ -402,13 +381,11 @@ def test_two_workers_send_what_one_machine_makes(
 def test_workers_and_the_run_are_killed(
     delete: bool,
     store: StoreServer,
-    slow: Path,  # noqa: F811
+    slow: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token = secrets.token_hex(16)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token = close_ray(monkeypatch)
     out = tmp_path / "out" / "model.gguf"
     out.parent.mkdir()
     remote = Remote(Hub(), tmp_path / "home", store.environment)
@@ -447,13 +424,11 @@ def test_workers_and_the_run_are_killed(
 @needs_ray
 def test_no_weight_goes_through_the_run_when_a_head_is_lost_either(
     store: StoreServer,
-    slow: Path,  # noqa: F811
+    slow: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token, port = secrets.token_hex(16), free_port()
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    token, port = close_ray(monkeypatch), free_port()
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     of_workers = StoreServer()  # the same bucket by another address, which the workers alone know
     of_workers.start(shares=True)

@@ -148,7 +148,7 @@ def test_errors_of_a_connection_are_words(error: OSError, words: str, monkeypatc
 
     monkeypatch.setattr(direct, "_connect", fail)
     with pytest.raises(TransientError, match=f"^{words}$"):
-        get("https://example.invalid/a")
+        get("https://localhost/a")
 
 
 def test_more_than_an_answer_is_not_taken_for_the_next_one(server: ThreadingHTTPServer) -> None:
@@ -213,7 +213,7 @@ def test_certificates_are_verified(
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTPS_PROXY", "all_proxy"])
 def test_behind_a_proxy_the_hubs_client_sends(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert direct.is_direct()
-    monkeypatch.setenv(variable, "http://proxy.invalid:3128")
+    monkeypatch.setenv(variable, "http://localhost:3128")
     assert not direct.is_direct()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from ..clusters import free_port
 from ..command_line import run_cli
 from .hub_server import Hub
 from .support import WAIT_SECONDS, Remote, contents
@@ -47,12 +48,6 @@ class Store:
         """Return the objects of the folder by name."""
         keys = [entry["path"] for page in self.store.list(PREFIX) for entry in page]
         return {key.removeprefix(f"{PREFIX}/"): bytes(self.store.get(key).bytes()) for key in keys}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def running(variable: str, port: int, *options: str) -> Iterator[None]:

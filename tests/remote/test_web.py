@@ -82,14 +82,18 @@ def web(snapshot: Path) -> Iterator[tuple[str, type[Folder]]]:
     server.server_close()
 
 
+def connections(handler: type[Folder], monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Return a list that gets an entry for each connection which a server is asked for, by this process too."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    opened: list[object] = []
+    monkeypatch.setattr(handler, "setup", lambda made: (opened.append(made), SimpleHTTPRequestHandler.setup(made)))
+    return opened
+
+
 def test_requests_one_after_another_share_a_connection(
     web: tuple[str, type[Folder]], snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    opened: list[object] = []
-    monkeypatch.setattr(
-        web[1], "setup", lambda handler: (opened.append(handler), SimpleHTTPRequestHandler.setup(handler))
-    )
+    opened = connections(web[1], monkeypatch)
     found = [_look_at(web[0], "config.json") for _ in range(3)][-1]
     assert found is not None
     content = bytearray(30)
@@ -103,11 +107,7 @@ def test_requests_one_after_another_share_a_connection(
 def test_a_process_that_was_forked_reads_over_connections_of_its_own(
     web: tuple[str, type[Folder]], snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    opened: list[object] = []
-    monkeypatch.setattr(
-        web[1], "setup", lambda handler: (opened.append(handler), SimpleHTTPRequestHandler.setup(handler))
-    )
+    opened = connections(web[1], monkeypatch)
     found = _look_at(web[0], "config.json")
     assert found is not None
 

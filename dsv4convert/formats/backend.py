@@ -103,8 +103,43 @@ def compiled_codecs() -> Codecs:
             f"the compiled codecs do not load ({reason}); converting with numpy, slower", RuntimeWarning, stacklevel=2
         )
         return numpy_codecs()
-    names = (field.name for field in fields(Codecs) if hasattr(twins, field.name))
-    return Codecs(COMPILED, **{name: getattr(twins, name) for name in names})
+    return Codecs(
+        COMPILED,
+        fp8_to_f32=twins.fp8_to_f32,
+        fp8_to_bf16=twins.fp8_to_bf16,
+        fp8_to_f16=twins.fp8_to_f16,
+        fp4_to_f32=twins.fp4_to_f32,
+        fp4_to_bf16=twins.fp4_to_bf16,
+        fp4_to_f16=twins.fp4_to_f16,
+        fp4_to_mxfp4=twins.fp4_to_mxfp4,
+        fp4_to_nvfp4=twins.fp4_to_nvfp4,
+        fp4_to_nvfp4_scales=twins.fp4_to_nvfp4_scales,
+        nvfp4_to_ggml=twins.nvfp4_to_ggml,
+        fp4_to_fp8_scales=twins.fp4_to_fp8_scales,
+        fp4_to_fp8=twins.fp4_to_fp8,
+        fp8_to_q8_0=twins.fp8_to_q8_0,
+        fp8_to_mxfp4=twins.fp8_to_mxfp4,
+        fp4_to_q8_0=twins.fp4_to_q8_0,
+        f32_to_q8_0=twins.f32_to_q8_0,
+        bf16_to_q8_0=twins.bf16_to_q8_0,
+        f32_to_mxfp4=twins.f32_to_mxfp4,
+        f32_to_fp8=twins.f32_to_fp8,
+        f32_to_fp8_scales=twins.f32_to_fp8_scales,
+        f32_to_fp4=twins.f32_to_fp4,
+        f32_to_fp4_scales=twins.f32_to_fp4_scales,
+        bf16_to_mxfp4=twins.bf16_to_mxfp4,
+        bf16_to_fp8=twins.bf16_to_fp8,
+        bf16_to_fp8_scales=twins.bf16_to_fp8_scales,
+        bf16_to_fp4=twins.bf16_to_fp4,
+        bf16_to_fp4_scales=twins.bf16_to_fp4_scales,
+        f32_to_bf16=twins.f32_to_bf16,
+        f32_to_f16=twins.f32_to_f16,
+        bf16_to_f16=twins.bf16_to_f16,
+        f16_to_bf16=twins.f16_to_bf16,
+        bf16_to_f32=twins.bf16_to_f32,
+        f16_to_f32=twins.f16_to_f32,
+        count_not_finite=twins.count_not_finite,
+    )
 
 
 def default_codecs() -> Codecs:

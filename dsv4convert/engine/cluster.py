@@ -23,7 +23,7 @@ from ..containers.sources import mount_around
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
 from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Submit, address_here
-from .cluster_worker import Part, Piece, WholeFile, library_digest, program_digest, revision_digest
+from .cluster_worker import Part, Piece, WholeFile, Work, library_digest, program_digest, revision_digest
 from .fingerprint import mark_of
 from .journal import Claim
 from .run import Finished, RunOutputs, Task
@@ -294,12 +294,12 @@ class ClusterMakers:
         file = tasks[0].file
         status = os.fstat(self._outputs.descriptor(file))
         return Piece(
+            work=self.work(tasks),
             claim=self._claim_anywhere(),
             path=self._absolute(self._outputs.paths[file]),
             inode=status.st_ino,
             nbytes=status.st_size,
             is_shared=self._outputs.is_shared(file),
-            **self.work(tasks),
         )
 
     def _made(self, tasks: Sequence[Task], made: Any) -> Sequence[Made]:
@@ -317,20 +317,20 @@ class ClusterMakers:
             for task in tasks
         ]
 
-    def work(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Return the fields of ``Work`` for segments of one file."""
+    def work(self, tasks: Sequence[Task]) -> Work:
+        """Return the making of segments of one file as a task."""
         parts = self.parts(tasks)
         read = {operand.file for part in parts for operand in part.segment.operands}
         around = {path: mount_around(path) for path in read}
         mounts = {mount.path: (mount.address, revision_digest(mount)) for mount in around.values() if mount is not None}
         used = {part.segment.operation.library for part in parts if isinstance(part.segment.operation, Quantise)}
-        return {
-            "program": program_digest(),
-            "mounts": mounts,
-            "sources": {path: self._marks[path] for path in read if around[path] is None},
-            "libraries": {library: self._libraries[library] for library in used},
-            "parts": parts,
-        }
+        return Work(
+            program=program_digest(),
+            mounts=mounts,
+            sources={path: self._marks[path] for path in read if around[path] is None},
+            libraries={library: self._libraries[library] for library in used},
+            parts=parts,
+        )
 
     def _claim_anywhere(self) -> Claim:
         claim = self._claim()

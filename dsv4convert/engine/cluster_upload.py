@@ -90,11 +90,11 @@ class _FileMakers(ClusterMakers):
         index = tasks[0].file
         file = self._plan.files[index]
         return WholeFile(
+            work=self.work(list(file_tasks(self._plan, index))),
             name=file.name,
             header=file.header,
             nbytes=file.nbytes,
             sender=self._sender,
-            **self.work(list(file_tasks(self._plan, index))),
         )
 
     def _made(self, tasks: Sequence[Task], made: Any) -> Sequence[Made]:

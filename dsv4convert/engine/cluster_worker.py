@@ -82,12 +82,13 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece(Work):
+class Piece:
     """A task in an output file on the shared file system, which is the one that the driver sees.
 
     A shared file has the source's bytes already: they are only looked at.
     """
 
+    work: Work
     claim: Claim
     path: Path
     inode: int
@@ -96,9 +97,10 @@ class Piece(Work):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeFile(Work):
+class WholeFile:
     """A task that makes all of an output file and sends it."""
 
+    work: Work
     name: str
     header: bytes
     nbytes: int
@@ -135,8 +137,8 @@ def make_piece(piece: Piece) -> list[Made]:
         LockedError: the run is over, or another has taken its output.
         Dsv4Error: as for a thread's segment; says the tensor.
     """
-    _check_machine(piece)
-    parts = _parts_here(piece)
+    _check_machine(piece.work)
+    parts = _parts_here(piece.work)
     flags = os.O_RDONLY if piece.is_shared else os.O_WRONLY
     made = []
     with contextlib.ExitStack() as stack:
@@ -163,8 +165,8 @@ def make_file(file: WholeFile) -> MadeFile:
         FinalError, InputMissingError: it cannot reach the source's address.
         FinalError, Dsv4Error: see ``send_file``, and as for a thread's segment; says the tensor.
     """
-    _check_machine(file)
-    parts = _parts_here(file)
+    _check_machine(file.work)
+    parts = _parts_here(file.work)
     destination = _open_destination(file.sender)
     folder = Path(tempfile.gettempdir())
     with contextlib.ExitStack() as stack:
@@ -309,7 +311,7 @@ def _open_output(piece: Piece, flags: int, stack: contextlib.ExitStack) -> int:
 
 def _edges(piece: Piece) -> tuple[int, int]:
     """Return the end of the piece's first page and the begin of its last one: outside of them are others' bytes too."""
-    begin, last = piece.parts[0].offset, piece.parts[-1]
+    begin, last = piece.work.parts[0].offset, piece.work.parts[-1]
     end = last.offset + last.segment.nbytes
     return -(-begin // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
 
@@ -318,7 +320,7 @@ def _touches(part: Part, edges: tuple[int, int]) -> bool:
     return part.offset < edges[0] or part.offset + part.segment.nbytes > edges[1]
 
 
-def _check_machine(piece: Work) -> None:
+def _check_machine(work: Work) -> None:
     """Check that this machine would make the driver's bytes.
 
     Raises:
@@ -326,14 +328,14 @@ def _check_machine(piece: Work) -> None:
         FileFormatError: another source file.
         InputOutputError: it does not see one of the files.
     """
-    if (program := program_digest()) != piece.program:
+    if (program := program_digest()) != work.program:
         raise DeviceError(
             f"machine {os.uname().nodename} has another dsv4convert",
-            expected=piece.program,
+            expected=work.program,
             got=program,
             hint="install the same version on every machine",
         )
-    for library, digest in piece.libraries.items():
+    for library, digest in work.libraries.items():
         if (got := library_digest(library)) != digest:
             raise DeviceError(
                 f"machine {os.uname().nodename} has another library of ggml",
@@ -342,7 +344,7 @@ def _check_machine(piece: Work) -> None:
                 got=got,
                 hint="install the same release on every machine, or pass --ggml-lib on the shared file system",
             )
-    for path, mark in piece.sources.items():
+    for path, mark in work.sources.items():
         if (seen := mark_of(path)) != list(mark):
             raise FileFormatError(
                 f"differs on machine {os.uname().nodename}",

@@ -170,14 +170,18 @@ def test_another_file_under_the_name_is_left_alone(piece: tuple[Plan, Piece]) ->
 
 def test_a_machine_that_would_make_other_bytes_is_refused(piece: tuple[Plan, Piece], tiny: Path) -> None:
     _, task = piece
+
+    def other(**told: Any) -> Piece:
+        return replace(task, work=replace(task.work, **told))
+
     with pytest.raises(DeviceError, match="another dsv4convert"):
-        make_piece(replace(task, program="dsv4convert 0.0.0"))
+        make_piece(other(program="dsv4convert 0.0.0"))
     with pytest.raises(DeviceError, match="another library of ggml"):
-        make_piece(replace(task, libraries={str(tiny / "config.json"): "00"}))
+        make_piece(other(libraries={str(tiny / "config.json"): "00"}))
     with pytest.raises(FileFormatError, match="differs on machine"):
-        make_piece(replace(task, sources={path: [1, 2] for path in task.sources}))
+        make_piece(other(sources={path: [1, 2] for path in task.work.sources}))
     with pytest.raises(InputOutputError, match="cannot be read"):
-        make_piece(replace(task, sources={tiny / "absent": [1, 2]}))
+        make_piece(other(sources={tiny / "absent": [1, 2]}))
 
 
 def test_the_processes_of_a_cluster_are_one_thread_of_its_steps(tiny: Path, tmp_path: Path, small_tasks: None) -> None:

@@ -56,12 +56,12 @@ def test_a_machine_that_does_not_see_the_source_is_told_of(
     put_source(store, tiny)
 
     def make(piece: Piece) -> Any:
-        ((root, (address, revision)),) = piece.mounts.items()
+        ((root, (address, revision)),) = piece.work.mounts.items()
         told = f"{address}/other" if lacks == "address" else address, "0" if lacks == "revision" else revision
         with monkeypatch.context() as patch:
             if lacks == "package":
                 patch.setitem(sys.modules, "dsv4convert.containers.remote.stores", None)
-            return make_piece(replace(piece, mounts={root: told}))
+            return make_piece(replace(piece, work=replace(piece.work, mounts={root: told})))
 
     cluster_worker._mounted.cache_clear()
     plan = plan_dequantize(sources.local_path(f"s3://{BUCKET}/{SOURCE}"), tmp_path / "out")

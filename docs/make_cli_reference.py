@@ -35,7 +35,8 @@ The same option has the same name and values in every command:
 
 ## Completion
 
-`dsv4convert --show-completion bash|zsh|fish` prints a script that completes commands, options, their values and paths:
+`dsv4convert --show-completion bash|zsh|fish` prints a script that completes commands, options, paths, and the values of
+options with fixed choices, such as `--draft`:
 
     echo 'eval "$(dsv4convert --show-completion bash)"' >> ~/.bashrc
     echo 'eval "$(dsv4convert --show-completion zsh)"' >> ~/.zshrc

@@ -150,7 +150,7 @@ class TokenizerError(Dsv4Error):
 
 
 class OutputExistsError(Dsv4Error):
-    """An output that already exists, without ``--overwrite``."""
+    """An output that already exists, without ``--overwrite``, or cannot be created (e.g. its folder is missing)."""
 
     exit_code = 9
 

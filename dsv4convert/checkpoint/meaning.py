@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
-from ..containers.sources import mount_of, prefetch, size_of
+from ..containers.sources import at, mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular, shrank
 from ..errors import InventoryError, counted, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
@@ -134,10 +134,13 @@ def file_findings(config: ModelConfig, weights: Iterable[Weight], files: Iterabl
         InventoryError: a routing table that no model can have.
         InputMissingError, InputOutputError: a file cannot be read.
     """
-    held = list(weights)
+    held, paths = list(weights), list(files)
+    tables = (weight.stored for weight in held if weight.row.store is Store.TABLE)
+    prefetch((stored.file, stored.offset, stored.nbytes) for stored in tables)
+    prefetch((path, max(0, size_of(path) - PROBE_BYTES), PROBE_BYTES) for path in paths if at(path) is not None)
     with _Reader() as reader:
         check_tables(config, held, reader)
-        return list(_zero_tails(files, reader))
+        return list(_zero_tails(paths, reader))
 
 
 def refuse(found: Sequence[Finding], where: object) -> NoReturn:

@@ -31,13 +31,14 @@ from ..checkpoint.meaning import (
     zero_findings,
 )
 from ..checkpoint.weights import Weight
+from ..containers.presence import is_file
 from ..containers.safetensors import Stored
 from ..containers.sources import SequentialReader, at, shown
 from ..containers.untrusted import fill, shrank
 from ..containers.wide_scales import read_wide
 from ..engine.kernel_copy import REFUSED
 from ..engine.monitor import Step, Watched
-from ..errors import counted, not_read
+from ..errors import UnsupportedError, counted, not_read
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Scratch
 from ..formats.not_finite import MAGNITUDES
@@ -135,6 +136,12 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
     Raises:
         Dsv4Error: the folder is no checkpoint, or a table is not one that a model can have.
     """
+    if folder.suffix == ".gguf" and is_file(folder):
+        raise UnsupportedError(
+            "check reads no GGUF files",
+            where=folder,
+            hint="pass the folder of the safetensors checkpoint; inspect, forward and verify read GGUF files",
+        )
     started = time.monotonic()
     found = open_folder(folder, index=index)
     weights = found.weights.values()
@@ -149,7 +156,10 @@ Task = list[tuple[str, Stored]]
 
 
 def _tasks(weights: Iterable[Weight]) -> Iterator[Task]:
-    """Yield runs of tensors, or of pieces of a large one, in the order in which they lie in the files."""
+    """Yield runs of tensors, or of pieces of a large one, in the order in which they lie in the files.
+
+    The tensors of a run follow each other in one file, with no more than ``PIECE_BYTES`` of others between two of them.
+    """
     places = [(w.name, w.stored) for w in weights] + [
         (scale_name(w.name), w.scale) for w in weights if w.scale is not None
     ]
@@ -159,13 +169,21 @@ def _tasks(weights: Iterable[Weight]) -> Iterator[Task]:
     for name, stored in places:
         for begin in range(0, max(1, stored.nbytes), TASK_BYTES):
             part = stored._replace(offset=stored.offset + begin, nbytes=min(TASK_BYTES, stored.nbytes - begin))
-            task.append((name, part))
-            size += part.nbytes
-            if size >= TASK_BYTES:
+            if task and (size >= TASK_BYTES or not _follows(part, task[-1][1])):
                 yield task
                 task, size = [], 0
+            task.append((name, part))
+            size += part.nbytes
     if task:
         yield task
+
+
+def _follows(part: Stored, last: Stored) -> bool:
+    return part.file == last.file and 0 <= part.offset - _end(last) <= PIECE_BYTES
+
+
+def _end(stored: Stored) -> int:
+    return stored.offset + stored.nbytes
 
 
 def _look(tasks: Iterator[Task], threads: int, enter: Callable[[], None]) -> Iterator[Seen]:
@@ -180,7 +198,7 @@ def _look(tasks: Iterator[Task], threads: int, enter: Callable[[], None]) -> Ite
         if not hasattr(readers, "own"):
             readers.own = _Reader(codecs)
         reader: _Reader = readers.own
-        return [reader.look(name, stored) for name, stored in task]
+        return reader.look_at(task)
 
     with ThreadPoolExecutor(threads, initializer=enter) as pool:
         waiting = [pool.submit(look, task) for task in islice(tasks, threads + TASKS_AHEAD)]
@@ -210,21 +228,35 @@ class _Reader:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def look(self, name: str, stored: Stored) -> Seen:
-        """Return what is seen of a part of a tensor.
+    def look_at(self, task: Task) -> list[Seen]:
+        """Return what is seen of each part of a task; a remote file's bytes are asked for together, and read ahead.
 
         Raises:
-            InputMissingError, InputOutputError: the file ended early, or cannot be read.
+            InputMissingError, InputOutputError: a file ended early, or cannot be read.
             InventoryError: a scale that must be a power of two is none.
         """
-        bad, is_zero, done = 0, True, 0
-        is_looked_at = stored.scale_form is not None or stored.dtype in MAGNITUDES
+        file, begin, end = task[0][1].file, task[0][1].offset, _end(task[-1][1])
+        remote = at(file)
+        if remote is None:
+            return [self._look(name, stored) for name, stored in task]
+        seen = []
+        self._remote = SequentialReader(remote, begin, end)
         try:
-            remote = at(stored.file)
-            if remote is not None:
-                is_looked_at = True  # every byte comes to this process anyway
-                self._remote = SequentialReader(remote, stored.offset, stored.offset + stored.nbytes)
-            else:
+            for name, stored in task:
+                self._fill(self._piece[: stored.offset - begin], file, begin)  # of tensors that nothing uses
+                seen.append(self._look(name, stored))
+                begin = _end(stored)
+        finally:
+            self._remote.close()
+            self._remote = None
+        return seen
+
+    def _look(self, name: str, stored: Stored) -> Seen:
+        bad, is_zero, done = 0, True, 0
+        # Every byte of a remote file comes to this process anyway.
+        is_looked_at = self._remote is not None or stored.scale_form is not None or stored.dtype in MAGNITUDES
+        try:
+            if self._remote is None:
                 self._open(stored.file)
             while done < stored.nbytes:
                 if not is_looked_at and not is_zero:
@@ -238,10 +270,6 @@ class _Reader:
                 done += len(piece)
         except OSError as error:
             raise not_read(stored.file, error) from None
-        finally:
-            if self._remote is not None:
-                self._remote.close()
-                self._remote = None
         return Seen(name, stored.file.name, stored.nbytes, bad, is_zero)
 
     def _not_finite(self, piece: NDArray[np.uint8], stored: Stored, offset: int) -> int:

@@ -16,6 +16,7 @@ from dsv4convert.containers.remote import hub
 from dsv4convert.containers.remote.hub import HubRanges
 from dsv4convert.errors import InputOutputError
 
+from ..checkpoint.test_meaning import edit_bytes
 from ..command_line import run_cli
 from .hub_server import commit_of
 from .support import REPOSITORY, Remote, contents, finished
@@ -37,6 +38,7 @@ CONVERSIONS = {
     "repack": ("repack", "out", "--experts", "fp8"),
 }
 GGUF = CONVERSIONS["gguf"]
+SCALAR_BYTES = 4
 
 
 def conversion(kind: tuple[str, ...], source: object, folder: Path) -> list[object]:
@@ -93,6 +95,43 @@ def test_check_and_verify_read_the_hub(remote: Remote, snapshot: Path, tmp_path:
     assert json.loads(remote.run("check", REPOSITORY, "--json").out)["verdict"] == "ok"
     result = remote.run("verify", REPOSITORY, tmp_path / "out.gguf", "--json")
     assert json.loads(result.out)["verdict"] == "ok", result.out
+
+
+def nvfp4(folder: Path) -> None:
+    """Have unused tensors, scales of activations, between those that are used."""
+    made = folder.parent / "nvfp4"
+    assert run_cli("repack", folder, made, "--experts", "nvfp4").code == 0
+    shutil.rmtree(folder)
+    made.rename(folder)
+
+
+def damaged(folder: Path) -> None:
+    edit_bytes(folder, "embed.weight", lambda content: content.view("<u2").__setitem__(slice(-2, None), 0x7F80))
+    edit_bytes(folder, "layers.1.ffn.experts.3.w2.weight", lambda content: content.__setitem__(-1, 0xFF), scale=True)
+    for matrix in ("w1", "w2", "w3"):
+        edit_bytes(folder, f"layers.2.ffn.experts.5.{matrix}.weight", lambda content: content.fill(0))
+
+
+@pytest.mark.parametrize("change", [None, damaged, nvfp4], ids=["published", "damaged", "nvfp4"])
+def test_check_asks_for_many_tensors_at_once_and_for_each_byte_once(
+    change: Callable[[Path], None] | None, remote: Remote, snapshot: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checked"
+    shutil.copytree(snapshot, folder)
+    if change is not None:
+        change(folder)
+    remote.hub.repositories["somebody/Checked"] = {"main": folder}
+    found = json.loads(remote.run("check", "somebody/Checked", "--json").out)
+    local = json.loads(run_cli("check", folder, "--json").out)
+    for report in (found, local):
+        del report["path"], report["seconds"]
+    assert found == local
+    assert found["tensors"] > 400
+    weights = {path: f"somebody/Checked/{path.name}" for path in folder.glob("*.safetensors")}
+    # NVFP4's global scales, of four bytes each, are read when the folder is opened.
+    runs = [run for name in weights.values() for run in remote.hub.sent[name] if run[1] - run[0] > SCALAR_BYTES]
+    assert len(runs) < 30
+    assert all(max(remote.hub.times_sent(name, path.stat().st_size)) == 1 for path, name in weights.items())
 
 
 def test_verify_compares_a_grafted_draft_with_its_repository(remote: Remote, snapshot: Path, tmp_path: Path) -> None:

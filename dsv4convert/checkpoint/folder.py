@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.json_object import read_json_object
 from ..containers.safetensors import Stored, read_header
-from ..containers.sources import prefetch_heads, shown
+from ..containers.sources import prefetch_heads, shown, unlisted
 from ..errors import (
     ConfigError,
     Dsv4Error,
@@ -206,7 +206,7 @@ def read_folder_headers(folder: Path, index: str = BY_INDEX) -> FolderHeaders:
             "no safetensors files",
             where=folder,
             expected=f"{INDEX_NAME} or {SINGLE_NAME}",
-            hint="is the download complete?",
+            hint=unlisted(folder) or "is the download complete?",
         )
     numbered = _complete_set(folder, names)
     note = f"no {INDEX_NAME}: {len(numbered)} numbered files are read by their headers"

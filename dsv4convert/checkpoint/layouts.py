@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..containers.folder_names import CONFIG_NAME
+from ..containers.folder_names import CONFIG_NAME, SHARD_NAME
 from ..containers.impostors import DOWNLOAD_AGAIN, PULL, is_error_page, is_lfs_pointer
 from ..containers.json_object import read_json
 from ..containers.orbax import ITEMS, METADATA_NAME
@@ -31,7 +31,6 @@ from ..errors import (
     counted,
 )
 from ..model.config import VERSION_BY_ARCHITECTURE
-from ..model.parallel import SHARD_NAME
 from .packed import SUFFIXES
 
 # Files whose first bytes are looked at, and how many of them.

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..containers.folder_names import CONFIG_NAME
+from ..containers.folder_names import CONFIG_NAME, SHARD_NAME, shard_name
 from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header
-from ..containers.sources import prefetch_heads
+from ..containers.sources import prefetch_heads, unlisted
 from ..errors import InputMissingError, InventoryError
 from ..model.config import ModelConfig, load_config
-from ..model.parallel import SHARD_NAME, SPLIT_AXIS, check_divides, expert_rank, local_shape, shard_name
+from ..model.parallel import SPLIT_AXIS, check_divides, expert_rank, local_shape
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
 from .folder import draft_alone, draft_kind, vision_kind, with_draft_ratios
 from .weights import Encoding, Weight, pair
@@ -146,7 +146,10 @@ def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
     mp, files = shard_files(folder)
     if not files:
         raise InputMissingError(
-            "no model-parallel shards", where=folder, expected="model0-mpN.safetensors, model1-mpN.safetensors, …"
+            "no model-parallel shards",
+            where=folder,
+            expected="model0-mpN.safetensors, model1-mpN.safetensors, …",
+            hint=unlisted(folder),
         )
     absent = [rank for rank in range(mp) if rank not in files]
     if absent:

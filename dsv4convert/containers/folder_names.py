@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -21,3 +23,14 @@ AUXILIARY_FILES = (
     "processor_config.json",
     "LICENSE",
 )
+
+SHARD_NAME = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
+
+
+def shard_name(rank: int, mp: int) -> str:
+    """Return the file name of a rank's shard.
+
+    >>> shard_name(3, 8)
+    'model3-mp8.safetensors'
+    """
+    return f"model{rank}-mp{mp}.safetensors"

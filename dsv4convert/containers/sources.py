@@ -22,6 +22,7 @@ from typing import IO, Any
 from .. import errors
 from ..errors import InputMissingError, InputOutputError, SpaceError
 from .fetching import BLOCK_BYTES, SLICE_SECONDS, Ahead, Transport, all_at_once
+from .folder_names import shard_name
 
 # A reader of a file's header gets this much at once: headers of the published checkpoints take 150 to 300 KiB.
 HEAD_BYTES = 256 * 2**10
@@ -31,6 +32,9 @@ REQUEST_BYTES = 8 * 2**20
 READERS = 16
 # Bytes that serve several tiles, such as a row of scales, are held until the next tile has them too.
 MAX_HELD_BYTES = 2**22
+
+# Shards in a folder of a web server, which cannot be listed, are asked for in sets of so many.
+SHARD_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 ADDRESS = re.compile(r"(hf|https?|s3|gs|az):/+(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
@@ -406,6 +410,17 @@ def mount_of(folder: Path) -> Mount | None:
 def mount_around(path: Path) -> Mount | None:
     """Return the mount that a file is in."""
     return next((_mounts[folder] for folder in path.parents if folder in _mounts), None) if _mounts else None
+
+
+def unlisted(folder: Path) -> str | None:
+    """Return what to do where a folder of a web server seems to hold no weights; None for any other folder."""
+    mount = mount_of(folder)
+    if mount is None or not mount.address.startswith("http"):
+        return None
+    return (
+        f"a web server cannot list a folder: shards are looked for as {shard_name(0, SHARD_COUNTS[0])} to "
+        f"{shard_name(0, SHARD_COUNTS[-1])}; read others from a folder or a store"
+    )
 
 
 def shown(path: Path) -> str:

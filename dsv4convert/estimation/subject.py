@@ -17,7 +17,7 @@ from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json_object
 from ..containers.presence import exists, is_file, is_folder
 from ..containers.safetensors import Stored
-from ..containers.sources import size_of
+from ..containers.sources import shown, size_of, unlisted
 from ..errors import InputMissingError, UnsupportedError
 from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
@@ -101,6 +101,10 @@ def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True
     if is_gguf(path) and not has_weights:
         return _of_gguf(path)
     if is_folder(path) and is_file(path / CONFIG_NAME) and not has_weights:
+        if (hint := unlisted(path)) is not None:  # there may be weights all the same
+            raise InputMissingError(
+                "no weights", where=path, hint=f"for its config alone, pass {shown(path)}/{CONFIG_NAME}; {hint}"
+            )
         return _of_config(path / CONFIG_NAME, load_config(path))
     if is_folder(path):
         return _of_opened(path, FOLDER, open_folder(path, draft_wanted=draft_wanted, index=index))

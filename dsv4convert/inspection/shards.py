@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 from ..checkpoint.shards import open_shards
+from ..containers.folder_names import SHARD_NAME
 from ..containers.safetensors import read_header
 from ..containers.sources import shown
 from ..errors import InputMissingError, InventoryError, UsageError
-from ..model.parallel import SHARD_NAME
 from ..model.tensors import is_draft_alone
 from .description import DRAFT_ALONE, Description
 from .folder import count_encodings, describe_config, draft_of, lenient_config

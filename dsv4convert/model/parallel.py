@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from ..errors import UsageError
 from .config import ModelConfig
 from .tensors import Split
@@ -33,17 +31,6 @@ DIMENSION_KEYS = {
 }
 
 SPLIT_AXIS = {Split.ROWS: 0, Split.COLUMNS: 1, Split.RUNS: 0, Split.EXPERT: None, Split.COPY: None}
-
-SHARD_NAME = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
-
-
-def shard_name(rank: int, mp: int) -> str:
-    """Return the file name of a rank's shard.
-
-    >>> shard_name(3, 8)
-    'model3-mp8.safetensors'
-    """
-    return f"model{rank}-mp{mp}.safetensors"
 
 
 def check_divides(

@@ -10,10 +10,10 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
-from ..containers.folder_names import CONFIG_NAME
+from ..containers.folder_names import CONFIG_NAME, shard_name
 from ..containers.safetensors import Stored
 from ..errors import UsageError, check_choice, counted
-from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length, shard_name
+from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
 from ..plan import (
     ALL_EQUAL,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..checkpoint.folder import Checkpoint, FolderHeaders, read_index
 from ..checkpoint.nvfp4 import CODES
 from ..checkpoint.weights import Weight
-from ..containers.folder_names import CONFIG_NAME, INDEX_NAME
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, read_json_object
 from ..containers.presence import is_file
 from ..containers.safetensors import METADATA_KEY, Stored, read_header, read_metadata
@@ -19,7 +19,6 @@ from ..containers.untrusted import open_regular
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
 from ..model.config import ModelConfig, Version, parse_config
 from ..model.config_v41 import inference_config
-from ..model.parallel import SHARD_NAME
 from ..model.tensors import Split, Store, When, is_vision_name
 from .compare import Piece
 from .matrix import Matrix, read_at, stored_matrix, weight_matrix
@@ -205,7 +204,7 @@ def _folder_tensor(
     """Yield the pieces of a tensor that holds a weight, or the experts of a layer one above the other."""
     found = tensors.take(name)
     if found is None:
-        report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+        report.missing(name, weights[0].name)
         return
     first = weights[0]
     stacked = first.expert is not None and name != first.name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,6 +70,16 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
 
+@contextmanager
+def serving(folder: Path, handler: type[Folder] = Folder) -> Iterator[str]:
+    """Yield the address of a web server with a folder."""
+    server = Server(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def web(snapshot: Path) -> Iterator[tuple[str, type[Folder]]]:
     """Yield the address of a web server with the checkpoint, and its handler."""
@@ -75,11 +87,8 @@ def web(snapshot: Path) -> Iterator[tuple[str, type[Folder]]]:
     class Handler(Folder):
         pass
 
-    server = Server(("127.0.0.1", 0), partial(Handler, directory=str(snapshot)))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", Handler
-    server.shutdown()
-    server.server_close()
+    with serving(snapshot, Handler) as address:
+        yield address, Handler
 
 
 def connections(handler: type[Folder], monkeypatch: pytest.MonkeyPatch) -> list[object]:
@@ -142,6 +151,37 @@ def test_a_folder_of_a_web_server_makes_the_local_bytes(
     assert result.code == 0, result.err
     assert run_cli("dequantize", snapshot, tmp_path / "local").code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_shards_are_found_without_a_listing(plain: Remote, snapshot: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    assert run_cli("shard", snapshot, shards, "--mp", "2").code == 0
+    assert run_cli("unshard", shards, tmp_path / "local").code == 0
+    with serving(shards) as address:
+        result = plain.run("unshard", address, tmp_path / "out")
+        assert result.code == 0, result.err
+        assert contents(tmp_path / "out") == contents(tmp_path / "local")
+        assert json.loads(plain.run("inspect", address, "--json").out)["ranks"] == 2
+        found, local = plain.run("estimate", address, "--json"), run_cli("estimate", shards, "--json")
+        assert [json.loads(each.out)["weights"] for each in (found, local)] == [json.loads(local.out)["weights"]] * 2
+        (shards / "model1-mp2.safetensors").unlink()
+        assert "the shard of rank 1 of 2 is missing" in plain.run("unshard", address, tmp_path / "other").error
+
+
+def test_a_folder_that_seems_to_have_no_weights_is_not_taken_for_a_config_alone(
+    plain: Remote, snapshot: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((snapshot / "config.json").read_bytes())
+    (folder / "model0-mp3.safetensors").touch()
+    with serving(folder) as address:
+        for command in (["inspect"], ["estimate"], ["unshard"]):
+            out = [str(tmp_path / "out")] if command == ["unshard"] else []
+            error = plain.run(*command, address, *out).error
+            assert "a web server cannot list a folder: shards are looked for as model0-mp1.safetensors to" in error
+        assert f"for its config alone, pass {address}/config.json" in plain.run("estimate", address).error
+        assert "a config alone: every weight is taken" in plain.run("estimate", f"{address}/config.json").out
 
 
 def test_a_server_without_ranges_is_named(web: tuple[str, type[Folder]], plain: Remote) -> None:

@@ -12,10 +12,10 @@ import pytest
 from safetensors import deserialize
 
 from dsv4convert.checkpoint.shards import open_shards
+from dsv4convert.containers.folder_names import shard_name
 from dsv4convert.containers.safetensors_write import safetensors_header
 from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import InventoryError, UsageError
-from dsv4convert.model.parallel import shard_name
 from dsv4convert.plan import Fill
 from dsv4convert.synth.write import write_synth
 from dsv4convert.targets.shard_tensors import ShardOptions

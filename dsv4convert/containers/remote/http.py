@@ -26,10 +26,10 @@ from huggingface_hub.utils.logging import set_verbosity_error
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
 from ..fetching import TransientError, Transport, all_at_once, retried
-from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
-from ..sources import READERS, RemoteFile
+from ..sources import READERS, SHARD_COUNTS, RemoteFile
 from . import MAX_FILES, Listing, check_names
 from .direct import is_direct, send
 
@@ -249,7 +249,7 @@ class HttpRanges(Transport):
 
 
 def list_web_folder(url: str) -> Listing:
-    """Return a folder below a URL: it cannot be listed, so its files are those of its index and the usual others.
+    """Return a folder below a URL: with no listing, its files are those of its index, or shards, and the usual others.
 
     Raises:
         UsageError: the URL has a password or a query, or is not one of HTTPS.
@@ -274,11 +274,17 @@ def list_web_folder(url: str) -> Listing:
     if needed not in files:
         raise InputMissingError("no such file on the server", where=f"{url}/{needed}", hint="check the address")
     if focus is None:
-        weights = _indexed(files[INDEX_NAME]) if INDEX_NAME in files else [SINGLE_NAME]
+        weights = _indexed(files[INDEX_NAME]) if INDEX_NAME in files else [SINGLE_NAME, *_shards(url)]
         check_names([*files, *weights], url)
         files |= _look(url, weights)
     digest = json.dumps({name: file.identity for name, file in sorted(files.items())})
     return Listing(url, digest, files, (parts.path.rstrip("/").rpartition("/")[2] or "source",), focus)
+
+
+def _shards(url: str) -> list[str]:
+    """Return the names of the shards of each set whose first one is there."""
+    first = {shard_name(0, mp): mp for mp in SHARD_COUNTS}
+    return [shard_name(rank, first[name]) for name in _look(url, list(first)) for rank in range(first[name])]
 
 
 def _of_split(name: str) -> list[str]:

@@ -1011,13 +1011,18 @@ def parse_layers(text: str) -> tuple[int, int]:
     (0, 3)
 
     Raises:
-        UsageError: not a range.
+        UsageError: not a range, or one whose first layer is behind the last.
     """
     found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", text.strip())
     if found is None:
         raise UsageError("--layers: not a range", expected="a range such as 0-3", got=repr(text))
     first = int(found[1])
-    return first, int(found[2]) if found[2] is not None else first
+    last = int(found[2]) if found[2] is not None else first
+    if last < first:
+        raise UsageError(
+            "--layers: the first layer is behind the last", expected=f"a range such as {last}-{first}", got=text
+        )
+    return first, last
 
 
 def leading_layers(text: str | None) -> int | None:

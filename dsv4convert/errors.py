@@ -206,12 +206,31 @@ _NO_FILE = frozenset(
 )
 
 
-def not_read(path: object, error: OSError) -> Dsv4Error:
-    """Return the error of a file that could not be read: there is none under the name, or the system refused."""
+CHECK_NAME = "check the name"
+
+
+def not_read(path: object, error: OSError, hint: str = "is the download complete?") -> Dsv4Error:
+    """Return the error of a file that could not be read: there is none under the name, or the system refused.
+
+    ``hint`` is what to do where there is none.
+    """
     if isinstance(error, FileNotFoundError):
-        return InputMissingError("no such file", where=path, hint="is the download complete?")
+        return InputMissingError("no such file", where=path, hint=hint)
     kind = InputMissingError if error.errno in _NO_FILE else InputOutputError
     return kind(f"cannot be read ({error.strerror})", where=path)
+
+
+@contextmanager
+def named_by_user() -> Iterator[None]:
+    """Hint at the name of a file that is not there: an option names it, and no download brings it.
+
+    Raises:
+        InputMissingError: it is not there.
+    """
+    try:
+        yield
+    except InputMissingError as error:
+        raise error.with_changes(hint=CHECK_NAME) from None
 
 
 # Characters of a note on a file that is not used.

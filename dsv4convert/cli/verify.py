@@ -183,7 +183,7 @@ def describe(report: Report) -> Iterator[Block]:
     if report.sample is not None:
         elements = sum(result.elements for result in report.results.values())
         compared = sum(result.compared for result in report.results.values())
-        yield f"sample of {report.sample:.3g}: {compared:,} of {elements:,} elements, seed {report.seed}"
+        yield f"sample of {report.sample * 100:.3g}%: {compared:,} of {elements:,} elements, seed {report.seed}"
     ignored = f", ignored: {', '.join(report.ignored_keys)}" if report.ignored_keys else ""
     yield f"{counted(report.keys, 'key')} compared{ignored}"
     yield Table(

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileFormatError, UsageError
+from ..errors import FileFormatError, UsageError, named_by_user
 from .untrusted import read_whole
 
 if sys.version_info >= (3, 11):
@@ -33,7 +33,8 @@ def read_named(option: str, name: str, package: str, most_bytes: int) -> tuple[s
     """
     if name.endswith(SUFFIX):
         path = Path(name)
-        return path.stem, read_whole(path, most_bytes), path
+        with named_by_user():
+            return path.stem, read_whole(path, most_bytes), path
     known = names_in(package)
     if name not in known:
         raise UsageError(f"{option}: unknown", expected=f"{', '.join(known)} or a file that ends in {SUFFIX}", got=name)

@@ -94,7 +94,7 @@ class Cluster:
         if self._bridge is not None:
             try:
                 self._bridge.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # the work has ended: Ctrl-C ends the wait alone
                 self._bridge.kill()
                 self._bridge.wait()
             self._bridge = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,18 @@ from ..errors import FileFormatError, ResumeError
 from ..plan import Plan
 from .consume import is_cut
 from .outputs import FRESH_HINT, os_errors
+
+# Options of plans that the command line knows by other names. ggml is a library, whose version counts.
+GGML = "ggml"
+OPTION_NAMES = {
+    "embedding": "--embedding-type",
+    GGML: GGML,
+    "max_file_bytes": "--max-file-size",
+    "output": "--output-type",
+    "ranks": "--rank",
+    "split_max_bytes": "--max-file-size",
+    "tensor_types": "--tensor-type",
+}
 
 # What a source file counts as that the run has used up.
 USED_UP: list[int | str] = [0, 0]
@@ -108,7 +120,8 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
     for part in ("program", "target"):
         if old.get(part) != new[part]:
             changes.append(f"{part} was {old.get(part)}, is {new[part]}")
-    for part, what in (("options", "option"), ("source", "source file")):
+    next_step = "undo the changes" if changes else "pass the same options"
+    for part in ("options", "source"):
         before = old.get(part)
         before = before if isinstance(before, dict) else {}
         for key in sorted(before.keys() | new[part].keys()):
@@ -116,19 +129,32 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], where: Path) -> N
             if not same(before.get(key), new[part].get(key)):
                 known = key in before and key in new[part]
                 if part == "options":
-                    changes.append(f"{what} {key} was {before.get(key)}, is {new[part].get(key)}")
+                    changes += _other_option(key, before.get(key), new[part].get(key))
                 else:
                     changes.append(
-                        f"{what} {key} " + ("changed" if known else "is new" if key in new[part] else "is gone")
+                        f"source file {key} " + ("changed" if known else "is new" if key in new[part] else "is gone")
                     )
+                    next_step = "undo the changes"
     if not changes and old.get("plan") != new["plan"]:
         changes.append("the source's config, tokenizer or tensors changed")
+        next_step = "undo the changes"
     if changes:
         raise ResumeError(
             "the interrupted run cannot be resumed: " + "; ".join(changes[:5]),
             where=where,
-            hint=f"undo the changes, or {FRESH_HINT}",
+            hint=f"{next_step}, or {FRESH_HINT}",
         )
+
+
+def _other_option(key: str, before: Any, now: Any) -> Iterator[str]:
+    """Yield what is said of an option with another value."""
+    name = OPTION_NAMES.get(key) or f"--{key.replace('_', '-')}"
+    if now is None and key != GGML:
+        yield f"{name} was {before} and is not given now"
+    elif before is None and key != GGML:
+        yield f"{name} was not given and is {now} now"
+    elif before is not None and now is not None:  # whether ggml is used follows from options
+        yield f"{name} was {before}, is {now}"
 
 
 def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:

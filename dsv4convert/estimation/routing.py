@@ -13,7 +13,7 @@ from typing import Any
 from ..containers.gguf import is_gguf
 from ..containers.imatrix import read_imatrix
 from ..containers.json_object import read_json_object
-from ..errors import FileFormatError
+from ..errors import FileFormatError, named_by_user
 from ..model.config import ModelConfig
 from .operators import Routing
 
@@ -38,7 +38,8 @@ def read_routing(path: Path, config: ModelConfig) -> Routing:
             if entry is not None and len(entry.counts) == config.n_routed_experts:
                 counts[layer] = _checked(list(entry.counts), layer, config, path)
     else:
-        document = read_json_object(path, MAX_COUNTS_BYTES, error=FileFormatError, hint="is it a file of counts?")
+        with named_by_user():
+            document = read_json_object(path, MAX_COUNTS_BYTES, error=FileFormatError, hint="is it a file of counts?")
         # Only the plain spelling counts: "01" would be layer 1 a second time.
         layers = {str(layer): layer for layer in range(config.num_hidden_layers)}
         for key, values in document.items():

@@ -17,7 +17,7 @@ from typing import Any
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object, validate_schema
 from ..containers.presence import is_file, is_folder
-from ..errors import ConfigError, InputMissingError, UnsupportedError
+from ..errors import ConfigError, InputMissingError, UnsupportedError, UsageError
 from .agreement import (
     RATIO_BY_LAYER_TYPE,
     check_hash_layers,
@@ -243,10 +243,10 @@ class ModelConfig:
         """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers.
 
         Raises:
-            ConfigError: the range is empty or outside the model.
+            UsageError: the range is empty or outside the model.
         """
         if not 0 <= first <= last < self.num_hidden_layers:
-            raise ConfigError(
+            raise UsageError(
                 "layers outside the model",
                 expected=f"a range within 0-{self.num_hidden_layers - 1}",
                 got=f"{first}-{last}",

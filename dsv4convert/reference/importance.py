@@ -26,7 +26,7 @@ from ..engine.conversion import check_sources_stay
 from ..engine.manifest import check_outside_outputs
 from ..engine.outputs import FileOutputs, free_bytes, os_errors, write_all
 from ..engine.run import peak_memory_bytes
-from ..errors import FileFormatError, SpaceError, UsageError
+from ..errors import FileFormatError, SpaceError, UsageError, named_by_user
 from ..model.config import ModelConfig
 from ..model.tensors import Draft, expected_tensors, gguf_name, is_multiplied
 from ..plan import OutputFile, Plan
@@ -285,7 +285,8 @@ def text_chunks(path: Path, text: Path, config: ModelConfig, options: ImatrixOpt
         UsageError: less than a chunk of text, or no tokenizer for it.
         FileFormatError: the text is not UTF-8.
     """
-    content = read_whole(text, MAX_TEXT_BYTES)
+    with named_by_user():
+        content = read_whole(text, MAX_TEXT_BYTES)
     try:
         decoded = content.decode("utf-8")
     except UnicodeDecodeError as error:

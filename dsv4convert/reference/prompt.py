@@ -10,7 +10,7 @@ from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json
 from ..containers.presence import is_file
-from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError
+from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError, named_by_user
 from ..model.config import CHAT_TEMPLATES, Version
 from .vision import IMAGE
 
@@ -140,7 +140,8 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None, version: Version) -> li
 
 
 def _read_chat(path: Path) -> dict[str, Any]:
-    document = read_json(path, MAX_CHAT_BYTES, error=FileFormatError, hint=None)
+    with named_by_user():
+        document = read_json(path, MAX_CHAT_BYTES, error=FileFormatError, hint=None)
     inputs = {"messages": document} if isinstance(document, list) else document
     messages = inputs.get("messages") if isinstance(inputs, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):

@@ -22,6 +22,7 @@ import numpy as np
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.untrusted import open_regular
 from ..errors import (
+    CHECK_NAME,
     ConfigError,
     DeviceError,
     FileFormatError,
@@ -167,7 +168,7 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
     try:
         opened = open_regular(path)
     except OSError as error:
-        raise not_read(path, error) from None
+        raise not_read(path, error, CHECK_NAME) from None
     try:
         with opened, Image.open(opened) as file:
             image = file.convert("RGB")

@@ -79,7 +79,7 @@ def plan_repack(
             where=source,
             expected="fp4",
             got=", ".join(sorted(held)),
-            hint="use dequantize for BF16",
+            hint="run requantize first" if held & {"bf16", "f16", "f32"} else "use dequantize for BF16",
         )
     configs: tuple[OutputFile, ...]
     options: dict[str, object] = {"experts": experts, "draft": draft, "max_file_bytes": max_file_bytes}
@@ -126,6 +126,6 @@ def summarize_repack(plans: Sequence[Plan], summary: Summary) -> RepackSummary:
     notes = summary.notes
     if summary.dry_run is None:
         share = "lossless" if not changed else f"{changed / elements:.2g} of them"
-        notes = (*notes, f"{changed} of {elements} elements of the experts changed ({share})")
+        notes = (*notes, f"{changed:,} of {elements:,} elements of the experts changed ({share})")
     fields = {**summary.__dict__, "notes": notes}
     return RepackSummary(**fields, expert_elements=elements, changed_elements=changed)

@@ -20,7 +20,7 @@ from ..checkpoint.model_card import MODEL_CARD_NAME, read_model_card
 from ..checkpoint.shards import is_shard_folder
 from ..containers.gguf import GgufModelFile, is_gguf, open_gguf
 from ..containers.imatrix import Imatrix, read_imatrix
-from ..containers.presence import exists
+from ..containers.presence import exists, is_file, is_folder
 from ..containers.sources import shown
 from ..engine.monitor import Step, Watched
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
@@ -114,6 +114,8 @@ def prepare(
         Dsv4Error: the source cannot be read. An output that cannot be read is a problem in the report.
     """
     started = time.monotonic()
+    if source.suffix == ".gguf" and is_file(source) and is_folder(output):
+        raise UsageError("SOURCE is a GGUF file and OUT a folder: SOURCE comes first", expected="verify SOURCE OUT")
     checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index, draft_from=graft_draft)
     if not exists(output):
         raise InputMissingError("no such file or folder", where=output)

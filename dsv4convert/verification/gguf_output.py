@@ -32,7 +32,7 @@ from .matrix import (
     without_second,
 )
 from .numbers import BLOCK
-from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, PADDING, TENSOR, LeftOut, Report
+from .report import EXTRA, FILE, KEY, LAYOUT, PADDING, TENSOR, LeftOut, Report
 
 LLAMA_CPP, LLAMA_CPP_V41, PORT, DFLASH, CLIP = "deepseek4", "deepseek41", "deepseek-v4", "dflash", "clip"
 # The architectures of text models of each version.
@@ -280,7 +280,7 @@ def _pieces(
     for name, weights in wanted.items():
         tensor = model.tensors.get(name)
         if tensor is None:
-            report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+            report.missing(name, weights[0].name)
             continue
         weights = _in_order(weights)
         if tensor.type == "i8" and weights[0].row.store is Store.ENGRAM:

@@ -79,7 +79,7 @@ def maxtext_pieces(folder: Path, checkpoint: Checkpoint, report: Report) -> list
     for name, places in groups.items():
         array = left.pop(name, None)
         if array is None:
-            report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {places[0].weight.name}")
+            report.missing(name, places[0].weight.name)
         else:
             encoding = FIXED.get(places[0].weight.row.store, asked)
             in_order = sorted(places, key=lambda place: place[:2])

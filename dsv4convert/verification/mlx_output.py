@@ -26,7 +26,7 @@ from .folder_output import (
     without_draft,
 )
 from .matrix import Matrix, Scale, as_matrix, stored_matrix, weight_matrix
-from .report import EXTRA, FILE, LAYOUT, MISSING, Report
+from .report import EXTRA, FILE, LAYOUT, Report
 
 MLX_METADATA = {"format": "mlx"}
 
@@ -60,7 +60,7 @@ def mlx_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, rep
         path = name.removesuffix(".weight")
         words, scales, biases = (left.pop(part, None) for part in (name, f"{path}.scales", f"{path}.biases"))
         if words is None:
-            report.problem(MISSING, f"tensor {name}", f"not in the output; the source has {weights[0].name}")
+            report.missing(name, weights[0].name)
             continue
         shape = mlx_shape(weights[0].row, weights[0].shape, checkpoint.config.o_groups)
         if weights[0].expert is not None:

@@ -154,6 +154,11 @@ class Report:
         """Add a problem."""
         self.problems.append(Problem(kind, str(where), what))
 
+    def missing(self, name: str, of_source: str) -> None:
+        """Add that a tensor is not in the output, which holds what the source's ``of_source`` is."""
+        held = "" if of_source == name else f"; the source has {of_source}"
+        self.problem(MISSING, f"tensor {name}", f"not in the output{held}")
+
     def verdicts(self) -> Counter[str]:
         """Return how many tensors are exact, rounded and wrong."""
         return Counter(result.verdict for result in self.results.values())

@@ -53,7 +53,7 @@ def test_repack_says_how_many_elements_changed(editable: Callable[..., Editable]
     codes = read_folder(source.folder)[f"{name}.weight"].values.view(np.uint8)[7, 16:32]
     nonzero = int(np.count_nonzero(codes & 0x07) + np.count_nonzero(codes & 0x70))  # -0.0 stays -0.0
     text = run("repack", source.folder, tmp_path / "out", "--experts", "fp8").stdout
-    assert f"{nonzero} of 1843200 elements of the experts changed" in text
+    assert f"{nonzero:,} of 1,843,200 elements of the experts changed" in text
     assert f"counted in {name}.weight: {nonzero} changed" in text
     summary = json.loads(
         run("repack", source.folder, tmp_path / "out", "--experts", "fp8", "--json", "--overwrite").stdout

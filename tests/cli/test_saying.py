@@ -177,6 +177,48 @@ def test_a_file_instead_of_a_folder_is_named(command: str, tiny: Path, tmp_path:
     assert f"a file, not a folder; pass its folder, {tiny}" in error
 
 
+def test_a_gguf_in_place_of_a_checkpoint_is_told_by_the_command_itself(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    assert "model.gguf: check reads no GGUF files; pass the folder" in run_cli("check", model).error
+    result = run_cli("verify", model, tiny)
+    assert (result.code, "SOURCE comes first: expected verify SOURCE OUT" in result.error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("hf-to-gguf", "TINY", "OUT/a.gguf", "--recipe", "nope.toml"),
+        ("estimate", "TINY", "--hardware", "nope.toml"),
+        ("estimate", "TINY", "--routing", "nope.json"),
+        ("imatrix", "TINY", "-o", "OUT/a.gguf", "--text", "nope.txt"),
+        ("forward", "TINY", "--chat", "nope.json"),
+    ],
+    ids=["recipe", "hardware", "routing", "text", "chat"],
+)
+def test_of_a_file_that_an_option_names_the_name_is_to_be_checked(
+    arguments: tuple[str, ...], tiny: Path, tmp_path: Path
+) -> None:
+    places = {"TINY": str(tiny), "OUT": str(tmp_path)}
+    result = run_cli(*(places.get(word, word.replace("OUT/", f"{tmp_path}/")) for word in arguments))
+    assert result.code == 3
+    assert result.error.endswith(f"{arguments[-1]}: no such file; check the name")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("hf-to-gguf", []), ("forward", ["--tokens", "1,2"]), ("synth", [])],
+    ids=["hf-to-gguf", "forward", "synth"],
+)
+def test_layers_the_wrong_way_round_are_an_error_of_usage(
+    command: str, options: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    paths = {"hf-to-gguf": [tiny, tmp_path / "a.gguf"], "forward": [tiny], "synth": [tmp_path / "out"]}[command]
+    result = run_cli(command, *paths, *options, "--layers", "3-0")
+    assert result.code == 2
+    assert result.error == "--layers: the first layer is behind the last: expected a range such as 0-3, got 3-0"
+
+
 def test_a_hub_id_that_may_not_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = run_cli("hf-to-gguf", "deepseek-ai/DeepSeek-V4-Flash", "out.gguf").error

@@ -231,6 +231,14 @@ def test_without_ray_the_error_says_how_to_install_it(
 
 
 @needs_ray
+def test_ctrl_c_while_ray_ends_does_not_wait_and_leaves_what_is_done_to_be_told() -> None:
+    with Cluster("ray:1") as cluster:
+        cluster._bridge = bridge = subprocess.Popen(["sleep", "60"])
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert bridge.returncode == -signal.SIGKILL
+
+
+@needs_ray
 @pytest.mark.parametrize("named", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_a_cluster_that_does_not_answer_is_waited_for_a_while_and_said_at_once(
     named: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -201,8 +201,8 @@ def test_resume_does_not_take_another_output_for_its_own(tiny: Path, gguf: Plan,
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        pytest.param({"dense": "bf16"}, "option dense was None, is bf16", id="another type"),
-        pytest.param({"layers": (0, 1)}, r"option layers was None, is \[0, 1\]", id="other layers"),
+        pytest.param({"dense": "bf16"}, "--dense was not given and is bf16 now; pass the same", id="another type"),
+        pytest.param({"layers": (0, 1)}, r"--layers was not given and is \[0, 1\] now", id="other layers"),
     ],
 )
 def test_another_option_is_refused_and_named(tiny: Path, tmp_path: Path, change: dict[str, object], says: str) -> None:
@@ -210,6 +210,15 @@ def test_another_option_is_refused_and_named(tiny: Path, tmp_path: Path, change:
     with pytest.raises(ResumeError, match=says) as caught:
         execute(plan_gguf(tiny, tmp_path / "model.gguf", GgufOptions(**change)), resume=True)  # type: ignore[arg-type]
     assert "--fresh" in str(caught.value)
+
+
+def test_options_that_are_not_given_again_are_named_as_they_are_given(tiny: Path, tmp_path: Path) -> None:
+    interrupt(plan_gguf(tiny, tmp_path / "model.gguf", GgufOptions(dense="q4_0", output="q8_0")), AFTER)
+    with pytest.raises(ResumeError) as caught:
+        execute(plan_gguf(tiny, tmp_path / "model.gguf", GgufOptions()), resume=True)
+    said = "--dense was q4_0 and is not given now; --output-type was q8_0 and is not given now"
+    assert f"{said}; pass the same options" in str(caught.value)
+    assert "ggml" not in str(caught.value)
 
 
 def test_another_version_of_the_program_is_refused_and_named(gguf: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

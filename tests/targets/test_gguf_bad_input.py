@@ -189,7 +189,7 @@ CASES = [
     Case("a tokenizer larger than the vocabulary", TOKENIZER, ("tokenizer larger than the vocabulary",), lambda d: d.edit_json("tokenizer.json", lambda t: t["model"]["vocab"].update({"Ġtoo": 10**9}))),
     Case("an output of another name", USAGE, ("must end in .gguf",), lambda d: d.options.append("out:model.bin")),
     Case("no folder for the output", EXISTS, ("output folder is missing",), lambda d: d.options.append("out:nowhere/model.gguf")),
-    Case("layers that the model does not have", CONFIG, ("layers outside the model", "0-99"), lambda d: d.options.extend(["--layers", "0-99"])),
+    Case("layers that the model does not have", USAGE, ("layers outside the model", "0-99"), lambda d: d.options.extend(["--layers", "0-99"])),
     Case("layers that are no range", USAGE, ("--layers: not a range",), lambda d: d.options.extend(["--layers", "all"])),
     Case("a size that is none", USAGE, ("--max-file-size: not a size",), lambda d: d.options.extend(["--max-file-size", "big"])),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from dsv4convert.targets.repack import plan_repack
 
 from ..checkpoints import MakeCheckpoint
 from ..oracles.plain_folders import FP4_VALUES, Raw, exact_values, read_folder
-from .folders import Editable, repack
+from .folders import Editable, dequantize, repack
 
 E8M0_NAN = 255
 TILE = 128
@@ -91,7 +91,7 @@ def test_published_scales_repack_without_loss(
         )
     assert summary.changed_elements == 0
     assert summary.expert_elements == len(experts) * 96 * 160
-    assert summary.notes[-1] == f"0 of {len(experts) * 96 * 160} elements of the experts changed (lossless)"
+    assert summary.notes[-1] == f"0 of {len(experts) * 96 * 160:,} elements of the experts changed (lossless)"
     assert summary.counted == ()
 
 
@@ -139,7 +139,7 @@ def test_small_values_of_spread_scales_round_and_are_counted(editable: Callable[
     }
     nan = {entry["tensor"]: entry["nan"] for entry in summary.counted if entry["nan"]}
     assert nan == {"layers.0.ffn.experts.0.w2.weight": 160 * 32, "layers.0.ffn.experts.1.w2.weight": 32 * 96}
-    assert f"{changed} of 1843200 elements of the experts changed" in summary.notes[-1]
+    assert f"{changed:,} of 1,843,200 elements of the experts changed" in summary.notes[-1]
 
 
 def test_require_lossless_keeps_the_output_from_its_name(editable: Callable[..., Editable], tmp_path: Path) -> None:
@@ -187,6 +187,13 @@ def test_files_are_numbered_and_indexed(tiny: Path, tmp_path: Path) -> None:
 def test_fp8_experts_cannot_be_repacked(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no packed FP4 experts to repack: expected fp4, got fp8"):
         plan_repack(make_checkpoint("tiny", variant="base"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("experts", ["fp8", "nvfp4"])
+def test_floats_are_to_be_requantised_first(experts: str, tiny: Path, tmp_path: Path) -> None:
+    dequantize(tiny, tmp_path / "bf16")
+    with pytest.raises(UnsupportedError, match="expected fp4, got bf16; run requantize first"):
+        plan_repack(tmp_path / "bf16", tmp_path / "out", experts=experts)
 
 
 def test_another_type_of_experts_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_every_value_survives_and_all_else_is_untouched(
         assert after[name].dtype == raw.dtype
         assert np.array_equal(after[name].values, raw.values), name
     assert (summary.expert_elements, summary.changed_elements) == (len(cast) * 96 * 160, 0)
-    assert summary.notes[-1] == f"0 of {len(cast) * 96 * 160} elements of the experts changed (lossless)"
+    assert summary.notes[-1] == f"0 of {len(cast) * 96 * 160:,} elements of the experts changed (lossless)"
     assert verify(source, out).problems == []
 
 

@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_read_is_a_verdict(small: Path, copy_of: Make) 
 def test_a_sample_is_said_to_be_one(small: Path, outputs: Make) -> None:
     done = run(small, outputs("gguf"), "--sample", "2%", "--seed", "3")
     assert done.returncode == 0, done
-    assert "sample of 0.02: " in done.stdout
+    assert "sample of 2%: " in done.stdout
     report = json.loads(run(small, outputs("gguf"), "--sample", "2%", "--seed", "3", "--json").stdout)
     check_schema(report)
     assert (report["sample"], report["seed"]) == (0.02, 3)

@@ -531,6 +531,16 @@ def test_a_missing_file_of_the_output_is_a_verdict(small: Path, copy_of: Make) -
     assert splits(path)[1].name in report.problems[0].where or "00002" in report.problems[0].where
 
 
+def test_a_missing_tensor_is_named_once_and_its_source_where_that_has_another_name(small: Path, copy_of: Make) -> None:
+    folder = copy_of("dequantize")
+    edit_file("", drop_tensor("norm.weight"))(folder)
+    [found] = [problem for problem in verify(small, folder).problems if problem.kind == "missing"]
+    assert (found.where, found.what) == ("tensor norm.weight", "not in the output")
+    report = Report("source", "output", "GGUF", None, 0, False)
+    report.missing("output_norm.weight", "norm.weight")
+    assert str(report.problems[0].what) == "not in the output; the source has norm.weight"
+
+
 def test_a_malformed_model_card_is_noted_and_no_fault(small: Path, outputs: Make, tmp_path: Path) -> None:
     source = shutil.copytree(small, tmp_path / small.name)
     (source / "README.md").write_text("---\nlicense: [\n---\n")

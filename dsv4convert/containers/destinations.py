@@ -6,6 +6,7 @@ Nothing here imports a network library.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -45,6 +46,29 @@ class Sent:
                 digest.update(piece)
                 size += len(piece)
         return cls(size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class SentPart:
+    """A part of a file as it was sent: size in bytes, hex SHA-256, and what the store calls it."""
+
+    size: int
+    sha256: str
+    etag: str
+
+
+def sent_in_parts(parts: Iterable[SentPart]) -> Sent:
+    """Return a file that was sent in parts.
+
+    Nobody has read all of it, so its checksum is the one of its parts' checksums, which S3 calls composite, with the
+    number of parts behind it.
+
+    >>> sent_in_parts([SentPart(3, "ab" * 32, "a"), SentPart(4, "cd" * 32, "b")]).sha256
+    'a6a96ccb5233f068bf41343ffd5984bf8d4d7e591f1e4bdb12bda296534409b8-2'
+    """
+    parts = list(parts)
+    digest = hashlib.sha256(b"".join(bytes.fromhex(part.sha256) for part in parts))
+    return Sent(sum(part.size for part in parts), f"{digest.hexdigest()}-{len(parts)}")
 
 
 @dataclass(frozen=True)
@@ -167,6 +191,39 @@ class SharedDestination(Destination):
         """
 
 
+class PartsDestination(SharedDestination):
+    """A destination to which several processes can send the parts of one file.
+
+    Parts are numbered from 1 on; readers see nothing of them before ``finish_parts``.
+    """
+
+    @abstractmethod
+    def begin_parts(self, name: str) -> str | None:
+        """Begin a file that is sent in parts, and return what its upload is called; None where the store cannot do so.
+
+        Parts that lie there of earlier uploads of this file are dropped.
+
+        Raises:
+            OutputExistsError: another content is there under its name, and may not be replaced.
+        """
+
+    @abstractmethod
+    def send_part(self, name: str, upload: str, number: int, path: Path, sent: Sent) -> SentPart:
+        """Send a part, in place of an earlier one of this number."""
+
+    @abstractmethod
+    def parts_there(self, name: str, upload: str) -> Mapping[int, tuple[int, str]] | None:
+        """Return size and ``SentPart.etag`` of the parts that have arrived; None without such an upload."""
+
+    @abstractmethod
+    def finish_parts(self, name: str, upload: str, parts: Sequence[SentPart]) -> None:
+        """Make a file of all its parts.
+
+        Raises:
+            OutputExistsError: another content came under its name meanwhile, or another run took the place of this one.
+        """
+
+
 def open_destination(address: str) -> Destination:
     """Return the destination of an address: a repository of the hub, or a folder in an object store.
 
@@ -188,6 +245,10 @@ def open_destination(address: str) -> Destination:
             return HubDestination(rest)
         from .remote.store_upload import StoreDestination
 
+        if scheme == "s3" and importlib.util.find_spec("boto3") is not None:
+            from .remote.part_upload import PartsStoreDestination
+
+            return PartsStoreDestination(rest)
         return StoreDestination(scheme, rest)
     except ImportError:
         raise DeviceError(

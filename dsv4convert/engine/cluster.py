@@ -23,7 +23,7 @@ from ..containers.sources import mount_around
 from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
 from ..plan import Plan, Quantise, Segment
 from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Submit, address_here
-from .cluster_worker import Part, Piece, WholeFile, Work, library_digest, program_digest, revision_digest
+from .cluster_worker import NewFile, Part, Piece, Work, library_digest, program_digest, revision_digest
 from .fingerprint import mark_of
 from .journal import Claim
 from .run import Finished, RunOutputs, Task
@@ -276,11 +276,14 @@ class ClusterMakers:
         def take_all(tasks: Sequence[Task], made: Any) -> None:
             take([Finished(task, *one) for task, one in zip(tasks, self._made(tasks, made), strict=True)])
 
-        runs = [cut(tasks, lambda task: work_of(self._segment(task)), self._work) for tasks in files]
         try:
-            self._cluster.carry_out(runs, self._piece, take_all, stopped)
+            self._cluster.carry_out(map(self._runs, files), self._piece, take_all, stopped)
         except Dsv4Error as error:
             raise self._as_given(error) from None
+
+    def _runs(self, tasks: Iterator[Task]) -> Iterator[list[Task]]:
+        """Yield the segments of a file that make a task."""
+        return cut(tasks, lambda task: work_of(self._segment(task)), self._work)
 
     def _as_given(self, error: Dsv4Error) -> Dsv4Error:
         """Return a worker's error with its path as it was given to this run."""
@@ -290,7 +293,7 @@ class ClusterMakers:
     def _segment(self, task: Task) -> Segment:
         return self._plan.files[task.file].tensors[task.tensor].segments[task.segment]
 
-    def _piece(self, tasks: Sequence[Task]) -> Piece | WholeFile:
+    def _piece(self, tasks: Sequence[Task]) -> Piece | NewFile:
         file = tasks[0].file
         status = os.fstat(self._outputs.descriptor(file))
         return Piece(

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..errors import DeviceError, Dsv4Error, InputOutputError
-from .cluster_worker import FinalError, FinishedFile, Piece, WholeFile, make_file, make_piece, send_file
+from .cluster_worker import FinalError, FinishedFile, NewFile, Piece, make_file, make_piece, send_file
 
 WORKERS = re.compile(r"ray(?::(?P<count>[1-9]\d{0,3})|(?P<here>:auto)|://(?P<address>[^\s/]+:\d+))?")
 
@@ -41,10 +41,10 @@ REACH_HINT = (
 )
 
 
-AnyPiece = Piece | WholeFile | FinishedFile
+AnyPiece = Piece | NewFile | FinishedFile
 MAKE: Mapping[type[AnyPiece], Callable[[Any], Any]] = {
     Piece: make_piece,
-    WholeFile: make_file,
+    NewFile: make_file,
     FinishedFile: send_file,
 }
 

@@ -8,7 +8,8 @@ held by one client lacks what another has written to it. So segments at the ends
 neighbours too, are written with O_DSYNC, for which NFS writes exactly the bytes that are given.
 
 Files that go to an object store are tasks as wholes: their SHA-256 goes with them. One that stays here too is sent from
-the shared file system; any other is made on the worker's own disk, where it has no name, and sent from there.
+the shared file system; any other is made on the worker's own disk, where it has no name, and sent from there. Where
+there are fewer files than workers, a task is a part of a file, made and sent in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import xxhash
 
 from .. import __version__
-from ..containers.destinations import Destination, Sender, Sent
+from ..containers.destinations import Destination, PartsDestination, Sender, Sent, SentPart
 from ..containers.sources import Mount, any_mounted, mount_of
 from ..errors import (
     DeviceError,
@@ -96,15 +97,26 @@ class Piece:
     is_shared: bool
 
 
+class PartUpload(NamedTuple):
+    """Which part of a file a task sends, and to which upload of the file (see ``PartsDestination``)."""
+
+    upload: str
+    number: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class WholeFile:
-    """A task that makes all of an output file and sends it."""
+class NewFile:
+    """A task that makes all of an output file, or a ``part`` of it, and sends it.
+
+    ``header`` are its first bytes, ``nbytes`` its size; both, and the offsets of segments, are those of the part.
+    """
 
     work: Work
     name: str
     header: bytes
     nbytes: int
     sender: Sender
+    part: PartUpload | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +134,10 @@ class FinalError(Exception):
 
 
 class MadeFile(NamedTuple):
-    """What became of all parts of a file that was sent, and what was sent."""
+    """What became of all segments of a file, or of a part of one, and what was sent."""
 
     made: list[Made]
-    sent: Sent
+    sent: Sent | SentPart
 
 
 def make_piece(piece: Piece) -> list[Made]:
@@ -156,12 +168,12 @@ def make_piece(piece: Piece) -> list[Made]:
     return made
 
 
-def make_file(file: WholeFile) -> MadeFile:
-    """Make a file on this machine's disk and send it.
+def make_file(file: NewFile) -> MadeFile:
+    """Make a file, or a part of one, on this machine's disk and send it.
 
     Raises:
         FileFormatError, DeviceError: this machine has another program, library or source file.
-        SpaceError: the disk is too small for the file.
+        SpaceError: the disk is too small for it.
         FinalError, InputMissingError: it cannot reach the source's address.
         FinalError, Dsv4Error: see ``send_file``, and as for a thread's segment; says the tensor.
     """
@@ -181,8 +193,11 @@ def make_file(file: WholeFile) -> MadeFile:
         with os_errors(folder / file.name, "read"):
             sent = Sent.of(path)
         with _remote_errors():
-            destination.send(file.name, path, sent)
-    return MadeFile(made, sent)
+            if file.part is None:
+                destination.send(file.name, path, sent)
+                return MadeFile(made, sent)
+            assert isinstance(destination, PartsDestination)  # it began the upload
+            return MadeFile(made, destination.send_part(file.name, *file.part, path, sent))
 
 
 def send_file(file: FinishedFile) -> Sent:

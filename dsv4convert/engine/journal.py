@@ -27,7 +27,7 @@ from .outputs import FRESH_HINT, JOURNAL_SUFFIX, open_file, os_errors, sync_fold
 from .run import Finished, Task
 
 if TYPE_CHECKING:
-    from ..containers.destinations import Sent
+    from ..containers.destinations import Sent, SentPart
 
 FORMAT = 3
 
@@ -108,6 +108,8 @@ class Journal:
         self.held: dict[str, Identity] = {}
         self.discards: dict[str, Identity] = {}
         self.sent: dict[int, Sent] = {}
+        self.uploads: dict[int, str] = {}
+        self.parts: dict[int, dict[int, SentPart]] = {}
         self._finished: dict[Key, Finished] = {}
         self._lock_file: LockFile | None = None
         self._descriptor = self._open(lock)
@@ -212,7 +214,7 @@ class Journal:
             os.ftruncate(self._descriptor, 0)
             self._end = 0
             self._finished = {}
-            self.sent = {}
+            self.sent, self.uploads, self.parts = {}, {}, {}
             self.inodes = []
             self.replaces, self.held, self.discards = list(replaces), dict(held), dict(discards)
             self.fingerprint = dict(fingerprint)
@@ -252,6 +254,17 @@ class Journal:
         """Keep which files are whole in a store; durable on return, and noted before their segments are."""
         self.sent.update(files)
         self._append([{"sent": [file, sent.size, sent.sha256]} for file, sent in files.items()])
+
+    def note_upload(self, file: int, upload: str) -> None:
+        """Keep what the upload of a file is called that is sent in parts; what was noted of an earlier one is void."""
+        self.uploads[file], self.parts[file] = upload, {}
+        self._append([{"upload": [file, upload]}])
+
+    def note_parts(self, parts: Mapping[tuple[int, int], SentPart]) -> None:
+        """Keep which parts are in a store, by file and number; as ``note_sent``."""
+        for (file, number), part in parts.items():
+            self.parts[file][number] = part
+        self._append([{"part": [*key, part.size, part.sha256, part.etag]} for key, part in parts.items()])
 
     def remove(self) -> None:
         """Remove the file, where its name still stands for it; the lock goes with the process or the context."""
@@ -353,10 +366,19 @@ class Journal:
                     for key in ("held", "discards")
                 )
             elif "sent" in fact:
-                from ..containers.destinations import Sent
+                from ..containers.destinations import Sent, SentPart
 
                 file, size, sha256 = fact["sent"]
                 self.sent[int(file)] = Sent(int(size), str(sha256))
+            elif "upload" in fact:
+                file, upload = fact["upload"]
+                self.uploads[int(file)], self.parts[int(file)] = str(upload), {}
+            elif "part" in fact:
+                from ..containers.destinations import SentPart
+
+                file, part, size, sha256, etag = fact["part"]
+                bytes.fromhex(sha256)
+                self.parts[int(file)][int(part)] = SentPart(int(size), str(sha256), str(etag))
             elif "inodes" in fact:
                 self.inodes = list(map(int, fact["inodes"]))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):

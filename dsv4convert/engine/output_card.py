@@ -17,10 +17,14 @@ from ..plan import Plan
 from .fingerprint import fingerprint_of
 
 MAX_SHOWN_NOTES = 50
+PARTS_NOTE = (
+    "A SHA-256 with a number behind it is that of the SHA-256s of so many parts, in which the file was sent: the "
+    "composite checksum of the store."
+)
 
 # What is said of an output, between comments with its name, and a row of the table of its files.
 SECTION = re.compile(r"<!-- dsv4convert: begin (\S+) -->\n(.*?)<!-- dsv4convert: end \1 -->(\n*)", re.DOTALL)
-FILE_ROW = re.compile(r"^\| `([^`\n]+)` \| (\d+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
+FILE_ROW = re.compile(r"^\| `([^`\n]+)` \| (\d+) \| `([0-9a-f]{64}(?:-\d+)?)` \|$", re.MULTILINE)
 
 # The folders of the hub's cache: models--OWNER--NAME/snapshots/HASH.
 SNAPSHOT = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$")
@@ -94,6 +98,8 @@ class OutputCard:
         lines += ["", "| file | bytes | SHA-256 |", "|---|---:|---|"]
         for file in plan.files:
             lines.append(f"| {_code(file.name)} | {file.nbytes} | {_code(sent[file.name].sha256)} |")
+        if any("-" in sent[file.name].sha256 for file in plan.files):
+            lines += ["", PARTS_NOTE]
         return "\n".join(lines)
 
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..containers.destinations import CARD_NAME, Destination, Sender, Sent, SharedDestination, open_destination
+from ..containers.destinations import (
+    CARD_NAME,
+    Destination,
+    PartsDestination,
+    Sender,
+    Sent,
+    SharedDestination,
+    open_destination,
+)
 from ..containers.presence import is_file
 from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError
 from ..plan import OutputFile, Plan
@@ -80,6 +88,11 @@ class Uploading:
     def takes_senders(self) -> bool:
         """Return whether the workers of a cluster can send the files."""
         return isinstance(self._destination, SharedDestination)
+
+    @property
+    def takes_parts(self) -> PartsDestination | None:
+        """Return the destination, where several workers can send one file."""
+        return self._destination if isinstance(self._destination, PartsDestination) else None
 
     def lend(self) -> tuple[Sender, Path]:
         """Return what workers send files with, and a folder for those that are made here and sent at the end.

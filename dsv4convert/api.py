@@ -977,14 +977,17 @@ def parse_size(size: int | str, option: str = "--max-file-size") -> int:
     (45000000000, 137438953472)
 
     Raises:
-        UsageError: not a positive number with an optional unit.
+        UsageError: not a positive number with an optional unit, or one so small that its unit was forgotten.
     """
     found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT]?)|([KMGT])I)B?", str(size).strip(), re.IGNORECASE)
     if found is None or int(found[1]) == 0:
         raise UsageError(f"{option}: not a size", expected="a number with K, M, G or T, such as 45G", got=repr(size))
     if found[3] is not None:
         return int(found[1]) * BINARY_UNITS[found[3].upper()]
-    return int(found[1]) * UNITS[found[2].upper()]
+    nbytes = int(found[1]) * UNITS[found[2].upper()]
+    if nbytes < UNITS["K"]:
+        raise UsageError(f"{option}: {nbytes} bytes", expected=f"a number with a unit, such as {nbytes}G")
+    return nbytes
 
 
 def parse_tokens(count: int | str, option: str = "--context") -> int:

@@ -110,7 +110,17 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
         UsageError: it is not.
     """
     if value not in choices:
-        raise UsageError(f"{option}: unknown", expected=" or ".join(choices), got=value)
+        raise UsageError(f"{option}: unknown", expected=either(choices), got=value)
+
+
+def either(choices: Iterable[str]) -> str:
+    """Return choices as one reads them.
+
+    >>> either(["keep", "drop", "only"])
+    'keep, drop or only'
+    """
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 class InputMissingError(Dsv4Error):
@@ -231,6 +241,20 @@ def named_by_user() -> Iterator[None]:
         yield
     except InputMissingError as error:
         raise error.with_changes(hint=CHECK_NAME) from None
+
+
+def install_hint(extra: str, otherwise: str | None = None) -> str:
+    """Return how to install what an extra brings, and what can be done without it."""
+    return f"run pip install 'dsv4convert[{extra}]'" + (f", or {otherwise}" if otherwise else "")
+
+
+def missing_package(
+    what: str, package: str, extra: str, otherwise: str | None = None, *, where: object = None
+) -> DeviceError:
+    """Return the error that ``what`` needs a package that an extra brings and that is not installed."""
+    return DeviceError(
+        f"{what} needs the package {package}, which is missing", where=where, hint=install_hint(extra, otherwise)
+    )
 
 
 # Characters of a note on a file that is not used.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.presence import exists
 from ..containers.untrusted import read_whole
-from ..errors import DeviceError, TokenizerError
+from ..errors import DeviceError, TokenizerError, missing_package
 from ..model.config import ModelConfig
 from ..model.engram import EngramConstants, engram_constants
 from .tokenizer import MAX_TOKENIZER_BYTES, TOKENIZER_NAME
@@ -97,9 +97,7 @@ def _backend(text: bytes, path: Path) -> tuple[Any, Any]:
     try:
         from tokenizers import Regex, Tokenizer, normalizers
     except ImportError:
-        raise DeviceError(
-            "the token map of the engram tables needs the package tokenizers", hint="install dsv4convert[text]"
-        ) from None
+        raise missing_package("the token map of the engram tables", "tokenizers", "text") from None
     try:
         backend = Tokenizer.from_buffer(text)
     except Exception as error:  # noqa: BLE001 - the binding raises bare Exception

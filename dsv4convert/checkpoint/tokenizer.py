@@ -14,7 +14,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_optional_json_object
 from ..containers.presence import exists
 from ..containers.untrusted import read_whole
-from ..errors import DeviceError, TokenizerError, noted
+from ..errors import TokenizerError, missing_package, noted
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -164,8 +164,11 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
     settings = _read_json(folder / TOKENIZER_CONFIG_NAME, required=False)
     model = _section(document, "model", path)
     _check_kind(document, model, path)
+    pre_notes = []
     if pre is None:
         pre = recognise_pre(document, path)
+    elif pre not in PATTERNS_BY_PRE:
+        pre_notes = [f"--tokenizer-pre {pre} is not checked: llama.cpp loads no file with a name that it does not know"]
     vocab = _vocab(model, path)
     added = _added_tokens(document, path)
     tokens, types = _token_lists(vocab, added, _special_texts(settings, added), vocab_size, path)
@@ -189,7 +192,7 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
         add_special=_add_special(document, settings),
         chat_templates=templates,
         path=path,
-        notes=notes,
+        notes=(*notes, *pre_notes),
     )
 
 
@@ -535,10 +538,8 @@ def _backend(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer as Backend
     except ImportError:
-        raise DeviceError(
-            "turning text into tokens needs the package tokenizers",
-            hint="install dsv4convert[text]; forward and compare take token ids with --tokens instead",
-        ) from None
+        otherwise = "give forward and compare token ids, with --tokens"
+        raise missing_package("turning text into tokens", "tokenizers", "text", otherwise) from None
     content = read_whole(path, MAX_TOKENIZER_BYTES, error=TokenizerError)
     try:
         return Backend.from_buffer(content)

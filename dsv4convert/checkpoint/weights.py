@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..containers.safetensors import Stored, tensor_at
 from ..containers.wide_scales import E8M0, WIDE_BITS, as_e8m0, as_f32, stored_dtype
-from ..errors import InventoryError
+from ..errors import InventoryError, either
 from ..formats.int4 import PER_WORD
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
 from ..model.tensors import DRAFT_PREFIX, Expected, Row, Store, scale_name
@@ -108,7 +108,7 @@ def pair(
         raise InventoryError(
             f"tensor {expected.name}: wrong dtype",
             where=stored.file,
-            expected=" or ".join(sorted(e.value for e in ALLOWED[expected.row.store])),
+            expected=either(sorted(e.value for e in ALLOWED[expected.row.store])),
             got=stored.dtype,
         )
     if shape != expected.shape:

@@ -30,7 +30,7 @@ def demo(seed: int) -> None:
         )
         typer.echo("2. converted it:")
         out = folder / "model.gguf"
-        print_summary(convert_gguf(folder / "checkpoint", out, threads=2))
+        print_summary(convert_gguf(folder / "checkpoint", out, threads=2), gone="removed when the demo ends")
         model = open_gguf(out)
         kinds: dict[str, int] = {}
         for tensor in model.tensors.values():

@@ -217,16 +217,20 @@ def _json_lines() -> Callable[[Step, int], None]:
     return update
 
 
-def print_summary(summary: Summary) -> None:
-    """Print what a conversion wrote, what it left out and why, and what it took."""
+def print_summary(summary: Summary, gone: str = "") -> None:
+    """Print what a conversion wrote, what it left out and why, and what it took.
+
+    ``gone`` says what becomes of files that do not stay.
+    """
     from ..formats.backend import NUMPY, describe_codecs
 
     if summary.resumed_bytes == summary.written_bytes:
         typer.echo("finished by an earlier run; nothing was left to do")
+    gone = "uploaded, removed here" if summary.deleted else gone
+    done, end = ("made", f"  {gone}") if gone else ("wrote", "")
     for path, size, _, count in folded([(path, size, 0) for path, size in summary.files]):
         files = f"  {counted(count, 'file')}" if count > 1 else ""
-        gone = "  uploaded, removed here" if summary.deleted else ""
-        typer.echo(f"{'made' if gone else 'wrote'} {escape_control(path)}  {human_bytes(size)}{files}{gone}")
+        typer.echo(f"{done} {escape_control(path)}  {human_bytes(size)}{files}{end}")
     typer.echo(counted(summary.tensors))
     for entry in summary.dropped:
         typer.echo(f"left out {entry.what}: {counted(entry.count)}, {human_bytes(entry.nbytes)} ({entry.reason})")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DeviceError, UsageError
+from ..errors import UsageError, missing_package
 from .folder_names import INDEX_NAME
 from .gguf import SPLIT_FILE
 from .sources import ADDRESS, HUB_ID
@@ -251,6 +251,4 @@ def open_destination(address: str) -> Destination:
             return PartsStoreDestination(rest)
         return StoreDestination(scheme, rest)
     except ImportError:
-        raise DeviceError(
-            f"--upload needs {package}", where=f"{scheme}://…", hint=f"run pip install 'dsv4convert[{extra}]'"
-        ) from None
+        raise missing_package("--upload", package, extra, where=f"{scheme}://…") from None

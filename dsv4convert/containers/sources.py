@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import errors
-from ..errors import InputMissingError, InputOutputError, SpaceError
+from ..errors import InputMissingError, InputOutputError, SpaceError, UsageError
 from .fetching import BLOCK_BYTES, SLICE_SECONDS, Ahead, Transport, all_at_once
 from .folder_names import shard_name
 
@@ -37,6 +37,8 @@ MAX_HELD_BYTES = 2**22
 SHARD_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 ADDRESS = re.compile(r"(hf|https?|s3|gs|az):/+(.+)", re.DOTALL)
+# A path has lost a slash.
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[\w./-]+)?")
 
 
@@ -482,6 +484,22 @@ def is_address(text: str) -> bool:
     return ADDRESS.fullmatch(text) is not None
 
 
+def check_scheme(text: str) -> None:
+    """Check that what is written like an address is one that can be read.
+
+    Raises:
+        UsageError: it is not.
+    """
+    found = SCHEME.match(text)
+    if found is not None and not is_address(text):
+        raise UsageError(
+            "no such address can be read",
+            expected="hf://OWNER/NAME, https://HOST/FOLDER, s3://BUCKET/PREFIX, gs:// or az://",
+            got=f"{found[1]}://…",
+            hint="download the files and pass their folder",
+        )
+
+
 def looks_like_hub_id(text: str) -> bool:
     """Return whether a path that does not exist is written like a repository of the hub: OWNER/NAME[@REVISION]."""
     return HUB_ID.fullmatch(text) is not None
@@ -500,7 +518,10 @@ def local_path(source: str | os.PathLike[str], *, headers_only: bool = False, ca
     """
     text = os.fspath(source)
     path = Path(text)
-    if not is_address(text) and (os.path.lexists(path) or not looks_like_hub_id(text)):
+    if not is_address(text) and os.path.lexists(path):
+        return path
+    check_scheme(text)
+    if not is_address(text) and not looks_like_hub_id(text):
         return path
     from .remote import mount
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..containers.sources import mount_around
-from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError
+from ..errors import DeviceError, Dsv4Error, InputOutputError, UsageError, missing_package
 from ..plan import Plan, Quantise, Segment
 from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Submit, address_here
 from .cluster_worker import NewFile, Part, Piece, Work, library_digest, program_digest, revision_digest
@@ -30,7 +30,6 @@ from .run import Finished, RunOutputs, Task
 from .schedule import Lane, Schedule
 from .worker import Made
 
-INSTALL_HINT = "install it with: pip install 'dsv4convert[ray]'"
 EXPECTED = "ray, ray:N, ray:auto or ray://HOST:PORT"
 
 # The work of a task is its bytes read and written, of a low-bit type so many times these, for its arithmetic.
@@ -82,7 +81,7 @@ class Cluster:
         if WORKERS.fullmatch(self.workers) is None:
             raise UsageError("--workers: unknown", expected=EXPECTED, got=self.workers)
         if importlib.util.find_spec("ray") is None:
-            raise DeviceError("--workers needs the package ray, which is missing", hint=INSTALL_HINT)
+            raise missing_package("--workers", "ray", "ray")
 
     def __enter__(self) -> Cluster:
         return self

@@ -17,13 +17,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dsv4convert.errors import DeviceError
+from dsv4convert.errors import DeviceError, install_hint
 from dsv4convert.formats.base import ArrayF32, ArrayU8
 from dsv4convert.formats.ggml_types import BY_NAME, GgmlType
 
 PACKAGE = "llama_cpp"  # the module of llama-cpp-python, which carries the library
 LIBRARY_NAME = "libggml-base.so"
-INSTALL_HINT = "install it with: pip install 'dsv4convert[lowbit]', or pass --ggml-lib PATH"
+INSTALL_HINT = install_hint("lowbit", "pass --ggml-lib PATH")
 
 _FLOATS, _BYTES = ctypes.POINTER(ctypes.c_float), ctypes.c_void_p
 # Of ggml_quantize_chunk: the type's number, values, room for blocks, the first element, rows, columns, and a weight for

@@ -28,9 +28,11 @@ from ..containers.safetensors import Stored, read_header
 from ..containers.sources import shown
 from ..containers.wide_scales import stored_dtype
 from ..errors import ConfigError, Dsv4Error, InputMissingError, InputOutputError, InventoryError, UsageError, counted
+from ..formats.nvfp4 import SCALES_PER_GROUP
 from ..model.config import ModelConfig, load_config
 from ..model.engram import check_rows
 from ..model.tensors import UNUSED_DRAFT_SUFFIXES, Draft, expected_tensors, is_draft_alone, scale_name, vision_tensors
+from ..scale_forms import Pairs
 from .description import DRAFT_ALONE, Description, EncodingUse, EngramTable, Layer, ranges
 from .naming import DEPTH_KEYS, EXPERTS, SHOWN_KEYS, WIDTH_KEYS, family_of, layer_of, name_variant
 from .scales import Scales, count_scales
@@ -225,6 +227,14 @@ def _chain(
             found.unexpected.append(str(error))
 
 
+def _stored_block(weight: Weight) -> tuple[int, int] | None:
+    """Return what shares a scale of the file: of NVFP4, two of its scales are one where the weight is read."""
+    if weight.block is None or weight.scale is None or not isinstance(weight.scale.scale_form, Pairs):
+        return weight.block
+    height, width = weight.block
+    return height, width // SCALES_PER_GROUP
+
+
 def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
     """Add how many weights of each family are stored in each way, and the exponents of their scales."""
     stored: list[Scales] = []
@@ -232,7 +242,7 @@ def count_encodings(found: Description, weights: Iterable[Weight]) -> None:
     for weight in weights:
         family = EXPERTS if weight.expert is not None else family_of(weight.name)
         scale = None if weight.scale is None else stored_dtype(weight.scale)
-        uses[family, weight.encoding.value, scale, weight.block] += 1
+        uses[family, weight.encoding.value, scale, _stored_block(weight)] += 1
         if scale is not None and weight.scale is not None:
             stored.append(Scales(family, scale, weight.scale.file, weight.scale.offset, weight.scale.nbytes))
     found.encodings = [EncodingUse(*key, count) for key, count in uses.items()]

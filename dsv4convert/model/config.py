@@ -17,7 +17,7 @@ from typing import Any
 from ..containers.folder_names import CONFIG_NAME
 from ..containers.json_object import read_json_object, validate_schema
 from ..containers.presence import is_file, is_folder
-from ..errors import ConfigError, InputMissingError, UnsupportedError, UsageError
+from ..errors import ConfigError, InputMissingError, UnsupportedError, UsageError, either
 from .agreement import (
     RATIO_BY_LAYER_TYPE,
     check_hash_layers,
@@ -349,7 +349,7 @@ def _version(raw: Mapping[str, Any], where: object) -> Version:
         raise ConfigError(
             "key architectures is missing or not a list",
             where=where,
-            expected=" or ".join(f'["{name}"]' for name in VERSION_BY_ARCHITECTURE),
+            expected=either(f'["{name}"]' for name in VERSION_BY_ARCHITECTURE),
         )
     for name in map(str, architectures):
         if name in VERSION_BY_ARCHITECTURE:
@@ -357,7 +357,7 @@ def _version(raw: Mapping[str, Any], where: object) -> Version:
     raise UnsupportedError(
         "unsupported architecture",
         where=where,
-        expected=" or ".join(VERSION_BY_ARCHITECTURE),
+        expected=either(VERSION_BY_ARCHITECTURE),
         got=", ".join(map(str, architectures))[:100],
     )
 

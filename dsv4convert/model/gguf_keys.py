@@ -9,7 +9,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from ..errors import ConfigError
+from ..errors import ConfigError, either
 from .config import ModelConfig
 from .config_v41 import EngramConfig
 from .engram import EngramConstants
@@ -64,7 +64,7 @@ YARN = "yarn."
 def _gating_function(config: ModelConfig, blocks: int) -> int:
     number = GATING_FUNCTIONS.get(config.scoring_func)
     if number is None:
-        raise ConfigError("key scoring_func: unknown", expected=" or ".join(GATING_FUNCTIONS), got=config.scoring_func)
+        raise ConfigError("key scoring_func: unknown", expected=either(GATING_FUNCTIONS), got=config.scoring_func)
     return number
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DeviceError, check_choice
+from ..errors import DeviceError, check_choice, missing_package
 from .arithmetic import product
 from .parameters import Product
 from .weights.protocol import Array
@@ -32,7 +32,7 @@ def chosen_device(device: str) -> str:
     if find_spec("torch") is None:
         if device == AUTO:
             return CPU
-        raise DeviceError("--device cuda needs the package torch", hint="install dsv4convert[gpu], or use --device cpu")
+        raise missing_package("--device cuda", "torch", "gpu", "use --device cpu")
     import torch
 
     if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from typing import Any
 from ..engine.conversion import check_result
 from ..engine.names import Identity
 from ..engine.outputs import write_file
-from ..errors import DeviceError, UsageError
+from ..errors import UsageError, missing_package
 from .compare import Comparison
 
 # What is worth a line each: the input, what either sublayer adds, and the streams after the layer.
@@ -26,7 +26,7 @@ def new_figure(width: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DeviceError("--plot needs the package matplotlib", hint="install dsv4convert[plot]") from None
+        raise missing_package("--plot", "matplotlib", "plot") from None
     return Figure(figsize=(width, 4.5), layout="constrained")
 
 

@@ -10,7 +10,7 @@ from ..checkpoint.tokenizer import TOKENIZER_NAME, Tokenizer, load_tokenizer
 from ..containers.gguf import is_gguf, open_gguf
 from ..containers.json_object import read_json
 from ..containers.presence import is_file
-from ..errors import DeviceError, FileFormatError, TokenizerError, UsageError, named_by_user
+from ..errors import FileFormatError, TokenizerError, UsageError, missing_package, named_by_user
 from ..model.config import CHAT_TEMPLATES, Version
 from .vision import IMAGE
 
@@ -117,7 +117,7 @@ def encode_chat(path: Path, tokenizer: Tokenizer | None, version: Version) -> li
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise DeviceError("--chat needs the package jinja2", hint="install dsv4convert[text], or use --text") from None
+        raise missing_package("--chat", "jinja2", "text", "use --text") from None
 
     def refuse(message: str) -> None:
         raise TemplateError(message)

@@ -24,10 +24,10 @@ from ..containers.untrusted import open_regular
 from ..errors import (
     CHECK_NAME,
     ConfigError,
-    DeviceError,
     FileFormatError,
     UnsupportedError,
     UsageError,
+    missing_package,
     not_read,
 )
 from ..model.config import ModelConfig, Version
@@ -164,7 +164,7 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DeviceError("--image needs the package Pillow", hint="install dsv4convert[vision]") from None
+        raise missing_package("--image", "Pillow", "vision") from None
     try:
         opened = open_regular(path)
     except OSError as error:

@@ -8,7 +8,7 @@ from importlib import resources
 from itertools import islice
 from typing import Any, TypedDict
 
-from ..errors import UsageError
+from ..errors import UsageError, either
 from ..model.config_v41 import TEXT, VISION_KEYS
 from ..model.config_v41 import VISION as VISION_OBJECT
 from ..model.engram import primes_from
@@ -275,7 +275,7 @@ def _size_tables(raw: dict[str, Any], engram_rows: int | None) -> None:
 
 def _one_of(what: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise UsageError(f"unknown {what}", expected=" or ".join(known), got=value)
+        raise UsageError(f"unknown {what}", expected=either(known), got=value)
 
 
 def _preset_config(preset: str, variant: str | None) -> dict[str, Any]:

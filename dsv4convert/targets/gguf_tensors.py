@@ -16,7 +16,7 @@ from ..containers.gguf import SPLIT_NAME
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
-from ..errors import UsageError, check_choice, counted
+from ..errors import UsageError, check_choice, counted, either
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
@@ -153,7 +153,7 @@ def tensor_dialect(config: ModelConfig, name: str) -> TensorDialect:
     """
     known = DIALECTS_V41 if config.version is Version.V41 else DIALECTS
     if name not in known:
-        raise UsageError(f"--dialect {name} is not for DeepSeek-{config.version.value}", expected=" or ".join(known))
+        raise UsageError(f"--dialect {name} is not for DeepSeek-{config.version.value}", expected=either(known))
     return known[name]
 
 
@@ -382,14 +382,14 @@ def _check_types(tensors: Iterable[TensorSpec], dialect: TensorDialect, fallback
                 filling = [other for other in allowed if fallback.columns % ELEMENT_TYPES[other].elements == 0]
                 raise UsageError(
                     f"tensor {tensor.name}: {fallback}, which is not supported by dialect {dialect.name}",
-                    expected=" or ".join(filling) or f"rows of a multiple of {fallback.wanted.elements}",
+                    expected=either(filling) if filling else f"rows of a multiple of {fallback.wanted.elements}",
                     hint="choose a type whose blocks fill the rows, or --dialect llama.cpp",
                 )
             subject, hint = f"tensor {tensor.name}:", "leave out the option or recipe that says so"
             if ds4.EXPERTS in tensor.name:
                 subject, hint = "--experts", "--experts or --recipe chooses one"
             what = f"{subject} {asked} is not supported by dialect {dialect.name}"
-            raise UsageError(what, expected=" or ".join(allowed), hint=hint)
+            raise UsageError(what, expected=either(allowed), hint=hint)
         if allowed and (ds4.GATE in tensor.name or ds4.UP in tensor.name):
             other = experts.setdefault(tensor.name.replace(ds4.UP, ds4.GATE), kind)
             if kind != other:
@@ -409,7 +409,7 @@ def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
     mode = options.draft or (KEEP if dialect.mtp_inline else DROP)
     allowed = (KEEP, DROP) if dialect.mtp_inline else (DROP,) if dialect.text_only else (DROP, ONLY, SPLIT)
     if mode not in allowed:
-        raise UsageError(f"--draft {mode} is not supported by dialect {dialect.name}", expected=" or ".join(allowed))
+        raise UsageError(f"--draft {mode} is not supported by dialect {dialect.name}", expected=either(allowed))
     if options.layers is not None and mode != DROP:
         if options.draft is None:
             return DROP

@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..containers.orbax import ARRAY_NAME, ITEMS, ITEMSIZES, ZarrArray, read_array
-from ..errors import DeviceError, FileFormatError
-
-INSTALL_HINT = "install it with: pip install 'dsv4convert[maxtext]', or leave out --check"
+from ..errors import FileFormatError, missing_package
 
 # Leaves are restored together up to so many bytes. Larger ones, stacks of experts, are read a chunk at a time by
 # TensorStore, the library by which Orbax reads arrays; Orbax itself would hold one whole.
@@ -30,7 +28,7 @@ def import_orbax() -> Any:
     try:
         import orbax.checkpoint
     except ImportError:
-        raise DeviceError("--check reads with Orbax, which is not installed", hint=INSTALL_HINT) from None
+        raise missing_package("--check", "orbax-checkpoint", "maxtext", "leave out --check") from None
     return orbax.checkpoint
 
 

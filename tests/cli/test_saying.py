@@ -219,6 +219,42 @@ def test_layers_the_wrong_way_round_are_an_error_of_usage(
     assert result.error == "--layers: the first layer is behind the last: expected a range such as 0-3, got 3-0"
 
 
+@pytest.mark.parametrize("address", ["ftp://host/folder", "file:///tmp/folder"])
+@pytest.mark.parametrize("command", ["inspect", "check", "estimate"])
+def test_an_address_of_an_unknown_kind_is_an_error_of_usage(command: str, address: str) -> None:
+    result = run_cli(command, address)
+    assert result.code == 2
+    assert "no such address can be read: expected hf://OWNER/NAME, https://HOST/FOLDER, s3://BUCKET" in result.error
+    assert f"got {address.partition('://')[0]}://…; download the files and pass their folder" in result.error
+
+
+def test_a_folder_named_like_an_address_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ftp:").mkdir()
+    Path("ftp:/model").symlink_to(tiny)
+    assert run_cli("inspect", "ftp:/model").code == 0
+
+
+@pytest.mark.parametrize("option", ["--max-file-size", "--fit"])
+def test_a_size_without_its_unit_is_asked_for(option: str, tiny: Path, tmp_path: Path) -> None:
+    result = run_cli("hf-to-gguf", tiny, tmp_path / "a.gguf", option, "96")
+    assert result.code == 2
+    assert result.error == f"{option}: 96 bytes: expected a number with a unit, such as 96G"
+
+
+def test_a_pre_tokenizer_that_nothing_here_knows_is_noted(tiny: Path, tmp_path: Path) -> None:
+    note = "note: --tokenizer-pre foo is not checked: llama.cpp loads no file with a name that it does not know"
+    assert note in run_cli("hf-to-gguf", tiny, tmp_path / "a.gguf", "--tokenizer-pre", "foo").out
+    known = run_cli("hf-to-gguf", tiny, tmp_path / "b.gguf", "--tokenizer-pre", "joyai-llm")
+    assert (known.code, "--tokenizer-pre" in known.out) == (0, False)
+
+
+def test_the_demo_says_that_its_file_does_not_stay() -> None:
+    out = run_cli("demo").out
+    assert "wrote" not in out
+    assert "MB  removed when the demo ends\n" in out
+
+
 def test_a_hub_id_that_may_not_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = run_cli("hf-to-gguf", "deepseek-ai/DeepSeek-V4-Flash", "out.gguf").error

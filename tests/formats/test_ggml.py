@@ -159,7 +159,7 @@ def test_arrays_that_do_not_belong_together_are_refused(
 def test_a_missing_library_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(DeviceError, match=r"pip install 'dsv4convert\[lowbit\]', or pass --ggml-lib PATH"):
+    with pytest.raises(DeviceError, match=r"; run pip install 'dsv4convert\[lowbit\]', or pass --ggml-lib PATH"):
         find_quantiser()
 
 

@@ -74,6 +74,12 @@ def gguf(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 # Checkpoint folders
 
 
+def test_the_groups_of_nvfp4_are_those_of_the_file(tiny: Path, tmp_path: Path) -> None:
+    assert run_cli("repack", tiny, tmp_path / "out", "--experts", "nvfp4").code == 0
+    found = inspect_path(tmp_path / "out")
+    assert encoding(found, "routed experts") == {("fp4", "F8_E4M3", (1, 16)), ("fp4", "F8_E8M0", (1, 32))}
+
+
 def test_a_checkpoint_is_described(tiny: Path) -> None:
     found = inspect_path(tiny)
     document = check_schema(found)

@@ -473,7 +473,9 @@ def test_a_device_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert devices.chosen_device("auto") == devices.chosen_device("cuda") == "cuda"
     monkeypatch.setattr(devices, "find_spec", lambda _: None)
     assert devices.chosen_device("auto") == "cpu"
-    with pytest.raises(DeviceError, match="needs the package torch"):
+    with pytest.raises(
+        DeviceError, match=r"needs the package torch, which is missing; run pip install 'dsv4convert\[gpu\]', or use"
+    ):
         devices.chosen_device("cuda")
     with pytest.raises(UsageError, match="--device: unknown"):
         devices.chosen_device("tpu")

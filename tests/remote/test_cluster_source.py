@@ -42,7 +42,7 @@ def put_source(store: StoreServer, folder: Path) -> None:
     [
         ("address", "nothing there on machine .*its keys are in the environment in which Ray was started"),
         ("revision", "changed since the run looked at it; run again with --fresh"),
-        ("package", r"needs obstore on machine .*pip install 'dsv4convert\[stores\]'"),
+        ("package", r"needs the package obstore, which is missing on machine .*pip install 'dsv4convert\[stores\]'"),
     ],
 )
 def test_a_machine_that_does_not_see_the_source_is_told_of(

@@ -273,7 +273,11 @@ def test_no_room_here_is_needed_for_what_workers_send(
             InputOutputError,
             "cannot be sent .* on machine .*keys are in the environment in which Ray",
         ),
-        ("packages", DeviceError, r"--upload needs obstore on machine .*pip install 'dsv4convert\[stores\]'"),
+        (
+            "packages",
+            DeviceError,
+            r"--upload needs the package obstore, which is missing on machine .*pip install 'dsv4convert\[stores\]'",
+        ),
     ],
 )
 def test_a_machine_that_cannot_send_is_told_of_before_it_works(

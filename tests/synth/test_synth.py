@@ -523,7 +523,7 @@ def test_bad_vision_key_is_named(value: object) -> None:
         (
             {"preset": "huge"},
             UsageError,
-            "unknown preset: expected tiny or nano or flash or pro or v41-tiny or v41-flash, got huge",
+            "unknown preset: expected tiny, nano, flash, pro, v41-tiny or v41-flash, got huge",
         ),
         ({"variant": "audio"}, UsageError, "unknown variant"),
         ({"layers": 0}, UsageError, "--layers outside the model: expected 1 to 4, got 0"),

@@ -208,9 +208,9 @@ def test_a_draft_has_no_names_of_transformers(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_an_unknown_way_to_treat_a_draft_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--draft: unknown: expected keep or drop or only, got split"):
+    with pytest.raises(UsageError, match="--draft: unknown: expected keep, drop or only, got split"):
         plan_dequantize(tiny, tmp_path / "out", draft="split")
-    with pytest.raises(UsageError, match="--draft: unknown: expected keep or drop or only or split, got none"):
+    with pytest.raises(UsageError, match="--draft: unknown: expected keep, drop, only or split, got none"):
         dsv4convert.dequantize(tiny, tmp_path / "out", draft="none")
 
 

@@ -112,7 +112,7 @@ def test_overflows_of_f16_are_counted_and_named_first(editable: Callable[..., Ed
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"experts": "q6_k"}, "--experts q6_k is not supported by dialect ds4: expected mxfp4 or q4_k or q2_k or iq2"),
+        ({"experts": "q6_k"}, "--experts q6_k is not supported by dialect ds4: expected mxfp4, q4_k, q2_k or iq2"),
         ({"dense": "bf16"}, "attn_.*: bf16 is not supported by dialect ds4: expected q8_0 or q4_k"),
         ({"output_type": "q6_k"}, "output.weight: q6_k is not supported by dialect ds4: expected q8_0 or q4_k"),
         ({"embedding_type": "q8_0"}, "token_embd.weight: q8_0 is not supported by dialect ds4: expected f16"),

@@ -23,7 +23,7 @@ from ..v41 import TINY
 
 def test_experts_and_tables_of_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="--experts mxfp4 is not supported by dialect ds4: expected iq2_xxs or q2_k or q4_k"
+        UsageError, match="--experts mxfp4 is not supported by dialect ds4: expected iq2_xxs, q2_k or q4_k"
     ):
         plan_gguf(TINY["tiny-a"], tmp_path / "m.gguf", GgufOptions(dialect="ds4"), tokenizer_pre="joyai-llm")
     options = GgufOptions(dialect="ds4", engram="q8_0")

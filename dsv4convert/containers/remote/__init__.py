@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import DeviceError, FileFormatError, InputMissingError, UsageError
+from ...errors import DeviceError, FileFormatError, InputMissingError, UsageError, missing_package
 from ..sources import ADDRESS, Mount, RemoteFile, register
 
 # A folder of more files is no checkpoint; V4-Pro has 80.
@@ -127,11 +127,9 @@ def _refuse_cache(cache: bool) -> None:
 
 
 def _missing_package(package: str, extra: str, address: str) -> DeviceError:
-    return DeviceError(
-        f"no such folder here, and reading it from its address needs {package}",
-        where=address,
-        hint=f"check the name, run pip install 'dsv4convert[{extra}]', or download the files and pass their folder",
-    )
+    what = "no such folder here, and reading it from its address"
+    otherwise = "check the name, or download the files and pass their folder"
+    return missing_package(what, package, extra, otherwise, where=address)
 
 
 def _mount(listing: Listing, headers_only: bool, stand_ins: bool) -> Path:

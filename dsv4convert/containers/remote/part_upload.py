@@ -98,7 +98,7 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
                 )
 
         try:
-            answer = self._ask(send)
+            answer = self._ask(send, name=name)
         except FileNotFoundError:
             raise self._no_upload(name) from None
         return SentPart(sent.size, sent.sha256, answer["ETag"])
@@ -153,7 +153,7 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
             FileNotFoundError: there is no such object or upload.
             InputOutputError: it cannot be had now.
         """
-        return self._ask(lambda: self._asked(operation, Key=self._prefix + name, **options))
+        return self._ask(lambda: self._asked(operation, Key=self._prefix + name, **options), name=name)
 
     def _asked(self, operation: str, **options: Any) -> Any:
         client = self._client

@@ -77,13 +77,17 @@ class StoreDestination(SharedDestination):
         self._arrived: set[str] = set()
         self._lock = threading.Lock()
 
-    def _ask(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS) -> Answer:
+    def _ask(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS, name: str | None = None) -> Answer:
         """Return the store's answer, asked for again after errors that pass; what it refuses, it may grant later.
+
+        ``name`` is the file that is asked for, None for the folder.
 
         Raises:
             FileNotFoundError: there is no such object.
             InputOutputError: it cannot be had now.
         """
+
+        where = self.address if name is None else f"{self.address}/{name}"
 
         def asked() -> Answer:
             try:
@@ -94,12 +98,12 @@ class StoreDestination(SharedDestination):
                 raise error_of(error, self.address) from None
 
         try:
-            answer: Answer = retried(asked, self.address, most, doing="sent")
+            answer: Answer = retried(asked, where, most, doing="sent")
         except InputMissingError as error:
             if error.what == "nothing there":
                 raise self._no_bucket() from None
             hint = f"{keys_hint(self.address)}; they must have the right to write"
-            raise InputOutputError("the store refuses the upload", where=self.address, hint=hint) from None
+            raise InputOutputError("the store refuses the upload", where=where, hint=hint) from None
         return answer
 
     def _no_bucket(self) -> InputOutputError:
@@ -158,7 +162,7 @@ class StoreDestination(SharedDestination):
                     raise
             obstore.put(self._store, path, self._mark.encode())
 
-        self._ask_bucket(create)
+        self._ask_bucket(create, name=MARK_NAME)
         self._check_mark()
 
     def _check_mark(self) -> None:
@@ -254,20 +258,22 @@ class StoreDestination(SharedDestination):
                 max_concurrency=PARTS_AT_ONCE,
             ),
             MAX_FILE_ATTEMPTS,
+            name,
         )
         self._arrived.add(name)
 
     def _head(self, name: str) -> Sent | None:
         """Return what the store says of an object, None where there is none."""
+        path = self._prefix + name
         try:
-            result = self._ask(lambda: obstore.get(self._store, self._prefix + name, options={"head": True}))
+            result = self._ask(lambda: obstore.get(self._store, path, options={"head": True}), name=name)
         except FileNotFoundError:
             return None
         return Sent(result.meta["size"], str(result.attributes.get(SHA256_KEY, "")))
 
-    def _ask_bucket(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS) -> Answer:
+    def _ask_bucket(self, question: Callable[[], Answer], most: int = MAX_ATTEMPTS, name: str | None = None) -> Answer:
         try:
-            return self._ask(question, most)
+            return self._ask(question, most, name)
         except FileNotFoundError:
             raise self._no_bucket() from None
 
@@ -294,12 +300,12 @@ class StoreDestination(SharedDestination):
     def _delete(self, names: list[str], most: int = MAX_ATTEMPTS) -> None:
         for name in names:
             try:
-                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name), most)  # type: ignore[misc]
+                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name), most, name)  # type: ignore[misc]
             except FileNotFoundError:  # by an attempt whose answer was lost
                 continue
 
     def _put_text(self, name: str, text: str) -> None:
-        self._ask_bucket(lambda: obstore.put(self._store, self._prefix + name, text.encode()))
+        self._ask_bucket(lambda: obstore.put(self._store, self._prefix + name, text.encode()), name=name)
 
     def finish(self, files: Mapping[str, tuple[Path, Sent]], card: Callable[[str | None], str]) -> str:
         """See ``Destination.finish``."""
@@ -362,7 +368,7 @@ class StoreDestination(SharedDestination):
             return bytes(result.bytes()).decode(errors="replace")
 
         try:
-            return self._ask(read, most)
+            return self._ask(read, most, name)
         except FileNotFoundError:
             return None
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...containers.toml_files import names_in, parse_toml, read_named
-from ...errors import FileFormatError
+from ...errors import FileFormatError, either
 from ...formats.ggml_types import BY_NAME
 
 MAX_HARDWARE_BYTES = 2**16
@@ -111,7 +111,7 @@ def parse_hardware(name: str, content: bytes, where: object) -> Hardware:
     table = parse_toml(content, where)
     kind = table.pop("kind", None)
     if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise FileFormatError("key kind: unknown", where=where, expected=" or ".join(DEFAULTS), got=kind)
+        raise FileFormatError("key kind: unknown", where=where, expected=either(DEFAULTS), got=kind)
     table = {"description": name, "fp8": table.get("bf16"), **DEFAULTS[kind], **table}
     description = table.pop("description")
     if not isinstance(description, str):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...containers.gguf import GgufModelFile, GgufTensor
-from ...errors import FileFormatError, InventoryError, UnsupportedError
+from ...errors import FileFormatError, InventoryError, UnsupportedError, either
 from ...model.config import ARCHITECTURES, ModelConfig, Version, parse_config
 from ...model.engram import INT64_MAX, EngramConstants
 from ...model.gguf_keys import GATING_FUNCTIONS, KEYS, LLAMA_CPP_V41, NEXTN_KEY, YARN, key_name
@@ -112,7 +112,7 @@ def _dialect(file: GgufModelFile) -> TensorDialect:
     raise UnsupportedError(
         "unsupported architecture",
         where=file.files[0],
-        expected=" or ".join(READABLE),
+        expected=either(READABLE),
         got=repr(file.architecture)[:100],
     )
 

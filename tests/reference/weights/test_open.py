@@ -182,7 +182,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedError, match="expected deepseek4 or deepseek-v4 or deepseek41, got 'llama'"):
+    with pytest.raises(UnsupportedError, match="expected deepseek4, deepseek-v4 or deepseek41, got 'llama'"):
         open_source(tmp_path / "llama.gguf")
 
 

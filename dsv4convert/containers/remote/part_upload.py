@@ -71,7 +71,7 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
                 raise self._taken(name)
 
     def _drop_uploads(self, name: str) -> None:
-        """Drop what earlier runs have left of a file's parts, as far as these keys may."""
+        """Drop what earlier runs have left of a file's parts."""
         with suppress(InputOutputError):
             listed = self._ask_bucket(lambda: self._asked("list_multipart_uploads", Prefix=self._prefix + name), 1)
             for upload in listed.get("Uploads", ()):
@@ -79,8 +79,9 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
                     self._drop(name, upload["UploadId"])
 
     def _drop(self, name: str, upload: str) -> None:
-        with suppress(FileNotFoundError):
-            self._call("abort_multipart_upload", name, UploadId=upload)
+        """Drop an upload, as far as the store and these keys allow: readers never see its parts."""
+        with suppress(FileNotFoundError, InputOutputError):
+            self._ask(lambda: self._asked("abort_multipart_upload", Key=self._prefix + name, UploadId=upload), 1)
 
     def send_part(self, name: str, upload: str, number: int, path: Path, sent: Sent) -> SentPart:
         """See ``PartsDestination.send_part``; the store refuses bytes that were changed on their way."""

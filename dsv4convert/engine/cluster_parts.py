@@ -60,7 +60,7 @@ class FilesInParts:
         """
         finished = self._journal.finished()
         for file, upload in self._journal.uploads.items():
-            if file in sent:
+            if file in sent or file not in range(len(self._plan.files)):
                 continue
             name, parts = self._plan.files[file].name, cut_into_parts(self._plan, file)
             noted = self._journal.parts[file]

@@ -154,6 +154,17 @@ def test_an_upload_that_the_store_has_dropped_is_begun_again(
     assert without_card(store) == whole
 
 
+def test_a_journal_with_an_upload_of_no_file_of_the_plan(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    interrupted(plan)
+    with Journal(tmp_path / "out" / "Small-BF16.journal") as journal:
+        journal.note_upload(len(plan.files), "another")
+    carry_out(plan, resume=True)
+    assert without_card(store) == whole
+
+
 def test_a_part_with_another_content_is_made_again(
     store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 from .errors import InventoryError
 from .scale_forms import ScaleForm
@@ -30,6 +30,7 @@ LowBit: TypeAlias = Literal[
     "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
     "tq1_0", "tq2_0", "nvfp4", "q1_0", "q2_0",
 ]  # fmt: skip
+LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
 Block: TypeAlias = tuple[int, int]  # (rows, columns) that share one scale
 
 # What one row of an operand serves where it serves all rows of a segment: more than any has.
@@ -444,6 +445,11 @@ class Plan:
         """Yield the segments of all tensors."""
         return chain.from_iterable(tensor.segments for tensor in self.tensors())
 
+    @cached_property
+    def source_files(self) -> tuple[Path, ...]:
+        """Return the files that the segments read, in the order of their first use."""
+        return tuple(dict.fromkeys(chain.from_iterable(files_of(tensor.segments) for tensor in self.tensors())))
+
     def output_path(self) -> Path:
         """Return the path that stands for the whole output: the folder, or the first file."""
         return self.destination if self.is_folder else self.destination / self.files[0].name
@@ -466,6 +472,11 @@ class MadeSegments(Sequence[Segment], ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Return how many output bytes the segments make."""
+
+    @property
+    def files(self) -> Iterable[Path]:
+        """Return the file of each operand, or each file once, in order."""
+        return (operand.file for segment in self for operand in segment.operands)
 
     @abstractmethod
     def _make(self, number: int) -> Segment:
@@ -503,6 +514,11 @@ class CopySegments(MadeSegments):
         """Return how many bytes are copied."""
         return self._nbytes
 
+    @property
+    def files(self) -> Iterable[Path]:
+        """Return the one file."""
+        return (self.file,)
+
     def __len__(self) -> int:
         return -(-self._nbytes // COPY_SEGMENT_BYTES)
 
@@ -517,6 +533,13 @@ def total_bytes(segments: Sequence[Segment]) -> int:
     if isinstance(segments, MadeSegments):
         return segments.nbytes  # of copies one object for all tensors of the size, where a sum makes another
     return sum(segment.nbytes for segment in segments)
+
+
+def files_of(segments: Sequence[Segment]) -> Iterable[Path]:
+    """Return the source files that segments read, in order, some of them repeatedly."""
+    if isinstance(segments, MadeSegments):
+        return segments.files
+    return (operand.file for segment in segments for operand in segment.operands)
 
 
 def align_up(value: int, alignment: int) -> int:

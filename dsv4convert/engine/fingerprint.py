@@ -14,7 +14,7 @@ import xxhash
 from .. import __version__
 from ..containers.sources import at, mount_of, shown
 from ..errors import FileFormatError, ResumeError
-from ..plan import Plan
+from ..plan import Operation, Plan
 from .consume import is_cut
 from .outputs import FRESH_HINT, os_errors
 
@@ -42,18 +42,22 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     Source files count by name, size and modification time; their headers are part of the plan. Those that the plan
     has used up count by name. A run whose workers send its files adds the ``destination``.
     """
-    names = _Names(plan.source)
+    names = {file: _name(plan, file) for file in plan.source_files}
+    operations: dict[Operation, str] = {}
     digest = xxhash.xxh3_128()
     mount = mount_of(plan.source)
     for file in plan.files:
         digest.update(f"{file.name} {file.nbytes}\n".encode())
         digest.update(file.header)
         for tensor in file.tensors:
-            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
-            for segment in tensor.segments:
-                digest.update(f"{segment.operation} {segment.rows} {segment.row_bytes}\n".encode())
-                for operand in segment.operands:
-                    digest.update(f"{names[operand.file]} {operand[1:]}\n".encode())
+            text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
+            for operation, operands, rows, row_bytes in tensor.segments:
+                if operation not in operations:  # of which there are few
+                    operations[operation] = str(operation)
+                text += f"{operations[operation]} {rows} {row_bytes}\n"
+                for operand in operands:
+                    text += f"{names[operand.file]} {operand[1:]}\n"
+            digest.update(text.encode())
     return {
         "program": f"dsv4convert {__version__}",
         "target": plan.target,
@@ -63,19 +67,12 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     } | ({} if mount is None else {"revision": mount.revision})
 
 
-class _Names(dict[Path, str]):
-    """The names by which source files count, of the files that were asked for.
+def _name(plan: Plan, file: Path) -> str:
+    """Return the name by which a source file counts.
 
     A file beside the model, such as an importance matrix, goes by its whole path or address.
     """
-
-    def __init__(self, source: Path) -> None:
-        super().__init__()
-        self._source = source
-
-    def __missing__(self, file: Path) -> str:
-        self[file] = file.name if file.parent == self._source else shown(Path(os.path.abspath(file)))
-        return self[file]
+    return file.name if file.parent == plan.source else shown(Path(os.path.abspath(file)))
 
 
 def mark_of(path: Path) -> list[int | str]:
@@ -164,10 +161,8 @@ def check_unchanged(plan: Plan, fingerprint: Mapping[str, Any]) -> None:
         FileFormatError: one changed meanwhile; what was read of it may be of both.
         InputOutputError: one cannot be looked at.
     """
-    names = _Names(plan.source)
-    files = dict.fromkeys(operand.file for segment in plan.segments() for operand in segment.operands)
-    for path in files:
-        if mark_of(path) != fingerprint["source"][names[path]] and not is_cut(plan, path):
+    for path in plan.source_files:
+        if mark_of(path) != fingerprint["source"][_name(plan, path)] and not is_cut(plan, path):
             raise FileFormatError(
                 "changed during the conversion", where=path, hint="run again once nothing writes to the file"
             )

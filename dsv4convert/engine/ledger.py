@@ -10,21 +10,20 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import xxhash
 
 from ..formats.base import Tally
-from ..plan import Plan
+from ..plan import OutputFile, OutputTensor, Plan
 
 DIGEST_BYTES = 16  # xxh3-128
 READ_BYTES = 2**22
 
 
-@dataclass(frozen=True, slots=True)
-class TensorReport:
+class TensorReport(NamedTuple):
     """What became of one output tensor.
 
     ``digest`` is the hex xxh3-128 of its segments' digests, or of its bytes when it has one segment.
@@ -58,7 +57,7 @@ class Ledger(Sequence[TensorReport]):
         place = self._first_segment[number] + segment
         self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES] = digest
         self._finished[place] = 1
-        if tally != Tally():
+        if any(tally.counts()):
             self._tallies.setdefault(number, Tally()).add(tally)
         if zeros:
             self._zeros[file, tensor, segment] = zeros
@@ -105,11 +104,15 @@ class Ledger(Sequence[TensorReport]):
         number = range(len(self))[index]
         file_number = bisect_right(self._first_tensor, number) - 1
         file = self._plan.files[file_number]
-        tensor = file.tensors[number - self._first_tensor[file_number]]
-        begin, end = self._first_segment[number], self._first_segment[number + 1]
-        digests = [
-            bytes(self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]) for place in range(begin, end)
-        ]
+        return self._report(file, file.tensors[number - self._first_tensor[file_number]], number)
+
+    def __iter__(self) -> Iterator[TensorReport]:
+        number = count()  # of a tensor in the plan, which need not be looked for here
+        return (self._report(file, tensor, next(number)) for file in self._plan.files for tensor in file.tensors)
+
+    def _report(self, file: OutputFile, tensor: OutputTensor, number: int) -> TensorReport:
+        begin, end = self._first_segment[number : number + 2]
+        digests = self._digests[begin * DIGEST_BYTES : end * DIGEST_BYTES]
         return TensorReport(file.name, tensor.name, combine_digests(digests), self._tallies.get(number, Tally()))
 
 
@@ -127,8 +130,6 @@ def digest_of_range(descriptor: int, offset: int, nbytes: int) -> bytes:
     return bytes(digest.digest())
 
 
-def combine_digests(digests: Sequence[bytes]) -> str:
-    """Return a tensor's checksum from its segments': the only one, or the xxh3-128 of all in order."""
-    if len(digests) == 1:
-        return digests[0].hex()
-    return str(xxhash.xxh3_128_hexdigest(b"".join(digests)))
+def combine_digests(digests: bytes | bytearray) -> str:
+    """Return a tensor's checksum from its segments', one behind the other: the only one, or the xxh3-128 of all."""
+    return digests.hex() if len(digests) == DIGEST_BYTES else str(xxhash.xxh3_128_hexdigest(digests))

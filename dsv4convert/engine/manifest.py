@@ -113,8 +113,9 @@ def _header_checksum(file: OutputFile) -> str:
 def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
     # Runs of [count, bytes]: segments have few sizes. There are so many tensors that only their names, which may need
     # escapes, go through an encoder, and that the segment of those that have one is not made.
-    sizes = [tensor.nbytes] if len(tensor.segments) == 1 else (segment.nbytes for segment in tensor.segments)
-    segments = [[len(list(run)), size] for size, run in groupby(sizes)]
+    segments = [[1, tensor.nbytes]]
+    if len(tensor.segments) != 1:
+        segments = [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)]
     return (
         f'{{"name": {_json(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
         f'"segments": {segments}, "checksum": "{digest}"}}'
@@ -458,13 +459,13 @@ def _check_file(path: Path, entry: Mapping[str, Any], before: int, watched: Watc
 
 
 def _same_tensor(descriptor: int, tensor: Mapping[str, Any]) -> bool:
-    digests = []
+    digests = bytearray()
     position = tensor["offset"]
     if sum(count * size for count, size in tensor["segments"]) != tensor["bytes"]:
         return False
     for count, size in tensor["segments"]:
         for _ in range(count):
-            digests.append(digest_of_range(descriptor, position, size))
+            digests += digest_of_range(descriptor, position, size)
             position += size
     return bool(combine_digests(digests) == tensor["checksum"])
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..containers.fetching import AHEAD_BYTES
 from ..containers.sources import READERS, mount_of
 from ..errors import SpaceError
-from ..plan import Plan, Quantise
+from ..plan import LOW_BIT, Plan, Quantise
 from .consume import room_needed
 from .links import shared_bytes
 from .operations import COPY_TILE_BYTES, TILE_BYTES
@@ -42,7 +42,8 @@ def default_threads(plan: Plan) -> int:
     processors = len(os.sched_getaffinity(0))
     if mount_of(plan.source) is not None:
         return max(processors, READERS)
-    if any(tensor.segments and isinstance(tensor.segments[0].operation, Quantise) for tensor in plan.tensors()):
+    low_bit = (tensor.segments for tensor in plan.tensors() if tensor.dtype in LOW_BIT)
+    if any(segments and isinstance(segments[0].operation, Quantise) for segments in low_bit):
         return processors
     files = sum(file.nbytes >= plan.nbytes * FILE_SHARE for file in plan.files)
     return min(processors, MANY_FILES_THREADS if files > 1 else ONE_FILE_THREADS)

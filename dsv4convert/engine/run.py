@@ -511,6 +511,9 @@ def file_tasks(plan: Plan, file_number: int) -> Iterator[Task]:
     """Yield the segments of a file."""
     for tensor_number, tensor in enumerate(plan.files[file_number].tensors):
         offset = tensor.offset
+        if len(tensor.segments) == 1:  # which need not be made for that
+            yield Task(file_number, tensor_number, 0, offset)
+            continue
         for number, segment in enumerate(tensor.segments):
             yield Task(file_number, tensor_number, number, offset)
             offset += segment.nbytes

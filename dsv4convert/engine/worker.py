@@ -117,7 +117,7 @@ class Worker:
         """
         if self._ranges is not None:
             self._ranges.begin(segment)
-        known = self._known.pop(segment, None)
+        known = self._known.pop(segment, None) if self._known else None
         if known is not None:
             return self._write_known(known, path, output, offset)
         if isinstance(segment.operation, Copy):

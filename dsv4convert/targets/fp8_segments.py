@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -27,7 +27,7 @@ from ..plan import (
     ToFp8Codes,
     ToFp8Scales,
 )
-from .segments import SOURCES, operands, scale_operand, shared
+from .segments import SOURCES, operands, scale_operand
 
 # Rows and columns that share a scale.
 FP8_BLOCK = 128
@@ -44,13 +44,16 @@ def fp8_scale_shape(shape: tuple[int, ...], side: int) -> tuple[int, int]:
     return -(-rows // side), -(-columns // side)
 
 
-def row_blocks(rows: int, height: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, rows, height of a block): all whole blocks, then the ragged one."""
+# One object for all tensors of a kind, whose segments are made several times.
+_codes, _scales = cache(Fp4ToFp8Codes), cache(Fp4ToFp8Scales)
+
+
+@lru_cache(maxsize=64)
+def row_blocks(rows: int, height: int) -> tuple[tuple[int, int, int], ...]:
+    """Return (first row, rows, height of a block): all whole blocks, then the ragged one."""
     whole = rows // height * height
-    if whole:
-        yield 0, whole, height
-    if rows > whole:
-        yield whole, rows - whole, rows - whole
+    blocks = ((0, whole, height), (whole, rows - whole, rows - whole))
+    return tuple(block for block in blocks if block[1])
 
 
 class PackedFp4(NamedTuple):
@@ -72,10 +75,15 @@ class _SegmentsOf(MadeSegments):
         self._source = source
 
     def __len__(self) -> int:
-        return sum(1 for _ in row_blocks(self._source.shape[0], self._source.side))
+        return len(row_blocks(self._source.shape[0], self._source.side))
 
     def _make(self, number: int) -> Segment:
-        return self._of_block(*list(row_blocks(self._source.shape[0], self._source.side))[number])
+        return self._of_block(*row_blocks(self._source.shape[0], self._source.side)[number])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the weight's file, and that of its scales."""
+        return self._source.file, self._source.scale.file
 
     @abstractmethod
     def _of_block(self, first: int, count: int, height: int) -> Segment:
@@ -95,7 +103,7 @@ class _CodeSegments(_SegmentsOf):
         packed = columns // CODES_PER_BYTE
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
         scales = scale_operand(source.scale, first, rows_per=height, rows_together=height)
-        return Segment(shared(Fp4ToFp8Codes(source.side)), (weights, scales), count, columns)
+        return Segment(_codes(source.side), (weights, scales), count, columns)
 
 
 class _ScaleSegments(_SegmentsOf):
@@ -110,7 +118,7 @@ class _ScaleSegments(_SegmentsOf):
         groups = source.shape[1] // FP4_BLOCK
         scales = scale_operand(source.scale, first, rows_together=height)
         columns = fp8_scale_shape(source.shape, source.side)[1]
-        return Segment(Fp4ToFp8Scales(groups, source.side), (scales,), count // height, columns)
+        return Segment(_scales(groups, source.side), (scales,), count // height, columns)
 
 
 def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], Sequence[Segment]]:

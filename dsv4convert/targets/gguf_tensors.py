@@ -21,14 +21,14 @@ from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
-from ..plan import Beside, Constant, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from ..plan import LOW_BIT, Beside, Constant, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
 from . import ds4, ds4_v41
 from .claims import Claims
 from .drafts import DROP, KEEP, ONLY, SPLIT
 from .engram_tables import ENGRAM_TYPES, ROW264, table_tensors
 from .gguf_metadata import ParameterCounts, count_parameters
 from .gguf_types import Fallback, TypeChoice, TypeOptions, check_rules_used
-from .low_bit import LOW_BIT, LowBitMaker
+from .low_bit import LowBitMaker
 from .nvfp4_segments import moved_segments, second_scales
 from .recipes import OUTPUT_TYPES, TYPE_KEYS, Recipe, load_recipe, tensor_type_rules
 from .segments import (

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
 
 from ..checkpoint.weights import Weight
 from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
@@ -15,11 +14,9 @@ from ..errors import InventoryError, UsageError, counted
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..formats.int4 import PER_WORD
-from ..plan import ALL_ROWS, Fill, LowBit, Operand, Quantise, Segment, SquaredWeights, Sums
+from ..plan import ALL_ROWS, LOW_BIT, Fill, Operand, Quantise, Segment, SquaredWeights, Sums
 from .claims import some
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
-
-LOW_BIT: Mapping[str, LowBit] = {name: name for name in get_args(LowBit)}
 
 # Elements of a segment at most: of the slowest type some seconds' work, so that little is lost with a kill. Tensors of
 # fewer than two thousand million are cut finer, so that threads do not wait seconds for the last one at the end, while

@@ -246,6 +246,11 @@ class StackedSegments(MadeSegments):
         """Return how many output bytes the segments make."""
         return len(self) * self._first.nbytes
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the file of each operand."""
+        return self._files
+
     def __len__(self) -> int:
         return len(self._offsets) // len(self._first.operands)
 

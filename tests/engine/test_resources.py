@@ -17,11 +17,13 @@ from dsv4convert.engine.resources import (
 )
 from dsv4convert.plan import COPY, OutputFile, OutputTensor, Plan, Quantise, Segment
 
+from .plans import PLANS
 
-def plan_of(sizes: list[int], operation: object = COPY) -> Plan:
+
+def plan_of(sizes: list[int], operation: object = COPY, dtype: str = "x") -> Plan:
     files = tuple(
         OutputFile(
-            f"{size}", b"", (OutputTensor("t", "x", (size,), 0, size, (Segment(operation, (), size, 1),)),), size
+            f"{size}", b"", (OutputTensor("t", dtype, (size,), 0, size, (Segment(operation, (), size, 1),)),), size
         )  # type: ignore[arg-type]
         for size in sizes
     )
@@ -34,7 +36,7 @@ def plan_of(sizes: list[int], operation: object = COPY) -> Plan:
         pytest.param(plan_of([1000]), ONE_FILE_THREADS, id="one file"),
         pytest.param(plan_of([1000, 10, 10, 10]), ONE_FILE_THREADS, id="one file and its small companions"),
         pytest.param(plan_of([1000, 900]), MANY_FILES_THREADS, id="two files"),
-        pytest.param(plan_of([1000], Quantise("f32", "q4_k", None, "lib")), 64, id="low-bit types"),
+        pytest.param(plan_of([1000], Quantise("f32", "q4_k", None, "lib"), "q4_k"), 64, id="low-bit types"),
         pytest.param(plan_of([]), ONE_FILE_THREADS, id="nothing"),
     ],
 )
@@ -43,6 +45,16 @@ def test_a_plan_gets_as_many_threads_as_help(plan: Plan, expected: int, monkeypa
     assert default_threads(plan) == expected
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     assert default_threads(plan) == 2
+
+
+def test_a_plan_with_low_bit_types_gets_all_processors(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PLANS["low-bit gguf"](tiny, tmp_path)
+    made = {t.dtype for t in plan.tensors() if any(isinstance(s.operation, Quantise) for s in t.segments)}
+    assert made == {"q4_0", "q5_0"}
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    assert default_threads(plan) == 64
 
 
 STAT = "anon 700\nfile 900\nshmem 400\ninactive_file 300\nactive_file 200"

@@ -319,6 +319,23 @@ def test_a_ledger_adds_up_what_segments_counted() -> None:
     assert ledger.total() == Tally(nan=3, changed=3)
 
 
+def test_a_ledger_lists_what_it_has_by_number() -> None:
+    segment = Segment(COPY, (), 4, 1)
+    tensors = [OutputTensor(f"t{count}", "u8", (4 * count,), 0, 4 * count, (segment,) * count) for count in range(4)]
+    files = [OutputFile("f", b"", tuple(tensors[:3]), 12), OutputFile("none", b"", (), 0)]
+    files.append(OutputFile("g", b"", tuple(tensors), 24))
+    ledger = Ledger(Plan("x", Path(), Path(), False, tuple(files), (), {}, 0))
+    for number, file in enumerate(files):
+        for place, tensor in enumerate(file.tensors):
+            for count in range(len(tensor.segments)):
+                ledger.add(number, place, count, bytes([number, place, count, 7] * 4), Tally(changed=place))
+    assert list(ledger) == [ledger[number] for number in range(len(ledger))]
+    assert [(entry.file, entry.name) for entry in ledger] == [(f.name, t.name) for f in files for t in f.tensors]
+    assert [entry.digest for entry in ledger if entry.name == "t1"] == ["00010007" * 4, "02010007" * 4]
+    assert ledger[3].digest == xxhash.xxh3_128_hexdigest(b"")
+    assert [entry.tally.changed for entry in ledger] == [0, 1, 4, 0, 1, 4, 9]
+
+
 def test_a_worker_keeps_only_so_many_files_open(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(OPEN_FILES_PER_WORKER + 5)]
     for path in paths:

@@ -15,7 +15,7 @@ from dsv4convert.checkpoint.meaning import open_checked
 from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InventoryError
-from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, place
+from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, Plan, place
 from dsv4convert.targets import dequantize, drafts, gguf, mend, repack, shards
 from dsv4convert.targets.claims import Claims
 from dsv4convert.targets.gguf import plan_gguf
@@ -118,6 +118,20 @@ def test_tensors_lie_apart_within_their_file_and_segments_fill_them(make: MakePl
             assert len(sizes) <= 1
             position = tensor.offset + tensor.nbytes
         assert position <= file.nbytes
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_the_source_files_are_those_of_the_segments(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("tiny")
+    if name == "unshard":
+        shard(source, tmp_path / "shards", mp=2)
+        source = tmp_path / "shards"
+    found = PLANNERS[name](source, tmp_path)
+    plans = found if isinstance(found, list | tuple) and not hasattr(found, "plan") else [getattr(found, "plan", found)]
+    for plan in plans:
+        assert isinstance(plan, Plan)
+        read = [operand.file for segment in plan.segments() for operand in segment.operands]
+        assert plan.source_files == tuple(dict.fromkeys(read)) != ()
 
 
 @given(offset=st.integers(0, 2**50), nbytes=st.integers(0, 5 * COPY_SEGMENT_BYTES))

@@ -25,6 +25,7 @@ typedef u8 lanes_at __attribute__((vector_size(32), aligned(1), may_alias));
 typedef u16 halves __attribute__((vector_size(64)));
 typedef u16 halves_at __attribute__((vector_size(64), aligned(1), may_alias));
 typedef u32 pairs __attribute__((vector_size(64)));
+typedef _Bool flags __attribute__((ext_vector_type(32)));
 typedef u8 packed_lanes __attribute__((vector_size(16)));
 typedef u8 packed_lanes_at __attribute__((vector_size(16), aligned(1), may_alias));
 
@@ -774,26 +775,37 @@ i64 f32_to_fp4_scales(const u32_at *restrict values, u8 *restrict out, i64 group
 // The same as above in integers of 16 bits: bits of floats are ordered as their magnitudes are, and all values halfway
 // between two codes times a scale have a few bits of mantissa.
 
-enum { BF16_MAGNITUDE = 0x7FFF, BF16_INFINITY = 0x7F80, BF16_MANTISSA_BITS = 7, GROUPS_AT_ONCE = 64, MAX_LANE = 0xFFFF };
+enum { BF16_MAGNITUDE = 0x7FFF, BF16_INFINITY = 0x7F80, BF16_MANTISSA_BITS = 7, GROUPS_AT_ONCE = 64 };
 
 // bfloat16 bits of 2^(exponent - 127) * (1 + mantissa / 2^7).
 INLINE u16 bf16_of(u32 exponent, u32 mantissa) { return (u16)(exponent << BF16_MANTISSA_BITS | mantissa); }
 
-INLINE u32 largest_bf16(const u16_at *restrict values, i64 rows, i64 columns, i64 stride) {
-    u16 largest = 0;
-    for (i64 row = 0; row < rows; row++)
-        for (i64 i = 0; i < columns; i++) {
-            u16 magnitude = values[row * stride + i] & BF16_MAGNITUDE;
-            largest = magnitude > largest ? magnitude : largest;
-        }
-    return (u32)largest << 16;
+// How many elements are not zero. A comparison's bits are counted at once, where the processor gathers them.
+INLINE i64 count_of(halves elements) {
+#ifdef __aarch64__
+    return __builtin_reduce_add(-(halves)(elements != 0));
+#else
+    union { flags each; u32 together; } is_set = {__builtin_convertvector(elements != 0, flags)};
+    return __builtin_popcount(is_set.together);
+#endif
 }
 
-INLINE i64 sum_of(halves counter) {
-    i64 sum = 0;
-    for (int i = 0; i < GROUP; i++)
-        sum += counter[i];
-    return sum;
+// Elements of a row; zeros behind them, where less than a group is left.
+INLINE halves group_at(const u16_at *values, i64 left) {
+    if (left >= GROUP)
+        return *(const halves_at *)values;
+    halves group = {};
+    for (i64 i = 0; i < left; i++)
+        group[i] = values[i];
+    return group;
+}
+
+INLINE u32 largest_bf16(const u16_at *restrict values, i64 rows, i64 columns, i64 stride) {
+    halves largest = {};
+    for (i64 row = 0; row < rows; row++)
+        for (i64 i = 0; i < columns; i += GROUP)
+            largest = __builtin_elementwise_max(largest, group_at(values + row * stride + i, columns - i) & BF16_MAGNITUDE);
+    return (u32)__builtin_reduce_max(largest) << 16;
 }
 
 // Codes below 2^-6 count steps of 2^-9: the values halfway between two are from 1/2 to 15/2 steps, ties go to even.
@@ -809,19 +821,19 @@ INLINE halves subnormal_steps(halves magnitude, u32 scale, halves *whole) {
     return steps;
 }
 
-// The codes of a group; adds to the lanes of counters: values rounded, and those of them below e4m3's normal numbers.
-// Normal codes keep the upper three bits of the mantissa, ties to even; a carry runs into the exponent.
-INLINE lanes bf16_group_to_fp8(halves bits, u32 scale, halves *restrict inexact, halves *restrict tiny) {
+// The codes of a group; adds to the counts: values rounded, and those of them below e4m3's normal numbers. Normal codes
+// keep the upper three bits of the mantissa, ties to even; a carry runs into the exponent.
+INLINE lanes bf16_group_to_fp8(halves bits, u32 scale, i64 *restrict rounded, i64 *restrict below) {
     halves magnitude = bits & BF16_MAGNITUDE;
-    halves code = ((magnitude + 7 + (magnitude >> 4 & 1)) >> 4) - (u16)((scale - E4M3_BIAS) << 3);
-    halves lost = (halves)((magnitude & 0xF) != 0), small = (halves)(magnitude < bf16_of(scale - 6, 0));
+    halves code = (magnitude + (u16)(7 - ((scale - E4M3_BIAS) << BF16_MANTISSA_BITS)) + (magnitude >> 4 & 1)) >> 4;
+    halves lost = magnitude & 0xF, small = (halves)(magnitude < bf16_of(scale - 6, 0));
     if (__builtin_reduce_or(small)) { // seldom
         halves whole, steps = subnormal_steps(magnitude, scale, &whole);
         code = (small & steps) | (~small & code);
         lost = (small & ~whole) | (~small & lost);
-        *tiny -= lost & small;
+        *below += count_of(lost & small);
     }
-    *inexact -= lost;
+    *rounded += count_of(lost);
     return __builtin_convertvector(code | (bits >> 8 & 0x80), lanes);
 }
 
@@ -831,37 +843,24 @@ INLINE i64 bf16_to_fp8_and_scales(const u16_at *restrict values, u8 *restrict ou
     i64 rounded = 0, below = 0;
     for (i64 top = 0; top < rows; top += height)
         for (i64 left = 0; left < columns; left += width) {
-            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left), counted = 0;
-            const u16_at *block = values + top * columns + left;
-            u32 largest = largest_bf16(block, high, wide, columns), scale = fp8_scale_of(largest);
+            i64 high = smaller(height, rows - top), wide = smaller(width, columns - left), whole = wide / GROUP * GROUP;
+            const u16_at *source = values + top * columns + left;
+            u8 *made = out + top * columns + left;
+            u32 largest = largest_bf16(source, high, wide, columns), scale = fp8_scale_of(largest);
             if (largest >= F32_INFINITY)
                 return NEEDS_FALLBACK;
             if (scales)
                 *scales++ = (u8)scale;
-            halves inexact = {}, tiny = {};
-            for (i64 row = 0; row < high; row++)
-                for (i64 i = 0; i < wide; i += GROUP) {
-                    const u16_at *group = block + row * columns + i;
-                    u8 *made = out + (top + row) * columns + left + i;
-                    if (wide - i >= GROUP) {
-                        *(lanes_at *)made = bf16_group_to_fp8(*(const halves_at *)group, scale, &inexact, &tiny);
-                    } else {
-                        halves last = {};
-                        for (i64 k = 0; k < wide - i; k++)
-                            last[k] = group[k];
-                        lanes codes = bf16_group_to_fp8(last, scale, &inexact, &tiny);
-                        for (i64 k = 0; k < wide - i; k++)
-                            made[k] = codes[k];
-                    }
-                    if (++counted == MAX_LANE) {
-                        rounded += sum_of(inexact);
-                        below += sum_of(tiny);
-                        inexact = tiny = (halves){};
-                        counted = 0;
-                    }
+            for (i64 row = 0; row < high; row++, source += columns, made += columns) {
+                for (i64 i = 0; i < whole; i += GROUP)
+                    *(lanes_at *)(made + i) =
+                        bf16_group_to_fp8(*(const halves_at *)(source + i), scale, &rounded, &below);
+                if (whole < wide) {
+                    lanes codes = bf16_group_to_fp8(group_at(source + whole, wide - whole), scale, &rounded, &below);
+                    for (i64 k = 0; k < wide - whole; k++)
+                        made[whole + k] = codes[k];
                 }
-            rounded += sum_of(inexact);
-            below += sum_of(tiny);
+            }
         }
     counts[0] = rounded - below;
     counts[1] = below;
@@ -885,32 +884,61 @@ i64 bf16_to_fp8_scales(const u16_at *restrict values, u8 *restrict out, i64 rows
     return 0;
 }
 
-// A group's packed codes. From 1 on they keep one bit of the mantissa; below, 0.25 and 0.75 are the values halfway. For
-// the smallest two scales these are subnormal.
-INLINE packed_lanes bf16_group_to_fp4(halves bits, u32 scale, halves *restrict inexact) {
+// A group's codes; what is left in `lost` is not zero where a value was rounded. From 1 on codes keep one bit of the
+// mantissa; below, 0.25 and 0.75 are the values halfway. For the smallest two scales these are subnormal.
+INLINE halves fp4_codes(halves magnitude, u32 scale, halves *lost) {
     u16 one = bf16_of(scale, 0), half = scale > 1 ? bf16_of(scale - 1, 0) : 0x40;
     u16 quarter = scale > 2 ? bf16_of(scale - 2, 0) : half / 2;
     u16 three_quarters = scale > 1 ? bf16_of(scale - 1, 0x40) : 0x60;
-    halves magnitude = bits & BF16_MAGNITUDE;
     halves code = ((magnitude + 0x1F + (magnitude >> 6 & 1)) >> 6) - (u16)(2 * scale - 2);
     halves small = (halves)(magnitude < one);
     halves steps = -(halves)(magnitude > quarter) - (halves)(magnitude >= three_quarters);
-    halves exact = (small & ((halves)(magnitude == 0) | (halves)(magnitude == half))) |
-                   (~small & (halves)((magnitude & 0x3F) == 0));
-    *inexact -= ~exact;
-    pairs of_codes = (pairs)((small & steps) | (~small & code) | (bits >> 12 & 8));
-    return __builtin_convertvector((of_codes & 0xF) | (of_codes >> 12 & 0xF0), packed_lanes);
+    *lost = (small & (halves)(magnitude != 0) & (halves)(magnitude != half)) | (~small & magnitude & 0x3F);
+    return (small & steps) | (~small & code);
+}
+
+#ifdef __AVX512BW__
+// The same from tables, for scales with no subnormal values halfway. Between a power of two and the next are four steps,
+// from 0.25 (0) to 6 (18); values are rounded up to a step, and further where a tie goes to the code above. For each step
+// its code, and the bits of which any makes the value another one than the code's.
+enum { ALL = BF16_MAGNITUDE, LOW = 0x3F };
+static const u16 STEP_CODES[GROUP] = {0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
+static const u16 STEP_LOST[GROUP] = {ALL, ALL, ALL, ALL, LOW, ALL, ALL, ALL, LOW, LOW,
+                                     LOW, LOW, LOW, LOW, LOW, LOW, LOW, LOW, LOW, LOW};
+
+INLINE halves quick_fp4_codes(halves magnitude, u32 scale, halves *lost) {
+    halves quarter = (halves){} + bf16_of(scale - 2, 0);
+    halves steps = __builtin_elementwise_sub_sat(magnitude | (magnitude >> 6 & 1), quarter - 0x1F) >> 5;
+    *lost = magnitude & __builtin_shufflevector(*(const halves_at *)STEP_LOST, steps);
+    return __builtin_shufflevector(*(const halves_at *)STEP_CODES, steps);
+}
+#else
+#define quick_fp4_codes fp4_codes
+#endif
+
+// A group in packed FP4; adds to a count of values rounded.
+INLINE packed_lanes bf16_group_to_fp4(halves bits, u32 scale, i64 *restrict rounded) {
+    halves magnitude = bits & BF16_MAGNITUDE, lost;
+    halves codes = scale > 2 ? quick_fp4_codes(magnitude, scale, &lost) : fp4_codes(magnitude, scale, &lost);
+    *rounded += count_of(lost);
+    pairs of_codes = (pairs)(codes | (bits >> 12 & 8));
+    return __builtin_convertvector(of_codes | of_codes >> 12, packed_lanes);
 }
 
 // Returns whether all are finite.
 INLINE int bf16_fp4_scales(const u16_at *restrict values, u8 *restrict out, i64 groups) {
-    u32 all = 0;
-    for (i64 group = 0; group < groups; group++) {
-        u32 largest = largest_bf16(values + group * GROUP, 1, GROUP, GROUP);
-        all = largest > all ? largest : all;
-        out[group] = (u8)fp4_scale_of(largest);
+    u16 largest[GROUPS_AT_ONCE], all = 0;
+    for (i64 first = 0; first < groups; first += GROUPS_AT_ONCE) {
+        i64 some = smaller(GROUPS_AT_ONCE, groups - first);
+        for (i64 i = 0; i < some; i++)
+            largest[i] = __builtin_reduce_max(*(const halves_at *)(values + (first + i) * GROUP) & BF16_MAGNITUDE);
+        for (i64 i = 0; i < some; i++) {
+            all = largest[i] > all ? largest[i] : all;
+            u16 scale = (largest[i] + 0x3F) >> 7;
+            out[first + i] = (u8)(scale < 3 ? 1 : scale - 2);
+        }
     }
-    return all < F32_INFINITY;
+    return all < BF16_INFINITY;
 }
 
 // Codes and, unless `scales` is NULL, the scales. Returns how many values were rounded.
@@ -922,12 +950,10 @@ INLINE i64 bf16_to_fp4_and_scales(const u16_at *restrict values, u8 *restrict ou
         u8 *scale = scales ? scales + first : here;
         if (!bf16_fp4_scales(values + first * GROUP, scale, some))
             return NEEDS_FALLBACK;
-        halves inexact = {};
         for (i64 i = 0; i < some; i++) {
             const halves_at *group = (const halves_at *)(values + (first + i) * GROUP);
-            *(packed_lanes_at *)(out + (first + i) * PACKED) = bf16_group_to_fp4(*group, scale[i], &inexact);
+            *(packed_lanes_at *)(out + (first + i) * PACKED) = bf16_group_to_fp4(*group, scale[i], &changed);
         }
-        changed += sum_of(inexact);
     }
     return changed;
 }

@@ -6,12 +6,15 @@ python benchmarks/dequantize.py --command repack-nvfp4 --experts 12 --max-file-s
     --save benchmarks/results/repack_nvfp4.json
 python benchmarks/dequantize.py --command requantize --experts 12 --max-file-size 600MB --rounds 5 --warmup 1 \\
     --save benchmarks/results/requantize.json
+python benchmarks/dequantize.py --command requantize --experts 32 --max-file-size 600MB --rounds 5 --warmup 1 \\
+    --no-source-copy --save benchmarks/results/requantize_large.json
 python benchmarks/dequantize.py --command mlx --experts 12 --max-file-size 1GB --rounds 3 --warmup 1 \\
     --save benchmarks/results/mlx.json
 python benchmarks/dequantize.py --command maxtext --experts 6 --rounds 3 --warmup 1 \\
     --save benchmarks/results/maxtext.json
 
-requantize takes the slice in BF16, and is timed next to a cp of that as well, as it reads several times what it writes.
+requantize takes the slice in BF16, and is timed next to a cp of that as well, as it reads several times what it writes;
+not so with --no-source-copy, which saves the room for it.
 Files have the command's own default size unless --max-file-size says otherwise. With --one-file it is also
 timed with a single file, at which the threads wait for each other. Takes room for the source and one output:
 12 GB for either.
@@ -67,17 +70,19 @@ def main() -> None:
     parser.add_argument("--numpy", action="store_true", help="also time the run without compiled codecs")
     parser.add_argument("--max-file-size", default="5GB", help="of the output's files; the command's own default")
     parser.add_argument("--one-file", action="store_true", help="also time the run with files of up to 50 GB")
+    parser.add_argument("--no-source-copy", action="store_true", help="leave out the cp of requantize's source")
     parser.add_argument("--transformers", action="store_true", help="also time --names transformers")
     arguments = parser.parse_args()
 
     folder: Path = arguments.folder
     source = folder / f"flash-slice-{arguments.experts}"
-    make_flash_slice(source, arguments.experts)
     floats = arguments.command == "requantize"
-    if floats:
-        official, source = source, folder / f"{source.name}-bf16"
-        if not source.exists():
+    official, source = source, folder / f"{source.name}-bf16" if floats else source
+    if not source.exists():
+        make_flash_slice(official, arguments.experts)
+        if floats:
             dsv4convert.dequantize(official, source)
+            shutil.rmtree(official)
 
     def ours(name: str, out: str, *options: str, **environment: str) -> Contender:
         command = [sys.executable, "-m", "dsv4convert", *COMMANDS[arguments.command], str(source)]
@@ -92,7 +97,7 @@ def main() -> None:
         Contender("cp", ["cp", "-rL", str(links), str(copy)], copy),
         ours(f"dsv4convert {arguments.command}", "ours"),
     ]
-    if floats:
+    if floats and not arguments.no_source_copy:
         contenders.insert(1, Contender("cp of the source", ["cp", "-r", str(source), str(copy)], copy))
     if arguments.transformers and arguments.command == "dequantize":
         contenders.append(ours("... --names transformers", "stacked", "--names", "transformers"))

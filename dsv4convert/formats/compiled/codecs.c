@@ -825,7 +825,8 @@ INLINE halves subnormal_steps(halves magnitude, u32 scale, halves *whole) {
 // keep the upper three bits of the mantissa, ties to even; a carry runs into the exponent.
 INLINE lanes bf16_group_to_fp8(halves bits, u32 scale, i64 *restrict rounded, i64 *restrict below) {
     halves magnitude = bits & BF16_MAGNITUDE;
-    halves code = (magnitude + (u16)(7 - ((scale - E4M3_BIAS) << BF16_MANTISSA_BITS)) + (magnitude >> 4 & 1)) >> 4;
+    u16 code_0 = bf16_of(scale - E4M3_BIAS, 0); // were it a normal number
+    halves code = ((magnitude | (magnitude >> 4 & 1)) - (u16)(code_0 - 7)) >> 4;
     halves lost = magnitude & 0xF, small = (halves)(magnitude < bf16_of(scale - 6, 0));
     if (__builtin_reduce_or(small)) { // seldom
         halves whole, steps = subnormal_steps(magnitude, scale, &whole);

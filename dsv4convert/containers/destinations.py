@@ -199,9 +199,10 @@ class PartsDestination(SharedDestination):
 
     @abstractmethod
     def begin_parts(self, name: str) -> str | None:
-        """Begin a file that is sent in parts, and return what its upload is called; None where the store cannot do so.
+        """Begin a file that is sent in parts, and return what its upload is called; None where it is to be sent whole.
 
-        Parts that lie there of earlier uploads of this file are dropped.
+        That is where the store takes no parts with checksums, and where a run goes on and something is there under the
+        file's name: it may have been sent whole. Parts that lie there of earlier uploads of this file are dropped.
 
         Raises:
             OutputExistsError: another content is there under its name, and may not be replaced.

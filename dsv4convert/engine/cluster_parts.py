@@ -30,13 +30,13 @@ class FilePart(NamedTuple):
 
 
 def cut_into_parts(plan: Plan, file: int, part_bytes: int = PART_BYTES) -> list[FilePart]:
-    """Return the parts of a file: each begins with a segment, the first with the header."""
+    """Return the parts of a file: each has segments and begins with one, the first with the header."""
     nbytes = plan.files[file].nbytes
     least = max(part_bytes, -(-nbytes // (MAX_PARTS - 1)))
     parts = [FilePart(0, nbytes, [])]
     for task in file_tasks(plan, file):
         last = parts[-1]
-        if task.offset - last.begin >= least:
+        if last.tasks and task.offset - last.begin >= least:
             parts[-1] = last._replace(end=task.offset)
             parts.append(FilePart(task.offset, nbytes, []))
         parts[-1].tasks.append(task)

@@ -7,6 +7,8 @@ import hashlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import pytest
 
 from dsv4convert import api
 from dsv4convert.containers.destinations import SentPart, sent_in_parts
+from dsv4convert.containers.fetching import MAX_ATTEMPTS
+from dsv4convert.containers.remote import part_upload
 from dsv4convert.containers.remote.part_upload import PartsStoreDestination
+from dsv4convert.containers.remote.store_upload import ALLOW_HTTP
 from dsv4convert.engine import cluster_parts
 from dsv4convert.engine.cluster_parts import cut_into_parts
 from dsv4convert.engine.cluster_worker import NewFile, make_file
 from dsv4convert.engine.journal import Journal
 from dsv4convert.engine.upload import Upload, Uploading
 from dsv4convert.errors import InputOutputError, OutputExistsError
-from dsv4convert.plan import Plan
+from dsv4convert.plan import OutputFile, Plan
 from dsv4convert.targets.dequantize import plan_dequantize
 
 from ..checkpoints import MakeCheckpoint
@@ -92,6 +97,22 @@ def test_no_file_has_more_parts_than_a_store_takes(tiny: Path, tmp_path: Path, m
     monkeypatch.setattr(cluster_parts, "MAX_PARTS", 4)
     plan = plan_of(tiny, tmp_path / "out")
     assert 1 < len(cut_into_parts(plan, weights(plan))) <= 4
+
+
+@pytest.mark.parametrize("header", [PART_BYTES - 1, PART_BYTES, 3 * PART_BYTES])
+def test_a_header_larger_than_a_part_has_segments_behind_it(header: int, tiny: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+    number = weights(plan)
+    file = plan.files[number]
+    shift = header - len(file.header)
+    tensors = tuple(tensor._replace(offset=tensor.offset + shift) for tensor in file.tensors)
+    larger = OutputFile(file.name, file.header + b" " * shift, tensors, file.nbytes + shift)
+    files = tuple(larger if index == number else one for index, one in enumerate(plan.files))
+    parts = cut_into_parts(replace(plan, files=files), number)
+    assert all(part.tasks for part in parts)
+    assert parts[0].begin == 0
+    assert parts[0].end > header
+    assert parts[-1].end == larger.nbytes
 
 
 def test_several_make_and_send_one_file(
@@ -200,6 +221,26 @@ def test_a_run_killed_between_the_file_and_its_note(
     assert without_card(store) == whole
 
 
+def test_a_run_killed_before_it_noted_a_file_that_was_sent_whole(
+    store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny, tmp_path / "out")
+
+    def killed(piece: NewFile) -> Any:
+        make_file(piece)
+        raise LOST
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartsStoreDestination, "begin_parts", lambda self, name: None)
+        with pytest.raises(InputOutputError, match="--resume"):
+            carry_out(plan, killed)
+    assert store.contents(PREFIX)[NAME] == whole[NAME]
+    cluster, _ = carry_out(plan, resume=True)
+    assert [piece.part for piece in cluster.pieces] == [None]
+    assert store.received.count(f"{PREFIX}/{NAME}") == 1
+    assert without_card(store) == whole
+
+
 @pytest.mark.parametrize("comes", ["before", "meanwhile"])
 def test_another_content_under_its_name_is_not_replaced(
     comes: str, store: StoreServer, tiny: Path, tmp_path: Path, whole: dict[str, bytes]
@@ -302,6 +343,146 @@ def test_answers_that_are_lost_are_asked_for_again(
     carry_out(plan_of(tiny, tmp_path / "out"))
     assert without_card(store) == whole
     assert uploads(store) == []
+
+
+@pytest.mark.parametrize("status", [400, 405, 501])
+def test_a_store_that_takes_no_uploads_of_parts_gets_whole_files(
+    status: int,
+    store: StoreServer,
+    tiny: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+) -> None:
+    asked: list[str] = []
+
+    def refuses(method: str, key: str) -> int | None:
+        asked.append(f"{method} {key}")
+        return status if asked.count(f"POST {PREFIX}/{NAME}") == 1 and method == "POST" else None
+
+    store.status = refuses
+    cluster, _ = carry_out(plan_of(tiny, tmp_path / "out"))
+    assert [piece.part for piece in cluster.pieces] == [None]
+    assert without_card(store) == whole
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "lasts"),
+    [
+        ("EntityTooSmall", 400, True),
+        ("ExpiredToken", 400, True),
+        ("PermanentRedirect", 301, True),
+        ("BadDigest", 400, False),
+        ("RequestTimeout", 400, False),
+        ("SlowDown", 503, False),
+        ("TooManyRequests", 429, False),
+        ("", 408, False),
+    ],
+)
+def test_answers_that_do_not_pass_are_not_asked_for_again(
+    code: str, status: int, lasts: bool, store: StoreServer
+) -> None:
+    from botocore.exceptions import ClientError
+
+    asked = 0
+
+    def refused() -> None:
+        nonlocal asked
+        asked += 1
+        with client()._errors():
+            answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+            raise ClientError(answer, "UploadPart")
+
+    with pytest.raises(InputOutputError, match=f"HTTP status {status}"):
+        client()._ask(refused)
+    assert asked == (1 if lasts else MAX_ATTEMPTS)
+
+
+CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "no upload": ("UploadId", lambda answer: answer.pop("UploadId", None)),
+    "no etag of a part": ("ETag", lambda answer: answer.pop("ETag", None)),
+    "no part number": ("PartNumber", lambda answer: [part.pop("PartNumber") for part in answer.get("Parts", ())]),
+    "no size": ("Size", lambda answer: [part.pop("Size") for part in answer.get("Parts", ())]),
+    "no marker": ("NextPartNumberMarker", lambda answer: answer.pop("NextPartNumberMarker", None)),
+    "the same marker": ("NextPartNumberMarker", lambda answer: answer.update(NextPartNumberMarker=0)),
+    "no checksum in base64": ("ChecksumSHA256", lambda answer: answer.update(ChecksumSHA256="=!-2")),
+}
+OPERATIONS = {
+    "no upload": ["create_multipart_upload"],
+    "no etag of a part": ["upload_part"],
+    "no checksum in base64": ["head_object"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_answers_without_meaning_end_a_run(
+    change: str, store: StoreServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, changed = CHANGES[change]
+    plan = plan_of(tiny, tmp_path / "out")
+    lists_parts = change not in OPERATIONS
+    if lists_parts:
+        interrupted(plan)
+    asked = PartsStoreDestination._asked
+
+    def strange(self: PartsStoreDestination, operation: str, **options: Any) -> Any:
+        answer = asked(self, operation, **options)
+        if operation in OPERATIONS.get(change, ["list_parts"]):
+            answer.update({"IsTruncated": True} if lists_parts else {})
+            changed(answer)
+        return answer
+
+    monkeypatch.setattr(PartsStoreDestination, "_asked", strange)
+    with pytest.raises(InputOutputError, match=f"no meaningful {key}"):
+        carry_out(plan, resume=lists_parts)
+
+
+def test_a_file_that_goes_away_while_it_is_looked_at_is_not_there(
+    store: StoreServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carry_out(plan_of(tiny, tmp_path / "out"))
+    asked = PartsStoreDestination._asked
+
+    def removed(self: PartsStoreDestination, operation: str, **options: Any) -> Any:
+        store.store().delete(f"{PREFIX}/{NAME}")
+        return asked(self, operation, **options)
+
+    monkeypatch.setattr(PartsStoreDestination, "_asked", removed)
+    assert client()._head(NAME) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("AWS_PROFILE", "none-of-that-name", "ProfileNotFound"),
+        ("AWS_ENDPOINT_URL_S3", "https://bad host", "ValueError"),
+        ("AWS_SECRET_ACCESS_KEY", None, "PartialCredentialsError"),
+    ],
+)
+def test_keys_and_places_without_sense_are_errors_of_one_line(
+    name: str, value: str | None, what: str, store: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = client()
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    part_upload._client_of.cache_clear()
+    try:
+        with pytest.raises(InputOutputError, match=f"no parts of files .{what}"):
+            place.parts_there(NAME, "some")
+    finally:
+        part_upload._client_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", ALLOW_HTTP)
+def test_each_variable_that_allows_http_does_so_for_parts(
+    name: str, store: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(InputOutputError, match="https"):
+        client().parts_there(NAME, "some")
+    monkeypatch.setenv(name, "true")
+    assert client().parts_there(NAME, "some") is None
 
 
 @needs_ray

@@ -16,7 +16,7 @@ from typing import Any
 from ...errors import InputMissingError, InputOutputError
 from ..destinations import PartsDestination, Sent, SentPart
 from ..fetching import TransientError
-from .store_upload import ALLOW_HTTP, SHA256_KEY, StoreDestination
+from .store_upload import ALLOW_HTTP, SHA256_KEY, StoreDestination, allows_http, is_set
 from .stores import keys_hint
 
 # In place of the SHA-256 of a file, which nobody knows when its upload begins: the store tells that of its parts.
@@ -26,6 +26,13 @@ SECONDS = 600.0
 ENDPOINTS = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
 VIRTUAL_HOSTED = "AWS_VIRTUAL_HOSTED_STYLE_REQUEST"
 REFUSED, NOTHING = ("401", "403"), "404"
+# Answers that do not pass; but a request with status 400 can have been changed or cut on its way.
+LASTING = ("301", "400", "405", "411", "501")
+CHANGED = ("BadDigest", "IncompleteBody", "InvalidDigest", "RequestTimeout", "XAmzContentSHA256Mismatch")
+
+
+class _NotTakenError(InputOutputError):
+    """The store does not take a request, and will not."""
 
 
 class PartsStoreDestination(StoreDestination, PartsDestination):
@@ -39,21 +46,26 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
     def _client(self) -> Any:
         """The client, with place and keys from the variables that ``obstore`` takes them from."""
         endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
-        if endpoint is not None and not endpoint.startswith("https://") and not _is_set("AWS_ALLOW_HTTP"):
+        if endpoint is not None and not endpoint.startswith("https://") and not allows_http():
             raise InputOutputError(
                 "the store is not reached by https", where=self.address, hint=f"set {ALLOW_HTTP[0]}=true to send anyway"
             )
-        style = "virtual" if _is_set(VIRTUAL_HOSTED) else "auto" if endpoint is None else "path"
+        style = "virtual" if is_set(VIRTUAL_HOSTED) else "auto" if endpoint is None else "path"
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         return _client_of(endpoint, region, style, os.environ.get("AWS_ACCESS_KEY_ID"))
 
     def begin_parts(self, name: str) -> str | None:
         """See ``PartsDestination.begin_parts``."""
+        if self._resume and not self._overwrite and self._head(name) is not None:
+            return None
         self._check_free_for_parts(name)
         self._drop_uploads(name)
         options = {"ChecksumAlgorithm": CHECKSUM, "Metadata": {SHA256_KEY: OF_PARTS}}
-        begun = self._call("create_multipart_upload", name, **options)
-        upload = str(begun["UploadId"])
+        try:
+            begun = self._call("create_multipart_upload", name, **options)
+        except _NotTakenError:
+            return None
+        upload = str(self._value(begun, "UploadId"))
         if begun.get("ChecksumAlgorithm") == CHECKSUM:
             return upload
         self._drop(name, upload)
@@ -75,8 +87,8 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
         with suppress(InputOutputError):
             listed = self._ask_bucket(lambda: self._asked("list_multipart_uploads", Prefix=self._prefix + name), 1)
             for upload in listed.get("Uploads", ()):
-                if upload["Key"] == self._prefix + name:
-                    self._drop(name, upload["UploadId"])
+                if self._value(upload, "Key") == self._prefix + name:
+                    self._drop(name, self._value(upload, "UploadId"))
 
     def _drop(self, name: str, upload: str) -> None:
         """Drop an upload, as far as the store and these keys allow: readers never see its parts."""
@@ -102,7 +114,7 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
             answer = self._ask(send, name=name)
         except FileNotFoundError:
             raise self._no_upload(name) from None
-        return SentPart(sent.size, sent.sha256, answer["ETag"])
+        return SentPart(sent.size, sent.sha256, self._value(answer, "ETag"))
 
     def parts_there(self, name: str, upload: str) -> Mapping[int, tuple[int, str]] | None:
         """See ``PartsDestination.parts_there``."""
@@ -111,10 +123,14 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
         try:
             while True:
                 page = self._call("list_parts", name, UploadId=upload, PartNumberMarker=after)
-                found |= {part["PartNumber"]: (part["Size"], part["ETag"]) for part in page.get("Parts", ())}
+                for part in page.get("Parts", ()):
+                    number, size, etag = (self._value(part, key) for key in ("PartNumber", "Size", "ETag"))
+                    found[number] = size, etag
                 if not page.get("IsTruncated"):
                     return found
-                after = page["NextPartNumberMarker"]
+                before, after = after, int(self._value(page, "NextPartNumberMarker"))
+                if after <= before:
+                    raise self._meaningless("NextPartNumberMarker")
         except FileNotFoundError:
             return None
 
@@ -142,10 +158,30 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
         there = super()._head(name)
         if there is None or there.sha256 != OF_PARTS:
             return there
-        told = self._call("head_object", name, ChecksumMode="ENABLED")
+        try:
+            told = self._call("head_object", name, ChecksumMode="ENABLED")
+        except FileNotFoundError:  # removed meanwhile
+            return None
         value = str(told.get("ChecksumSHA256", "")).partition("-")[0]
-        count = told["ETag"].strip('"').rpartition("-")[2]
-        return Sent(there.size, f"{base64.b64decode(value).hex()}-{count}")
+        count = str(self._value(told, "ETag")).strip('"').rpartition("-")[2]
+        try:
+            digest = base64.b64decode(value, validate=True).hex()
+        except ValueError:
+            raise self._meaningless("ChecksumSHA256") from None
+        return Sent(there.size, f"{digest}-{count}")
+
+    def _value(self, answer: Mapping[str, Any], key: str) -> Any:
+        """Return a value that an answer must have."""
+        if key not in answer:
+            raise self._meaningless(key)
+        return answer[key]
+
+    def _meaningless(self, key: str) -> InputOutputError:
+        return InputOutputError(
+            f"the store's answer has no meaningful {key}",
+            where=self.address,
+            hint="without the package boto3, files are sent whole, by one worker each",
+        )
 
     def _call(self, operation: str, name: str, **options: Any) -> Any:
         """Return the store's answer about an object.
@@ -157,39 +193,54 @@ class PartsStoreDestination(StoreDestination, PartsDestination):
         return self._ask(lambda: self._asked(operation, Key=self._prefix + name, **options), name=name)
 
     def _asked(self, operation: str, **options: Any) -> Any:
-        client = self._client
         with self._errors():
-            return getattr(client, operation)(Bucket=self._bucket, **options)
+            return getattr(self._client, operation)(Bucket=self._bucket, **options)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Raise the library's errors as ours: without their texts, which can hold keys."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+        from botocore import exceptions
+        from botocore.parsers import ResponseParserError
 
+        passing = (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+            exceptions.IncompleteReadError,
+            exceptions.MetadataRetrievalError,
+            exceptions.CredentialRetrievalError,
+            ResponseParserError,
+        )
         try:
             yield
-        except NoCredentialsError:
-            raise InputMissingError("no keys of the store", where=self.address, hint=keys_hint(self.address)) from None
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
+        except exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", "")) or "ClientError"
             status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
             if status == NOTHING and code != "NoSuchBucket":
                 raise FileNotFoundError from None
             if status in REFUSED:
                 hint = keys_hint(self.address)
                 raise InputMissingError("the store refuses access", where=self.address, hint=hint) from None
-            raise TransientError(f"{code or 'ClientError'}, HTTP status {status}") from None
-        except BotoCoreError as error:
+            if status in LASTING and code not in CHANGED:
+                raise self._not_taken(f"{code}, HTTP status {status}") from None
+            raise TransientError(f"{code}, HTTP status {status}") from None
+        except passing as error:
             raise TransientError(type(error).__name__) from None
+        except (exceptions.BotoCoreError, ValueError) as error:  # keys, a profile or an endpoint that make no sense
+            raise self._not_taken(type(error).__name__) from None
+
+    def _not_taken(self, reason: str) -> _NotTakenError:
+        return _NotTakenError(
+            f"the store takes no parts of files ({reason})", where=self.address, hint=keys_hint(self.address)
+        )
 
 
 @cache
 def _client_of(endpoint: str | None, region: str, style: str, key: str | None) -> Any:
     """Return a client, made once: that takes longer than to send a part. It finds ``key`` and its secret itself."""
-    import boto3
+    from boto3.session import Session
     from botocore.config import Config
 
-    return boto3.client(
+    return Session().client(
         "s3",
         endpoint_url=endpoint,
         region_name=region,
@@ -201,10 +252,6 @@ def _client_of(endpoint: str | None, region: str, style: str, key: str | None) -
             response_checksum_validation="when_required",
         ),
     )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _base64(digest: str) -> str:

@@ -63,8 +63,7 @@ class StoreDestination(SharedDestination):
             )
         self._store, prefix, self.address = open_store(scheme, rest)
         # Given options replace those of the environment.
-        allow_http = any(os.environ.get(name, "").lower() in ("1", "true") for name in ALLOW_HTTP)
-        options: dict[str, Any] = {"client_options": {"timeout": PART_TIMEOUT, "allow_http": allow_http}}
+        options: dict[str, Any] = {"client_options": {"timeout": PART_TIMEOUT, "allow_http": allows_http()}}
         if scheme == "s3":  # the store refuses a part whose bytes were changed on their way
             options["checksum_algorithm"] = "SHA256"
         self._sender = open_store(scheme, rest, retry_config=PART_RETRIES, **options)[0]
@@ -384,6 +383,16 @@ class StoreDestination(SharedDestination):
             return {entry["path"].removeprefix(self._prefix): entry["size"] for page in pages for entry in page}
 
         return self._ask_bucket(listed)
+
+
+def is_set(variable: str) -> bool:
+    """Return whether a variable of the environment says yes."""
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+def allows_http() -> bool:
+    """Return whether files may be sent without encryption."""
+    return any(map(is_set, ALLOW_HTTP))
 
 
 def _last_is_index(name: str) -> tuple[bool, bool, str]:

@@ -75,7 +75,8 @@ def _llama_cpp() -> str:
 
 
 def _exit_codes() -> str:
-    kinds = sorted(_subclasses(Dsv4Error), key=lambda kind: kind.exit_code)
+    public = (kind for kind in _subclasses(Dsv4Error) if not kind.__name__.startswith("_"))
+    kinds = sorted(public, key=lambda kind: kind.exit_code)
     rows = [f"| {kind.exit_code} | {(kind.__doc__ or '').splitlines()[0]} |" for kind in kinds]
     return "\n".join(
         ["## Exit codes", "", "| code | meaning |", "|---|---|", "| 0 | Done. |", *rows, "| 70 | A bug of ours. |", ""]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from ..containers.safetensors import Stored
 from ..errors import InventoryError
@@ -27,10 +28,12 @@ from .packed import unpacked_forms
 
 LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
-STACK_NAME = re.compile(
-    r"((?:layers|mtp)\.\d+\.)(?:mlp|ffn)\.experts\."
-    rf"({'|'.join(STACKED_EXPERTS)})(\.weight|{'|'.join(map(re.escape, RESAVED_SCALE_SUFFIXES))})?"
+_STACK = (
+    rf"(?:mlp|ffn)\.experts\.({'|'.join(STACKED_EXPERTS)})"
+    rf"(\.weight|{'|'.join(map(re.escape, RESAVED_SCALE_SUFFIXES))})?"
 )
+STACK_REST, STACK_NAME = re.compile(_STACK), re.compile(r"((?:layers|mtp)\.\d+\.)" + _STACK)
+STACK_MARK = "_proj"  # in the name of every stack, and of few other tensors
 STACK_DIMENSIONS = 3
 
 
@@ -41,18 +44,23 @@ def official_name(name: str) -> str:
     'layers.3.attn.wq_a.scale'
     """
     bare = name.removeprefix(MODEL_PREFIX)
-    if is_vision_name(bare) or STACK_NAME.fullmatch(bare) is not None:
-        return bare
     layer = LAYER_NAME.fullmatch(bare)
-    prefix, rest = ("", bare) if layer is None else (layer[1], layer[2])
-    table = RESAVED_TOP_NAMES if layer is None else RESAVED_LAYER_NAMES
+    return _official_rest(bare) if layer is None else layer[1] + _official_rest(layer[2], in_layer=True)
+
+
+@lru_cache(maxsize=2**13)  # of a layer, which has the names of the other layers
+def _official_rest(rest: str, *, in_layer: bool = False) -> str:
+    """Return the official name of a tensor, or the rest of it behind the layer's prefix."""
+    if (STACK_REST.fullmatch(rest) is not None) if in_layer else is_vision_name(rest):
+        return rest
+    table = RESAVED_LAYER_NAMES if in_layer else RESAVED_TOP_NAMES
     if rest in table:
-        return prefix + table[rest]
+        return table[rest]
     for suffix in (*RESAVED_SCALE_SUFFIXES, ZERO):
         weight = table.get(rest.removesuffix(suffix) + ".weight") if rest.endswith(suffix) else None
         if weight is not None:
-            return prefix + (zero_name(weight) if suffix == ZERO else scale_name(weight))
-    return V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], bare)
+            return zero_name(weight) if suffix == ZERO else scale_name(weight)
+    return V3_COMPONENT.sub(lambda alias: V3_COMPONENT_ALIASES[alias[0]], rest)
 
 
 def zero_name(weight_name: str) -> str:
@@ -73,7 +81,7 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], i
     tensors: dict[str, Stored] = {}
     stored = unpacked_forms(stored)
     for name, tensor in stored.items():
-        stack = STACK_NAME.fullmatch(name.removeprefix(MODEL_PREFIX))
+        stack = STACK_NAME.fullmatch(name.removeprefix(MODEL_PREFIX)) if STACK_MARK in name else None
         if stack is None:
             found = {official_name(name): tensor}
         else:

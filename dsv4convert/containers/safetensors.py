@@ -117,13 +117,20 @@ def _read_json_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, HEADER_LENGTH_BYTES + length, size
 
 
+class _Kind(NamedTuple):
+    """What tensors of equal dtype and shape share."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
 def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> dict[str, Stored]:
     header.pop(METADATA_KEY, None)
     payload = size - data_start
     tensors: dict[str, Stored] = {}
-    # One object for all equal shapes and sizes: a hundred thousand tensors have a few dozen of them.
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-    sizes: dict[int, int] = {}
+    # A hundred thousand tensors are of a few dozen kinds: what is right about a kind is checked once, and kept once.
+    kinds: dict[str, _Kind] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if len(name) > MAX_NAME_CHARACTERS:
@@ -143,17 +150,23 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
                 where=path,
                 expected=f"dtype, shape of at most {MAX_DIMS} dimensions, data_offsets",
             )
-        # bool is an int to Python, and JSON's true no dimension.
-        if not all(type(n) is int and 0 <= n <= MAX_INT64 for n in (*dims, begin, end)):
+        # bool is an int to Python, and JSON's true no dimension: [1] and [true] are equal, and not written alike.
+        kind = kinds.get(key := f"{dtype} {dims!r}")
+        if not (
+            type(begin) is type(end) is int
+            and 0 <= begin <= MAX_INT64
+            and 0 <= end <= MAX_INT64
+            and (kind is not None or all(type(n) is int and 0 <= n <= MAX_INT64 for n in dims))
+        ):
             raise FileFormatError(
                 f"tensor {name!r}: shape and offsets must be integers of 0 or more, within 63 bits", where=path
             )
-        shape = tuple(dims)
-        count = math.prod(shape)
-        bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
-        if bits is None:
-            raise FileFormatError(f"tensor {name!r}: unknown dtype", where=path, got=repr(dtype)[:40])
-        nbytes = (count * bits + 7) // 8
+        if kind is None:
+            bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
+            if bits is None:
+                raise FileFormatError(f"tensor {name!r}: unknown dtype", where=path, got=repr(dtype)[:40])
+            kind = kinds[key] = _Kind(sys.intern(dtype), tuple(dims), (math.prod(dims) * bits + 7) // 8)
+        dtype, shape, nbytes = kind
         if end - begin != nbytes:
             raise FileFormatError(
                 f"tensor {name!r}: bytes do not match dtype {dtype} and shape {list(shape)}"[:300],
@@ -169,15 +182,14 @@ def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> 
                 got=f"{size}",
                 hint="download the file again",
             )
-        shape = shapes.setdefault(shape, shape)
-        tensors[name] = Stored(path, sys.intern(dtype), shape, data_start + begin, sizes.setdefault(nbytes, nbytes))
+        tensors[name] = Stored(path, dtype, shape, data_start + begin, nbytes)
         spans.append((begin, end, name))
     spans.sort()
     position = 0
     for begin, end, name in spans:
         if begin != position:
-            kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise FileFormatError(f"tensor {name!r}: {kind}", where=path, expected=f"offset {position}", got=begin)
+            rule = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise FileFormatError(f"tensor {name!r}: {rule}", where=path, expected=f"offset {position}", got=begin)
         position = end
     if position != payload:
         raise FileFormatError(

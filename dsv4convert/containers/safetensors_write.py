@@ -34,11 +34,13 @@ def safetensors_header(
     parts = [f"{compact_json(METADATA_KEY)}:{compact_json(dict(metadata))}"] if metadata else []
     starts: list[int] = []
     position = 0
+    shapes: dict[tuple[int, ...], str] = {}  # of which there are few
     for name, dtype, shape, nbytes in tensors:
         end = position + nbytes
-        dimensions = ",".join(map(str, shape))
+        if shape not in shapes:
+            shapes[shape] = ",".join(map(str, shape))
         parts.append(
-            f'{compact_json(name)}:{{"dtype":"{dtype}","shape":[{dimensions}],"data_offsets":[{position},{end}]}}'
+            f'{compact_json(name)}:{{"dtype":"{dtype}","shape":[{shapes[shape]}],"data_offsets":[{position},{end}]}}'
         )
         starts.append(position)
         position = end

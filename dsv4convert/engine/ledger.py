@@ -67,6 +67,11 @@ class Ledger(Sequence[TensorReport]):
         return bool(self._finished[self._first_segment[self._first_tensor[file] + tensor] + segment])
 
     @property
+    def has_any(self) -> bool:
+        """Return whether any segment is finished."""
+        return 1 in self._finished
+
+    @property
     def is_complete(self) -> bool:
         """Return whether every segment is finished."""
         return all(self._finished)

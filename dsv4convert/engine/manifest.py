@@ -25,7 +25,7 @@ from ..containers.json_object import parse_json_object, validate_schema
 from ..containers.presence import exists, is_file, is_folder
 from ..containers.untrusted import open_regular, read_whole
 from ..errors import ConfigError, FileFormatError, InputMissingError, OutputExistsError, UsageError
-from ..plan import OutputFile, OutputTensor, Plan
+from ..plan import OutputFile, OutputTensor, Plan, sizes_of
 from .fingerprint import is_same_source
 from .ledger import READ_BYTES, combine_digests, digest_of_range
 from .monitor import Step, Watched
@@ -112,10 +112,8 @@ def _header_checksum(file: OutputFile) -> str:
 
 def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
     # Runs of [count, bytes]: segments have few sizes. There are so many tensors that only their names, which may need
-    # escapes, go through an encoder, and that the segment of those that have one is not made.
-    segments = [[1, tensor.nbytes]]
-    if len(tensor.segments) != 1:
-        segments = [[len(list(run)), size] for size, run in groupby(segment.nbytes for segment in tensor.segments)]
+    # escapes, go through an encoder.
+    segments = [[len(list(run)), size] for size, run in groupby(sizes_of(tensor))]
     return (
         f'{{"name": {_json(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
         f'"segments": {segments}, "checksum": "{digest}"}}'

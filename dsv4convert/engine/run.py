@@ -17,7 +17,7 @@ from ..containers.sources import any_mounted, keep_in
 from ..errors import Dsv4Error, RunInterruptedError, SpaceError
 from ..formats.backend import Codecs, default_codecs
 from ..formats.base import Tally
-from ..plan import Plan, Segment
+from ..plan import Plan, Segment, sizes_of
 from .column_sums import SharedSums
 from .consume import Consumer, Room, room_needed
 from .kernel_copy import KernelCopier
@@ -511,16 +511,14 @@ def file_tasks(plan: Plan, file_number: int) -> Iterator[Task]:
     """Yield the segments of a file."""
     for tensor_number, tensor in enumerate(plan.files[file_number].tensors):
         offset = tensor.offset
-        if len(tensor.segments) == 1:  # which need not be made for that
-            yield Task(file_number, tensor_number, 0, offset)
-            continue
-        for number, segment in enumerate(tensor.segments):
+        for number, nbytes in enumerate(sizes_of(tensor)):
             yield Task(file_number, tensor_number, number, offset)
-            offset += segment.nbytes
+            offset += nbytes
 
 
 def _tasks_left(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:
-    return (task for task in file_tasks(plan, file_number) if not done.holds(*task[:3]))
+    tasks = file_tasks(plan, file_number)
+    return (task for task in tasks if not done.holds(*task[:3])) if done.has_any else tasks
 
 
 def _segment(plan: Plan, task: Task) -> Segment:

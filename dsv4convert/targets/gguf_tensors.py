@@ -21,7 +21,19 @@ from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
 from ..model.tensors import LEFT_OUT_REASONS, Draft, Row, Store, When, gguf_name, is_vision_name
-from ..plan import LOW_BIT, Beside, Constant, Dropped, OutputFile, OutputTensor, Segment, align_up, place, total_bytes
+from ..plan import (
+    LOW_BIT,
+    Beside,
+    Constant,
+    Dropped,
+    OutputFile,
+    OutputTensor,
+    Segment,
+    align_up,
+    at_offset,
+    place,
+    total_bytes,
+)
 from . import ds4, ds4_v41
 from .claims import Claims
 from .drafts import DROP, KEEP, ONLY, SPLIT
@@ -639,6 +651,6 @@ def gguf_file(name: str, tensors: Sequence[OutputTensor], metadata: Sequence[Key
     infos = [TensorInfo(t.name, t.shape, ELEMENT_TYPES[t.dtype].number, t.offset) for t in placed]
     header = gguf_header(list(metadata), infos, alignment)
     start = len(header)
-    moved = tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed)
+    moved = tuple(at_offset(tensor, start + tensor.offset) for tensor in placed)
     end = align_up(moved[-1].offset + moved[-1].nbytes, alignment) if moved else start
     return OutputFile(name, header, moved, end)

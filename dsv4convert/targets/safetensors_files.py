@@ -9,7 +9,7 @@ from itertools import repeat
 
 from ..containers.safetensors import DTYPE_BITS
 from ..containers.safetensors_write import PYTORCH_METADATA, compact_json, safetensors_header
-from ..plan import OutputFile, OutputTensor, Segment, total_bytes
+from ..plan import OutputFile, OutputTensor, Segment, at_offset, total_bytes
 from .segments import shared
 
 
@@ -26,7 +26,7 @@ def safetensors_file(
     """
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
     header, offsets = safetensors_header(((t.name, t.dtype, t.shape, t.nbytes) for t in ordered), metadata)
-    placed = tuple(tensor._replace(offset=offset) for tensor, offset in zip(ordered, offsets, strict=True))
+    placed = tuple(at_offset(tensor, offset) for tensor, offset in zip(ordered, offsets, strict=True))
     end = placed[-1].offset + placed[-1].nbytes if placed else len(header)
     return OutputFile(name, header, placed, end)
 

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -247,6 +248,11 @@ class StackedSegments(MadeSegments):
         return len(self) * self._first.nbytes
 
     @property
+    def sizes(self) -> Iterable[int]:
+        """Return how many output bytes each segment makes, all the same."""
+        return repeat(self._first.nbytes, len(self))
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """Return the file of each operand."""
         return self._files
@@ -305,17 +311,16 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
     if len(pieces) == 1:
         return pieces[0]
     segments = [segment for piece in pieces for segment in piece]
-    if len(segments) > 1 and segments[0].operands and len({_without_places(segment) for segment in segments}) == 1:
+    if len(segments) > 1 and segments[0].operands and len(set(map(_without_places, segments))) == 1:
         return StackedSegments(segments)
     return tuple(segments)
 
 
-def _without_places(segment: Segment) -> Segment:
-    operands = tuple(
-        operand._replace(file=Path(), offset=0, scale_form=_without_second(operand.scale_form))
-        for operand in segment.operands
-    )
-    return segment._replace(operands=operands)
+def _without_places(segment: Segment) -> tuple[object, ...]:
+    """Return all of a segment but where its operands lie."""
+    operation, operands, rows, row_bytes = segment
+    forms = [(*operand[2:5], _without_second(operand.scale_form)) for operand in operands]
+    return operation, rows, row_bytes, *forms
 
 
 def _without_second(form: ScaleForm | None) -> ScaleForm | None:

@@ -78,6 +78,35 @@ def test_a_broken_rule_is_named(tmp_path: Path, header: Any, payload: int, says:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "begin", "end"),
+    [
+        pytest.param("U8", [True, 4], 4, 8, id="truth value for a size"),
+        pytest.param("U8", [1.0, 4], 4, 8, id="fraction for a size"),
+        pytest.param("U8", "[1, 4]", 4, 8, id="text for a shape"),
+        pytest.param("U8", [1, 4], 4.0, 8, id="fraction for an offset"),
+        pytest.param("U8", [1, 4], 4, 8.0, id="fraction for an end"),
+        pytest.param("U8", [1, 4], True, 8, id="truth value for an offset"),
+        pytest.param("U8", [1, 4], -4, 0, id="negative offset"),
+        pytest.param("U8", [1, 4], 2**63, 2**63 + 4, id="offset beyond 63 bits"),
+        pytest.param(["U8"], [1, 4], 4, 8, id="list for a dtype"),
+        pytest.param("U8 [1, 4]", [], 4, 8, id="dtype with a shape in it"),
+    ],
+)
+def test_a_broken_entry_is_told_from_a_sound_one_that_looks_like_it(
+    tmp_path: Path, dtype: Any, shape: Any, begin: Any, end: Any
+) -> None:
+    broken = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    alone, after = write(tmp_path / "alone", {"w": broken}, bytes(8)), tmp_path / "after"
+    write(after, {"v": entry("U8", [1, 4], 0, 4), "w": broken}, bytes(8))
+    errors = []
+    for path in (alone, after):
+        with pytest.raises(FileFormatError, match="tensor 'w'") as caught:
+            read_header(path)
+        errors.append((caught.value.what, caught.value.expected, caught.value.got))
+    assert errors[0] == errors[1]
+
+
 def test_every_truncation_of_a_file_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"w": entry("F32", [3], 0, 12)}, bytes(range(12)))
     data = path.read_bytes()

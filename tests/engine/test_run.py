@@ -28,7 +28,7 @@ from dsv4convert.engine.worker import Worker
 from dsv4convert.errors import Dsv4Error, InputOutputError, SpaceError
 from dsv4convert.formats.backend import numpy_codecs
 from dsv4convert.formats.base import Tally
-from dsv4convert.plan import COPY, JOIN, CopySegments, Operand, OutputFile, OutputTensor, Plan, Segment
+from dsv4convert.plan import COPY, JOIN, CopySegments, Operand, OutputFile, OutputTensor, Plan, Segment, sizes_of
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
 
@@ -334,6 +334,12 @@ def test_a_ledger_lists_what_it_has_by_number() -> None:
     assert [entry.digest for entry in ledger if entry.name == "t1"] == ["00010007" * 4, "02010007" * 4]
     assert ledger[3].digest == xxhash.xxh3_128_hexdigest(b"")
     assert [entry.tally.changed for entry in ledger] == [0, 1, 4, 0, 1, 4, 9]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_sizes_are_those_of_the_segments(name: str, tiny: Path, tmp_path: Path) -> None:
+    for tensor in PLANS[name](tiny, tmp_path).tensors():
+        assert list(sizes_of(tensor)) == [segment.nbytes for segment in tensor.segments]
 
 
 def test_a_worker_keeps_only_so_many_files_open(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ STOP_LATER_SECONDS = 0.01
 
 # Objects made between two searches for unreachable cycles. Modules and plans are made of objects that live to the end,
 # and with the default of 700 a command spends a tenth of its start on searching them in vain.
-GC_THRESHOLD = (100_000, 20, 20)
+GC_THRESHOLD = (1_000_000, 20, 20)
 
 
 class _Ending:

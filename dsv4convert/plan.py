@@ -307,9 +307,7 @@ def copy(holds: str = "", is_repeated: bool = False) -> Copy:
     return Copy(is_repeated, holds)
 
 
-_CONVERSIONS_MADE: dict[Convert, Convert] = {}
-
-
+@cache
 def convert(source: Source, target: Target, block: Block | None = None) -> Convert:
     """Return the conversion of ``source`` to ``target``, one object for all of the kind.
 
@@ -318,8 +316,7 @@ def convert(source: Source, target: Target, block: Block | None = None) -> Conve
     """
     if (source, target) not in CONVERSIONS:
         raise InventoryError(f"no codec makes {target} of {source}", hint="choose another output type")
-    made = Convert(source, target, block)
-    return _CONVERSIONS_MADE.setdefault(made, made)
+    return Convert(source, target, block)
 
 
 class Operand(NamedTuple):

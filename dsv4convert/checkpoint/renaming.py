@@ -87,14 +87,14 @@ def official_tensors(stored: Mapping[str, Stored], n_experts: Callable[[bool], i
         else:
             experts = n_experts(stack[1].startswith(DRAFT_PREFIX))
             found = _cut(name, stack, tensor, _stack_height(stack, stored, name), experts)
-        for official in found:
+        for official, place in found.items():
             if official in tensors:
                 raise InventoryError(
                     f"tensor {official}: stored under two names",
                     where=tensor.file,
                     got=name if name != official else None,
                 )
-        tensors.update(found)
+            tensors[official] = place
     return tensors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring_ascii
 
 from ..errors import UsageError
 from ..plan import align_up
@@ -17,6 +18,8 @@ PYTORCH_METADATA = {"format": "pt"}
 
 # Made once: json.dumps makes an encoder for every call.
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
+# What it makes of names, of which there are so many.
+json_string = encode_basestring_ascii
 
 
 def safetensors_header(
@@ -40,7 +43,7 @@ def safetensors_header(
         if shape not in shapes:
             shapes[shape] = ",".join(map(str, shape))
         parts.append(
-            f'{compact_json(name)}:{{"dtype":"{dtype}","shape":[{shapes[shape]}],"data_offsets":[{position},{end}]}}'
+            f'{json_string(name)}:{{"dtype":"{dtype}","shape":[{shapes[shape]}],"data_offsets":[{position},{end}]}}'
         )
         starts.append(position)
         position = end

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,11 @@ def _header_checksum(file: OutputFile) -> str:
 
 
 def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
-    # Runs of [count, bytes]: segments have few sizes. There are so many tensors that only their names, which may need
-    # escapes, go through an encoder.
+    # Runs of [count, bytes]: segments have few sizes. There are so many tensors that none goes through an encoder but
+    # for what a name may need to escape.
     segments = [[len(list(run)), size] for size, run in groupby(sizes_of(tensor))]
     return (
-        f'{{"name": {_json(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
+        f'{{"name": {encode_basestring(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
         f'"segments": {segments}, "checksum": "{digest}"}}'
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 
 from ..containers.safetensors import DTYPE_BITS
-from ..containers.safetensors_write import PYTORCH_METADATA, compact_json, safetensors_header
+from ..containers.safetensors_write import PYTORCH_METADATA, json_string, safetensors_header
 from ..plan import OutputFile, OutputTensor, Segment, at_offset, total_bytes
 from .segments import shared
 
@@ -54,6 +54,6 @@ def safetensors_index(files: Iterable[OutputFile]) -> bytes:
     text = io.BytesIO()
     text.write(f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'.encode())
     for number, (name, holder) in enumerate(entries):
-        text.write(f"{',' if number else ''}\n    {compact_json(name)}: {compact_json(holder)}".encode())
+        text.write(f"{',' if number else ''}\n    {json_string(name)}: {json_string(holder)}".encode())
     text.write(b"\n  }\n}\n")
     return text.getvalue()

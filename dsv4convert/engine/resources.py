@@ -29,7 +29,7 @@ OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # More threads than these take processor time and give no speed (benchmarks/results/scale_16core_*.json): writers of
 # one file wait for each other at its inode, and all of them for memory or the disk.
 ONE_FILE_THREADS, MANY_FILES_THREADS = 8, 16
-# Files that share the work: smaller ones than this part of the output keep no thread busy.
+# Files that share the work: smaller ones than this part of the largest keep no thread busy.
 FILE_SHARE = 1 / 16
 
 
@@ -45,7 +45,8 @@ def default_threads(plan: Plan) -> int:
     low_bit = (tensor.segments for tensor in plan.tensors() if tensor.dtype in LOW_BIT)
     if any(segments and isinstance(segments[0].operation, Quantise) for segments in low_bit):
         return processors
-    files = sum(file.nbytes >= plan.nbytes * FILE_SHARE for file in plan.files)
+    largest = max((file.nbytes for file in plan.files), default=0)
+    files = sum(file.nbytes >= largest * FILE_SHARE for file in plan.files)
     return min(processors, MANY_FILES_THREADS if files > 1 else ONE_FILE_THREADS)
 
 

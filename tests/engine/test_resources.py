@@ -36,6 +36,7 @@ def plan_of(sizes: list[int], operation: object = COPY, dtype: str = "x") -> Pla
         pytest.param(plan_of([1000]), ONE_FILE_THREADS, id="one file"),
         pytest.param(plan_of([1000, 10, 10, 10]), ONE_FILE_THREADS, id="one file and its small companions"),
         pytest.param(plan_of([1000, 900]), MANY_FILES_THREADS, id="two files"),
+        pytest.param(plan_of([1000] * 46), MANY_FILES_THREADS, id="more files than threads"),
         pytest.param(plan_of([1000], Quantise("f32", "q4_k", None, "lib"), "q4_k"), 64, id="low-bit types"),
         pytest.param(plan_of([]), ONE_FILE_THREADS, id="nothing"),
     ],

@@ -1,8 +1,10 @@
 """When each phase of a converting command begins: interpreter, imports, plan, first and last bytes, and what ends it.
 
     python benchmarks/phases.py --folder /dev/shm/scale --threads 16 --save benchmarks/results/phases.json
+    python benchmarks/phases.py --folder /dev/shm/many --many
 
-The commands and the source are those of ``scale.py``. Figures are seconds since the process began, medians; bytes count
+The commands and the source are those of ``scale.py``; with --many, the source is many tensors of few bytes, so that
+the figures are the work on each of them. Figures are seconds since the process began, medians; bytes count
 as done when their segment ends. A last line says how much of its time a worker spends in the library.
 """
 
@@ -148,7 +150,7 @@ def main() -> None:
     import statistics
 
     from scale import COMMANDS, ours
-    from side_by_side import circumstances, compile_package, make_flash_slice, save
+    from side_by_side import circumstances, compile_package, make_flash_slice, make_many_tensors, save
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-scale"))
@@ -156,11 +158,16 @@ def main() -> None:
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--experts", type=int, default=48, help="of a layer of the source: 4.5 GB with 48")
+    parser.add_argument("--many", action="store_true", help="a source of 26,725 tensors and 45 MB instead")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     compile_package()
     source, target = arguments.folder / "flash-slice", arguments.folder / "ours"
-    make_flash_slice(source, arguments.experts)
+    if arguments.many:
+        source = arguments.folder / "many-tensors"
+        make_many_tensors(source)
+    else:
+        make_flash_slice(source, arguments.experts)
     results = []
     for what in arguments.commands:
         python_m_package, command = 3, list(ours(source, target, what, arguments.threads).command)

@@ -41,6 +41,14 @@ def make_flash_slice(source: Path, experts: int = 48) -> None:
         write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=experts, vocab=32768)
 
 
+def make_many_tensors(source: Path) -> None:
+    """Write 26,725 tensors of 45 MB, unless they are there: sixteen layers with 256 tiny experts each, and a draft."""
+    if not source.is_dir():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        tiny = {"hidden_size": 128, "moe_intermediate_size": 32, "o_groups": 8}
+        write_synth(source, "tiny", ratios=(0, 4, 128, 4) * 4, experts=256, files=8, overrides=tiny)
+
+
 def as_many_bytes(source: Path, nbytes: int, folder: Path) -> Path:
     """Return a folder of links to the source's files, repeated, and a last file, ``nbytes`` together."""
     shutil.rmtree(folder, ignore_errors=True)

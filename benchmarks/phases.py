@@ -1,11 +1,12 @@
 """When each phase of a converting command begins: interpreter, imports, plan, first and last bytes, and what ends it.
 
     python benchmarks/phases.py --folder /dev/shm/scale --threads 16 --save benchmarks/results/phases.json
-    python benchmarks/phases.py --folder /dev/shm/many --many
+    python benchmarks/phases.py --folder /dev/shm/many --many --before ../earlier
 
 The commands and the source are those of ``scale.py``; with --many, the source is many tensors of few bytes, so that
-the figures are the work on each of them. Figures are seconds since the process began, medians; bytes count
-as done when their segment ends. A last line says how much of its time a worker spends in the library.
+the figures are the work on each of them. With --before, each round is one of another checkout and one of this. Figures
+are seconds since the process began, medians; bytes count as done when their segment ends. A last line says how much of
+its time a worker spends in the library.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parents[1]
 STARTED = "DSV4CONVERT_PHASES_STARTED"
 # Parts of the output that mark the steady state: what lies between is neither start nor end.
 SHARES = (0.05, 0.95)
@@ -118,8 +120,8 @@ def child(arguments: list[str]) -> None:
         print(json.dumps({**moments.found, IN_LIBRARY: sum(in_library) / sum(at_work)}), file=sys.stderr)
 
 
-def once(command: list[str], output: Path) -> dict[str, float]:
-    """Run a command of the package; return when its phases began."""
+def once(command: list[str], output: Path, checkout: Path) -> dict[str, float]:
+    """Run a command of the package in a checkout; return when its phases began."""
     import subprocess
 
     from side_by_side import remove
@@ -129,7 +131,7 @@ def once(command: list[str], output: Path) -> dict[str, float]:
     start = time.monotonic()
     result = subprocess.run(
         [sys.executable, __file__, "--child", *command],
-        env={**os.environ, STARTED: str(start)},
+        env={**os.environ, STARTED: str(start), "PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"},
         stderr=subprocess.PIPE,
         text=True,
         check=False,
@@ -147,10 +149,11 @@ def main() -> None:
         return
     # Not in the child, where what they import is timed.
     import argparse
+    import compileall
     import statistics
 
     from scale import COMMANDS, ours
-    from side_by_side import circumstances, compile_package, make_flash_slice, make_many_tensors, save
+    from side_by_side import circumstances, commit, make_flash_slice, make_many_tensors, save
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-scale"))
@@ -159,25 +162,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--experts", type=int, default=48, help="of a layer of the source: 4.5 GB with 48")
     parser.add_argument("--many", action="store_true", help="a source of 26,725 tensors and 45 MB instead")
+    parser.add_argument("--before", type=Path, help="an earlier checkout, for rounds in turn with those of this one")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
-    compile_package()
     source, target = arguments.folder / "flash-slice", arguments.folder / "ours"
     if arguments.many:
         source = arguments.folder / "many-tensors"
         make_many_tensors(source)
     else:
         make_flash_slice(source, arguments.experts)
+    checkouts = {"now": HERE} if arguments.before is None else {"before": arguments.before.resolve(), "now": HERE}
+    for checkout in checkouts.values():
+        compileall.compile_dir(str(checkout / "dsv4convert"), quiet=2)
     results = []
     for what in arguments.commands:
         python_m_package, command = 3, list(ours(source, target, what, arguments.threads).command)
-        rounds = [once(command[python_m_package:], target) for _ in range(arguments.rounds + 1)][1:]
-        names = sorted((name for name in rounds[0] if name != IN_LIBRARY), key=rounds[0].__getitem__)
-        medians = {name: round(statistics.median(found[name] for found in rounds), 3) for name in (*names, IN_LIBRARY)}
-        results.append({"what": what, "threads": arguments.threads, "rounds": arguments.rounds, "seconds": medians})
+        rounds = [
+            [once(command[python_m_package:], target, checkout) for checkout in checkouts.values()]
+            for _ in range(arguments.rounds + 1)
+        ][1:]
         print(f"\n{what}")
-        for name, figure in medians.items():
-            print(f"  {figure:7.3f}  {name}", flush=True)
+        for when, found in zip(checkouts, zip(*rounds, strict=True), strict=True):
+            names = sorted((name for name in found[0] if name != IN_LIBRARY), key=found[0].__getitem__)
+            medians = {name: round(statistics.median(one[name] for one in found), 3) for name in (*names, IN_LIBRARY)}
+            entry = {"what": what, "threads": arguments.threads, "rounds": arguments.rounds, "seconds": medians}
+            results.append({**entry, "commit": commit(checkouts[when])})
+            print(f" {when}")
+            for name, figure in medians.items():
+                print(f"  {figure:7.3f}  {name}", flush=True)
     if arguments.save is not None:
         save({**circumstances(), "results": results}, arguments.save)
 

@@ -307,13 +307,17 @@ def copy(holds: str = "", is_repeated: bool = False) -> Copy:
     return Copy(is_repeated, holds)
 
 
-@cache
 def convert(source: Source, target: Target, block: Block | None = None) -> Convert:
     """Return the conversion of ``source`` to ``target``, one object for all of the kind.
 
     Raises:
         InventoryError: there is no codec for it.
     """
+    return _conversion(source, target, block)
+
+
+@cache  # takes any arguments, to those who check types
+def _conversion(source: Source, target: Target, block: Block | None) -> Convert:
     if (source, target) not in CONVERSIONS:
         raise InventoryError(f"no codec makes {target} of {source}", hint="choose another output type")
     return Convert(source, target, block)

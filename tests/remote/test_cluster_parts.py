@@ -454,7 +454,7 @@ def test_a_file_that_goes_away_while_it_is_looked_at_is_not_there(
     ("name", "value", "what"),
     [
         ("AWS_PROFILE", "none-of-that-name", "ProfileNotFound"),
-        ("AWS_ENDPOINT_URL_S3", "https://bad host", "ValueError"),
+        ("AWS_ENDPOINT_URL_S3", "no-address", "ValueError"),
         ("AWS_SECRET_ACCESS_KEY", None, "PartialCredentialsError"),
     ],
 )

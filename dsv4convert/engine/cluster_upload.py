@@ -37,7 +37,7 @@ class _NoOutputs:
     paths: Sequence[Path] = ()
 
     def descriptor(self, index: int) -> int:
-        """Return nothing: only threads of a run ask, and where other processes make the segments it has none."""
+        """Raise: only threads of a run ask, and where other processes make the segments it has none."""
         raise NotImplementedError
 
     def is_shared(self, index: int) -> bool:

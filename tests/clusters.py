@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +99,19 @@ def answers(port: int) -> bool:
     return False
 
 
-def head(port: int) -> subprocess.Popen[bytes]:
-    """Start the head of a cluster with two processors."""
-    line = ["start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
-    line += ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}"]
-    line += ["--object-store-memory=80000000", "--disable-usage-stats"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_for(partial(answers, port))
-    return process
+def head(log: Path, port: int | None = None) -> int:
+    """Start the head of a cluster with two processors; return its port, which is a free one unless it is given.
+
+    Ray ends at once when a port is taken meanwhile, or is one that it has for something else: others are tried then.
+    """
+    for _ in range(5):
+        chosen = port or free_port()
+        line = ["start", "--head", "--block", "--num-cpus=2", f"--port={chosen}", "--include-dashboard=false"]
+        line += ["--node-ip-address=127.0.0.1", f"--ray-client-server-port={free_port()}"]
+        line += ["--object-store-memory=80000000", "--disable-usage-stats"]
+        with log.open("ab") as said:
+            process = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *line], stdout=said, stderr=said)
+        wait_for(lambda: process.poll() is not None or answers(chosen))  # noqa: B023 - called in its round
+        if process.poll() is None:
+            return chosen
+    raise AssertionError(log.read_text())

@@ -421,12 +421,11 @@ def is_working(token: str, run: subprocess.Popen[str]) -> bool:
 def test_a_head_that_is_lost_and_started_again(
     slow: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = free_port()
     token = close_ray(monkeypatch)
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-    out = tmp_path / "model.gguf"
+    out, log = tmp_path / "model.gguf", tmp_path / "head.log"
     try:
-        head(port)
+        port = head(log)
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         run = start(slow, out, "ray:auto")
         wait_for(partial(is_working, token, run))
         for process in processes(token, b"ray"):
@@ -437,7 +436,7 @@ def test_a_head_that_is_lost_and_started_again(
         assert "lost" in said
         assert said.endswith("run again with --resume\n")
         assert said.count("\n") == 1
-        head(port)
+        head(log, port)
         run = start(slow, out, "ray:auto", "--resume")
         assert run.communicate(timeout=120) == (None, "")
     finally:

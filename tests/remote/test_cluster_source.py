@@ -19,7 +19,7 @@ from dsv4convert.engine.conversion import execute
 from dsv4convert.errors import Dsv4Error
 from dsv4convert.targets.dequantize import plan_dequantize
 
-from ..clusters import HereCluster, close_ray, free_port, head, needs_ray, processes
+from ..clusters import HereCluster, close_ray, head, needs_ray, processes
 from .hub_server import Hub
 from .store_server import BUCKET, StoreServer
 from .support import REPOSITORY, Remote, contents
@@ -91,8 +91,7 @@ def test_from_store_to_store_workers_read_each_byte_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token, port = close_ray(monkeypatch), free_port()
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    token = close_ray(monkeypatch)
     put_source(store, tiny)
     of_workers = StoreServer()  # the same bucket by another address, which the workers alone know
     of_workers.start(shares=True)
@@ -102,7 +101,8 @@ def test_from_store_to_store_workers_read_each_byte_once(
             patch.setenv("AWS_ENDPOINT_URL", of_workers.endpoint)
             patch.setenv("RAY_TMPDIR", "/tmp")  # sockets need short names
             patch.setenv("TMPDIR", str(tmp_path))
-            head(port)
+            port = head(tmp_path / "head.log")
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         options = ("--max-file-size", "200K", "--upload", TARGET, "--delete-uploaded", "--workers", "ray:auto")
         run = Remote(Hub(), tmp_path / "home", store.environment)
         result = run.run("dequantize", f"s3://{BUCKET}/{SOURCE}", tmp_path / "out" / "Small-BF16", *options)

@@ -25,7 +25,7 @@ from dsv4convert.engine.upload import Upload, Uploading
 from dsv4convert.errors import DeviceError, Dsv4Error, InputOutputError, OutputExistsError, ResumeError, SpaceError
 from dsv4convert.html_report.figures import human_bytes
 
-from ..clusters import HereCluster, close_ray, free_port, head, needs_ray, processes, wait_for
+from ..clusters import HereCluster, close_ray, head, needs_ray, processes, wait_for
 from ..command_line import run_cli
 from .hub_server import Hub
 from .store_server import SECRET, StoreServer, serving
@@ -384,8 +384,7 @@ def test_no_weight_goes_through_the_run_when_a_head_is_lost_either(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    token, port = close_ray(monkeypatch), free_port()
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    token = close_ray(monkeypatch)
     of_workers = StoreServer()  # the same bucket by another address, which the workers alone know
     of_workers.start(shares=True)
     remote = Remote(Hub(), tmp_path / "home", store.environment)
@@ -394,13 +393,14 @@ def test_no_weight_goes_through_the_run_when_a_head_is_lost_either(
     types = ("--dense", "q4_0", "--experts", "iq4_nl", "--output-type", "f32", "--max-file-size", "2M", "--quiet")
     line = ("hf-to-gguf", slow, out, *types, "--upload", TARGET, "--delete-uploaded", "--workers", "ray:auto")
 
-    def start_head() -> None:
+    def start_head(port: int | None = None) -> int:
         with monkeypatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", of_workers.endpoint)
-            head(port)
+            return head(tmp_path / "head.log", port)
 
     try:
-        start_head()
+        port = start_head()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         run = remote.start(*line)
         wait_for(lambda: of_workers.received)
         for process in processes(token, b"ray"):
@@ -410,7 +410,7 @@ def test_no_weight_goes_through_the_run_when_a_head_is_lost_either(
         assert run.returncode == 16, said
         assert said.endswith("run again with --resume\n")
         assert said.count("\n") == 1
-        start_head()
+        start_head(port)
         run = remote.start(*line, "--resume")
         _, said = run.communicate(timeout=120)
         assert (run.returncode, said) == (0, "")

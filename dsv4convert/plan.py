@@ -301,9 +301,13 @@ COPY, KEEP, JOIN, ALL_EQUAL = Copy(), Keep(), Join(), AllEqual()
 NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND = Fp4ToNvfp4Codes(), Fp4ToNvfp4Scales(), Fp4ToNvfp4Second()
 
 
-@cache
 def copy(holds: str = "", is_repeated: bool = False) -> Copy:
     """Return the copy of elements of a safetensors dtype, one object for all of the kind."""
+    return _copy(holds, is_repeated)
+
+
+@cache  # takes any arguments, to those who check types
+def _copy(holds: str, is_repeated: bool) -> Copy:
     return Copy(is_repeated, holds)
 
 
@@ -316,7 +320,7 @@ def convert(source: Source, target: Target, block: Block | None = None) -> Conve
     return _conversion(source, target, block)
 
 
-@cache  # takes any arguments, to those who check types
+@cache  # likewise
 def _conversion(source: Source, target: Target, block: Block | None) -> Convert:
     if (source, target) not in CONVERSIONS:
         raise InventoryError(f"no codec makes {target} of {source}", hint="choose another output type")

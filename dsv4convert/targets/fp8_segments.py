@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -44,16 +44,12 @@ def fp8_scale_shape(shape: tuple[int, ...], side: int) -> tuple[int, int]:
     return -(-rows // side), -(-columns // side)
 
 
-# One object for all tensors of a kind, whose segments are made several times.
-_codes, _scales = cache(Fp4ToFp8Codes), cache(Fp4ToFp8Scales)
-
-
-@lru_cache(maxsize=64)
 def row_blocks(rows: int, height: int) -> tuple[tuple[int, int, int], ...]:
     """Return (first row, rows, height of a block): all whole blocks, then the ragged one."""
-    whole = rows // height * height
-    blocks = ((0, whole, height), (whole, rows - whole, rows - whole))
-    return tuple(block for block in blocks if block[1])
+    ragged = rows % height
+    whole = rows - ragged
+    blocks = ((0, whole, height),) if whole else ()
+    return (*blocks, (whole, ragged, ragged)) if ragged else blocks
 
 
 class PackedFp4(NamedTuple):
@@ -69,10 +65,11 @@ class PackedFp4(NamedTuple):
 class _SegmentsOf(MadeSegments):
     """One segment for all whole blocks of rows, and one for a ragged block below them."""
 
-    __slots__ = ("_source",)
+    __slots__ = ("_operation", "_source")
 
-    def __init__(self, source: PackedFp4) -> None:
+    def __init__(self, source: PackedFp4, operation: Operation) -> None:
         self._source = source
+        self._operation = operation
 
     def __len__(self) -> int:
         return len(row_blocks(self._source.shape[0], self._source.side))
@@ -103,7 +100,7 @@ class _CodeSegments(_SegmentsOf):
         packed = columns // CODES_PER_BYTE
         weights = Operand(source.file, source.offset + first * packed, packed, 1, "u1")
         scales = scale_operand(source.scale, first, rows_per=height, rows_together=height)
-        return Segment(_codes(source.side), (weights, scales), count, columns)
+        return Segment(self._operation, (weights, scales), count, columns)
 
 
 class _ScaleSegments(_SegmentsOf):
@@ -115,10 +112,9 @@ class _ScaleSegments(_SegmentsOf):
 
     def _of_block(self, first: int, count: int, height: int) -> Segment:
         source = self._source
-        groups = source.shape[1] // FP4_BLOCK
         scales = scale_operand(source.scale, first, rows_together=height)
         columns = fp8_scale_shape(source.shape, source.side)[1]
-        return Segment(_scales(groups, source.side), (scales,), count // height, columns)
+        return Segment(self._operation, (scales,), count // height, columns)
 
 
 def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], Sequence[Segment]]:
@@ -137,7 +133,13 @@ def fp4_to_fp8_segments(weight: Weight, side: int) -> tuple[Sequence[Segment], S
         )
     shape = cast("tuple[int, int]", weight.shape)
     source = PackedFp4(weight.stored.file, weight.stored.offset, scale, shape, side)
-    return _CodeSegments(source), _ScaleSegments(source)
+    codes, scales = _operations(shape[1] // FP4_BLOCK, side)
+    return _CodeSegments(source, codes), _ScaleSegments(source, scales)
+
+
+@lru_cache(maxsize=64)  # one object for all tensors of a kind
+def _operations(groups: int, side: int) -> tuple[Fp4ToFp8Codes, Fp4ToFp8Scales]:
+    return Fp4ToFp8Codes(side), Fp4ToFp8Scales(groups, side)
 
 
 def bf16_to_fp8_segments(

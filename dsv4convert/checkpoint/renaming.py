@@ -26,13 +26,14 @@ from ..model.tensors import (
 from .int4 import ZERO
 from .packed import unpacked_forms
 
-LAYER_NAME = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 V3_COMPONENT = re.compile(r"(?<![^.])(?:" + "|".join(V3_COMPONENT_ALIASES) + r")(?![^.])")
+_LAYER = r"((?:layers|mtp)\.\d+\.)"
 _STACK = (
     rf"(?:mlp|ffn)\.experts\.({'|'.join(STACKED_EXPERTS)})"
     rf"(\.weight|{'|'.join(map(re.escape, RESAVED_SCALE_SUFFIXES))})?"
 )
-STACK_REST, STACK_NAME = re.compile(_STACK), re.compile(r"((?:layers|mtp)\.\d+\.)" + _STACK)
+LAYER_NAME = re.compile(_LAYER + "(.+)")
+STACK_NAME, STACK_REST = re.compile(_LAYER + _STACK), re.compile(_STACK)
 STACK_MARK = "_proj"  # in the name of every stack, and of few other tensors
 STACK_DIMENSIONS = 3
 

@@ -319,7 +319,7 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
 def _without_places(segment: Segment) -> tuple[object, ...]:
     """Return all of a segment but where its operands lie."""
     operation, operands, rows, row_bytes = segment
-    forms = [(*operand[2:5], _without_second(operand.scale_form)) for operand in operands]
+    forms = [(*kept, _without_second(form)) for _file, _offset, *kept, form in operands]
     return operation, rows, row_bytes, *forms
 
 

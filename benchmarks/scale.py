@@ -54,13 +54,15 @@ def measure(
     run_once(kept)
     files = [path for path in (folder / "kept").rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
-    contenders = [copies(folder / "kept", folder / "copy", number, cold) for number in (1, max(threads))]
-    contenders += [ours(source, folder / "ours", what, number, cold) for number in [*threads, None]]
-    contenders[0].rounds = alone
-    for contender, number in zip(contenders[2:], threads, strict=False):
+    parallel = copies(folder / "kept", folder / "copy", max(threads), cold)
+    contenders = [parallel, *(ours(source, folder / "ours", what, number, cold) for number in [*threads, None])]
+    if alone:
+        contenders.insert(0, copies(folder / "kept", folder / "copy", 1, cold))
+        contenders[0].rounds = alone
+    for contender, number in zip(contenders[-len(threads) - 1 :], threads, strict=False):
         contender.rounds = alone if number == 1 else None
     alternate(contenders, 0 if cold else 1, rounds, nbytes, say=lambda line: None)
-    result = record(contenders, contenders[1].name, nbytes, what=what, cold=cold, files=len(files), output_bytes=nbytes)
+    result = record(contenders, parallel.name, nbytes, what=what, cold=cold, files=len(files), output_bytes=nbytes)
     shutil.rmtree(folder / "kept")
     print(f"\n{what}: {len(files)} files, {nbytes / 1e9:.2f} GB")
     for row in result["results"]:
@@ -78,18 +80,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/dsv4convert-scale"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--rounds-alone", type=int, help="of one thread and one process of cp, the slowest; as the others"
+        "--rounds-alone", type=int, help="of one thread and one process of cp, the slowest; as the others; 0: no cp"
     )
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--threads", type=int, nargs="+")
     parser.add_argument("--experts", type=int, default=48, help="of a layer of the source: 4.5 GB with 48")
+    parser.add_argument("--layers", type=int, default=4, help="of the source")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
     most = len(os.sched_getaffinity(0))
     threads = arguments.threads or [number for number in (1, 2, 4, 8, 16, 32) if number <= most]
     source = arguments.folder / "flash-slice"
-    make_flash_slice(source, arguments.experts)
+    make_flash_slice(source, arguments.experts, arguments.layers)
     results = []
     for what in arguments.commands:
         alone = arguments.rounds if arguments.rounds_alone is None else arguments.rounds_alone

@@ -14,13 +14,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dsv4convert
-from dsv4convert.synth.write import write_synth
+from dsv4convert.containers.safetensors import Stored, read_header
+from dsv4convert.synth.values import tensor_stream
+from dsv4convert.synth.write import SynthTensor, plan_synth, write_plan, write_synth
 
 
 def common_arguments(doc: str | None, folder: str, *, rounds: int = 7, warmup: int = 2) -> argparse.ArgumentParser:
@@ -34,11 +37,31 @@ def common_arguments(doc: str | None, folder: str, *, rounds: int = 7, warmup: i
     return parser
 
 
-def make_flash_slice(source: Path, experts: int = 48) -> None:
-    """Write four layers of Flash, one of every kind, unless they are there: 4.5 GB with 48 routed experts a layer."""
-    if not source.is_dir():
-        source.parent.mkdir(parents=True, exist_ok=True)
-        write_synth(source, "flash", ratios=(0, 4, 128, 4), experts=experts, vocab=32768)
+def make_flash_slice(source: Path, experts: int = 48, layers: int = 4) -> None:
+    """Write layers of Flash, of each four one of every kind, unless they are there: 4.5 GB with 48 routed experts each.
+
+    All processors write, as one would take minutes for a slice of tens of gigabytes.
+    """
+    if source.is_dir():
+        return
+    source.parent.mkdir(parents=True, exist_ok=True)
+    plan = plan_synth("flash", ratios=((0, 4, 128, 4) * -(-layers // 4))[:layers], experts=experts, vocab=32768)
+    partial = source.with_name(f"{source.name}.partial")
+    write_plan(plan, partial, headers_only=True, overwrite=True)
+    tensors = {tensor.name: tensor for group in plan.files for tensor in group}
+    places = [place for path in sorted(partial.glob("*.safetensors")) for place in read_header(path).items()]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_fill, *zip(*((tensors[name], place) for name, place in places), strict=True), chunksize=8))
+    partial.rename(source)
+
+
+def _fill(tensor: SynthTensor, place: Stored) -> None:
+    """Write the bytes of one tensor where they belong."""
+    with place.file.open("r+b", buffering=0) as file:
+        file.seek(place.offset)
+        for piece in tensor_stream(tensor.recipe, tensor.name, tensor.shape, 0):
+            while piece:
+                piece = piece[file.write(piece) :]
 
 
 def make_many_tensors(source: Path) -> None:

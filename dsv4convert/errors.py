@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -24,6 +24,36 @@ def counted(count: int, what: str = "tensor", plural: str | None = None) -> str:
     ('1 tensor', '1,234 files', '2 entries')
     """
     return f"{count:,} {what if count == 1 else plural or what + 's'}"
+
+
+def some(names: Sequence[str], most: int) -> str:
+    """Return names in a line, and that there are more than ``most`` of them.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b, …'
+    """
+    return ", ".join([*names[:most], *(["…"] if names[most:] else [])])
+
+
+def first_of(names: Sequence[str], most: int = 1) -> str:
+    """Return the first names in a line, and how many more there are.
+
+    >>> first_of(["a", "b", "c"], 2), first_of(["a"])
+    ('a, b and 1 more', 'a')
+    """
+    more = f" and {len(names) - most} more" if names[most:] else ""
+    return ", ".join(names[:most]) + more
+
+
+def and_more(found: Collection[object], what: str | None = None) -> str:
+    """Return how many there are besides the first one, which a message is about; nothing where it is alone.
+
+    >>> and_more("abc"), and_more("ab", "tensor"), and_more("a")
+    (' (and 2 more)', ' (and 1 more tensor)', '')
+    """
+    others = len(found) - 1
+    more = f"{others} more" if what is None else counted(others, f"more {what}")
+    return f" (and {more})" if others > 0 else ""
 
 
 # Local folders that stand for remote ones (see ``containers.sources``), and the addresses to show instead.

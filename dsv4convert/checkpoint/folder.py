@@ -28,6 +28,7 @@ from ..errors import (
     InventoryError,
     UnsupportedError,
     UsageError,
+    and_more,
     check_choice,
     counted,
 )
@@ -246,9 +247,8 @@ def _complete_set(folder: Path, names: Iterable[str]) -> list[str]:
     ((stem, count), files) = next(iter(sets.items()))
     absent = [number for number in range(1, count + 1) if number not in files] if count <= MAX_NUMBERED else [count]
     if absent:
-        more = f" (and {len(absent) - 1} more)" if absent[1:] else ""
         raise InputMissingError(
-            f"file {absent[0]} of {count} is missing{more}",
+            f"file {absent[0]} of {count} is missing{and_more(absent)}",
             where=folder,
             expected=f"{stem}N-of-{count}.safetensors for N from 1 to {count}",
             got=f"{counted(len(files), 'file')}, without {INDEX_NAME}",
@@ -435,9 +435,7 @@ def resolve(
         name = unknown[0]
         orphan = name.endswith(".scale") and name.removesuffix(".scale") + ".weight" not in tensors
         raise InventoryError(
-            f"tensor {name}: "
-            + ("a scale without its weight" if orphan else "unknown")
-            + (f" (and {len(unknown) - 1} more)" if unknown[1:] else ""),
+            f"tensor {name}: {'a scale without its weight' if orphan else 'unknown'}{and_more(unknown)}",
             where=left[name].file,
             hint=f"check that this is a DeepSeek-{config.version.value} checkpoint; unknown tensors are never dropped",
         )

@@ -29,6 +29,7 @@ from ..errors import (
     InventoryError,
     UnsupportedError,
     counted,
+    first_of,
 )
 from ..model.config import VERSION_BY_ARCHITECTURE
 from .packed import SUFFIXES
@@ -187,8 +188,7 @@ class Layout(NamedTuple):
 
 def _listed(names: list[str]) -> str | None:
     """Return the first of some names, and how many more there are; None without any."""
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return names[0] + more if names else None
+    return first_of(names) if names else None
 
 
 def _lfs(folder: Folder) -> str | None:

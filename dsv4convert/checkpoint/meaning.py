@@ -20,7 +20,7 @@ from ..containers.folder_names import CONFIG_NAME
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import at, mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular, shrank
-from ..errors import InventoryError, counted, not_read
+from ..errors import InventoryError, and_more, counted, first_of, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
 from ..model.config import ModelConfig
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
@@ -56,8 +56,7 @@ class Finding(NamedTuple):
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = f" and {len(self.names) - MAX_NAMED} more" if len(self.names) > MAX_NAMED else ""
-        return f"{self.what}: {', '.join(self.names[:MAX_NAMED])}{more}"
+        return f"{self.what}: {first_of(self.names, MAX_NAMED)}"
 
 
 def open_checked(
@@ -149,8 +148,9 @@ def refuse(found: Sequence[Finding], where: object) -> NoReturn:
     Raises:
         InventoryError: always.
     """
-    more = f" (and {counted(len(found) - 1, 'more finding')})" if found[1:] else ""
-    raise InventoryError(f"{found[0]}{more}", where=where, hint="without --strict such findings are notes")
+    raise InventoryError(
+        f"{found[0]}{and_more(found, 'finding')}", where=where, hint="without --strict such findings are notes"
+    )
 
 
 class _Reader:

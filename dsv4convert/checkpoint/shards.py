@@ -16,7 +16,7 @@ from ..containers.folder_names import CONFIG_NAME, SHARD_NAME, shard_name
 from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header
 from ..containers.sources import prefetch_heads, unlisted
-from ..errors import InputMissingError, InventoryError
+from ..errors import InputMissingError, InventoryError, and_more
 from ..model.config import ModelConfig, load_config
 from ..model.parallel import SPLIT_AXIS, check_divides, expert_rank, local_shape
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
@@ -154,8 +154,7 @@ def open_shards(folder: Path, *, may_be_draft: bool = False) -> ShardCheckpoint:
     absent = [rank for rank in range(mp) if rank not in files]
     if absent:
         raise InputMissingError(
-            f"the shard of rank {absent[0]} of {mp} is missing"
-            + (f" (and {len(absent) - 1} more)" if absent[1:] else ""),
+            f"the shard of rank {absent[0]} of {mp} is missing{and_more(absent)}",
             where=folder,
             expected=shard_name(absent[0], mp),
             got=f"{len(files)} of {mp} ranks",
@@ -207,9 +206,7 @@ def _resolve(
             name = next(iter(left))
             known = name in weights or name.removesuffix(".scale") + ".weight" in weights
             raise InventoryError(
-                f"rank {rank}: tensor {name}: "
-                + ("belongs to another rank" if known else "unknown")
-                + (f" (and {len(left) - 1} more)" if len(left) > 1 else ""),
+                f"rank {rank}: tensor {name}: {'belongs to another rank' if known else 'unknown'}{and_more(left)}",
                 where=files[rank],
                 hint="are shards of two conversions mixed, or was a file renamed?",
             )

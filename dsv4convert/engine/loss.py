@@ -5,7 +5,7 @@ The errors name the worst tensor, while the output still has its temporary name.
 
 from __future__ import annotations
 
-from ..errors import InventoryError, LossyError, counted
+from ..errors import InventoryError, LossyError, and_more, counted
 from .run import RunReport
 
 
@@ -19,9 +19,8 @@ def refuse_not_finite(report: RunReport) -> None:
     if not found:
         return
     worst = max(found, key=lambda tensor: tensor.tally.nan)
-    more = f" (and {counted(len(found) - 1, 'more tensor')})" if found[1:] else ""
     raise InventoryError(
-        f"tensor {worst.name}: {counted(worst.tally.nan, 'NaN or infinite value')}{more}",
+        f"tensor {worst.name}: {counted(worst.tally.nan, 'NaN or infinite value')}{and_more(found, 'tensor')}",
         where=worst.file,
         hint="without --strict they are counted and listed",
     )
@@ -39,9 +38,8 @@ def refuse_loss(report: RunReport) -> None:
     worst = max(lossy, key=lambda t: t.tally.changed + t.tally.overflow + t.tally.underflow)
     counts = worst.tally
     kinds = {"overflow": counts.overflow, "underflow": counts.underflow, "changed": counts.changed}
-    more = f" (and {counted(len(lossy) - 1, 'more tensor')})" if lossy[1:] else ""
     raise LossyError(
-        f"tensor {worst.name}: not exact{more}",
+        f"tensor {worst.name}: not exact{and_more(lossy, 'tensor')}",
         where=worst.file,
         expected="every element as in the source",
         got=", ".join(f"{count} {kind}" for kind, count in kinds.items() if count),

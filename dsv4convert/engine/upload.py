@@ -22,7 +22,7 @@ from ..containers.destinations import (
     open_destination,
 )
 from ..containers.presence import is_file
-from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError
+from ..errors import Dsv4Error, InputOutputError, RunInterruptedError, UsageError, counted, some
 from ..plan import OutputFile, Plan
 from .fingerprint import fingerprint_of
 from .journal import journal_path
@@ -222,8 +222,8 @@ class Uploading:
         older = self._destination.older_files
         if older:
             said.append(
-                f"{len(older)} file{'s' if len(older) > 1 else ''} of an older GGUF of this name stayed at "
-                f"{self._destination.address}: {', '.join(older[:MAX_NAMED])}{', …' if len(older) > MAX_NAMED else ''}"
+                f"{counted(len(older), 'file')} of an older GGUF of this name stayed at "
+                f"{self._destination.address}: {some(older, MAX_NAMED)}"
             )
         return said
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Weight
-from ..errors import InventoryError
+from ..errors import InventoryError, some
 from ..plan import Dropped
 
 
@@ -15,15 +15,6 @@ def dropped_unused(checkpoint: Checkpoint) -> list[Dropped]:
     return [
         Dropped(some(unused.names, 1), unused.reason, len(unused.names), unused.nbytes) for unused in checkpoint.unused
     ]
-
-
-def some(names: Sequence[str], most: int) -> str:
-    """Return names in a line, and that there are more than ``most`` of them.
-
-    >>> some(["a", "b", "c"], 2)
-    'a, b, …'
-    """
-    return ", ".join([*names[:most], *(["…"] if names[most:] else [])])
 
 
 class Claims:

@@ -8,10 +8,9 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..checkpoint.weights import Encoding, Weight
-from ..errors import UsageError, counted
+from ..errors import UsageError, counted, some
 from ..formats.ggml_types import BY_NAME, GgmlType, fitting_type
 from ..model.tensors import Store
-from .claims import some
 from .recipes import Rule
 from .segments import BF16, F16, F32, I32, matrix_shape
 

@@ -11,11 +11,11 @@ from ..checkpoint.weights import Encoding, Weight
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from ..containers.safetensors import Stored
 from ..containers.safetensors_write import PYTORCH_METADATA
-from ..errors import InventoryError
+from ..errors import InventoryError, some
 from ..model.config_v41 import TEXT
 from ..model.tensors import MODEL_PREFIX, Store, When, scale_name
 from ..plan import Dropped, OutputFile, OutputTensor
-from .claims import Claims, some
+from .claims import Claims
 from .fp8_segments import FP8_BLOCKS, fp4_to_fp8_segments, fp8_scale_shape
 from .output_config import QUANTIZATION_KEYS, VISION_KEY_PREFIX
 from .safetensors_files import safetensors_file, safetensors_index, unplaced_tensor, whole_file

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from ..checkpoint.weights import Weight
 from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
-from ..errors import InventoryError, UsageError, counted
+from ..errors import InventoryError, UsageError, counted, some
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
 from ..formats.int4 import PER_WORD
 from ..plan import ALL_ROWS, LOW_BIT, Fill, Operand, Quantise, Segment, SquaredWeights, Sums
-from .claims import some
 from .segments import SOURCES, StackedSegments, matrix_shape, operands, shared
 
 # Elements of a segment at most: of the slowest type some seconds' work, so that little is lost with a kill. Tensors of

@@ -20,7 +20,7 @@ from ..containers.untrusted import open_regular, read_whole
 from ..containers.wide_scales import stored_dtype
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
-from ..errors import UnsupportedError, UsageError, check_choice, counted, not_read
+from ..errors import UnsupportedError, UsageError, check_choice, counted, first_of, not_read
 from ..model.config import Version
 from ..model.tensors import scale_name
 from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
@@ -312,8 +312,7 @@ def _not_taken_over(source: Path, read: Iterable[Path], beside: Iterable[OutputF
     known = {CONFIG_NAME, INDEX_NAME, *(path.name for path in read), *(file.name for file in beside)}
     others = sorted(name for name in os.listdir(source) if name not in known and not name.startswith("."))
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if others[MAX_NAMED:] else ""
-        yield f"not taken over: {', '.join(others[:MAX_NAMED])}{more}"
+        yield f"not taken over: {first_of(others, MAX_NAMED)}"
 
 
 def summarize_mend(plan: Plan, summary: Summary) -> MendSummary:

@@ -14,7 +14,7 @@ from ..checkpoint.weights import Weight
 from ..containers.gguf import GgufModelFile, GgufTensor
 from ..containers.imatrix import Entry, Imatrix
 from ..containers.untrusted import open_regular, shrank
-from ..errors import InventoryError, UnsupportedError, counted, not_read
+from ..errors import InventoryError, UnsupportedError, counted, not_read, some
 from ..formats.ggml_types import QUANTISED
 from ..model.config import ModelConfig, Version
 from ..model.tensors import Draft, Store, When, gguf_name, is_vision_name
@@ -316,7 +316,7 @@ def _pieces(
             of = None if entry is None else ImportanceOf(entry, number)
             yield Piece(matrix, tensor.shape, at, source, (0, 0), size, of)
     if unprotected:
-        names = ", ".join([*unprotected[:MAX_NAMED], *(["..."] if unprotected[MAX_NAMED:] else [])])
+        names = some(unprotected, MAX_NAMED)
         report.notes.append(f"usually F32, and not here: {counted(len(unprotected))}: {names}")
     for name in model.tensors:
         if name not in wanted and _table_of_scales(name) not in wanted and name not in scales:

@@ -69,7 +69,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Rows as they are; what a ``Copy`` is inside a ``Beside``."""
+    """Rows as they are; what a ``Copy`` is inside a ``Beside``, ``holds`` too."""
+
+    holds: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,9 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class AllEqual:
-    """The rows of the first operand, which all others must hold as well."""
+    """The rows of the first operand, which all others must hold as well; ``holds`` as for ``Copy``."""
+
+    holds: str = ""
 
 
 @dataclass(frozen=True, slots=True)

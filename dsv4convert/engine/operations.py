@@ -144,8 +144,9 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             _convert(operation, codecs, inputs, out, scratch, tally)
         case Quantise():
             _quantise(operation, codecs, inputs, out, scratch, tally)
-        case Keep():
+        case Keep(holds):
             out[...] = inputs[0].view(np.uint8)
+            _count(codecs, holds, out, scratch, tally)
         case Beside():
             _beside(operation, codecs, inputs, out, scratch, tally)
         case Columns(first, last, holds):
@@ -156,8 +157,9 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             # Operands may hold different things, as the codes and scales of a table's rows do.
             for kind, rows in zip(holds, inputs, strict=bool(holds)):
                 _count(codecs, kind, rows, scratch, tally)
-        case AllEqual():
+        case AllEqual(holds):
             _all_equal(inputs, out)
+            _count(codecs, holds, out, scratch, tally)
         case Fill(byte):
             out[...] = byte
         case Constant(content):
@@ -179,6 +181,7 @@ def make_tile(operation: Operation, codecs: Codecs, inputs: Inputs, out: Bytes, 
             out[...] = e8m0_to_f32(scale).view(np.uint8) if in_f32 else scale
         case SpreadScales(times):
             _spread_scales(inputs[0], times, out, scratch)
+            _count(codecs, "F8_E8M0", out, scratch, tally)
         case ToFp8Codes(source, block):
             values = _floats(source, codecs, inputs[0].reshape(out.shape), scratch)
             quantise = codecs.bf16_to_fp8 if source == "bf16" else codecs.f32_to_fp8

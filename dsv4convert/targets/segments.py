@@ -19,7 +19,6 @@ from ..formats.int4 import PER_WORD
 from ..model.tensors import Store
 from ..plan import (
     COPY_SEGMENT_BYTES,
-    KEEP,
     Columns,
     Convert,
     CopySegments,
@@ -163,7 +162,7 @@ def row_operation(weight: Weight, to: ElementType) -> Keep | Convert:
         InventoryError: there is no codec for it.
     """
     if is_verbatim(weight, to):
-        return KEEP
+        return Keep(weight.stored.dtype)
     if to.name not in TARGETS:
         raise InventoryError(f"tensor {weight.name}: no codec makes {to.name}", where=weight.stored.file)
     return convert(SOURCES[weight.encoding], TARGETS[to.name], weight.block)

@@ -13,11 +13,12 @@ from ..checkpoint.weights import Encoding, Weight
 from ..containers.folder_names import CONFIG_NAME, shard_name
 from ..containers.safetensors import Stored
 from ..errors import UsageError, check_choice, counted
+from ..formats.not_finite import element_bytes
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
 from ..plan import (
-    ALL_EQUAL,
     COPY_SEGMENT_BYTES,
+    AllEqual,
     Columns,
     Dropped,
     Fill,
@@ -330,7 +331,7 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
         rows, width = first.shape[0], _width(first)
         if weight.axis == 0:
             return tuple(segment for part in stored for segment in copy_rows(part, 0, rows))
-        return (Segment(ALL_EQUAL, tuple(map(_rows_of, stored)), rows, width),)
+        return (Segment(AllEqual(first.dtype), tuple(map(_rows_of, stored)), rows, width),)
     if weight.axis == 0:
         piece = _piece_bytes(first.nbytes)
         return tuple(
@@ -338,12 +339,13 @@ def _join(stored: Sequence[Stored], weight: ShardedWeight) -> Sequence[Segment]:
             for part in stored
             for begin in range(0, part.nbytes, piece)
         )
+    size = element_bytes(first.dtype)  # a row is an element, so that no tile cuts one that is to be counted
     return tuple(
         Segment(
-            ALL_EQUAL,
-            tuple(Operand(part.file, part.offset + begin, 1, 1, "u1") for part in stored),
-            min(COPY_SEGMENT_BYTES, first.nbytes - begin),
-            1,
+            AllEqual(first.dtype),
+            tuple(Operand(part.file, part.offset + begin, size, 1, "u1") for part in stored),
+            min(COPY_SEGMENT_BYTES, first.nbytes - begin) // size,
+            size,
         )
         for begin in range(0, first.nbytes, COPY_SEGMENT_BYTES)
     )

@@ -475,3 +475,53 @@ def test_copied_values_that_are_not_finite_are_counted_too(
     assert "NaN or infinite" in refused.error
     assert out in refused.error
     assert not (tmp_path / "strict").exists()
+
+
+ON_EACH_RANK = {
+    "bf16": (
+        "layers.1.attn_norm.weight",
+        lambda content: content.view("<u2").__setitem__(slice(5, 8), 0x7FC0),
+        False,
+        3,
+    ),
+    "f32": ("layers.0.hc_attn_fn", lambda content: content.view("<u4").__setitem__(7, 0xFF800000), False, 1),
+    "e4m3": ("layers.1.attn.wkv.weight", lambda content: content.__setitem__(-1, 0xFF), False, 1),
+    "e8m0": ("layers.1.attn.wkv.weight", lambda content: content.__setitem__(0, 0xFF), True, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "scale", "count"), ON_EACH_RANK.values(), ids=ON_EACH_RANK)
+def test_unshard_counts_what_is_not_finite_in_tensors_that_each_rank_has_whole(
+    name: str, change: Any, scale: bool, count: int, editable: MakeEditable, tmp_path: Path
+) -> None:
+    source, shards = editable().folder, tmp_path / "shards"
+    edit_bytes(source, name, change, scale=scale)
+    assert run_cli("shard", source, shards, "--mp", "2", "--quiet").code == 0
+    result = json.loads(run_cli("unshard", shards, tmp_path / "back", "--json").out)
+    out = name.removesuffix(".weight") + ".scale" if scale else name
+    assert [(entry["tensor"], entry["nan"]) for entry in result["counted"]] == [(out, count)]
+    assert run_cli("unshard", shards, tmp_path / "strict", "--strict").code == 7
+
+
+@pytest.mark.parametrize("variant", [None, "base"], ids=["E8M0", "F32"])
+def test_mlx_counts_scales_of_blocks_that_are_nan(variant: str | None, editable: MakeEditable, tmp_path: Path) -> None:
+    source, width = editable(variant=variant).folder, 4 if variant else 1
+    nan = NAN_F32 if variant else 0xFF
+    edit_bytes(source, "layers.1.attn.wkv.weight", lambda content: content.__setitem__(slice(width), nan), scale=True)
+    result = json.loads(run_cli("mlx", source, tmp_path / "mlx", "--json").out)
+    scales = "language_model.model.layers.1.attn.wkv.scales"
+    rows, groups = 128, 4  # of the output, which one block's scale is spread over
+    assert [(entry["tensor"], entry["nan"]) for entry in result["counted"]] == [(scales, rows * groups)]
+    assert run_cli("mlx", source, tmp_path / "strict", "--strict").code == 7
+
+
+def test_halves_of_rows_that_only_move_are_counted(editable: MakeEditable, tmp_path: Path) -> None:
+    source, floats = editable().folder, tmp_path / "floats"
+    assert run_cli("dequantize", source, floats, "--quiet").code == 0
+    for name, at in (("mtp.0.e_proj.weight", 0), ("mtp.0.h_proj.weight", -1)):
+        edit_bytes(floats, name, lambda content, at=at: content.view("<u2").__setitem__(at, 0xFF80))  # type: ignore[misc]
+    command = ("hf-to-gguf", floats, tmp_path / "a.gguf", "--draft", "only", "--dense", "bf16")
+    result = json.loads(run_cli(*command, "--json").out)
+    joined = "blk.4.nextn.eh_proj.weight"
+    assert [(entry["tensor"], entry["nan"]) for entry in result["counted"]] == [(joined, 2)]
+    assert run_cli(*command, "--overwrite", "--strict").code == 7

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dsv4convert.checkpoint import open_folder
 from dsv4convert.errors import InventoryError, LossyError
+from dsv4convert.plan import AllEqual
+from dsv4convert.targets.shards import plan_unshard
 
 from ..checkpoints import MakeCheckpoint
 from ..oracles import shards as oracle
@@ -122,6 +124,19 @@ def test_wo_a_that_no_fp8_makes_is_refused(shards: MakeShards, tmp_path: Path, d
         unshard(folder, tmp_path / "back", wo_a="fp8")
     assert not (tmp_path / "back").exists()
     unshard(folder, tmp_path / "back")
+
+
+def test_no_tile_cuts_an_element_of_a_tensor_that_each_rank_has_whole(shards: MakeShards, tmp_path: Path) -> None:
+    """Elements that are not finite are counted tile by tile."""
+    plan = plan_unshard(shards(2), tmp_path / "back")
+    found = {
+        (tensor.dtype, segment.row_bytes)
+        for file in plan.files
+        for tensor in file.tensors
+        for segment in tensor.segments
+        if isinstance(segment.operation, AllEqual)
+    }
+    assert found == {("BF16", 2), ("F32", 4), ("F8_E4M3", 1), ("F8_E8M0", 1), ("I64", 1)}
 
 
 def test_fp8_experts_come_back_as_fp8(shards: MakeShards, eight: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import xxhash
 
 from ..errors import LockedError, ResumeError
 from ..formats.base import Tally
-from ..plan import Plan
+from ..plan import Plan, sizes_of
 from .ledger import DIGEST_BYTES, digest_of_range
 from .locks import LOCK_SUFFIX, LockFile, try_lock
 from .names import Identity, closing, is_same_file, not_ours, remove_known
@@ -180,7 +180,7 @@ class Journal:
                 if entry.task.file != file:
                     continue
                 tensor = plan.files[file].tensors[entry.task.tensor]
-                sizes = [segment.nbytes for segment in tensor.segments]
+                sizes = list(sizes_of(tensor))
                 offset = tensor.offset + sum(sizes[: entry.task.segment])
                 if digest_of_range(stream.fileno(), offset, sizes[entry.task.segment]) != entry.digest:
                     raise ResumeError(

@@ -26,7 +26,7 @@ from .cluster_bridge import HERE, REACH_HINT, WORKERS, AnyPiece, Done, Nodes, Su
 from .cluster_worker import NewFile, Part, Piece, Work, library_digest, program_digest, revision_digest
 from .fingerprint import mark_of
 from .journal import Claim
-from .run import Finished, RunOutputs, Task
+from .run import Finished, RunOutputs, Task, segment_of
 from .schedule import Lane, Schedule
 from .worker import Made
 
@@ -282,15 +282,12 @@ class ClusterMakers:
 
     def _runs(self, tasks: Iterator[Task]) -> Iterator[list[Task]]:
         """Yield the segments of a file that make a task."""
-        return cut(tasks, lambda task: work_of(self._segment(task)), self._work)
+        return cut(tasks, lambda task: work_of(segment_of(self._plan, task)), self._work)
 
     def _as_given(self, error: Dsv4Error) -> Dsv4Error:
         """Return a worker's error with its path as it was given to this run."""
         error.where = self._given.get(str(error.where), error.where)
         return error.with_changes()
-
-    def _segment(self, task: Task) -> Segment:
-        return self._plan.files[task.file].tensors[task.tensor].segments[task.segment]
 
     def _piece(self, tasks: Sequence[Task]) -> Piece | NewFile:
         file = tasks[0].file
@@ -312,7 +309,7 @@ class ClusterMakers:
         """Return segments of one file as workers know them."""
         return [
             Part(
-                self._found_anywhere(self._segment(task)),
+                self._found_anywhere(segment_of(self._plan, task)),
                 self._plan.files[task.file].tensors[task.tensor].name,
                 task.offset,
             )
@@ -389,10 +386,8 @@ def cut(segments: Iterable[T], work_of: Callable[[T], int], most: int) -> Iterat
 def _size_up(plan: Plan) -> tuple[int, set[str]]:
     """Return the work of all segments, and the libraries that some of them need."""
     work, libraries = 0, set()
-    for file in plan.files:
-        for tensor in file.tensors:
-            for segment in tensor.segments:
-                work += work_of(segment)
-                if isinstance(segment.operation, Quantise):
-                    libraries.add(segment.operation.library)
+    for segment in plan.segments():
+        work += work_of(segment)
+        if isinstance(segment.operation, Quantise):
+            libraries.add(segment.operation.library)
     return work, libraries

@@ -193,8 +193,9 @@ def run_plan(
     resumed = 0
     for entry in recorder.finished().values() if recorder is not None else ():
         done.add(*entry.task[:3], *entry[1:])
-        resumed += _segment(plan, entry.task).nbytes
-        consumer.take([_segment(plan, entry.task)])
+        segment = segment_of(plan, entry.task)
+        resumed += segment.nbytes
+        consumer.take([segment])
     whole = _WholeFiles(plan, outputs, done, file_done)
     files = [_tasks_left(plan, done, number) for number in range(len(plan.files))]
     shared = _Shared(Schedule(files if makers is None else ()))
@@ -219,7 +220,7 @@ def run_plan(
         if recorder is not None:
             recorder.record(batch)
             before = consumer.freed
-            consumer.take(_segment(plan, entry.task) for entry in batch)
+            consumer.take(segment_of(plan, entry.task) for entry in batch)
             if shared.room is not None:
                 shared.room.give_back(len(batch), consumer.freed - before)
 
@@ -432,7 +433,7 @@ def _work(
                     if found is None:
                         return
                     lane, task = found
-                    place = None if shared.room is None else shared.room.ask(_segment(plan, task).nbytes)
+                    place = None if shared.room is None else shared.room.ask(segment_of(plan, task).nbytes)
                 worker.file = task.file
                 worker.share(lane.workers)
                 if shared.room is not None and place is not None:
@@ -440,7 +441,7 @@ def _work(
                 make = worker.look if outputs.is_shared(task.file) else worker.run
                 try:
                     made = make(
-                        _segment(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
+                        segment_of(plan, task), outputs.descriptor(task.file), outputs.paths[task.file], task.offset
                     )
                 except Exception as error:
                     raise with_tensor(error, plan.files[task.file].tensors[task.tensor].name) from error
@@ -463,7 +464,7 @@ def _have_made(
     def take(finished: Sequence[Finished]) -> None:
         with shared.lock:
             shared.batch.extend(finished)
-        elsewhere.done_bytes += sum(_segment(plan, entry.task).nbytes for entry in finished)
+        elsewhere.done_bytes += sum(segment_of(plan, entry.task).nbytes for entry in finished)
         elsewhere.file = finished[-1].task.file
 
     try:
@@ -521,5 +522,6 @@ def _tasks_left(plan: Plan, done: Ledger, file_number: int) -> Iterator[Task]:
     return (task for task in tasks if not done.holds(*task[:3])) if done.has_any else tasks
 
 
-def _segment(plan: Plan, task: Task) -> Segment:
+def segment_of(plan: Plan, task: Task) -> Segment:
+    """Return the segment that a task makes."""
     return plan.files[task.file].tensors[task.tensor].segments[task.segment]

@@ -360,6 +360,10 @@ class Segment(NamedTuple):
         """Return how many output bytes the segment makes."""
         return self.rows * self.row_bytes
 
+    def bytes_read(self, operand: Operand) -> int:
+        """Return how many bytes of one of its operands the segment reads, from ``operand.offset`` on."""
+        return -(-self.rows // operand.rows_per) * operand.row_bytes
+
 
 class OutputTensor(NamedTuple):
     """A tensor of an output file: ``nbytes`` at ``offset`` from the file's start, made by ``segments`` in order."""

@@ -355,7 +355,7 @@ class ClusterMakers:
 
 def bytes_read(segment: Segment) -> int:
     """Return the bytes that a segment reads."""
-    return sum(-(-segment.rows // operand.rows_per) * operand.row_bytes for operand in segment.operands)
+    return sum(map(segment.bytes_read, segment.operands))
 
 
 def work_of(segment: Segment) -> int:

@@ -119,7 +119,7 @@ def read_bytes_by_file(plan: Plan) -> dict[Path, int]:
     for segment in plan.segments() if plan.consumes else ():
         for operand in segment.operands:
             if operand.file in keep:
-                found[operand.file] += segment.rows * operand.row_bytes
+                found[operand.file] += segment.bytes_read(operand)
     return dict(found)
 
 

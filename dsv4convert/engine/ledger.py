@@ -93,8 +93,7 @@ class Ledger(Sequence[TensorReport]):
             segment = self._plan.files[file].tensors[tensor].segments[number]
             for place, operand in enumerate(segment.operands):
                 if bits >> place & 1:
-                    rows = -(-segment.rows // operand.rows_per)
-                    yield operand.file, operand.offset, rows * operand.row_bytes
+                    yield operand.file, operand.offset, segment.bytes_read(operand)
 
     def __len__(self) -> int:
         return len(self._first_segment) - 1

@@ -15,8 +15,7 @@ from ..plan import Operand, Segment
 
 def extent(segment: Segment, operand: Operand) -> tuple[int, int]:
     """Return the first byte that a segment reads of an operand's file, and the end."""
-    rows = -(-segment.rows // operand.rows_per)
-    return operand.offset, operand.offset + rows * operand.row_bytes
+    return operand.offset, operand.offset + segment.bytes_read(operand)
 
 
 class SharedRanges:

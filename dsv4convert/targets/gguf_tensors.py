@@ -143,16 +143,13 @@ DIALECTS[DS4] = replace(
 DIALECTS_V41 = {
     "llama.cpp": replace(DIALECTS["llama.cpp"], architecture=LLAMA_CPP_V41),
     DS4: replace(
-        DIALECTS["llama.cpp"],
-        name=DS4,
+        DIALECTS[DS4],
         architecture=ds4_v41.ARCHITECTURE,
         name_of=lambda row: None if row.gguf is None else ds4_v41.NAMES.get(row.gguf, row.gguf),
-        default_dense=dict.fromkeys(DIALECTS[DS4].default_dense, Q8_0),
         type_of=ds4.V41.type_of,
         allowed=ds4.V41.allowed,
         alignment=ds4_v41.ALIGNMENT,
         engram=ROW264,
-        text_only=True,
     ),
 }
 
@@ -435,8 +432,7 @@ def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
 
 def _tower_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDialect, has_tower: bool) -> str:
     mode = options.mmproj or DROP
-    if mode not in (DROP, ONLY, SPLIT):
-        raise UsageError("--mmproj: unknown", expected=f"{DROP}, {ONLY} or {SPLIT}", got=mode)
+    check_choice("--mmproj", mode, (DROP, ONLY, SPLIT))
     if mode == DROP:
         return mode
     if dialect.mtp_inline or dialect.text_only:

@@ -27,6 +27,17 @@ AUXILIARY_FILES = (
 SHARD_NAME = re.compile(r"model(\d{1,9})-mp(\d{1,9})\.safetensors")
 
 
+def file_names(count: int) -> list[str]:
+    """Return the names of a folder's safetensors files, of which there are so many.
+
+    >>> file_names(1), file_names(2)[1]
+    (['model.safetensors'], 'model-00002-of-00002.safetensors')
+    """
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def shard_name(rank: int, mp: int) -> str:
     """Return the file name of a rank's shard.
 

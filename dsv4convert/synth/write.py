@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.engram import read_token_map
 from ..checkpoint.tokenizer import TOKENIZER_NAME
-from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, file_names
 from ..containers.safetensors_write import PYTORCH_METADATA, safetensors_header
 from ..engine.new_folder import NewFolder
 from ..engine.outputs import free_bytes
@@ -337,9 +337,7 @@ def _write_files(
 ) -> None:
     weight_map: dict[str, str] = {}
     done = 0
-    count = len(plan.files)
-    for number, group in enumerate(plan.files, start=1):
-        name = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    for name, group in zip(file_names(len(plan.files)), plan.files, strict=True):
         # Another writer than that of the other files made the published tables' files.
         by_name = plan.as_v41 and any(".engram." in tensor.name for tensor in group)
         order = ENGRAM_DTYPE_ORDER if by_name else DTYPE_ORDER
@@ -360,7 +358,7 @@ def _write_files(
                     done += len(piece)
                     if progress is not None:
                         progress(done)
-    if count > 1:
+    if len(plan.files) > 1:
         total = {"total_size": plan.payload_bytes}
         _write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.weights import Encoding, Weight
-from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, file_names
 from ..containers.safetensors import Stored
 from ..containers.safetensors_write import PYTORCH_METADATA
 from ..errors import InventoryError, some
@@ -31,7 +31,6 @@ SAFETENSORS_DTYPE = {"bf16": "BF16", "f16": "F16", "f32": "F32", "i32": "I32", "
 # What stays as it is whatever the output's dtype: hyper-connections, sinks, biases and routing tables.
 UNTOUCHED = {Encoding.F32: F32, Encoding.I64: I64, Encoding.I32: I32}
 
-NUMBERED_NAME = "model-{number:05d}-of-{count:05d}.safetensors"
 DEFAULT_MAX_FILE_BYTES = 5 * 10**9
 
 # Upper bounds of what a safetensors header takes, and what a tensor's entry takes in it beside its name.
@@ -177,11 +176,16 @@ def hf_files(
             size = HEADER_BYTES
         groups[-1].append(tensor)
         size += cost
-    if len(groups) == 1:
-        return [safetensors_file(SINGLE_NAME, groups[0], metadata)]
-    names = [NUMBERED_NAME.format(number=number, count=len(groups)) for number in range(1, len(groups) + 1)]
+    names = file_names(len(groups))
     files = [safetensors_file(name, group, metadata) for name, group in zip(names, groups, strict=True)]
-    return [*files, whole_file(INDEX_NAME, safetensors_index(files))]
+    return [*files, *index_files(files)]
+
+
+def index_files(files: Sequence[OutputFile]) -> list[OutputFile]:
+    """Return the index of safetensors files, which a single one under its usual name does without."""
+    if [file.name for file in files] == [SINGLE_NAME]:
+        return []
+    return [whole_file(INDEX_NAME, safetensors_index(files))]
 
 
 def json_file(name: str, document: Mapping[str, Any]) -> OutputFile:

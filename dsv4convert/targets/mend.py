@@ -13,7 +13,7 @@ from ..checkpoint.graft import is_draft_name
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import MODEL_CARD_NAME
 from ..checkpoint.weights import Weight
-from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, file_names
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import open_regular, read_whole
@@ -27,9 +27,9 @@ from ..plan import CopySegments, Dropped, OutputFile, OutputTensor, Plan
 from .claims import dropped_unused
 from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import DROP, KEEP, choose_draft
-from .hf_folder import NAMES, NO_MODULE, NUMBERED_NAME, json_file, kinds_of, transformers_name
+from .hf_folder import NAMES, NO_MODULE, index_files, json_file, kinds_of, transformers_name
 from .output_config import VISION_KEY_PREFIX, pruned_config
-from .safetensors_files import safetensors_file, safetensors_index, unplaced_tensor, whole_file
+from .safetensors_files import safetensors_file, unplaced_tensor, whole_file
 from .segments import join_segments
 
 MEND = "mend"
@@ -92,7 +92,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
     files = _tensor_files(wanted, headers)
     beside = auxiliary_files(source, also=(MODEL_CARD_NAME,))
     # First a file that is never shared: by it an interrupted run knows its folder again.
-    all_files = (_config_file(checkpoint, config), *files, *_index(files), *beside)
+    all_files = (_config_file(checkpoint, config), *files, *index_files(files), *beside)
     options = {**asdict(mends), "graft_draft": mends.graft_draft is not None}
     notes = _not_taken_over(source, checkpoint.files, beside)
     return folder_plan(MEND, checkpoint, out, all_files, left_out, options, notes)
@@ -250,9 +250,7 @@ def _tensor_files(wanted: Iterable[_Wanted], headers: Mapping[Path, Mapping[str,
     kept = [path for path, tensors in groups.items() if tensors]
     names = [path.name for path in kept]
     if len(kept) != len(groups) or len({path.parent for path in kept}) > 1:
-        names = [NUMBERED_NAME.format(number=number, count=len(kept)) for number in range(1, len(kept) + 1)]
-        if len(kept) == 1:
-            names = [SINGLE_NAME]
+        names = file_names(len(kept))
     return [
         _same_file(name, path, headers[path])
         if _is_untouched(groups[path], headers[path])
@@ -298,13 +296,6 @@ def _config_file(checkpoint: Checkpoint, config: Mapping[str, Any]) -> OutputFil
     content = read_whole(checkpoint.folder / CONFIG_NAME, MAX_CONFIG_BYTES)
     is_same = parse_json_object(content, checkpoint.folder / CONFIG_NAME) == config
     return whole_file(CONFIG_NAME, content) if is_same else json_file(CONFIG_NAME, config)
-
-
-def _index(files: Sequence[OutputFile]) -> list[OutputFile]:
-    """Return the index, which a single file under its usual name does without."""
-    if [file.name for file in files] == [SINGLE_NAME]:
-        return []
-    return [whole_file(INDEX_NAME, safetensors_index(files))]
 
 
 def _not_taken_over(source: Path, read: Iterable[Path], beside: Iterable[OutputFile]) -> Iterator[str]:

@@ -120,7 +120,7 @@ def _open(source: Path, mends: Mends, *, strict: bool) -> tuple[Checkpoint, Mapp
     )
     left_out = dropped_unused(checkpoint)
     checkpoint, config, dropped = choose_draft(checkpoint, DROP if without_draft else KEEP)
-    left_out += [Dropped(entry.what, DROP_REASON, entry.count, entry.nbytes) for entry in dropped]
+    left_out += [replace(entry, reason=DROP_REASON) for entry in dropped]
     if checkpoint.is_packed:
         raise UnsupportedError(
             "weights of NVFP4 or compressed-tensors, some of whose tensors mend would leave behind",
@@ -200,10 +200,9 @@ def _parts(weight: Weight) -> Iterator[Stored]:
 def _stack(name: str, group: Sequence[Weight], lying: Mapping[tuple[Path, int, int], Stored]) -> Iterator[_Wanted]:
     """Yield a weight under ``name`` and its scale; of several experts, all of them one behind the other."""
     first = group[0]
-    is_stack = name != first.name and first.expert is not None
-    official = name == first.name
-    stacks = [[weight.stored for weight in group]]
-    names = [name]
+    is_official = name == first.name
+    is_stack = not is_official and first.expert is not None
+    stacks = {name: [weight.stored for weight in group]}
     if first.scale is not None:
         scales = [weight.scale for weight in group if weight.scale is not None]
         if len(scales) != len(group):
@@ -217,9 +216,8 @@ def _stack(name: str, group: Sequence[Weight], lying: Mapping[tuple[Path, int, i
                 expected=f"a multiple of {first.block[0]} rows",
                 got=first.shape[0],
             )
-        stacks.append(scales)
-        names.append(scale_name(name) if official else f"{name}_scale_inv")
-    for made, parts in zip(names, stacks, strict=True):
+        stacks[scale_name(name) if is_official else f"{name}_scale_inv"] = scales
+    for made, parts in stacks.items():
         found = [_as_it_lies(part, lying) for part in parts]
         shape = found[0].shape
         if len({(part.dtype, part.shape) for part in found}) > 1:

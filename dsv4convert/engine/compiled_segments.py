@@ -51,7 +51,6 @@ from ..plan import (
     ToFp8Codes,
     ToFp8Scales,
 )
-from ..scale_forms import ScaleForm
 from .mappings import SHARERS, Mappings
 from .operations import (
     FLOATS_OF_FILES,
@@ -113,12 +112,11 @@ _OWN_OPERANDS = 2
 
 
 class Shape(NamedTuple):
-    """What the operands of all segments of a kind share; the fields of ``Operand`` without its place."""
+    """What the operands of all segments of a kind share: fields of ``Operand`` that say nothing of its place."""
 
     row_bytes: int
     rows_per: int
     dtype: str
-    scale_form: ScaleForm | None = None
 
 
 class Recipe(NamedTuple):
@@ -147,8 +145,6 @@ def recipe_of(operation: Operation, operands: tuple[Shape, ...], row_bytes: int)
     It has no checks of its own: what is not exactly as it expects is left to Python, which has them.
     """
     first = operands[0] if operands else Shape(0, 1, "")
-    if any(operand.scale_form is not None for operand in operands):
-        return None
     match operation:
         case Copy(holds=holds) if first.row_bytes == row_bytes == 1:
             return Recipe(Making.COPY, 1, holds=holds)
@@ -435,10 +431,11 @@ class CompiledSegments:
             DeviceError: ggml's library does not have the type.
         """
         operands = tile_operands(segment)
+        # The library takes scales as they lie. Asked before kinds are: of NVFP4, each tensor has a form of its own.
         held_otherwise = any(operand.scale_form is not None for operand in segment.operands)
         if self._digest is None or segment.nbytes < MIN_BYTES or held_otherwise:
             return None
-        kind = (segment.operation, segment.row_bytes, *[operand[2:] for operand in operands])
+        kind = (segment.operation, segment.row_bytes, *[operand[2:5] for operand in operands])
         if kind not in self._kinds:
             self._kinds[kind] = self._of_kind(segment, operands, self._digest)
         compiled = self._kinds[kind]
@@ -452,7 +449,7 @@ class CompiledSegments:
         return compiled
 
     def _of_kind(self, segment: Segment, operands: Sequence[Operand], digest: LongDigest) -> CompiledSegment | None:
-        shapes = tuple(Shape(*operand[2:]) for operand in operands)
+        shapes = tuple(Shape(*operand[2:5]) for operand in operands)
         recipe = recipe_of(segment.operation, shapes, segment.row_bytes)
         # More sources than a worker keeps open would be closed under the call.
         if recipe is None or len(shapes) > OPEN_FILES_PER_WORKER:

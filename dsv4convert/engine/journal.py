@@ -366,7 +366,7 @@ class Journal:
                     for key in ("held", "discards")
                 )
             elif "sent" in fact:
-                from ..containers.destinations import Sent, SentPart
+                from ..containers.destinations import Sent
 
                 file, size, sha256 = fact["sent"]
                 self.sent[int(file)] = Sent(int(size), str(sha256))

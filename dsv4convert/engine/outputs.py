@@ -664,8 +664,8 @@ class FolderOutput(Outputs):
         is_own = _inode(final / self._plan.files[own].name) in inodes[own : own + 1]
         in_place = len(finished) == len(self.paths) and is_own
         if in_place:
-            self._root = root = final
-            self.paths = [root / file.name for file in self._plan.files]
+            self._move_paths(final)
+            root = final
         elif os.path.lexists(root) and (is_link(root) or not is_folder(root)):
             raise ResumeError("not a working folder of dsv4convert", where=root, hint=FRESH_HINT)
         with os_errors(root, "created"):

@@ -17,12 +17,11 @@ from .links import shared_bytes
 from .operations import COPY_TILE_BYTES, TILE_BYTES
 from .outputs import free_bytes
 
-# Memory of the interpreter and its libraries; of a segment of the plan with its
-# digest; and of one worker: tiles, scratch and output. Measured on V4-Pro's headers and on slices, rounded up.
+# Memory of the interpreter and its libraries; of a segment of the plan with its digest; and of one worker: tiles,
+# scratch and output. Measured on V4-Pro's headers and on slices, rounded up.
 BASE_MEMORY_BYTES = 100 * 2**20
 SEGMENT_MEMORY_BYTES = 2**10
 WORKER_MEMORY_BYTES = 6 * TILE_BYTES + 2 * COPY_TILE_BYTES
-
 
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,7 +86,6 @@ class StoreDestination(SharedDestination):
             FileNotFoundError: there is no such object.
             InputOutputError: it cannot be had now.
         """
-
         where = self.address if name is None else f"{self.address}/{name}"
 
         def asked() -> Answer:
@@ -97,13 +97,12 @@ class StoreDestination(SharedDestination):
                 raise error_of(error, self.address) from None
 
         try:
-            answer: Answer = retried(asked, where, most, doing="sent")
+            return retried(asked, where, most, doing="sent")
         except InputMissingError as error:
             if error.what == "nothing there":
                 raise self._no_bucket() from None
             hint = f"{keys_hint(self.address)}; they must have the right to write"
             raise InputOutputError("the store refuses the upload", where=where, hint=hint) from None
-        return answer
 
     def _no_bucket(self) -> InputOutputError:
         return InputOutputError("no such bucket", where=self.address, hint=keys_hint(self.address))
@@ -299,7 +298,7 @@ class StoreDestination(SharedDestination):
     def _delete(self, names: list[str], most: int = MAX_ATTEMPTS) -> None:
         for name in names:
             try:
-                self._ask(lambda name=name: obstore.delete(self._store, self._prefix + name), most, name)  # type: ignore[misc]
+                self._ask(partial(obstore.delete, self._store, self._prefix + name), most, name)
             except FileNotFoundError:  # by an attempt whose answer was lost
                 continue
 

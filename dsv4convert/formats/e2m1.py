@@ -216,8 +216,7 @@ def fp4_to_fp8(
     """
     rows, columns = packed.shape[0], packed.shape[1] * 2
     check_tile(rows, columns, scale, (1, GROUP), out, (rows, columns))
-    if out_scale.shape != (-(-rows // side), -(-columns // side)):
-        raise ValueError(f"scales of a {rows}x{columns} tile in blocks of {side}: got {out_scale.shape}")
+    check_fp8_scales(scale, out_scale, side)
     if packed.size == 0:
         return
     lifted = _tile_scales(scale, out_scale, side)

@@ -46,4 +46,4 @@ def read_image_normalisation(source: Path) -> tuple[dict[str, list[float]], tupl
 
 
 def _is_float32(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

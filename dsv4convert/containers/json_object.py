@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,7 @@ def parse_json(
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
             raise error(f"duplicate key {twice[:200]!r}", where=where, hint=hint)
         return result
 

@@ -303,7 +303,7 @@ class ClusterMakers:
 
     def _made(self, tasks: Sequence[Task], made: Any) -> Sequence[Made]:
         """Return what was made of each task's segment."""
-        return made  # type: ignore[no-any-return]
+        return made  # type: ignore[no-any-return] # what `make_piece` returned in a worker
 
     def parts(self, tasks: Sequence[Task]) -> list[Part]:
         """Return segments of one file as workers know them."""

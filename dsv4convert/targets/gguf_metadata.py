@@ -380,10 +380,10 @@ def _describe(config: ModelConfig, card: ModelCard, counts: ParameterCounts, nam
 def _sampling(generation: Mapping[str, Any]) -> list[KeyValue]:
     found: dict[str, KeyValue] = {}
     for source, key, kind in SAMPLING_KEYS:
-        value = generation.get(source)
+        value: Any = generation.get(source)
         usable = isinstance(value, str) if kind == STRING else _is_number(value, kind)
         if usable and key not in found:
-            found[key] = KeyValue(key, kind, int(value) if kind == I32 else value)  # type: ignore[arg-type]
+            found[key] = KeyValue(key, kind, int(value) if kind == I32 else value)
     return list(found.values())
 
 

@@ -94,13 +94,13 @@ def pair(
     """Combine what the tables expect with what the files hold; ``zero`` are zero points.
 
     ``scale_fmt`` is what config.json says of the scales, None where it says nothing. Scales may lie in another type
-    than E8M0 (see ``_official_scale``).
+    than E8M0 (see ``official_scale``).
 
     Raises:
         InventoryError: a shape, a dtype or a scale that does not fit.
     """
     if scale is not None and scale.scale_form is None:
-        scale = _official_scale(stored, scale, scale_fmt)
+        scale = official_scale(stored, scale, scale_fmt)
     encoding, shape, block = _classify(expected.name, stored, scale)
     if zero is not None:
         _check_zero(expected.name, zero, encoding, shape, block)
@@ -153,7 +153,7 @@ def _check_zero(
         )
 
 
-def _official_scale(stored: Stored, scale: Stored, scale_fmt: object) -> Stored:
+def official_scale(stored: Stored, scale: Stored, scale_fmt: object) -> Stored:
     """Return the scale of a weight as the published checkpoints have it, where its type leaves no doubt.
 
     Those of packed FP4 are E8M0, whether as U8, F32 or BF16. FP8 has E8M0 as well, as U8 or BF16; its F32 scales are a

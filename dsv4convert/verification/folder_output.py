@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint.folder import Checkpoint, FolderHeaders, read_index
 from ..checkpoint.nvfp4 import CODES
-from ..checkpoint.weights import Weight
+from ..checkpoint.weights import Weight, official_scale
 from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from ..containers.json_object import MAX_CONFIG_BYTES, read_json_object
 from ..containers.presence import is_file
@@ -238,7 +238,10 @@ def _checked(
     """
     stored = found.stored
     where = f"tensor {name}"
-    matrix = stored_matrix(name, stored, found.scale, found.second)
+    scale = found.scale
+    if scale is not None and found.second is None:
+        scale = official_scale(stored, scale, None)  # mend leaves those of folders saved anew in their own type
+    matrix = stored_matrix(name, stored, scale, found.second)
     if isinstance(matrix, str):
         report.problem(LAYOUT, where, matrix)
         return None

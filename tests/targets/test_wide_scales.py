@@ -124,6 +124,28 @@ def test_shards_with_such_scales_are_read_too(dtype: str, tiny: Path, tmp_path: 
 
 
 NAME = "layers.1.ffn.experts.2.w1.scale"
+MENDS = {"names that stay": ("--drop-draft",), "stacks": ("--rename", "transformers")}
+
+
+@pytest.mark.parametrize("mend", MENDS.values(), ids=MENDS)
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "U8"])
+def test_mend_leaves_them_in_their_type_and_verify_reads_them(
+    dtype: str, mend: tuple[str, ...], editable: MakeEditable, tmp_path: Path
+) -> None:
+    source, out = editable(files=3).folder, tmp_path / "out"
+    restore(source, dtype, only_fp4=dtype == "F32")
+    assert run_cli("mend", source, out, *mend, "--quiet").code == 0
+    verified = run_cli("verify", source, out)
+    assert verified.code == 0, verified.err
+    path = next(out.glob("model-00002-*"))
+    raw = RawSafetensors.read(path)
+    name = next(name for name in raw.tensors if ".experts." in name and "scale" in name)
+    assert raw.tensors[name].dtype == dtype
+    other = WIDE[dtype](np.array([0x70], np.uint8))
+    raw.tensors[name].data = other + raw.tensors[name].data[len(other) :]
+    path.unlink()  # a file that is shared with the source
+    raw.write(path)
+    assert run_cli("verify", source, out).code == 12
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("F32", 3.0), ("BF16", 0.0)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ..checkpoint.folder import BY_HEADERS, BY_INDEX, Checkpoint
 from ..checkpoint.graft import is_draft_name
@@ -17,7 +17,7 @@ from ..containers.folder_names import CONFIG_NAME, INDEX_NAME, file_names
 from ..containers.json_object import MAX_CONFIG_BYTES, parse_json_object
 from ..containers.safetensors import Stored, read_header
 from ..containers.untrusted import open_regular, read_whole
-from ..containers.wide_scales import stored_dtype
+from ..containers.wide_scales import E8M0, stored_dtype
 from ..engine.conversion import Summary
 from ..engine.links import COPY, HARD_LINK, REFLINK, can_share
 from ..errors import UnsupportedError, UsageError, check_choice, counted, first_of, not_read
@@ -60,6 +60,9 @@ class MendSummary(Summary):
     shared_bytes: int
 
 
+_Place: TypeAlias = tuple[Path, int]  # a file and an offset in it
+
+
 class _Wanted(NamedTuple):
     """A tensor of the output: its name and shape, and what lies in the source, one behind the other, to make it."""
 
@@ -89,7 +92,7 @@ def plan_mend(source: Path, out: Path, mends: Mends, *, strict: bool = False) ->
         config = pruned_config(config, checkpoint.weights.values())
     if mends.rename == TRANSFORMERS:
         config = {key: value for key, value in config.items() if not key.startswith(VISION_KEY_PREFIX)}
-    files = _tensor_files(wanted, headers)
+    files = _tensor_files(wanted, headers, _e8m0_in_bytes(checkpoint, headers))
     beside = auxiliary_files(source, also=(MODEL_CARD_NAME,))
     # First a file that is never shared: by it an interrupted run knows its folder again.
     all_files = (_config_file(checkpoint, config), *files, *index_files(files), *beside)
@@ -237,9 +240,21 @@ def _as_it_lies(part: Stored, lying: Mapping[tuple[Path, int, int], Stored]) -> 
     return part._replace(dtype=stored_dtype(part), scale_form=None) if found is None else found
 
 
-def _tensor_files(wanted: Iterable[_Wanted], headers: Mapping[Path, Mapping[str, Stored]]) -> list[OutputFile]:
+def _e8m0_in_bytes(checkpoint: Checkpoint, headers: Mapping[Path, Mapping[str, Stored]]) -> frozenset[_Place]:
+    """Return where E8M0 scales lie that their file calls U8."""
+    in_bytes = {(t.file, t.offset) for header in headers.values() for t in header.values() if t.dtype == "U8"}
+    scales = (weight.scale for weight in checkpoint.weights.values() if weight.scale is not None)
+    return frozenset(
+        place for scale in scales if scale.dtype == E8M0 and (place := (scale.file, scale.offset)) in in_bytes
+    )
+
+
+def _tensor_files(
+    wanted: Iterable[_Wanted], headers: Mapping[Path, Mapping[str, Stored]], e8m0: Container[_Place]
+) -> list[OutputFile]:
     """Return the safetensors files: each source file that keeps something, as it is or written anew.
 
+    ``e8m0`` is where bytes are such scales, of which those that are NaN are to be counted.
     Names stay while the set of files does; otherwise the files are numbered anew.
     """
     groups: dict[Path, list[_Wanted]] = {path: [] for path in headers}
@@ -250,9 +265,9 @@ def _tensor_files(wanted: Iterable[_Wanted], headers: Mapping[Path, Mapping[str,
     if len(kept) != len(groups) or len({path.parent for path in kept}) > 1:
         names = file_names(len(kept))
     return [
-        _same_file(name, path, headers[path])
+        _same_file(name, path, headers[path], e8m0)
         if _is_untouched(groups[path], headers[path])
-        else safetensors_file(name, [_copied(tensor) for tensor in groups[path]])
+        else safetensors_file(name, [_copied(tensor, e8m0) for tensor in groups[path]])
         for name, path in zip(names, kept, strict=True)
     ]
 
@@ -263,12 +278,12 @@ def _is_untouched(tensors: Sequence[_Wanted], header: Mapping[str, Stored]) -> b
     )
 
 
-def _same_file(name: str, path: Path, header: Mapping[str, Stored]) -> OutputFile:
+def _same_file(name: str, path: Path, header: Mapping[str, Stored], e8m0: Container[_Place]) -> OutputFile:
     """Return a file of the source as one of the output."""
     ordered = sorted(header.items(), key=lambda entry: entry[1].offset)
     start = ordered[0][1].offset
     tensors = tuple(
-        OutputTensor(tensor_name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes, _verbatim(tensor))
+        OutputTensor(tensor_name, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes, _verbatim(tensor, e8m0))
         for tensor_name, tensor in ordered
     )
     last = ordered[-1][1]
@@ -280,13 +295,14 @@ def _same_file(name: str, path: Path, header: Mapping[str, Stored]) -> OutputFil
     return OutputFile(name, head, tensors, last.offset + last.nbytes, same_as=path)
 
 
-def _copied(tensor: _Wanted) -> OutputTensor:
-    segments = join_segments([_verbatim(part) for part in tensor.parts])
+def _copied(tensor: _Wanted, e8m0: Container[_Place]) -> OutputTensor:
+    segments = join_segments([_verbatim(part, e8m0) for part in tensor.parts])
     return unplaced_tensor(tensor.name, tensor.parts[0].dtype, tensor.shape, segments)
 
 
-def _verbatim(tensor: Stored) -> CopySegments:
-    return CopySegments(tensor.file, tensor.offset, tensor.nbytes, tensor.dtype)
+def _verbatim(tensor: Stored, e8m0: Container[_Place]) -> CopySegments:
+    holds = E8M0 if (tensor.file, tensor.offset) in e8m0 else tensor.dtype
+    return CopySegments(tensor.file, tensor.offset, tensor.nbytes, holds)
 
 
 def _config_file(checkpoint: Checkpoint, config: Mapping[str, Any]) -> OutputFile:

@@ -148,6 +148,22 @@ def test_mend_leaves_them_in_their_type_and_verify_reads_them(
     assert run_cli("verify", source, out).code == 12
 
 
+@pytest.mark.parametrize("mend", [("--reindex",), *MENDS.values()], ids=["shared files", *MENDS])
+def test_mend_counts_bytes_that_are_nan_as_scales(
+    mend: tuple[str, ...], editable: MakeEditable, tmp_path: Path
+) -> None:
+    source, wanted = editable().folder, 2
+    restore(source, "U8")
+    for path in source.glob("*.safetensors"):
+        raw = RawSafetensors.read(path)
+        if NAME in raw.tensors:
+            raw.tensors[NAME].data = bytes([0xFF]) * wanted + raw.tensors[NAME].data[wanted:]
+            raw.write(path)
+    result = json.loads(run_cli("mend", source, tmp_path / "out", *mend, "--json").out)
+    assert [entry["nan"] for entry in result["counted"]] == [wanted]
+    assert run_cli("mend", source, tmp_path / "strict", *mend, "--strict").code == 7
+
+
 @pytest.mark.parametrize(("dtype", "value"), [("F32", 3.0), ("BF16", 0.0)])
 def test_a_value_that_e8m0_does_not_hold_is_named_by_tensor_and_position(
     dtype: str, value: float, editable: MakeEditable, tiny: Path, tmp_path: Path

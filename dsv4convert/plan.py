@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
@@ -496,6 +496,10 @@ class MadeSegments(Sequence[Segment], ABC):
         """Return the file of each operand, or each file once, in order."""
         return (operand.file for segment in self for operand in segment.operands)
 
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the segments from others, as ``identity_of`` does."""
+        return _identity_of_each(self, names)
+
     @abstractmethod
     def _make(self, number: int) -> Segment:
         """Return the segment with this number, from 0."""
@@ -537,6 +541,10 @@ class CopySegments(MadeSegments):
         """Return the one file."""
         return (self.file,)
 
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the copies from others: where all of their bytes lie."""
+        return f"{text_of(self._operation)} {names[self.file]} {self.offset} {self._nbytes}\n".encode()
+
     def __len__(self) -> int:
         return -(-self._nbytes // COPY_SEGMENT_BYTES)
 
@@ -566,6 +574,25 @@ def files_of(segments: Sequence[Segment]) -> Iterable[Path]:
     if isinstance(segments, MadeSegments):
         return segments.files
     return (operand.file for segment in segments for operand in segment.operands)
+
+
+def identity_of(segments: Sequence[Segment], names: Mapping[Path, str]) -> bytes:
+    """Return what tells segments from others: operations, sizes and where operands lie, files by ``names``."""
+    return segments.identity(names) if isinstance(segments, MadeSegments) else _identity_of_each(segments, names)
+
+
+def _identity_of_each(segments: Iterable[Segment], names: Mapping[Path, str]) -> bytes:
+    lines: list[str] = []
+    for operation, operands, rows, row_bytes in segments:
+        lines.append(f"{text_of(operation)} {rows} {row_bytes}\n")
+        lines += [f"{names[operand.file]} {operand[1:]}\n" for operand in operands]
+    return "".join(lines).encode()
+
+
+@lru_cache(maxsize=1024)  # one object of a kind serves all its segments
+def text_of(operation: Operation) -> str:
+    """Return an operation as text."""
+    return str(operation)
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -14,7 +14,7 @@ import xxhash
 from .. import __version__
 from ..containers.sources import at, mount_of, shown
 from ..errors import FileFormatError, ResumeError
-from ..plan import Operation, Plan
+from ..plan import Plan, identity_of
 from .consume import is_cut
 from .outputs import FRESH_HINT, os_errors
 
@@ -43,21 +43,14 @@ def fingerprint_of(plan: Plan) -> dict[str, Any]:
     has used up count by name. A run whose workers send its files adds the ``destination``.
     """
     names = {file: _name(plan, file) for file in plan.source_files}
-    operations: dict[Operation, str] = {}
     digest = xxhash.xxh3_128()
     mount = mount_of(plan.source)
     for file in plan.files:
         digest.update(f"{file.name} {file.nbytes}\n".encode())
         digest.update(file.header)
         for tensor in file.tensors:
-            text = f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n"
-            for operation, operands, rows, row_bytes in tensor.segments:
-                if operation not in operations:  # of which there are few
-                    operations[operation] = str(operation)
-                text += f"{operations[operation]} {rows} {row_bytes}\n"
-                for operand in operands:
-                    text += f"{names[operand.file]} {operand[1:]}\n"
-            digest.update(text.encode())
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape} {tensor.offset}\n".encode())
+            digest.update(identity_of(tensor.segments, names))
     return {
         "program": f"dsv4convert {__version__}",
         "target": plan.target,

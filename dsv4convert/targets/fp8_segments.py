@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -26,6 +26,7 @@ from ..plan import (
     ToFp4Scales,
     ToFp8Codes,
     ToFp8Scales,
+    text_of,
 )
 from .segments import SOURCES, operands, scale_operand
 
@@ -70,6 +71,12 @@ class _SegmentsOf(MadeSegments):
     def __init__(self, source: PackedFp4, operation: Operation) -> None:
         self._source = source
         self._operation = operation
+
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the segments from others: the part, and where the weight and its scales lie."""
+        file, offset, scale, shape, side = self._source
+        weight = f"{text_of(self._operation)} {names[file]} {offset} {shape} {side}"
+        return f"{weight} {names[scale.file]} {scale[1:]}\n".encode()
 
     def __len__(self) -> int:
         return len(row_blocks(self._source.shape[0], self._source.side))

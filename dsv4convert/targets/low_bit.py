@@ -74,7 +74,7 @@ class LowBitMaker:
         for number, weight in enumerate(weights):
             made += self._of_matrix(weight, to, entry, number, most)
         if len(made) > 1 and len({(s.operation, s.rows, s.row_bytes, _shape(s)) for s in made}) == 1:
-            return StackedSegments(made)
+            return StackedSegments(made[0], [operand for segment in made for operand in segment.operands])
         return tuple(made)
 
     def _entry(self, name: str, entry_name: str, weights: Sequence[Weight], to: GgmlType) -> Entry | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,12 @@ class _Segments(MadeSegments):
         rows, columns = self._source.shape
         sizes = {Part.CODES: rows * columns // CODES_PER_BYTE, Part.SCALES: rows * columns // NVFP4_BLOCK}
         return shared(sizes.get(self._part, SCALAR_BYTES))
+
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the segment from others: the part, and where the weight and all scales lie."""
+        file, offset, shape, own, sharing = self._source
+        scales = " ".join(f"{names[scale.file]} {scale[1:]}" for scale in (own, *sharing))
+        return f"{self._part} {names[file]} {offset} {shape} {scales}\n".encode()
 
     def __len__(self) -> int:
         return 1

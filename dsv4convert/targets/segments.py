@@ -29,6 +29,7 @@ from ..plan import (
     Source,
     Target,
     convert,
+    identity_of,
 )
 from ..scale_forms import Floats, Over, Pairs, PowersOfTwo, ScaleForm, Times
 
@@ -215,6 +216,10 @@ class RowSegments(MadeSegments):
         """Return how many output bytes the segments make."""
         return self._whole.nbytes
 
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the runs from others: the whole, and how many rows each has."""
+        return f"{self._rows} of ".encode() + identity_of((self._whole,), names)
+
     def __len__(self) -> int:
         return -(-self._whole.rows // self._rows)
 
@@ -234,12 +239,12 @@ class StackedSegments(MadeSegments):
 
     __slots__ = ("_files", "_first", "_forms", "_offsets")
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        operands = [operand for segment in segments for operand in segment.operands]
-        self._first = segments[0]
-        self._files = tuple(operand.file for operand in operands)
-        self._offsets = array("q", (operand.offset for operand in operands))
-        self._forms = tuple(operand.scale_form for operand in operands if operand.scale_form is not None)
+    def __init__(self, first: Segment, places: Sequence[Operand | Stored]) -> None:
+        """``places`` are the operands of all segments, in order, or the tensors that these lie at the start of."""
+        self._first = first
+        self._files = tuple([place.file for place in places])
+        self._offsets = array("q", [place.offset for place in places])
+        self._forms = tuple([place.scale_form for place in places if place.scale_form is not None])
 
     @property
     def nbytes(self) -> int:
@@ -255,6 +260,11 @@ class StackedSegments(MadeSegments):
     def files(self) -> tuple[Path, ...]:
         """Return the file of each operand."""
         return self._files
+
+    def identity(self, names: Mapping[Path, str]) -> bytes:
+        """Return what tells the segments from others: the first one, and where all operands lie."""
+        files = [names[file] for file in self._files]
+        return identity_of((self._first,), names) + f"{files} {self._offsets.tolist()} {self._forms}\n".encode()
 
     def __len__(self) -> int:
         return len(self._offsets) // len(self._first.operands)
@@ -302,7 +312,25 @@ def stack_segments(weights: Sequence[Weight], to: ElementType) -> Sequence[Segme
     Raises:
         InventoryError: the row length of one is no multiple of the type's block.
     """
-    return join_segments([convert_segments(weight, to) for weight in weights])
+    first = convert_segments(weights[0], to)
+    # Segments of weights that are alike need not be made to see that they are.
+    if len(weights) > 1 and isinstance(first, tuple) and len(set(map(_kind_of, weights))) == 1:
+        return StackedSegments(first[0], [part for weight in weights for part in _parts(weight)])
+    return join_segments([first, *(convert_segments(weight, to) for weight in weights[1:])])
+
+
+def _parts(weight: Weight) -> tuple[Stored, ...]:
+    """Return the tensors of a weight, in the order of its operands."""
+    stored, scale, zero = weight.stored, weight.scale, weight.zero
+    if scale is None or weight.block is None:
+        return (stored,)
+    return (stored, scale) if zero is None else (stored, scale, zero)
+
+
+def _kind_of(weight: Weight) -> tuple[object, ...]:
+    """Return all that decides the segment of a weight but where its tensors lie."""
+    parts = [(dtype, shape, nbytes, _without_second(form)) for _, dtype, shape, _, nbytes, form in _parts(weight)]
+    return weight.shape, weight.encoding, weight.block, *parts
 
 
 def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
@@ -311,7 +339,7 @@ def join_segments(pieces: Sequence[Sequence[Segment]]) -> Sequence[Segment]:
         return pieces[0]
     segments = [segment for piece in pieces for segment in piece]
     if len(segments) > 1 and segments[0].operands and len(set(map(_without_places, segments))) == 1:
-        return StackedSegments(segments)
+        return StackedSegments(segments[0], [operand for segment in segments for operand in segment.operands])
     return tuple(segments)
 
 

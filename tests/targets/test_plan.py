@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,25 @@ from dsv4convert.checkpoint.meaning import open_checked
 from dsv4convert.checkpoint.shards import open_shards
 from dsv4convert.containers.safetensors import read_header
 from dsv4convert.errors import InventoryError
-from dsv4convert.plan import COPY_SEGMENT_BYTES, CopySegments, OutputTensor, Plan, place
+from dsv4convert.formats.ggml_types import BY_NAME, GgmlType
+from dsv4convert.plan import (
+    COPY,
+    COPY_SEGMENT_BYTES,
+    CopySegments,
+    MadeSegments,
+    Operand,
+    OutputTensor,
+    Plan,
+    Segment,
+    identity_of,
+    place,
+)
+from dsv4convert.scale_forms import Times
 from dsv4convert.targets import dequantize, drafts, gguf, mend, repack, shards
 from dsv4convert.targets.claims import Claims
 from dsv4convert.targets.gguf import plan_gguf
 from dsv4convert.targets.gguf_tensors import GgufOptions
+from dsv4convert.targets.segments import StackedSegments, convert_segments, stack_segments
 from dsv4convert.targets.shard_tensors import ShardOptions
 
 from ..checkpoints import MakeCheckpoint
@@ -120,18 +134,83 @@ def test_tensors_lie_apart_within_their_file_and_segments_fill_them(make: MakePl
         assert position <= file.nbytes
 
 
+def _plans_of(found: object) -> list[Plan]:
+    """Return the plans of what a planner returns: a plan, several, or one with more."""
+    plans = found if isinstance(found, list | tuple) and not hasattr(found, "plan") else [getattr(found, "plan", found)]
+    assert all(isinstance(plan, Plan) for plan in plans)
+    return list(plans)
+
+
 @pytest.mark.parametrize("name", PLANNERS)
 def test_the_source_files_are_those_of_the_segments(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     source = make_checkpoint("tiny")
     if name == "unshard":
         shard(source, tmp_path / "shards", mp=2)
         source = tmp_path / "shards"
-    found = PLANNERS[name](source, tmp_path)
-    plans = found if isinstance(found, list | tuple) and not hasattr(found, "plan") else [getattr(found, "plan", found)]
-    for plan in plans:
-        assert isinstance(plan, Plan)
+    for plan in _plans_of(PLANNERS[name](source, tmp_path)):
         read = [operand.file for segment in plan.segments() for operand in segment.operands]
         assert plan.source_files == tuple(dict.fromkeys(read)) != ()
+
+
+def test_segments_that_differ_in_anything_have_another_identity(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """A run goes on only under the plan that it began with, so whatever decides bytes must show in the identity."""
+    found: dict[bytes, tuple[Segment, ...]] = {}
+    kinds: set[type[Sequence[Segment]]] = set()
+    for preset in ("tiny", "v41-tiny"):
+        source = make_checkpoint(preset, files=3)
+        shard(source, tmp_path / preset, mp=2)
+        left_out = {"transformers"} if preset == "v41-tiny" else set()  # it has no modules for V4.1
+        for name in PLANNERS.keys() - left_out:
+            for plan in _plans_of(PLANNERS[name](tmp_path / preset if name == "unshard" else source, tmp_path)):
+                names = {file: str(file) for file in plan.source_files}
+                for tensor in plan.tensors():
+                    kinds.add(type(tensor.segments))
+                    identity = identity_of(tensor.segments, names)
+                    assert found.setdefault(identity, tuple(tensor.segments)) == tuple(tensor.segments)
+    assert kinds >= {tuple, *_kinds_of(MadeSegments)}
+    assert len(found) > 1000
+
+
+def _kinds_of(base: type[MadeSegments]) -> Iterator[type[MadeSegments]]:
+    for kind in base.__subclasses__():
+        if not kind.__abstractmethods__:
+            yield kind
+        yield from _kinds_of(kind)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"offset": 4097}, id="offset"),
+        pytest.param({"file": Path("b")}, id="file"),
+        pytest.param({"scale_form": Times(0.5)}, id="scale form"),
+    ],
+)
+def test_each_place_of_a_stack_counts_in_its_identity(change: dict[str, Any]) -> None:
+    places = [Operand(Path("a"), 4096 * number, 32, 1, "<f4", Times(1.0)) for number in range(4)]
+    first = Segment(COPY, (places[0],), 8, 32)
+    names = {Path("a"): "a", Path("b"): "b"}
+    identity = StackedSegments(first, places).identity(names)
+    assert identity == StackedSegments(first, list(places)).identity(names)
+    for number in range(1, 4):
+        changed = [*places[:number], places[number]._replace(**change), *places[number + 1 :]]
+        assert StackedSegments(first, changed).identity(names) != identity
+
+
+@pytest.mark.parametrize("element", [BY_NAME[name] for name in ("f32", "q8_0", "mxfp4")], ids=lambda kind: kind.name)
+def test_a_stack_has_the_segments_of_its_weights_whether_these_are_alike_or_not(
+    element: GgmlType, make_checkpoint: MakeCheckpoint
+) -> None:
+    held = open_folder(make_checkpoint("tiny", files=3)).weights
+    alike = [held[f"layers.2.ffn.experts.{number}.w1.weight"] for number in range(8)]
+    fp8 = held["layers.2.ffn.shared_experts.w1.weight"]
+    for weights in (alike, alike[:1], [*alike, fp8], [fp8, *alike]):
+        each = [segment for weight in weights for segment in convert_segments(weight, element)]
+        stack = stack_segments(weights, element)
+        assert list(stack) == each
+        assert isinstance(stack, StackedSegments) == (len(weights) > 1 and weights == alike)
 
 
 @given(offset=st.integers(0, 2**50), nbytes=st.integers(0, 5 * COPY_SEGMENT_BYTES))

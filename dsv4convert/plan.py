@@ -496,6 +496,11 @@ class MadeSegments(Sequence[Segment], ABC):
         """Return the file of each operand, or each file once, in order."""
         return (operand.file for segment in self for operand in segment.operands)
 
+    @property
+    def operation(self) -> Operation:
+        """Return the operation of the first segment, which there is."""
+        return self._make(0).operation
+
     def identity(self, names: Mapping[Path, str]) -> bytes:
         """Return what tells the segments from others, as ``identity_of`` does."""
         return _identity_of_each(self, names)
@@ -567,6 +572,17 @@ def sizes_of(tensor: OutputTensor) -> Iterable[int]:
     if len(segments) == 1:
         return (tensor.nbytes,)
     return segments.sizes if isinstance(segments, MadeSegments) else (segment.nbytes for segment in segments)
+
+
+def operation_of(segments: Sequence[Segment]) -> Operation | None:
+    """Return the operation of the first segment, None where there is no segment; it is not made where that can be told.
+
+    >>> operation_of(CopySegments(Path("model.safetensors"), 0, 4096))
+    Copy(is_repeated=False, holds='')
+    """
+    if not len(segments):
+        return None
+    return segments.operation if isinstance(segments, MadeSegments) else segments[0].operation
 
 
 def files_of(segments: Sequence[Segment]) -> Iterable[Path]:

@@ -114,7 +114,10 @@ def _header_checksum(file: OutputFile) -> str:
 def _tensor_entry(tensor: OutputTensor, digest: str) -> str:
     # Runs of [count, bytes]: segments have few sizes. There are so many tensors that none goes through an encoder but
     # for what a name may need to escape.
-    segments = [[len(list(run)), size] for size, run in groupby(sizes_of(tensor))]
+    if len(tensor.segments) == 1:
+        segments = [[1, tensor.nbytes]]
+    else:
+        segments = [[len(list(run)), size] for size, run in groupby(sizes_of(tensor))]
     return (
         f'{{"name": {encode_basestring(tensor.name)}, "offset": {tensor.offset}, "bytes": {tensor.nbytes}, '
         f'"segments": {segments}, "checksum": "{digest}"}}'

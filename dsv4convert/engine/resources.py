@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..containers.fetching import AHEAD_BYTES
 from ..containers.sources import READERS, mount_of
 from ..errors import SpaceError
-from ..plan import LOW_BIT, Plan, Quantise
+from ..plan import LOW_BIT, Plan, Quantise, operation_of
 from .consume import room_needed
 from .links import shared_bytes
 from .operations import COPY_TILE_BYTES, TILE_BYTES
@@ -42,7 +42,7 @@ def default_threads(plan: Plan) -> int:
     if mount_of(plan.source) is not None:
         return max(processors, READERS)
     low_bit = (tensor.segments for tensor in plan.tensors() if tensor.dtype in LOW_BIT)
-    if any(segments and isinstance(segments[0].operation, Quantise) for segments in low_bit):
+    if any(isinstance(operation_of(segments), Quantise) for segments in low_bit):
         return processors
     largest = max((file.nbytes for file in plan.files), default=0)
     files = sum(file.nbytes >= largest * FILE_SHARE for file in plan.files)

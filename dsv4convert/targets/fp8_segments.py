@@ -45,6 +45,7 @@ def fp8_scale_shape(shape: tuple[int, ...], side: int) -> tuple[int, int]:
     return -(-rows // side), -(-columns // side)
 
 
+@lru_cache(maxsize=64)
 def row_blocks(rows: int, height: int) -> tuple[tuple[int, int, int], ...]:
     """Return (first row, rows, height of a block): all whole blocks, then the ragged one."""
     ragged = rows % height
@@ -83,6 +84,11 @@ class _SegmentsOf(MadeSegments):
 
     def _make(self, number: int) -> Segment:
         return self._of_block(*row_blocks(self._source.shape[0], self._source.side)[number])
+
+    @property
+    def operation(self) -> Operation:
+        """Return the one operation."""
+        return self._operation
 
     @property
     def files(self) -> tuple[Path, ...]:

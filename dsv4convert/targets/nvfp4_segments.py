@@ -16,7 +16,7 @@ from ..containers.wide_scales import second_of
 from ..errors import InventoryError
 from ..formats.ggml_types import BY_NAME
 from ..formats.nvfp4 import BLOCK as NVFP4_BLOCK
-from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Segment, convert
+from ..plan import NVFP4_CODES, NVFP4_SCALES, NVFP4_SECOND, Constant, MadeSegments, Operand, Operation, Segment, convert
 from ..scale_forms import Over, Times
 from .fp8_segments import CODES_PER_BYTE
 from .segments import join_segments, matrix_shape, operands, scale_operand, shared
@@ -30,6 +30,9 @@ class Part(Enum):
     CODES = "codes"
     SCALES = "scales"
     SECOND = "second"
+
+
+_OPERATIONS: dict[Part, Operation] = {Part.CODES: NVFP4_CODES, Part.SCALES: NVFP4_SCALES, Part.SECOND: NVFP4_SECOND}
 
 
 class _Source(NamedTuple):
@@ -58,6 +61,11 @@ class _Segments(MadeSegments):
         sizes = {Part.CODES: rows * columns // CODES_PER_BYTE, Part.SCALES: rows * columns // NVFP4_BLOCK}
         return shared(sizes.get(self._part, SCALAR_BYTES))
 
+    @property
+    def operation(self) -> Operation:
+        """Return the operation that makes the part."""
+        return _OPERATIONS[self._part]
+
     def identity(self, names: Mapping[Path, str]) -> bytes:
         """Return what tells the segment from others: the part, and where the weight and all scales lie."""
         file, offset, shape, own, sharing = self._source
@@ -71,13 +79,13 @@ class _Segments(MadeSegments):
         source = self._source
         rows, columns = source.shape
         if self._part is Part.SECOND:
-            return Segment(NVFP4_SECOND, self._whole(1), 1, SCALAR_BYTES)
+            return Segment(self.operation, self._whole(1), 1, SCALAR_BYTES)
         scale = scale_operand(source.scale)
         if self._part is Part.SCALES:
-            return Segment(NVFP4_SCALES, (scale, *self._whole(rows)), rows, shared(columns // NVFP4_BLOCK))
+            return Segment(self.operation, (scale, *self._whole(rows)), rows, shared(columns // NVFP4_BLOCK))
         packed = shared(columns // CODES_PER_BYTE)
         codes = Operand(source.file, source.offset, packed, 1, "u1")
-        return Segment(NVFP4_CODES, (codes, scale, *self._whole(rows)), rows, packed)
+        return Segment(self.operation, (codes, scale, *self._whole(rows)), rows, packed)
 
     def _whole(self, rows_per: int) -> tuple[Operand, ...]:
         """Return all scales under the second scale, each matrix of them in one row that serves ``rows_per`` rows."""

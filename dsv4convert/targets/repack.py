@@ -11,7 +11,7 @@ from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..containers.folder_names import CONFIG_NAME
 from ..engine.conversion import Summary
 from ..errors import UnsupportedError, UsageError, check_choice
-from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTensor, Plan
+from ..plan import Dropped, Fp4ToFp8Codes, Fp4ToNvfp4Codes, OutputFile, OutputTensor, Plan, operation_of
 from .claims import Claims
 from .companions import auxiliary_files, check_apart, folder_plan
 from .drafts import KEEP, open_with_draft_option
@@ -116,11 +116,10 @@ def _with_nvfp4_experts(
 def summarize_repack(plans: Sequence[Plan], summary: Summary) -> RepackSummary:
     """Return the summary of plans of ``plan_repack`` with the experts' elements counted, as a note too."""
     elements = sum(
-        math.prod(tensor.shape) * (CODES_PER_BYTE if isinstance(segment.operation, Fp4ToNvfp4Codes) else 1)
+        math.prod(tensor.shape) * (CODES_PER_BYTE if isinstance(operation, Fp4ToNvfp4Codes) else 1)
         for plan in plans
         for tensor in plan.tensors()
-        for segment in tensor.segments[:1]
-        if isinstance(segment.operation, Fp4ToFp8Codes | Fp4ToNvfp4Codes)
+        if isinstance(operation := operation_of(tensor.segments), Fp4ToFp8Codes | Fp4ToNvfp4Codes)
     )
     changed = summary.report.tally.changed
     notes = summary.notes

@@ -26,6 +26,7 @@ from dsv4convert.plan import (
     Plan,
     Segment,
     identity_of,
+    operation_of,
     place,
 )
 from dsv4convert.scale_forms import Times
@@ -167,8 +168,9 @@ def test_segments_that_differ_in_anything_have_another_identity(
                 names = {file: str(file) for file in plan.source_files}
                 for tensor in plan.tensors():
                     kinds.add(type(tensor.segments))
-                    identity = identity_of(tensor.segments, names)
-                    assert found.setdefault(identity, tuple(tensor.segments)) == tuple(tensor.segments)
+                    segments = tuple(tensor.segments)
+                    assert found.setdefault(identity_of(tensor.segments, names), segments) == segments
+                    assert operation_of(tensor.segments) == operation_of(segments)
     assert kinds >= {tuple, *_kinds_of(MadeSegments)}
     assert len(found) > 1000
 

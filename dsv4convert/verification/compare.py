@@ -61,7 +61,7 @@ class Piece(NamedTuple):
     """A rectangle of an output tensor that holds a rectangle of a source weight.
 
     ``shape`` is the output tensor's own, in which indices are reported. ``sharing`` are the source's scales that the
-    second scale of NVFP4 goes by.
+    second scale of NVFP4 goes by. ``by_value``: other codes and scales of the same values are right as well.
     """
 
     output: Matrix
@@ -72,6 +72,7 @@ class Piece(NamedTuple):
     size: tuple[int, int]
     importance: ImportanceOf | None = None
     sharing: tuple[Scale, ...] = ()
+    by_value: bool = False
 
 
 class Comparison(NamedTuple):
@@ -283,8 +284,9 @@ def _same(piece: Piece, original: Bits, found: Bits, foreign: bool, largest: int
     source, output = piece.source.encoding, piece.output.encoding
     if source == output or any({source, output} <= kinds for kinds in MOVED):
         same = np.equal(original, found)
-        if foreign and not same.all() and source in SCALED:
-            same |= values_of(source, original) == values_of(output, found)
+        if (foreign or piece.by_value) and not same.all() and source in SCALED:
+            before, after = values_of(source, original), values_of(output, found)
+            same |= (before == after) & (foreign | (np.signbit(before) == np.signbit(after)))
         return same, True
     if source in INTEGERS or output in INTEGERS:
         if source in INTEGERS and output in INTEGERS:

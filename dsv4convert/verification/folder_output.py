@@ -33,8 +33,7 @@ NVFP4_SUFFIXES = (".weight_scale", ".weight_scale_2", ".input_scale")
 # The matrices of an expert that share input and second scale.
 FUSED = {".w1.": ".w3.", ".w3.": ".w1."}
 
-# The weight that shards hold in BF16, whatever the source has, and the one that concatenates over ranks
-# along its columns.
+# The weight that shards hold in BF16, whatever the source has. Scales that were lost there cannot be known again.
 DEQUANTISED_IN_SHARDS = "attn.wo_a.weight"
 
 INFERENCE_CONFIG_NAME = "inference_config.json"
@@ -221,7 +220,8 @@ def _folder_tensor(
     for number, weight in enumerate(weights):
         source = weight_matrix(weight)
         at = (number * source.rows, 0)
-        yield Piece(matrix, shape, at, source, (0, 0), (source.rows, source.columns))
+        by_value = weight.row.name == DEQUANTISED_IN_SHARDS
+        yield Piece(matrix, shape, at, source, (0, 0), (source.rows, source.columns), by_value=by_value)
 
 
 def _checked(

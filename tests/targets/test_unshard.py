@@ -15,6 +15,7 @@ from dsv4convert.checkpoint import open_folder
 from dsv4convert.errors import InventoryError, LossyError
 from dsv4convert.plan import AllEqual
 from dsv4convert.targets.shards import plan_unshard
+from dsv4convert.verification import verify
 
 from ..checkpoints import MakeCheckpoint
 from ..oracles import shards as oracle
@@ -110,6 +111,13 @@ def test_wo_a_of_small_codes_comes_back_with_the_same_values(edited: Callable[..
         for t in (original, back)
     ]
     assert torch.equal(*values)
+    report = verify(source, tmp_path / "back")
+    assert report.ok, report.problems
+    path = tmp_path / "back" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{name}.weight"].view(torch.uint8)[-1, -1] ^= 0x80
+    save_file(tensors, path, {"format": "pt"})
+    assert [problem.where for problem in verify(source, tmp_path / "back").problems] == [f"tensor {name}.weight"]
 
 
 @pytest.mark.parametrize("damage", [0x3F81, 0x7FC0, 0x7F80], ids=["eight significant bits", "nan", "infinity"])

@@ -164,11 +164,8 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
     settings = _read_json(folder / TOKENIZER_CONFIG_NAME, required=False)
     model = _section(document, "model", path)
     _check_kind(document, model, path)
-    pre_notes = []
     if pre is None:
         pre = recognise_pre(document, path)
-    elif pre not in PATTERNS_BY_PRE:
-        pre_notes = [f"--tokenizer-pre {pre} is not checked: llama.cpp loads no file with a name that it does not know"]
     vocab = _vocab(model, path)
     added = _added_tokens(document, path)
     tokens, types = _token_lists(vocab, added, _special_texts(settings, added), vocab_size, path)
@@ -192,7 +189,7 @@ def load_tokenizer(folder: Path, vocab_size: int, pre: str | None = None) -> Tok
         add_special=_add_special(document, settings),
         chat_templates=templates,
         path=path,
-        notes=(*notes, *pre_notes),
+        notes=notes,
     )
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.folder import BY_INDEX, Checkpoint
 from ..checkpoint.image_processor import read_image_normalisation
 from ..checkpoint.meaning import open_checked
 from ..checkpoint.model_card import read_model_card
-from ..checkpoint.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoint.tokenizer import PATTERNS_BY_PRE, Tokenizer, load_tokenizer
 from ..checkpoint.weights import Encoding
 from ..containers.gguf_write import KeyValue
 from ..containers.presence import is_folder
@@ -200,8 +200,12 @@ class _Describer:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        found = load_tokenizer(self._source, self._config.vocab_size, self._tokenizer_pre)
+        pre = self._tokenizer_pre
+        found = load_tokenizer(self._source, self._config.vocab_size, pre)
         self._notes += found.notes
+        if pre is not None and pre not in PATTERNS_BY_PRE:
+            note = f"--tokenizer-pre {pre} is not checked: llama.cpp loads no file with a name that it does not know"
+            self._notes.append(note)
         return found
 
     @property

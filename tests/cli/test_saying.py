@@ -247,6 +247,7 @@ def test_a_pre_tokenizer_that_nothing_here_knows_is_noted(tiny: Path, tmp_path: 
     assert note in run_cli("hf-to-gguf", tiny, tmp_path / "a.gguf", "--tokenizer-pre", "foo").out
     known = run_cli("hf-to-gguf", tiny, tmp_path / "b.gguf", "--tokenizer-pre", "joyai-llm")
     assert (known.code, "--tokenizer-pre" in known.out) == (0, False)
+    assert "note: " not in run_cli("verify", tiny, tmp_path / "b.gguf").out
 
 
 def test_the_demo_says_that_its_file_does_not_stay() -> None:

@@ -243,7 +243,7 @@ class ModelConfig:
         """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers.
 
         Raises:
-            UsageError: the range is empty or outside the model.
+            UsageError: the range is empty or outside the model, or leaves out the KV source of one of its layers.
         """
         if not 0 <= first <= last < self.num_hidden_layers:
             raise UsageError(
@@ -251,6 +251,14 @@ class ModelConfig:
                 expected=f"a range within 0-{self.num_hidden_layers - 1}",
                 got=f"{first}-{last}",
             )
+        for layer in range(first, last + 1):
+            source = self.kv_source(layer)
+            if source is not None and source < first:
+                raise UsageError(
+                    f"layers without their KV source: layer {layer} reads the entries of layer {source}",
+                    expected=f"a range such as {source}-{last}",
+                    got=f"{first}-{last}",
+                )
         kv_sources, index_sources = (
             tuple(layer - first for layer in ids if first <= layer <= last)
             for ids in (self.kv_source_layer_ids, self.index_source_layer_ids)
@@ -259,14 +267,11 @@ class ModelConfig:
         if found is not None:
             kept = first <= found.source_layer_id <= last
             found = replace(found, source_layer_id=found.source_layer_id - first) if kept else None
-        ratios = self.compress_ratios[first : last + 1]
-        if self.version is Version.V41:
-            check_roles(ratios, kv_sources, index_sources, found, f"layers {first}-{last}, numbered from 0")
         return replace(
             self,
             num_hidden_layers=last - first + 1,
             num_hash_layers=max(0, min(self.num_hash_layers, last + 1) - first),
-            compress_ratios=ratios,
+            compress_ratios=self.compress_ratios[first : last + 1],
             num_nextn_predict_layers=0,
             kv_source_layer_ids=kv_sources,
             index_source_layer_ids=index_sources,

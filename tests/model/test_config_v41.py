@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsv4convert.errors import ConfigError
+from dsv4convert.errors import ConfigError, UsageError
 from dsv4convert.model.config import Attention, Version, parse_config
 from dsv4convert.model.config_v41 import VISION_KEYS, Candidates
 
@@ -61,7 +61,8 @@ def test_a_slice_renumbers_sources_and_tables(raw: dict[str, Any]) -> None:
 
 
 def test_a_slice_without_its_kv_source_is_an_error(raw: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="layers 3-9, numbered from 0: key kv_source_layer_ids: no source at or be"):
+    message = "layer 3 reads the entries of layer 2: expected a range such as 2-9, got 3-9"
+    with pytest.raises(UsageError, match=f"layers without their KV source: {message}"):
         parse_config(raw, "here").sliced(3, 9)
 
 

@@ -228,7 +228,7 @@ def test_a_slice_keeps_the_constants_of_its_layers(tmp_path: Path) -> None:
     assert found["multipliers"] == list(whole.multipliers[1])
     assert found["primes"] == list(whole.primes[1])
     assert file.fields["deepseek41.attention.kv_source_layers"].contents() == [0, 2]
-    with pytest.raises(ConfigError, match="no source at or before layer 0"):
+    with pytest.raises(UsageError, match="expected a range such as 1-4, got 2-4"):
         convert(TINY["tiny-a"], tmp_path / "n.gguf", layers=(2, 4))
 
 

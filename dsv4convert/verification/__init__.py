@@ -24,13 +24,13 @@ from ..containers.presence import exists, is_file, is_folder
 from ..containers.sources import shown
 from ..engine.monitor import Step, Watched
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
-from ..formats.ggml import find_quantiser
+from ..formats.ggml import Quantiser, find_quantiser
 from ..model.mlx_names import is_mlx
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
 from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_pieces
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
-from .low_bit import LOW_BIT, LowBitCheck
+from .low_bit import LOW_BIT
 from .maxtext_output import is_maxtext_folder, maxtext_pieces
 from .mlx_output import mlx_pieces
 from .report import FILE, FOLDER, GGUF, LAYOUT, MAXTEXT, MLX, SHARDS, TENSOR, Problem, Report, TensorResult
@@ -141,14 +141,16 @@ def prepare(
             fitting.append(piece)
         except InventoryError as error:
             report.problem(LAYOUT, f"tensor {piece.output.name}", str(error))
-    low_bit = LowBitCheck()
+    quantiser = None
     if any(piece.output.encoding in LOW_BIT for piece in fitting):
-        low_bit = _low_bit_check(open_gguf(output), matrix, ggml_lib, report)
-    return Verification(report, fitting, Comparison(sample, seed, foreign, low_bit), started, source, output)
+        quantiser = _quantiser(open_gguf(output), matrix, ggml_lib, report)
+    return Verification(report, fitting, Comparison(sample, seed, foreign, quantiser), started, source, output)
 
 
-def _low_bit_check(model: GgufModelFile, imatrix: Imatrix | None, ggml_lib: Path | None, report: Report) -> LowBitCheck:
-    """Return how low-bit tensors can be looked at, and note what cannot be done.
+def _quantiser(
+    model: GgufModelFile, imatrix: Imatrix | None, ggml_lib: Path | None, report: Report
+) -> Quantiser | None:
+    """Return what makes low-bit tensors anew, None where their bytes cannot be told; a note says which.
 
     Raises:
         DeviceError: ``ggml_lib`` cannot be used.
@@ -159,16 +161,16 @@ def _low_bit_check(model: GgufModelFile, imatrix: Imatrix | None, ggml_lib: Path
             "low-bit tensors: their error alone is looked at, not every byte; the file names an importance matrix, "
             "which --imatrix FILE would give"
         )
-        return LowBitCheck()
+        return None
     try:
         quantiser = find_quantiser(ggml_lib)
     except DeviceError as error:
         if ggml_lib is not None:
             raise
         report.notes.append(f"low-bit tensors: their error alone is looked at, not every byte; {error}")
-        return LowBitCheck()
+        return None
     report.notes.append(f"low-bit tensors: made anew by ggml {quantiser.version}, and compared byte for byte")
-    return LowBitCheck(quantiser, by_bytes=True)
+    return quantiser
 
 
 def _pieces(layout: str, output: Path, checkpoint: Checkpoint, report: Report, imatrix: Imatrix | None) -> list[Piece]:

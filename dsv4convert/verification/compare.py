@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import InventoryError
+from ..formats.ggml import Quantiser
 from ..inspection.naming import family_of, layer_of
-from .low_bit import LOW_BIT, ROWS_ELEMENTS, ImportanceOf, LowBitCheck, RowCheck, decode
+from .low_bit import LOW_BIT, ROWS_ELEMENTS, ImportanceOf, RowCheck, decode
 from .matrix import STORAGE, Matrix, Scale, Span, largest_e8m0, read_bits, read_raw, same_bytes
 from .numbers import (
     BLOCK,
@@ -76,12 +77,15 @@ class Piece(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How to compare: a seeded fraction or everything, another tool's rounding or not, and how low-bit tensors."""
+    """How to compare: a seeded fraction or everything, and another tool's rounding or not.
+
+    ``quantiser`` makes rows of low-bit types anew, to be compared byte for byte; None: by their error alone.
+    """
 
     sample: float | None = None
     seed: int = 0
     foreign: bool = False
-    low_bit: LowBitCheck = LowBitCheck()
+    quantiser: Quantiser | None = None
 
     def share_of(self, blocks: int) -> int:
         """Return how many of so many blocks to look at: one at least."""
@@ -123,7 +127,7 @@ def compare_piece(piece: Piece, how: Comparison) -> tuple[TensorResult, int]:
     largest = largest_e8m0(piece.sharing) if piece.sharing else 0
     check = None
     if is_low_bit:
-        check = RowCheck(source, output.encoding, piece.importance, how.low_bit, foreign=how.foreign)
+        check = RowCheck(source, output.encoding, piece.importance, how.quantiser, foreign=how.foreign)
     for top, bottom, left, right in map(cut.block, _chosen(piece, cut, how)):
         rows = piece.at[0] + top, piece.at[0] + bottom
         columns = piece.at[1] + left, piece.at[1] + right

@@ -8,14 +8,12 @@ all that can be looked at.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..containers.imatrix import F32_BYTES, Entry, importance
-from ..errors import InventoryError
 from ..formats.ggml import Quantiser
 from ..formats.ggml_decode import dequantise
 from ..formats.ggml_types import BY_NAME, NEED_IMPORTANCE, QUANTISED
@@ -47,14 +45,6 @@ class ImportanceOf(NamedTuple):
     expert: int
 
 
-@dataclass(frozen=True)
-class LowBitCheck:
-    """How to look at low-bit tensors: with ggml's library, or None; ``by_bytes`` is whether bytes can be expected."""
-
-    quantiser: Quantiser | None = None
-    by_bytes: bool = False
-
-
 def decode(kind: str, raw: Bytes) -> Values:
     """Return the values of rows [rows, row bytes] of a low-bit type."""
     values: Values = dequantise(kind, raw).astype(np.float64)
@@ -62,13 +52,18 @@ def decode(kind: str, raw: Bytes) -> Values:
 
 
 class RowCheck:
-    """Says of rows of one matrix which elements are wrong."""
+    """Says of rows of one matrix which elements are wrong.
 
-    def __init__(self, source: Matrix, kind: str, of: ImportanceOf | None, how: LowBitCheck, *, foreign: bool) -> None:
+    ``quantiser`` makes the bytes that rows must have; None where nobody can tell them, and the rows' error decides.
+    """
+
+    def __init__(
+        self, source: Matrix, kind: str, of: ImportanceOf | None, quantiser: Quantiser | None, *, foreign: bool
+    ) -> None:
         self._source = source
         self._kind = BY_NAME[kind]
         self._of = of
-        self._how = how
+        self._quantiser = quantiser
         self._foreign = foreign
         self._known: list[Weights] = []
 
@@ -80,9 +75,9 @@ class RowCheck:
         wrong = ~(np.isfinite(after) & np.isfinite(before))
         if wrong.any():
             return wrong
-        if self._how.quantiser is None or not self._how.by_bytes or not whole_rows:
+        if self._quantiser is None or not whole_rows:
             return wrong | _beyond(_norm(after - before), self._largest_error(before))
-        made = self._again(before, raw)
+        made = self._again(self._quantiser, before, raw)
         if not self._foreign:
             return self._other_blocks(raw, made)
         allowed = FOREIGN_ERRORS * _norm(decode(self._kind.name, made) - before)
@@ -94,7 +89,7 @@ class RowCheck:
         spread: Mask = np.repeat(differ, self._kind.elements, axis=1)
         return spread
 
-    def _again(self, before: Values, raw: Bytes) -> Bytes:
+    def _again(self, quantiser: Quantiser, before: Values, raw: Bytes) -> Bytes:
         """Return the bytes that ggml's library makes of rows.
 
         A file does not say whether the weights' own squares served as importance: where no matrix did, bytes made
@@ -102,12 +97,12 @@ class RowCheck:
         """
         if not self._known:
             self._known = [self._usual_weights()]
-        made = self._quantised(before, self._known[0], raw)
+        made = self._quantised(quantiser, before, self._known[0])
         if np.array_equal(raw, made) or self._of is not None or self._kind.name in NEED_IMPORTANCE:
             return made
         if len(self._known) == 1:
             self._known.append(self._squared_weights())
-        other = self._quantised(before, self._known[1], raw)
+        other = self._quantised(quantiser, before, self._known[1])
         if np.count_nonzero(raw == other) <= np.count_nonzero(raw == made):
             return made
         self._known.reverse()  # the likelier one first
@@ -129,11 +124,10 @@ class RowCheck:
             total += np.square(values.astype(np.float32), dtype=np.float64).sum(axis=0)
         return total.astype(np.float32)
 
-    def _quantised(self, before: Values, weights: Weights, raw: Bytes) -> Bytes:
-        made = np.empty_like(raw)
-        if self._how.quantiser is None:
-            raise InventoryError(f"tensor {self._source.name}: ggml's library is missing")
-        self._how.quantiser.quantise(self._kind.name, np.ascontiguousarray(before, np.float32), made, weights)
+    def _quantised(self, quantiser: Quantiser, before: Values, weights: Weights) -> Bytes:
+        rows, columns = before.shape
+        made = np.empty((rows, columns // self._kind.elements * self._kind.nbytes), np.uint8)
+        quantiser.quantise(self._kind.name, np.ascontiguousarray(before, np.float32), made, weights)
         return made
 
     def _largest_error(self, before: Values) -> Values:

@@ -7,10 +7,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsv4convert.errors import InputOutputError, ReportError, SpaceError, VerifyError
+from dsv4convert.verification import verify
+from dsv4convert.verification.report import TENSOR, Report
 
 from ..command_line import run_cli
 from ..engine.restricted import heed_permissions
@@ -254,6 +257,19 @@ def test_the_demo_says_that_its_file_does_not_stay() -> None:
     out = run_cli("demo").out
     assert "wrote" not in out
     assert "MB  removed when the demo ends\n" in out
+
+
+def test_a_demo_that_is_not_verified_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(source: Path, out: Path, **options: Any) -> Report:
+        report = verify(source, out, **options)
+        report.problem(TENSOR, "tensor output.weight", "3 of 4 elements are wrong")
+        return report
+
+    monkeypatch.setattr("dsv4convert.api.verify", another)
+    result = run_cli("demo")
+    assert result.code == VerifyError.exit_code
+    assert result.error.endswith("the output differs from the source: tensor output.weight: 3 of 4 elements are wrong")
+    assert "all as they must be" not in result.out
 
 
 def test_a_hub_id_that_may_not_be_fetched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,11 @@ class ZarrArray(NamedTuple):
         """Return the name of the one file of data."""
         return ".".join("0" * len(self.shape))
 
+    @property
+    def index_bytes(self) -> int:
+        """Return the bytes of the index of chunks, behind which the elements lie: two 64-bit numbers for each chunk."""
+        return math.prod(self.grid) * 2 * np.dtype("<u8").itemsize
+
     def chunk_index(self) -> bytes:
         """Return what a file of data begins with: offset and size of every chunk, in the order of the array's axes.
 
@@ -82,7 +87,7 @@ class ZarrArray(NamedTuple):
         places = np.arange(count).reshape([grid[axis] for axis in self.order])
         places = places.transpose(np.argsort(self.order)).reshape(-1)
         index = np.empty((count, 2), "<u8")
-        index[:, 0] = index.nbytes + places * size
+        index[:, 0] = self.index_bytes + places * size
         index[:, 1] = size
         return index.tobytes()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -117,10 +116,9 @@ def _compare_chunks(folder: Path, array: ZarrArray) -> None:
 
 def _compare(folder: Path, array: ZarrArray, value: NDArray[Any], box: tuple[slice, ...]) -> None:
     """Compare elements of a leaf with those that lie in its file, bit for bit."""
-    start = math.prod(array.grid) * np.dtype("<u8").itemsize * 2
     bits = np.dtype(f"<u{ITEMSIZES[array.dtype]}")
     laid_out = tuple(array.shape[axis] for axis in array.order)
-    stored = np.memmap(folder / array.file_name, bits, "r", start, laid_out)
+    stored = np.memmap(folder / array.file_name, bits, "r", array.index_bytes, laid_out)
     expected = stored.transpose(np.argsort(array.order))[box]
     if str(value.dtype) != array.dtype or not np.array_equal(value.view(bits), expected):
         raise FileFormatError(f"leaf {folder.name}: Orbax reads something else", where=folder, got=value.dtype)

@@ -86,7 +86,7 @@ KEY_OF_FIELD = {"yarn": "rope_scaling", "version": "architectures"}
 
 
 class Found(NamedTuple):
-    """A weight of the output with its scales; those of NVFP4 beside ``scale`` are the second one and the input's."""
+    """A weight of the output with its scales; NVFP4 has two besides ``scale``: the second one and the input's."""
 
     stored: Stored
     scale: Stored | None
@@ -136,14 +136,20 @@ def folder_pieces(folder: Path, headers: FolderHeaders, checkpoint: Checkpoint, 
         check_index(folder / INDEX_NAME, stored, report)
     transformers = any(".self_attn." in name for name in stored)
     tensors = Tensors(stored)
-    present = [w for w in checkpoint.weights.values() if not (transformers and _transformers_name(w) is None)]
-    nameless = [w for w in checkpoint.weights.values() if transformers and _transformers_name(w) is None]
+    names: dict[str, str] = {}  # by official name
+    nameless: list[Weight] = []
+    for weight in checkpoint.weights.values():
+        name = _transformers_name(weight) if transformers else weight.name
+        if name is None:
+            nameless.append(weight)
+        else:
+            names[weight.name] = name
     leave_out(nameless, "transformers has no such module", report)
-    present = without_absent_parts(present, stored, report)
+    named = [checkpoint.weights[official] for official in names]
     pieces: list[Piece] = []
     groups: dict[str, list[Weight]] = {}
-    for weight in present:
-        groups.setdefault((_transformers_name(weight) or "") if transformers else weight.name, []).append(weight)
+    for weight in without_absent_parts(named, stored, report):
+        groups.setdefault(names[weight.name], []).append(weight)
     input_scales = InputScales()
     for name, weights in groups.items():
         made = _folder_tensor(name, weights, tensors, FP8_SIDE[checkpoint.config.version], report, input_scales)

@@ -139,7 +139,7 @@ TOWER_KEYS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any]], ...] = (
     ("vision.image_min_pixels", "u32", lambda raw: raw["vision_min_pixels"]),
 )
 PROJECTORS = {Version.V4: "deepseek4v", Version.V41: "deepseek41v"}
-# How pixels are normalised where no processor's file says otherwise, and those files.
+# How pixels are normalised where no processor's file says otherwise.
 PIXEL_DEFAULTS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
 # general.file_type by the type of the routed experts.

@@ -447,13 +447,17 @@ def check_padding(model: GgufModelFile, report: Report) -> None:
         if part.nbytes != end:
             report.problem(FILE, part.path, f"expected {end} bytes, padding included, got {part.nbytes}")
         for start, stop in part.gaps():
-            for position in _nonzero(part.path, start, stop):
+            position = _first_nonzero(part.path, start, stop)
+            if position is not None:
                 report.problem(PADDING, part.path, f"byte {position} belongs to nothing and is not zero")
-                break
 
 
-def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
-    """Yield the first position from ``start`` to ``stop`` that is not zero, if there is one."""
+def _first_nonzero(path: Path, start: int, stop: int) -> int | None:
+    """Return the first position from ``start`` to ``stop`` whose byte is not zero, None where all are.
+
+    Raises:
+        InputMissingError, InputOutputError: the file cannot be read, or ended early.
+    """
     try:
         with open_regular(path) as file:
             file.seek(start)
@@ -462,11 +466,11 @@ def _nonzero(path: Path, start: int, stop: int) -> Iterator[int]:
                 if not chunk:
                     raise shrank(path)
                 if chunk.strip(b"\0"):
-                    yield start + len(chunk) - len(chunk.lstrip(b"\0"))
-                    return
+                    return start + len(chunk) - len(chunk.lstrip(b"\0"))
                 start += len(chunk)
     except OSError as error:
         raise not_read(path, error) from None
+    return None
 
 
 def check_split_keys(model: GgufModelFile, report: Report) -> None:

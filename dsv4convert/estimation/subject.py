@@ -21,7 +21,7 @@ from ..containers.sources import shown, size_of, unlisted
 from ..errors import InputMissingError, UnsupportedError
 from ..inspection.description import ranges
 from ..inspection.gguf import gguf_family, official_rows
-from ..inspection.naming import family_of
+from ..inspection.naming import family_of, layer_of
 from ..model.config import ModelConfig, load_config, parse_config
 from ..model.tensors import Draft
 from ..reference.weights.gguf import gguf_config
@@ -179,8 +179,9 @@ def parts_of(weights: Iterable[Weight | ShardedWeight]) -> tuple[Part, ...]:
         key = full, weight.encoding.value
         part = found.get(key)
         if part is None:
-            name = full.removeprefix(stored.prefix)
-            part = Part(name, weight.layer, weight.is_draft, family_of(full), weight.encoding.value, 0, 0, 0)
+            layer = weight.layer if weight.is_draft else layer_of(full)  # blocks of a tower are no layers of the model
+            name = full if layer is None else full.removeprefix(stored.prefix)
+            part = Part(name, layer, weight.is_draft, family_of(full), weight.encoding.value, 0, 0, 0)
         found[key] = part._replace(
             tensors=part.tensors + 1 + (stored.scale is not None),
             elements=part.elements + math.prod(weight.shape),

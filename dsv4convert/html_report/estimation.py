@@ -65,8 +65,8 @@ def estimate_sections(found: Json) -> Iterator[Markup | None]:
     )
     by_part: Counter[tuple[int | None, str, str]] = Counter()
     for part in weights["parts"]:
-        layer, prefix = (None, "draft ") if part["is_draft"] else (part["layer"], "")
-        by_part[layer, f"{prefix}{part['family']}", part["type"]] += part["bytes"]
+        layer = None if part["is_draft"] else part["layer"]
+        by_part[layer, part["family"], part["type"]] += part["bytes"]
     yield map_by_type((*part, nbytes) for part, nbytes in by_part.items())
     yield counts("Families", "family", {count["family"]: count for count in weights["families"]})
     yield counts("Types", "type", {count["type"]: count for count in weights["types"]})

@@ -239,10 +239,21 @@ def test_a_config_that_gives_a_tensor_no_columns(tmp_path: Path) -> None:
         dsv4convert.estimate(tmp_path / "config.json")
 
 
-def test_the_parts_add_up_to_all_weights(tiny: Path) -> None:
-    weights = checked(dsv4convert.estimate(tiny))["weights"]
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("mp", [None, 2])
+def test_the_parts_add_up_to_all_weights(source: Any, name: str, mp: int | None, tmp_path: Path) -> None:
+    model = source(name)
+    if mp is not None:
+        dsv4convert.shard(model, tmp_path / "shards", mp=mp)
+        model = tmp_path / "shards"
+    weights = checked(dsv4convert.estimate(model))["weights"]
     assert sum(part["bytes"] for part in weights["parts"]) == weights["bytes"]
-    assert {part["layer"] for part in weights["parts"] if not part["is_draft"]} == {None, 0, 1, 2, 3}
+    layers = range(6 if name == "v41" else 4)
+    assert {part["layer"] for part in weights["parts"] if not part["is_draft"]} == {None, *layers}
+    tower = [part for part in weights["parts"] if part["family"] == "vision"]
+    assert bool(tower) == (name in ("vision", "v41"))
+    assert {part["layer"] for part in tower} <= {None}  # its blocks are no layers of the model
+    assert len({part["name"] for part in tower}) == len(tower)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

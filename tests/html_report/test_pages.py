@@ -191,6 +191,8 @@ def test_an_estimate_page_shows_what_each_rank_and_operator_takes(browser: Brows
     assert column(browser, "Ranks", 0) == ["0", "1"]
     titles = browser.run("[...document.querySelectorAll('h2')].map(h => h.textContent)")
     assert {"Each device, against its 121 GB", "GGUF by recipe", "Times", "Map by type"} <= set(titles)
+    assert ">draft<" in pages["estimate"].read_text()
+    assert "draft draft" not in pages["estimate"].read_text()
     assert [title for title in titles if title.startswith("Operators of ")][:2] != []
 
 

@@ -23,6 +23,9 @@ from ..errors import OutputExistsError
 AT_FDCWD = -100
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
+# What to do about a file system that takes no writes.
+ANOTHER_FOLDER = "choose another folder for the output"
+
 # What an old kernel, or a file system without the flags, answers to renameat2.
 _WITHOUT_FLAGS = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
 
@@ -290,7 +293,7 @@ def _attempt(change: Callable[[], None], path: Path, expected: Collection[int]) 
     except FileNotFoundError:
         return  # it has gone meanwhile
     except OSError as error:
-        if error.errno in expected:
+        if error.errno in expected or not os.path.lexists(path):  # a file system that takes no writes looks up no name
             return
         if error.errno == errno.EXDEV:
             raise OutputExistsError(
@@ -298,10 +301,11 @@ def _attempt(change: Callable[[], None], path: Path, expected: Collection[int]) 
                 where=path,
                 hint="choose another name, or remove that folder first",
             ) from None
+        hint = "choose another name, or see who owns that output and its folder"
         raise OutputExistsError(
             f"could not be replaced ({error.strerror})",
             where=path,
-            hint="choose another name, or see who owns that output and its folder",
+            hint=ANOTHER_FOLDER if error.errno == errno.EROFS else hint,
         ) from None
 
 

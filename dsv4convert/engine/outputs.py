@@ -33,6 +33,7 @@ from ..plan import Plan
 from .links import COPY, HARD_LINK, REFLINK, can_share, hard_link, reflink
 from .locks import LOCK_SUFFIX, try_lock
 from .names import (
+    ANOTHER_FOLDER,
     Identity,
     check_file_can_be_replaced,
     check_folder_can_be_replaced,
@@ -108,7 +109,8 @@ def os_errors(path: Path, doing: str) -> Iterator[None]:
             raise SpaceError(
                 f"cannot be {doing} ({error.strerror})", where=path, hint="free some space and run again"
             ) from None
-        raise InputOutputError(f"cannot be {doing} ({error.strerror})", where=path) from None
+        hint = ANOTHER_FOLDER if error.errno == errno.EROFS else None
+        raise InputOutputError(f"cannot be {doing} ({error.strerror})", where=path, hint=hint) from None
 
 
 class DescriptorCache:

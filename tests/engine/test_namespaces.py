@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -84,6 +85,23 @@ def test_a_mounted_folder_is_refused_before_any_work_and_in_the_plan(tiny: Path,
     assert "note: mounted: a mount point cannot be replaced; choose a name inside the mount point" in planned.stdout
     inside = run_in_namespace(mounts, *convert(tiny, "mounted/bf16"), cwd=base)
     assert inside.returncode == 0, inside.stderr
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "bf16"])
+def test_a_read_only_file_system_is_named_and_no_output_that_is_not_there(name: str, tiny: Path, base: Path) -> None:
+    mounts = f"mount -t tmpfs -o size={LARGE} tmpfs mounted"
+    freeze = "mount -o remount,ro mounted"
+    needs(f"{mounts}; {freeze}", base)
+    older = shlex.join(command(*convert(tiny, f"mounted/{name}")))
+    for before, options, message in (
+        (mounts, (), f"mounted/{name}.journal: cannot be opened"),
+        (f"{mounts}; {older}", ("--overwrite",), r"mounted/\S+: could not be replaced"),
+    ):
+        made = convert(tiny, f"mounted/{name}", *options)
+        done = run_in_namespace(f"{before}; {freeze}", *made, cwd=base)
+        assert done.returncode != 0
+        expected = rf"error: {message} \(Read-only file system\); choose another folder for the output\n"
+        assert re.fullmatch(expected, done.stderr), done.stderr
 
 
 # ---- overlays

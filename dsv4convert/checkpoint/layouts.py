@@ -547,13 +547,17 @@ def known_layouts(folder: Path) -> Iterator[tuple[Layout, str]]:
             yield layout, seen
 
 
+# How an error says that the tensors of V4.1's roles contradict a key of config.json.
+TENSORS_DISAGREE = " and the layers that have "
+
+
 def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
     """Return the error that names the layout of a folder, or ``error`` where it is none that is known.
 
-    An error about a key of config.json says more than a layout that explains weights, unless by that very key; and
-    where a file is missing or damaged, tensors are missing for that reason.
+    An error about a key of config.json says more than a layout that explains weights, unless by that very key, or
+    where tensors are what contradicts it; and where a file is missing or damaged, tensors are missing for that reason.
     """
-    is_key = isinstance(error, ConfigError) and error.what.startswith("key")
+    is_key = isinstance(error, ConfigError) and error.what.startswith("key") and TENSORS_DISAGREE not in error.what
     is_of_file = isinstance(error, InputMissingError | FileFormatError)
     for layout, seen in known_layouts(folder):
         if is_key and layout.error is not InputMissingError and not error.what.startswith(layout.explained):

@@ -263,6 +263,23 @@ def test_a_known_layout_is_named_in_one_line_with_what_to_do(
     assert name.split(":")[0] in text or "truncated or corrupt" in text  # a file called .gguf is read as one
 
 
+@pytest.mark.parametrize("case", ["adapter", "merged under PEFT's names"])
+def test_a_layout_without_the_names_of_roles_is_named_for_v41_too(
+    case: str, editable: MakeEditable, tmp_path: Path
+) -> None:
+    source = editable(preset="v41-tiny").folder
+    change, name, advice = DONE[case]
+    change(source)
+    error = run_cli("dequantize", source, tmp_path / "d").error
+    assert (name in error, advice in error) == (True, True), error
+
+
+def test_what_mlx_makes_of_v41_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert run_cli("mlx", make_checkpoint("v41-tiny"), tmp_path / "mlx").code == 0
+    error = run_cli("check", tmp_path / "mlx").error
+    assert error.startswith(f"{tmp_path / 'mlx'}: MLX: mxfp4 and mxfp8 (key kv_source_layer_ids")
+
+
 def test_every_row_of_the_table_has_a_case() -> None:
     seen = {layout.name for layout in LAYOUTS for _, name, _ in DONE.values() if name.split(":")[0] in layout.name}
     seen |= {

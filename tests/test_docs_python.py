@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -38,3 +39,17 @@ def test_sessions_give_what_they_show(page: Path, tiny: Path, tmp_path: Path, mo
     failed, attempted = runner.run(session, out=differences.append)
     assert attempted
     assert not failed, "".join(differences)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_what_is_named_of_the_package_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {found[1] for found in re.finditer(r"`(dsv4convert(?:\.\w+)+)", text)}
+    named |= {
+        f"{found[1]}.{name}"
+        for found in re.finditer(r"^(?:>>> )?from (dsv4convert[.\w]*) import (.+)$", text, re.MULTILINE)
+        for name in found[2].split(", ")
+    }
+    for path in named:
+        module, _, name = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), name) or importlib.util.find_spec(path), path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import threading
 import time
@@ -28,6 +29,7 @@ from .names import nearest_folder
 from .operations import TILE_BYTES
 from .outputs import DescriptorCache
 from .ranges import RangeReader, SharedRanges
+from .read_ahead import read_ahead
 from .resources import outgrows_memory
 from .schedule import Lane, Schedule
 from .worker import Made, Worker
@@ -198,6 +200,8 @@ def run_plan(
         consumer.take([segment])
     whole = _WholeFiles(plan, outputs, done, file_done)
     files = [_tasks_left(plan, done, number) for number in range(len(plan.files))]
+    if threads == 1 and makers is None and not any_mounted() and hasattr(os, "posix_fadvise"):
+        files = [read_ahead(tasks, partial(segment_of, plan)) for tasks in files]
     shared = _Shared(Schedule(files if makers is None else ()))
     if any_mounted():
         keep_in(nearest_folder(plan.destination).resolve())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..containers.folder_names import CONFIG_NAME, SHARD_NAME, shard_name
 from ..containers.presence import is_file, is_folder
 from ..containers.safetensors import Stored, read_header
-from ..containers.sources import prefetch_heads, unlisted
+from ..containers.sources import prefetch_heads, shown, unlisted
 from ..errors import InputMissingError, InventoryError, and_more
 from ..model.config import ModelConfig, load_config
 from ..model.parallel import SPLIT_AXIS, check_divides, expert_rank, local_shape
@@ -104,6 +104,8 @@ def shard_files(folder: Path) -> tuple[int, dict[int, Path]]:
         InputMissingError: the folder is not there.
         InventoryError: shards of several sets, or of ranks that the set does not have.
     """
+    if is_file(folder):
+        raise InputMissingError("a file, not a folder", where=folder, hint=f"pass its folder, {shown(folder.parent)}")
     if not is_folder(folder):
         raise InputMissingError("no such folder", where=folder, hint="pass the folder of the shards")
     found = {

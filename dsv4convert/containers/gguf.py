@@ -164,9 +164,9 @@ def open_gguf(path: Path, *, allow_cut: bool = False) -> GgufModelFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether ``path`` is a GGUF file by name or magic, or a folder that holds one."""
+    """Return whether ``path`` is a GGUF file by name or magic, or a folder that holds one, and no checkpoint."""
     if is_folder(path):
-        return any(path.glob("*.gguf"))
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
     if path.suffix == ".gguf":
         return True
     try:

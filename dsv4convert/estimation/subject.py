@@ -98,7 +98,7 @@ def open_subject(path: Path, *, index: str = BY_INDEX, draft_wanted: bool = True
     if is_shard_folder(path):
         return _of_opened(path, SHARDS, open_shards(path))
     has_weights = is_folder(path) and any(path.glob("*.safetensors"))
-    if is_gguf(path) and not has_weights:
+    if is_gguf(path):
         return _of_gguf(path)
     if is_folder(path) and is_file(path / CONFIG_NAME) and not has_weights:
         if (hint := unlisted(path)) is not None:  # there may be weights all the same

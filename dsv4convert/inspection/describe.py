@@ -35,7 +35,7 @@ def inspect_path(path: Path, index: str = BY_INDEX) -> Description:
         path = path.parent
     if is_shard_folder(path):
         return describe_shards(path)
-    if is_gguf(path) and not (is_folder(path) and any(path.glob("*.safetensors"))):
+    if is_gguf(path):
         return describe_gguf(path)
     if is_folder(path):
         headers = readable_headers(path, index)

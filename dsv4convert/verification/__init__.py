@@ -116,11 +116,19 @@ def prepare(
     started = time.monotonic()
     if source.suffix == ".gguf" and is_file(source) and is_folder(output):
         raise UsageError("SOURCE is a GGUF file and OUT a folder: SOURCE comes first", expected="verify SOURCE OUT")
+    if is_shard_folder(source):
+        raise UsageError(
+            "SOURCE is a folder of shards", where=source, hint="pass the checkpoint that was converted, and then OUT"
+        )
     checkpoint = open_checked(source, draft_wanted=False, strict=strict, index=index, draft_from=graft_draft)
     if not exists(output):
         raise InputMissingError("no such file or folder", where=output)
     if os.path.realpath(source) == os.path.realpath(output):
         raise UsageError("source and output are the same", where=output)
+    if is_file(output) and not is_gguf(output):
+        raise InputMissingError(
+            "neither a GGUF file nor a folder", where=output, hint=f"pass its folder, {shown(output.parent)}"
+        )
     layout = GGUF if is_gguf(output) else SHARDS if is_shard_folder(output) else FOLDER
     report = Report(shown(source), str(output), layout, sample, seed, foreign, ignored_keys=list(ignore_keys))
     report.notes += checkpoint.notes

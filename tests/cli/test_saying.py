@@ -188,6 +188,34 @@ def test_a_gguf_in_place_of_a_checkpoint_is_told_by_the_command_itself(tiny: Pat
     assert (result.code, "SOURCE comes first: expected verify SOURCE OUT" in result.error) == (2, True)
 
 
+def test_what_verify_and_unshard_cannot_take_is_told_with_what_they_can(tiny: Path, tmp_path: Path) -> None:
+    assert run_cli("shard", tiny, tmp_path / "shards", "--mp", "2").code == 0
+    result = run_cli("verify", tmp_path / "shards", tiny)
+    assert (result.code, "SOURCE is a folder of shards; pass the checkpoint that was converted" in result.error) == (
+        2,
+        True,
+    )
+    file = tmp_path / "shards" / "model0-mp2.safetensors"
+    for command, message in (
+        (["verify", tiny, file], f"neither a GGUF file nor a folder; pass its folder, {file.parent}"),
+        (["unshard", file, tmp_path / "out"], f"a file, not a folder; pass its folder, {file.parent}"),
+    ):
+        result = run_cli(*command)
+        assert (result.code, result.error) == (3, f"{file}: {message}")
+
+
+def test_a_gguf_in_a_checkpoints_folder_leaves_the_folder_what_it_is(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    assert run_cli("hf-to-gguf", folder, folder).code == 0
+    assert "same within 1e-05" in run_cli("compare", tiny, folder, "--random", "4").out
+    assert "\nverified\n" in run_cli("verify", tiny, folder).out
+    assert ": checkpoint folder, " in run_cli("inspect", folder).out
+    assert ": checkpoint folder of DeepSeek-V4" in run_cli("estimate", folder).out
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert ": GGUF, " in run_cli("inspect", folder).out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -169,8 +169,9 @@ def forward(
         raise UsageError("--record-last needs --goldens")
     if images and goldens is not None:
         raise UsageError("--image and --goldens cannot be combined", hint="goldens record runs of token ids alone")
-    if speculate and not generate:
-        raise UsageError("--speculate needs --generate")
+    for name, value in (("--speculate", speculate), ("--temperature", temperature)):
+        if value and not generate:
+            raise UsageError(f"{name} needs --generate")
     replaced = None
     if logits is not None:
         from ..engine.conversion import check_result

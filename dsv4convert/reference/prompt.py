@@ -17,6 +17,9 @@ from .vision import IMAGE
 # What stands for an image in a list of token ids.
 IMAGE_WORD = "image"
 
+# Below 2^63, in which arrays hold ids.
+MAX_ID_DIGITS = 18
+
 # A conversation of the longest context takes a few MiB.
 MAX_CHAT_BYTES = 64 * 2**20
 
@@ -31,14 +34,12 @@ def parse_tokens(text: str) -> list[int]:
     [0, -1, 5]
 
     Raises:
-        UsageError: not a list of integers.
+        UsageError: not a list of numbers from 0.
     """
-    try:
-        return [IMAGE if part == IMAGE_WORD else int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise UsageError(
-            "--tokens: not a list of token ids", expected="a list such as 1,2,3", got=repr(text[:100])
-        ) from None
+    parts = text.replace(",", " ").split()
+    if not all(part == IMAGE_WORD or (part.isdecimal() and len(part) <= MAX_ID_DIGITS) for part in parts):
+        raise UsageError("--tokens: not a list of token ids", expected="a list such as 1,2,3", got=repr(text[:100]))
+    return [IMAGE if part == IMAGE_WORD else int(part) for part in parts]
 
 
 def find_tokenizer(model: Path, vocab_size: int, folder: Path | None = None) -> Tokenizer | None:

@@ -162,7 +162,7 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
         InputMissingError, InputOutputError, FileFormatError: there is no such file, it cannot be read, or is no image.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise missing_package("--image", "Pillow", "vision") from None
     try:
@@ -173,7 +173,9 @@ def read_image(path: Path, config: ModelConfig) -> tuple[Array, ImagePlan]:
         with opened, Image.open(opened) as file:
             image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileFormatError(f"not a readable image ({error})", where=path) from None
+        is_known = not isinstance(error, UnidentifiedImageError)  # whose text names an object of Python's
+        reason = error if is_known else "no format that Pillow knows"
+        raise FileFormatError(f"not a readable image ({reason})", where=path) from None
     plan = plan_image(image.width, image.height, config)
     size, widest = (plan.width, plan.height), _widest(config)
     if widest is not None and image.width >= widest * image.height:
@@ -298,9 +300,10 @@ def with_images(tokens: Sequence[int], images: Sequence[Array], p: Parameters) -
     image_token = p.config.flat.get("image_token_id", IMAGE)
     found = sum(token in (image_token, IMAGE) for token in tokens)
     if found != len(images):
+        of_id = "" if image_token == IMAGE else f" of id {image_token}"
         raise UsageError(
             "images and image tokens of the prompt",
-            expected=f"{len(images)} of id {image_token}, one for each --image",
+            expected=f"{len(images)}{of_id}, one for each --image",
             got=found,
             hint="write image among the --tokens",
         )

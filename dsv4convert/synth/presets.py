@@ -240,7 +240,10 @@ def synth_config(
     if "dspark_block_size" in raw:
         n_layers = raw["num_hidden_layers"]
         if n_layers < DSPARK_STAGES:
-            raise UsageError("too few layers for a DSpark draft", expected=f"at least {DSPARK_STAGES}", got=n_layers)
+            hint = "pass --draft drop to leave the draft out"
+            raise UsageError(
+                "too few layers for a DSpark draft", expected=f"at least {DSPARK_STAGES}", got=n_layers, hint=hint
+            )
         raw["dspark_target_layer_ids"] = list(range(n_layers - DSPARK_STAGES, n_layers))
         raw["dspark_noise_token_id"] = min(raw["dspark_noise_token_id"], raw["vocab_size"] - 1)
     if "image_token_id" in file:

@@ -169,12 +169,15 @@ def test_layers_of_a_forward_pass_start_at_the_first(tiny: Path, layers: str, sa
         (["--tokens", ""], "the prompt is empty"),
         (["--tokens", "1,512"], "token id out of range: expected 0 to 511, got 512"),
         (["--tokens", "1,x"], "--tokens: not a list of token ids: expected a list such as 1,2,3, got '1,x'"),
+        (["--tokens", "1,-1"], "--tokens: not a list of token ids: expected a list such as 1,2,3, got '1,-1'"),
+        (["--tokens", "9" * 5000], "--tokens: not a list of token ids: expected a list such as 1,2,3, got '999"),
         (["--tokens", "1", "--text", "a"], "--tokens and --text cannot be combined"),
         (["--chat", "nowhere.json"], "nowhere.json: no such file"),
         (["--tokens", "1", "--record-last", "2"], "--record-last needs --goldens"),
+        (["--tokens", "1", "--temperature", "1"], "--temperature needs --generate"),
         (["--tokens", ",".join(["1"] * 4097)], "more tokens than the model's context: expected at most 4096"),
     ],
-    ids=["none", "empty", "range", "letters", "two", "no-chat", "record", "context"],
+    ids=["none", "empty", "range", "letters", "negative", "long", "two", "no-chat", "record", "temperature", "context"],
 )
 def test_bad_prompts_get_one_line(tiny: Path, options: list[str], line: str) -> None:
     assert str(error("forward", tiny, *options)).startswith(line)

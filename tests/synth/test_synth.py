@@ -538,7 +538,7 @@ def test_bad_vision_key_is_named(value: object) -> None:
         ({"overrides": {"hiden_size": 128}}, UsageError, "unknown config key hiden_size"),
         ({"overrides": {"hidden_size": "big"}}, ConfigError, "hidden_size"),
         ({"overrides": {"o_groups": 3}}, ConfigError, "o_groups"),
-        ({"variant": "dspark", "layers": 2}, UsageError, "too few layers for a DSpark draft"),
+        ({"variant": "dspark", "layers": 2}, UsageError, "expected at least 3, got 2; pass --draft drop"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )

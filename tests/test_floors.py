@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,13 @@ def test_no_two_packages_import_each_other() -> None:
         for room, other in edges:
             reached[room] |= {other} | reached[other]
     assert not {room for room in reached if room in reached[room]}
+
+
+def test_contributing_tells_the_same_floors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"The floors, ground first: ([^.]+)\.", text)
+    told = [set(re.findall(r"`(\w+)`", floor)) for floor in sentence.split(";")]
+    assert told == [floor - {""} for floor in FLOORS if floor != {"__main__"}]
 
 
 def test_the_engine_loads_no_name_table_and_no_reader_of_checkpoints() -> None:

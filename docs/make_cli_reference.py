@@ -28,10 +28,10 @@ The same option has the same name and values in every command:
 |---|---|
 | `--draft keep|drop|only|split` | MTP layers or DSpark stages: with the model, left out, alone, or apart |
 | `--experts TYPE`, `--dense TYPE` | number format of the routed experts, and of the dense linear layers |
-| `--dtype TYPE` | number format of all weights (`dequantize`) |
+| `--dtype TYPE` | number format of all weights (`dequantize`, `maxtext`) |
 | `--max-file-size SIZE` | maximum size of an output file: `700K`, `5GB`, `45G`; units are decimal, or binary: `45GiB` |
 | `--layers FIRST-LAST` | both included: `0-3`, or `5` for one layer; `forward`, `compare` and `synth` start at 0 |
-| `--strict` | fail if anything is not exact |
+| `--strict` | fail on NaN, infinity and tensors of zeros, otherwise notes; in some commands on changed elements |
 
 ## Completion
 

@@ -37,7 +37,7 @@ MODULES = {
     "inspect": "inspect",
     "estimate": "estimate",
     "forward": "forward",
-    "compare": "forward",
+    "compare": "compare",
     "imatrix": "imatrix",
     "synth": "synth",
     "demo": "demo",

@@ -17,7 +17,7 @@ from ..errors import RunInterruptedError, UsageError
 # Titles under which help texts group commands and options.
 CONVERT, CHECK, RUN_MODEL, TRY = "Convert", "Check", "Run the model", "Try out"
 ARGUMENTS, TYPES, CONTENT, METADATA, RUN, REPORT = "Arguments", "Types", "Content", "Metadata", "Run", "Report"
-PROMPT, COMPARISON, SIZE, OPTIONS = "Prompt", "Comparison", "Size", "Options"
+PROMPT, RESULT, COMPARISON, SIZE, OPTIONS = "Prompt", "Result", "Comparison", "Size", "Options"
 FORM, LOAD, MACHINE = "Form", "Load", "Machine"
 
 # The commands that multiply matrices. For the others numpy's matrix library need not start a thread for every

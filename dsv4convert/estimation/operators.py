@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from .subject import Part
 
 Numbers = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
+# What one step costs, or what each of several does.
+Amount: TypeAlias = float | Counts | npt.NDArray[np.floating[Any]]
 
 # Who has a part of an operator's work: every rank its share of heads, vocabulary or experts; the ranks that share the
 # output projections; or each rank all of it.
@@ -260,13 +262,13 @@ class Held:
     Times an array, they are the weights of every step.
     """
 
-    nbytes: Any = 0
-    elements: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: Amount = 0
+    elements: Mapping[str, Amount] = field(default_factory=dict)
 
     # An array leaves the multiplication to ``__rmul__``.
     __array_ufunc__ = None
 
-    def __rmul__(self, times: Any) -> Held:
+    def __rmul__(self, times: Amount) -> Held:
         """Return the weights of steps that read them so many times."""
         return Held(times * self.nbytes, {kind: times * count for kind, count in self.elements.items()})
 
@@ -318,11 +320,11 @@ class _Sublayer(NamedTuple):
         self,
         name: str,
         *,
-        flops: Any = 0,
-        elementwise: Any = 0,
+        flops: Amount = 0,
+        elementwise: Amount = 0,
         weights: Held = NO_WEIGHTS,
-        read: Any = 0,
-        written: Any = 0,
+        read: Amount = 0,
+        written: Amount = 0,
         divided: str = WHOLE,
         arithmetic: str = "dense",
     ) -> Operator:
@@ -336,13 +338,14 @@ class _Sublayer(NamedTuple):
     def product(
         self,
         name: str,
-        tokens: Any,
+        tokens: Amount,
         inputs: int,
         outputs: int,
         weights: Held,
         *,
         out_bytes: int = BF16_BYTES,
-        **how: str,
+        divided: str = WHOLE,
+        arithmetic: str = "dense",
     ) -> Operator:
         """Return a product of ``tokens`` rows of ``inputs`` elements with a matrix of ``outputs`` rows."""
         return self.operator(
@@ -351,7 +354,8 @@ class _Sublayer(NamedTuple):
             weights=weights,
             read=tokens * inputs * BF16_BYTES,
             written=tokens * outputs * out_bytes,
-            **how,
+            divided=divided,
+            arithmetic=arithmetic,
         )
 
 
@@ -400,7 +404,9 @@ class Costs:
     def _in(self, layer: int | None, sublayer: str, *, is_draft: bool = False) -> _Sublayer:
         return _Sublayer(self, layer, DRAFT if is_draft else sublayer, is_draft)
 
-    def _hyper(self, layer: int, which: str, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
+    def _hyper(
+        self, layer: int, which: str, *, is_draft: bool = False, tokens: Counts | None = None
+    ) -> Iterator[Operator]:
         """Yield the mixing weights, Sinkhorn's normalisation, the collapse and the connection around a sublayer."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
         at = self._in(layer, HYPER, is_draft=is_draft)
@@ -432,7 +438,7 @@ class Costs:
             arithmetic="full",
         )
 
-    def _projections(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
+    def _projections(self, layer: int, n: Counts, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the projections to queries and to the key that all heads share."""
         c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         heads = c.num_attention_heads * c.head_dim
@@ -441,7 +447,7 @@ class Costs:
         yield at.product("query up", n, c.q_lora_rank, heads, at.weights("attn.wq_b.weight"), divided=BY_RANK)
         yield self._key(layer, n, is_draft=is_draft)
 
-    def _key(self, layer: int, n: Any, *, is_draft: bool) -> Operator:
+    def _key(self, layer: int, n: Counts, *, is_draft: bool) -> Operator:
         c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         return at.operator(
             "key",
@@ -451,7 +457,7 @@ class Costs:
             written=n * self._rows[WINDOW],
         )
 
-    def _output(self, layer: int, n: Any, *, is_draft: bool = False) -> Iterator[Operator]:
+    def _output(self, layer: int, n: Counts, *, is_draft: bool = False) -> Iterator[Operator]:
         """Yield the two halves of the grouped output."""
         c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
         heads, ranks = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
@@ -473,7 +479,7 @@ class Costs:
         )
 
     def _scaled_dot_products(
-        self, layer: int, pairs: Any, n: Any, cache_bytes: Any, *, is_draft: bool = False
+        self, layer: int, pairs: Counts, n: Counts, cache_bytes: Amount, *, is_draft: bool = False
     ) -> Operator:
         """Return attention with sink over ``pairs`` of queries and keys, whose rows are read from the caches."""
         c, at = self.config, self._in(layer, ATTENTION, is_draft=is_draft)
@@ -587,7 +593,7 @@ class Costs:
         if layer in c.index_source_layer_ids:
             yield from self._index(layer, self._candidates(layer, Sees(ratio)))
 
-    def _experts(self, layer: int, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
+    def _experts(self, layer: int, *, is_draft: bool = False, tokens: Counts | None = None) -> Iterator[Operator]:
         """Yield the router, the routed experts that some token touches, and the shared expert."""
         c, n = self.config, self.steps.computed if tokens is None else tokens
         at = self._in(layer, EXPERTS, is_draft=is_draft)
@@ -649,7 +655,7 @@ class Costs:
             written=n * hc * width * BF16_BYTES,
         )
 
-    def _head(self, layer: int | None, *, is_draft: bool = False, tokens: Any = None) -> Iterator[Operator]:
+    def _head(self, layer: int | None, *, is_draft: bool = False, tokens: Counts | None = None) -> Iterator[Operator]:
         """Yield what collapses the streams, and the output matrix, for the positions that get logits."""
         c = self.config
         at = self._in(layer, HEAD, is_draft=is_draft)

@@ -157,7 +157,9 @@ class Commands(_Described, TyperGroup):
         declared = vars(import_module(f".{self.modules[cmd_name]}", __package__)).values()
         return next(value for value in declared if isinstance(value, Command) and value.name == cmd_name)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command to run, and keep numpy from starting threads for one that does not multiply."""
         found = super().resolve_command(ctx, args)
         if found[0] not in MULTIPLYING_COMMANDS:

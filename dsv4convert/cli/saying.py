@@ -68,7 +68,7 @@ def _silence(stream: TextIO) -> None:
         os.close(null)
 
 
-class _Told:
+class _WatchedStdout:
     """A stdout whose failures are errors of ours, whichever command writes to it, and however.
 
     Once one write failed, all do: somebody may have caught the first error, and part of a report is none.
@@ -122,9 +122,9 @@ class _Told:
 
 @contextlib.contextmanager
 def watched_stdout() -> Iterator[None]:
-    """Let every write to stdout in this context that fails raise ReportError; see ``_Told``."""
+    """Let every write to stdout in this context that fails raise ReportError; see ``_WatchedStdout``."""
     real = sys.stdout
-    sys.stdout = cast("TextIO", _Told(real))
+    sys.stdout = cast("TextIO", _WatchedStdout(real))
     try:
         yield
         if real is not None:

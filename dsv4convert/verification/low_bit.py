@@ -8,7 +8,7 @@ all that can be looked at.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -142,8 +142,10 @@ class RowCheck:
         return float(SMALLEST_STEP * np.sqrt(before.shape[1]))
 
 
-def _norm(values: Values) -> Any:
-    return np.sqrt(np.square(values).sum(axis=1, keepdims=True))
+def _norm(values: Values) -> Values:
+    """Return the root of the sum of squares of each row, [rows, 1]."""
+    norm: Values = np.sqrt(np.square(values).sum(axis=1, keepdims=True))
+    return norm
 
 
 def _beyond(error: Values, allowed: Values) -> Mask:

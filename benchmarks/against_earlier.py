@@ -100,8 +100,7 @@ def main() -> None:
         results.append(measure(programs, source, arguments.folder, command, arguments.threads, arguments.rounds))
         print(f"\n{command}", end="")
         print_table(results[-1])
-        if arguments.save is not None:
-            save({**circumstances(), "earlier": earlier, "results": results}, arguments.save)
+        save({**circumstances(), "earlier": earlier, "results": results}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def main() -> None:
     alternate(contenders, arguments.warmup, arguments.rounds, nbytes)
     result = record(contenders, "cat", nbytes, what="check", source_bytes=nbytes, threads=arguments.threads)
     print_table(result)
-    if arguments.save is not None:
-        save(result, arguments.save)
+    save(result, arguments.save)
 
 
 if __name__ == "__main__":

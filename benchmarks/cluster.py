@@ -170,8 +170,7 @@ def main() -> None:
         kept = json.loads(arguments.save.read_text(encoding="utf-8"))
 
     def keep() -> None:
-        if arguments.save is not None:
-            save({**kept, **circumstances(), "ray": version("ray")}, arguments.save)
+        save({**kept, **circumstances(), "ray": version("ray")}, arguments.save)
 
     if arguments.tasks:
         kept["tasks"] = [row for workers in arguments.workers for row in measure_tasks(arguments.folder, workers)]

@@ -443,8 +443,7 @@ def main() -> None:
             check(Path(folder))
             return
         result = simulate_all(Path(folder), arguments.workers, arguments.price)
-    if arguments.save is not None:
-        save(result, arguments.save)
+    save(result, arguments.save)
 
 
 if __name__ == "__main__":

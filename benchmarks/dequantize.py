@@ -118,8 +118,7 @@ def main() -> None:
         max_file_size=arguments.max_file_size,
     )
     print_table(result)
-    if arguments.save is not None:
-        save(result, arguments.save)
+    save(result, arguments.save)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,7 @@ def main() -> None:
         )
         print_table(result)
         results.append(result)
-    if arguments.save is not None:
-        save({"what": "engram", "runs": results}, arguments.save)
+    save({"what": "engram", "runs": results}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,7 @@ def main() -> None:
         if row["name"] == "llama.cpp converter":
             row["command"] = "convert_hf_to_gguf.py flash-slice --outfile llama.gguf"
     print_table(result)
-    if arguments.save is not None:
-        save(result, arguments.save)
+    save(result, arguments.save)
 
 
 def _ours(name: str, command: list[str], out: Path, **environment: str) -> Contender:

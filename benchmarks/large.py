@@ -96,8 +96,7 @@ def main() -> None:
             f"  {row['name']:<16} {row['median_seconds']:6.2f} s  {row['relative']:5.2f} of cp  "
             f"{row['peak_mebibytes']} MiB  neighbour left: {left[row['name']]}"
         )
-    if arguments.save is not None:
-        save({**circumstances(), "results": [result]}, arguments.save)
+    save({**circumstances(), "results": [result]}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -190,8 +190,7 @@ def main() -> None:
             print(f" {when}")
             for name, figure in medians.items():
                 print(f"  {figure:7.3f}  {name}", flush=True)
-    if arguments.save is not None:
-        save({**circumstances(), "results": results}, arguments.save)
+    save({**circumstances(), "results": results}, arguments.save)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,7 @@ def main() -> None:
     for what in arguments.commands:
         alone = arguments.rounds if arguments.rounds_alone is None else arguments.rounds_alone
         results.append(measure(what, source, arguments.folder, threads, arguments.rounds, alone, arguments.cold))
-        if arguments.save is not None:
-            save({**circumstances(), "results": results}, arguments.save)
+        save({**circumstances(), "results": results}, arguments.save)
 
 
 if __name__ == "__main__":

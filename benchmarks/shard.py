@@ -70,8 +70,7 @@ def main() -> None:
     )
     print_table(result)
     shutil.rmtree(links)
-    if arguments.save is not None:
-        save(result, arguments.save)
+    save(result, arguments.save)
 
 
 if __name__ == "__main__":

@@ -259,8 +259,10 @@ def print_table(result: dict[str, Any]) -> None:
         )
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    """Write a result beside the others."""
+def save(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result next to the others, where a path is asked for."""
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -26,14 +26,16 @@ from ..engine.monitor import Step, Watched
 from ..errors import DeviceError, FileFormatError, InputMissingError, InputOutputError, InventoryError, UsageError
 from ..formats.ggml import Quantiser, find_quantiser
 from ..model.mlx_names import is_mlx
+from .companions import NEEDED_FILES, OTHER_FILES
 from .compare import Comparison, Piece, bytes_to_read, check_fits, compare_pieces
-from .folder_output import NEEDED_FILES, OTHER_FILES, folder_pieces, shard_pieces
+from .folder_output import folder_pieces
 from .gguf_keys import IMATRIX_PREFIX, check_keys
 from .gguf_output import check_padding, check_split_keys, gguf_content
 from .low_bit import LOW_BIT
 from .maxtext_output import is_maxtext_folder, maxtext_pieces
 from .mlx_output import mlx_pieces
 from .report import FILE, FOLDER, GGUF, LAYOUT, MAXTEXT, MLX, SHARDS, TENSOR, Problem, Report, TensorResult
+from .shard_output import shard_pieces
 
 __all__ = ["Problem", "Report", "TensorResult", "Verification", "prepare", "verify"]
 

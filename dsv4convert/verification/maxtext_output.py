@@ -29,8 +29,9 @@ from ..errors import ConfigError, FileFormatError, InputMissingError
 from ..model.config import ModelConfig
 from ..model.maxtext_names import HYPER_CONNECTIONS, ONES, Part, layer_path, maxtext_parts, stacked
 from ..model.tensors import Store
+from .companions import ABSENT, check_files, check_json_keys, read_reported
 from .compare import Piece
-from .folder_output import ABSENT, THE_DRAFT, check_files, check_json_keys, leave_out, read_reported
+from .left_out import THE_DRAFT, leave_out
 from .matrix import Matrix, read_at, weight_matrix
 from .report import EXTRA, FILE, KEY, LAYOUT, MISSING, TENSOR, LeftOut, Report
 

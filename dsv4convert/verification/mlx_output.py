@@ -13,18 +13,16 @@ from ..containers.presence import is_file
 from ..containers.safetensors import Stored
 from ..model.mlx_names import mlx_name, mlx_shape
 from ..model.tensors import Store
-from .compare import Piece
-from .folder_output import (
-    THE_DRAFT,
+from .companions import (
     borne_out_config,
     check_config,
     check_file_metadata,
     check_files,
     check_index,
-    is_left_out,
-    without_absent_parts,
     without_draft,
 )
+from .compare import Piece
+from .left_out import THE_DRAFT, is_left_out, without_absent_parts
 from .matrix import Matrix, Scale, as_matrix, stored_matrix, weight_matrix
 from .report import EXTRA, FILE, LAYOUT, Report
 

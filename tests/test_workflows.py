@@ -61,6 +61,16 @@ def test_nox_has_the_same_versions_and_variable() -> None:
     assert {"test", "lint", "bench", "docs", "wheels"} <= nox_sessions()
 
 
+def test_ci_has_the_versions_of_other_programs_that_nox_and_contributing_have() -> None:
+    ci, nox, contributing = (
+        (ROOT / name).read_text(encoding="utf-8") for name in (".ci/run", "noxfile.py", "CONTRIBUTING.md")
+    )
+    installed = re.findall(r"(?:maxtext==|azurite@|wrapper==)([\d.]+)", ci)
+    assert sorted(installed) == sorted(re.findall(r'"(\d+\.\d+\.\d+)"', nox))
+    axe = re.compile(r"axe-core@([\d.]+)")
+    assert axe.findall(ci) == axe.findall(contributing)
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_run_tasks_that_exist_with_few_rights_and_a_time_limit(path: Path) -> None:
     workflow = load(path)

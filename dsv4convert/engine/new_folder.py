@@ -60,9 +60,11 @@ class NewFolder:
                 raise OutputExistsError("already exists and is no folder", where=path, hint="choose another name")
             check_no_mount_point(path)
             held = held_in(path)
-            strange = sorted(name for name in held if is_folder(path / name) or "/" in name or not self._may_hold(name))
-            if strange or (held and self._must_hold not in held):
-                why = f"contains {strange[0]}" if strange else f"has no {self._must_hold}"
+            unexpected = sorted(
+                name for name in held if is_folder(path / name) or "/" in name or not self._may_hold(name)
+            )
+            if unexpected or (held and self._must_hold not in held):
+                why = f"contains {unexpected[0]}" if unexpected else f"has no {self._must_hold}"
                 raise OutputExistsError(
                     f"not replaced: {why}", where=path, hint="choose another folder, or remove this one first"
                 )

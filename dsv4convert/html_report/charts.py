@@ -44,10 +44,10 @@ class Axis(NamedTuple):
             return [low]
         rough = (high - low) / TICKS
         power = 10.0 ** math.floor(math.log10(rough))
-        wide = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+        spacing = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
         if self.is_whole:
-            wide = max(1.0, wide)
-        return [number * wide for number in range(math.ceil(low / wide), math.floor(high / wide) + 1)]
+            spacing = max(1.0, spacing)
+        return [number * spacing for number in range(math.ceil(low / spacing), math.floor(high / spacing) + 1)]
 
     def _ends(self) -> tuple[float, float]:
         return (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
@@ -129,21 +129,23 @@ def grid(
     if not numbers:
         return None
     colour = dict(zip(kinds, classes, strict=True))
-    wide = (WIDTH - NAME_WIDTH) / (numbers[-1] - numbers[0] + 1)
+    cell_width = (WIDTH - NAME_WIDTH) / (numbers[-1] - numbers[0] + 1)
     marks: list[Markup] = []
     for place, (name, cells) in enumerate(rows):
         top = place * ROW_HEIGHT
         marks.append(element("text", fitting(name, NAME_WIDTH - 6), x=NAME_WIDTH - 6, y=top + 12, class_="tick end"))
         for number, (kind, note) in sorted(cells.items()):
             told = element("title", f"{name}, {across} {number}: {note}")
-            left = NAME_WIDTH + (number - numbers[0]) * wide
+            left = NAME_WIDTH + (number - numbers[0]) * cell_width
             marks.append(
-                element("rect", told, x=left, y=top, width=wide * 0.97, height=ROW_HEIGHT - 0.5, class_=colour[kind])
+                element(
+                    "rect", told, x=left, y=top, width=cell_width * 0.97, height=ROW_HEIGHT - 0.5, class_=colour[kind]
+                )
             )
     step = max(1, math.ceil(len(numbers) / 16))
     bottom = len(rows) * ROW_HEIGHT
     marks += [
-        element("text", str(n), x=NAME_WIDTH + (n - numbers[0] + 0.5) * wide, y=bottom + 12, class_="tick middle")
+        element("text", str(n), x=NAME_WIDTH + (n - numbers[0] + 0.5) * cell_width, y=bottom + 12, class_="tick middle")
         for n in numbers[::step]
     ]
     marks.append(element("text", across, x=NAME_WIDTH - 6, y=bottom + 12, class_="tick end"))

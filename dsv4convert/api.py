@@ -126,6 +126,15 @@ RUN_DEFAULTS = RunOptions(
 )
 
 
+def _source_of(source: StrPath, run: RunOptions) -> Path:
+    """Return the path of a conversion's source; a dry run reads its headers alone.
+
+    Raises:
+        Dsv4Error: see ``_located``.
+    """
+    return _located(source, headers_only=run["dry_run"], cache=run["cache"])
+
+
 def _conversion(function: Callable[P, T]) -> Callable[P, T]:
     """Return a conversion whose ``run`` is whole, and whose signature has the keywords of ``RunOptions`` one by one."""
     own = [
@@ -202,7 +211,7 @@ def convert_gguf(
     from .targets.gguf import plan_gguf
     from .targets.gguf_tensors import GgufOptions
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     options = GgufOptions(
         dense=dense,
         experts=experts,
@@ -321,7 +330,7 @@ def merge(
             _check_threads(run["threads"])
             remove_parts(merged)
             return summarize_finished(merged, run["threads"])
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     if delete_parts and run["upload"] is not None:
         raise UsageError("--delete-parts and --upload exclude each other", hint="upload first, then delete the parts")
     if delete_parts:
@@ -358,7 +367,7 @@ def shard(
     from .targets.shard_tensors import ShardOptions, join_costs
     from .targets.shards import ShardSummary, plan_shards
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     ranks = None if rank is None else tuple(rank)
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
@@ -390,7 +399,7 @@ def unshard(
     from .targets.drafts import folder_plans
     from .targets.shards import plan_unshard
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = partial(plan_unshard, place, wo_a=wo_a, max_file_bytes=parse_size(max_file_size), strict=strict)
     plans = folder_plans(plan, Path(out), draft)
     return _carry_out(plans, run, strict=strict)
@@ -418,7 +427,7 @@ def dequantize(
     from .targets.dequantize import plan_dequantize
     from .targets.drafts import folder_plans
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = partial(
         plan_dequantize,
         place,
@@ -452,7 +461,7 @@ def requantize(
     from .targets.drafts import folder_plans
     from .targets.requantize import plan_requantize
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = partial(plan_requantize, place, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     plans = folder_plans(plan, Path(out), draft)
     return _carry_out(plans, run, strict=strict, exact=strict)
@@ -479,7 +488,7 @@ def convert_mlx(
     """
     from .targets.mlx import plan_mlx
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = plan_mlx(place, Path(out), dense=dense, max_file_bytes=parse_size(max_file_size), strict=strict, index=index)
     return _carry_out([plan], run, strict=strict)
 
@@ -518,7 +527,7 @@ def convert_maxtext(
         from .verification.orbax_read_back import import_orbax
 
         import_orbax()
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = plan_maxtext(place, Path(out), dtype=dtype, scan=scan, strict=strict, index=index)
     summary = _carry_out([plan], run, strict=strict, exact=strict)
     if not check or run["dry_run"]:
@@ -554,7 +563,7 @@ def repack(
     from .targets.drafts import folder_plans
     from .targets.repack import plan_repack, summarize_repack
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
     plan = partial(
         plan_repack,
         place,
@@ -594,8 +603,8 @@ def mend(
     """
     from .targets.mend import Mends, plan_mend, summarize_mend
 
-    place = _located(source, headers_only=run["dry_run"], cache=run["cache"])
-    graft = None if graft_draft is None else _located(graft_draft, headers_only=run["dry_run"], cache=run["cache"])
+    place = _source_of(source, run)
+    graft = None if graft_draft is None else _source_of(graft_draft, run)
     mends = Mends(reindex, drop_draft, graft, prune_config, rename)
     plan = plan_mend(place, Path(out), mends, strict=strict)
     return summarize_mend(plan, _carry_out([plan], run, strict=strict))

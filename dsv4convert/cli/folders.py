@@ -8,6 +8,7 @@ import click
 
 from .. import api
 from .options import (
+    exact_option,
     folder_draft_option,
     index_option,
     max_tensor_file_size_option,
@@ -29,13 +30,7 @@ from .parsing import CONTENT, CONVERT, TYPES, command, option
     panel=TYPES,
     help="Type of all weights; F32 and integer tensors stay as they are.",
 )
-@option(
-    "--strict",
-    is_flag=True,
-    panel=TYPES,
-    help="Fail if a value leaves the range of the type or is rounded, or the source has values that are not finite, "
-    "or tensors that are all zero.",
-)
+@exact_option("a value leaves the range of the type or is rounded")
 @option(
     "--names",
     type=click.Choice(["official", "transformers"]),
@@ -71,14 +66,7 @@ def dequantize(**options: Any) -> None:
     help="With --experts nvfp4: scale of the experts' activations, as a number, as two (of w1 and w3, of w2, e.g. "
     "8.4375,150.0), as a JSON file, or from an NVFP4 folder. Default: 1.0.",
 )
-@option(
-    "--strict",
-    aliases=["--require-lossless"],
-    is_flag=True,
-    panel=TYPES,
-    help="Fail if the conversion changes an element, or the source has values that are not finite, or tensors that "
-    "are all zero.",
-)
+@exact_option("the conversion changes an element", aliases=["--require-lossless"])
 @folder_draft_option
 @max_tensor_file_size_option
 @index_option
@@ -91,12 +79,7 @@ def repack(**options: Any) -> None:
 @command("requantize", panel=CONVERT, example="dsv4convert requantize my-fine-tune-BF16 my-fine-tune")
 @source_argument
 @out_folder_argument
-@option(
-    "--strict",
-    is_flag=True,
-    panel=TYPES,
-    help="Fail if a value is rounded, or the source has values that are not finite, or tensors that are all zero.",
-)
+@exact_option("a value is rounded")
 @folder_draft_option
 @max_tensor_file_size_option
 @index_option

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .. import api
-from .options import index_option, out_folder_argument, run_conversion, run_options, source_argument
+from .options import exact_option, index_option, out_folder_argument, run_conversion, run_options, source_argument
 from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
 
 
@@ -21,12 +21,7 @@ from .parsing import CONTENT, CONVERT, RUN, TYPES, command, option
     panel=TYPES,
     help="Type of all weights but those that are published in F32, which stay F32.",
 )
-@option(
-    "--strict",
-    is_flag=True,
-    panel=TYPES,
-    help="Fail if a value is rounded, or the source has values that are not finite, or tensors that are all zero.",
-)
+@exact_option("a value is rounded")
 @option(
     "--scan",
     is_flag=True,

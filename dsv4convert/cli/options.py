@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -12,7 +12,7 @@ import click
 
 from ..api import DEFAULT_MAX_FILE_SIZE, MAX_THREADS
 from .pages import report_option
-from .parsing import CONTENT, FOLDER, PATH, PROMPT, REPORT, RUN, argument, option
+from .parsing import CONTENT, FOLDER, PATH, PROMPT, REPORT, RUN, TYPES, argument, option
 
 if TYPE_CHECKING:
     from ..engine.conversion import Summary
@@ -98,6 +98,19 @@ strict_option = option(
     panel=RUN,
     help="Fail if the source has NaN or infinite values, or tensors or files that are all zero, instead of noting it.",
 )
+
+
+def exact_option(change: str, aliases: Sequence[str] = ()) -> Callable[..., Any]:
+    """Return the ``--strict`` of conversions that can be exact, which fails on a ``change`` too."""
+    return option(
+        "--strict",
+        aliases=aliases,
+        is_flag=True,
+        panel=TYPES,
+        help=f"Fail if {change}, or the source has values that are not finite, or tensors that are all zero.",
+    )
+
+
 quiet_option = option("--quiet", "-q", is_flag=True, panel=REPORT, help="Print errors only.")
 tokenizer_option = option(
     "--tokenizer",

@@ -391,7 +391,7 @@ def _experts_without_router(folder: Folder) -> str | None:
 
 
 def _draft_of_other_size(folder: Folder) -> str | None:
-    """A draft with as many experts as before, beside a trunk that lost some; V4.1's has a number of its own."""
+    """A draft with as many experts as before, next to a trunk that lost some; V4.1's has a number of its own."""
     trunk = set(folder.experts.values())
     if len(trunk) != 1 or DRAFT_EXPERTS in folder.config:
         return None
@@ -574,7 +574,7 @@ def name_layout(folder: Path, error: Dsv4Error) -> Dsv4Error:
 
 
 def companion_notes(folder: Path) -> tuple[str, ...]:
-    """Return notes on what lies beside weights that can be read: pointers, error pages, unfinished downloads."""
+    """Return notes on what lies next to weights that can be read: pointers, error pages, unfinished downloads."""
     looked = Folder.at(folder)
     seen = (
         (LFS, _lfs(looked), PULL),

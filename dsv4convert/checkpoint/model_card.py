@@ -1,4 +1,4 @@
-"""Reads what a folder says about its model beside the weights: front matter, generation settings, name.
+"""Reads what a folder says about its model besides the weights: front matter, generation settings, name.
 
 Anyone may have written these files, and no conversion is worth less for them: what cannot be used becomes a note.
 Converter and verifier read them here, so that they cannot differ over a card.
@@ -47,7 +47,7 @@ ORIGIN_PARTS = ("name", "author", "version", "organization", "description", "url
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of a model beside its weights; any part may be empty.
+    """What is known of a model besides its weights; any part may be empty.
 
     ``front_matter`` is the YAML head of README.md, only with keys that a GGUF has a place for, and values of texts,
     lists of texts, and origins. ``generation`` is generation_config.json, and ``folder_name`` the last part of the

@@ -8,7 +8,7 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-# What a folder holds beside config and weights that the weights are of no use without.
+# What a folder holds besides config and weights that the weights are of no use without.
 AUXILIARY_FILES = (
     "generation_config.json",
     "tokenizer.json",

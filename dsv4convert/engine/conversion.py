@@ -119,7 +119,7 @@ def execute(
     """Carry out a plan; nothing appears under an output's name unless all of it is right.
 
     The finished output comes with a manifest of checksums. A run that ends early, however it ends,
-    leaves its work and a journal beside the output; ``resume`` goes on from there, ``fresh`` discards it.
+    leaves its work and a journal next to the output; ``resume`` goes on from there, ``fresh`` discards it.
     ``lock`` False leaves out the locks, for file systems where even a lock file fails. ``inputs`` are files that the
     plan was made with besides its source; none of them may be written either. ``uploading`` sends each file that is
     whole, or none where workers can do that; ``Uploading.finish`` has the others sent. A ``cluster`` has the work done

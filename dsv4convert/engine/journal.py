@@ -1,6 +1,6 @@
 """The journal: what a run has finished, durable before it says so, so that a killed run can go on.
 
-It lies beside the output as ``OUT.journal`` and holds one line per fact, each behind a checksum of its
+It lies next to the output as ``OUT.journal`` and holds one line per fact, each behind a checksum of its
 own, so that a line torn by a power loss is told from one that is whole. The first line is the
 fingerprint of the plan, and by its form says whose the file is; the others are finished segments. The file is
 locked while a run uses it (see ``locks``).

@@ -1,7 +1,7 @@
 """Locks of files that two runs must not write at once, on whatever the file system offers.
 
 First ``flock``; where it is not there (NFS without a lock daemon, Lustre without its option) a lock of the open file
-description, which such file systems may pass on to their server; and last a lock file beside the output that says
+description, which such file systems may pass on to their server; and last a lock file next to the output that says
 who holds it. The first two go with the process however it dies.
 """
 

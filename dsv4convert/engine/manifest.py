@@ -1,6 +1,6 @@
 """The manifest: what a finished output is made of, with a checksum for every tensor and every file.
 
-It lies beside the output as ``OUT.manifest.json`` and lets anybody re-check the bytes at disk speed,
+It lies next to the output as ``OUT.manifest.json`` and lets anybody re-check the bytes at disk speed,
 without the source. A segment's checksum is the xxh3-128 of its bytes; a tensor's is that of its only
 segment, or the xxh3-128 of its segments' checksums in order; a file's is the xxh3-128 of its header's
 checksum and its tensors' checksums in order. Bytes between tensors are zero.
@@ -299,7 +299,7 @@ def finished_before(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
 
 
 def is_of(plan: Plan, fingerprint: Mapping[str, Any]) -> bool:
-    """Return whether the manifest beside an output is that of ``plan``, whether or not all of its files are there."""
+    """Return whether the manifest next to an output is that of ``plan``, whether or not all of its files are there."""
     manifest = _manifest_of(plan)
     return (
         manifest is not None
@@ -402,7 +402,7 @@ class ManifestReport:
 
 
 def check_manifest(output: Path, watch: Callable[[Step], None] | None = None) -> ManifestReport:
-    """Read every byte of ``output`` and compare it with the manifest beside it; ``watch`` is told how far that is.
+    """Read every byte of ``output`` and compare it with the manifest next to it; ``watch`` is told how far that is.
 
     Raises:
         InputMissingError, FileFormatError: no manifest, or not one.

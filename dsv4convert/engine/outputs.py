@@ -84,7 +84,7 @@ OPEN_FILES_PER_WORKER = 24
 
 
 def partial_path(path: Path) -> Path:
-    """Return the temporary name of ``path``, beside it.
+    """Return the temporary name of ``path``, next to it.
 
     Raises:
         UsageError: ``path`` has no name, as the current folder has none.
@@ -897,7 +897,7 @@ class FileOutputs(Outputs):
             remove_known(trial_path(self._finals[0]), self._open[0])
 
 
-# Names beside an output that are made with it.
+# Names next to an output that are made with it.
 SUFFIXES = (
     *(PARTIAL_SUFFIX, REPLACED_SUFFIX, TRIAL_SUFFIX),
     *(JOURNAL_SUFFIX, MANIFEST_SUFFIX, MANIFEST_SUFFIX + PARTIAL_SUFFIX, LOCK_SUFFIX),
@@ -1027,7 +1027,7 @@ def replaced_path(path: Path) -> Path:
 
 
 def trial_path(path: Path) -> Path:
-    """Return the name by which a run tries whether names can be changed beside an output."""
+    """Return the name by which a run tries whether names can be changed next to an output."""
     return path.with_name(path.name + TRIAL_SUFFIX)
 
 

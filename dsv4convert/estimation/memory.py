@@ -1,4 +1,4 @@
-"""The memory of a device: its weights, the caches of its sequences, and what a step of prefill needs beside them."""
+"""The memory of a device: its weights, the caches of its sequences, and what a step of prefill needs besides them."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Who computes decides how they are held:
     f32        the reference forward pass: float32, only what there is
     published  the published kernels' roundings, packed: codes, their scales, and the rotary part where it stays BF16
     bf16       the published inference code's own buffers
-    f16, q8_0  llama.cpp: cells in multiples of 256, room for one batch beside the window, a cell in a type of ggml's
+    f16, q8_0  llama.cpp: cells in multiples of 256, room for one batch besides the window, a cell in a type of ggml's
 
 The states of compressors are float32 everywhere. All heads share one key, which is the value too, so model
 parallelism divides none of this.

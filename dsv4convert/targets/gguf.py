@@ -145,7 +145,7 @@ def plan_checkpoint(
 
 
 class _Describer:
-    """Makes the key-values of every kind of file from what lies in the source folder beside its weights."""
+    """Makes the key-values of every kind of file from what lies in the source folder next to its weights."""
 
     def __init__(
         self, checkpoint: Checkpoint, options: GgufOptions, tokenizer_pre: str | None, name: str | None
@@ -210,7 +210,7 @@ class _Describer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return what of the files beside the weights could not be used, as far as they have been read."""
+        """Return what of the files next to the weights could not be used, as far as they have been read."""
         return tuple(dict.fromkeys(self._notes))
 
     @cached_property

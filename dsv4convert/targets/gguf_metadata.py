@@ -73,7 +73,7 @@ VALUE_TYPES: Mapping[KeyType, tuple[GGUFValueType, GGUFValueType | None]] = {
     "[u64]": (ARRAY, U64),
 }
 
-# What the key values of vision towers mean, and what the file states beside config keys:
+# What the key values of vision towers mean, and what the file states besides config keys:
 # the tower's own epsilon, not the text model's, and how pixels are normalised where no file says otherwise.
 MMPROJ_PROJECTOR = "deepseek4v"
 MMPROJ_EPSILON = 1e-6

@@ -33,7 +33,7 @@ UNTOUCHED = {Encoding.F32: F32, Encoding.I64: I64, Encoding.I32: I32}
 
 DEFAULT_MAX_FILE_BYTES = 5 * 10**9
 
-# Upper bounds of what a safetensors header takes, and what a tensor's entry takes in it beside its name.
+# Upper bounds of what a safetensors header takes, and what a tensor's entry takes in it besides its name.
 HEADER_BYTES = 128
 HEADER_ENTRY_BYTES = 160
 

@@ -77,7 +77,7 @@ class ShardCosts:
 
     @property
     def extra_bytes(self) -> int:
-        """Return the bytes that all ranks together hold because of that, beside the first copy."""
+        """Return the bytes that all ranks together hold because of that, besides the first copy."""
         return self.replicated_bytes * (self.mp - 1)
 
     def as_json(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class ShardPlan(NamedTuple):
 def plan_shards(
     source: Path, out: Path, options: ShardOptions, *, strict: bool = False, index: str = BY_INDEX
 ) -> ShardPlan:
-    """Plan ``shard``: the folder ``out`` with the shards of the chosen ranks, config and tokenizer beside them.
+    """Plan ``shard``: the folder ``out`` with the shards of the chosen ranks, config and tokenizer next to them.
 
     Raises:
         UsageError: ranks that cannot share the model, an expert dtype that it cannot have, or folders
@@ -137,5 +137,7 @@ def _inference_config(checkpoint: Checkpoint, options: ShardOptions) -> OutputFi
 
 def _missing_tokenizer(source: Path) -> tuple[str, ...]:
     return tuple(
-        f"no {name} in the source, so none beside the weights" for name in TOKENIZER_FILES if not is_file(source / name)
+        f"the source has no {name}, so that the output has none either"
+        for name in TOKENIZER_FILES
+        if not is_file(source / name)
     )

@@ -86,3 +86,19 @@ def interrupt(plan: Plan, after: int, **options: object) -> Dsv4Error:
     with failing_after(after), pytest.raises(InputOutputError) as caught:
         execute(plan, threads=1, **options)  # type: ignore[arg-type]
     return caught.value
+
+
+def check_resumed(whole: Plan, cut: Plan, after: int) -> None:
+    """Carry out ``whole``, and ``cut`` in two runs, the first of which fails after so many segments.
+
+    The two are plans of one output, in folders that are not there yet: their files must have the same bytes.
+    """
+    for plan in (whole, cut):
+        plan.destination.parent.mkdir()
+    execute(whole, threads=2)
+    interrupt(cut, after)
+    assert not cut.destination.exists()
+    execute(cut, threads=2, resume=True)
+    found, wanted = contents(cut), contents(whole)
+    assert found.keys() == wanted.keys()
+    assert all(found[name] == data for name, data in wanted.items() if not name.endswith(".manifest.json"))

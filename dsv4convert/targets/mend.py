@@ -235,9 +235,12 @@ def _stack(name: str, group: Sequence[Weight], lying: Mapping[tuple[Path, int, i
 
 
 def _as_it_lies(part: Stored, lying: Mapping[tuple[Path, int, int], Stored]) -> Stored:
-    """Return a tensor with the type that its file gives it, whatever it is read as."""
+    """Return a tensor with the type that its file gives it, whatever it is read as.
+
+    Its shape stays: the only expert of a stack lies where the stack does.
+    """
     found = lying.get((part.file, part.offset, part.nbytes))
-    return part._replace(dtype=stored_dtype(part), scale_form=None) if found is None else found
+    return part._replace(dtype=stored_dtype(part) if found is None else found.dtype, scale_form=None)
 
 
 def _e8m0_in_bytes(checkpoint: Checkpoint, headers: Mapping[Path, Mapping[str, Stored]]) -> frozenset[_Place]:

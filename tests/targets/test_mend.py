@@ -358,6 +358,24 @@ def test_scaled_weights_keep_their_bytes_under_either_name(
         assert (tmp_path / "named.gguf").read_bytes() == (tmp_path / f"{source.name}.gguf").read_bytes()
 
 
+def test_the_only_expert_of_a_stack_is_a_matrix_again(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    source = make_checkpoint("tiny", layers=1, experts=1, mtp=False, files=1)
+    for before, after, names in (
+        (source, "named", "transformers"),
+        (tmp_path / "named", "again", "transformers"),
+        (tmp_path / "named", "back", "official"),
+    ):
+        dsv4convert.mend(before, tmp_path / after, rename=names)
+        check(source, tmp_path / after)
+    shapes = {
+        folder: {n: t.shape for n, t in read_header(tmp_path / folder / "model.safetensors").items()}
+        for folder in ("named", "again", "back")
+    }
+    assert shapes["again"] == shapes["named"]
+    assert shapes["named"]["model.layers.0.mlp.experts.down_proj"] == (1, 160, 48)
+    assert shapes["back"]["layers.0.ffn.experts.0.w2.weight"] == (160, 48)
+
+
 def test_names_that_are_right_already_leave_every_file(source: Path, tmp_path: Path) -> None:
     assert dsv4convert.mend(source, tmp_path / "out", rename="official").links == {"hard link": 3}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ..checkpoint.folder import Checkpoint, read_folder_headers
 from ..checkpoint.nvfp4 import INPUT_SCALE, SCALE, SECOND_SCALE
@@ -83,6 +85,13 @@ class InputScales:
         by_matrix = {name: float(value) for name, value in found.items() if name in MATRICES}
         by_tensor = {name: float(value) for name, value in found.items() if name not in MATRICES}
         return cls(by_matrix, by_tensor, path)
+
+    def option(self, text: str) -> str:
+        """Return ``--input-scale`` as an option of a plan: what a file or folder says counts, not only its name."""
+        if self.where is None:
+            return text
+        said = json.dumps([dict(self.by_matrix), dict(self.by_tensor)], sort_keys=True)
+        return f"{text} (checksum {xxhash.xxh3_64_hexdigest(said.encode())})"
 
     def of(self, weight: Weight) -> float:
         """Return the scale of a weight.

@@ -88,7 +88,7 @@ def plan_repack(
         cast = [weight for weight in checkpoint.weights.values() if is_cast(weight, draft_experts=draft_experts)]
         # A draft by itself, whose experts stay FP4, has none.
         configs = nvfp4_configs(config, checkpoint, cast) if cast else (json_file(CONFIG_NAME, config),)
-        options |= {"draft_experts": draft_experts, "input_scale": input_scale or DEFAULT_INPUT_SCALE}
+        options |= {"draft_experts": draft_experts, "input_scale": scales.option(input_scale or DEFAULT_INPUT_SCALE)}
     else:
         tensors, dropped = repacked_tensors(checkpoint)
         configs = (repacked_config(config),)

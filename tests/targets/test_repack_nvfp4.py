@@ -197,6 +197,20 @@ def test_input_scales_come_from_a_file_and_from_a_folder(tiny: Path, tmp_path: P
     assert all(np.array_equal(first[name].values, second[name].values) for name in first)
 
 
+def test_resume_takes_no_output_for_finished_that_has_other_input_scales(tiny: Path, tmp_path: Path) -> None:
+    scales, out = tmp_path / "scales.json", tmp_path / "out"
+    command = ("repack", tiny, out, "--experts", "nvfp4", "--input-scale", scales)
+    scales.write_text(json.dumps({"w1": 1.5, "w2": 2.5, "w3": 1.5}))
+    assert run_cli(*command).code == 0
+    assert "finished by an earlier run" in run_cli(*command, "--resume").out
+    scales.write_text(json.dumps({"w1": 3.5, "w2": 2.5, "w3": 3.5}))
+    again = run_cli(*command, "--resume")
+    assert again.code == 9
+    assert again.error.endswith("already exists and is not empty; pass --overwrite to replace the output")
+    assert run_cli(*command, "--overwrite").code == 0
+    assert scalar(read_folder(out)[f"{PAIRED}.input_scale"]) == 3.5
+
+
 @pytest.mark.parametrize(
     ("content", "error", "what"),
     [

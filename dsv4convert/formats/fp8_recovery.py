@@ -43,7 +43,7 @@ def bf16_to_fp8_exactly(bits: ArrayU16, block: Block) -> tuple[ArrayU8, ArrayU8]
         raise LossyError(
             "cannot be FP8 without rounding",
             expected=f"{block[0]}x{block[1]} blocks of e4m3 values times a power of two",
-            got=f"{values[row, column]!r} at row {row}, column {column} of a tile ({len(differ)} such elements)",
+            got=f"{values[row, column]} at row {row}, column {column} of a tile ({len(differ)} such elements)",
             hint="keep the tensor in BF16",
         )
     return codes, scale

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.shards import ShardCheckpoint, ShardedWeight
 from ..checkpoint.weights import Encoding, Weight
 from ..containers.folder_names import CONFIG_NAME, shard_name
 from ..containers.safetensors import Stored
-from ..errors import UsageError, check_choice, counted
+from ..errors import UnsupportedError, UsageError, check_choice, counted
 from ..formats.not_finite import element_bytes
 from ..model.parallel import SPLIT_AXIS, check_blocks, check_divides, expert_rank, local_shape, run_length
 from ..model.tensors import BF16_IN_SHARDS, OUTPUT_PROJECTIONS, Row, Split, Store, scale_name
@@ -30,7 +30,7 @@ from ..plan import (
     copy,
 )
 from .claims import Claims
-from .fp8_segments import FP8_BLOCK, FP8_BLOCKS, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
+from .fp8_segments import FP8_BLOCKS, bf16_to_fp8_segments, fp4_to_fp8_segments, fp8_scale_shape
 from .safetensors_files import safetensors_file, unplaced_tensor
 from .segments import BF16, codec_segment, copy_rows, copy_segments, scale_operand
 
@@ -261,17 +261,18 @@ def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTens
 
     Raises:
         UsageError: an unknown ``wo_a``.
+        UnsupportedError: the rows of a rank are no whole blocks of FP8.
     """
     check_choice("--wo-a", wo_a, WO_A_DTYPES)
-    scaled = next((w for w in shards.weights.values() if w.row.store is Store.DENSE and w.block is not None), None)
+    form = _fp8_form(shards)
     tensors: list[OutputTensor] = []
     left_bf16 = 0
     for weight in shards.weights.values():
         if weight.row.name in BF16_IN_SHARDS and weight.encoding is Encoding.BF16:
             if wo_a == "fp8":
-                tensors += _fp8_pair(weight, scaled)
+                tensors += _fp8_pair(weight, form or _Fp8Form((FP8_BLOCKS[shards.config.version],) * 2, E8M0))
                 continue
-            left_bf16 += scaled is not None
+            left_bf16 += form is not None
         tensors += _joined(weight)
     notes = []
     if left_bf16:
@@ -281,11 +282,42 @@ def unshard_tensors(shards: ShardCheckpoint, wo_a: str) -> tuple[list[OutputTens
     return tensors, tuple(notes)
 
 
-def _fp8_pair(weight: ShardedWeight, scaled: ShardedWeight | None) -> Iterator[OutputTensor]:
-    """Yield FP8 codes and scales of a BF16 weight, in blocks and scales of the kind that ``scaled`` has."""
-    block, dtype = (FP8_BLOCK, FP8_BLOCK), E8M0
-    if scaled is not None and scaled.block is not None and scaled.parts[0].scale is not None:
-        block, dtype = scaled.block, scaled.parts[0].scale.dtype
+class _Fp8Form(NamedTuple):
+    """The rows and columns that share a scale of FP8 weights, and the type of the scales."""
+
+    block: tuple[int, int]
+    dtype: str
+
+
+def _fp8_form(shards: ShardCheckpoint) -> _Fp8Form | None:
+    """Return the form of the FP8 weights of a set, None where it has none.
+
+    A dimension under one scale does not tell how many elements would share one; where all are, the version does.
+    """
+    dense = [weight for weight in shards.weights.values() if weight.row.store is Store.DENSE]
+    parts = [part for weight in dense for part in weight.parts[:1] if part.encoding is Encoding.FP8]
+    if not parts:
+        return None
+    side = FP8_BLOCKS[shards.config.version]
+    told = [
+        [part.block[axis] for part in parts if part.block and part.shape[axis] > part.block[axis]] for axis in (0, 1)
+    ]
+    dtype = next(part.scale.dtype for part in parts if part.scale is not None)
+    return _Fp8Form((next(iter(told[0]), side), next(iter(told[1]), side)), dtype)
+
+
+def _fp8_pair(weight: ShardedWeight, form: _Fp8Form) -> Iterator[OutputTensor]:
+    """Yield FP8 codes and scales of a BF16 weight."""
+    block, dtype = form
+    for part in weight.parts[:-1]:
+        if part.shape[0] % block[0]:
+            raise UnsupportedError(
+                f"--wo-a fp8: tensor {weight.name} cannot be FP8, the rows of a rank end inside a scale block",
+                where=part.stored.file,
+                expected=f"a multiple of {block[0]} rows",
+                got=part.shape[0],
+                hint="omit --wo-a fp8",
+            )
     pairs = [bf16_to_fp8_segments(part, block, dtype) for part in weight.parts]
     rows, columns = weight.shape
     scale_shape = (-(-rows // block[0]), -(-columns // block[1]))

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv4convert.checkpoint import open_folder
-from dsv4convert.errors import InventoryError, LossyError
+from dsv4convert.engine.conversion import execute
+from dsv4convert.errors import InventoryError, LossyError, UnsupportedError
 from dsv4convert.plan import AllEqual
+from dsv4convert.targets.dequantize import plan_dequantize
 from dsv4convert.targets.shards import plan_unshard
 from dsv4convert.verification import verify
 
@@ -118,6 +120,28 @@ def test_wo_a_of_small_codes_comes_back_with_the_same_values(edited: Callable[..
     tensors[f"{name}.weight"].view(torch.uint8)[-1, -1] ^= 0x80
     save_file(tensors, path, {"format": "pt"})
     assert [problem.where for problem in verify(source, tmp_path / "back").problems] == [f"tensor {name}.weight"]
+
+
+def test_wo_a_has_the_blocks_of_the_model_where_the_first_weight_is_under_one_scale(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    source = make_checkpoint(overrides={"q_lora_rank": 48})
+    shard(source, tmp_path / "shards", 2)
+    unshard(tmp_path / "shards", tmp_path / "back", wo_a="fp8")
+    back = oracle.load_checkpoint(tmp_path / "back")
+    assert back["layers.0.attn.wq_a.scale"].shape == (1, 2)
+    assert back["layers.0.attn.wo_a.scale"].shape == (4, 2)
+    report = verify(source, tmp_path / "back")
+    assert report.ok, report.problems
+
+
+def test_wo_a_of_ranks_that_end_inside_a_block_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    execute(plan_dequantize(make_checkpoint(overrides={"o_lora_rank": 36}), tmp_path / "floats"), threads=1)
+    shard(tmp_path / "floats", tmp_path / "shards", 2)
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.attn\.wo_a\.weight cannot be FP8.* 128 rows, got 72"):
+        plan_unshard(tmp_path / "shards", tmp_path / "back", wo_a="fp8")
+    unshard(tmp_path / "shards", tmp_path / "back")
+    assert verify(tmp_path / "floats", tmp_path / "back").ok
 
 
 @pytest.mark.parametrize("damage", [0x3F81, 0x7FC0, 0x7F80], ids=["eight significant bits", "nan", "infinity"])

@@ -227,9 +227,17 @@ def checked_matrix(
     elif matrix.encoding in QUANTISED and matrix.scale is not None:
         own, made = weights[0].block, _made_block(matrix.encoding, weights[0], side)
         block = own if own is not None and matrix.encoding == weight_matrix(weights[0]).encoding else made
-        if matrix.scale.block != block and not report.foreign:
+        if not _same_blocks(matrix.scale.block, block, matrix) and not report.foreign:
             report.problem(LAYOUT, where, f"expected blocks {list(block)}, got {list(matrix.scale.block)}")
     return matrix
+
+
+def _same_blocks(found: tuple[int, int], expected: tuple[int, int], matrix: Matrix) -> bool:
+    """Return whether blocks are those expected; along a length that one scale covers either way, any size is."""
+    lengths = (matrix.rows, matrix.columns)
+    return all(
+        one == other or length <= min(one, other) for one, other, length in zip(found, expected, lengths, strict=True)
+    )
 
 
 def _allowed_encodings(weight: Weight) -> tuple[str, ...]:

@@ -198,3 +198,14 @@ def test_a_value_that_is_not_finite_is_an_error_and_leaves_nothing(
     with pytest.raises(LossyError, match="a NaN or infinite value cannot be quantised"):
         dsv4convert.requantize(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["floats", "floats.manifest.json"]
+
+
+def test_matrices_smaller_than_a_scale_block_are_verified(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 33}
+    source = make_checkpoint(layers=1, experts=4, overrides=sizes)
+    dsv4convert.dequantize(source, tmp_path / "floats")
+    dsv4convert.requantize(tmp_path / "floats", tmp_path / "requantized")
+    dsv4convert.repack(source, tmp_path / "repacked", experts="fp8")
+    for before, after in ((tmp_path / "floats", "requantized"), (source, "repacked")):
+        report = dsv4convert.verify(before, tmp_path / after)
+        assert report.ok, report.problems

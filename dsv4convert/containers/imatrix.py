@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -64,12 +64,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An importance matrix: where each tensor's values lie, and what it was computed on."""
+    """An importance matrix: where each tensor's values lie, and what it was computed on.
+
+    ``with_zeros`` are the entries in which a value is 0.
+    """
 
     path: Path
     entries: Mapping[str, Entry] = field(repr=False)
     datasets: tuple[str, ...]
     chunks: int
+    with_zeros: frozenset[str] = frozenset()
 
     def key_values(self) -> list[KeyValue]:
         """Return the metadata that a model made with this matrix states, as llama.cpp's ``quantize`` does."""
@@ -96,24 +100,44 @@ def read_imatrix(path: Path) -> Imatrix:
             imatrix = _read_gguf(path, file) if is_gguf else _Legacy(path, file).read()
             if not imatrix.entries:
                 raise FileFormatError("no entries", where=path, expected="sums of squares of at least one tensor")
-            for name, entry in imatrix.entries.items():
-                _check_values(name, entry, file)
+            zeros = frozenset(name for name, entry in imatrix.entries.items() if _check_values(name, entry, file))
     except FileNotFoundError:
         raise InputMissingError("no such importance matrix", where=path) from None
     except OSError as error:
         raise not_read(path, error) from None
-    return imatrix
+    return replace(imatrix, with_zeros=zeros)
 
 
 def importance(sums: NDArray[np.float32], count: int, is_legacy: bool) -> NDArray[np.float32]:
     """Return the weights of the columns of one matrix: ``sums`` / ``count``, as llama.cpp divides.
 
-    ``sums`` is float32 [columns]; the division is one of float32 by float32.
+    ``sums`` is float32 [columns]; the division is one of float32 by float32. Weights of 0 alone would let a quantiser
+    make zeros of the whole matrix: its columns count alike, as where nothing was counted.
     """
-    if count > 0:
-        weights: NDArray[np.float32] = sums / np.float32(count)
-        return weights
-    return sums if is_legacy else np.ones_like(sums)
+    weights: NDArray[np.float32] = sums / np.float32(count) if count > 0 else sums
+    return weights if weights.any() and (count > 0 or is_legacy) else np.ones_like(sums)
+
+
+def without_importance(entry: Entry, matrices: int) -> list[int]:
+    """Return which of the matrices of an entry have a count and no importance, by number.
+
+    Raises:
+        InputMissingError, InputOutputError: the file cannot be read.
+    """
+    columns = entry.values // matrices
+    found: list[int] = []
+    try:
+        with open_regular(entry.file) as file:
+            file.seek(entry.offset)
+            for number in range(matrices):
+                sums = np.frombuffer(file.read(columns * F32_BYTES), "<f4")
+                count = entry.counts[number] if len(entry.counts) > 1 else entry.counts[0]
+                is_counted = count > 0 or entry.is_legacy
+                if is_counted and not (sums / np.float32(max(1, count))).any():
+                    found.append(number)
+    except OSError as error:
+        raise not_read(entry.file, error) from None
+    return found
 
 
 def _clipped(text: str) -> str:
@@ -121,8 +145,10 @@ def _clipped(text: str) -> str:
     return text.encode("utf-8", "replace")[:MAX_OVERRIDE_BYTES].decode("utf-8", "ignore")
 
 
-def _check_values(name: str, entry: Entry, file: BinaryIO) -> None:
+def _check_values(name: str, entry: Entry, file: BinaryIO) -> bool:
+    """Check that all values of an entry are sums of squares, and return whether one is 0."""
     file.seek(entry.offset)
+    has_zero = False
     for first in range(0, entry.values, CHECK_VALUES):
         wanted = min(CHECK_VALUES, entry.values - first)
         values = np.frombuffer(file.read(wanted * F32_BYTES), "<f4")
@@ -137,6 +163,8 @@ def _check_values(name: str, entry: Entry, file: BinaryIO) -> None:
                 expected="a finite number of at least 0",
                 got=float(values[at]),
             )
+        has_zero = has_zero or not values.all()
+    return has_zero
 
 
 def _read_gguf(path: Path, file: BinaryIO) -> Imatrix:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.weights import Weight
-from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix
+from ..containers.imatrix import F32_BYTES, Entry, Imatrix, read_imatrix, without_importance
 from ..errors import InventoryError, UsageError, counted, some
 from ..formats.ggml import Quantiser, find_quantiser
 from ..formats.ggml_types import NEED_IMPORTANCE, GgmlType
@@ -33,13 +33,14 @@ class LowBitMaker:
 
     ``ggml_lib`` is ggml's library where the user names one. Importance comes from the file ``imatrix_file``, from the
     weights' own squares where ``squared``, or is the same for all columns. Library and matrix are opened when the
-    first tensor wants them; missing and unused entries are gathered for the summary.
+    first tensor wants them; missing and unused entries, and those without any importance, are gathered for the summary.
     """
 
     ggml_lib: str | None = None
     imatrix_file: str | None = None
     squared: bool = False
     missing: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
     @property
@@ -91,6 +92,10 @@ class LowBitMaker:
                     got=f"{len(entry.counts)} x {entry.columns}" if len(entry.counts) > 1 else entry.values,
                     hint="was the matrix made from another model?",
                 )
+            if entry_name in self.imatrix.with_zeros:
+                numbers = without_importance(entry, len(weights))
+                is_stack = len(weights) > 1
+                self.without += [f"{entry_name}, expert {n}" if is_stack else entry_name for n in numbers]
             return entry
         if not self.squared and to.name in NEED_IMPORTANCE:
             what = f"tensor {name}: {to.name} needs importance"
@@ -131,6 +136,10 @@ class LowBitMaker:
             names = some(self.missing, MAX_NAMED)
             how = "by the squares of their weights" if self.squared else "alike"
             notes.append(f"no importance for {counted(len(self.missing))}, whose columns count {how}: {names}")
+        if self.without:
+            names = some(self.without, MAX_NAMED)
+            which = counted(len(self.without), "matrix", "matrices")
+            notes.append(f"importance of 0 for all columns of {which}, which count alike: {names}")
         if self.imatrix is not None:
             unused = [name for name in self.imatrix.entries if name not in self.used]
             if unused:

@@ -6,14 +6,19 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from dsv4convert.containers.imatrix import Imatrix, importance, read_imatrix
+from dsv4convert.checkpoint import open_folder
+from dsv4convert.containers.imatrix import Imatrix, importance, read_imatrix, without_importance
 from dsv4convert.errors import Dsv4Error, FileFormatError, InputMissingError
+from dsv4convert.formats.ggml_types import BY_NAME
+from dsv4convert.targets.low_bit import LowBitMaker
 
+from ..checkpoints import MakeCheckpoint
 from ..low_bit import write_imatrix
 
 DENSE, EXPERTS = "blk.0.attn_q_a.weight", "blk.0.ffn_up_exps.weight"
@@ -163,6 +168,34 @@ def test_a_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
 def test_damaged_gguf_files_are_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
     with pytest.raises(FileFormatError, match=says):
         read_imatrix(make_gguf(tmp_path / "i.gguf", **changes))
+
+
+@pytest.mark.parametrize(
+    ("sums", "count", "is_legacy"),
+    [([0, 0], 5, True), ([0, 0], 0, True), ([0, 0], 5, False), ([0, 1e-45], 5, True)],
+    ids=["legacy", "legacy without calls", "gguf", "too small"],
+)
+def test_columns_without_any_importance_count_alike(sums: list[float], count: int, is_legacy: bool) -> None:
+    assert importance(np.float32(sums), count, is_legacy).tolist() == [1, 1]
+    assert importance(np.float32([0, 3]), count, is_legacy=True).tolist() == [0, np.float32(3) / max(1, count)]
+
+
+def test_matrices_without_any_importance_are_named(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+    name = "blk.0.ffn_down_exps.weight"
+    sums = np.ones((3, 64), np.float32)
+    sums[1] = 0
+    path = tmp_path / "i.dat"
+    path.write_bytes(legacy({name: (4, sums.reshape(-1)), DENSE: (4, np.ones(8, np.float32))}))
+    matrix = read_imatrix(path)
+    assert matrix.with_zeros == {name}
+    assert without_importance(matrix.entries[name], 3) == [1]
+    source = make_checkpoint(layers=1, experts=3, overrides={"moe_intermediate_size": 64})
+    experts = [w for w in open_folder(source).weights.values() if w.expert is not None and w.row.name == "w2.weight"]
+    maker = LowBitMaker(imatrix_file=str(path))
+    maker.__dict__["quantiser"] = SimpleNamespace(check=lambda name: None, path=path)
+    maker.segments(name, name, [weight for weight in experts if not weight.is_draft], BY_NAME["q4_0"])
+    what = "importance of 0 for all columns of 1 matrix, which count alike"
+    assert maker.notes()[0] == f"{what}: {name}, expert 1"
 
 
 def test_missing_files_folders_and_pipes_are_refused(tmp_path: Path) -> None:

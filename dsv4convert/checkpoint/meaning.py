@@ -43,6 +43,13 @@ TABLE_CHUNK_BYTES = 4 * 2**20
 
 HEADERS_ONLY = "the files are remote: headers were read, and no table or small tensor was looked at yet"
 
+NOT_FINITE = "NaN or infinite values in {count}"
+ALL_ZERO = "all bytes are zero in {count}"
+LOOKS_ZERO = "all bytes looked at are zero in {count}"
+
+EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
+MATRICES_OF_AN_EXPERT = 3
+
 # How many names a note lists.
 MAX_NAMED = 3
 
@@ -270,14 +277,6 @@ def _small_findings(weights: Iterable[Weight], reader: _Reader) -> Iterator[Find
         yield Finding(NOT_FINITE.format(count=counted(len(bad_names))), tuple(bad_names))
     if zero:
         yield Finding(ALL_ZERO.format(count=counted(len(zero))), tuple(zero))
-
-
-NOT_FINITE = "NaN or infinite values in {count}"
-ALL_ZERO = "all bytes are zero in {count}"
-LOOKS_ZERO = "all bytes looked at are zero in {count}"
-
-EXPERT = re.compile(r"(.*\.experts\.\d+)\.w[123]\.weight")
-MATRICES_OF_AN_EXPERT = 3
 
 
 def _is_small(weight: Weight) -> bool:

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     multiple=True,
     panel=PROMPT,
-    help="Image for the next image token of the prompt; may be repeated.",
+    help="Image for the next image token of the prompt; can be repeated.",
 )
 @option(
     "--generate",

@@ -31,6 +31,18 @@ Counts = npt.NDArray[np.int64]
 # What one step costs, or what each of several does.
 Amount: TypeAlias = float | Counts | npt.NDArray[np.floating[Any]]
 
+# Bytes of the number of an entry or an expert.
+INDEX_BYTES = 4
+# Arithmetic on an element: of softmax and weighted sum (subtract, exp, sum, divide, multiply, add); of the clamped
+# SwiGLU (two clamps, sigmoid in four, two multiplications); of the gate of n-grams (two products and a sum of the dot,
+# a square and a sum for each norm, a product into the stream).
+POOLING_OPERATIONS = 6
+SWIGLU_OPERATIONS = 8
+GATE_OPERATIONS = 8
+
+# The costs of an operator that are added up over layers.
+SUMMED = ("flops", "elementwise", "weight_bytes", "read_bytes", "written_bytes")
+
 # Who has a part of an operator's work: every rank its share of heads, vocabulary or experts; the ranks that share the
 # output projections; or each rank all of it.
 BY_RANK, BY_OUTPUT_RANK, BY_EXPERT, WHOLE = "rank", "output rank", "expert", "whole"
@@ -166,9 +178,6 @@ class Phase:
             "experts_touched": self.experts_touched,
             "operators": [operator.as_json() for operator in self.operators],
         }
-
-
-SUMMED = ("flops", "elementwise", "weight_bytes", "read_bytes", "written_bytes")
 
 
 def decode_steps(context: int, batch: int) -> Steps:
@@ -752,13 +761,3 @@ class Costs:
         )
         confidence = last.weights("confidence_head.proj.weight")
         yield last.product("confidence", n, width + rank, 1, confidence, out_bytes=F32_BYTES, arithmetic="full")
-
-
-# Bytes of the number of an entry or an expert.
-INDEX_BYTES = 4
-# Arithmetic on an element: of softmax and weighted sum (subtract, exp, sum, divide, multiply, add); of the clamped
-# SwiGLU (two clamps, sigmoid in four, two multiplications); of the gate of n-grams (two products and a sum of the dot,
-# a square and a sum for each norm, a product into the stream).
-POOLING_OPERATIONS = 6
-SWIGLU_OPERATIONS = 8
-GATE_OPERATIONS = 8

@@ -37,6 +37,13 @@ MEND = "mend"
 OFFICIAL, TRANSFORMERS = NAMES
 DROP_REASON, GRAFT_REASON = "--drop-draft", "--graft-draft puts another in its place"
 
+# How files were made that are the source's, as a note says it.
+SHARING_NOTES = {
+    REFLINK: "shared by reflink, each folder's its own when changed",
+    HARD_LINK: "shared by hard link: a change in place would be one in both folders",
+    COPY: "copied, since they cannot be shared",
+}
+
 # How many other files of a source a note names.
 MAX_NAMED = 4
 
@@ -331,7 +338,7 @@ def summarize_mend(plan: Plan, summary: Summary) -> MendSummary:
         how = {file.name: summary.report.links.get(file.name, COPY) for file in same}
         shared = sum(file.nbytes for file in same if how[file.name] != COPY)
         links = {kind: list(how.values()).count(kind) for kind in (REFLINK, HARD_LINK, COPY) if kind in how.values()}
-        notes = [f"{counted(number, 'file')} of the source: {TOLD[kind]}" for kind, number in links.items()]
+        notes = [f"{counted(number, 'file')} of the source: {SHARING_NOTES[kind]}" for kind, number in links.items()]
     else:
         sharing = [file for file in same if can_share(file, plan.destination)]
         shared = sum(file.nbytes for file in sharing)
@@ -340,10 +347,3 @@ def summarize_mend(plan: Plan, summary: Summary) -> MendSummary:
     if summary.dry_run is not None:
         fields["dry_run"] = replace(summary.dry_run, notes=(*summary.dry_run.notes, *notes))
     return MendSummary(**fields, links=links, shared_bytes=shared)
-
-
-TOLD = {
-    REFLINK: "shared by reflink, each folder's its own when changed",
-    HARD_LINK: "shared by hard link: a change in place would be one in both folders",
-    COPY: "copied, since they cannot be shared",
-}

@@ -24,7 +24,6 @@ from ..engine.plans import interrupt
 from ..oracles.safetensors_bytes import RawSafetensors
 from .browser import Browser
 
-MakePage = Callable[[str], Path]
 MORE: dict[str, list[object]] = {
     "shard": ["--mp", 2],
     "repack": ["--experts", "fp8"],

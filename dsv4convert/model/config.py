@@ -240,7 +240,7 @@ class ModelConfig:
         )
 
     def sliced(self, first: int, last: int) -> ModelConfig:
-        """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers.
+        """Return the config of trunk layers ``first``..``last`` inclusive, without draft layers; all are this one.
 
         Raises:
             UsageError: the range is empty or outside the model, or leaves out the KV source of one of its layers.
@@ -251,6 +251,8 @@ class ModelConfig:
                 expected=f"a range within 0-{self.num_hidden_layers - 1}",
                 got=f"{first}-{last}",
             )
+        if last - first + 1 == self.num_hidden_layers:
+            return self
         for layer in range(first, last + 1):
             source = self.kv_source(layer)
             if source is not None and source < first:

@@ -52,6 +52,7 @@ def test_a_slice_keeps_the_layers_asked_for(raw: dict[str, Any]) -> None:
     part = config.sliced(1, 2)
     assert (part.num_hidden_layers, part.compress_ratios, part.num_hash_layers) == (2, (4, 128), 1)
     assert part.num_nextn_predict_layers == 0
+    assert config.sliced(0, 2) == config
     with pytest.raises(UsageError, match="layers outside the model: expected a range within 0-2, got 2-3"):
         config.sliced(2, 3)
 

@@ -169,6 +169,13 @@ def test_the_slice_is_found_by_its_bytes(small: Path, outputs: Make) -> None:
     assert "layers 3 to 3" in verify(small, outputs("gguf-one-layer")).notes[0]
 
 
+def test_a_slice_of_all_layers_is_the_model(small: Path, tmp_path: Path) -> None:
+    for name, layers in (("slice", (0, 3)), ("model", None)):
+        execute(plan_gguf(small, tmp_path / f"{name}.gguf", GgufOptions(layers=layers)), threads=1)
+    assert (tmp_path / "slice.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    assert verify(small, tmp_path / "slice.gguf").ok
+
+
 def test_missing_ranks_are_noted(small: Path, outputs: Make) -> None:
     assert "ranks 0 of 2" in verify(small, outputs("shards-rank")).notes[0]
 

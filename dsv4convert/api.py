@@ -135,6 +135,11 @@ def _source_of(source: StrPath, run: RunOptions) -> Path:
     return _located(source, headers_only=run["dry_run"], cache=run["cache"])
 
 
+def _each(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Return texts, of which there may be one alone: its characters are none."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _conversion(function: Callable[P, T]) -> Callable[P, T]:
     """Return a conversion whose ``run`` is whole, and whose signature has the keywords of ``RunOptions`` one by one."""
     own = [
@@ -168,7 +173,7 @@ def convert_gguf(
     dense: str | None = None,
     experts: str | None = None,
     recipe: str | None = None,
-    tensor_type: Iterable[str] = (),
+    tensor_type: str | Iterable[str] = (),
     output_type: str | None = None,
     embedding_type: str | None = None,
     pure: bool = False,
@@ -219,7 +224,7 @@ def convert_gguf(
         embedding=embedding_type,
         pure=pure,
         recipe=recipe,
-        tensor_types=tuple(tensor_type),
+        tensor_types=_each(tensor_type),
         imatrix=None if imatrix is None else os.path.abspath(imatrix),
         importance=importance,
         ggml_lib=None if ggml_lib is None else os.fspath(ggml_lib),
@@ -348,7 +353,7 @@ def shard(
     out: StrPath,
     *,
     mp: int,
-    rank: Iterable[int] | None = None,
+    rank: int | Iterable[int] | None = None,
     experts: str | None = None,
     draft: str = "keep",
     strict: bool = False,
@@ -368,7 +373,7 @@ def shard(
     from .targets.shards import ShardSummary, plan_shards
 
     place = _source_of(source, run)
-    ranks = None if rank is None else tuple(rank)
+    ranks = None if rank is None else (rank,) if isinstance(rank, int) else tuple(rank)
     if ranks == ():
         raise UsageError("--rank is empty", expected="at least one rank, or None for all of them")
     made = [
@@ -742,7 +747,7 @@ def verify(
     sample: float | str | None = None,
     seed: int = 0,
     foreign: bool = False,
-    ignore_key: Iterable[str] = (),
+    ignore_key: str | Iterable[str] = (),
     strict: bool = False,
     index: str = "file",
     imatrix: StrPath | None = None,
@@ -773,7 +778,7 @@ def verify(
         sample=fraction,
         seed=seed,
         foreign=foreign,
-        ignore_keys=tuple(ignore_key),
+        ignore_keys=_each(ignore_key),
         strict=strict,
         index=index,
         imatrix=None if imatrix is None else Path(imatrix),

@@ -212,6 +212,17 @@ def test_checkpoints_of_every_version_open() -> None:
     assert "layers.0.engram.embed.weight" in checkpoint.weights
 
 
+def test_one_text_or_rank_stands_for_a_list_of_one(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    one = dsv4convert.convert_gguf(tiny, out, name="Other", tensor_type="ffn_down_exps=q8_0")
+    several = dsv4convert.convert_gguf(tiny, tmp_path / "b.gguf", name="Other", tensor_type=["ffn_down_exps=q8_0"])
+    assert [size for _, size in one.files] == [size for _, size in several.files]
+    assert [problem.where for problem in dsv4convert.verify(tiny, out).problems] == ["general.name"]
+    assert dsv4convert.verify(tiny, out, ignore_key="general.name").ok
+    shards = dsv4convert.shard(tiny, tmp_path / "shards", mp=2, rank=1)
+    assert Path(shards.files[0][0]).name == "model1-mp2.safetensors"
+
+
 def test_an_empty_list_of_ranks_is_not_all_of_them(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(dsv4convert.UsageError, match="--rank is empty"):
         dsv4convert.shard(tiny, tmp_path / "shards", mp=2, rank=[])

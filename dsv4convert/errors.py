@@ -38,21 +38,21 @@ def some(names: Sequence[str], most: int) -> str:
 def first_of(names: Sequence[str], most: int = 1) -> str:
     """Return the first names in a line, and how many more there are.
 
-    >>> first_of(["a", "b", "c"], 2), first_of(["a"])
-    ('a, b and 1 more', 'a')
+    >>> first_of(["a", "b", "c"], 2), first_of(["a"]), first_of(["a"] * 1001)
+    ('a, b and 1 more', 'a', 'a and 1,000 more')
     """
-    more = f" and {len(names) - most} more" if names[most:] else ""
+    more = f" and {len(names) - most:,} more" if names[most:] else ""
     return ", ".join(names[:most]) + more
 
 
 def and_more(found: Collection[object], what: str | None = None) -> str:
     """Return how many there are besides the first one, which a message is about; nothing where it is alone.
 
-    >>> and_more("abc"), and_more("ab", "tensor"), and_more("a")
-    (' (and 2 more)', ' (and 1 more tensor)', '')
+    >>> and_more("abc"), and_more("ab", "tensor"), and_more("a"), and_more("a" * 1001)
+    (' (and 2 more)', ' (and 1 more tensor)', '', ' (and 1,000 more)')
     """
     others = len(found) - 1
-    more = f"{others} more" if what is None else counted(others, f"more {what}")
+    more = f"{others:,} more" if what is None else counted(others, f"more {what}")
     return f" (and {more})" if others > 0 else ""
 
 

@@ -67,7 +67,7 @@ def describe(found: Description) -> Iterator[Block]:
     for problem in found.unexpected[:MAX_LISTED]:
         yield f"unexpected: {problem}"
     if len(found.unexpected) > MAX_LISTED:
-        yield f"unexpected: {len(found.unexpected) - MAX_LISTED} more (see --json)"
+        yield f"unexpected: {len(found.unexpected) - MAX_LISTED:,} more (see --json)"
     if not found.unexpected:
         yield "nothing unexpected"
 

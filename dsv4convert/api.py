@@ -69,8 +69,8 @@ def _located(source: StrPath, *, headers_only: bool = False, cache: bool = False
     return local_path(source, headers_only=headers_only, cache=cache)
 
 
-def _here(out: StrPath, hint: str) -> Path:
-    """Return the path of an output, which is on this machine; ``hint`` says what to do where it is not.
+def _here(out: StrPath, hint: str, what: str = "an output") -> Path:
+    """Return the path of an output, or of ``what``, on this machine; ``hint`` says what to do where it is elsewhere.
 
     Raises:
         UsageError: it is an address.
@@ -82,8 +82,12 @@ def _here(out: StrPath, hint: str) -> Path:
         from .containers.destinations import shown_address
 
         address = shown_address(f"{found[1]}://{found[2]}")  # of which a path has lost a slash
-        raise UsageError("an address, where an output on this machine is wanted", where=address, hint=hint)
+        raise UsageError(f"an address, where {what} on this machine is wanted", where=address, hint=hint)
     return Path(out)
+
+
+def _imatrix_here(file: StrPath) -> Path:
+    return _here(file, "download the file and pass its path", "an importance matrix")
 
 
 # ---- conversions --------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def convert_gguf(
         pure=pure,
         recipe=recipe,
         tensor_types=_each(tensor_type),
-        imatrix=None if imatrix is None else os.path.abspath(imatrix),
+        imatrix=None if imatrix is None else os.path.abspath(_imatrix_here(imatrix)),
         importance=importance,
         ggml_lib=None if ggml_lib is None else os.fspath(ggml_lib),
         draft=draft,
@@ -291,7 +295,7 @@ def list_recipes(
 
     place = _located(source, headers_only=True)
     options = GgufOptions(
-        imatrix=None if imatrix is None else os.path.abspath(imatrix),
+        imatrix=None if imatrix is None else os.path.abspath(_imatrix_here(imatrix)),
         importance=importance,
         draft=draft,
         mmproj=mmproj,
@@ -781,7 +785,7 @@ def verify(
         ignore_keys=_each(ignore_key),
         strict=strict,
         index=index,
-        imatrix=None if imatrix is None else Path(imatrix),
+        imatrix=None if imatrix is None else _imatrix_here(imatrix),
         ggml_lib=None if ggml_lib is None else Path(ggml_lib),
         graft_draft=None if graft_draft is None else _located(graft_draft),
     )

@@ -26,6 +26,8 @@ GIVE_UP_BYTES = 2**18
 
 # How often, and after which waits, a request is made again that brought no byte.
 MAX_ATTEMPTS = 10
+# What to do about a file that changed meanwhile: commands that only read have no unfinished work.
+RUN_AGAIN = "run again, a conversion with --fresh"
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 SLICE_SECONDS = 0.1

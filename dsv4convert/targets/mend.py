@@ -41,7 +41,7 @@ DROP_REASON, GRAFT_REASON = "--drop-draft", "--graft-draft puts another in its p
 SHARING_NOTES = {
     REFLINK: "shared by reflink, each folder's its own when changed",
     HARD_LINK: "shared by hard link: a change in place would be one in both folders",
-    COPY: "copied, since they cannot be shared",
+    COPY: "copied, since sharing is not possible",
 }
 
 # How many other files of a source a note names.

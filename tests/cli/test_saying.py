@@ -259,6 +259,17 @@ def test_an_address_of_an_unknown_kind_is_an_error_of_usage(command: str, addres
     assert f"got {address.partition('://')[0]}://…; download the files and pass their folder" in result.error
 
 
+def test_an_importance_matrix_at_an_address_is_refused_as_one(tiny: Path, tmp_path: Path) -> None:
+    for command in (
+        ["hf-to-gguf", tiny, tmp_path / "a.gguf"],
+        ["hf-to-gguf", tiny, "--list-recipes"],
+        ["verify", tiny, tiny],
+    ):
+        result = run_cli(*command, "--imatrix", "https://host/imatrix.gguf")
+        assert result.code == 2
+        assert result.error.startswith("https://host/imatrix.gguf: an address, where an importance matrix on this")
+
+
 def test_a_folder_named_like_an_address_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ftp:").mkdir()

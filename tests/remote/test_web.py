@@ -215,7 +215,7 @@ def test_a_file_that_may_have_changed_on_the_server_is_an_error(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     file = list_web_folder(web[0]).files["config.json"]
     web[1].told = after
-    with pytest.raises(FileFormatError, match="changed on the server since it was first looked at"):
+    with pytest.raises(FileFormatError, match="since it was first looked at; run again, a conversion with --fresh"):
         file.read_into(0, memoryview(bytearray(10)))
 
 

@@ -25,7 +25,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils.logging import set_verbosity_error
 
 from ...errors import Dsv4Error, FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..fetching import TransientError, Transport, all_at_once, retried
+from ..fetching import RUN_AGAIN, TransientError, Transport, all_at_once, retried
 from ..folder_names import AUXILIARY_FILES, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from ..gguf import SPLIT_FILE, SPLIT_NAME
 from ..json_object import parse_json_object
@@ -190,7 +190,7 @@ class HttpRanges(Transport):
                 raise FileFormatError(
                     "changed on the server since it was first looked at",
                     where=self._address,
-                    hint="run again with --fresh",
+                    hint=RUN_AGAIN,
                 )
             whole = begin == 0 and end == self._size and status == 200
             if status == 416:
@@ -235,7 +235,7 @@ class HttpRanges(Transport):
             where=self._address,
             expected=f"{self._size} bytes",
             got=got,
-            hint="run again with --fresh",
+            hint=RUN_AGAIN,
         )
 
     def _pieces(self, response: Any) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import from_url
 
 from ...errors import FileFormatError, InputMissingError, InputOutputError, UsageError
-from ..fetching import TransientError, Transport, retried
+from ..fetching import RUN_AGAIN, TransientError, Transport, retried
 from ..sources import RemoteFile
 from . import Listing, check_names
 
@@ -152,9 +152,7 @@ class StoreRanges(Transport):
         yield self._pieces(result)
 
     def _changed(self) -> FileFormatError:
-        return FileFormatError(
-            "changed in the store since it was first looked at", where=self._address, hint="run again with --fresh"
-        )
+        return FileFormatError("changed in the store since it was first looked at", where=self._address, hint=RUN_AGAIN)
 
     def _pieces(self, result: Any) -> Iterator[bytes]:
         try:

@@ -16,7 +16,7 @@ from ..containers.gguf import SPLIT_NAME
 from ..containers.gguf_write import I32 as GGUF_I32
 from ..containers.gguf_write import U16 as GGUF_U16
 from ..containers.gguf_write import KeyValue, TensorInfo, gguf_header
-from ..errors import UsageError, check_choice, counted, either
+from ..errors import UnsupportedError, UsageError, check_choice, counted, either
 from ..formats.ggml_types import BY_NAME as ELEMENT_TYPES
 from ..model.config import ModelConfig, Version
 from ..model.gguf_keys import DRAFT, LLAMA_CPP, LLAMA_CPP_V41, PORT
@@ -272,6 +272,7 @@ def gguf_models(checkpoint: Checkpoint, options: GgufOptions, low_bit: LowBitMak
 
     Raises:
         UsageError: options that do not go together, or a type that the dialect lacks.
+        UnsupportedError: a file of the draft is asked for, and there are several MTP layers.
         InventoryError: a shape that the asked type cannot hold, or a weight that no output tensor takes.
     """
     for option, value, known in (
@@ -425,6 +426,14 @@ def _draft_mode(checkpoint: Checkpoint, options: GgufOptions, dialect: TensorDia
         raise UsageError(f"--draft {mode} cannot be combined with --layers", hint="a slice has no draft")
     if mode in (ONLY, SPLIT) and checkpoint.draft is Draft.NONE:
         raise UsageError(f"--draft {mode}: the checkpoint has no draft", where=checkpoint.folder)
+    if mode in (ONLY, SPLIT) and checkpoint.draft is Draft.MTP and checkpoint.n_draft > 1:
+        raise UnsupportedError(
+            f"--draft {mode}: llama.cpp's file of an MTP layer has place for one",
+            where=checkpoint.folder,
+            expected="1 MTP layer",
+            got=checkpoint.n_draft,
+            hint="pass --draft drop",
+        )
     if mode == KEEP and checkpoint.draft is not Draft.MTP:
         return DROP
     return mode

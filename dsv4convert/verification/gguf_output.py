@@ -93,7 +93,7 @@ def gguf_content(
     ``imatrix`` is the importance matrix with which its low-bit tensors were made.
 
     Raises:
-        UnsupportedError: an architecture that is not verified.
+        UnsupportedError: an architecture that is not verified, or the MTP layer of a source that has several.
         InventoryError: the file holds a part of a model that the source does not have.
     """
     architecture = model.architecture
@@ -112,6 +112,13 @@ def gguf_content(
         block_count, wanted = checkpoint.n_draft, _dspark_weights(checkpoint)
         config = config.of_draft(block_count)
     elif kind == MTP:
+        if checkpoint.n_draft > 1:
+            raise UnsupportedError(
+                "a file of an MTP layer has place for one",
+                where=model.files[0],
+                expected="a source with 1 MTP layer",
+                got=checkpoint.n_draft,
+            )
         wanted = _mtp_file_weights(checkpoint)
         block_count += checkpoint.n_draft
     else:

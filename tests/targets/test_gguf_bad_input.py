@@ -17,6 +17,7 @@ import pytest
 import dsv4convert.engine.resources as resources
 from dsv4convert.checkpoint import open_folder
 
+from ..checkpoints import MakeCheckpoint
 from ..command_line import run_cli
 
 Change = Callable[["Damaged"], None]
@@ -282,3 +283,20 @@ def test_nan_codes_are_counted_and_reported_with_the_tensors_name(damaged: Damag
     assert [entry["nan"] for entry in counted if entry["tensor"] == "blk.0.attn_q_a.weight"] == [3]
     lines = run_cli("hf-to-gguf", damaged.folder, tmp_path / "again.gguf").out
     assert "counted in blk.0.attn_q_a.weight: 3 nan" in lines
+
+
+def test_a_file_of_several_mtp_layers_is_refused(tiny: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    two = make_checkpoint(overrides={"num_nextn_predict_layers": 2})
+    for mode in ("split", "only"):
+        result = run_cli("hf-to-gguf", two, tmp_path / "model.gguf", "--draft", mode)
+        assert result.code == UNSUPPORTED
+        assert (
+            f"--draft {mode}: llama.cpp's file of an MTP layer has place for one: expected 1 MTP layer, got 2"
+            in result.error
+        )
+    assert list(tmp_path.iterdir()) == []
+    assert run_cli("hf-to-gguf", tiny, tmp_path / "model.gguf", "--draft", "split").code == 0
+    assert run_cli("verify", two, tmp_path / "mtp-model.gguf").code == UNSUPPORTED
+    for options in (("--draft", "drop"), ("--dialect", "deepseek-v4")):
+        assert run_cli("hf-to-gguf", two, tmp_path / "two.gguf", *options, "--overwrite").code == 0
+        assert run_cli("verify", two, tmp_path / "two.gguf", "--ignore-key", "general.name").code == 0

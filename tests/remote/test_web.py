@@ -210,7 +210,7 @@ def test_a_file_that_may_have_changed_on_the_server_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     web[1].told, web[1].heeds_conditions = before, heeds_conditions
-    with pytest.raises(InputMissingError, match="HF_HUB_OFFLINE forbids fetching it"):
+    with pytest.raises(InputMissingError, match="HF_HUB_OFFLINE forbids fetching it; unset HF_HUB_OFFLINE"):
         list_web_folder(web[0])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     file = list_web_folder(web[0]).files["config.json"]

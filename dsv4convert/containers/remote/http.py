@@ -91,7 +91,9 @@ def request(
             try:
                 response = _send(method, url, sent, with_secret=bool(own))
             except OfflineModeIsEnabled:
-                raise InputMissingError("HF_HUB_OFFLINE forbids fetching it", where=address) from None
+                raise InputMissingError(
+                    "HF_HUB_OFFLINE forbids fetching it", where=address, hint="unset HF_HUB_OFFLINE"
+                ) from None
             # Such as a host with a label of more than 63 characters.
             except (httpx2.InvalidURL, http.client.InvalidURL, UnicodeError):
                 what = "no such address" if url == start else REDIRECTED_NOWHERE

@@ -181,7 +181,9 @@ def ask(question: Callable[[], Answer], address: str) -> Answer:
     except HFValidationError:
         raise UsageError("not a repository of the hub", where=address, expected="OWNER/NAME") from None
     except OfflineModeIsEnabled:
-        raise InputMissingError("HF_HUB_OFFLINE forbids asking the hub", where=address) from None
+        raise InputMissingError(
+            "HF_HUB_OFFLINE forbids asking the hub", where=address, hint="unset HF_HUB_OFFLINE"
+        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in TRANSIENT_STATUSES:

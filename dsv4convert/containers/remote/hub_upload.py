@@ -45,7 +45,9 @@ class HubDestination(Destination):
                 "--upload: not a repository of the hub", expected="OWNER/NAME[/FOLDER]", got=shown_address(text)
             )
         if constants.HF_HUB_OFFLINE:
-            raise UsageError("--upload: HF_HUB_OFFLINE forbids sending anything", where=text)
+            raise UsageError(
+                "--upload: HF_HUB_OFFLINE forbids sending anything", where=text, hint="unset HF_HUB_OFFLINE"
+            )
         self._repository, folder = found[1], (found[3] or "").strip("/")
         if any(part in ("", ".", "..") for part in folder.split("/")) and folder:
             raise UsageError("--upload: not a folder of a repository", got=text)

@@ -397,7 +397,7 @@ def resolve(
     has_forms = is_packed(stored)
     if has_forms:
         config = replace(config, raw=config_without_forms(config.raw))
-    config = with_draft_ratios(config, n_draft)
+    config = with_draft_layers(config, draft, n_draft)
     has_vision, has_tower = vision_kind(tensors)
     scale_fmt = stated_scale_fmt(config)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):
@@ -500,8 +500,15 @@ def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Pa
             )
 
 
-def with_draft_ratios(config: ModelConfig, n_draft: int) -> ModelConfig:
-    """Return ``config`` with a ratio for every draft layer: transformers' form and many a folder list none."""
+def with_draft_layers(config: ModelConfig, draft: Draft, n_draft: int) -> ModelConfig:
+    """Return ``config`` with the number of MTP layers that there are, and a ratio for every draft layer.
+
+    Stages of DSpark are counted by the tensors alone: V4's folders hold three and say 1. transformers' form and many a
+    folder list no ratios of drafts.
+    """
+    if draft is Draft.MTP and config.num_nextn_predict_layers != n_draft:
+        ratios = config.compress_ratios[: config.num_hidden_layers + n_draft]
+        config = replace(config, num_nextn_predict_layers=n_draft, compress_ratios=ratios)
     lacking = max(0, n_draft - config.n_draft_ratios)
     return replace(config, compress_ratios=config.compress_ratios + (0,) * lacking) if lacking else config
 

@@ -22,7 +22,7 @@ from ..containers.sources import at, mount_of, prefetch, size_of
 from ..containers.untrusted import open_regular, shrank
 from ..errors import InventoryError, and_more, counted, first_of, not_read
 from ..formats.not_finite import count_not_finite, element_bytes
-from ..model.config import ModelConfig
+from ..model.config import ModelConfig, Version
 from ..model.tensors import DRAFT_PREFIX, Draft, Store
 from .engram import token_map_notes
 from .folder import BY_INDEX, Checkpoint, open_folder
@@ -89,7 +89,7 @@ def open_checked(
     notes = check_meaning(found.config, weights, found.files, where=folder, strict=strict)
     beside = (*companion_notes(folder), *token_map_notes(folder, found.config))
     stored = any(official_name(name).startswith(DRAFT_PREFIX) for unused in found.unused for name in unused.names)
-    said = config_notes(found.config, weights, found.draft, is_stored=stored)
+    said = config_notes(found.config, weights, found.draft, found.n_draft, is_stored=stored)
     return replace(found, notes=(*found.notes, *beside, *said, *notes))
 
 
@@ -369,6 +369,12 @@ def has_draft_keys(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("num_nextn_predict_layers")) or any(key.startswith("dspark_") for key in raw)
 
 
+def stated_mtp_layers(config: ModelConfig) -> int | None:
+    """Return how many MTP layers a config of V4 says that there are, None where it says nothing."""
+    layers: int | None = config.raw.get("num_nextn_predict_layers") if config.version is Version.V4 else None
+    return layers
+
+
 def stored_expert_dtype(weights: Iterable[Weight | ShardedWeight]) -> str | None:
     """Return how the trunk's routed experts are stored, as ``expert_dtype`` spells it; None where it has no word."""
     held = {w.encoding for w in weights if w.expert is not None and not w.is_draft}
@@ -385,7 +391,12 @@ def stated_expert_dtypes(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_notes(
-    config: ModelConfig, weights: Iterable[Weight | ShardedWeight], draft: Draft, *, is_stored: bool = False
+    config: ModelConfig,
+    weights: Iterable[Weight | ShardedWeight],
+    draft: Draft,
+    n_draft: int,
+    *,
+    is_stored: bool = False,
 ) -> tuple[str, ...]:
     """Return notes on what config.json says and the tensors do not bear out; output configs say what is there.
 
@@ -395,6 +406,10 @@ def config_notes(
     if draft is Draft.NONE and has_draft_keys(config.flat):
         drafts = "the draft's tensors are not used" if is_stored else "no tensor is of one"
         notes.append(f"{CONFIG_NAME} speaks of draft layers and {drafts}: outputs say that there are none")
+    layers = stated_mtp_layers(config)
+    if draft is Draft.MTP and layers not in (None, n_draft):
+        there_are = f"there {'is' if n_draft == 1 else 'are'} {n_draft}"
+        notes.append(f"{CONFIG_NAME}: key num_nextn_predict_layers says {layers}, {there_are}: taken as such")
     held = stored_expert_dtype(weights)
     for key, value in stated_expert_dtypes(config.raw).items():
         if held is not None and value != held:

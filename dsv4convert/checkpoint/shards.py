@@ -20,7 +20,7 @@ from ..errors import InputMissingError, InventoryError, and_more
 from ..model.config import ModelConfig, load_config
 from ..model.parallel import SPLIT_AXIS, check_divides, expert_rank, local_shape
 from ..model.tensors import Draft, Expected, Row, Split, checkpoint_tensors, is_draft_alone, scale_name
-from .folder import draft_alone, draft_kind, vision_kind, with_draft_ratios
+from .folder import draft_alone, draft_kind, vision_kind, with_draft_layers
 from .weights import Encoding, Weight, pair
 
 
@@ -185,7 +185,7 @@ def _resolve(
     n_tensors = sum(map(len, ranks))
     draft, n_draft = draft_kind(names, folder)
     weights: dict[str, ShardedWeight] = {}
-    config = with_draft_ratios(config, n_draft)
+    config = with_draft_layers(config, draft, n_draft)
     has_vision, has_tower = vision_kind(names)
     of_draft = is_draft_alone(names)
     for expected in checkpoint_tensors(config, draft, n_draft, has_vision=has_vision, has_tower=has_tower):

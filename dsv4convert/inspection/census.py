@@ -147,7 +147,7 @@ def prepare_check(folder: Path, *, index: str = BY_INDEX, strict: bool = False) 
     weights = found.weights.values()
     report = CheckReport(shown(folder), len(found.files), found.n_tensors)
     beside = (*companion_notes(folder), *token_map_notes(folder, found.config))
-    report.notes += [*found.notes, *beside, *config_notes(found.config, weights, found.draft)]
+    report.notes += [*found.notes, *beside, *config_notes(found.config, weights, found.draft, found.n_draft)]
     report.findings += file_findings(found.config, weights, found.files)
     return Census(found, report, strict, started)
 

@@ -172,7 +172,7 @@ def _describe_meaning(found: Description, config: ModelConfig, weights: list[Wei
         found.notes += check_meaning(config, weights, files, where=folder)
     except InventoryError as error:
         found.unexpected.append(str(error))
-    found.notes += config_notes(config, weights, Draft(found.draft))
+    found.notes += config_notes(config, weights, Draft(found.draft), found.draft_layers)
 
 
 def _describe_weights(found: Description, config: ModelConfig, tensors: Mapping[str, Stored]) -> list[Weight]:

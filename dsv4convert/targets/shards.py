@@ -101,7 +101,7 @@ def plan_unshard(
     out = check_apart(shards.folder, shards.files, out)
     parts = (part for weight in shards.weights.values() for part in weight.parts)
     found = check_meaning(shards.config, parts, shards.files, where=source, strict=strict)
-    found = (*config_notes(shards.config, shards.weights.values(), shards.draft), *found)
+    found = (*config_notes(shards.config, shards.weights.values(), shards.draft, shards.n_draft), *found)
     shards, config, left_out = choose_draft(shards, draft)
     tensors, notes = unshard_tensors(shards, wo_a)
     files = (*hf_files(tensors, max_file_bytes), _config_file(shards, config), *auxiliary_files(source))

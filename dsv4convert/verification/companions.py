@@ -17,7 +17,7 @@ from ..containers.untrusted import open_regular
 from ..errors import ConfigError, InputMissingError, InputOutputError, UnsupportedError
 from ..model.config import Version, parse_config
 from ..model.config_v41 import inference_config
-from ..model.tensors import is_vision_name
+from ..model.tensors import Draft, is_vision_name
 from .compare import Piece
 from .left_out import THE_DRAFT, THE_MODEL, is_left_out
 from .numbers import FLOATS, NVFP4_BLOCK
@@ -295,8 +295,15 @@ def borne_out_config(checkpoint: Checkpoint) -> dict[str, Any]:
         said.get("num_nextn_predict_layers") or any(key.startswith("dspark_") for key in said)
     ):
         config = without_draft(config)
+    other_count = False
+    if checkpoint.draft is Draft.MTP and checkpoint.config.version is Version.V4:
+        other_count = config.get("num_nextn_predict_layers", checkpoint.n_draft) != checkpoint.n_draft
+        if other_count:
+            config["num_nextn_predict_layers"] = checkpoint.n_draft
     if "compress_ratios" in config and checkpoint.config.version is Version.V4:
         ratios = [0 if ratio == 1 else ratio for ratio in config["compress_ratios"]]
+        if other_count:
+            ratios = ratios[: layers + checkpoint.n_draft]
         config["compress_ratios"] = ratios + [0] * (layers + checkpoint.n_draft - len(ratios))
     held = {w.encoding.value for w in checkpoint.weights.values() if w.expert is not None and not w.is_draft}
     if held in ({"fp4"}, {"fp8"}):

@@ -369,6 +369,36 @@ def test_draft_keys_without_a_draft_are_noted_and_left_out_of_outputs(editable: 
     assert "speaks of draft layers" in run_cli("inspect", source.folder).out.replace("\n", " ")
 
 
+@pytest.mark.parametrize("said", [0, 3])
+@pytest.mark.parametrize("more_ratios", [0, 2], ids=["ratios as the tensors", "ratios as the config"])
+def test_another_number_of_mtp_layers_is_noted_and_put_right(
+    said: int, more_ratios: int, editable: MakeEditable, tmp_path: Path
+) -> None:
+    source = editable()
+    ratios = json.loads((source.folder / "config.json").read_text())["compress_ratios"]
+    source.edit_config(num_nextn_predict_layers=said, compress_ratios=ratios + [0] * more_ratios)
+    note = f"key num_nextn_predict_layers says {said}, there is 1: taken as such"
+    for command in (["dequantize"], ["shard", "--mp", "1"], ["repack", "--experts", "fp8"], ["mend", "--reindex"]):
+        out = tmp_path / command[0]
+        result = run_cli(command[0], source.folder, out, "--json", *command[1:])
+        assert any(note in found for found in json.loads(result.out)["notes"])
+        config = json.loads((out / "config.json").read_text())
+        assert (config["num_nextn_predict_layers"], config["compress_ratios"]) == (1, ratios)
+        assert run_cli("verify", source.folder, out).code == 0
+    for command in ("check", "inspect"):
+        assert note in " ".join(run_cli(command, source.folder).out.split())
+    out = tmp_path / "gguf"
+    out.mkdir()
+    assert run_cli("hf-to-gguf", source.folder, out, "--draft", "split", "--quiet").code == 0
+    (path,) = out.glob("mtp-*.gguf")
+    metadata = open_gguf(path).metadata
+    assert metadata["deepseek4.nextn_predict_layers"] == 1
+    assert metadata["deepseek4.block_count"] == len(ratios)
+    assert list(metadata["deepseek4.attention.compress_ratios"]) == ratios
+    for path in out.glob("*.gguf"):
+        assert run_cli("verify", source.folder, path).code == 0
+
+
 @pytest.mark.parametrize("place", ["top", "quantization_config"])
 def test_expert_dtype_is_what_is_stored(editable: MakeEditable, tmp_path: Path, place: str) -> None:
     source = editable()

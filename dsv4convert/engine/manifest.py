@@ -73,8 +73,8 @@ def manifest_of(output: Path) -> Path:
 def manifest_text(plan: Plan, report: RunReport, fingerprint: Mapping[str, Any]) -> Iterator[str]:
     """Yield the manifest of a finished run, a tensor to a line.
 
-    It holds no time and no path, so equal outputs have equal ones. It is never in memory whole: with a
-    hundred thousand tensors that would be the largest thing that a conversion keeps.
+    It holds neither the time of the run nor its folders, so equal runs have equal ones. It is never in memory whole:
+    with a hundred thousand tensors that would be the largest thing that a conversion keeps.
     """
     head = {
         "manifest": FORMAT,

@@ -235,7 +235,7 @@ def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **f
         "results": [
             {
                 "name": c.name,
-                "command": " ".join(Path(part).name if part.startswith("/") else part for part in c.command),
+                "command": _without_folders(c),
                 "rounds": len(c.seconds),
                 "median_seconds": round(statistics.median(c.seconds), 3),
                 "seconds": [round(s, 3) for s in c.seconds],
@@ -247,6 +247,12 @@ def record(contenders: Sequence[Contender], baseline: str, moved_bytes: int, **f
             for c in contenders
         ],
     }
+
+
+def _without_folders(contender: Contender) -> str:
+    """Return a command as one line, without the folders of its files, which are those of one machine."""
+    here = f"{contender.output.parent}/"
+    return " ".join(Path(part).name if part.startswith("/") else part.replace(here, "") for part in contender.command)
 
 
 def print_table(result: dict[str, Any]) -> None:

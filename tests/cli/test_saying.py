@@ -265,9 +265,9 @@ def test_an_importance_matrix_at_an_address_is_refused_as_one(tiny: Path, tmp_pa
         ["hf-to-gguf", tiny, "--list-recipes"],
         ["verify", tiny, tiny],
     ):
-        result = run_cli(*command, "--imatrix", "https://host/imatrix.gguf")
+        result = run_cli(*command, "--imatrix", "https://localhost/imatrix.gguf")
         assert result.code == 2
-        assert result.error.startswith("https://host/imatrix.gguf: an address, where an importance matrix on this")
+        assert result.error.startswith("https://localhost/imatrix.gguf: an address, where an importance matrix on this")
 
 
 def test_a_folder_named_like_an_address_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from ..model.tensors import (
     is_vision_name,
     scale_name,
 )
-from .layouts import NUMBERED_FILE, name_layout
+from .layouts import NUMBERED_FILE, TENSORS_DISAGREE, name_layout
 from .packed import INPUT_SCALES, config_without_forms, forms_of, is_packed
 from .renaming import official_name, official_tensors, zero_name
 from .weights import Weight, needs_scale, pair
@@ -492,7 +492,7 @@ def check_roles_of_tensors(names: Iterable[str], config: ModelConfig, folder: Pa
         layers, claimed = sorted(found[mark]), list(getattr(config, key))
         if layers != claimed:
             raise ConfigError(
-                f"key {key} and the layers that have {mark} disagree",
+                f"key {key}{TENSORS_DISAGREE}{mark} disagree",
                 where=folder / CONFIG_NAME,
                 expected=layers,
                 got=claimed,

@@ -369,10 +369,12 @@ def has_draft_keys(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("num_nextn_predict_layers")) or any(key.startswith("dspark_") for key in raw)
 
 
-def stated_mtp_layers(config: ModelConfig) -> int | None:
-    """Return how many MTP layers a config of V4 says that there are, None where it says nothing."""
-    layers: int | None = config.raw.get("num_nextn_predict_layers") if config.version is Version.V4 else None
-    return layers
+def wrong_mtp_layers(config: ModelConfig, draft: Draft, n_draft: int) -> int | None:
+    """Return how many MTP layers a config of V4 says that there are, None where that is right or not said."""
+    if draft is not Draft.MTP or config.version is not Version.V4:
+        return None
+    layers: int = config.raw.get("num_nextn_predict_layers", n_draft)
+    return layers if layers != n_draft else None
 
 
 def stored_expert_dtype(weights: Iterable[Weight | ShardedWeight]) -> str | None:
@@ -406,8 +408,8 @@ def config_notes(
     if draft is Draft.NONE and has_draft_keys(config.flat):
         drafts = "the draft's tensors are not used" if is_stored else "no tensor is of one"
         notes.append(f"{CONFIG_NAME} speaks of draft layers and {drafts}: outputs say that there are none")
-    layers = stated_mtp_layers(config)
-    if draft is Draft.MTP and layers not in (None, n_draft):
+    layers = wrong_mtp_layers(config, draft, n_draft)
+    if layers is not None:
         there_are = f"there {'is' if n_draft == 1 else 'are'} {n_draft}"
         notes.append(f"{CONFIG_NAME}: key num_nextn_predict_layers says {layers}, {there_are}: taken as such")
     held = stored_expert_dtype(weights)

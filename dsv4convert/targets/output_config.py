@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.meaning import has_draft_keys, stated_expert_dtypes, stated_mtp_layers, stored_expert_dtype
+from ..checkpoint.meaning import has_draft_keys, stated_expert_dtypes, stored_expert_dtype, wrong_mtp_layers
 from ..checkpoint.shards import ShardCheckpoint
 from ..checkpoint.weights import Weight
 from ..model.config import Version
@@ -26,7 +26,7 @@ def true_config(checkpoint: Checkpoint | ShardCheckpoint) -> Mapping[str, Any]:
     config = checkpoint.config.raw
     if checkpoint.draft is Draft.NONE and has_draft_keys(checkpoint.config.flat):
         config = config_without_draft(config)
-    if checkpoint.draft is Draft.MTP and stated_mtp_layers(checkpoint.config) not in (None, checkpoint.n_draft):
+    if wrong_mtp_layers(checkpoint.config, checkpoint.draft, checkpoint.n_draft) is not None:
         config = {**config, "num_nextn_predict_layers": checkpoint.n_draft}
     # V4.1 lies in a nested form, whose ratios must be as published to be read at all.
     ratios = config.get("compress_ratios") if checkpoint.config.version is Version.V4 else None

@@ -507,7 +507,9 @@ def with_draft_layers(config: ModelConfig, draft: Draft, n_draft: int) -> ModelC
     folder list no ratios of drafts.
     """
     if draft is Draft.MTP and config.num_nextn_predict_layers != n_draft:
-        ratios = config.compress_ratios[: config.num_hidden_layers + n_draft]
+        # Surplus ratios go with a wrong number; where none is stated, the list stays as it is.
+        is_stated = "num_nextn_predict_layers" in config.flat
+        ratios = config.compress_ratios[: config.num_hidden_layers + n_draft if is_stated else None]
         config = replace(config, num_nextn_predict_layers=n_draft, compress_ratios=ratios)
     lacking = max(0, n_draft - config.n_draft_ratios)
     return replace(config, compress_ratios=config.compress_ratios + (0,) * lacking) if lacking else config

@@ -399,6 +399,26 @@ def test_another_number_of_mtp_layers_is_noted_and_put_right(
         assert run_cli("verify", source.folder, path).code == 0
 
 
+def test_a_config_that_says_nothing_of_mtp_layers_keeps_its_ratios(editable: MakeEditable, tmp_path: Path) -> None:
+    source = editable()
+    path = source.folder / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["num_nextn_predict_layers"]
+    raw["compress_ratios"] += [0, 0]
+    path.write_text(json.dumps(raw))
+    for command in (["dequantize"], ["shard", "--mp", "2"], ["repack", "--experts", "fp8"]):
+        out = tmp_path / command[0]
+        assert run_cli(command[0], source.folder, out, "--quiet", *command[1:]).code == 0
+        config = json.loads((out / "config.json").read_text())
+        assert "num_nextn_predict_layers" not in config
+        assert config["compress_ratios"] == raw["compress_ratios"]
+        assert run_cli("verify", source.folder, out).code == 0
+    gguf = tmp_path / "a.gguf"
+    assert run_cli("hf-to-gguf", source.folder, gguf, "--draft", "only", "--quiet").code == 0
+    assert open_gguf(gguf).metadata["deepseek4.nextn_predict_layers"] == 1
+    assert run_cli("verify", source.folder, gguf).code == 0
+
+
 @pytest.mark.parametrize("place", ["top", "quantization_config"])
 def test_expert_dtype_is_what_is_stored(editable: MakeEditable, tmp_path: Path, place: str) -> None:
     source = editable()
